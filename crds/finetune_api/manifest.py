@@ -1,0 +1,270 @@
+"""Read FineTuneJob manifests: YAML in, a checked FineTuneJob out, or sentences that name field, file and line.
+
+The sentences follow the API server's ("spec.lora.rank: Invalid value: -1: should be …"), so that `finetune validate`,
+the trainer and `kubectl apply` speak alike.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from finetune_api import names, uri
+from finetune_api.crd import model_of
+from finetune_api.spec import FineTuneJob
+
+Path_ = tuple[str | int, ...]
+_SET = "--set"
+_MAX_DEPTH, _MAX_NODES = 64, 100_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: `field` is the dotted path, `line` counts from 1 (None where the field is not in the file)."""
+
+    field: str
+    message: str
+    line: int | None = None
+    source: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}: " if self.line else f"{self.source}: " if self.source else ""
+        return place + (f"{self.field}: " if self.field else "") + self.message
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; `problems` says all that is wrong with it, one sentence each."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, problems)))
+
+
+@dataclass
+class Document:
+    """One YAML document: its data, and the line of every path in it."""
+
+    data: Any
+    source: str
+    lines: dict[Path_, int] = field(default_factory=dict)
+
+    @property
+    def is_job(self) -> bool:
+        return isinstance(self.data, dict) and self.data.get("kind") == names.KIND
+
+    def place(self, path: Path_) -> tuple[str, int | None]:
+        """Source and line of `path`, or of the nearest parent that is in the file."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.lines:
+                line = self.lines[path[:end]]
+                return (_SET, None) if line == 0 else (self.source, line)
+        return self.source, None
+
+    def problem(self, path: Path_, message: str) -> Problem:
+        source, line = self.place(path)
+        return Problem(_dotted(path), message, line, source)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: 2e-4 is a number, and dates and times stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _dotted(path: Path_) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _walk(node: yaml.Node, path: Path_, document: Document) -> None:
+    document.lines[path] = node.start_mark.line + 1
+    if len(path) > _MAX_DEPTH or len(document.lines) > _MAX_NODES:
+        # Aliases can make a few lines endless.
+        line = node.start_mark.line + 1
+        raise ManifestError(
+            [Problem(_dotted(path[:3]), "is nested too deeply or repeats too much", line, document.source)]
+        )
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ManifestError(
+                    [Problem(_dotted((*path, key.value)), "given twice", key.start_mark.line + 1, document.source)]
+                )
+            seen.add(key.value)
+            _walk(value, (*path, key.value), document)
+            document.lines[(*path, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _walk(value, (*path, index), document)
+
+
+def parse(text: str, source: str) -> list[Document]:
+    """Split `text` into its YAML documents. Raises ManifestError for text that is not YAML."""
+    loader = _Loader(text)
+    documents = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None  # check_node has just said so
+            document = Document(None, source)
+            _walk(node, (), document)
+            document.data = loader.construct_document(node)
+            if document.data is not None:
+                documents.append(document)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ManifestError([Problem("", f"not YAML: {what}", mark.line + 1 if mark else None, source)]) from None
+    finally:
+        loader.dispose()
+    return documents
+
+
+def _override(document: Document, assignments: Sequence[str]) -> None:
+    """Apply 'path.below.spec=value' assignments; the value is YAML."""
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        keys = ("spec", *name.strip().removeprefix("spec.").split("."))
+        if not equals or not all(keys):
+            raise ManifestError(
+                [Problem("", f"{assignment!r} is not path=value, for example training.learningRate=1e-4", source=_SET)]
+            )
+        parsed = parse(value, _SET)
+        target = document.data
+        for key in keys[:-1]:
+            if not isinstance(target, dict):
+                raise ManifestError([Problem(_dotted(keys), "does not exist", source=_SET)])
+            target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ManifestError([Problem(_dotted(keys), "does not exist", source=_SET)])
+        target[keys[-1]] = parsed[0].data if parsed else None
+        for end in range(1, len(keys) + 1):
+            document.lines.setdefault(keys[:end], 0)
+        document.lines[keys] = 0
+
+
+def _resolve_relative(value: Any, base: Path) -> Any:
+    """Make file://./x absolute, below `base`."""
+    if isinstance(value, dict):
+        return {key: _resolve_relative(item, base) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve_relative(item, base) for item in value]
+    if isinstance(value, str) and value.startswith("file://./"):
+        return f"file://{base.resolve()}/{value.removeprefix('file://./')}"
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        value = re.sub(uri.USERINFO_PATTERN, "…@", value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
+_EXPECTED = {
+    "int_type": "integer",
+    "float_type": "number",
+    "bool_type": "boolean",
+    "string_type": "string",
+    "list_type": "array",
+    "dict_type": "object",
+    "model_type": "object",
+    "model_attributes_type": "object",
+    "int_from_float": "integer",
+}
+
+
+def _known_fields(path: Path_) -> list[str]:
+    """The field names allowed where `path` ends."""
+    model: type[BaseModel] | None = FineTuneJob
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        model = next((model_of(f) for f in model.model_fields.values() if f.alias == part), None)
+    return [f.alias or "" for f in model.model_fields.values()] if model else []
+
+
+def _sentence(error: Any, path: Path_) -> str:
+    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
+    if kind == "missing":
+        return "Required value"
+    if kind == "extra_forbidden":
+        known = _known_fields(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, 1, 0.6)
+        return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
+    if kind in _EXPECTED:
+        return f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}"
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", '"').replace(" or ", ", ")
+        return f"Unsupported value: {_shown(value)}: supported values: {allowed}"
+    if kind == "string_pattern_mismatch":
+        return f"Invalid value: {_shown(value)}: should match '{context['pattern']}'"
+    message = error["msg"]
+    for start in ("Input should ", "String should ", "List should ", "Dictionary should "):
+        if message.startswith(start):
+            message = "should " + message.removeprefix(start)
+    return message if kind == "rule" else f"Invalid value: {_shown(value)}: {message}"
+
+
+def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
+    for item in error.errors(include_url=False):
+        path: Path_ = tuple(item["loc"])
+        if item["type"] == "rule" and (blamed := item.get("ctx", {}).get("field")):
+            path = (*path, *blamed.split("."))
+        yield document.problem(path, _sentence(item, path))
+
+
+def check(document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
+    """Turn a document into a FineTuneJob. `base` is the folder that file://./ starts from. Raises ManifestError."""
+    if not isinstance(document.data, dict):
+        raise ManifestError([document.problem((), f"is no {names.KIND}: a manifest is a YAML mapping")])
+    _override(document, overrides)
+    data = dict(document.data)
+    data.pop("status", None)
+    if base is not None and "spec" in data:
+        data["spec"] = _resolve_relative(data["spec"], base)
+    try:
+        return FineTuneJob.model_validate(data, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise ManifestError(list(_problems(error, document))) from None
+
+
+def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
+    """The one FineTuneJob in `text`. Raises ManifestError when there is none, several, or a wrong one."""
+    documents = parse(text, source)
+    jobs = [document for document in documents if document.is_job] or documents
+    if len(jobs) != 1:
+        found = "nothing" if not jobs else f"{len(jobs)}"
+        raise ManifestError([Problem("", f"one {names.KIND} is expected, {found} found", source=source)])
+    return check(jobs[0], base, overrides)
+
+
+def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:
+    """The FineTuneJob in the file at `path`. Raises ManifestError, also for a file that cannot be read."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ManifestError([Problem("", f"cannot be read: {error.strerror}", source=str(path))]) from None
+    except UnicodeDecodeError:
+        raise ManifestError([Problem("", "cannot be read: it is not UTF-8 text", source=str(path))]) from None
+    return load_text(text, str(path), path.parent, overrides)

@@ -1,0 +1,177 @@
+"""FineTuneJob's status, and the report a trainer gives of itself (the source of most of it)."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from finetune_api.base import ApiModel
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class StatusModel(ApiModel):
+    """Written by our own code and read back over versions: unknown fields are skipped, times are parsed."""
+
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+
+class Condition(StatusModel):
+    """A condition, after metav1.Condition."""
+
+    type: Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
+    """What is said."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    """Why, in one CamelCase word."""
+    message: Annotated[str, Field(max_length=32768)] = ""
+    """Why, in a sentence."""
+    last_transition_time: datetime
+    """When status last changed."""
+    observed_generation: Count = 0
+    """metadata.generation this was decided for."""
+
+
+class Progress(StatusModel):
+    """How far the training is."""
+
+    step: Count = 0
+    """Optimizer steps done."""
+    total_steps: Count | None = None
+    """Optimizer steps in all."""
+    summary: Annotated[str, Field(max_length=64)] = ""
+    """'step/totalSteps', for printing."""
+    percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    """100 * step / totalSteps."""
+    epoch: float | None = None
+    """Passes over the data so far."""
+    loss: float | None = None
+    """Latest training loss (nats per token)."""
+    eval_loss: float | None = None
+    """Latest evaluation loss (nats per token)."""
+    learning_rate: float | None = None
+    """Learning rate of the latest step."""
+    tokens_per_second: float | None = None
+    """Real tokens, never padding, over all GPUs."""
+    estimated_completion_time: datetime | None = None
+    """When the last step should be done."""
+    updated_at: datetime | None = None
+    """When the trainer said so."""
+
+
+class ExecutionPlan(StatusModel):
+    """How the trainer lays the run out on the GPUs."""
+
+    micro_batch_size: Count | None = None
+    """Sequences per GPU in one forward pass."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes per optimizer step."""
+    world_size: Count | None = None
+    """Processes (one per GPU)."""
+    gradient_checkpointing: bool | None = None
+    """Whether activations are recomputed."""
+    packing: bool | None = None
+    """Whether rows are laid end to end."""
+    attention: Annotated[str, Field(max_length=64)] | None = None
+    """Attention implementation in use."""
+    predicted_peak_memory_bytes: Count | None = None
+    """GPU memory the plan expects."""
+    measured_peak_memory_bytes: Count | None = None
+    """GPU memory the run reached."""
+
+
+class Adapter(StatusModel):
+    """The published adapter."""
+
+    uri: str
+    """Prefix that holds it."""
+    manifest_digest: str
+    """sha256:<hex> of manifest.json, which in turn holds the digest of every file."""
+    size_bytes: Count
+    """Bytes of all files in the manifest."""
+    base_model: str
+    """Model the adapter belongs to."""
+    rank: Count
+    """LoRA rank."""
+
+
+class Attempt(StatusModel):
+    """One attempt: one batch/v1 Job."""
+
+    job_name: str
+    """Name of the Job."""
+    reason: str | None = None
+    """How it ended (Succeeded, DatasetInvalid, Preempted, …); absent while it runs."""
+    message: str | None = None
+    """How it ended, in a sentence."""
+    exit_code: int | None = None
+    """The trainer's exit code."""
+    started_at: datetime | None = None
+    """When the Job was created."""
+    finished_at: datetime | None = None
+    """When it ended."""
+    last_step: Count | None = None
+    """Last optimizer step it reported."""
+    micro_batch_size: Count | None = None
+    """Micro-batch it ran with."""
+
+
+class FineTuneJobStatus(StatusModel):
+    """Where the job stands and why."""
+
+    phase: str | None = None
+    """One word for printing; programs read the conditions."""
+    observed_generation: Count | None = None
+    """metadata.generation this status was computed for."""
+    conditions: Annotated[
+        list[Condition],
+        Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = []
+    """Accepted, Scheduled, Training, Suspended, Published, and the summary Succeeded."""
+    progress: Progress | None = None
+    """How far the training is."""
+    execution_plan: ExecutionPlan | None = None
+    """How the run is laid out on the GPUs."""
+    attempts: list[Attempt] = []
+    """The attempts so far, oldest first."""
+    metrics: dict[str, float] | None = None
+    """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
+    adapter: Adapter | None = None
+    """The published adapter."""
+    start_time: datetime | None = None
+    """When the first attempt was created."""
+    completion_time: datetime | None = None
+    """When the job ended."""
+
+
+Stage = Literal[
+    "Starting",
+    "CheckingData",
+    "LoadingModel",
+    "Training",
+    "Evaluating",
+    "Publishing",
+    "Verifying",
+    "Succeeded",
+    "Failed",
+]
+
+
+class TrainerReport(StatusModel):
+    """What a trainer says of itself: the body of /progress, and, at the end, of its termination message (≤ 4 KiB)."""
+
+    stage: Stage = "Starting"
+    """What it is doing."""
+    reason: str | None = None
+    """At the end: the outcome, as in names.OUTCOMES."""
+    message: str = ""
+    """What it is doing, or why it failed, in a sentence."""
+    progress: Progress = Field(default_factory=Progress)
+    """How far the training is."""
+    execution_plan: ExecutionPlan | None = None
+    """Known once the plan is made."""
+    metrics: dict[str, float] = {}
+    """Latest values of every metric, as in status.metrics."""
+    adapter: Adapter | None = None
+    """Once published."""
