@@ -1,0 +1,111 @@
+"""The model card: README.md of a published adapter, with the front matter that hubs read."""
+
+from collections.abc import Iterator, Mapping
+
+import yaml
+
+from finetune_api.spec import FineTuneJob
+
+_ROWS = (
+    ("evalLoss", "held-out loss (nats per token)"),
+    ("accuracy", "accuracy"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("f1", "F1"),
+    ("validJson", "valid JSON"),
+)
+
+
+def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str) -> str:
+    """The card's text."""
+    name, spec = job.metadata.name, job.spec
+    front = yaml.safe_dump(
+        {
+            "base_model": base_model,
+            "library_name": "peft",
+            "pipeline_tag": "text-generation",
+            "tags": ["lora", "qlora"],
+        },
+        sort_keys=False,
+    )
+    parts = [
+        f"---\n{front}---\n\n# {name}",
+        f"A LoRA adapter for `{base_model}`, trained by a FineTuneJob of this name. "
+        "`training/` holds the resolved job, the metrics of every step, the environment and the log.",
+        "## Results\n\n" + "\n".join(_results(metrics)),
+        *_confusion(metrics),
+        "![Loss over steps](training/loss.png)",
+        "## Training\n\n" + "\n".join(f"- {key}: {value}" for key, value in _settings(job)),
+        _usage(spec.output.uri, base_model, name, spec.lora.rank),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(metrics: Mapping[str, float]) -> Iterator[str]:
+    yield "| | before | after |"
+    yield "| --- | --- | --- |"
+    for key, label in _ROWS:
+        if key in metrics:
+            yield f"| {label} | {_number(metrics.get(f'{key}Before'))} | {_number(metrics[key])} |"
+    if "trainLoss" in metrics:
+        yield f"| training loss (nats per token) | | {_number(metrics['trainLoss'])} |"
+
+
+def _confusion(metrics: Mapping[str, float]) -> Iterator[str]:
+    cells = {tuple(key.split(".")[1:]): int(value) for key, value in metrics.items() if key.startswith("confusion.")}
+    if not cells:
+        return
+    right = sorted({cell[0] for cell in cells})
+    read = [*right, "none"]
+    lines = [
+        "| right label | " + " | ".join(f"answered {label}" for label in read) + " |",
+        "| --- " * (len(read) + 1) + "|",
+    ]
+    lines += [
+        f"| {label} | " + " | ".join(str(cells.get((label, other), 0)) for other in read) + " |" for label in right
+    ]
+    yield "Confusion matrix (held-out rows):\n\n" + "\n".join(lines)
+
+
+def _settings(job: FineTuneJob) -> Iterator[tuple[str, object]]:
+    spec = job.spec
+    yield "training rows", f"`{spec.dataset.train}`"
+    if spec.dataset.eval:
+        yield "held-out rows", f"`{spec.dataset.eval}`"
+    quantization, lora, training = spec.quantization, spec.lora, spec.training
+    double = " with double quantization" if quantization.double_quant else ""
+    yield "base weights", f"{quantization.type}{double}" if quantization.bits == 4 else f"{quantization.bits} bits"
+    variants = [name for name, wanted in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if wanted]
+    yield "adapter", ", ".join([f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}", *variants])
+    yield "target modules", ", ".join(lora.target_modules)
+    yield "epochs", training.epochs
+    if training.max_steps:
+        yield "steps at most", training.max_steps
+    yield "effective batch", f"{training.batch_size} sequences of up to {training.max_length} tokens"
+    yield "optimizer", f"{training.optimizer}, learning rate {training.learning_rate:g}, {training.scheduler}"
+    yield "precision, seed", f"{training.precision}, {training.seed}"
+
+
+def _usage(uri: str, base_model: str, name: str, rank: int) -> str:
+    return f"""## Use
+
+Download the adapter to `./{name}` (it lies at `{uri}`), then with PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base_model}")
+model = PeftModel.from_pretrained(base, "./{name}")
+tokenizer = AutoTokenizer.from_pretrained("./{name}")
+```
+
+or with vLLM:
+
+```sh
+vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}
+```"""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,76 @@
+"""Where a trainer process finds its things: the manifest, and folders and addresses from the environment."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api import names
+from finetune_api.manifest import load_file
+from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the process's environment says; every default is the pod's (finetune_api.names)."""
+
+    scratch: Path
+    cache: Path | None
+    secrets: Path
+    pvc_root: Path
+    termination_log: Path
+    listen: str
+    attempt: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
+        cache = env.get(names.ENV_CACHE_DIR)
+        attempt = env.get(names.ENV_ATTEMPT, "1")
+        return cls(
+            scratch=Path(env.get(names.ENV_SCRATCH_DIR, names.SCRATCH_DIR)),
+            cache=Path(cache) if cache else None,
+            secrets=Path(env.get(names.ENV_SECRETS_DIR, names.SECRETS_DIR)),
+            pvc_root=Path(env.get(names.ENV_PVC_ROOT, names.PVC_ROOT)),
+            termination_log=Path(env.get(names.ENV_TERMINATION_LOG, names.TERMINATION_LOG)),
+            listen=env.get(names.ENV_LISTEN, f"0.0.0.0:{names.TRAINER_PORT}"),
+            attempt=int(attempt) if attempt.isdigit() else 1,
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the job's processes (torchrun's environment variables); one process per GPU."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
+        return cls(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), int(env.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that one run depends on."""
+
+    job: FineTuneJob
+    place: Place
+    world: World
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.job.spec
+
+    @property
+    def job_name(self) -> str:
+        return self.job.metadata.name
+
+
+def load(path: Path, overrides: Sequence[str], place: Place, world: World) -> Settings:
+    """Read the manifest at `path`, `overrides` on top. Raises ManifestError."""
+    return Settings(load_file(path, list(overrides)), place, world)

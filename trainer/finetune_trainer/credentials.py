@@ -1,0 +1,60 @@
+"""Credentials of one role (model, dataset, output, wandb): its mounted Secret first, then the environment."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+from finetune_api import names
+
+#: Keys that only mean something together: never take one from the Secret and another from the environment.
+_AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
+_MAX_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Settings and secrets for one role, by environment-style key. Its repr shows no value."""
+
+    role: str
+    values: Mapping[str, str] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def for_role(cls, role: str, env: Mapping[str, str] | None = None, secrets_dir: Path | str | None = None) -> Self:
+        """Read the files of <secrets_dir>/<role>, and `env` (default: the process's) for what they do not hold.
+
+        `secrets_dir` defaults to $FINETUNE_SECRETS_DIR, else names.SECRETS_DIR. A missing folder holds nothing.
+        """
+        env = os.environ if env is None else env
+        folder = Path(secrets_dir or env.get(names.ENV_SECRETS_DIR) or names.SECRETS_DIR) / role
+        secret = _read_secret(folder)
+        inherited = dict(env)
+        if any(key in secret for key in _AWS_IDENTITY[:2]):
+            for key in _AWS_IDENTITY:
+                inherited.pop(key, None)
+        return cls(role, inherited | secret)
+
+    def get(self, key: str, default: str | None = None) -> str | None:
+        """The value of `key`; empty counts as absent."""
+        return self.values.get(key) or default
+
+    @property
+    def secret_field(self) -> str:
+        """The manifest's field that names this role's Secret."""
+        return "logging.wandb.secretRef" if self.role == "wandb" else f"{self.role}.secretRef"
+
+
+def _read_secret(folder: Path) -> dict[str, str]:
+    """A mounted Secret: one file a key. Kubernetes' own '..data' links are no keys."""
+    if not folder.is_dir():
+        return {}
+    files = [path for path in sorted(folder.iterdir()) if _ENV_NAME.match(path.name) and path.is_file()]
+    return {path.name: _read_value(path) for path in files}
+
+
+def _read_value(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES).decode("utf-8", errors="replace").strip()

@@ -1,0 +1,99 @@
+"""How a run fails: one exception per exit code, and the sentence a person reads."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finetune_api.manifest import ManifestError
+from finetune_api.names import OUTCOMES, ExitCode
+from finetune_trainer.store_errors import StoreError
+
+#: Exit code of a failure nobody foresaw, and its reason.
+UNEXPECTED = 1
+UNEXPECTED_REASON = "Error"
+
+
+class TrainerError(Exception):
+    """A foreseen failure. Its text is one sentence for the user: what is wrong, where, what is allowed."""
+
+    exit_code: ClassVar[ExitCode]
+
+
+class ConfigInvalid(TrainerError):
+    """The manifest asks for something that cannot be done."""
+
+    exit_code = ExitCode.CONFIG_INVALID
+
+
+class DatasetInvalid(TrainerError):
+    """A data file is missing, empty, or has rows that cannot be used."""
+
+    exit_code = ExitCode.DATASET_INVALID
+
+
+class WontFit(TrainerError):
+    """The plan needs more GPU memory than there is."""
+
+    exit_code = ExitCode.WONT_FIT
+
+
+class Preempted(TrainerError):
+    """The process was asked to stop."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class GpuOutOfMemory(TrainerError):
+    """The GPU ran out of memory and no smaller micro-batch is left, or none may be tried."""
+
+    exit_code = ExitCode.GPU_OUT_OF_MEMORY
+
+
+class Diverged(TrainerError):
+    """The loss became NaN or infinite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run ends: the process's exit code, status's reason, and one sentence."""
+
+    exit_code: int
+    reason: str
+    message: str
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that `error` stands for; anything unforeseen is exit code 1 with a short sentence."""
+    code = _exit_code(error)
+    if code is not None:
+        return Failure(int(code), OUTCOMES[code].reason, _text(error))
+    return Failure(
+        UNEXPECTED, UNEXPECTED_REASON, f"Unexpected {type(error).__name__}: {_text(error)}. The log has the traceback."
+    )
+
+
+def is_gpu_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is CUDA's out-of-memory (by name, for this module does without torch)."""
+    return any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
+
+
+def _exit_code(error: BaseException) -> ExitCode | None:
+    if isinstance(error, TrainerError):
+        return error.exit_code
+    if isinstance(error, ManifestError):
+        return ExitCode.CONFIG_INVALID
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.PREEMPTED
+    if is_gpu_out_of_memory(error):
+        return ExitCode.GPU_OUT_OF_MEMORY
+    return error.exit_code if isinstance(error, StoreError) else None
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted; run again to go on from the last checkpoint"
+    text = str(error).strip()
+    if isinstance(error, TrainerError | ManifestError | StoreError) or not text:
+        return text
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,187 @@
+"""Held-out loss and NLI metrics of a model, the same on any number of processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune_api.spec import FineTuneJobSpec, Generation
+from finetune_trainer import nli
+from finetune_trainer.config import World
+from finetune_trainer.data import Encoded, refuse_bad_rows
+from finetune_trainer.formats import Format, Row
+from finetune_trainer.generate import answers
+from finetune_trainer.tokens import Encoder
+
+log = structlog.get_logger(__name__)
+_GENERATION_BATCH = 32
+
+
+class Interrupted(Exception):
+    """The evaluation was given up because the process is to stop."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row to answer: the prompt's token ids and the right label."""
+
+    prompt: list[int]
+    label: nli.Label
+
+
+def questions(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Generation) -> list[Question]:
+    """The first settings.maxRows rows as questions. Raises DatasetInvalid for rows without an answer and label."""
+    result, bad = [], []
+    for row in rows[: settings.max_rows]:
+        parts = nli.split_row(row.data, shape, encoder.text_field, settings.answer_marker)
+        if isinstance(parts, str):
+            bad.append(row.refuse(parts))
+            continue
+        prompt, answer = parts
+        label = nli.read_answer(answer, settings.label_key).label
+        if label is None:
+            bad.append(row.refuse(f"the answer has no JSON object with {settings.label_key!r}"))
+            continue
+        ids = encoder.prompt(prompt) if isinstance(prompt, str) else encoder.chat_prompt(prompt)
+        result.append(Question(ids, label))
+    refuse_bad_rows(bad)
+    return result
+
+
+class Evaluator:
+    """Measures a model on the held-out rows. `interrupted` is asked between batches and ends the work early."""
+
+    def __init__(
+        self,
+        spec: FineTuneJobSpec,
+        rows: Encoded,
+        to_answer: Sequence[Question],
+        tokenizer: Any,
+        world: World,
+        batch_size: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._spec = spec
+        self._rows = rows
+        self._questions = list(to_answer)
+        self._tokenizer = tokenizer
+        self._world = world
+        self._batch_size = batch_size
+        self._interrupted = interrupted
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """evalLoss (nats per token, the mean over all tokens), and the NLI metrics when asked for.
+
+        Raises Interrupted on every process alike.
+        """
+        with _evaluating(model, self._spec.training.precision):
+            metrics = {"evalLoss": self._loss(model)}
+            if self._questions:
+                metrics |= self._nli(model)
+        return metrics
+
+    def loss_of(self, model: Any, rows: int = 8) -> float:
+        """Mean loss per token over the first `rows` rows, on this process alone, never interrupted."""
+        with _evaluating(model, self._spec.training.precision):
+            total, count = self._sum(model, list(range(min(rows, len(self._rows.input_ids)))), lambda: False)
+        return total / count
+
+    def _loss(self, model: Any) -> float:
+        lengths = self._rows.input_ids
+        order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
+        total, count = self._sum(model, order[self._world.rank :: self._world.size], self._interrupted)
+        total, count, stopped = _sum_over_processes([total, count, float(self._interrupted())], model, self._world)
+        if stopped:
+            raise Interrupted
+        return total / count
+
+    def _sum(self, model: Any, indices: list[int], interrupted: Callable[[], bool]) -> tuple[float, float]:
+        total, count, done = 0.0, 0, 0
+        while done < len(indices) and not interrupted():
+            batch = indices[done : done + self._batch_size]
+            try:
+                loss, tokens = self._sum_of_batch(model, batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self._batch_size = (len(batch) + 1) // 2
+                log.warning(f"The GPU ran out of memory evaluating {len(batch)} rows at once: {self._batch_size} now")
+                torch.cuda.empty_cache()
+                continue
+            total, count, done = total + loss, count + tokens, done + len(batch)
+        return total, count
+
+    def _sum_of_batch(self, model: Any, indices: list[int]) -> tuple[float, int]:
+        ids, mask, labels = self._batch(indices, model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        loss = cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
+        return float(loss), int(wanted.sum())
+
+    def _batch(self, indices: Sequence[int], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-padded input ids, attention mask and labels, each [rows, tokens]."""
+        ids = [self._rows.input_ids[index] for index in indices]
+        labels = [self._rows.labels[index] for index in indices]
+        width = max(map(len, ids))
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+        return (
+            padded(ids, self._tokenizer.pad_token_id),
+            padded([[1] * len(row) for row in ids], 0),
+            padded(labels, -100),
+        )
+
+    def _nli(self, model: Any) -> dict[str, float]:
+        settings = self._spec.evaluation.generation
+        mine = self._questions[self._world.rank :: self._world.size]
+        texts = answers(
+            model,
+            self._tokenizer,
+            [question.prompt for question in mine],
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=_GENERATION_BATCH,
+            interrupted=self._interrupted,
+        )
+        read = [nli.read_answer(text, settings.label_key) for text in texts]
+        labels = [question.label for question in mine]
+        shares = _gather((labels, read, len(texts) < len(mine)), self._world)
+        if any(stopped for _, _, stopped in shares):
+            raise Interrupted
+        return nli.score(
+            [label for labels, _, _ in shares for label in labels], [answer for _, read, _ in shares for answer in read]
+        )
+
+
+@contextmanager
+def _evaluating(model: Any, precision: str) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _sum_over_processes(values: list[float], model: Any, world: World) -> list[float]:
+    if world.size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=model.device)
+    torch.distributed.all_reduce(tensor)
+    return list(tensor.tolist())
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered

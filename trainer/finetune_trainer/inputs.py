@@ -1,0 +1,134 @@
+"""What a run reads: the model's small files, its weights, data files. Small things first, so that errors show early."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from finetune_api.uri import Uri, parse
+from finetune_trainer.config import Settings
+from finetune_trainer.credentials import Credentials
+from finetune_trainer.data import Shard
+from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
+from finetune_trainer.formats import is_data_file
+from finetune_trainer.sources import fetch
+from finetune_trainer.store_errors import BucketNotFound, StoreNotFound
+
+log = structlog.get_logger(__name__)
+#: Weights in formats that can run code when they are read, and copies for other frameworks.
+_NEVER: Final = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.ot",
+    "original/*",
+    "consolidated*.safetensors",
+)
+_WEIGHTS: Final = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files on this disk; `revision` is the hub's commit, where there is one."""
+
+    folder: Path
+    revision: str | None
+
+
+class Inputs:
+    """Fetches what the spec names into the shared cache, or finds it where it lies."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cache = settings.place.cache or settings.place.scratch / "cache"
+
+    def model_config_and_tokenizer(self) -> ModelFiles:
+        """Everything of the model but its weights."""
+        return self._model((*_NEVER, _WEIGHTS), self._settings.spec.model.revision)
+
+    def model_weights(self, revision: str | None) -> Path:
+        """The model's folder, weights included. Raises ConfigInvalid when it has none in safetensors."""
+        source = self._settings.spec.model.source
+        folder = self._model(_NEVER, revision).folder
+        if not any(folder.glob(_WEIGHTS)):
+            raise ConfigInvalid(
+                f"spec.model.source: {source} has no .safetensors weights; other formats can run code and are not read"
+            )
+        return folder
+
+    def shards(self, source: str, field: str) -> list[Shard]:
+        """The data files at `source`: one, or all below a prefix. Raises DatasetInvalid when there is none."""
+        uri = parse(source)
+        try:
+            found = self._fetch(uri, "dataset", field)
+        except BucketNotFound:
+            raise
+        except StoreNotFound as error:
+            raise DatasetInvalid(str(error)) from None
+        if found.is_file():
+            return [Shard(found, found.name)]
+        files = sorted(path for path in found.rglob("*") if path.is_file() and is_data_file(path.name))
+        if not files:
+            raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
+        return [Shard(path, path.relative_to(found).as_posix()) for path in files]
+
+    def adapter(self, source: str) -> Path:
+        """An earlier adapter to continue from."""
+        folder = self._fetch(parse(source), "model", "spec.lora.initFrom", ("checkpoints/*", "training/*"))
+        if not (folder / "adapter_config.json").is_file():
+            raise ConfigInvalid(f"spec.lora.initFrom: {source} holds no adapter: adapter_config.json is missing")
+        return folder
+
+    def _model(self, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
+        uri = parse(self._settings.spec.model.source)
+        folder = self._fetch(uri, "model", "spec.model.source", ignore, revision)
+        if not (folder / "config.json").is_file():
+            raise ConfigInvalid(f"spec.model.source: {uri} holds no model: config.json is missing")
+        return ModelFiles(folder, _commit(folder) or revision if uri.scheme == "hf" else None)
+
+    def _fetch(
+        self, uri: Uri, role: str, field: str, ignore: tuple[str, ...] = (), revision: str | None = None
+    ) -> Path:
+        credentials = Credentials.for_role(role, secrets_dir=self._settings.place.secrets)
+        return fetch(
+            uri,
+            credentials,
+            self._cache,
+            _logged(field, str(uri)),
+            revision=revision if uri.scheme == "hf" else None,
+            ignore=ignore,
+            field=field,
+        )
+
+
+def served_name(source: str) -> str:
+    """What a server calls the base model: the hub's id, else the URI."""
+    uri = parse(source)
+    return uri.authority if uri.scheme == "hf" else str(uri)
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache (…/snapshots/<commit>/…)."""
+    parts = folder.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def _logged(field: str, uri: str, every: int = 1 << 30) -> Callable[[int], None]:
+    """Log each GiB that has come."""
+    seen = 0
+
+    def on_progress(count: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + count
+        if seen // every > before // every:
+            log.info(f"{field}: {seen / every:.1f} GiB of {uri} are here")
+
+    return on_progress

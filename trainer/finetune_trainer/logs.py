@@ -1,0 +1,85 @@
+"""Logging: readable on a terminal, JSON lines elsewhere, and a copy in the adapter's training/log.txt."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+from rich.console import Console
+
+_SHARED: list[Any] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.stdlib.ExtraAdder(),
+]
+_NOISY = ("httpx", "httpcore", "urllib3", "botocore", "boto3", "s3transfer", "filelock", "fsspec", "matplotlib", "PIL")
+
+
+class _ConsoleStream:
+    """A text stream that prints above a live progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def configure(console: Console | None = None, level: int = logging.INFO) -> None:
+    """Send all logging, the libraries' too, to stderr: readable when `console` is given, else JSON lines."""
+    stream = logging.StreamHandler(_ConsoleStream(console) if console else sys.stderr)
+    stream.setFormatter(_formatter(_readable if console else structlog.processors.JSONRenderer()))
+    root = logging.getLogger()
+    root.handlers = [stream]
+    root.setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            structlog.processors.StackInfoRenderer(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def copy_to(path: Path) -> None:
+    """Also append all log lines, readable, to the file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_formatter(_readable))
+    logging.getLogger().addHandler(handler)
+
+
+def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
+    """One line for people: time, what happened, the rest as key=value."""
+    when = str(event.pop("timestamp", ""))[11:19]
+    level, what, trace = event.pop("level", "info"), event.pop("event", ""), event.pop("exception", "")
+    event.pop("stage", None)
+    mark = "" if level in ("info", "debug") else f"{level.upper()}: "
+    rest = "".join(f"  {key}={value}" for key, value in event.items())
+    return f"{when}  {mark}{what}{rest}" + (f"\n{trace}" if trace else "")
+
+
+def _formatter(renderer: Any) -> logging.Formatter:
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=_SHARED,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+    )

@@ -1,0 +1,255 @@
+"""Train one FineTuneJob: load config -> check data -> plan -> load the base -> train -> publish -> verify.
+
+`finetune-trainer --config job.yaml` is the whole interface: in a pod, under `docker run`, under torchrun, and for
+`finetune run`, which starts this as a subprocess on the same terminal with FINETUNE_TERMINATION_LOG set to a file of
+its own. The exit code says how it went (finetune_api.names.ExitCode); that file holds the final TrainerReport as JSON.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import structlog
+from rich.console import Console
+
+from finetune_api import names
+from finetune_api.manifest import ManifestError
+from finetune_api.status import Adapter
+from finetune_api.uri import parse
+from finetune_trainer import arguments, config, logs
+from finetune_trainer.config import Place, Settings, World
+from finetune_trainer.console import live_progress
+from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of
+from finetune_trainer.report import Reporter
+from finetune_trainer.server import serve
+from finetune_trainer.signals import StopFlag, stop_on_signals
+from finetune_trainer.telemetry import Telemetry
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: StopFlag, work: Path) -> None:
+    """One run from the manifest to the verified adapter. `work` is an empty folder for its files.
+
+    Raises what errors.failure_of knows how to explain; returns once the adapter is published and verified.
+    """
+    # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
+    from finetune_trainer import artifacts, data, evaluate, hardware, model, sizing, tokens, trackers
+    from finetune_trainer.credentials import Credentials
+    from finetune_trainer.inputs import Inputs, served_name
+    from finetune_trainer.publish import check_target, publish
+    from finetune_trainer.resume import Checkpoints
+    from finetune_trainer.state import RunFolder
+    from finetune_trainer.store import open_store
+    from finetune_trainer.train import Training
+    from finetune_trainer.verify import verify
+
+    job, spec, world = settings.job, settings.spec, settings.world
+    hardware.prepare(spec, world)
+    attention = hardware.attention(spec)
+    trackers.check(job)
+
+    reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
+    inputs = Inputs(settings)
+    model_files = inputs.model_config_and_tokenizer()
+    train_rows, train_format = data.load_rows(
+        inputs.shards(spec.dataset.train, "spec.dataset.train"), spec.dataset.format, spec.dataset.text_field
+    )
+    eval_rows, eval_format = train_rows[:0], train_format
+    if spec.dataset.eval:
+        eval_rows, eval_format = data.load_rows(
+            inputs.shards(spec.dataset.eval, "spec.dataset.eval"), spec.dataset.format, spec.dataset.text_field
+        )
+    tokenizer = tokens.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
+    base = model.inspect(model_files.folder, spec)
+    tokens.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
+    model.check_target_modules(spec.lora.target_modules, base.linear_layers)
+    encoder = tokens.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
+    train_data = data.encode(train_rows, train_format, encoder, "training")
+    held_out = data.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
+    to_answer = (
+        evaluate.questions(eval_rows, eval_format, encoder, spec.evaluation.generation)
+        if "nli" in spec.evaluation.metrics
+        else []
+    )
+    init_from = inputs.adapter(spec.lora.init_from) if spec.lora.init_from else None
+    if init_from:
+        model.check_init_from(init_from, spec)
+
+    output = open_store(
+        parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
+    )
+    already = check_target(output, job.metadata.uid, spec.output.overwrite)
+    if already:
+        reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
+        return
+    checkpoints = Checkpoints(settings, on_saved=telemetry.checkpoint_saved)
+    folder = RunFolder(work)
+    checkpoint, state = checkpoints.resume(folder)
+
+    longest = max(rows.longest for rows in (train_data, held_out) if rows)
+    shape = sizing.ModelShape.from_config(base.config.to_dict())
+    plan = sizing.make_plan(spec, hardware.device(spec, world), world.size, attention, shape, longest)
+    reporter.plan(plan)
+    log.info("Execution plan", **plan.manifest())
+    _leave_if_asked(stop)
+
+    reporter.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
+    base_model = served_name(spec.model.source)
+    weights = inputs.model_weights(model_files.revision)
+    hardware.seed(spec.training.seed)
+    adapted = model.attach_adapter(
+        model.load_base(weights, base, spec, attention, hardware.device_name(spec, world)),
+        model.lora_config(spec, base_model, model_files.revision),
+        init_from,
+    )
+    batch = plan.micro_batch_size or 1
+    evaluator = (
+        evaluate.Evaluator(spec, held_out, to_answer, tokenizer, world, batch, interrupted=lambda: bool(stop))
+        if held_out
+        else None
+    )
+    _leave_if_asked(stop)
+
+    if evaluator and spec.evaluation.on_start and not state.before and not state.step:
+        reporter.stage("Evaluating", "Measuring the base model before training")
+        try:
+            state.before = evaluator(adapted)
+        except evaluate.Interrupted:
+            _leave_if_asked(stop)
+        reporter.metrics(state.metrics_before())
+        folder.record(step=0, **{f"{key}Before": value for key, value in state.before.items()})
+
+    reporter.stage("Training", f"Training on {len(train_data.input_ids)} rows")
+    training = Training(
+        spec=spec,
+        plan=plan,
+        model=adapted,
+        tokenizer=tokenizer,
+        rows=train_data,
+        evaluator=evaluator,
+        state=state,
+        folder=folder,
+        reporter=reporter,
+        stop=stop,
+        upload=checkpoints.upload,
+        on_out_of_memory=telemetry.out_of_memory.inc,
+    )
+    with trackers.trackers(job, work, settings.place.secrets, telemetry=telemetry.track) as training.track:
+        plan = hardware.with_measured_memory(training.run(checkpoint))
+    reporter.plan(plan)
+    hardware.leave(world)
+    if not world.is_main:
+        return
+
+    reporter.stage("Publishing", f"Publishing the adapter to {spec.output.uri}")
+    state = training.state
+    metrics = state.final_metrics(keep_best=spec.evaluation.keep_best)
+    reporter.metrics(metrics)
+    if spec.evaluation.keep_best and folder.best.exists():
+        log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
+        model.load_adapter_weights(adapted, folder.best)
+    model.save_adapter(adapted, folder.adapter)
+    artifacts.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
+    probe = evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch)
+    expected = probe.loss_of(adapted)
+    adapter: Adapter = publish(
+        folder.adapter,
+        output,
+        job=job.metadata,
+        base_model=base_model,
+        rank=spec.lora.rank,
+        metrics=metrics,
+        overwrite=spec.output.overwrite,
+    )
+
+    reporter.stage("Verifying", "Loading the published adapter back")
+    verify(output, job, adapted, probe, expected, work / "published")
+    if not spec.output.keep_checkpoints:
+        checkpoints.delete()
+    reporter.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as the command line says; returns the exit code, whatever happens."""
+    wanted = arguments.parser().parse_args(argv)
+    place, world = Place.from_env(), World.from_env()
+    console = Console(stderr=True) if sys.stderr.isatty() and world.is_main else None
+    logs.configure(console)
+    reporter = Reporter(place.termination_log)
+    if world.local_rank == 0:
+        reporter.forget_earlier_reports()
+    stop = StopFlag()
+    try:
+        with stop_on_signals(stop), ExitStack() as around:
+            settings = config.load(wanted.config, wanted.set, place, world)
+            work = around.enter_context(_work_folder(settings))
+            logs.copy_to(work / "log.txt")
+            telemetry = _show(around, settings, reporter, console)
+            run(settings, reporter, telemetry, stop, work)
+    except BaseException as error:
+        failure = failure_of(error)
+        unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1
+        log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code, exc_info=unforeseen)
+        reporter.failed(failure)
+        return failure.exit_code
+    if world.is_main:
+        log.info(reporter.report.message)
+    return 0
+
+
+def _show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
+    """Serve /metrics and /progress, and draw the live bar, until `around` closes."""
+    telemetry = Telemetry()
+    if not settings.world.is_main:
+        return telemetry
+    reporter.listen(telemetry.update)
+    pages = {
+        "/metrics": ("text/plain; version=0.0.4; charset=utf-8", telemetry.text),
+        "/progress": (
+            "application/json",
+            lambda: reporter.report.model_dump_json(by_alias=True, exclude_none=True).encode(),
+        ),
+        "/healthz": ("text/plain", lambda: b"ok"),
+    }
+    address = around.enter_context(serve(settings.place.listen, pages))
+    if address:
+        log.info("Serving /metrics and /progress", address=address)
+    if console:
+        around.enter_context(live_progress(console, reporter))
+    return telemetry
+
+
+@contextmanager
+def _work_folder(settings: Settings) -> Iterator[Path]:
+    """An empty folder below the scratch space, removed afterwards. Raises ConfigInvalid when there is no such space."""
+    scratch = settings.place.scratch
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{settings.job_name}-", dir=scratch))
+    except OSError as error:
+        raise ConfigInvalid(f"{names.ENV_SCRATCH_DIR}: {scratch} cannot be written: {error.strerror}") from None
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _leave_if_asked(stop: StopFlag) -> None:
+    if stop:
+        raise Preempted(f"Asked to stop ({stop.reason}) before training began; nothing is lost")
+
+
+def cli() -> None:
+    """Entry point of the `finetune-trainer` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    cli()

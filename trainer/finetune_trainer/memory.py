@@ -1,0 +1,172 @@
+"""Peak GPU memory of one process, from the model's shape and the spec: pure arithmetic, importable without torch.
+
+Counts what PyTorch's allocator holds at the peak of a training step, as torch.cuda.max_memory_allocated() does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.spec import FineTuneJobSpec
+
+GIB = 1 << 30
+#: Bytes of a weight in 4 bits: half a byte, and one scale per 64 weights (QLoRA, section 3: 8-bit scales with one
+#: float32 per 256 of them when quantized twice).
+_FOUR_BITS = 0.5 + 4 / 64
+_FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
+#: Optimizer state, bytes per trained weight. Paged states live in managed memory, which the allocator does not count.
+_OPTIMIZER_BYTES = {
+    "paged_adamw_8bit": 0.0,
+    "paged_adamw_32bit": 0.0,
+    "adamw_8bit": 2.1,
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adafactor": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer in numbers (all counts, no units)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied_embeddings: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape | None":
+        """From the contents of config.json; None for an architecture these numbers do not describe (such as MoE)."""
+        text = config.get("text_config") or config
+        if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+            return None
+        try:
+            hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+            return cls(
+                vocab_size=int(text["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(text["intermediate_size"]),
+                layers=int(text["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(text.get("num_key_value_heads") or heads),
+                head_dim=int(text.get("head_dim") or hidden // heads),
+                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer of one decoder layer."""
+        hidden, queries, keys = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, self.intermediate_size),
+            "up_proj": (hidden, self.intermediate_size),
+            "down_proj": (self.intermediate_size, hidden),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linear layers, the head not counted."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_shapes.values())
+
+    @property
+    def other_weights(self) -> int:
+        """Weights of embeddings, head and norms."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + (2 * self.layers + 1) * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by what holds them."""
+
+    weights: int
+    adapter: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.activations + self.workspace
+
+
+def predict(
+    shape: ModelShape, spec: FineTuneJobSpec, *, micro_batch: int, length: int, checkpointing: bool, attention: str
+) -> Memory:
+    """Memory at the peak of a training step on `micro_batch` rows of `length` tokens."""
+    tokens = micro_batch * length
+    width = 4 if spec.training.precision == "fp32" else 2
+    layer = tokens * _saved_per_token(shape, spec, width) + _scores(shape, micro_batch, length, attention, width)
+    kept_per_layer = tokens * shape.hidden_size * width
+    activations = shape.layers * kept_per_layer + layer if checkpointing else shape.layers * layer
+    return Memory(
+        weights=_weights(shape, spec),
+        adapter=int(adapter_weights(shape, spec) * (4 + 4 + _OPTIMIZER_BYTES[spec.training.optimizer])),
+        activations=int(activations),
+        workspace=_workspace(shape, spec, tokens),
+    )
+
+
+def adapter_weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
+    """Trained weights of the adapter."""
+    lora = spec.lora
+    each = (
+        lora.rank * (inputs + outputs) + (outputs if lora.dora else 0)
+        for inputs, outputs in _targets(shape, spec).values()
+    )
+    return shape.layers * sum(each)
+
+
+def _targets(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, tuple[int, int]]:
+    wanted = spec.lora.target_modules
+    everything = wanted == ["all-linear"]
+    names = {name.rpartition(".")[2] for name in wanted}
+    return {name: each for name, each in shape.linear_shapes.items() if everything or name in names}
+
+
+def _weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
+    quantization = spec.quantization
+    width = 4 if spec.training.precision == "fp32" else 2
+    if quantization.bits == 4:
+        per_weight = _FOUR_BITS_TWICE if quantization.double_quant else _FOUR_BITS
+    elif quantization.bits == 8:
+        per_weight = 1.0
+    else:
+        per_weight = width = 4 if quantization.compute_dtype == "float32" else 2
+    return int(shape.linear_weights * per_weight + shape.other_weights * width)
+
+
+def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
+    """Bytes that one decoder layer keeps per token for its backward pass. The base is frozen: no linear layer's input
+    is kept for its own sake, only for the adapter on it."""
+    hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
+    norms = 2 * (hidden * 4 + hidden * width)  # the input in float32, and the normalized values
+    attention = width * (2 * queries + 2 * shape.kv_heads * shape.head_dim)  # q, k, v and the output
+    mlp = 3 * width * shape.intermediate_size  # gate, its activation, up
+    dropped = width + (1 if spec.lora.dropout else 0)  # the adapter's input, and the mask that made it
+    adapter = sum(inputs * dropped + spec.lora.rank * width for inputs, _ in _targets(shape, spec).values())
+    return norms + attention + mlp + adapter
+
+
+def _scores(shape: ModelShape, micro_batch: int, length: int, attention: str, width: int) -> int:
+    """Attention scores of one layer, which only the eager implementation keeps."""
+    return micro_batch * shape.heads * length * length * (4 + width) if attention == "eager" else 0
+
+
+def _workspace(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> int:
+    """What lives for a moment: two dequantized weights of the largest layer, a float32 row of its outputs, and the
+    head's tile of logits."""
+    largest = max(inputs * outputs for inputs, outputs in shape.linear_shapes.values())
+    dequantized = 2 * 2 * largest if spec.quantization.bits < 16 else 0
+    gradients = tokens * (shape.intermediate_size * 2 * 2 + shape.hidden_size * 4)
+    logits = min(tokens, 1024) * shape.vocab_size * 4 * 2
+    return dequantized + gradients + logits

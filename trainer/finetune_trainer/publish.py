@@ -1,0 +1,193 @@
+"""Publish an adapter so that a reader finds it whole or not at all.
+
+Order: the old manifest goes first (when it may be replaced), then every file is sent and checked, then manifest.json is
+written (If-None-Match: *, unless overwriting), then everything is read back. A crash anywhere leaves no manifest or a
+whole one. The prefix is flat, so two jobs with one output.uri would write over each other's files: a publisher looks
+for a manifest before every file and stops at a stranger's. (A file on its way at that very moment can still land on
+the other's: two live jobs must not share a URI.)
+"""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Protocol
+
+from finetune_api import names
+from finetune_api.status import Adapter
+from finetune_trainer import store_manifest
+from finetune_trainer.digest import Digest, digest_file
+from finetune_trainer.store import OnProgress, Store
+from finetune_trainer.store_errors import AlreadyExists, StoreCorrupted
+from finetune_trainer.store_manifest import JobReference, StoreManifest
+
+#: Without these no one can load the adapter.
+REQUIRED: Final = (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE)
+_PROBE: Final = f"{names.TRAINING_DIR}/.write-check"
+
+
+class Job(Protocol):
+    """Whose adapter it is: finetune_api.spec.Metadata, for one."""
+
+    @property
+    def namespace(self) -> str | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def uid(self) -> str | None: ...
+
+
+def check_target(store: Store, job_uid: str | None, overwrite: bool) -> Adapter | None:
+    """Whether `store` can take the adapter; to be asked before anything expensive.
+
+    Returns this job's own adapter, checked in full, when an earlier attempt has already published it. Raises
+    AlreadyExists for somebody else's (unless `overwrite`), and whatever store error a first contact brings: a missing
+    bucket, wrong keys, or keys that may only read show here (a small object is written and deleted).
+    """
+    store.list(names.TRAINING_DIR)
+    found = _found(store, overwrite)
+    if found is not None:
+        manifest, data = found
+        ours = _is_ours(manifest, job_uid)
+        if ours and _is_whole(store, manifest):
+            return _adapter(store, manifest, data)
+        if not ours and not overwrite:
+            raise _taken(store, manifest)
+    store.write_bytes(_PROBE, b"checks that this job may write here\n")
+    store.delete(_PROBE)
+    return None
+
+
+def publish(
+    folder: Path,
+    store: Store,
+    *,
+    job: Job,
+    base_model: str,
+    rank: int,
+    metrics: Mapping[str, float],
+    overwrite: bool,
+    on_progress: OnProgress | None = None,
+) -> Adapter:
+    """Publish every file below `folder` at the store's root. Returns only after all of it was read back and compared.
+
+    An adapter that this job has published before is kept and returned. Raises AlreadyExists, StoreError, and ValueError
+    for a folder that holds no adapter.
+    """
+    digests = _digests(folder)
+    existing = _found(store, overwrite)
+    if existing is not None:
+        manifest, data = existing
+        ours = _is_ours(manifest, job.uid)
+        if ours and _is_whole(store, manifest):
+            return _adapter(store, manifest, data)
+        if not ours and not overwrite:
+            raise _taken(store, manifest)
+    store_has_manifest = existing is not None or (overwrite and store.exists(names.MANIFEST_FILE))
+    if store_has_manifest:
+        store.delete(names.MANIFEST_FILE)
+
+    manifest = StoreManifest(
+        kind="Adapter",
+        job=JobReference(namespace=job.namespace, name=job.name, uid=job.uid),
+        created_at=datetime.now(UTC),
+        base_model=base_model,
+        rank=rank,
+        files=store_manifest.records(digests),
+        metrics=dict(metrics),
+    )
+    for path, digest in digests.items():
+        if not overwrite:
+            _require_no_manifest(store)
+        store.upload(folder / path, path, on_progress, digest)
+    _require_listed(store, digests)
+    data = manifest.to_bytes()
+    store.write_bytes(names.MANIFEST_FILE, data, if_none_match=not overwrite)
+    _confirm(store, manifest, data)
+    if existing is not None:
+        _delete_stale(store, old=existing[0], new=manifest)
+    return _adapter(store, manifest, data)
+
+
+def _digests(folder: Path) -> dict[str, Digest]:
+    """Every file to publish with its digest, by path; the heavy weights last, so that small troubles show early."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / names.MANIFEST_FILE]
+    missing = [name for name in REQUIRED if folder / name not in files]
+    if missing:
+        raise ValueError(f"{folder} holds no adapter: {' and '.join(missing)} missing")
+    files.sort(key=lambda path: (path.stat().st_size, path))
+    return {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
+
+
+def _found(store: Store, overwrite: bool) -> tuple[StoreManifest, bytes] | None:
+    """The manifest at the target. One that is no manifest of ours counts as somebody else's: None when `overwrite`."""
+    try:
+        return store_manifest.read(store)
+    except StoreCorrupted as error:
+        if overwrite:
+            return None
+        raise AlreadyExists(f"{error}; move it away, change the URI, or set output.overwrite: true") from None
+
+
+def _is_ours(manifest: StoreManifest, job_uid: str | None) -> bool:
+    return job_uid is not None and manifest.job is not None and manifest.job.uid == job_uid
+
+
+def _is_whole(store: Store, manifest: StoreManifest) -> bool:
+    try:
+        store_manifest.verify(store, manifest)
+    except StoreCorrupted:
+        return False
+    return True
+
+
+def _taken(store: Store, manifest: StoreManifest) -> AlreadyExists:
+    owner = manifest.job or JobReference()
+    by = "/".join(part for part in (owner.namespace, owner.name) if part) or "another job"
+    return AlreadyExists(
+        f"{store.field}: {store.root} already holds an adapter (of {by}, {manifest.created_at:%Y-%m-%d}):"
+        " change the URI, or set output.overwrite: true to replace it"
+    )
+
+
+def _require_no_manifest(store: Store) -> None:
+    found = _found(store, overwrite=False)
+    if found is not None:
+        raise _taken(store, found[0])
+
+
+def _require_listed(store: Store, digests: Mapping[str, Digest]) -> None:
+    for _ in range(store_manifest.READS):
+        sizes = {entry.path: entry.size for entry in store.list()}
+        missing = [path for path, digest in digests.items() if sizes.get(path) != digest.size]
+        if not missing:
+            return
+    raise StoreCorrupted(f"{store.field}: {store.uri_of(missing[0])} was sent, but the listing does not have all of it")
+
+
+def _confirm(store: Store, manifest: StoreManifest, data: bytes) -> None:
+    """Read everything back; a publication that proves broken is withdrawn, if it is still ours."""
+    try:
+        if not any(store.read_bytes(names.MANIFEST_FILE) == data for _ in range(store_manifest.READS)):
+            raise StoreCorrupted(f"{store.field}: another job has published at {store.root} at the same time")
+        store_manifest.verify(store, manifest)
+    except StoreCorrupted:
+        if store.exists(names.MANIFEST_FILE) and store.read_bytes(names.MANIFEST_FILE) == data:
+            store.delete(names.MANIFEST_FILE)
+        raise
+
+
+def _delete_stale(store: Store, old: StoreManifest, new: StoreManifest) -> None:
+    """Remove what the old adapter had and the new one has not. Files that no manifest named are not ours to delete."""
+    for path in {file.path for file in old.files} - {file.path for file in new.files}:
+        store.delete(path)
+
+
+def _adapter(store: Store, manifest: StoreManifest, data: bytes) -> Adapter:
+    return Adapter(
+        uri=str(store.root),
+        manifest_digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        size_bytes=manifest.size_bytes,
+        base_model=manifest.base_model or "",
+        rank=manifest.rank or 0,
+    )

@@ -1,0 +1,118 @@
+"""The run's report of itself: kept current for /progress and Prometheus, written at the end as termination message."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from finetune_api import names
+from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
+from finetune_trainer.errors import UNEXPECTED_REASON, Failure
+
+log = structlog.get_logger(__name__)
+_PREEMPTED = names.OUTCOMES[names.ExitCode.PREEMPTED].reason
+Listener = Callable[[TrainerReport], None]
+
+
+class Reporter:
+    """Thread-safe holder of the current TrainerReport; tells listeners (console, Prometheus) of every change."""
+
+    def __init__(self, termination_log: Path | None = None) -> None:
+        self._lock = threading.Lock()
+        self._report = TrainerReport()
+        self._listeners: list[Listener] = []
+        self._termination_log = termination_log
+
+    @property
+    def report(self) -> TrainerReport:
+        with self._lock:
+            return self._report
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def stage(self, stage: Stage, message: str) -> None:
+        """Say what the run is doing now."""
+        log.info(message, stage=stage)
+        self._change(stage=stage, message=message)
+
+    def plan(self, plan: ExecutionPlan) -> None:
+        self._change(execution_plan=plan)
+
+    def metrics(self, values: dict[str, float]) -> None:
+        """Add or replace latest metric values."""
+        self._change(metrics=self.report.metrics | values)
+
+    def progress(
+        self, *, step: int, total_steps: int | None, seconds_per_step: float | None = None, **values: Any
+    ) -> None:
+        """Record how far training is. `values` are further Progress fields; None leaves what was there."""
+        known = self.report.progress.model_dump() | {key: value for key, value in values.items() if value is not None}
+        now = datetime.now(UTC)
+        if total_steps:
+            known |= {"summary": f"{step}/{total_steps}", "percent": round(min(100.0, 100 * step / total_steps), 2)}
+            if seconds_per_step is not None:
+                left = timedelta(seconds=seconds_per_step * max(0, total_steps - step))
+                known["estimated_completion_time"] = now + left
+        known |= {"step": step, "total_steps": total_steps, "updated_at": now}
+        self._change(progress=Progress.model_validate(known))
+
+    def succeeded(self, adapter: Adapter, message: str) -> None:
+        self._change(stage="Succeeded", reason="Succeeded", message=message, adapter=adapter)
+        self._write_termination_message()
+
+    def failed(self, failure: Failure) -> None:
+        """Report `failure`, unless another process of the pod has told why already: the rest fail for lack of it."""
+        self._change(stage="Failed", reason=failure.reason, message=failure.message)
+        if _cause_is_told(self._termination_log):
+            return
+        self._write_termination_message()
+
+    def forget_earlier_reports(self) -> None:
+        """Empty the termination log, which a former run on this machine may have written."""
+        if self._termination_log is not None and self._termination_log.is_file():
+            with suppress(OSError):
+                self._termination_log.write_bytes(b"")
+
+    def _change(self, **fields: Any) -> None:
+        with self._lock:
+            self._report = self._report.model_copy(update=fields)
+        for listener in self._listeners:
+            listener(self._report)
+
+    def _write_termination_message(self) -> None:
+        if self._termination_log is None:
+            return
+        try:
+            self._termination_log.write_bytes(termination_message(self.report))
+        except OSError as error:
+            log.warning(f"The termination message could not be written to {self._termination_log}", error=str(error))
+
+
+def _cause_is_told(termination_log: Path | None) -> bool:
+    try:
+        told = TrainerReport.model_validate_json(termination_log.read_bytes()) if termination_log else None
+    except (OSError, ValueError):
+        return False
+    return told is not None and told.stage == "Failed" and told.reason not in (_PREEMPTED, UNEXPECTED_REASON)
+
+
+def termination_message(report: TrainerReport, limit: int = names.TERMINATION_LOG_MAX_BYTES) -> bytes:
+    """`report` as JSON of at most `limit` bytes: the message is shortened first, then metrics are left out."""
+    text = _json(report)
+    if len(text) <= limit:
+        return text
+    room = max(0, len(report.message.encode()) - (len(text) - limit) - 8)
+    shortened = report.message.encode()[:room].decode(errors="ignore") + "…"
+    text = _json(report.model_copy(update={"message": shortened}))
+    if len(text) > limit:  # escapes made it longer than counted, or the metrics alone are too long
+        text = _json(report.model_copy(update={"message": shortened[:256], "metrics": {}}))
+    return text
+
+
+def _json(report: TrainerReport) -> bytes:
+    return report.model_dump_json(by_alias=True, exclude_none=True).encode()

@@ -1,0 +1,130 @@
+"""boto3 clients with bounded timeouts and retries, and whole-file transfers in parallel parts."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import PartialCredentialsError
+from s3transfer.manager import TransferConfig, TransferManager
+from s3transfer.subscribers import BaseSubscriber
+
+from finetune_trainer import s3_download
+from finetune_trainer.credentials import Credentials
+from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
+from finetune_trainer.store import OnProgress
+
+MIB: Final = 1 << 20
+#: Files from this size on travel in parts of PART_BYTES, THREADS at a time.
+MULTIPART_BYTES: Final = 16 * MIB
+PART_BYTES: Final = 8 * MIB
+THREADS: Final = 8
+
+# Seconds and tries of one request. An unreachable store is reported after at most
+# TRIES * CONNECT_TIMEOUT + backoff (1 + 2 s), a silent one after TRIES * CONTROL_READ_TIMEOUT + backoff.
+TRIES: Final = 3
+CONNECT_TIMEOUT: Final = 5
+CONTROL_READ_TIMEOUT: Final = 12
+DATA_READ_TIMEOUT: Final = 60
+
+#: What an allow-list calls the endpoint of credentials that name none.
+AMAZON: Final = "https://s3.amazonaws.com"
+_PAIR: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+@dataclass(frozen=True)
+class Clients:
+    """`control` for small, quick requests; `data` for those that move files and may take longer."""
+
+    control: Any
+    data: Any
+    sends_checksums: bool
+
+    def send(
+        self, local: Path, bucket: str, key: str, checksum: dict[str, str], on_progress: OnProgress | None
+    ) -> None:
+        """Upload in parallel parts, read from the file as they go. A failed upload leaves no parts behind."""
+        with TransferManager(self.data, _transfer_config()) as manager:
+            manager.upload(str(local), bucket, key, dict(checksum), _subscribers(on_progress)).result()
+
+    def fetch(self, bucket: str, key: str, local: Path, head: dict[str, Any], on_progress: OnProgress | None) -> Digest:
+        """Download exactly the object whose HEAD is `head`, large ones in parallel parts; the digest of what came."""
+        version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
+        get = partial(self.data.get_object, Bucket=bucket, Key=key, **version)
+        if int(head["ContentLength"]) >= MULTIPART_BYTES:
+            s3_download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
+            return digest_file(local)
+        with local.open("wb") as file:
+
+            def keep(chunk: bytes) -> None:
+                file.write(chunk)
+                if on_progress is not None:
+                    on_progress(len(chunk))
+
+            return digest_chunks(get()["Body"].iter_chunks(CHUNK_BYTES), keep)
+
+
+def endpoint_of(credentials: Credentials) -> str | None:
+    """The S3 endpoint to use, or None for Amazon's."""
+    return credentials.get("AWS_ENDPOINT_URL_S3") or credentials.get("AWS_ENDPOINT_URL")
+
+
+def is_allowed(credentials: Credentials, allowed: str) -> bool:
+    """Whether the endpoint matches one of the `allowed` shell patterns (commas between them; empty allows any)."""
+    endpoint = endpoint_of(credentials) or AMAZON
+    patterns = [pattern.strip() for pattern in allowed.split(",") if pattern.strip()]
+    return not patterns or any(fnmatchcase(endpoint, pattern) for pattern in patterns)
+
+
+def connect(credentials: Credentials) -> Clients:
+    """Clients for these credentials; nothing is sent yet. Without keys, boto3 looks where it always does.
+
+    Raises BotoCoreError for half a pair of keys, ValueError for an endpoint that is no URL.
+    """
+    for key, other in (_PAIR, _PAIR[::-1]):
+        if credentials.get(key) and not credentials.get(other):
+            raise PartialCredentialsError(provider=credentials.role, cred_var=other)
+    session = boto3.session.Session(
+        aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=credentials.get("AWS_SESSION_TOKEN"),
+        region_name=credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION") or "us-east-1",
+    )
+    endpoint = endpoint_of(credentials)
+    calculation = (credentials.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported").lower()
+
+    def client(read_timeout: int) -> Any:
+        config = Config(
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=read_timeout,
+            retries={"mode": "standard", "total_max_attempts": TRIES},
+            max_pool_connections=4 * THREADS,
+            s3={"addressing_style": "path" if endpoint else "auto"},
+            request_checksum_calculation=calculation,
+        )
+        return session.client("s3", endpoint_url=endpoint, config=config, verify=credentials.get("AWS_CA_BUNDLE"))
+
+    return Clients(client(CONTROL_READ_TIMEOUT), client(DATA_READ_TIMEOUT), calculation == "when_supported")
+
+
+def _transfer_config() -> TransferConfig:
+    return TransferConfig(
+        multipart_threshold=MULTIPART_BYTES,
+        multipart_chunksize=PART_BYTES,
+        max_request_concurrency=THREADS,
+    )
+
+
+class _Progress(BaseSubscriber):  # type: ignore[misc]
+    def __init__(self, report: OnProgress) -> None:
+        self._report = report
+
+    def on_progress(self, bytes_transferred: int, **_: Any) -> None:
+        self._report(bytes_transferred)
+
+
+def _subscribers(on_progress: OnProgress | None) -> list[BaseSubscriber]:
+    return [_Progress(on_progress)] if on_progress is not None else []

@@ -1,0 +1,58 @@
+"""The trainer's small HTTP server: /metrics (Prometheus), /progress (TrainerReport as JSON), /healthz."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import structlog
+
+log = structlog.get_logger(__name__)
+Page = tuple[str, Callable[[], bytes]]
+
+
+@contextmanager
+def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
+    """Serve `pages` (path -> content type, body) on `listen` ("host:port") while the block runs.
+
+    Yields the address in use. A port that cannot be had is a warning, never the end of a run: yields None.
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(pages))
+    except (OSError, ValueError, OverflowError) as error:
+        log.warning("Metrics and progress are not served", listen=listen, error=str(error))
+        yield None
+        return
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
+    thread.start()
+    try:
+        yield f"{server.server_address[0]!s}:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _handler(pages: dict[str, Page]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            page = pages.get(self.path.partition("?")[0])
+            if page is None:
+                self.send_error(404)
+                return
+            content_type, body_of = page
+            body = body_of()
+            self.send_response(200)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
+            pass
+
+    return Handler

@@ -1,0 +1,129 @@
+"""TRL's SFTTrainer, with what a run that must not be lost needs: exact resume, tokens counted, divergence noticed."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerControl
+from trl import SFTTrainer
+
+from finetune_trainer.errors import Diverged
+from finetune_trainer.evaluate import Evaluator, Interrupted
+from finetune_trainer.meter import Meter
+from finetune_trainer.model import load_adapter_weights, save_adapter
+
+
+class QloraTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on a model that already wears its adapter, and rows that are already tokenized.
+
+    Differences: adapter weights keep the type they came with (TRL rounds them to bfloat16); a resume copies weights
+    into them instead of making new ones of another type; evaluation is ours; RNG states of all ranks are in one place.
+    """
+
+    def __init__(self, *args: Any, model: Any, evaluator: Evaluator | None, meter: Meter, **kwargs: Any) -> None:
+        weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(*args, model=model, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name]
+        self._evaluator = evaluator
+        self._meter = meter
+        self._first_bad_step: torch.Tensor | None = None
+        #: Whether the weights are those of a whole number of steps: false while the optimizer works.
+        self.at_step_boundary = True
+        #: Called when an evaluation is given up because the process is to stop.
+        self.on_interrupted: Callable[[], None] = lambda: None
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step; counts their real tokens."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.tokens += sum(_real_tokens(batch) for batch in batches)
+        return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; remembers, without waiting for the device, where the loss went bad."""
+        loss = super().training_step(*args, **kwargs)
+        step = self.state.global_step + 1
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), torch.iinfo(torch.int64).max, device=loss.device)
+        here = torch.where(torch.isfinite(loss), self._first_bad_step, step)
+        self._first_bad_step = torch.minimum(self._first_bad_step, here)
+        return loss
+
+    def check_finite(self) -> None:
+        """Raise Diverged when a loss was NaN or infinite; called before anything is logged or kept."""
+        if self._first_bad_step is None:
+            return
+        bad = self._first_bad_step
+        if self.args.world_size > 1:
+            bad = bad.clone()
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
+        step = int(bad)
+        if step <= self.state.global_step:
+            raise Diverged(f"The loss became NaN or infinite at step {step}; the checkpoint before it is kept")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Our evaluation in the place of the Trainer's; the callbacks hear of the result."""
+        assert self._evaluator is not None
+        self.check_finite()
+        with self._meter.paused():
+            try:
+                metrics = self._evaluator(self.model)
+            except Interrupted:
+                self.on_interrupted()
+                return {}
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_finite()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_finite()
+        with self._meter.paused():
+            Trainer._save_checkpoint(self, model, trial)  # TRL's would also write a model card
+
+    def save_now(self) -> None:
+        """Save a checkpoint of the last step boundary outside the training loop."""
+        self._save_checkpoint(self.model, None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapter(self.model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size == 1:
+            return
+        # Every rank wrote to its own node's disk; the checkpoint is sent from rank 0's.
+        name = f"rng_state_{self.args.process_index}.pth"
+        files: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(files, (name, (Path(output_dir) / name).read_bytes()))
+        if self.args.should_save:
+            for each, content in files:
+                (Path(output_dir) / each).write_bytes(content)
+
+
+def _real_tokens(batch: dict[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from the libraries on our console; no telemetry."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

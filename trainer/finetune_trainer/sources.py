@@ -1,0 +1,155 @@
+"""Bring a model, a data set or an adapter to this machine: one function for hf://, s3://, pvc:// and file://."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from filelock import FileLock
+
+from finetune_api import names
+from finetune_api.uri import Uri
+from finetune_trainer import store_manifest
+from finetune_trainer.store import Credentials, Entry, OnProgress, Store, open_store
+from finetune_trainer.store_errors import StoreCorrupted, StoreNotFound, StoreUnavailable, on_local_disk
+
+_FILES_AT_ONCE: Final = 4
+
+
+def fetch(
+    uri: Uri,
+    credentials: Credentials,
+    dest: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    revision: str | None = None,
+    ignore: Sequence[str] = (),
+    field: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Path:
+    """The local path of what `uri` names: a file, or a folder when it is a prefix or a repository.
+
+    pvc:// and file:// are used where they lie, nothing is copied. The rest goes below `dest`, which may be a cache that
+    several jobs share: a finished download appears whole by a rename, a second job waits for it, and one that was
+    killed midway is taken up where it stopped. Changed objects are fetched anew. `ignore` holds shell patterns of paths
+    to leave out; `revision` is for hf://; `field` is the manifest's field to blame.
+
+    Raises StoreNotFound, StoreUnavailable (a full disk, too), StoreAccessDenied, StoreCorrupted.
+    """
+    if uri.scheme == "hf":
+        from finetune_trainer.sources_hub import fetch_from_hub
+
+        return fetch_from_hub(
+            uri, credentials, dest / "hub", on_progress, revision=revision, ignore=ignore, field=field
+        )
+    store = open_store(uri, credentials, field=field, env=env)
+    if uri.scheme in ("file", "pvc"):
+        return _in_place(store)
+    is_file = not uri.path.endswith("/") and uri.path != "" and store.exists("")
+    entries = [Entry("", store.size(""))] if is_file else _wanted(store, ignore)
+    return _through_cache(store, entries, dest / "s3", on_progress)
+
+
+def _in_place(store: Store) -> Path:
+    from finetune_trainer.store_folder import FolderStore
+
+    assert isinstance(store, FolderStore)
+    if not store.exists("") and not store.folder.is_dir():
+        raise StoreNotFound(f"{store.field}: {store.root} does not exist")
+    return store.folder
+
+
+def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
+    """The objects below a prefix, refusing keys that would lead out of the folder they are written to."""
+    listed = store.list()
+    entries = [entry for entry in listed if not any(fnmatch(entry.path, pattern) for pattern in ignore)]
+    if not entries:
+        found = "only files that are not used here" if listed else "neither an object nor a prefix"
+        raise StoreNotFound(f"{store.field}: {store.root} is {found}")
+    for entry in entries:
+        if not store_manifest.is_safe(entry.path):
+            raise StoreNotFound(f"{store.field}: {store.root} holds a key that is no safe file name: {entry.path!r}")
+    return entries
+
+
+def _through_cache(store: Store, entries: list[Entry], cache: Path, on_progress: OnProgress | None) -> Path:
+    """The folder (or file) in `cache` for exactly these objects in these versions, downloaded when not yet there."""
+    identity = json.dumps([str(store.root), [[entry.path, entry.size, entry.version] for entry in entries]])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    name = PurePosixPath(store.root.path).name or store.root.authority
+    with on_local_disk(f"{store.field}: {store.root}", cache):
+        if (cache / key).is_dir():
+            return cache / key / name
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{key}.lock") as is_alone:
+            partial = cache / (f"{key}.partial" if is_alone else f"{key}.{uuid.uuid4().hex}.partial")
+            if not (cache / key).is_dir():
+                _require_space(store, entries, cache)
+                _download(store, entries, partial / name, on_progress)
+                _place(partial, cache / key)
+    return cache / key / name
+
+
+def _download(store: Store, entries: list[Entry], target: Path, on_progress: OnProgress | None) -> None:
+    digests = _known_digests(store, entries)
+
+    def one(entry: Entry) -> None:
+        local = target / entry.path if entry.path else target
+        if local.is_file() and local.stat().st_size == entry.size:  # by an earlier run; files appear whole
+            if on_progress is not None:
+                on_progress(entry.size)
+            return
+        store.download(entry.path, local, on_progress, digests.get(entry.path))
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(one, entries))
+
+
+def _known_digests(store: Store, entries: list[Entry]) -> dict[str, str]:
+    """SHA-256 by path, where the prefix is a publication of ours."""
+    if not any(entry.path == names.MANIFEST_FILE for entry in entries):
+        return {}
+    try:
+        found = store_manifest.read(store)
+    except StoreCorrupted:  # somebody else's manifest.json
+        return {}
+    return {file.path: file.sha256 for file in found[0].files} if found else {}
+
+
+def _require_space(store: Store, entries: list[Entry], folder: Path) -> None:
+    needed, free = sum(entry.size for entry in entries), shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreUnavailable(
+            f"{store.field}: {store.root} needs {needed / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free:"
+            " enlarge the cache volume or the scratch space"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock (the kernel drops it when the process dies); False where the file system has none."""
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _place(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # another job, without locks, was first with the same content

@@ -1,0 +1,127 @@
+"""hf:// sources, through huggingface_hub and its cache (which several jobs may share: it locks each file)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import huggingface_hub
+from huggingface_hub import errors as hub
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tqdm.auto import tqdm
+
+from finetune_api.uri import Uri
+from finetune_trainer.store import Credentials, OnProgress
+from finetune_trainer.store_errors import StoreAccessDenied, StoreError, StoreNotFound, StoreUnavailable
+
+#: Weights in formats that may hold code, and copies for other frameworks: never fetched for a model.
+MODEL_IGNORE: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot")
+ATTEMPTS: Final = 3
+
+
+def fetch_from_hub(
+    uri: Uri,
+    credentials: Credentials,
+    cache: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    revision: str | None = None,
+    ignore: Sequence[str] = (),
+    field: str | None = None,
+) -> Path:
+    """The local folder of a repository's snapshot, or of the file or folder `uri.path` inside it.
+
+    $HF_ENDPOINT and $HF_TOKEN of the role are honored. Without a connection, a snapshot that is whole in the cache is
+    taken as it is. Raises StoreNotFound, StoreAccessDenied, StoreUnavailable.
+    """
+    field = field or ("dataset.train" if uri.is_dataset else "model.source")
+    policy = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.5, max=5),
+        retry=retry_if_exception_type(StoreUnavailable),
+        reraise=True,
+    )
+    folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, field)
+    found = folder / uri.path if uri.path else folder
+    if not found.exists():
+        raise StoreNotFound(f"{field}: the repository {uri.authority} has no {uri.path!r} at {revision or 'main'}")
+    return found
+
+
+def _snapshot(
+    uri: Uri,
+    credentials: Credentials,
+    cache: Path,
+    on_progress: OnProgress | None,
+    revision: str | None,
+    ignore: Sequence[str],
+    field: str,
+) -> Path:
+    path = uri.path.rstrip("/")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            uri.authority,
+            repo_type="dataset" if uri.is_dataset else "model",
+            revision=revision,
+            cache_dir=cache,
+            endpoint=credentials.get("HF_ENDPOINT"),
+            token=credentials.get("HF_TOKEN"),
+            allow_patterns=[path, f"{path}/*"] if path else None,
+            ignore_patterns=list(ignore) or None,
+            tqdm_class=_reporting(on_progress),
+        )
+    except (OSError, ValueError, hub.RevisionResolutionError, hub.XetDownloadError) as error:
+        raise _explain(error, uri, credentials, revision, field) from error
+    return Path(folder)
+
+
+def _explain(error: Exception, uri: Uri, credentials: Credentials, revision: str | None, field: str) -> StoreError:
+    where = f"{field}: {uri} at {credentials.get('HF_ENDPOINT') or huggingface_hub.constants.ENDPOINT}"
+    secret = f"the Secret named by {credentials.secret_field}"
+    status = _status(error)
+    if isinstance(error, hub.GatedRepoError):
+        return StoreAccessDenied(
+            f"{where} is gated: accept its terms on the hub, and set HF_TOKEN of that account in {secret}"
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return StoreNotFound(f"{where} has no revision {revision or 'main'!r}")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        if credentials.get("HF_TOKEN"):
+            return StoreNotFound(f"{where} does not exist, or the HF_TOKEN in {secret} may not see it")
+        return StoreAccessDenied(f"{where} does not exist, or is private: check the name, or set HF_TOKEN in {secret}")
+    if status in (401, 403):
+        return StoreAccessDenied(f"{where}: the hub refused the request (HTTP {status}): check HF_TOKEN in {secret}")
+    if isinstance(error, hub.HFValidationError | hub.RemoteEntryNotFoundError):
+        return StoreNotFound(f"{where} cannot be read: {str(error).splitlines()[0]}")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, hub.EntryNotFoundError):
+        return StoreUnavailable(f"{where} cannot be fetched: {os.strerror(error.errno)}")
+    reason = (
+        f"keeps answering HTTP {status}" if status else "does not answer: check HF_ENDPOINT, DNS and NetworkPolicies"
+    )
+    return StoreUnavailable(f"{where}: the hub {reason}")
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind `error`, or 0."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return 0
+
+
+def _reporting(on_progress: OnProgress | None) -> type[Any]:
+    """A silent progress bar that passes bytes on."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts = options.get("unit") == "B" and "Reconstruct" in str(options.get("desc", ""))
+            options.pop("name", None)
+            super().__init__(*args, **(options | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            if self._counts and on_progress is not None and n:
+                on_progress(int(n))
+
+    return Bar

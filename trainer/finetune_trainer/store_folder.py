@@ -1,0 +1,201 @@
+"""A store in a POSIX folder: file:// and pvc:// (a claim mounted below $FINETUNE_PVC_ROOT)."""
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Final
+
+from finetune_api.uri import Uri
+from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
+from finetune_trainer.store import Entry, OnProgress, Store
+from finetune_trainer.store_errors import (
+    AlreadyExists,
+    BucketNotFound,
+    StoreAccessDenied,
+    StoreCorrupted,
+    StoreError,
+    StoreNotFound,
+    StoreUnavailable,
+)
+
+_PARTIAL: Final = re.compile(r"^\..+\.[0-9a-f]{32}\.partial$")
+_NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def local_path(uri: Uri, pvc_root: Path) -> Path:
+    """Where a file:// or pvc:// URI lies on this machine."""
+    if uri.scheme == "file":
+        return Path(uri.path)
+    if uri.scheme == "pvc":
+        return pvc_root / uri.authority / uri.path
+    raise ValueError(f"{uri} is no folder: it is not file:// or pvc://")
+
+
+class FolderStore(Store):
+    """Writes go to a hidden temporary file, are flushed to disk, and are then renamed: whole or not at all."""
+
+    def __init__(self, root: Uri, folder: Path, field: str, mount: Path | None = None) -> None:
+        super().__init__(root, field)
+        self.folder = folder
+        self._mount = mount
+
+    def exists(self, path: str) -> bool:
+        with self._explained(path):
+            return self._local(path).is_file()
+
+    def size(self, path: str) -> int:
+        with self._explained(path):
+            return self._local(path).stat().st_size
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        with self._explained(prefix):
+            folder = self._local(prefix)
+            return sorted(_walk(folder, self.folder)) if folder.is_dir() else []
+
+    def read_bytes(self, path: str) -> bytes:
+        with self._explained(path):
+            return self._local(path).read_bytes()
+
+    def digest(self, path: str) -> Digest:
+        with self._explained(path):
+            return digest_file(self._local(path))
+
+    def write_bytes(self, path: str, data: bytes, if_none_match: bool = False) -> None:
+        with self._explained(path):
+            target = self._local(path)
+            try:
+                with _replacing(target, exclusive=if_none_match) as file:
+                    file.write(data)
+            except FileExistsError:
+                if not target.is_file():  # it is a parent that is in the way
+                    raise
+                if target.read_bytes() != data:
+                    raise AlreadyExists(f"{self.field}: {self.uri_of(path)} is already there") from None
+
+    def upload(
+        self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
+    ) -> None:
+        with self._explained(path):
+            _copy(local, self._local(path), on_progress, self._expecting(path, digest.sha256 if digest else None))
+
+    def download(
+        self, path: str, local: Path, on_progress: OnProgress | None = None, sha256: str | None = None
+    ) -> None:
+        with self._explained(path):
+            _copy(self._local(path), local, on_progress, self._expecting(path, sha256))
+
+    def delete(self, path: str) -> None:
+        with self._explained(path):
+            target = self._local(path)
+            target.unlink(missing_ok=True)
+            for folder in target.parents:  # object stores have no empty folders
+                if folder == self.folder or self.folder not in folder.parents:
+                    break
+                with suppress(OSError):
+                    folder.rmdir()
+
+    def _expecting(self, path: str, sha256: str | None) -> Callable[[Digest], None]:
+        """Raises StoreCorrupted for bytes with another digest than `sha256`."""
+
+        def check(digest: Digest) -> None:
+            if sha256 is not None and digest.sha256 != sha256:
+                raise StoreCorrupted(f"{self.field}: {self.uri_of(path)} has SHA-256 {digest.sha256}, not {sha256}")
+
+        return check
+
+    def _local(self, path: str) -> Path:
+        if path.startswith("/") or any(part in ("..", ".") for part in path.split("/")):
+            raise StoreNotFound(f"{self.field}: path {path!r} leads out of {self.root}")
+        return self.folder / path if path else self.folder
+
+    @contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        if self._mount is not None and not self._mount.is_dir():
+            raise BucketNotFound(
+                f"{self.field}: claim {self.root.authority} is not mounted at {self._mount}:"
+                " check that the PersistentVolumeClaim exists in the job's namespace"
+            )
+        try:
+            yield
+        except OSError as error:
+            raise _explain(error, self.field, self.uri_of(path)) from error
+
+
+def _explain(error: OSError, field: str, uri: str) -> StoreError:
+    """The store's error for one of the operating system."""
+    what = f"{field}: {uri}"
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return StoreNotFound(f"{what} is not there (or is no file)")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return StoreAccessDenied(f"{what}: {error.strerror}: check the folder's owner and mode, and the pod's fsGroup")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreUnavailable(f"{what}: {error.strerror}: free space or enlarge the volume")
+    return StoreUnavailable(f"{what}: {error.strerror or error}")
+
+
+def _walk(folder: Path, root: Path) -> Iterator[Entry]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, files in os.walk(folder, onerror=fail):
+        for name in files:
+            file = Path(parent, name)
+            if not _PARTIAL.match(name):
+                with suppress(FileNotFoundError):  # removed since, or a dangling link
+                    yield Entry(file.relative_to(root).as_posix(), file.stat().st_size)
+
+
+def _copy(source: Path, target: Path, on_progress: OnProgress | None, check: Callable[[Digest], None]) -> None:
+    """Copy; `target` appears only when `check` does not raise."""
+
+    def moved(chunk: bytes) -> None:
+        out.write(chunk)
+        if on_progress is not None:
+            on_progress(len(chunk))
+
+    with source.open("rb") as file, _replacing(target) as out:
+        check(digest_chunks(iter(lambda: file.read(CHUNK_BYTES), b""), moved))
+
+
+@contextmanager
+def _replacing(target: Path, exclusive: bool = False) -> Iterator[IO[bytes]]:
+    """A file that takes `target`'s place when the block ends well. `exclusive` raises FileExistsError instead."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _place(partial, target, exclusive)
+        _sync_folder(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _place(partial: Path, target: Path, exclusive: bool) -> None:
+    if not exclusive:
+        partial.replace(target)
+        return
+    try:
+        os.link(partial, target)  # unlike rename, fails when the target is there
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if target.exists():  # a file system without hard links: two writers in the same instant are not told apart
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        partial.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a crash; some network file systems cannot, and need not."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,273 @@
+"""A store in an S3 bucket, or anything that speaks S3 (path-style addressing where an endpoint is given).
+
+What is sent is checked twice: the request carries a full-object CRC32, which the server compares with what it got, and
+the object's own checksum is read back with HEAD. Servers that report none are read back whole and compared by SHA-256.
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+"""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from botocore.exceptions import ClientError
+
+from finetune_api import names
+from finetune_api.uri import Uri
+from finetune_trainer import s3_client, s3_errors, s3_retry
+from finetune_trainer.credentials import Credentials
+from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_bytes, digest_chunks, digest_file
+from finetune_trainer.store import Entry, OnProgress, Store
+from finetune_trainer.store_errors import (
+    AlreadyExists,
+    StoreCorrupted,
+    StoreMisconfigured,
+    StoreNotFound,
+    on_local_disk,
+)
+
+_DELETE_THREADS: Final = 8
+
+T = TypeVar("T")
+
+
+class S3Store(Store):
+    """Everything below s3://bucket/prefix. Safe to use from several threads."""
+
+    def __init__(self, root: Uri, credentials: Credentials, field: str) -> None:
+        super().__init__(root, field)
+        self._credentials = credentials
+        self._bucket = root.authority
+        self._prefix = f"{root.path.strip('/')}/" if root.path.strip("/") else ""
+        self._lock = threading.Lock()
+        self._clients: s3_client.Clients | None = None
+        self._bucket_seen = False
+        self._patience = _seconds(credentials.get(names.ENV_STORE_PATIENCE), s3_retry.PATIENCE)
+
+    def exists(self, path: str) -> bool:
+        return self._head(path) is not None
+
+    def size(self, path: str) -> int:
+        head = self._head(path)
+        if head is None:
+            raise StoreNotFound(f"{self._place(path).what} does not exist")
+        return int(head["ContentLength"])
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        folder = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+        def run() -> list[Entry]:
+            pages = self._s3.control.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + folder
+            )
+            objects = [item for page in pages for item in page.get("Contents", [])]
+            self._bucket_seen = True
+            # A key that ends in "/" stands for a folder in some tools.
+            return sorted(self._entry(item) for item in objects if not item.get("Key", "").endswith("/"))
+
+        return self._repeat(prefix, run)
+
+    def read_bytes(self, path: str) -> bytes:
+        def run() -> bytes:
+            answer = self._s3.control.get_object(Bucket=self._bucket, Key=self._key(path))
+            return bytes(answer["Body"].read())
+
+        return self._repeat(path, run)
+
+    def digest(self, path: str) -> Digest:
+        return self._repeat(path, lambda: self._read_through(path))
+
+    def write_bytes(self, path: str, data: bytes, if_none_match: bool = False) -> None:
+        digest = digest_bytes(data)
+        mine = False  # whether an earlier try of ours was accepted, so that a broken object there is our own
+
+        def run() -> None:
+            nonlocal mine
+            condition = {"IfNoneMatch": "*"} if if_none_match and not mine else {}
+            try:
+                self._put(path, data, digest, **condition)
+            except ClientError as error:
+                if s3_errors.status_of(error) != 412:
+                    raise
+                # Perhaps our own first try got through and only its answer was lost.
+                if self.read_bytes(path) != data:
+                    raise AlreadyExists(f"{self._place(path).what} is already there") from None
+            mine = True
+            self._check(path, digest)
+
+        self._repeat(path, run)
+
+    def upload(
+        self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
+    ) -> None:
+        expected = digest or digest_file(local)
+
+        def run() -> None:
+            if expected.size < s3_client.MULTIPART_BYTES:
+                with local.open("rb") as file:
+                    self._put(path, file, expected)
+                if on_progress is not None:
+                    on_progress(expected.size)
+            else:
+                self._abort_leftovers(path)
+                self._s3.send(local, self._bucket, self._key(path), self._checksum(expected), on_progress)
+            self._check(path, expected)
+
+        self._repeat(path, run)
+
+    def download(
+        self, path: str, local: Path, on_progress: OnProgress | None = None, sha256: str | None = None
+    ) -> None:
+        partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}.partial")
+
+        def run() -> None:
+            head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
+            got = self._s3.fetch(self._bucket, self._key(path), partial, head, on_progress)
+            self._compare(path, got, head, sha256)
+            partial.replace(local)
+
+        with on_local_disk(self._place(path).what, local.parent):
+            try:
+                local.parent.mkdir(parents=True, exist_ok=True)
+                self._repeat(path, run)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        self._repeat(path, lambda: self._s3.control.delete_object(Bucket=self._bucket, Key=self._key(path)))
+
+    def delete_prefix(self, prefix: str) -> None:
+        with ThreadPoolExecutor(_DELETE_THREADS) as pool:
+            list(pool.map(self.delete, [entry.path for entry in self.list(prefix)]))
+
+    @property
+    def _s3(self) -> s3_client.Clients:
+        with self._lock:
+            if self._clients is None:
+                # From the pod's environment alone: a Secret is the user's, and could name itself allowed.
+                allowed = os.environ.get(names.ENV_ALLOWED_S3_ENDPOINTS, "")
+                if not s3_client.is_allowed(self._credentials, allowed):
+                    raise StoreMisconfigured(
+                        f"{self._place('').what}: this endpoint is not allowed here; allowed: {allowed}"
+                        " (administrator's rule allowed_s3_endpoints)"
+                    )
+                try:
+                    self._clients = s3_client.connect(self._credentials)
+                except ValueError:
+                    raise s3_errors.bad_endpoint(self._place("")) from None
+            return self._clients
+
+    def _entry(self, item: dict[str, Any]) -> Entry:
+        if "Key" not in item or "Size" not in item:
+            raise ValueError("an object without a key or a size in a listing")
+        return Entry(item["Key"].removeprefix(self._prefix), int(item["Size"]), item.get("ETag", ""))
+
+    def _key(self, path: str) -> str:
+        return self._prefix + path if path else self._prefix.rstrip("/")
+
+    def _checksum(self, digest: Digest) -> dict[str, str]:
+        if not self._s3.sends_checksums:
+            return {}
+        return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": digest.crc32_base64}
+
+    def _put(self, path: str, body: Any, digest: Digest, **condition: str) -> None:
+        extra = self._checksum(digest) | condition
+        self._s3.data.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
+
+    def _abort_leftovers(self, path: str) -> None:
+        """Parts of an upload whose process was killed are invisible, yet paid for; there is one writer to a path."""
+        client, key = self._s3.control, self._key(path)
+        with suppress(*s3_errors.S3_ERRORS):  # not every server can, not every key may
+            for upload in client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", []):
+                if upload["Key"] == key:
+                    client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload["UploadId"])
+
+    def _head(self, path: str) -> dict[str, Any] | None:
+        def run() -> dict[str, Any] | None:
+            try:
+                return dict(self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path)))
+            except ClientError as error:
+                if not s3_errors.is_missing_object(error):
+                    raise
+                self._require_bucket(path)
+                return None
+
+        return self._repeat(path, run)
+
+    def _require_bucket(self, path: str) -> None:
+        """A HEAD's 404 has no body to say whether the object or the whole bucket is missing: ask once."""
+        if self._bucket_seen:
+            return
+        try:
+            self._s3.control.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if s3_errors.status_of(error) == 404:
+                raise s3_errors.missing_bucket(self._place(path)) from None
+            if s3_errors.status_of(error) != 403:  # allowed to read objects but not the bucket: it is there
+                raise
+        self._bucket_seen = True
+
+    def _check(self, path: str, expected: Digest) -> None:
+        """That the store holds `expected`: by its own full-object checksum, else by reading everything back.
+
+        A checksum without a type may be the one we sent, merely kept: only a server that names the type computed it.
+        """
+        head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
+        if int(head["ContentLength"]) != expected.size:
+            raise self._corrupted(path, f"has {head['ContentLength']} bytes, not {expected.size}")
+        if head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
+            if head["ChecksumCRC32"] != expected.crc32_base64:
+                raise self._corrupted(path, "has another checksum than the file sent")
+            return
+        if self._read_through(path) != expected:
+            raise self._corrupted(path, "does not hold the bytes sent")
+
+    def _read_through(self, path: str) -> Digest:
+        body = self._s3.data.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]
+        return digest_chunks(body.iter_chunks(CHUNK_BYTES))
+
+    def _compare(self, path: str, got: Digest, head: dict[str, Any], sha256: str | None) -> None:
+        if got.size != int(head["ContentLength"]):
+            raise self._corrupted(path, f"arrived with {got.size} of {head['ContentLength']} bytes")
+        if sha256 is not None:
+            if got.sha256 != sha256:
+                raise self._corrupted(path, f"has SHA-256 {got.sha256}, not {sha256}")
+        elif (
+            head.get("ChecksumType") == "FULL_OBJECT"
+            and head.get("ChecksumCRC32", got.crc32_base64) != got.crc32_base64
+        ):
+            raise self._corrupted(path, "arrived with another checksum than the store's")
+
+    def _corrupted(self, path: str, how: str) -> StoreCorrupted:
+        return StoreCorrupted(f"{self._place(path).what} {how}")
+
+    def _place(self, path: str) -> s3_errors.Place:
+        endpoint = s3_client.endpoint_of(self._credentials) or "Amazon S3"
+        return s3_errors.Place(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
+
+    @contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except s3_errors.S3_ERRORS as error:
+            if s3_errors.is_missing_object(error):
+                with suppress(*s3_errors.S3_ERRORS):
+                    self._require_bucket(path)
+            raise s3_errors.explain(error, self._place(path)) from error
+
+    def _repeat(self, path: str, run: Callable[[], T]) -> T:
+        """Run; again when bytes were lost or changed on the way; errors in the store's words."""
+        policy = s3_retry.insist(self._patience)
+        with self._explained(path):
+            return policy(run)
+
+
+def _seconds(text: str | None, default: float) -> float:
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise StoreMisconfigured(f"{names.ENV_STORE_PATIENCE} must be a number of seconds, not {text!r}") from None

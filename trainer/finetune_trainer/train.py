@@ -1,0 +1,195 @@
+"""The training loop: transformers' arguments from the spec, resume, and smaller micro-batches after out-of-memory."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from transformers import PrinterCallback
+from trl import SFTConfig
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.callbacks import RunCallback, Tracker, Upload
+from finetune_trainer.data import Encoded
+from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
+from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.meter import Meter
+from finetune_trainer.model import load_adapter_weights
+from finetune_trainer.report import Reporter
+from finetune_trainer.sft import QloraTrainer
+from finetune_trainer.signals import StopFlag
+from finetune_trainer.state import RunFolder, RunState
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Training:
+    """All that one training needs; `run` trains `model` in place."""
+
+    spec: FineTuneJobSpec
+    plan: ExecutionPlan
+    model: Any
+    tokenizer: Any
+    rows: Encoded
+    evaluator: Evaluator | None
+    state: RunState
+    folder: RunFolder
+    reporter: Reporter
+    stop: StopFlag
+    upload: Upload
+    track: Tracker = lambda step, values: None
+    on_out_of_memory: Callable[[], None] = lambda: None
+    initial: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+
+    def run(self, checkpoint: Path | None) -> ExecutionPlan:
+        """Train to the end, from `checkpoint` if given; returns the plan in use at the end.
+
+        Raises Preempted once the checkpoint is safe, Diverged, and GpuOutOfMemory when no smaller micro-batch is left.
+        """
+        if checkpoint and self.state.finished:
+            log.info(f"Training had ended at step {self.state.step}; what is left is to publish")
+            load_adapter_weights(self.model, checkpoint)
+            self.reporter.progress(step=self.state.step, total_steps=self.state.step)
+            return self.plan
+        self.initial = snapshot(self.model)
+        while True:
+            trainer, callback = self._trainer()
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Exception as error:
+                if not is_gpu_out_of_memory(error):
+                    raise
+                self.plan = self._smaller(error)
+                checkpoint = self._last_good(trainer, callback)
+                del trainer, callback, error
+                _free_memory()
+                continue
+            if callback.preempted:
+                raise Preempted(f"Asked to stop ({self.stop.reason or 'signal'}); step {self.state.step} is saved")
+            return self.plan
+
+    def _trainer(self) -> tuple[QloraTrainer, RunCallback]:
+        meter = Meter()
+        callback = RunCallback(
+            spec=self.spec,
+            state=self.state,
+            folder=self.folder,
+            reporter=self.reporter,
+            meter=meter,
+            stop=self.stop,
+            upload=self.upload,
+            track=self.track,
+        )
+        trainer = QloraTrainer(
+            model=self.model,
+            args=arguments(self.spec, self.plan, self.folder.checkpoints, self.model.device.type),
+            train_dataset=self.rows.dataset(),
+            eval_dataset=None,
+            processing_class=self.tokenizer,
+            callbacks=[callback],
+            evaluator=self.evaluator,
+            meter=meter,
+        )
+        trainer.remove_callback(PrinterCallback)
+        callback.trainer = trainer
+        trainer.on_interrupted = lambda: callback.interrupted(trainer.state, trainer.control)
+        return trainer, callback
+
+    def _smaller(self, error: BaseException) -> ExecutionPlan:
+        plan = self.plan
+        micro = plan.micro_batch_size or 1
+        world = plan.world_size or 1
+        if micro == 1:
+            raise GpuOutOfMemory(
+                "The GPU ran out of memory at micro-batch 1: lower training.maxLength, set"
+                " training.gradientCheckpointing: enabled, or take a larger GPU"
+            ) from error
+        if self.spec.recovery.on_out_of_memory == "Fail" or world > 1:
+            raise GpuOutOfMemory(f"The GPU ran out of memory at micro-batch {micro}") from error
+        share = micro * (plan.gradient_accumulation_steps or 1)
+        smaller = next(size for size in range(micro // 2, 0, -1) if share % size == 0)
+        log.warning(f"The GPU ran out of memory at micro-batch {micro}: going on with {smaller}, same effective batch")
+        self.on_out_of_memory()
+        plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
+        self.reporter.plan(plan)
+        return plan
+
+    def _last_good(self, trainer: QloraTrainer, callback: RunCallback) -> Path | None:
+        """Go back to the last state that is whole: this step's start, else a checkpoint, else the very beginning."""
+        trainer.model.zero_grad(set_to_none=True)
+        if trainer.at_step_boundary and trainer.state.global_step > self.state.step:
+            trainer.save_now()
+            callback.save_now(trainer.state)
+        if self.state.step:
+            checkpoint = self.folder.checkpoint(self.state.step)
+            self.state = self.folder.take_from_checkpoint(checkpoint)
+            return checkpoint
+        restore(trainer.model, self.initial)
+        self.state = RunState(fingerprint=self.state.fingerprint, before=self.state.before)
+        self.folder.keep_steps(0)
+        return None
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    """A copy, in host memory, of the weights that train."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a snapshot back."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: str) -> SFTConfig:
+    """transformers' and TRL's arguments for `spec` laid out as `plan` says."""
+    training, on_cpu = spec.training, device == "cpu"
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=training.warmup_ratio if training.scheduler != "constant" else 0,
+        weight_decay=training.weight_decay,
+        optim=training.optimizer,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        tf32=None,
+        gradient_checkpointing=bool(plan.gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        max_length=None,
+        packing=False,
+        padding_free=bool(plan.packing),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_strategy="steps",
+        logging_steps=spec.logging.every_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",  # our callback asks for evaluations
+        save_strategy="steps",
+        save_steps=spec.checkpoint.every_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and (plan.world_size or 1) > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
