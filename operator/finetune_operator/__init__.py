@@ -1,0 +1,1 @@
+"""The FineTuneJob operator. Importing it never imports torch."""

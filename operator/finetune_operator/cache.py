@@ -1,0 +1,143 @@
+"""The latest state of every object we watch, in memory: reconciling a job that is at rest costs no API call."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Final, TypeVar
+
+from finetune_api import names
+from finetune_api.status import TrainerReport
+from finetune_operator.core import raw
+from finetune_operator.core.observed import Child, JobObject, Notice, Observed, Pod
+from finetune_operator.core.raw import Raw
+
+View = JobObject | Child | Pod
+V = TypeVar("V", JobObject, Child, Pod)
+
+KINDS: Final[dict[str, type[JobObject] | type[Child] | type[Pod]]] = {names.KIND: JobObject, "Job": Child, "Pod": Pod}
+#: Deleted pods kept per Job: a pod may be gone before its Job says that it failed, and with it the exit code.
+GHOSTS = 10
+_TOMBSTONES = 20_000
+_NOTICES = 10_000
+
+
+def key_of(kind: str, obj: Raw) -> str | None:
+    """namespace/name of the FineTuneJob that an object is or belongs to; None when it belongs to none."""
+    name = raw.text(obj, "metadata", "name") if kind == names.KIND else raw.labels(obj).get(names.LABEL_JOB, "")
+    namespace = raw.text(obj, "metadata", "namespace")
+    return f"{namespace}/{name}" if name and namespace else None
+
+
+class Cache:
+    """Views by kind, job key and uid. Older versions and objects known to be deleted are not let in."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, dict[str, dict[str, View]]] = {kind: {} for kind in KINDS}
+        self._ghosts: dict[str, list[Pod]] = {}
+        self._keys: dict[str, str] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._notices: OrderedDict[str, Notice] = OrderedDict()
+
+    def put(self, kind: str, obj: Raw) -> str | None:
+        """Take in an object; its job's key when that told something new, else None."""
+        key, uid = key_of(kind, obj), raw.text(obj, "metadata", "uid")
+        if key is None or uid in self._gone:
+            return None
+        known = self._views[kind].setdefault(key, {})
+        before = known.get(uid)
+        if before is not None and raw.version(obj) <= before.version:
+            return None
+        known[uid] = KINDS[kind].of(obj)
+        self._keys[uid] = key
+        return key
+
+    def drop(self, kind: str, obj: Raw) -> str | None:
+        """Forget a deleted object; its job's key."""
+        key, uid = key_of(kind, obj), raw.text(obj, "metadata", "uid")
+        self.put(kind, obj)  # its last state, which may tell how it ended
+        return self.forget(kind, key, uid) if key else None
+
+    def forget(self, kind: str, key: str, uid: str) -> str:
+        """Forget the object `uid` for good: a late answer must not bring it back."""
+        self._gone[uid] = None
+        while len(self._gone) > _TOMBSTONES:
+            self._gone.popitem(last=False)
+        self._keys.pop(uid, None)
+        self._notices.pop(uid, None)
+        known = self._views[kind].get(key, {})
+        view = known.pop(uid, None)
+        if not known:
+            self._views[kind].pop(key, None)
+        self._ghosts.pop(uid, None)
+        if isinstance(view, Pod) and (view.exit or view.disruption) and view.owner in self._keys:
+            self._ghosts[view.owner] = [*self._ghosts.get(view.owner, []), view][-GHOSTS:]
+        return key
+
+    def keep_only(self, kind: str, present: Iterable[str], version: int, namespaces: tuple[str, ...] = ()) -> set[str]:
+        """Forget what a full list at `version` no longer shows; the keys concerned. Newer objects stay."""
+        uids = set(present)
+        stale = [
+            (key, uid)
+            for key, known in self._views[kind].items()
+            if not namespaces or key.partition("/")[0] in namespaces
+            for uid, view in known.items()
+            if uid not in uids and view.version <= version
+        ]
+        return {self.forget(kind, key, uid) for key, uid in stale}
+
+    def job_keys(self) -> list[str]:
+        """Every FineTuneJob."""
+        return list(self._views[names.KIND])
+
+    def job(self, key: str) -> JobObject | None:
+        """The FineTuneJob of that name; the youngest, should an earlier one not be gone yet."""
+        found = self._all(JobObject, names.KIND, key)
+        return max(found, key=lambda job: job.version, default=None)
+
+    def _all(self, view: type[V], kind: str, key: str) -> list[V]:
+        return [found for found in self._views[kind].get(key, {}).values() if isinstance(found, view)]
+
+    def observed(self, key: str, report: TrainerReport | None) -> Observed | None:
+        """Everything known of a FineTuneJob; None when there is none of that name."""
+        job = self.job(key)
+        if job is None:
+            return None
+        children = [child for child in self._all(Child, "Job", key) if child.owner == job.uid]
+        owners = {child.uid for child in children} | {job.uid}
+        pods = self._all(Pod, "Pod", key)
+        # A pod whose Job is deleted still belongs to its attempt, as long as no other incarnation can have made it.
+        born = job.created_at or datetime.min.replace(tzinfo=UTC)
+        mine = [pod for pod in pods if pod.owner in owners or (pod.owner in self._gone and pod.created_at >= born)]
+        ghosts = [pod for child in children for pod in self._ghosts.get(child.uid, [])]
+        strays = tuple(pod.name for pod in pods if pod not in mine and pod.live)
+        uids = {*(child.uid for child in children), *(pod.uid for pod in mine)}
+        notices = {uid: self._notices[uid] for uid in uids if uid in self._notices}
+        return Observed(
+            job=job,
+            children=tuple(sorted(children, key=lambda child: child.attempt)),
+            pods=(*mine, *ghosts),
+            strays=strays,
+            report=report,
+            notices=notices,
+        )
+
+    def note(self, uid: str, notice: Notice) -> bool:
+        """Keep what an event says of object `uid`; whether that is new. It may come before the object itself."""
+        if uid in self._gone or self._notices.get(uid) == notice:
+            return False
+        self._notices[uid] = notice
+        while len(self._notices) > _NOTICES:
+            self._notices.popitem(last=False)
+        return True
+
+    def key_of_uid(self, uid: str) -> str | None:
+        """The job that a Job or pod belongs to."""
+        return self._keys.get(uid)
+
+    def jobs(self) -> Iterator[JobObject]:
+        """Every FineTuneJob there is."""
+        return (job for key in self._views[names.KIND] if (job := self.job(key)) is not None)
+
+    def sizes(self) -> dict[str, int]:
+        """Objects held, by kind."""
+        return {kind: sum(map(len, known.values())) for kind, known in self._views.items()}

@@ -1,0 +1,115 @@
+"""The `finetune` command line, also installed as the kubectl plugin `kubectl-finetune`.
+
+`finetune --help` has to be there at once, so command modules import nothing heavy at module level: kubernetes, boto3,
+pydantic and the trainer are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune_operator.cli import download, jobs, logs, plan, run, status, validate
+from finetune_operator.cli.console import ReaderGoneError, complain
+from finetune_operator.cli.errors import CliError, Exit
+from finetune_operator.cli.help import Command, Group
+
+LOCAL = "On this machine"
+CLUSTER = "In the cluster"
+RESULTS = "The adapter"
+
+app = typer.Typer(
+    name="finetune",
+    cls=Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"finetune {version('finetune-operator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def finetune(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models: one FineTuneJob manifest in, one verified LoRA adapter out.
+
+    First steps:
+        finetune validate job.yaml       # is the manifest right?
+        finetune plan job.yaml           # what will it do, and will it fit?
+        finetune run job.yaml            # train here, without a cluster
+        finetune submit job.yaml         # train in the cluster
+        finetune watch my-job            # see it train
+        finetune download my-job ./out   # fetch the adapter
+
+    Exit codes:
+        0    all is well
+        1    your input is wrong: a manifest, an option, a name
+        2    the job failed
+        3    the cluster or the store is out of reach, or refuses you
+        4    the wait timed out
+        5    a download does not match its digest
+        130  interrupted
+    """
+
+
+def _register(function: Callable[..., None], panel: str, name: str | None = None) -> None:
+    app.command(name, cls=Command, rich_help_panel=panel)(function)
+
+
+_register(validate.validate, LOCAL)
+_register(plan.plan, LOCAL)
+_register(run.run, LOCAL)
+_register(jobs.submit, CLUSTER)
+_register(jobs.list_jobs, CLUSTER, "list")
+_register(status.status, CLUSTER)
+_register(status.watch, CLUSTER)
+_register(logs.logs, CLUSTER)
+_register(jobs.suspend, CLUSTER)
+_register(jobs.resume, CLUSTER)
+_register(jobs.delete, CLUSTER)
+_register(download.download, RESULTS)
+
+
+def _usage_error(error: Exception) -> str | None:
+    """What Typer says of wrong arguments, or None when `error` is something else."""
+    # Typer keeps its exception classes private, save BadParameter, which is one of them.
+    formatted = getattr(error, "format_message", None)
+    return str(formatted()) if formatted else None
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    name = "kubectl finetune" if Path(sys.argv[0]).name.startswith("kubectl-") else "finetune"
+    try:
+        # Not standalone: Typer's exit code for a wrong option is 2, which here says that a job failed.
+        code = app(prog_name=name, standalone_mode=False)
+    except CliError as error:
+        if error.message:
+            complain(error.message, error.hint)
+        return error.code
+    except (KeyboardInterrupt, typer.Abort):
+        return int(Exit.INTERRUPTED)
+    except ReaderGoneError:
+        return int(Exit.OK)
+    except Exception as error:
+        if (message := _usage_error(error)) is None:
+            raise
+        if message:
+            context = getattr(error, "ctx", None)
+            complain(message, f"{context.command_path if context else name} --help")
+        return int(Exit.INVALID)
+    return code if isinstance(code, int) else int(Exit.OK)

@@ -1,0 +1,66 @@
+"""From kubeconfig, context and namespace to a connection, as kubectl goes about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune_operator.cli.errors import CliError, Exit
+from finetune_operator.cli.kube import Cluster
+
+_IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def connect(namespace: str | None, context: str | None, kubeconfig: Path | None, seconds: float = 30) -> Cluster:
+    """Connect as kubectl would: --kubeconfig, else $KUBECONFIG, else ~/.kube/config, else the pod's service account."""
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise CliError(
+            "the Kubernetes client is not installed here", hint="pip install 'finetune-operator[cli]'"
+        ) from None
+    if kubeconfig is not None and not kubeconfig.is_file():
+        raise CliError(f"--kubeconfig: {kubeconfig}: no such file")
+    settings = client.Configuration()
+    settings.retries = 1
+    if kubeconfig is None and not _has_kubeconfig() and "KUBERNETES_SERVICE_HOST" in os.environ:
+        config.load_incluster_config(settings)
+        default = _IN_CLUSTER_NAMESPACE.read_text().strip() if _IN_CLUSTER_NAMESPACE.exists() else "default"
+    else:
+        default = _load(settings, context, kubeconfig)
+    return Cluster(client.ApiClient(settings), namespace or default, settings.host, (min(5, seconds), seconds))
+
+
+def _has_kubeconfig() -> bool:
+    paths = (os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")).split(os.pathsep)
+    return any(Path(path).is_file() for path in paths if path)
+
+
+def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
+    """Fill `settings` from a kubeconfig; returns the context's namespace."""
+    import yaml
+    from kubernetes import config
+
+    file = str(kubeconfig) if kubeconfig else None
+    shown = file or os.environ.get("KUBECONFIG") or "~/.kube/config"
+    try:
+        contexts, current = config.list_kube_config_contexts(file)
+        chosen = next((each for each in contexts if each["name"] == context), None) if context else current
+        if chosen is None:
+            known = ", ".join(each["name"] for each in contexts) or "none"
+            raise CliError(f"{shown} has no context {context!r}", hint=f"it has: {known}")
+        config.load_kube_config(file, context, settings, persist_config=False)
+    except config.ConfigException as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise CliError(
+            f"no cluster to talk to: {shown}: {first}",
+            hint="kubectl config get-contexts shows what is there; --kubeconfig and --context choose",
+            code=Exit.UNREACHABLE,
+        ) from None
+    except yaml.YAMLError as error:
+        raise CliError(f"{shown}: not YAML: {str(error).splitlines()[0]}") from None
+    except (TypeError, AttributeError, KeyError, ValueError, OSError) as error:
+        # What the client's loader meets when the file is YAML and something else, or cannot be read.
+        raise CliError(f"{shown}: is no kubeconfig: {error}") from None
+    return str((chosen.get("context") or {}).get("namespace") or "default")

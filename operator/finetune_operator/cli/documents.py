@@ -1,0 +1,86 @@
+"""Manifest files as the user gives them: several documents in one, stdin, other kinds in between."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api import names
+from finetune_operator.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from finetune_api.manifest import Document, ManifestError
+
+STDIN = "-"
+STDIN_NAME = "<stdin>"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A manifest's text, the name it goes by in messages, and the folder its relative paths start from."""
+
+    name: str
+    text: str
+    base: Path
+
+
+def read(name: str) -> Source:
+    """Read a file, or stdin for "-". Raises CliError."""
+    try:
+        if name == STDIN:
+            return Source(STDIN_NAME, sys.stdin.buffer.read().decode("utf-8"), Path.cwd())
+        path = Path(name)
+        return Source(name, path.read_bytes().decode("utf-8"), path.resolve().parent)
+    except FileNotFoundError:
+        raise CliError(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise CliError(
+            f"{name}: is a folder, not a manifest",
+            hint=f"name its files, or for a kustomization: kubectl kustomize {name} | finetune validate -",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CliError(f"{name}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise CliError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def refused(error: ManifestError) -> CliError:
+    """A manifest's problems, one a line, as the end of a command."""
+    return CliError(str(error))
+
+
+def foreign_kind(document: Document) -> str | None:
+    """The kind of a document that plainly is something else (a Secret, say); None for ours and for broken ones."""
+    if document.is_job or not isinstance(document.data, dict):
+        return None
+    kind, version = document.data.get("kind"), document.data.get("apiVersion")
+    return kind if isinstance(kind, str) and not str(version).startswith(f"{names.GROUP}/") else None
+
+
+def documents(source: Source) -> list[Document]:
+    """The documents of a manifest. Raises ManifestError for text that is not YAML, CliError when there are none."""
+    from finetune_api.manifest import parse
+
+    found = parse(source.text, source.name)
+    if not found:
+        raise CliError(
+            f"{source.name}: is empty: a manifest needs apiVersion: {names.API_VERSION} and kind: {names.KIND}"
+        )
+    return found
+
+
+def the_job(name: str) -> tuple[Source, Document]:
+    """The one FineTuneJob of a file, other kinds aside. Raises CliError when there is none or more than one."""
+    from finetune_api.manifest import ManifestError
+
+    source = read(name)
+    try:
+        ours = [document for document in documents(source) if foreign_kind(document) is None]
+    except ManifestError as error:
+        raise refused(error) from None
+    if len(ours) != 1:
+        count = f"no {names.KIND}" if not ours else f"{len(ours)} {names.KIND}s"
+        raise CliError(f"{source.name}: holds {count}, this command takes one")
+    return source, ours[0]

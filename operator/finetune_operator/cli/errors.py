@@ -1,0 +1,29 @@
+"""How the command line ends: its exit codes, and the one exception that a command raises to say why."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes, for scripts. `finetune run` instead passes on the trainer's code (finetune_api.names.ExitCode)."""
+
+    OK = 0
+    INVALID = 1
+    JOB_FAILED = 2
+    UNREACHABLE = 3
+    TIMED_OUT = 4
+    CORRUPT = 5
+    INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """What went wrong in one sentence, what the user can do about it, and the exit code.
+
+    `message` may be empty when everything has been said already. `may_pass`: the same call may work in a moment.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", code: int = Exit.INVALID, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = int(code)
+        self.may_pass = may_pass

@@ -1,0 +1,69 @@
+"""The loss over time, from where it is written down: the running pod's log, or the published metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from finetune_api import names
+from finetune_operator.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from finetune_operator.cli.kube import Cluster
+    from finetune_operator.cli.view import View
+
+_STEP = re.compile(r"^Step ([0-9]+)$")
+TAIL_LINES = 3000
+#: Seconds to wait for a store: the sparkline is an ornament, never worth a pause.
+STORE_SECONDS = 2
+
+
+def loss_history(cluster: Cluster, view: View) -> list[float]:
+    """Training losses, oldest first; empty when they cannot be had at once."""
+    try:
+        if view.status.adapter:
+            return losses(published(view.status.adapter.uri))
+        if view.status.progress and view.status.progress.step:
+            pods = cluster.pods(view.name)
+            return losses(cluster.log(pods[0]["metadata"]["name"], tail=TAIL_LINES)) if pods else []
+    except CliError:
+        pass
+    return []
+
+
+def published(address: str) -> list[str]:
+    """Lines of training/metrics.jsonl below an adapter's URI. Raises CliError."""
+    from finetune_operator.cli.stores import open_remote
+
+    remote = open_remote(address, seconds=STORE_SECONDS, tries=1)
+    return remote.read(names.METRICS_FILE).decode(errors="replace").splitlines()
+
+
+def losses(lines: Iterable[str]) -> list[float]:
+    """The losses in JSON lines, of metrics.jsonl or of a pod's log, by step; a step done twice counts once. Pure."""
+    found: dict[int, float] = {}
+    for line in lines:
+        entry = _parsed(line)
+        step = entry.get("step")
+        if step is None and (match := _STEP.match(str(entry.get("event", "")))):
+            step = int(match[1])
+        if isinstance(step, int) and (loss := _number(entry.get("loss"))) is not None:
+            found[step] = loss
+    return [found[step] for step in sorted(found)]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,212 @@
+"""The cluster as the command line sees it: FineTuneJobs and their pods, as plain dicts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from finetune_api import names
+from finetune_operator.cli.errors import CliError
+from finetune_operator.cli.kube_errors import explained
+
+Object = dict[str, Any]
+
+#: Server-side apply remembers under this name what `finetune submit` has set.
+FIELD_MANAGER = "finetune-cli"
+#: One watch request lasts this long; the next goes on where it ended.
+WATCH_SECONDS = 50
+#: The same where something beside the job has to be looked at, too.
+POLL_SECONDS = 2
+#: A log that is followed may be silent for this long.
+SILENCE_SECONDS = 86_400
+#: A connection lost while watching may stay lost for this long.
+PATIENCE_SECONDS = 60
+_APPLY = "application/apply-patch+yaml"
+_MERGE = "application/merge-patch+json"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection, and the namespace that commands act in."""
+
+    api: Any
+    namespace: str
+    server: str
+    #: Seconds to connect, and to wait for an answer.
+    timeout: tuple[float, float] = (5, 30)
+
+    def get(self, name: str) -> Object:
+        """One FineTuneJob."""
+        with explained(self.server, self.namespace, name):
+            return dict(
+                self._custom().get_namespaced_custom_object(*self._place(), name, _request_timeout=self.timeout)
+            )
+
+    def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> list[Object]:
+        """FineTuneJobs of the namespace, or of all."""
+        options: Any = {"_request_timeout": self.timeout} | ({"label_selector": selector} if selector else {})
+        group, version, namespace, plural = self._place()
+        with explained(self.server, "" if everywhere else namespace):
+            if everywhere:
+                found = self._custom().list_cluster_custom_object(group, version, plural, **options)
+            else:
+                found = self._custom().list_namespaced_custom_object(group, version, namespace, plural, **options)
+        return list(found["items"])
+
+    def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
+        """Create or change a FineTuneJob by server-side apply; says too whether it is new."""
+        name = job["metadata"]["name"]
+        options: Any = {"dry_run": "All"} if dry_run else {}
+        with explained(self.server, self.namespace, name):
+            # The client's typed path knows 200 alone and drops the body of a 201.
+            answer = self._custom().patch_namespaced_custom_object(
+                *self._place(),
+                name,
+                job,
+                field_manager=FIELD_MANAGER,
+                field_validation="Strict",
+                force=force,
+                _content_type=_APPLY,
+                _request_timeout=self.timeout,
+                _preload_content=False,
+                **options,
+            )
+            return dict(json.loads(_checked(answer).data)), answer.status == HTTPStatus.CREATED
+
+    def patch(self, name: str, change: Object) -> Object:
+        """Merge `change` into a FineTuneJob."""
+        with explained(self.server, self.namespace, name):
+            return dict(
+                self._custom().patch_namespaced_custom_object(
+                    *self._place(),
+                    name,
+                    change,
+                    field_manager=FIELD_MANAGER,
+                    _content_type=_MERGE,
+                    _request_timeout=self.timeout,
+                )
+            )
+
+    def delete(self, name: str) -> None:
+        """Delete a FineTuneJob; what it owns follows in the background."""
+        with explained(self.server, self.namespace, name):
+            self._custom().delete_namespaced_custom_object(
+                *self._place(), name, propagation_policy="Background", _request_timeout=self.timeout
+            )
+
+    def follow(self, name: str, deadline: float | None = None, *, poll: bool = False) -> Iterator[Object | None]:
+        """The job now and after every change, None once it is deleted; ends at `deadline` (time.monotonic()).
+
+        With `poll`, also every few seconds without a change. Outlives short losses of connection.
+        """
+        lost_since: float | None = None
+        while (seconds := _watch_seconds(deadline, poll)) > 0:
+            try:
+                job = self.get(name)
+                lost_since = None
+                yield job
+                for event in self._watch(name, job["metadata"]["resourceVersion"], seconds):
+                    if event["type"] == "DELETED":
+                        yield None
+                        return
+                    if event["type"] in ("ADDED", "MODIFIED"):
+                        yield event["object"]
+            except CliError as error:
+                lost_since = lost_since or time.monotonic()
+                if not error.may_pass or time.monotonic() - lost_since > PATIENCE_SECONDS:
+                    raise
+                time.sleep(1)
+
+    def _watch(self, name: str, since: str, seconds: int) -> Iterator[Object]:
+        from kubernetes.client.exceptions import ApiException
+        from kubernetes.watch import Watch
+
+        with explained(self.server, self.namespace, name):
+            try:
+                yield from Watch(return_type=object).stream(
+                    self._custom().list_namespaced_custom_object,
+                    *self._place(),
+                    field_selector=f"metadata.name={name}",
+                    resource_version=since,
+                    timeout_seconds=seconds,
+                    _request_timeout=(self.timeout[0], seconds + self.timeout[1]),
+                )
+            except ApiException as error:
+                # Too old a version: the caller reads the job again and goes on from there.
+                if error.status != 410:
+                    raise
+
+    def pods(self, job: str) -> list[Object]:
+        """Pods of a job's attempts, the newest attempt first, its rank 0 before the others."""
+        from kubernetes import client
+
+        with explained(self.server, self.namespace, what="Pod"):
+            answer = client.CoreV1Api(self.api).list_namespaced_pod(
+                self.namespace,
+                label_selector=f"{names.LABEL_JOB}={job}",
+                _preload_content=False,
+                _request_timeout=self.timeout,
+            )
+            items: list[Object] = json.loads(_checked(answer).data)["items"]
+        return sorted(items, key=lambda pod: (-attempt_of(pod), _index_of(pod), pod["metadata"]["name"]))
+
+    def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
+        """Lines of the trainer's log."""
+        from kubernetes import client
+
+        options: Any = {"tail_lines": tail} if tail is not None else {}
+        with explained(self.server, self.namespace, pod, what="Pod"):
+            answer = client.CoreV1Api(self.api).read_namespaced_pod_log(
+                pod,
+                self.namespace,
+                container=names.TRAINER_CONTAINER,
+                follow=follow,
+                _preload_content=False,
+                _request_timeout=(self.timeout[0], SILENCE_SECONDS) if follow else self.timeout,
+                **options,
+            )
+            rest = b""
+            for chunk in _checked(answer).stream(amt=None):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+            if rest:
+                yield rest.decode(errors="replace")
+
+    def _custom(self) -> Any:
+        from kubernetes import client
+
+        return client.CustomObjectsApi(self.api)
+
+    def _place(self) -> tuple[str, str, str, str]:
+        return names.GROUP, names.VERSION, self.namespace, names.PLURAL
+
+
+def _checked(answer: Any) -> Any:
+    """A raw answer of the client, unless it is an error: those it does not raise by itself."""
+    from kubernetes.client.exceptions import ApiException
+
+    if not 200 <= answer.status < 300:
+        raise ApiException(status=answer.status, reason=answer.reason, body=answer.data)
+    return answer
+
+
+def _watch_seconds(deadline: float | None, poll: bool) -> int:
+    """How long the next watch may last; 0 or less once the deadline has passed."""
+    longest = POLL_SECONDS if poll else WATCH_SECONDS
+    return longest if deadline is None else min(longest, math.ceil(deadline - time.monotonic()))
+
+
+def attempt_of(pod: Object) -> int:
+    """The attempt a pod belongs to; 0 when it does not say."""
+    label = str((pod["metadata"].get("labels") or {}).get(names.LABEL_ATTEMPT, ""))
+    return int(label) if label.isdigit() else 0
+
+
+def _index_of(pod: Object) -> int:
+    label = str((pod["metadata"].get("labels") or {}).get("batch.kubernetes.io/job-completion-index", "0"))
+    return int(label) if label.isdigit() else 0

@@ -1,0 +1,121 @@
+"""From the Kubernetes client's exceptions to one sentence a user can act on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from finetune_api import names
+from finetune_operator.cli.errors import CliError, Exit
+
+
+@contextmanager
+def explained(server: str, namespace: str, name: str = "", what: str = names.KIND) -> Iterator[None]:
+    """Turn whatever the client raises inside the block into a CliError about object `name` of kind `what`."""
+    import urllib3
+    from kubernetes.client.exceptions import ApiException
+
+    try:
+        yield
+    except ApiException as error:
+        raise refusal(error.status or 0, _status(error), server, namespace, name, what) from None
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise CliError(
+            f"the cluster at {server} is out of reach: {reason(error)}",
+            hint="kubectl cluster-info tells whether it is up; --context chooses another",
+            code=Exit.UNREACHABLE,
+            may_pass=True,
+        ) from None
+
+
+def _status(error: Any) -> dict[str, Any]:
+    """The Status object in an answer; only a message where it holds something else."""
+    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
+    try:
+        parsed = json.loads(body)
+    except (TypeError, ValueError):
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"message": (body or str(error.reason or "")).strip()}
+
+
+def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name: str, what: str) -> CliError:
+    """The sentence for an HTTP error. Pure."""
+    message = str(status.get("message") or f"HTTP {code}")
+    where = f" in namespace {namespace!r}" if namespace else ""
+    if code == 401:
+        return CliError(
+            f"the cluster at {server} does not know you: the credentials are missing, wrong or expired",
+            hint="log in again, or choose another user with --context",
+            code=Exit.UNREACHABLE,
+        )
+    if code == 403:
+        return CliError(f"not allowed: {message}", hint="ask for a Role that grants this verb", code=Exit.UNREACHABLE)
+    if code == 404:
+        return _not_found(status, server, where, name, what)
+    if code == 409:
+        return _conflict(status, name, message)
+    if code in (400, 422):
+        return CliError(_causes(status) or message)
+    return CliError(
+        f"the cluster at {server} answered {code}: {message}",
+        code=Exit.UNREACHABLE,
+        may_pass=code == 429 or code >= 500,
+    )
+
+
+def _not_found(status: dict[str, Any], server: str, where: str, name: str, what: str) -> CliError:
+    missing = status.get("details") or {}
+    if name and missing.get("name") == name:
+        return CliError(f"there is no {what} {name!r}{where}", hint="finetune list -A shows all there are")
+    if missing.get("kind") == "namespaces":
+        return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
+    return CliError(
+        f"{names.KIND}s are not installed in the cluster at {server}",
+        hint="install the operator's chart, or at least: kubectl apply -f crds/finetunejobs.yaml",
+        code=Exit.UNREACHABLE,
+    )
+
+
+def _conflict(status: dict[str, Any], name: str, message: str) -> CliError:
+    causes = (status.get("details") or {}).get("causes") or []
+    fields = [f"{str(cause.get('field', '')).lstrip('.')} ({cause.get('message')})" for cause in causes]
+    if fields:
+        return CliError(
+            f"{name} has fields that something else has set: {'; '.join(fields)}",
+            hint="add --force to take them over",
+        )
+    return CliError(f"{name}: {message}")
+
+
+def _causes(status: dict[str, Any]) -> str:
+    """One line for each field the server refuses, in the words of `finetune validate`."""
+    causes = (status.get("details") or {}).get("causes") or []
+    return "\n".join(f"{cause.get('field')}: {cause.get('message')}" for cause in causes if cause.get("field"))
+
+
+def reason(error: BaseException) -> str:
+    """Why a connection failed, in a few words. urllib3's own texts name objects and memory addresses."""
+    seen: BaseException | None = error
+    chain: list[BaseException] = []
+    while seen is not None and len(chain) < 8:
+        chain.append(seen)
+        seen = getattr(seen, "reason", None) if isinstance(getattr(seen, "reason", None), BaseException) else None
+        seen = seen or chain[-1].__cause__ or chain[-1].__context__
+    text = " ".join(f"{type(each).__name__} {each}" for each in chain).lower()
+    for sign, words in (
+        ("refused", "connection refused"),
+        ("nameresolution", "its name does not resolve"),
+        ("name or service not known", "its name does not resolve"),
+        ("certificate", "its certificate is not trusted"),
+        ("ssl", "the TLS connection failed"),
+        ("timed out", "no answer in time"),
+        ("timeout", "no answer in time"),
+        ("unreachable", "no route to it"),
+        ("reset", "the connection was cut"),
+        ("aborted", "the connection was cut"),
+    ):
+        if sign in text:
+            return words
+    return type(chain[-1]).__name__

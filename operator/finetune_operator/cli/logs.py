@@ -1,0 +1,197 @@
+"""`finetune logs`: from the pod while there is one, from the store afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_api import names
+from finetune_operator.cli import console
+from finetune_operator.cli.errors import CliError, Exit
+from finetune_operator.cli.interrupts import insistent_interrupts
+from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace
+
+if TYPE_CHECKING:
+    from finetune_operator.cli.kube import Cluster, Object
+    from finetune_operator.cli.view import View
+
+LOG_FILE = f"{names.TRAINING_DIR}/log.txt"
+_LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
+_HIDDEN = ("event", "level", "timestamp", "logger")
+
+
+def logs(
+    name: JobName,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as lines are written, until the job ends.")
+    ] = False,
+    tail: Annotated[
+        int | None, typer.Option("--tail", metavar="LINES", help="Only the last lines.", show_default=False)
+    ] = None,
+    attempt: Annotated[
+        int | None,
+        typer.Option("--attempt", metavar="N", help="Of this attempt. Default: the newest.", show_default=False),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="JSON lines as the trainer writes them.")] = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Print the trainer's log: from its pod, or from the store when the pod is gone.
+
+    With -f it waits for a pod that has not started, goes from one attempt to the next, and ends with the job: exit
+    code 0 when it succeeded, 2 when it failed.
+
+    Examples:
+        finetune logs nli
+        finetune logs -f nli
+        finetune logs nli --attempt 1 --tail 20
+        finetune logs nli --raw | jq .event
+    """
+    from finetune_operator.cli import kube
+    from finetune_operator.cli.connection import connect
+    from finetune_operator.cli.view import View
+
+    cluster = connect(namespace, context, kubeconfig)
+    view = View.of(cluster.get(name))
+    if follow and not view.is_over:
+        with insistent_interrupts():
+            _follow(cluster, name, tail=tail, raw=raw)
+        return
+    pods = [pod for pod in cluster.pods(name) if attempt is None or kube.attempt_of(pod) == attempt]
+    if pods and _has_started(pods[0]):
+        _print(cluster.log(pods[0]["metadata"]["name"], tail=tail), raw=raw)
+        return
+    lines = _stored(view) if attempt is None or attempt == len(view.status.attempts) else None
+    if lines is None:
+        raise CliError(_why_nothing(view, pods, attempt), hint=f"finetune status {name}")
+    for line in lines[-tail:] if tail is not None else lines:
+        console.out().print(line, soft_wrap=True)
+
+
+def _has_started(pod: Object) -> bool:
+    states = (pod.get("status") or {}).get("containerStatuses") or []
+    return any(
+        "running" in (state.get("state") or {}) or "terminated" in (state.get("state") or {})
+        for state in states
+        if state.get("name") == names.TRAINER_CONTAINER
+    )
+
+
+def _stored(view: View) -> list[str] | None:
+    """The log published with the adapter; None when there is none."""
+    from finetune_operator.cli.stores import MissingError, open_remote
+
+    if view.status.adapter is None:
+        return None
+    try:
+        return open_remote(view.status.adapter.uri).read(LOG_FILE).decode(errors="replace").splitlines()
+    except MissingError:
+        return None
+
+
+def _why_nothing(view: View, pods: list[Any], attempt: int | None) -> str:
+    if attempt is not None and attempt > len(view.status.attempts):
+        return f"{view.name} has no attempt {attempt}: there were {len(view.status.attempts)}"
+    if view.is_over or (attempt is not None and attempt < len(view.status.attempts)):
+        number = attempt or len(view.status.attempts)
+        last = view.status.attempts[number - 1] if view.status.attempts else None
+        said = f" Its last word: {last.message}" if last and last.message else ""
+        return f"the pod of {view.name} is gone, and its log with it.{said}"
+    return f"{view.name} has no log yet ({view.phase})" + (f": {view.why}" if view.why else "")
+
+
+def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool) -> None:
+    """Print the log of one attempt after the other until the job is over."""
+    from finetune_operator.cli.view import View
+
+    finished: set[str] = set()
+    shown = Shown()
+    told = ""
+    for job in cluster.follow(name, None, poll=True):
+        if job is None:
+            raise CliError(f"{name} was deleted while it was followed")
+        view = View.of(job)
+        try:
+            ready = [pod for pod in cluster.pods(name)[:1] if _has_started(pod) and _uid(pod) not in finished]
+        except CliError as error:
+            if not error.may_pass:
+                raise
+            continue
+        if ready:
+            if _follow_pod(cluster, ready[0], shown, tail=tail, raw=raw):
+                finished.add(_uid(ready[0]))
+        elif view.is_over:
+            if view.state == "failed":
+                raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
+            return
+        elif not finished and view.why and view.why != told:
+            told = view.why
+            console.note(f"waiting: {told}")
+
+
+def _uid(pod: Object) -> str:
+    return str(pod["metadata"]["uid"])
+
+
+@dataclass
+class Shown:
+    """How many lines of which pod have been printed, to go on there when the connection is cut."""
+
+    pod: str = ""
+    lines: int = 0
+
+
+def _follow_pod(cluster: Cluster, pod: Object, shown: Shown, *, tail: int | None, raw: bool) -> bool:
+    """Print a pod's log as it grows. False when the connection was cut and it is to be taken up again."""
+    name = pod["metadata"]["name"]
+    if shown.pod != name:
+        shown.pod, shown.lines = name, 0
+    lines = cluster.log(name, follow=True, tail=tail)
+    try:
+        for line in itertools.islice(lines, shown.lines, None):
+            _print([line], raw=raw)
+            shown.lines += 1
+    except CliError as error:
+        # With --tail the lines before are not known, so it cannot be told where to go on.
+        if not error.may_pass or tail is not None:
+            raise
+        return False
+    return True
+
+
+def _print(lines: Iterable[str], *, raw: bool) -> None:
+    for line in lines:
+        if raw:
+            console.out().print(line, soft_wrap=True)
+        else:
+            text, style = readable(line)
+            console.out().print(text, style=style, soft_wrap=True)
+
+
+def readable(line: str) -> tuple[str, str]:
+    """A JSON log line as text and its style; any other line as it is. Pure."""
+    try:
+        entry = json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or "event" not in entry:
+        return line, ""
+    level = str(entry.get("level", "info"))
+    extra = "  ".join(f"{key}={value}" for key, value in entry.items() if key not in _HIDDEN)
+    label = f"{level}: " if level in _LEVELS else ""
+    parts = (_clock(entry.get("timestamp")), f"{label}{entry['event']}", extra)
+    return "  ".join(part for part in parts if part), _LEVELS.get(level, "")
+
+
+def _clock(timestamp: object) -> str:
+    try:
+        return datetime.fromisoformat(str(timestamp)).strftime("%H:%M:%S")
+    except ValueError:
+        return ""

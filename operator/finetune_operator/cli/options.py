@@ -1,0 +1,107 @@
+"""Arguments and options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune_api import names
+from finetune_operator.cli.errors import CliError
+
+CLUSTER_PANEL = "Cluster"
+
+
+class OutputFormat(StrEnum):
+    """Forms of output for programs."""
+
+    JSON = "json"
+    YAML = "yaml"
+
+
+def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the cluster's jobs, for the shell; none when it is out of reach."""
+    from finetune_operator.cli.connection import connect
+
+    given = ctx.params
+    try:
+        cluster = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig"), seconds=2)
+        found = [str(job["metadata"]["name"]) for job in cluster.jobs()]
+    except Exception:
+        # A shell asks at every Tab: silence is the only good answer to whatever went wrong.
+        return []
+    return [name for name in found if name.startswith(incomplete)]
+
+
+ManifestFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob, or - for stdin.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override a field of spec, such as training.learningRate=1e-4. Repeatable.",
+        show_default=False,
+    ),
+]
+
+
+def job_name(value: str) -> str:
+    """A name that a FineTuneJob can have; anything else would ask the cluster for something else."""
+    import re
+
+    if not re.fullmatch(names.NAME_PATTERN, value) or len(value) > names.MAX_NAME_LENGTH:
+        raise CliError(
+            f"{value!r} is no name of a {names.KIND}: lowercase letters, digits and -, starting with a letter"
+        )
+    return value
+
+
+JobName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of a FineTuneJob.",
+        show_default=False,
+        autocompletion=complete_job,
+        callback=job_name,
+    ),
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        "--namespace",
+        "-n",
+        help="Namespace. Default: the context's.",
+        show_default=False,
+        rich_help_panel=CLUSTER_PANEL,
+    ),
+]
+Context = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        help="Context of the kubeconfig. Default: the current one.",
+        show_default=False,
+        rich_help_panel=CLUSTER_PANEL,
+    ),
+]
+Kubeconfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--kubeconfig",
+        help="Kubeconfig file. Default: $KUBECONFIG, else ~/.kube/config.",
+        show_default=False,
+        rich_help_panel=CLUSTER_PANEL,
+    ),
+]
+Output = Annotated[
+    OutputFormat | None,
+    typer.Option("--output", "-o", metavar="json|yaml", help="Print data for programs instead.", show_default=False),
+]
+
+
+def same_place(namespace: str | None, context: str | None) -> str:
+    """The options that make the next command act where this one did."""
+    return (f" -n {namespace}" if namespace else "") + (f" --context {context}" if context else "")

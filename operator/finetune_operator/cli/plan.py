@@ -1,0 +1,186 @@
+"""`finetune plan`: what a manifest comes to. Every value with its origin, the batch, and the memory it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_operator.cli import console
+from finetune_operator.cli.errors import CliError
+from finetune_operator.cli.options import ManifestFile, Output, Overrides
+
+if TYPE_CHECKING:
+    from finetune_api.base import ApiModel
+    from finetune_api.manifest import Document
+    from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One resolved field of spec. `origin` is "default", "--set" or "file:line"."""
+
+    path: str
+    value: Any
+    origin: str
+
+
+def values(job: FineTuneJob, document: Document) -> list[Value]:
+    """Every field of the spec in the models' order, unset ones as None."""
+    return list(_values(job.spec, (), document))
+
+
+def _values(model: ApiModel, path: tuple[str, ...], document: Document) -> Iterator[Value]:
+    from finetune_api.base import ApiModel
+
+    dumped = model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for name, field in type(model).model_fields.items():
+        key = field.alias or name
+        below = getattr(model, name)
+        if isinstance(below, ApiModel):
+            yield from _values(below, (*path, key), document)
+        else:
+            yield Value(".".join((*path, key)), dumped.get(key), _origin(("spec", *path, key), document))
+
+
+def _origin(path: tuple[str, ...], document: Document) -> str:
+    if path not in document.lines:
+        return DEFAULT
+    source, line = document.place(path)
+    return f"{source}:{line}" if line else source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one optimizer step's sequences are made up: effective = processes * microBatch * accumulation.
+
+    microBatch and accumulation are None where the trainer chooses; `choices` are the micro-batches it may choose from.
+    """
+
+    effective: int
+    processes: int
+    micro: int | None
+    accumulation: int | None
+    choices: tuple[int, ...] = ()
+
+
+def batch(spec: FineTuneJobSpec) -> Batch:
+    """The effective batch and what it is made of."""
+    processes = spec.resources.nodes * max(1, spec.resources.gpus_per_node)
+    effective, micro = spec.training.batch_size, spec.training.micro_batch_size
+    share = effective // processes
+    if isinstance(micro, int):
+        return Batch(effective, processes, micro, share // micro)
+    return Batch(effective, processes, None, None, tuple(n for n in range(1, share + 1) if share % n == 0))
+
+
+def plan(
+    file: ManifestFile,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24Gi: will the run fit?"),
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Show what a manifest comes to: every value and where it is from, the batch, the memory.
+
+    A value on the command line wins over the file, which wins over the default.
+
+    Examples:
+        finetune plan job.yaml
+        finetune plan job.yaml --set training.batchSize=64
+        finetune plan job.yaml --gpu-memory 24Gi
+        finetune plan job.yaml -o json
+    """
+    from finetune_api import manifest
+    from finetune_operator.cli import memory
+    from finetune_operator.cli.documents import refused, the_job
+
+    room = memory.parse_size(gpu_memory) if gpu_memory else None
+    source, document = the_job(file)
+    try:
+        job = manifest.check(document, source.base, overrides or ())
+    except manifest.ManifestError as error:
+        raise refused(error) from None
+    found, made = values(job, document), batch(job.spec)
+    forecast = memory.forecast(job, room)
+    if output:
+        console.structured(
+            {
+                "job": job.metadata.name,
+                "values": [asdict(value) for value in found],
+                "batch": asdict(made) | {"choices": list(made.choices)},
+                "memory": {
+                    "predictedPeakBytes": forecast.predicted_peak_bytes,
+                    "gpuMemoryBytes": forecast.gpu_memory_bytes,
+                    "fits": forecast.fits,
+                    "message": " ".join(forecast.lines),
+                },
+            },
+            output,
+        )
+    else:
+        _page(job, found, made, forecast)
+    if forecast.fits is False:
+        raise CliError("", code=1)
+
+
+def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = console.out()
+    screen.print(Text(job.metadata.name, style="bold"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
+    section = None
+    for item in found:
+        head, _, rest = item.path.partition(".")
+        if item.value is None:
+            continue
+        if (head if rest else "") != section:
+            section = head if rest else ""
+            table.add_row()
+            if section:
+                table.add_row(Text(section, style="bold"))
+        style = "dim" if item.origin == DEFAULT else ""
+        table.add_row(
+            Text(f"  {rest}" if rest else head), Text(_shown(item.value), style=style), Text(item.origin, "dim")
+        )
+    console.page(table)
+    unset = [item.path for item in found if item.value is None]
+    screen.print(Text("\nNot set: " + ", ".join(unset), style="dim"))
+    screen.print(Text("\nBatch", style="bold"))
+    screen.print(Text("  " + batch_sentence(made)))
+    screen.print(Text("\nMemory", style="bold"))
+    for line in forecast.lines:
+        screen.print(Text("  " + line))
+
+
+def _shown(value: Any) -> str:
+    import json
+
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def batch_sentence(made: Batch) -> str:
+    """The decomposition in words."""
+    gpus = f"{made.processes} GPU{'' if made.processes == 1 else 's'}"
+    total = f"{made.effective} sequences per optimizer step"
+    if made.micro is not None:
+        return f"{total} = {gpus} × micro-batch {made.micro} × {made.accumulation} accumulated"
+    choices = ", ".join(map(str, made.choices))
+    return (
+        f"{total} = {gpus} × micro-batch (the trainer takes what fits of {choices}) × accumulated to make up the rest"
+    )

@@ -1,0 +1,234 @@
+"""`finetune run`: the trainer that the image runs, on this machine, with the same manifest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_api import names
+from finetune_operator.cli.documents import STDIN_NAME
+from finetune_operator.cli.errors import CliError, Exit
+from finetune_operator.cli.options import ManifestFile, Overrides
+
+if TYPE_CHECKING:
+    from finetune_api.spec import FineTuneJob
+    from finetune_api.status import TrainerReport
+    from finetune_operator.cli.documents import Source
+
+#: Packages of the trainer extra whose absence is the likeliest; one of each kind is enough to tell.
+TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def trainer_command() -> str:
+    """Path of finetune-trainer: beside this Python first, then on PATH. Raises CliError when it is not installed."""
+    beside = Path(sys.executable).with_name(names.TRAINER_COMMAND)
+    command = str(beside) if beside.exists() else shutil.which(names.TRAINER_COMMAND)
+    missing = [package for package in TRAINER_PACKAGES if importlib.util.find_spec(package) is None]
+    if command is None or missing:
+        lacking = f" ({', '.join(missing)} missing)" if missing else ""
+        raise CliError(
+            f"the trainer is not installed here{lacking}",
+            hint="pip install 'finetune-operator[trainer]', or train in a cluster: finetune submit",
+        )
+    return command
+
+
+def cache_folder(env: Mapping[str, str]) -> Path:
+    """Where models and data sets are kept between runs: the user's cache, after the XDG base directory rules."""
+    base = env.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "finetune"
+
+
+def free_address() -> str:
+    """A 127.0.0.1 address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def environment(env: Mapping[str, str], temporary: Path) -> dict[str, str]:
+    """The trainer's environment: the user's, and where it leaves a path open, one of this user instead of a pod's."""
+    defaults = {
+        names.ENV_SCRATCH_DIR: str(temporary / "scratch"),
+        names.ENV_CACHE_DIR: str(cache_folder(env)),
+        names.ENV_LISTEN: free_address(),
+        names.ENV_TERMINATION_LOG: str(temporary / "termination-log"),
+    }
+    merged = defaults | dict(env)
+    for folder in (names.ENV_SCRATCH_DIR, names.ENV_CACHE_DIR):
+        try:
+            Path(merged[folder]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CliError(
+                f"{merged[folder]}: cannot be made: {error.strerror}", hint=f"set {folder} to a folder you may write"
+            ) from None
+    return merged
+
+
+def gpus_here() -> int | None:
+    """NVIDIA GPUs of this machine, by their device files; None where those do not tell (WSL, not Linux)."""
+    if sys.platform != "linux" or Path("/dev/dxg").exists():
+        return None
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
+    """Refuse what only a cluster can do. Raises CliError."""
+    spec = job.spec
+    if spec.resources.nodes > 1:
+        raise CliError(
+            f"spec.resources.nodes is {spec.resources.nodes}, and this is one machine",
+            hint="add --set resources.nodes=1, or train in a cluster: finetune submit",
+        )
+    here = gpus_here()
+    if spec.resources.gpus_per_node > 1 and here is not None and here < spec.resources.gpus_per_node:
+        raise CliError(
+            f"spec.resources.gpusPerNode is {spec.resources.gpus_per_node}, and this machine has {here}",
+            hint=f"add --set resources.gpusPerNode={here} (0 is the CPU), or train in a cluster: finetune submit",
+        )
+    sources = {
+        "model.source": spec.model.source,
+        "dataset.train": spec.dataset.train,
+        "dataset.eval": spec.dataset.eval,
+        "lora.initFrom": spec.lora.init_from,
+        "checkpoint.uri": spec.checkpoint.uri,
+        "output.uri": spec.output.uri,
+    }
+    for field, uri in sources.items():
+        if uri and uri.startswith("pvc://") and names.ENV_PVC_ROOT not in env:
+            raise CliError(
+                f"spec.{field} is {uri}, a volume of a cluster",
+                hint=f"set {names.ENV_PVC_ROOT}=DIR to read pvc://claim/path from DIR/claim/path,"
+                f" or add --set {field}=file://./…",
+            )
+
+
+def launcher(job: FineTuneJob, trainer: str) -> list[str]:
+    """The start of the command: torchrun, one process per GPU, where there are several."""
+    gpus = job.spec.resources.gpus_per_node
+    if gpus < 2:
+        return [trainer]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={gpus}",
+        "--no-python",
+        trainer,
+    ]
+
+
+def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str], temporary: Path) -> list[str]:
+    """The trainer's own arguments: the user's file where there is one, so that its messages name it."""
+    if source.name != STDIN_NAME:
+        return ["--config", source.name, *(part for override in overrides for part in ("--set", override))]
+    import yaml
+
+    config = temporary / names.CONFIG_FILE
+    config.write_text(yaml.safe_dump(job.manifest(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return ["--config", str(config)]
+
+
+def trainers_code(code: int, report: TrainerReport | None) -> int:
+    """The trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
+    codes = {outcome.reason: int(number) for number, outcome in names.OUTCOMES.items()}
+    return codes.get(report.reason or "", code) if code == 1 and report else code
+
+
+def _in_foreground() -> bool:
+    """Whether the terminal's Ctrl-C reaches the trainer without our help."""
+    try:
+        return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def supervise(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run `command` in this terminal, passing on signals; returns its exit code (128 + number for a signal)."""
+    process: subprocess.Popen[bytes] | None = None
+    waiting: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if process is None:
+            waiting.append(number)
+        elif number != signal.SIGINT or not _in_foreground():
+            process.send_signal(number)
+
+    # What is ignored, as under nohup or in a shell's background, stays ignored, here and in the trainer.
+    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heeded}
+    try:
+        process = subprocess.Popen(command, env=dict(env))
+        for number in waiting:
+            process.send_signal(number)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def run(
+    file: ManifestFile,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
+) -> None:
+    """Train on this machine: no cluster, the same trainer as in the image.
+
+    A GPU is used when there is one. The adapter goes to output.uri, checkpoints beside it: run the same command
+    again after an interruption and it resumes. Credentials come from the environment (AWS_*, HF_TOKEN).
+
+    Examples:
+        finetune run job.yaml
+        finetune run job.yaml --set training.learningRate=1e-4 --set lora.rank=32
+        finetune run job.yaml --set training.maxSteps=5 --set output.uri=file:///tmp/trial
+
+    Exit codes:
+        0    the adapter is published and was loaded back
+        1    the manifest is wrong, or asks for what only a cluster has
+        65   the data set is wrong
+        69   the store or the model hub is out of reach
+        75   stopped, with a checkpoint to go on from
+        77   the store or the hub refuses the credentials
+        78   the manifest asks for something that cannot be done
+        79   the run does not fit the GPU
+        90   the GPU ran out of memory
+        91   the loss became NaN or infinite
+    """
+    from finetune_api import manifest
+    from finetune_operator.cli import summary
+    from finetune_operator.cli.documents import refused, the_job
+
+    source, document = the_job(file)
+    try:
+        job = manifest.check(document, source.base, overrides or ())
+    except manifest.ManifestError as error:
+        raise refused(error) from None
+    check_local(job, os.environ)
+    trainer = trainer_command()
+
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        env = environment(os.environ, Path(folder))
+        started = time.monotonic()
+        code = supervise([*launcher(job, trainer), *trainer_arguments(source, job, overrides or (), Path(folder))], env)
+        report = summary.read_report(Path(env[names.ENV_TERMINATION_LOG]))
+        code = trainers_code(code, report)
+    if not quiet:
+        summary.show(job, report, code, seconds=time.monotonic() - started, file=file)
+    if code != Exit.OK:
+        raise CliError("", code=code)

@@ -1,0 +1,166 @@
+"""`finetune status` and `finetune watch`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_operator.cli import console
+from finetune_operator.cli.errors import CliError, Exit
+from finetune_operator.cli.interrupts import insistent_interrupts
+from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace, Output, same_place
+
+if TYPE_CHECKING:
+    from finetune_operator.cli.kube import Cluster
+    from finetune_operator.cli.view import View
+
+
+def status(
+    name: JobName,
+    output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Show how a job is doing: progress, loss, attempts, and why it waits or failed and what to do.
+
+    Examples:
+        finetune status nli
+        finetune status nli -o json | jq -r .status.adapter.uri
+    """
+    from finetune_operator.cli.connection import connect
+
+    cluster = connect(namespace, context, kubeconfig)
+    job = cluster.get(name)
+    if output:
+        job["metadata"].pop("managedFields", None)
+        console.structured(job, output)
+        return
+    from finetune_operator.cli.history import loss_history
+    from finetune_operator.cli.render import status_page
+    from finetune_operator.cli.view import View
+
+    view = View.of(job)
+    console.page(status_page(view, datetime.now(UTC), loss_history(cluster, view)), console.PIPED_TABLE_WIDTH)
+    _suggest(view, same_place(namespace, context))
+
+
+def _suggest(view: View, place: str) -> None:
+    commands = {
+        "succeeded": [f"finetune download {view.name} ./{view.name}{place}"],
+        "failed": [f"finetune logs {view.name}{place}"],
+        "running": [f"finetune watch {view.name}{place}", f"finetune logs -f {view.name}{place}"],
+    }.get(view.state)
+    if commands and console.out().is_terminal:
+        console.next_commands(*commands)
+
+
+def watch(
+    name: JobName,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", metavar="SECONDS", help="Give up after this long, with exit code 4.", show_default=False
+        ),
+    ] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Watch a job until it ends. Ctrl-C leaves it running.
+
+    On a terminal the page of `finetune status` is kept up to date; elsewhere each change is a line.
+
+    Examples:
+        finetune watch nli
+        finetune watch nli --timeout 3600 && finetune download nli ./nli
+
+    Exit codes:
+        0    the job succeeded
+        2    the job failed
+        3    the cluster is out of reach, or refuses you
+        4    the wait timed out
+        130  interrupted; the job goes on
+    """
+    from finetune_operator.cli.connection import connect
+
+    watch_job(connect(namespace, context, kubeconfig), name, timeout)
+
+
+def watch_job(cluster: Cluster, name: str, timeout: float | None) -> None:
+    """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code."""
+    try:
+        view = _follow_live(cluster, name, timeout) if console.out().is_terminal else _follow(cluster, name, timeout)
+    except KeyboardInterrupt:
+        console.note(f"{name} goes on without you watching.")
+        raise CliError("", code=Exit.INTERRUPTED) from None
+    if view.state == "failed":
+        raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
+
+
+def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
+    """A line for each change."""
+    from finetune_operator.cli.render import change_line
+
+    said = ""
+    with insistent_interrupts():
+        for view in _views(cluster, name, timeout):
+            line = change_line(view, datetime.now(UTC))
+            if line.partition("  ")[2] != said:
+                said = line.partition("  ")[2]
+                console.out().print(line, soft_wrap=True)
+            if view.is_over:
+                break
+    return view
+
+
+def _follow_live(cluster: Cluster, name: str, timeout: float | None) -> View:
+    """The status page, redrawn: times move on between changes too."""
+    from rich.live import Live
+
+    from finetune_operator.cli.history import loss_history
+    from finetune_operator.cli.render import status_page
+
+    losses: list[float] = []
+    shown: list[View] = []
+    last_step = -1
+    live = Live(
+        console=console.out(),
+        refresh_per_second=2,
+        get_renderable=lambda: status_page(shown[-1], datetime.now(UTC), losses) if shown else "",
+    )
+    # The interrupts' block is the inner one: it is left before Live puts the terminal in order.
+    with live, insistent_interrupts():
+        for view in _views(cluster, name, timeout):
+            if not shown:
+                losses.extend(loss_history(cluster, view))
+            last_step = _remember(view, losses, last_step)
+            shown[:] = [view]
+            live.refresh()
+            if view.is_over:
+                break
+    return view
+
+
+def _remember(view: View, losses: list[float], last_step: int) -> int:
+    """Add a new step's loss to the history; returns the last step seen."""
+    progress = view.status.progress
+    if progress is None or progress.loss is None or progress.step == last_step:
+        return last_step
+    losses.append(progress.loss)
+    return progress.step
+
+
+def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]:
+    from finetune_operator.cli.view import View
+
+    deadline = time.monotonic() + timeout if timeout else None
+    for job in cluster.follow(name, deadline):
+        if job is None:
+            raise CliError(f"{name} was deleted while it was watched")
+        yield View.of(job)
+    raise CliError(f"{name} has not ended within {timeout:g} s", code=Exit.TIMED_OUT)

@@ -1,0 +1,140 @@
+"""What `finetune run` says at the end: where the adapter lies, what it gained, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api import names, uri
+from finetune_operator.cli import console, text
+from finetune_operator.cli.documents import STDIN
+from finetune_operator.cli.errors import Exit
+
+if TYPE_CHECKING:
+    from finetune_api.spec import FineTuneJob
+    from finetune_api.status import TrainerReport
+
+#: Metrics compared before and after, with their titles; the first is a loss, the others are shares of 1.
+COMPARED = (
+    ("evalLoss", "Held-out loss"),
+    ("accuracy", "Right labels"),
+    ("f1", "F1"),
+    ("validJson", "Valid JSON"),
+)
+
+
+def read_report(path: Path) -> TrainerReport | None:
+    """The trainer's last word, or None when it left none."""
+    from pydantic import ValidationError
+
+    from finetune_api.status import TrainerReport
+
+    try:
+        return TrainerReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def gains(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Title and 'before → after' of every metric that has an after."""
+    rows = []
+    for key, title in COMPARED:
+        after, before = metrics.get(key), metrics.get(f"{key}Before")
+        if after is None:
+            continue
+        show = text.loss if key == "evalLoss" else text.percent
+        rows.append((title, show(after) if before is None else f"{show(before)} → {show(after)}"))
+    return rows
+
+
+def local_path(address: str) -> str:
+    """A file:// URI as a path; any other unchanged."""
+    return address.removeprefix("file://").rstrip("/") if address.startswith("file://") else address
+
+
+def base_argument(job: FineTuneJob) -> str:
+    """What from_pretrained takes for the base model, as Python source."""
+    model = job.spec.model
+    parsed = uri.parse(model.source)
+    if parsed.scheme == "hf":
+        return f'"{parsed.authority}"' + (f', revision="{model.revision}"' if model.revision else "")
+    return f'"{local_path(model.source)}"'
+
+
+def load_lines(job: FineTuneJob, folder: str) -> list[str]:
+    """The five lines of Python that load the adapter in `folder` on its base model."""
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"base = AutoModelForCausalLM.from_pretrained({base_argument(job)})",
+        f'model = PeftModel.from_pretrained(base, "{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+    ]
+
+
+def show(job: FineTuneJob, report: TrainerReport | None, code: int, *, seconds: float, file: str) -> None:
+    """Print the summary of a run that ended with `code` after `seconds`."""
+    if code == Exit.OK:
+        _show_success(job, report, seconds, file)
+    else:
+        _show_failure(job, report, code, seconds)
+
+
+def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float, file: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    metrics = report.metrics if report else {}
+    adapter = report.adapter if report else None
+    target = adapter.uri if adapter else job.spec.output.uri
+    rows = [("Adapter", local_path(target))]
+    if adapter:
+        rows.append(("", f"rank {adapter.rank}, {text.size(adapter.size_bytes)}, verified"))
+    rows += gains(metrics)
+    if report and report.progress.step:
+        speed = metrics.get("tokensPerSecond")
+        rows.append(
+            ("Training", f"{report.progress.step} steps" + (f", {text.number(speed)} tokens/s" if speed else ""))
+        )
+    rows.append(("Time", text.duration(seconds)))
+
+    table = Table.grid(padding=(0, 2))
+    for title, value in rows:
+        table.add_row(Text(f"  {title}", style="bold"), Text(value))
+    console.out().print()
+    console.done(f"{job.metadata.name} is trained")
+    console.page(table)
+    _show_next(job, target, file)
+
+
+def _show_next(job: FineTuneJob, target: str, file: str) -> None:
+    from rich.text import Text
+
+    scheme = uri.parse(target).scheme
+    folder = local_path(target) if scheme == "file" else "./adapter"
+    console.out().print(Text("\nUse it in Python:", style="bold"))
+    for line in load_lines(job, folder):
+        console.out().print(Text(f"  {line}", style="cyan"), soft_wrap=True)
+    commands = [f"finetune download {target} {folder}"] if scheme == "s3" else []
+    if file != STDIN:
+        # The cluster cannot see this machine's files.
+        local = "   # with hf://, s3:// or pvc:// for file://" if "file://" in str(job.spec.manifest()) else ""
+        commands += [f"finetune plan {file}", f"kubectl apply -f {file}{local}"]
+    if commands:
+        console.next_commands(*commands)
+
+
+def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, seconds: float) -> None:
+    outcome = names.OUTCOMES.get(code)
+    reason = outcome.reason if outcome else report.reason if report and report.reason else "failed"
+    said = report.message if report and report.message else outcome.cause if outcome else ""
+    console.err().print()
+    console.complain(
+        f"{job.metadata.name}: {reason} after {text.duration(seconds)} (exit code {code})"
+        + (f": {said}" if said else "")
+    )
+    if code == names.ExitCode.PREEMPTED:
+        console.note("hint:  Run the same command again: it goes on from the checkpoint.")
+    elif outcome:
+        console.note(f"hint:  {outcome.cure}")

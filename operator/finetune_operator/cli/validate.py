@@ -1,0 +1,85 @@
+"""`finetune validate`: what kubectl apply would refuse, said here with file and line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+
+from finetune_operator.cli.errors import CliError
+
+
+@dataclass
+class Tally:
+    """What a validation found: names of valid jobs, problems as printable lines, kinds left alone."""
+
+    valid: list[str] = field(default_factory=list)
+    invalid: int = 0
+    problems: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def check(file: str, tally: Tally) -> None:
+    """Validate every document of `file` into `tally`."""
+    from finetune_api import manifest
+    from finetune_operator.cli.documents import documents, foreign_kind, read
+
+    try:
+        source = read(file)
+        found = documents(source)
+    except (CliError, manifest.ManifestError) as error:
+        tally.problems.extend(str(error).splitlines())
+        tally.invalid += 1
+        return
+    for document in found:
+        if kind := foreign_kind(document):
+            tally.skipped.append(
+                f"{document.source}:{document.lines[()]}: {kind} is not checked, only FineTuneJobs are"
+            )
+            continue
+        try:
+            tally.valid.append(manifest.check(document, source.base).metadata.name)
+        except manifest.ManifestError as error:
+            tally.problems.extend(str(problem) for problem in error.problems)
+            tally.invalid += 1
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def validate(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Manifests, or - for stdin.", show_default=False)
+    ],
+) -> None:
+    """Check manifests without a cluster.
+
+    Prints every problem with its file, line and field, in the words kubectl apply would use, and exits 1 if there
+    is one. A file may hold several documents; kinds other than FineTuneJob are left alone.
+
+    Examples:
+        finetune validate job.yaml
+        finetune validate experiments/*.yaml
+        kubectl kustomize overlays/rank32 | finetune validate -
+    """
+    from finetune_operator.cli import console
+
+    tally = Tally()
+    for file in files:
+        check(file, tally)
+    for line in tally.skipped:
+        console.note(line)
+    for line in tally.problems:
+        console.err().print(line, soft_wrap=True)
+    if tally.problems:
+        of = f" of {tally.invalid + len(tally.valid)}" if tally.valid else ""
+        raise CliError(
+            f"{_count(len(tally.problems), 'problem')} in {tally.invalid}{of} manifest"
+            f"{'' if tally.invalid + len(tally.valid) == 1 else 's'}"
+        )
+    if not tally.valid:
+        raise CliError("nothing to check: there is no FineTuneJob in what was given")
+    listed = ", ".join(tally.valid[:5]) + (", …" if len(tally.valid) > 5 else "")
+    console.done(f"{_count(len(tally.valid), 'FineTuneJob')} valid: {listed}")

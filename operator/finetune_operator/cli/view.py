@@ -1,0 +1,126 @@
+"""A FineTuneJob as the cluster returned it, read for showing. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from finetune_api import names
+from finetune_api.status import Condition, FineTuneJobStatus
+
+State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
+
+_CURES = {outcome.reason: outcome.cure for code, outcome in names.OUTCOMES.items() if code}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the pages show of one job. `status` is empty for a job the operator has not seen yet."""
+
+    name: str
+    namespace: str
+    created: datetime | None
+    spec: dict[str, Any]
+    status: FineTuneJobStatus
+
+    @classmethod
+    def of(cls, job: dict[str, Any]) -> View:
+        """Read a job; a status of another version that cannot be read counts as empty."""
+        from pydantic import ValidationError
+
+        metadata = job.get("metadata") or {}
+        try:
+            status = FineTuneJobStatus.model_validate(job.get("status") or {})
+        except ValidationError:
+            status = FineTuneJobStatus()
+        created = metadata.get("creationTimestamp")
+        return cls(
+            name=str(metadata.get("name", "")),
+            namespace=str(metadata.get("namespace", "")),
+            created=datetime.fromisoformat(created) if created else None,
+            spec=job.get("spec") or {},
+            status=status,
+        )
+
+    def condition(self, kind: str) -> Condition | None:
+        """The condition of that type."""
+        return next((each for each in self.status.conditions if each.type == kind), None)
+
+    def is_true(self, kind: str) -> bool:
+        """Whether the condition of that type holds."""
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    @property
+    def state(self) -> State:
+        """The one thing to know about the job, from its conditions."""
+        succeeded = self.condition("Succeeded")
+        if succeeded and succeeded.status != "Unknown":
+            return "succeeded" if succeeded.status == "True" else "failed"
+        if self.is_true("Suspended") or (self.spec.get("suspend") is True and not self.is_true("Training")):
+            return "suspended"
+        return "running" if self.is_true("Training") or self.is_true("Scheduled") else "waiting"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self.state in ("succeeded", "failed")
+
+    @property
+    def phase(self) -> str:
+        """The operator's word for it."""
+        return self.status.phase or ("Suspended" if self.spec.get("suspend") else "Pending")
+
+    @property
+    def explanation(self) -> tuple[str, str]:
+        """Reason and sentence for where the job is: why it waits, is suspended or failed, or what it does now.
+
+        Both are empty when there is nothing to explain.
+        """
+        if not self.status.conditions:
+            return (
+                "Why",
+                "The operator has not seen this job yet. If that lasts: is the operator running in this cluster?",
+            )
+        if self.state == "running":
+            training = self.condition("Training")
+            tells = training is not None and training.message and self.phase != "Training"
+            return (training.reason, training.message) if training and tells else ("", "")
+        blamed = {
+            "failed": ("Succeeded",),
+            "suspended": ("Suspended",),
+            "waiting": ("Accepted", "Scheduled", "Succeeded"),
+        }
+        for kind in blamed.get(self.state, ()):
+            found = self.condition(kind)
+            if found and found.message and (self.state != "waiting" or found.status != "True"):
+                return found.reason, found.message
+        return "", ""
+
+    @property
+    def why(self) -> str:
+        """The explanation's sentence."""
+        return self.explanation[1]
+
+    @property
+    def cure(self) -> str:
+        """What to do about a failure, by its reason; empty when there is nothing to do or to say."""
+        succeeded = self.condition("Succeeded")
+        if self.state == "failed" and succeeded:
+            last = self.status.attempts[-1].reason if self.status.attempts else None
+            return _CURES.get(succeeded.reason) or _CURES.get(last or "", "")
+        is_asked = self.state == "suspended" and self.spec.get("suspend") is True
+        return f"finetune resume {self.name}" if is_asked else ""
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the pods run and the trainer no longer steps."""
+        training = self.condition("Training")
+        return self.state == "running" and training is not None and training.reason == "Stalled"
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from the first attempt to the end; None while it runs."""
+        start, end = self.status.start_time, self.status.completion_time
+        return (end - start).total_seconds() if start and end else None

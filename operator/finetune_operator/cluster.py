@@ -1,0 +1,230 @@
+"""The only module that talks to the API server: plain dicts in and out, through kubernetes.aio's configuration."""
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+
+from finetune_api import names
+from finetune_operator.core import raw
+from finetune_operator.core.raw import Raw
+
+MERGE_PATCH = "application/merge-patch+json"
+#: Objects a page: small, because a page is tens of times larger in memory than on the wire.
+PAGE = 100
+CHUNK_BYTES = 1 << 20
+#: Answers of which we need nothing more are asked for without spec, data and status.
+METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
+_READ_BACK = ("Job",)
+
+#: Kind -> collection path; {} is the namespace part, empty for all namespaces.
+PATHS: dict[str, str] = {
+    names.KIND: f"/apis/{names.API_VERSION}{{}}/{names.PLURAL}",
+    "Job": "/apis/batch/v1{}/jobs",
+    "Pod": "/api/v1{}/pods",
+    "ConfigMap": "/api/v1{}/configmaps",
+    "Service": "/api/v1{}/services",
+    "Event": "/api/v1{}/events",
+}
+
+
+class ApiError(Exception):
+    """The API server refused. `code` is the HTTP status, `reason` Kubernetes' word for it."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        self.code, self.reason, self.message = code, reason, message
+        super().__init__(f"{code} {reason}: {message}")
+
+
+class Refused(Exception):
+    """A child cannot be made for now: its name is taken, a quota is full, an admission webhook says no."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason, self.message = reason, message
+        super().__init__(f"{reason}: {message}")
+
+
+@dataclass(frozen=True)
+class Page:
+    """Part of a list. `version` is the list's resource version; `last` says that nothing follows."""
+
+    items: list[Raw]
+    version: int
+    last: bool
+
+
+def path(kind: str, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
+    """URL path of a collection, an object or a subresource."""
+    base = PATHS[kind].format(f"/namespaces/{namespace}" if namespace else "")
+    return "/".join(part for part in (base, name, subresource) if part)
+
+
+class Cluster:
+    """The calls the operator makes. Every one raises ApiError for an answer of 400 or more, OSError or TimeoutError."""
+
+    def __init__(self, client: ApiClient, timeout_seconds: float) -> None:
+        self._client = client
+        self._timeout = timeout_seconds
+
+    async def request(
+        self,
+        method: str,
+        where: str,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> Raw:
+        """One request; the answer as plain data."""
+        url = self._client.configuration.host + where + (f"?{urlencode(query)}" if query else "")
+        headers = {"Content-Type": content_type, "Accept": accept}
+        with _as_os_errors():
+            answer = await self._client.call_api(method, url, headers, body, _request_timeout=self._timeout)
+            data = await answer.read()
+        if answer.status >= 400:
+            raise _error(answer.status, data)
+        found = json.loads(data)
+        return found if isinstance(found, dict) else {}
+
+    async def serves_finetunejobs(self) -> bool:
+        """Whether the CRD is installed. Discovery needs no permission of its own."""
+        try:
+            found = await self.request("GET", f"/apis/{names.API_VERSION}")
+        except ApiError as error:
+            if error.code == 404:
+                return False
+            raise
+        return any(entry.get("name") == names.PLURAL for entry in raw.entries(found, "resources"))
+
+    async def get(self, kind: str, namespace: str, name: str) -> Raw | None:
+        """The object, or None where there is none."""
+        try:
+            return await self.request("GET", path(kind, namespace, name))
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def ensure(self, obj: Raw, owner_uid: str) -> Raw:
+        """Create a child, or find it made already. Raises Refused when it cannot be made for now."""
+        kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
+        try:
+            accept = "application/json" if kind in _READ_BACK else METADATA_ONLY
+            return await self.request("POST", path(kind, namespace), obj, accept=accept)
+        except ApiError as error:
+            if error.code == 409 and error.reason == "AlreadyExists":
+                return await self._own(kind, namespace, name, owner_uid)
+            if refusal := _refusal(kind, name, error):
+                raise refusal from error
+            raise
+
+    async def _own(self, kind: str, namespace: str, name: str, owner_uid: str) -> Raw:
+        """The object of that name if `owner_uid` controls it, for then an earlier run of ours made it."""
+        found = await self.get(kind, namespace, name)
+        if found is None:
+            raise Refused("Stopping", f"{kind} {name} has just been deleted")
+        owner = raw.controller(found)
+        if raw.text(owner, "uid") != owner_uid:
+            who = f"{raw.text(owner, 'kind')} {raw.text(owner, 'name')}" if owner else "no controller"
+            raise Refused("NameConflict", f"{kind} {name} exists already and belongs to {who}: delete or rename it")
+        if raw.at(found, "metadata", "deletionTimestamp"):
+            raise Refused("Stopping", f"waiting for the earlier {kind} {name} to be gone")
+        return found
+
+    async def patch_status(self, namespace: str, name: str, status: Raw, uid: str, version: int) -> Raw:
+        """Merge-patch the status of that very FineTuneJob in that very version; 409 when it has moved on."""
+        body = {"metadata": {"uid": uid, "resourceVersion": str(version)}, "status": status}
+        where = path(names.KIND, namespace, name, "status")
+        return await self.request("PATCH", where, body, {"fieldManager": names.FIELD_MANAGER}, MERGE_PATCH)
+
+    async def suspend(self, namespace: str, name: str, uid: str) -> Raw:
+        """Suspend a Job: Kubernetes stops its pods with their grace period."""
+        body = {"metadata": {"uid": uid}, "spec": {"suspend": True}}
+        where = path("Job", namespace, name)
+        return await self.request("PATCH", where, body, {"fieldManager": names.FIELD_MANAGER}, MERGE_PATCH)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Delete that very object, its dependents in the background. Gone or replaced already is fine."""
+        body = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
+        try:
+            await self.request("DELETE", path(kind, namespace, name), body)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
+    async def pages(self, kind: str, namespace: str | None, label_selector: str = "") -> AsyncIterator[Page]:
+        """All objects of a kind, page by page, from one consistent snapshot."""
+        query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
+        while True:
+            found = await self.request("GET", path(kind, namespace), query=query)
+            token = raw.text(found, "metadata", "continue")
+            yield Page(raw.entries(found, "items"), raw.version(found), not token)
+            if not token:
+                return
+            query["continue"] = token
+
+    async def watch(self, where: str, query: Mapping[str, str], seconds: int) -> AsyncIterator[Raw]:
+        """Events of a watch that starts with the present state, until the server ends it after `seconds`."""
+        common = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "0"}
+        full = {**common, "timeoutSeconds": str(seconds), **query}
+        url = f"{self._client.configuration.host}{where}?{urlencode(full)}"
+        accept = {"Accept": "application/json"}
+        with _as_os_errors():
+            answer = await self._client.call_api("GET", url, accept, _request_timeout=seconds + 30)
+            if answer.status >= 400:
+                raise _error(answer.status, await answer.read())
+            async with answer.response:
+                rest = b""
+                async for chunk in answer.response.content.iter_chunked(CHUNK_BYTES):
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        yield _event(line)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """aiohttp's errors of a broken connection are no OSErrors, though to us they are."""
+    try:
+        yield
+    except aiohttp.ClientError as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def _error(code: int, data: bytes) -> ApiError:
+    try:
+        status = json.loads(data)
+    except ValueError:
+        return ApiError(code, "", data[:200].decode(errors="replace"))
+    return ApiError(code, raw.text(status, "reason"), raw.text(status, "message"))
+
+
+def _event(line: bytes) -> Raw:
+    """One line of a watch. Raises ApiError for an error that comes as an event, such as 410 Gone."""
+    event: Raw = json.loads(line)
+    if event.get("type") == "ERROR":
+        status = raw.mapping(event, "object")
+        raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
+    return event
+
+
+def _refusal(kind: str, name: str, error: ApiError) -> Refused | None:
+    """What a refusal means to the job; None for a passing trouble of the server."""
+    if error.code == 403:
+        if "exceeded quota" in error.message:
+            return Refused("QuotaExceeded", error.message)
+        if "being terminated" in error.message:
+            return Refused("NamespaceTerminating", error.message)
+        return Refused("Forbidden", f"{kind} {name}: {error.message}")
+    if error.code in (400, 422):
+        return Refused("Rejected", f"{kind} {name}: {error.message}")
+    return None

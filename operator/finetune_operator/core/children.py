@@ -1,0 +1,113 @@
+"""The objects one attempt needs: a ConfigMap with the resolved manifest, a Job, and a Service for several nodes."""
+
+from typing import Any
+
+from finetune_api import names
+from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
+from finetune_operator.core import attempts, pod, torchrun
+from finetune_operator.core.failure import exit_codes
+from finetune_operator.core.observed import JobObject
+from finetune_operator.settings import Settings
+
+Object = dict[str, Any]
+
+
+def build(
+    job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings
+) -> list[Object]:
+    """Everything attempt `attempt` needs, in the order it must be made: the Job comes last.
+
+    `micro_batch` is what the attempt must take after GPU memory ran out; None leaves the choice to the trainer.
+    """
+    made = [_config(job, spec)]
+    if spec.resources.nodes > 1:
+        made.append(torchrun.service(job.name, _metadata(job, torchrun.service_name(job.name))))
+    made.append(_job(job, spec, attempt, micro_batch, settings))
+    return made
+
+
+def _metadata(job: JobObject, name: str, **labels: str) -> Object:
+    owner = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": job.name,
+        "uid": job.uid,
+        "controller": True,
+        # True would need the right to update finalizers, and would hold up a foreground deletion.
+        "blockOwnerDeletion": False,
+    }
+    return {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": {**_labels(job), **labels},
+        "ownerReferences": [owner],
+    }
+
+
+def _labels(job: JobObject) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": names.TRAINER_COMMAND,
+        "app.kubernetes.io/component": "trainer",
+        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
+        names.LABEL_JOB: job.name,
+    }
+
+
+def _config(job: JobObject, spec: FineTuneJobSpec) -> Object:
+    """JSON, which is YAML: what the trainer reads is exactly what the operator understood."""
+    metadata = Metadata(name=job.name, namespace=job.namespace, uid=job.uid)
+    resolved = FineTuneJob(api_version="finetune.dev/v1alpha1", kind="FineTuneJob", metadata=metadata, spec=spec)
+    text = resolved.model_dump_json(by_alias=True, exclude_none=True, indent=2)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, pod.config_name(job.name)),
+        "immutable": True,
+        "data": {names.CONFIG_FILE: text},
+    }
+
+
+def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
+    name, nodes = attempts.job_name(job, attempt), spec.resources.nodes
+    arguments = ["--config", f"{names.CONFIG_DIR}/{names.CONFIG_FILE}"]
+    if micro_batch is not None:
+        arguments += ["--set", f"training.microBatchSize={micro_batch}"]
+    labels = {names.LABEL_ATTEMPT: str(attempt)}
+    body: Object = {
+        "backoffLimit": 0,
+        "completions": nodes,
+        "parallelism": nodes,
+        "completionMode": "Indexed" if nodes > 1 else "NonIndexed",
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": _failure_rules(nodes)},
+        "template": pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings),
+    }
+    if names.LABEL_KUEUE_QUEUE in job.queue_labels:
+        body["suspend"] = True
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, name, **labels, **job.queue_labels),
+        "spec": body,
+    }
+
+
+def _failure_rules(nodes: int) -> list[Object]:
+    """What a failed pod means to the Job (KEP-3329). Anything else fails it, for backoffLimit is 0.
+
+    A disrupted single pod is replaced within the Job. One rank of several cannot rejoin: the whole attempt starts anew.
+    """
+    return [
+        {
+            "action": "Ignore" if nodes == 1 else "FailJob",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": names.TRAINER_CONTAINER,
+                "operator": "In",
+                "values": list(exit_codes()),
+            },
+        },
+    ]

@@ -1,0 +1,80 @@
+"""From where a job stands to the whole plan: status, clean-up, events, and when to look again."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_api import names
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.core import attempts, conditions, deadlines, events, failure, progress, raw, statuses
+from finetune_operator.core.observed import Child, Observed
+from finetune_operator.core.steps import Plan, Step, Target, View
+
+
+def after_the_end(observed: Observed, status: FineTuneJobStatus, now: datetime) -> Plan:
+    """Stop what still runs, and delete the FineTuneJob (never the adapter) when its time has come."""
+    left = _ttl_left(observed, status, now)
+    if left is not None and left <= 0:
+        return Plan(delete=(Target(names.KIND, observed.job.name, observed.job.uid),))
+    return Plan(delete=_targets(_stoppable(observed)), requeue_after=left)
+
+
+def _ttl_left(observed: Observed, status: FineTuneJobStatus, now: datetime) -> float | None:
+    ttl = raw.at(json.loads(observed.job.spec), "ttlSecondsAfterFinished")
+    return deadlines.ttl_left(ttl if isinstance(ttl, int) else None, status, now)
+
+
+def conclude(
+    observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime, view: View | None = None
+) -> Plan:
+    """The plan that follows from `step`: status, events and clean-up."""
+    new = _new_status(observed, status, step, now, view)
+    patch = statuses.merge_patch(json.loads(observed.job.status), new.manifest())
+    over = statuses.is_over(new)
+    again = [seconds for seconds in step.check_again if seconds is not None and seconds > 0]
+    return Plan(
+        create=step.create,
+        status=patch or None,
+        suspend=_targets(step.suspend),
+        delete=_targets(_stoppable(observed) if over else (*step.delete, *_outdated(observed, step))),
+        events=tuple(events.between(status, new)),
+        requeue_after=_ttl_left(observed, new, now) if over else min(again, default=None),
+    )
+
+
+def _new_status(
+    observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime, view: View | None
+) -> FineTuneJobStatus:
+    generation = observed.job.generation
+    written = conditions.write(step.scene, status.conditions, generation, now)
+    changed: dict[str, Any] = {"phase": step.scene.phase, "observed_generation": generation, "conditions": written}
+    if view is not None:
+        history = [*view.history, *([step.starts] if step.starts else [])]
+        report = view.ending.report if view.ending else observed.report
+        changed |= {"attempts": history, "progress": view.progress}
+        if history and status.start_time is None:
+            changed["start_time"] = history[0].started_at or now
+        if report and report.execution_plan:
+            changed["execution_plan"] = report.execution_plan
+        if view.ending and view.ending.report:
+            changed |= {"metrics": view.ending.report.metrics or status.metrics}
+            changed |= {"adapter": view.ending.report.adapter} if view.ending.reason == failure.SUCCEEDED else {}
+    new = status.model_copy(update=changed)
+    if statuses.is_over(new):
+        new = new.model_copy(update={"completion_time": now, "progress": progress.finished(new.progress)})
+    return new
+
+
+def _stoppable(observed: Observed) -> tuple[Child, ...]:
+    return tuple(child for child in observed.children if not child.finished and not child.deleting)
+
+
+def _outdated(observed: Observed, step: Step) -> tuple[Child, ...]:
+    """Finished Jobs of long ago: a job preempted a hundred times must not keep a hundred Jobs and pods."""
+    done = sorted((c for c in observed.children if c.finished and not c.deleting), key=lambda c: c.attempt)
+    return tuple(done[: -attempts.KEPT_UNCOUNTED]) if step.starts else ()
+
+
+def _targets(found: Sequence[Child]) -> tuple[Target, ...]:
+    return tuple(Target("Job", child.name, child.uid) for child in found)

@@ -1,0 +1,98 @@
+"""What each situation says in the six conditions and in the phase."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Literal
+
+from finetune_api.status import Condition
+
+Status = Literal["True", "False", "Unknown"]
+Kind = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
+MAX_MESSAGE = 4096
+
+
+@dataclass(frozen=True)
+class Said:
+    """One condition without its times."""
+
+    status: Status
+    reason: str
+    message: str = ""
+
+
+_NOT_SUSPENDED = Said("False", "NotSuspended")
+_NOT_PUBLISHED = Said("False", "NotYet", "the adapter is published at the end")
+_ACCEPTED = Said("True", "Valid")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A situation of the job: its phase and all six conditions."""
+
+    phase: str
+    scheduled: Said
+    training: Said
+    succeeded: Said
+    accepted: Said = _ACCEPTED
+    suspended: Said = _NOT_SUSPENDED
+    published: Said = _NOT_PUBLISHED
+
+
+def waiting(reason: str, message: str) -> Scene:
+    """Nothing runs yet, or nothing runs just now."""
+    phase = "Queued" if reason == "Queued" else "Pending"
+    return Scene(phase, Said("False", reason, message), Said("False", "NotRunning"), Said("Unknown", reason, message))
+
+
+def running(phase: str, training: Said) -> Scene:
+    """The pods run; `training` says what the trainer does."""
+    return Scene(phase, Said("True", "PodsRunning"), training, Said("Unknown", training.reason, training.message))
+
+
+def suspended(reason: str, message: str) -> Scene:
+    scene = waiting("Suspended", message)
+    return replace(scene, phase="Suspended", suspended=Said("True", reason, message))
+
+
+def failed(reason: str, message: str) -> Scene:
+    over = Said("False", "Finished")
+    return Scene("Failed", over, over, Said("False", reason, message), published=Said("False", reason))
+
+
+def refused(reason: str, message: str) -> Scene:
+    return replace(failed(reason, message), accepted=Said("False", reason, message))
+
+
+def succeeded(where: str, message: str) -> Scene:
+    over = Said("False", "Finished")
+    published = Said("True", "Verified", f"the adapter lies at {where}")
+    return Scene("Succeeded", over, over, Said("True", "Succeeded", message), published=published)
+
+
+def write(scene: Scene, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
+    """The conditions of `scene`. lastTransitionTime moves only when a status flips."""
+    before = {condition.type: condition for condition in old}
+    said: tuple[tuple[Kind, Said], ...] = (
+        ("Accepted", scene.accepted),
+        ("Scheduled", scene.scheduled),
+        ("Training", scene.training),
+        ("Suspended", scene.suspended),
+        ("Published", scene.published),
+        ("Succeeded", scene.succeeded),
+    )
+    written = []
+    for kind, new in said:
+        known = before.get(kind)
+        since = known.last_transition_time if known and known.status == new.status else now
+        written.append(
+            Condition(
+                type=kind,
+                status=new.status,
+                reason=new.reason,
+                message=new.message[:MAX_MESSAGE],
+                last_transition_time=since,
+                observed_generation=generation,
+            )
+        )
+    return written

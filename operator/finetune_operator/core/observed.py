@@ -1,0 +1,255 @@
+"""What the cluster holds for one FineTuneJob: small frozen views of API objects, with only what decisions need.
+
+Thousands of views stay in memory, so specs and statuses are kept as compact JSON and read when they are needed.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api import names
+from finetune_api.status import TrainerReport
+from finetune_operator.core import raw
+from finetune_operator.core.raw import Raw
+
+_KUEUE_LABELS = (names.LABEL_KUEUE_QUEUE, names.LABEL_KUEUE_PRIORITY)
+_INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+_JOB_FINISHED = ("Complete", "Failed")
+WAITING_PHASES = ("Pending", "Queued")
+_ACTIVE_PHASES = ("Pending", "Running", "Unknown", "")
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _packed(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class JobObject:
+    """A FineTuneJob. `spec` and `status` are JSON."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    generation: int
+    created_at: datetime | None
+    deleting: bool
+    queue_labels: dict[str, str]
+    phase: str
+    gpus: int
+    """GPUs it asks for, over all nodes."""
+    attempts: int
+    waiting_since: datetime | None
+    """When it began to wait for its pods; None while they run."""
+    spec: bytes
+    status: bytes
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    @classmethod
+    def of(cls, obj: Raw) -> "JobObject":
+        meta, found = raw.mapping(obj, "metadata"), raw.labels(obj)
+        return cls(
+            namespace=raw.text(meta, "namespace"),
+            name=raw.text(meta, "name"),
+            uid=raw.text(meta, "uid"),
+            version=raw.version(obj),
+            generation=max(0, raw.integer(meta, "generation")),
+            created_at=raw.moment(meta, "creationTimestamp"),
+            deleting=bool(meta.get("deletionTimestamp")),
+            queue_labels={label: found[label] for label in _KUEUE_LABELS if label in found},
+            phase=raw.text(obj, "status", "phase") or "Pending",
+            gpus=_gpus(raw.mapping(obj, "spec", "resources")),
+            attempts=len(raw.entries(obj, "status", "attempts")),
+            waiting_since=_waiting_since(obj),
+            spec=_packed(obj.get("spec")),
+            status=_packed(raw.mapping(obj, "status")),
+        )
+
+
+def _gpus(resources: Raw) -> int:
+    """The API server fills in the defaults; without it they are one node with one GPU."""
+    nodes, each = resources.get("nodes", 1), resources.get("gpusPerNode", 1)
+    return nodes * each if isinstance(nodes, int) and isinstance(each, int) else 0
+
+
+def _waiting_since(obj: Raw) -> datetime | None:
+    for entry in raw.entries(obj, "status", "conditions"):
+        if entry.get("type") == "Scheduled":
+            return raw.moment(entry, "lastTransitionTime") if entry.get("status") == "False" else None
+    return raw.moment(obj, "metadata", "creationTimestamp")
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A batch/v1 Job that carries our label: one attempt of the FineTuneJob whose uid is `owner`."""
+
+    name: str
+    uid: str
+    version: int
+    owner: str
+    attempt: int
+    created_at: datetime | None
+    suspended: bool
+    queued: bool
+    """Whether Kueue decides when it runs."""
+    active: int
+    finished: str
+    """Complete, Failed, or empty while it is not over (KEP-3939: only after every pod has ended)."""
+    finished_at: datetime | None
+    reason: str
+    message: str
+    deleting: bool
+
+    @classmethod
+    def of(cls, obj: Raw) -> "Child":
+        end, kind = next(((c, k) for k in _JOB_FINISHED if (c := raw.condition(obj, k))), ({}, ""))
+        found = raw.labels(obj)
+        return cls(
+            name=raw.text(obj, "metadata", "name"),
+            uid=raw.text(obj, "metadata", "uid"),
+            version=raw.version(obj),
+            owner=raw.text(raw.controller(obj), "uid"),
+            attempt=_number(found.get(names.LABEL_ATTEMPT, "")),
+            created_at=raw.moment(obj, "metadata", "creationTimestamp"),
+            suspended=raw.flag(obj, "spec", "suspend"),
+            queued=names.LABEL_KUEUE_QUEUE in found,
+            active=raw.integer(obj, "status", "active"),
+            finished=kind,
+            finished_at=raw.moment(obj, "status", "completionTime") or raw.moment(end, "lastTransitionTime"),
+            reason=raw.text(end, "reason"),
+            message=raw.text(end, "message"),
+            deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the trainer's container ended."""
+
+    code: int
+    reason: str
+    message: str
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod of an attempt. `owner` is the uid of its Job, `index` its completion index (0 for a single pod)."""
+
+    name: str
+    uid: str
+    version: int
+    owner: str
+    attempt: int
+    index: int
+    created_at: datetime
+    phase: str
+    ip: str
+    deleting: bool
+    started_at: datetime | None
+    running: bool
+    exit: Exit | None
+    reason: str
+    """Why the kubelet or the control plane ended it (Evicted, NodeLost, …)."""
+    message: str
+    disruption: str
+    """Message of the DisruptionTarget condition, or its reason; empty when it was not disrupted."""
+    unschedulable: str
+    """The scheduler's sentence while there is no node for it."""
+    waiting: tuple[str, str]
+    """Reason and message of the container that waits."""
+
+    @property
+    def live(self) -> bool:
+        """Whether its container may still run."""
+        return self.phase in _ACTIVE_PHASES
+
+    @classmethod
+    def of(cls, obj: Raw) -> "Pod":
+        statuses = raw.entries(obj, "status", "containerStatuses")
+        trainer = next((s for s in statuses if s.get("name") == names.TRAINER_CONTAINER), {})
+        ended = raw.mapping(trainer, "state", "terminated")
+        waiting = raw.mapping(trainer, "state", "waiting")
+        disrupted = raw.condition(obj, "DisruptionTarget")
+        index = raw.text(obj, "metadata", "annotations", _INDEX_ANNOTATION) or raw.labels(obj).get(
+            _INDEX_ANNOTATION, ""
+        )
+        return cls(
+            name=raw.text(obj, "metadata", "name"),
+            uid=raw.text(obj, "metadata", "uid"),
+            version=raw.version(obj),
+            owner=raw.text(raw.controller(obj), "uid"),
+            attempt=_number(raw.labels(obj).get(names.LABEL_ATTEMPT, "")),
+            index=_number(index),
+            created_at=raw.moment(obj, "metadata", "creationTimestamp") or _LONG_AGO,
+            phase=raw.text(obj, "status", "phase"),
+            ip=raw.text(obj, "status", "podIP"),
+            deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
+            started_at=raw.moment(trainer, "state", "running", "startedAt") or raw.moment(ended, "startedAt"),
+            running=bool(raw.mapping(trainer, "state", "running")),
+            exit=_exit(ended) if ended else None,
+            reason=raw.text(obj, "status", "reason"),
+            message=raw.text(obj, "status", "message"),
+            disruption=raw.text(disrupted, "message") or raw.text(disrupted, "reason"),
+            unschedulable=_unschedulable(obj),
+            waiting=(raw.text(waiting, "reason"), raw.text(waiting, "message")),
+        )
+
+
+def _number(value: str) -> int:
+    return int(value) if value.isdecimal() and len(value) < 10 else 0
+
+
+def _exit(ended: Raw) -> Exit:
+    return Exit(
+        code=raw.integer(ended, "exitCode"),
+        reason=raw.text(ended, "reason"),
+        message=raw.text(ended, "message"),
+        finished_at=raw.moment(ended, "finishedAt"),
+    )
+
+
+def _unschedulable(obj: Raw) -> str:
+    for entry in raw.entries(obj, "status", "conditions"):
+        if entry.get("type") == "PodScheduled" and entry.get("status") == "False":
+            return raw.text(entry, "message") or raw.text(entry, "reason")
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What an event or a Kueue Workload says about an object that waits."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why the API server would not let a child be created."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything that is known of one FineTuneJob."""
+
+    job: JobObject
+    children: tuple[Child, ...] = ()
+    """Jobs that the FineTuneJob controls."""
+    pods: tuple[Pod, ...] = ()
+    """Pods of `children`."""
+    strays: tuple[str, ...] = ()
+    """Names of live pods with this job's label that belong to no child: of an earlier job of the same name."""
+    report: TrainerReport | None = None
+    """What the rank-0 trainer of the live attempt last said."""
+    notices: dict[str, Notice] = field(default_factory=dict)
+    """By uid of the child or pod."""
+    obstacle: Obstacle | None = None

@@ -1,0 +1,166 @@
+"""The trainer's pod template: what runs, with which volumes, under the restricted Pod Security Standard."""
+
+from typing import Any
+
+from finetune_api import names, uri
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.core import torchrun
+from finetune_operator.core.observed import JobObject
+from finetune_operator.settings import Settings
+
+Object = dict[str, Any]
+
+METRICS_PORT = "metrics"
+TEMP_DIR = "/tmp"  # noqa: S108 -- a mount of the container, not of this machine
+_SECRET_MODE = 0o440
+
+
+def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str, str], arguments: list[str],
+             attempt: int, settings: Settings) -> Object:  # fmt: skip
+    """The pod template of attempt `attempt`, whose Job is `name`."""
+    volumes, mounts = _volumes(job, spec, settings)
+    pod: Object = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": settings.termination_grace_seconds,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": _pod_security(settings),
+        "containers": [
+            {
+                "name": names.TRAINER_CONTAINER,
+                "image": spec.image or settings.trainer_image,
+                "imagePullPolicy": settings.image_pull_policy,
+                "command": torchrun.command(spec),
+                "args": arguments,
+                "env": _env(spec, name, attempt, settings),
+                "ports": [{"name": METRICS_PORT, "containerPort": names.TRAINER_PORT, "protocol": "TCP"}],
+                "resources": _resources(spec),
+                "volumeMounts": mounts,
+                "terminationMessagePath": names.TERMINATION_LOG,
+                "terminationMessagePolicy": "File",
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                    "readOnlyRootFilesystem": True,
+                    "runAsNonRoot": True,
+                },
+            }
+        ],
+        "volumes": volumes,
+        **_placement(spec, settings),
+    }
+    if settings.trainer_service_account:
+        pod["serviceAccountName"] = settings.trainer_service_account
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
+    if spec.resources.nodes > 1:
+        pod["subdomain"] = torchrun.service_name(job.name)
+    annotations = {"kubectl.kubernetes.io/default-container": names.TRAINER_CONTAINER, **settings.pod_annotations}
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod}
+
+
+def _pod_security(settings: Settings) -> Object:
+    context: Object = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if settings.run_as_user is not None:
+        user = settings.run_as_user
+        context |= {"runAsUser": user, "runAsGroup": user, "fsGroup": user, "fsGroupChangePolicy": "OnRootMismatch"}
+    return context
+
+
+def _placement(spec: FineTuneJobSpec, settings: Settings) -> Object:
+    """Where it may run: the user's choice over the administrator's; tolerations of both."""
+    asked = spec.resources.manifest()
+    tolerations = [*asked.get("tolerations", [])]
+    tolerations += [toleration for toleration in settings.tolerations if toleration not in tolerations]
+    found: Object = {
+        "nodeSelector": {**settings.node_selector, **asked.get("nodeSelector", {})},
+        "tolerations": tolerations,
+        "affinity": asked.get("affinity"),
+        "priorityClassName": asked.get("priorityClassName"),
+        "runtimeClassName": asked.get("runtimeClassName"),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _resources(spec: FineTuneJobSpec) -> Object:
+    asked = spec.resources
+    limits: Object = {}
+    requests: Object = {}
+    if asked.cpu is not None:
+        requests["cpu"] = asked.cpu
+    if asked.memory is not None:
+        requests["memory"] = limits["memory"] = asked.memory
+    if asked.gpus_per_node:
+        requests[asked.gpu_resource] = limits[asked.gpu_resource] = asked.gpus_per_node
+    return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
+
+
+def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> list[Object]:
+    values = {
+        names.ENV_SECRETS_DIR: names.SECRETS_DIR,
+        names.ENV_PVC_ROOT: names.PVC_ROOT,
+        names.ENV_CACHE_DIR: names.CACHE_DIR if spec.cache else f"{names.SCRATCH_DIR}/cache",
+        names.ENV_SCRATCH_DIR: names.SCRATCH_DIR,
+        names.ENV_TERMINATION_LOG: names.TERMINATION_LOG,
+        names.ENV_LISTEN: f"0.0.0.0:{names.TRAINER_PORT}",
+        names.ENV_ATTEMPT: str(attempt),
+        "HOME": names.SCRATCH_DIR,
+        "TMPDIR": TEMP_DIR,
+        **settings.trainer_env,
+    }
+    if settings.allowed_s3_endpoints:
+        values[names.ENV_ALLOWED_S3_ENDPOINTS] = ",".join(settings.allowed_s3_endpoints)
+    return [{"name": key, "value": value} for key, value in values.items()] + torchrun.env(spec, name)
+
+
+def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple[list[Object], list[Object]]:
+    """The volumes and where they are mounted."""
+    volumes: list[Object] = []
+    mounts: list[Object] = []
+
+    def mount(volume: str, path: str, source: Object, read_only: bool = False) -> None:
+        volumes.append({"name": volume, **source})
+        mounts.append({"name": volume, "mountPath": path, **({"readOnly": True} if read_only else {})})
+
+    scratch = {"sizeLimit": settings.scratch_size_limit} if settings.scratch_size_limit else {}
+    mount("config", names.CONFIG_DIR, {"configMap": {"name": config_name(job.name)}}, True)
+    mount("scratch", names.SCRATCH_DIR, {"emptyDir": scratch})
+    mount("tmp", TEMP_DIR, {"emptyDir": {}})
+    mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
+    for role, secret in secrets(spec).items():
+        source = {"secret": {"secretName": secret, "optional": False, "defaultMode": _SECRET_MODE}}
+        mount(f"secret-{role}", f"{names.SECRETS_DIR}/{role}", source, True)
+    for index, (claim, read_only) in enumerate(sorted(claims(spec).items())):
+        source = {"persistentVolumeClaim": {"claimName": claim, **({"readOnly": True} if read_only else {})}}
+        mount(f"pvc-{index}", f"{names.PVC_ROOT}/{claim}", source, read_only)
+    if spec.cache:
+        mount("cache", names.CACHE_DIR, {"persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
+    return volumes, mounts
+
+
+def config_name(name: str) -> str:
+    """Name of the ConfigMap that holds the resolved manifest."""
+    return f"{name}-config"
+
+
+def secrets(spec: FineTuneJobSpec) -> dict[str, str]:
+    """Secret names by role (names.SECRET_ROLES)."""
+    wandb = spec.logging.wandb
+    found = {
+        "model": spec.model.secret_ref,
+        "dataset": spec.dataset.secret_ref,
+        "output": spec.output.secret_ref,
+        "wandb": wandb.secret_ref if wandb else None,
+    }
+    return {role: found[role].name for role in names.SECRET_ROLES if found[role]}  # type: ignore[union-attr]
+
+
+def claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+    """PersistentVolumeClaims of the pvc:// URIs, and whether each is only read."""
+    found: dict[str, bool] = {}
+    reads = (spec.model.source, spec.dataset.train, spec.dataset.eval, spec.lora.init_from)
+    for value, read_only in (*((v, True) for v in reads), (spec.output.uri, False), (spec.checkpoint.uri, False)):
+        place = uri.parse(value) if value else None
+        if place and place.scheme == "pvc":
+            found[place.authority] = found.get(place.authority, True) and read_only
+    return found

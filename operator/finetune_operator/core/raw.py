@@ -1,0 +1,74 @@
+"""Read plain API objects without trusting their shape: a missing or wrongly typed field is empty, never an error."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+Raw = dict[str, Any]
+
+
+def at(obj: Any, *path: str) -> Any:
+    """What lies at `path`, or None."""
+    for key in path:
+        obj = obj.get(key) if isinstance(obj, dict) else None
+    return obj
+
+
+def text(obj: Any, *path: str) -> str:
+    value = at(obj, *path)
+    return value if isinstance(value, str) else ""
+
+
+def integer(obj: Any, *path: str) -> int:
+    value = at(obj, *path)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def flag(obj: Any, *path: str) -> bool:
+    return at(obj, *path) is True
+
+
+def mapping(obj: Any, *path: str) -> Raw:
+    value = at(obj, *path)
+    return value if isinstance(value, dict) else {}
+
+
+def entries(obj: Any, *path: str) -> list[Raw]:
+    """The objects of a list; anything else in it is skipped."""
+    value = at(obj, *path)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def labels(obj: Any) -> dict[str, str]:
+    found = mapping(obj, "metadata", "labels")
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def moment(obj: Any, *path: str) -> datetime | None:
+    """An RFC 3339 time, always with a zone."""
+    try:
+        parsed = datetime.fromisoformat(text(obj, *path))
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def condition(obj: Any, kind: str) -> Raw:
+    """The condition of that type when its status is True, else an empty one."""
+    for entry in entries(obj, "status", "conditions"):
+        if entry.get("type") == kind and entry.get("status") == "True":
+            return entry
+    return {}
+
+
+def controller(obj: Any) -> Raw:
+    """The owner reference that controls `obj`, or an empty one."""
+    for owner in entries(obj, "metadata", "ownerReferences"):
+        if owner.get("controller") is True:
+            return owner
+    return {}
+
+
+def version(obj: Any) -> int:
+    """metadata.resourceVersion as a number (comparable within a resource: KEP-5504), 0 where it is none."""
+    found = text(obj, "metadata", "resourceVersion")
+    return int(found) if found.isdecimal() else 0

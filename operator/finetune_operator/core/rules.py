@@ -1,0 +1,103 @@
+"""Whether a job may run at all: its spec's own rules, then the administrator's. One function per rule."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from finetune_api import manifest, names, uri
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.core.observed import JobObject
+from finetune_operator.settings import Settings
+
+INVALID = "ConfigInvalid"
+REFUSED = "PolicyRefused"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the job is not accepted; `reason` is ConfigInvalid or PolicyRefused."""
+
+    reason: str
+    message: str
+
+
+def read_spec(job: JobObject) -> FineTuneJobSpec | Refusal:
+    """The spec with its defaults, or the sentences that say what is wrong (older schema, no CRD validation)."""
+    data = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
+        "spec": json.loads(job.spec),
+    }
+    try:
+        return manifest.check(manifest.Document(data, "")).spec
+    except manifest.ManifestError as error:
+        return Refusal(INVALID, "; ".join(map(str, error.problems))[:8192])
+
+
+def refuse(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Refusal | None:
+    """The first administrator's rule that the job breaks, named; None when it breaks none."""
+    for rule in _RULES:
+        for sentence in rule(job, spec, policy):
+            name = rule.__name__.removeprefix("_")
+            return Refusal(REFUSED, f"{sentence} (administrator's rule {name})")
+    return None
+
+
+def _allowed_images(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    if spec.image and not any(fnmatchcase(spec.image, pattern) for pattern in policy.allowed_images):
+        allowed = ", ".join(policy.allowed_images) or "none but the operator's own"
+        yield f"spec.image: {spec.image} is not allowed; allowed: {allowed}"
+
+
+def _max_gpus_per_job(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    limit = policy.max_gpus_per_job_by_namespace.get(job.namespace, policy.max_gpus_per_job)
+    asked = spec.resources.nodes * spec.resources.gpus_per_node
+    if limit is not None and asked > limit:
+        yield (
+            f"spec.resources: {spec.resources.nodes} nodes x {spec.resources.gpus_per_node} GPUs = {asked} GPUs; "
+            f"a job in namespace {job.namespace} may have {limit}"
+        )
+
+
+def _allowed_s3_buckets(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    for field, value in _uris(spec):
+        place = uri.parse(value)
+        if policy.allowed_s3_buckets and place.scheme == "s3":
+            patterns = policy.allowed_s3_buckets
+            if not any(fnmatchcase(place.authority, pattern) for pattern in patterns):
+                yield f"{field}: bucket {place.authority} is not allowed; allowed: {', '.join(patterns)}"
+
+
+def _allow_remote_code(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    if spec.model.trust_remote_code and not policy.allow_remote_code:
+        yield "spec.model.trustRemoteCode: not allowed on this cluster"
+
+
+def _allow_file_output(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    for field, value in (("spec.output.uri", spec.output.uri), ("spec.checkpoint.uri", spec.checkpoint.uri)):
+        if value and value.startswith("file://") and not policy.allow_file_output:
+            yield f"{field}: {value} would vanish with the pod; use s3://bucket/key or pvc://claim/path"
+
+
+_RULES: tuple[Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]], ...] = (
+    _allowed_images,
+    _max_gpus_per_job,
+    _allowed_s3_buckets,
+    _allow_remote_code,
+    _allow_file_output,
+)
+
+
+def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
+    candidates: tuple[tuple[str, Any], ...] = (
+        ("spec.model.source", spec.model.source),
+        ("spec.dataset.train", spec.dataset.train),
+        ("spec.dataset.eval", spec.dataset.eval),
+        ("spec.lora.initFrom", spec.lora.init_from),
+        ("spec.checkpoint.uri", spec.checkpoint.uri),
+        ("spec.output.uri", spec.output.uri),
+    )
+    return ((field, value) for field, value in candidates if value)

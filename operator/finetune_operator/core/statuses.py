@@ -1,0 +1,91 @@
+"""Read the recorded status without trusting it; write the new one as the smallest merge patch."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.status import Condition, FineTuneJobStatus
+from finetune_operator.core import raw
+from finetune_operator.core.raw import Raw
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC).isoformat()
+_KINDS = ("Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded")
+
+
+def read(status: bytes) -> FineTuneJobStatus:
+    """The recorded status. What an older version or a person wrote and we cannot read is left out.
+
+    A condition is never left out for its details: a finished job must stay finished.
+    """
+    found = json.loads(status)
+    if not isinstance(found, dict):
+        return FineTuneJobStatus()
+    try:
+        return FineTuneJobStatus.model_validate(found)
+    except ValidationError:
+        return _salvage(found)
+
+
+def _salvage(found: Raw) -> FineTuneJobStatus:
+    kept: Raw = {"conditions": [_condition(c) for c in raw.entries(found, "conditions") if _is_condition(c)]}
+    for name, value in found.items():
+        if name == "conditions":
+            continue
+        for candidate in (value, [v for v in value if _reads(name, [v])] if isinstance(value, list) else None):
+            if _reads(name, candidate):
+                kept[name] = candidate
+                break
+    return FineTuneJobStatus.model_validate(kept)
+
+
+def _reads(name: str, value: Any) -> bool:
+    try:
+        FineTuneJobStatus.model_validate({name: value})
+    except ValidationError:
+        return False
+    return True
+
+
+def _is_condition(entry: Raw) -> bool:
+    return entry.get("type") in _KINDS and entry.get("status") in ("True", "False", "Unknown")
+
+
+def _condition(entry: Raw) -> Raw:
+    """The condition, with whatever cannot be read in it replaced."""
+    try:
+        Condition.model_validate(entry)
+    except ValidationError:
+        return {
+            "type": entry["type"],
+            "status": entry["status"],
+            "reason": "Unreadable",
+            "message": raw.text(entry, "message")[:1024],
+            "lastTransitionTime": _EPOCH,
+        }
+    return entry
+
+
+def condition(status: FineTuneJobStatus, kind: str) -> Condition | None:
+    return next((c for c in status.conditions if c.type == kind), None)
+
+
+def is_over(status: FineTuneJobStatus) -> bool:
+    """Whether the job has ended. It then stays so, whatever happens to its children."""
+    summary = condition(status, "Succeeded")
+    return summary is not None and summary.status != "Unknown"
+
+
+def merge_patch(old: Any, new: Any) -> Any:
+    """RFC 7396: what turns `old` into `new`; empty where they are equal. Lists are replaced whole."""
+    patch: Raw = {}
+    for key in old.keys() | new.keys():
+        if key not in new:
+            patch[key] = None
+        elif isinstance(old.get(key), dict) and isinstance(new[key], dict):
+            if inner := merge_patch(old[key], new[key]):
+                patch[key] = inner
+        elif key not in old or old[key] != new[key]:
+            patch[key] = new[key]
+    return patch

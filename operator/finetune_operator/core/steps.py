@@ -1,0 +1,81 @@
+"""The vocabulary of plans: what is known of a job (View), where it stands (Step), what to do (Plan)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt, FineTuneJobStatus, Progress
+from finetune_operator.core.conditions import Scene
+from finetune_operator.core.events import Event
+from finetune_operator.core.failure import Ending
+from finetune_operator.core.observed import Child, Observed
+from finetune_operator.settings import Settings
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An object to patch or delete, and only that very one: `uid` is a precondition."""
+
+    kind: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, in this order: create, write status, suspend, delete, post events.
+
+    Create before saying so, say so before taking away: then a crash in between is seen and mended by the next plan.
+    """
+
+    create: tuple[Object, ...] = ()
+    status: Object | None = None
+    """Merge patch of the status, None when it stands."""
+    suspend: tuple[Target, ...] = ()
+    delete: tuple[Target, ...] = ()
+    events: tuple[Event, ...] = ()
+    requeue_after: float | None = None
+    """Seconds after which time alone changes the plan."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the job stands and what that asks for; the rest of the plan follows from it."""
+
+    scene: Scene
+    create: tuple[Object, ...] = ()
+    suspend: tuple[Child, ...] = ()
+    delete: tuple[Child, ...] = ()
+    starts: Attempt | None = None
+    check_again: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A job that is neither over nor refused, with its attempts up to date."""
+
+    observed: Observed
+    status: FineTuneJobStatus
+    spec: FineTuneJobSpec
+    history: Sequence[Attempt]
+    ending: Ending | None
+    progress: Progress | None
+    settings: Settings
+    now: datetime
+
+    @property
+    def last(self) -> Attempt | None:
+        return self.history[-1] if self.history else None
+
+    @property
+    def live(self) -> Attempt | None:
+        return self.last if self.last and self.last.reason is None else None
+
+    @property
+    def unfinished(self) -> tuple[Child, ...]:
+        """Jobs that could still run a pod."""
+        return tuple(child for child in self.observed.children if not child.finished)

@@ -1,0 +1,61 @@
+"""Several processes for one training: torchrun, its rendezvous, and the headless Service it meets through."""
+
+from typing import Any
+
+from finetune_api import names
+from finetune_api.spec import FineTuneJobSpec
+
+Object = dict[str, Any]
+
+PORT = 29500
+_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+def is_distributed(spec: FineTuneJobSpec) -> bool:
+    return spec.resources.nodes * max(1, spec.resources.gpus_per_node) > 1
+
+
+def command(spec: FineTuneJobSpec) -> list[str]:
+    """The container's command; its arguments are the trainer's."""
+    return ["torchrun", "--no-python", names.TRAINER_COMMAND] if is_distributed(spec) else [names.TRAINER_COMMAND]
+
+
+def service_name(job_name: str) -> str:
+    return f"{job_name}-nodes"
+
+
+def env(spec: FineTuneJobSpec, child_name: str) -> list[Object]:
+    """torchrun reads its options from PET_* (torch.distributed.argparse_util). Rank 0 is completion index 0."""
+    if not is_distributed(spec):
+        return []
+    nodes, processes = spec.resources.nodes, max(1, spec.resources.gpus_per_node)
+    job_name = child_name.rpartition("-")[0]
+    leader = f"{child_name}-0.{service_name(job_name)}" if nodes > 1 else "127.0.0.1"
+    values = {
+        "PET_NNODES": str(nodes),
+        "PET_NPROC_PER_NODE": str(processes),
+        "PET_MASTER_ADDR": leader,
+        "PET_MASTER_PORT": str(PORT),
+        "PET_MAX_RESTARTS": "0",
+    }
+    if spec.resources.gpus_per_node:
+        values |= {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    found: list[Object] = [{"name": key, "value": value} for key, value in values.items()]
+    if nodes > 1:
+        found.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _INDEX}}})
+    return found
+
+
+def service(job_name: str, metadata: Object) -> Object:
+    """The headless Service; addresses are published before pods are ready, for they wait for each other."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {**metadata, "name": service_name(job_name)},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {names.LABEL_JOB: job_name},
+            "ports": [{"name": "rendezvous", "port": PORT, "protocol": "TCP"}],
+        },
+    }

@@ -1,0 +1,97 @@
+"""All jobs together, for Prometheus: by namespace and phase, GPUs held, waits, ended attempts, time to the first step.
+
+Gauges are read from the cache at each scrape; counters grow with each status that is written.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from finetune_api import names
+from finetune_operator.core import statuses
+from finetune_operator.core.observed import WAITING_PHASES, JobObject
+from finetune_operator.metrics import PHASES, PREFIX, gauge
+
+OVER = ("Succeeded", "Failed")
+#: Phases in which the job's pods hold their GPUs.
+HOLDING = frozenset(PHASES) - {*WAITING_PHASES, *OVER, "Suspended"}
+#: Endings that are shown as 0 from the start: a counter that begins at 1 hides its first event from increase().
+REASONS = tuple(sorted({outcome.reason for outcome in names.OUTCOMES.values()} | {"NodeLost"}))
+_TO_FIRST_STEP = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 86400)
+
+
+class Fleet(Collector):
+    """Register it once. `jobs` are those in the cache; at most `limit` unfinished ones get gauges of their own."""
+
+    def __init__(
+        self,
+        jobs: Callable[[], Iterable[JobObject]],
+        limit: int,
+        clock: Callable[[], datetime],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._jobs, self._limit, self._clock = jobs, limit, clock
+        self._namespaces: set[str] = set()
+        self._attempts = Counter(
+            f"{PREFIX}_attempts_ended", "Ended attempts by reason.", ["namespace", "reason"], registry=registry
+        )
+        self._first_step = Histogram(
+            f"{PREFIX}_time_to_first_step_seconds",
+            "From a job's creation to its first optimizer step.",
+            ["namespace"],
+            buckets=_TO_FIRST_STEP,
+            registry=registry,
+        )
+        registry.register(self)
+
+    def changed(self, before: JobObject, after: JobObject) -> None:
+        """Count what happened between two statuses of one job."""
+        self._show_zeros(after.namespace)
+        old, new = statuses.read(before.status), statuses.read(after.status)
+        ended = {attempt.job_name for attempt in old.attempts if attempt.reason}
+        for attempt in new.attempts:
+            if attempt.reason and attempt.job_name not in ended:
+                self._attempts.labels(after.namespace, attempt.reason).inc()
+        started = not (old.progress and old.progress.step) and new.progress and new.progress.step
+        if started and after.created_at:
+            seconds = (self._clock() - after.created_at).total_seconds()
+            self._first_step.labels(after.namespace).observe(max(0.0, seconds))
+
+    def _show_zeros(self, namespace: str) -> None:
+        if namespace not in self._namespaces:
+            self._namespaces.add(namespace)
+            self._first_step.labels(namespace)
+            for reason in REASONS:
+                self._attempts.labels(namespace, reason)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing ahead of time: registering must not read the cache."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        jobs = list(self._jobs())
+        namespaces = {job.namespace for job in jobs}
+        phases = {(namespace, phase): 0 for namespace in namespaces for phase in PHASES}
+        phases |= Tally((job.namespace, job.phase) for job in jobs)
+        yield gauge("jobs", "FineTuneJobs by phase.", ("namespace", "phase"), phases)
+
+        held = {(namespace,): 0 for namespace in namespaces}
+        waits = {(namespace,): 0.0 for namespace in namespaces}
+        now = self._clock()
+        for job in jobs:
+            where = (job.namespace,)
+            if job.phase in HOLDING:
+                held[where] += job.gpus
+            if job.gpus and job.phase in WAITING_PHASES and job.waiting_since:
+                waits[where] = max(waits[where], (now - job.waiting_since).total_seconds())
+        yield gauge("gpus_allocated", "GPUs held by jobs whose pods run.", ("namespace",), held)
+        text = "Longest present wait of a GPU job to start."
+        yield gauge("gpu_jobs_longest_wait_seconds", text, ("namespace",), waits)
+
+        unfinished = sorted((job for job in jobs if job.phase not in OVER), key=lambda job: job.phase in WAITING_PHASES)
+        attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
+        yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)

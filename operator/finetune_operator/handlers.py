@@ -1,0 +1,105 @@
+"""Kopf's part: watch three kinds, take what they show into the cache, and queue the job's key. Nothing else.
+
+Only `on.event` is used: it leaves no annotation and no finalizer on anybody's object.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+
+from finetune_api import names
+from finetune_operator.cache import Cache
+from finetune_operator.cluster import PAGE
+from finetune_operator.settings import Settings
+
+#: Group, version and plural of each kind.
+RESOURCES = {
+    names.KIND: (names.GROUP, names.VERSION, names.PLURAL),
+    "Job": ("batch", "v1", "jobs"),
+    "Pod": ("", "v1", "pods"),
+}
+
+
+def registry(cache: Cache, enqueue: Callable[[str], None], login: Callable[[], Any]) -> kopf.OperatorRegistry:
+    """Kopf's registry with our handlers."""
+    made = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=made)  # type: ignore[untyped-decorator]
+    async def log_in(**_: Any) -> Any:
+        return login()
+
+    def watch(kind: str) -> None:
+        group, version, plural = RESOURCES[kind]
+
+        @kopf.on.event(group, version, plural, id=f"see-{plural}", registry=made)  # type: ignore[untyped-decorator]
+        async def see(event: dict[str, Any], **_: Any) -> None:
+            take(cache, kind, event, enqueue)
+
+    for kind in RESOURCES:
+        watch(kind)
+    return made
+
+
+def take(cache: Cache, kind: str, event: dict[str, Any], enqueue: Callable[[str], None]) -> None:
+    """Take one watch event in; echoes of our own writes tell nothing new and queue nothing."""
+    obj = dict(event.get("object") or {})
+    key = cache.drop(kind, obj) if event.get("type") == "DELETED" else cache.put(kind, obj)
+    if key is not None:
+        enqueue(key)
+
+
+class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]
+    """Keeps no last-seen state: Kopf would copy every object thrice on each event, most of the time it takes."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+
+class NoProgress(kopf.ProgressStorage):  # type: ignore[misc]
+    """Keeps no handlers' progress: `on.event` handlers have none."""
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+    def purge(self, **_: Any) -> None:
+        pass
+
+    def touch(self, **_: Any) -> None:
+        pass
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
+def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
+    """Kopf as production needs it: watches that cannot freeze unseen, selectors on the server, no traces on objects."""
+    made = kopf.OperatorSettings()
+    made.watching.server_timeout = settings.watch_server_timeout_seconds
+    made.watching.client_timeout = settings.watch_client_timeout_seconds
+    made.watching.inactivity_timeout = settings.watch_inactivity_seconds
+    made.watching.connect_timeout = settings.request_timeout_seconds
+    made.watching.chunk_size = PAGE
+    made.watching.reconnect_backoff = 0.5
+    for kind in ("Job", "Pod"):
+        made.watching.label_selectors[RESOURCES[kind]] = names.LABEL_JOB
+    made.networking.request_timeout = settings.request_timeout_seconds
+    made.networking.error_backoffs = (1, 1, 2, 3, 5, 8, 13, *[20] * 100)  # when it gives up, the process ends
+    # worker_limit stays unset: workers keep their slot while idle, so a limit throttles instead of protecting.
+    made.queueing.idle_timeout = 1.0
+    made.scanning.disabled = True
+    made.posting.enabled = False
+    made.persistence.finalizer = f"{names.GROUP}/finalizer"
+    made.persistence.progress_storage = NoProgress()
+    made.persistence.diffbase_storage = NoDiffBase()
+    made.peering.standalone = True
+    return made

@@ -1,0 +1,225 @@
+"""Wiring: settings -> parts -> run until told to stop. `python -m finetune_operator`."""
+
+import asyncio
+import signal
+import sys
+import time
+from itertools import islice
+
+import kopf
+import structlog
+import uvloop
+from kubernetes.aio.config import ConfigException
+from pydantic import ValidationError
+
+from finetune_api import names
+from finetune_operator import handlers, http, logs
+from finetune_operator.cache import KINDS, Cache
+from finetune_operator.clock import Clock
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.core import raw
+from finetune_operator.core.raw import Raw
+from finetune_operator.fleet import Fleet
+from finetune_operator.metrics import Metrics, Readings
+from finetune_operator.notices import Notices
+from finetune_operator.poller import Poller
+from finetune_operator.queue import Queue
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.recorder import Recorder
+from finetune_operator.session import Connection
+from finetune_operator.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_START_PAUSES = (1, 2, 3, 5, 8, 13, 20)
+BEAT_SECONDS = 10.0
+
+
+class Operator:
+    """All parts, put together."""
+
+    def __init__(
+        self, settings: Settings, connection: Connection, metrics: Metrics, clock: Clock | None = None
+    ) -> None:
+        self.settings, self.connection, self.metrics = settings, connection, metrics
+        self.client = connection.client()
+        self.cluster = Cluster(self.client, settings.request_timeout_seconds)
+        self.cache = Cache()
+        self.clock = clock or Clock()
+        self.poller = Poller(
+            settings.progress_interval_seconds,
+            settings.progress_timeout_seconds,
+            settings.progress_concurrency,
+            lambda key: self.queue.add(key),
+        )
+        self.recorder = Recorder(self.cluster, metrics)
+        fleet = Fleet(self.cache.jobs, settings.job_metrics_limit, self.clock, metrics.registry)
+        reconciler = Reconciler(self.cluster, self.cache, self.poller, self.recorder, fleet, settings, self.clock)
+        self.queue = Queue(reconciler, settings.workers, on_done=self._done)
+        self.notices = Notices(self.cluster, self.cache, settings.namespaces, self.queue.add)
+        self.beat = time.monotonic()
+        self.resynced = time.monotonic()
+        self.health = http.Health(
+            self.queue, settings.stuck_seconds, lambda: time.monotonic() - self.beat, BEAT_SECONDS
+        )
+        metrics.watch(self._readings())
+
+    def _done(self, key: str, seconds: float, error: Exception | None) -> None:
+        self.metrics.reconciled(key, seconds, error)
+        if error is not None:
+            expected = isinstance(error, ApiError | OSError | TimeoutError)
+            log.warning("a reconcile failed; it is tried again", key=key, error=str(error) or type(error).__name__,
+                        exc_info=None if expected else error)  # fmt: skip
+
+    def _readings(self) -> Readings:
+        return Readings(
+            gauges={
+                "queue_depth": ("Jobs that wait for a worker.", lambda: self.queue.depth),
+                "queue_delayed": ("Jobs that wait for their time.", lambda: self.queue.delayed),
+                "queue_longest_wait_seconds": ("Oldest wait for a worker.", self.queue.longest_wait_seconds),
+                "resync_age_seconds": ("Since the last full list.", lambda: time.monotonic() - self.resynced),
+            },
+            watch_ages=self.connection.freshness.ages,
+            objects=self.cache.sizes,
+            progress=lambda: islice(
+                ((key, report.progress) for key, report in self.poller.reports()), self.settings.job_metrics_limit
+            ),
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises SystemExit with a sentence when it cannot start."""
+        stop = asyncio.Event()
+        _on_signals(stop)
+        runner = await http.serve(self.settings.http_host, self.settings.http_port, self.health, self.metrics.registry)
+        log.info("serving /healthz, /readyz and /metrics", addresses=[f"{a[0]}:{a[1]}" for a in runner.addresses])
+        work = asyncio.create_task(self.work(stop))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+            log.info("stopping")
+            await self.recorder.flush(2.0)
+        finally:
+            stop.set()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await runner.cleanup()
+            await self.client.close()
+
+    async def work(self, stop: asyncio.Event) -> None:
+        """Do everything but serving HTTP, until cancelled. `stop` is set by SIGTERM and SIGINT."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._heartbeat())
+            await self._wait_for_server()
+            group.create_task(self.recorder.run())
+            group.create_task(self.poller.run())
+            group.create_task(self.queue.run())
+            group.create_task(self.notices.run(self.settings.kueue))
+            group.create_task(self._resync())
+            group.create_task(self._watch(stop))
+            self.health.ready = True
+            log.info("ready", jobs=len(self.cache.job_keys()), namespaces=list(self.settings.namespaces) or "all")
+
+    async def _wait_for_server(self) -> None:
+        """Wait for the API server, the CRD and the first lists; give up after start_timeout_seconds."""
+        deadline = time.monotonic() + self.settings.start_timeout_seconds
+        for turn in range(10**6):
+            try:
+                if await self.cluster.serves_finetunejobs():
+                    await self._list_all()
+                    return
+                problem = f"the CustomResourceDefinition {names.PLURAL}.{names.GROUP} is not installed: apply crds/"
+            except ApiError as error:
+                problem = f"the API server refuses: {error.message or error}"
+            except (OSError, TimeoutError) as error:
+                host = self.connection.configuration.host
+                problem = f"the API server at {host} does not answer: {error or type(error).__name__}"
+            if time.monotonic() > deadline:
+                raise SystemExit(f"cannot start: {problem}")
+            log.warning("waiting to start", problem=problem)
+            await asyncio.sleep(_START_PAUSES[min(turn, len(_START_PAUSES) - 1)])
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """Run Kopf. Not through kopf.operator: at its end that waits for, and cancels, every task of the process."""
+        tasks = await kopf.spawn_tasks(
+            registry=handlers.registry(self.cache, self.queue.add, self.connection.kopf_login),
+            settings=handlers.kopf_settings(self.settings),
+            namespaces=self.settings.namespaces,
+            clusterwide=not self.settings.namespaces,
+            standalone=True,
+        )
+        _on_signals(stop)  # Kopf has taken them
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended = next(iter(done))
+            raise RuntimeError(f"Kopf's task {ended.get_name()} ended by itself") from ended.exception()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            self.beat = time.monotonic()
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _resync(self) -> None:
+        """List everything now and then: a watch may have missed the end of an object."""
+        while True:
+            await asyncio.sleep(self.settings.resync_seconds)
+            try:
+                await self._list_all()
+            except (ApiError, OSError, TimeoutError) as error:
+                log.warning("a full list failed; the next one follows", error=str(error) or type(error).__name__)
+
+    async def _list_all(self) -> None:
+        """Make the cache what the API server holds, and queue every job."""
+        for kind in KINDS:
+            selector = "" if kind == names.KIND else names.LABEL_JOB
+            for namespace in self.settings.namespaces or (None,):
+                uids: list[str] = []
+                version = 0
+                async for page in self.cluster.pages(kind, namespace, selector):
+                    version = page.version
+                    uids += [self._take(kind, obj) for obj in page.items]
+                self.cache.keep_only(kind, uids, version, (namespace,) if namespace else ())
+        for key in self.cache.job_keys():
+            self.queue.add(key)
+        self.resynced = time.monotonic()
+
+    def _take(self, kind: str, obj: Raw) -> str:
+        self.cache.put(kind, obj)
+        return raw.text(obj, "metadata", "uid")
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+
+async def _run(settings: Settings) -> None:
+    metrics = Metrics()
+    try:
+        connection = await Connection.load(metrics)
+    except (ConfigException, OSError) as error:
+        raise SystemExit(f"cannot start: neither a service account nor a kubeconfig: {error}") from None
+    await Operator(settings, connection, metrics).run()
+
+
+def main() -> None:
+    """Run the operator. Exit code 1, with a sentence, when it cannot start."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_input=False):
+            field = "_".join(map(str, item["loc"])).upper()
+            sys.stderr.write(f"FINETUNE_OPERATOR_{field}: {item['msg']}\n")
+        raise SystemExit(1) from None
+    logs.configure(settings.log_level)
+    try:
+        uvloop.run(_run(settings))
+    except* SystemExit as group:
+        raise SystemExit(str(group.exceptions[0])) from None
+    except* OSError as group:
+        raise SystemExit(f"cannot start: {group.exceptions[0]}") from None

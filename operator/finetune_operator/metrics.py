@@ -1,0 +1,130 @@
+"""What the operator says of itself to Prometheus. Base units; no unbounded labels but those a setting bounds."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from finetune_api.status import Progress
+
+PREFIX = "finetune_operator"
+PHASES = (
+    "Pending",
+    "Queued",
+    "Starting",
+    "CheckingData",
+    "LoadingModel",
+    "Training",
+    "Evaluating",
+    "Publishing",
+    "Verifying",
+    "Stalled",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+)
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """Counters that code increments, and a registry that is served as /metrics."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.reconcile_seconds = Histogram(
+            f"{PREFIX}_reconcile_duration_seconds", "Time of one reconcile.", buckets=_BUCKETS, registry=self.registry
+        )
+        self.errors = Counter(
+            f"{PREFIX}_errors", "Errors by class, each retried with backoff.", ["error"], registry=self.registry
+        )
+        self._api_calls = Counter(
+            f"{PREFIX}_api_requests",
+            "Requests to the API server.",
+            ["verb", "resource", "code"],
+            registry=self.registry,
+        )
+        self.events_dropped = Counter(
+            f"{PREFIX}_events_dropped", "Events given up because too many waited.", registry=self.registry
+        )
+
+    def api_call(self, verb: str, resource: str, code: str) -> None:
+        self._api_calls.labels(verb, resource, code).inc()
+
+    def reconciled(self, key: str, seconds: float, error: Exception | None) -> None:
+        self.reconcile_seconds.observe(seconds)
+        if error is not None:
+            self.errors.labels(type(error).__name__).inc()
+
+    def watch(self, readings: "Readings") -> None:
+        """Read these at every scrape."""
+        self.registry.register(_Scraped(readings))
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Where the gauges come from. Waits and ages are seconds."""
+
+    gauges: Mapping[str, tuple[str, Callable[[], float]]]
+    """Name -> help and reading."""
+    watch_ages: Callable[[], Mapping[tuple[str, str], float]]
+    """By resource and namespace."""
+    objects: Callable[[], Mapping[str, int]]
+    progress: Callable[[], Iterable[tuple[str, Progress]]]
+    """Key and progress of running jobs, already cut to the limit."""
+
+
+class _Scraped(Collector):
+    """Gauges that are read when they are asked for."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        readings = self._readings
+        yield gauge("build_info", "Version of the operator.", ("version",), {(version("finetune-operator"),): 1})
+        yield gauge("cached_objects", "Objects in memory.", ("kind",), {(k,): n for k, n in readings.objects().items()})
+        yield gauge(
+            "watch_age_seconds",
+            "Since a watch last showed a sign of life; servers send bookmarks each minute.",
+            ("resource", "namespace"),
+            readings.watch_ages(),
+        )
+        for name, (text, reading) in readings.gauges.items():
+            yield gauge(name, text, (), {(): reading()})
+        yield from self._progress()
+
+    def _progress(self) -> Iterator[Metric]:
+        fields = {
+            "step": ("step", "Optimizer steps done."),
+            "total_steps": ("steps", "Optimizer steps in all."),
+            "loss": ("loss", "Latest training loss, nats per token."),
+            "tokens_per_second": ("tokens_per_second", "Real tokens over all GPUs."),
+        }
+        found = [(tuple(key.split("/", 1)), progress) for key, progress in self._readings.progress()]
+        for field, (suffix, text) in fields.items():
+            values = {key: value for key, progress in found if (value := getattr(progress, field)) is not None}
+            yield gauge(f"job_{suffix}", text, ("namespace", "name"), values)
+
+
+def gauge(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
+    """A gauge with one sample per key of `values`; a key holds the values of `labels`."""
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
+    for key, value in sorted(values.items()):
+        family.add_metric(key, value)
+    return family

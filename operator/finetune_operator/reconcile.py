@@ -1,0 +1,114 @@
+"""Carry out what the plan for one job says. Every step may be the last before a crash: see core/plan.py."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+import structlog
+
+from finetune_api import names
+from finetune_operator.cache import Cache
+from finetune_operator.cluster import ApiError, Cluster, Refused
+from finetune_operator.core.observed import JobObject, Observed, Obstacle
+from finetune_operator.core.plan import plan
+from finetune_operator.core.raw import Raw
+from finetune_operator.core.steps import Plan
+from finetune_operator.fleet import Fleet
+from finetune_operator.poller import Poller
+from finetune_operator.queue import Result
+from finetune_operator.recorder import Recorder
+from finetune_operator.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_MOVED_ON = (404, 409, 410)
+
+
+class Reconciler:
+    """Brings one job after another to where its plan wants it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        poller: Poller,
+        recorder: Recorder,
+        fleet: Fleet,
+        settings: Settings,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._cluster, self._cache, self._poller, self._recorder = cluster, cache, poller, recorder
+        self._fleet, self._settings, self._clock = fleet, settings, clock
+
+    async def __call__(self, key: str) -> Result:
+        """One reconcile. Raises ApiError, OSError or TimeoutError; calling again is always right."""
+        observed = self._cache.observed(key, self._poller.report(key))
+        if observed is None:
+            self._poller.leave(key)
+            return Result()
+        self._follow(observed)
+        now = self._clock()
+        made = plan(observed, self._settings, now)
+        blocked = False
+        try:
+            await self._create(observed.job, made)
+        except Refused as refusal:
+            log.info("a child cannot be made", key=key, reason=refusal.reason, message=refusal.message)
+            blocked = True
+            made = plan(replace(observed, obstacle=Obstacle(refusal.reason, refusal.message)), self._settings, now)
+        if made.status is not None and not await self._write_status(observed.job, made.status):
+            return Result(after=0.0)
+        await self._take_away(observed.job, made)
+        for event in made.events:
+            log.info("event", key=key, reason=event.reason, message=event.message)
+            self._recorder.post(observed.job, event, now)
+        return Result(made.requeue_after, blocked)
+
+    def _follow(self, observed: Observed) -> None:
+        """Read the progress of the rank-0 pod that runs, if one does."""
+        leaders = [pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit]
+        if leaders and not observed.job.deleting:
+            leader = max(leaders, key=lambda pod: (pod.attempt, pod.created_at))
+            self._poller.follow(observed.job.key, leader.uid, leader.ip)
+        else:
+            self._poller.leave(observed.job.key)
+
+    async def _create(self, job: JobObject, made: Plan) -> None:
+        """Make the children in their order; the Job comes last, so that its pods find the rest."""
+        for obj in made.create:
+            stored = await self._cluster.ensure(obj, job.uid)
+            if obj["kind"] == "Job":
+                self._cache.put("Job", stored)
+
+    async def _write_status(self, job: JobObject, status: Raw) -> bool:
+        """Write the status; False when the job has moved on meanwhile and must be looked at again."""
+        try:
+            stored = await self._cluster.patch_status(job.namespace, job.name, status, job.uid, job.version)
+        except ApiError as error:
+            if error.code not in _MOVED_ON:
+                raise
+            await self._refresh(job)
+            return False
+        self._cache.put(names.KIND, stored)
+        self._fleet.changed(job, JobObject.of(stored))
+        return True
+
+    async def _refresh(self, job: JobObject) -> None:
+        """Look at the job itself: its watch is behind, or has missed its end."""
+        found = await self._cluster.get(names.KIND, job.namespace, job.name)
+        uid = found["metadata"]["uid"] if found else None
+        if uid != job.uid:
+            self._cache.forget(names.KIND, job.key, job.uid)
+        if found:
+            self._cache.put(names.KIND, found)
+
+    async def _take_away(self, job: JobObject, made: Plan) -> None:
+        for target in made.suspend:
+            try:
+                self._cache.put("Job", await self._cluster.suspend(job.namespace, target.name, target.uid))
+            except ApiError as error:
+                if error.code not in _MOVED_ON:
+                    raise
+        for target in made.delete:
+            log.info("deleting", key=job.key, kind=target.kind, name=target.name)
+            await self._cluster.delete(target.kind, job.namespace, target.name, target.uid)
