@@ -1,0 +1,88 @@
+"""Make docs/images/dashboard-{fleet,job}.png: jobs run on this machine, without a GPU, and their Prometheus is drawn.
+
+    python scripts/dashboard_images.py [--minutes 4]
+
+Needs what the tests need: Prometheus, and the API server of `make envtest` or its stand-in.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from draw_dashboard import Source, draw  # noqa: E402
+
+from support import cluster as clusters  # noqa: E402
+from support.dashboards import Scene, give_data, job, load, scene  # noqa: E402
+
+
+def tell(live: Scene, minutes: float) -> float:
+    """The story to draw; returns when it began. A job is preempted and resumes, one fails, one waits for a GPU."""
+    give_data(live)
+    (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
+    waiting, broken = job("llama-70b", batchSize=16), job("bad-data")
+    waiting["spec"]["resources"] = {"gpusPerNode": 8}
+    broken["spec"]["dataset"] = {"train": "pvc://data/broken.jsonl"}
+    began = time.time()
+    main = job("mistral-nli", maxSteps=1000, learningRate=0.004)
+    main["spec"]["lora"] = {"rank": 16, "alpha": 32, "targetModules": ["all-linear"]}
+    live.kube.create(main)
+    live.kube.create(waiting)
+    _wait(live, began + 15)
+    live.kube.create(job("support-chat", maxSteps=300, learningRate=0.002))
+    _wait(live, began + 30 * minutes)
+    (pod,) = (p["metadata"]["name"] for p in _pods(live, "mistral-nli"))
+    live.node.drain(pod)
+    live.kube.create(broken)
+    _wait(live, began + 60 * minutes)
+    return began
+
+
+def _pods(live: Scene, name: str) -> list[dict]:
+    found = live.kube.list("Pod", live.namespace, labelSelector=f"finetune.dev/job={name}")
+    return [pod for pod in found if pod["status"]["phase"] == "Running"]
+
+
+@contextmanager
+def _namespace(cluster: clusters.Cluster, name: str) -> Iterator[str]:
+    cluster.kube.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield name  # it goes with the cluster
+
+
+def _wait(live: Scene, until: float) -> None:
+    while time.time() < until:
+        live.refresh()
+        time.sleep(0.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=4)
+    minutes = parser.parse_args().minutes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    images = ROOT / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        clusters.start() as cluster,
+        _namespace(cluster, "research") as namespace,
+        scene(cluster, namespace, Path(folder)) as live,
+    ):
+        began = tell(live, minutes)
+        everywhere, one = {"namespace": ".*"}, {"namespace": namespace, "job": "mistral-nli"}
+        for name, variables in (("fleet", everywhere), ("job", one)):
+            source = Source(live.prometheus.url, began, time.time(), variables, scrape_seconds=1)
+            empty = draw(load(name), source, images / f"dashboard-{name}.png")
+            sys.stdout.write(f"dashboard-{name}.png; without data: {', '.join(empty) or 'none'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

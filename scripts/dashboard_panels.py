@@ -1,0 +1,201 @@
+"""What the dashboards of the chart show: panels as data. scripts/dashboards.py writes Grafana's JSON from it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel. `queries`: legend -> PromQL. `kind`: timeseries, stat or table. `unit`: Grafana's name of it."""
+
+    title: str
+    about: str
+    unit: str
+    queries: dict[str, str]
+    kind: str = "timeseries"
+    width: int = 8
+    stack: bool = False
+    bars: bool = False
+    log_scale: bool = False
+    from_zero: bool = True
+    columns: dict[str, str] = field(default_factory=dict)
+    """Of a table: legend -> unit of that column."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A dashboard: rows of panels, and its variables as (name, label, query, several values at once)."""
+
+    uid: str
+    title: str
+    about: str
+    variables: tuple[tuple[str, str, str, bool], ...]
+    rows: dict[str, tuple[Panel, ...]]
+    link: tuple[str, str] = ("", "")
+
+
+_NS = 'namespace=~"$namespace"'
+_JOB = 'namespace="$namespace", finetunejob="$job"'
+_HOLDING = 'phase!~"Pending|Queued|Suspended|Succeeded|Failed"'
+_BAD = 'reason!~"Succeeded|Preempted|NodeLost|Suspended"'
+_OPERATOR = 'job="finetune-operator"'
+
+
+def _quantile(q: float, metric: str, matchers: str = "") -> str:
+    return f"histogram_quantile({q}, sum by (le) (rate({metric}_bucket{{{matchers}}}[$__range])))"
+
+
+def _trainer(metric: str) -> str:
+    return f"max by (pod) (finetune_trainer_{metric}{{{_JOB}}})"
+
+
+def _checkpoints(part: str) -> str:
+    return f"sum by (pod) (finetune_trainer_checkpoint_duration_seconds_{part}{{{_JOB}}})"
+
+
+FLEET = Dashboard(
+    uid="finetune-fleet",
+    title="Fine-tuning / Fleet",
+    about="All fine-tuning jobs: what runs, what waits and why attempts end, and how the operator itself is.",
+    variables=(("namespace", "Namespace", "label_values(finetune_operator_jobs, namespace)", True),),
+    link=("Job", "finetune-job"),
+    rows={
+        "Now": (
+            Panel("Running", "Jobs whose pods run: loading, training, evaluating or publishing.", "none",
+                  {"jobs": f"sum(finetune_operator_jobs{{{_NS}, {_HOLDING}}}) or vector(0)"}, "stat", 4),
+            Panel("Waiting", "Jobs that wait for a node or for their queue.", "none",
+                  {"jobs": f'sum(finetune_operator_jobs{{{_NS}, phase=~"Pending|Queued"}}) or vector(0)'}, "stat", 4),
+            Panel("GPUs in use", "GPUs held by running jobs.", "none",
+                  {"GPUs": f"sum(finetune_operator_gpus_allocated{{{_NS}}})"}, "stat", 4),
+            Panel("GPU hours", "GPUs held, summed over the time range shown.", "h",
+                  {"GPU hours": f"sum(sum_over_time(finetune_operator_gpus_allocated{{{_NS}}}[$__range:30s])) / 120"},
+                  "stat", 4),
+            Panel("Failed attempts", "Attempts that ended in error within the time range; preemptions do not count.",
+                  "none",
+                  {"attempts": f"sum(increase(finetune_operator_attempts_ended_total{{{_NS}, {_BAD}}}[$__range]))"},
+                  "stat", 4),
+            Panel("Tokens per second", "Real tokens, never padding, over all running jobs.", "none",
+                  {"tokens/s": f"sum(finetune_operator_job_tokens_per_second{{{_NS}}}) or vector(0)"}, "stat", 4),
+        ),
+        "Jobs": (
+            Panel("Jobs by phase", "Where the jobs stand. Finished jobs are counted until they are deleted.", "none",
+                  {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, stack=True),
+            Panel("GPUs in use by namespace", "GPUs held by running jobs.", "none",
+                  {"{{namespace}}": f"sum by (namespace) (finetune_operator_gpus_allocated{{{_NS}}})"}, stack=True),
+            Panel("Longest wait of a GPU job", "How long the GPU job that has waited longest has waited to start.", "s",
+                  {"{{namespace}}": f"max by (namespace) (finetune_operator_gpu_jobs_longest_wait_seconds{{{_NS}}})"}),
+            Panel("Ended attempts by reason", "How attempts end, as in status.attempts.", "none",
+                  {"{{reason}}":
+                   f"sum by (reason) (increase(finetune_operator_attempts_ended_total{{{_NS}}}[$__rate_interval]))"},
+                  stack=True, bars=True),
+            Panel("Time to first step", "From a job's creation to its first optimizer step: queueing, pulling the"
+                  " image, loading the model.", "s",
+                  {"median": _quantile(0.5, "finetune_operator_time_to_first_step_seconds", _NS),
+                   "90 %": _quantile(0.9, "finetune_operator_time_to_first_step_seconds", _NS)}),
+            Panel("Tokens per second by job", "Real tokens, never padding, over all GPUs of a job.", "none",
+                  {"{{namespace}}/{{name}}": f"finetune_operator_job_tokens_per_second{{{_NS}}}"}),
+            Panel("Unfinished jobs", "Those that run, then those that wait, up to operator.jobMetricsLimit.", "none",
+                  {"Step": f"finetune_operator_job_step{{{_NS}}}",
+                   "Steps": f"finetune_operator_job_steps{{{_NS}}}",
+                   "Loss": f"finetune_operator_job_loss{{{_NS}}}",
+                   "Tokens/s": f"finetune_operator_job_tokens_per_second{{{_NS}}}",
+                   "Attempts": f"finetune_operator_job_attempts{{{_NS}}}"},
+                  "table", 24, columns={"Loss": "none", "Tokens/s": "none"}),
+        ),
+        "Operator": (
+            Panel("Queue", "Jobs that wait for one of the operator's workers, and those that wait for their time"
+                  " (backoff, deadlines).", "none",
+                  {"waiting": "sum(finetune_operator_queue_depth)", "delayed": "sum(finetune_operator_queue_delayed)"}),
+            Panel("Longest wait for a worker", "Stays near zero; more than a minute raises an alert.", "s",
+                  {"wait": "max(finetune_operator_queue_longest_wait_seconds)"}),
+            Panel("Reconcile duration", "Time to bring one job to where it should be.", "s",
+                  {"median": _quantile(0.5, "finetune_operator_reconcile_duration_seconds"),
+                   "99 %": _quantile(0.99, "finetune_operator_reconcile_duration_seconds")}, log_scale=True),
+            Panel("Requests to the API server", "By verb. The metric knows the resource too.", "reqps",
+                  {"{{verb}}": "sum by (verb) (rate(finetune_operator_api_requests_total[$__rate_interval]))"}),
+            Panel("Age of watches", "Since each watch last showed a sign of life; the API server sends one a minute.",
+                  "s",
+                  {"{{resource}} {{namespace}}":
+                   "max by (resource, namespace)"
+                   ' (finetune_operator_watch_age_seconds{resource=~"finetunejobs|jobs|pods"})'}),
+            Panel("Errors", "Reconciles that failed, each tried again with backoff, by class.", "cps",
+                  {"{{error}}": "sum by (error) (rate(finetune_operator_errors_total[$__rate_interval])) or"
+                                " label_replace(vector(0), \"error\", \"none\", \"\", \"\")"}),
+            Panel("Memory of the operator", "Resident memory, and objects it remembers.", "bytes",
+                  {"resident": f"sum(process_resident_memory_bytes{{{_OPERATOR}}})"}),
+            Panel("CPU of the operator", "Cores in use.", "none",
+                  {"cores": f"sum(rate(process_cpu_seconds_total{{{_OPERATOR}}}[$__rate_interval]))"}),
+            Panel("Objects remembered", "FineTuneJobs, Jobs and pods in the operator's memory.", "none",
+                  {"{{kind}}": "sum by (kind) (finetune_operator_cached_objects)"}),
+        ),
+    },
+)  # fmt: skip
+
+
+JOB = Dashboard(
+    uid="finetune-job",
+    title="Fine-tuning / Job",
+    about="One fine-tuning job: its loss, speed, memory, checkpoints and attempts.",
+    variables=(
+        ("namespace", "Namespace", "label_values(finetune_trainer_step, namespace)", False),
+        ("job", "Job", 'label_values(finetune_trainer_step{namespace="$namespace"}, finetunejob)', False),
+    ),
+    link=("Fleet", "finetune-fleet"),
+    rows={
+        "Now": (
+            Panel("Progress", "Optimizer steps done, of all that are planned.", "percentunit",
+                  {"done": f"max(finetune_trainer_step{{{_JOB}}}) / max(finetune_trainer_steps{{{_JOB}}})"}, "stat", 4),
+            Panel("Time left", "Until the last step, at the present speed.", "s",
+                  {"left": "clamp_min(max(finetune_trainer_estimated_completion_timestamp_seconds"
+                           f"{{{_JOB}}}) - time(), 0)"}, "stat", 4),
+            Panel("Loss", "Latest training loss, nats per token.", "none",
+                  {"loss": f"max(finetune_trainer_loss{{{_JOB}}})"}, "stat", 4),
+            Panel("Evaluation loss", "Latest loss on the held-out rows, nats per token.", "none",
+                  {"loss": f"max(finetune_trainer_eval_loss{{{_JOB}}})"}, "stat", 4),
+            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", "none",
+                  {"tokens/s": f"max(finetune_trainer_tokens_per_second{{{_JOB}}})"}, "stat", 4),
+            Panel("Attempts", "Attempts so far, preemptions included.", "none",
+                  {"attempts": 'max(finetune_operator_job_attempts{namespace="$namespace", name="$job"})'
+                               f" or count(count by (attempt) (finetune_trainer_step{{{_JOB}}}))"}, "stat", 4),
+        ),
+        "Learning": (
+            Panel("Loss", "Training loss and the loss on held-out rows, nats per token.", "none",
+                  {"training, {{pod}}": _trainer("loss"),
+                   "held-out, {{pod}}": _trainer("eval_loss")}, width=12, from_zero=False),
+            Panel("Gradient norm", "Before clipping to training.maxGradNorm.", "none",
+                  {"{{pod}}": _trainer("gradient_norm")}, width=6, log_scale=True),
+            Panel("Learning rate", "Of the latest step.", "none",
+                  {"{{pod}}": _trainer("learning_rate")}, width=6),
+        ),
+        "Speed": (
+            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", "none",
+                  {"{{pod}}": _trainer("tokens_per_second")}),
+            Panel("Step time", "Mean time of an optimizer step since the last log line.", "s",
+                  {"{{pod}}": _trainer("step_duration_seconds")}),
+            Panel("Steps", "Optimizer steps done; a resumed attempt goes on from its checkpoint.", "none",
+                  {"{{pod}}": _trainer("step"), "planned": f"max(finetune_trainer_steps{{{_JOB}}})"}),
+            Panel("GPU utilization", "Share of time in which kernels ran. Needs an NVIDIA GPU.", "percentunit",
+                  {"GPU {{gpu}}": f"max by (gpu) (finetune_trainer_gpu_utilization_ratio{{{_JOB}}})"}),
+            Panel("GPU memory", "In use on each GPU, and the peak the plan expected. Needs an NVIDIA GPU.", "bytes",
+                  {"GPU {{gpu}}": f"max by (gpu) (finetune_trainer_gpu_memory_used_bytes{{{_JOB}}})",
+                   "planned peak": f"max(finetune_trainer_gpu_memory_predicted_peak_bytes{{{_JOB}}})"}),
+            Panel("Host memory", "Resident memory of the trainer's main process.", "bytes",
+                  {"{{pod}}": f"max by (pod) (process_resident_memory_bytes{{{_JOB}}})"}),
+        ),
+        "Checkpoints and attempts": (
+            Panel("Checkpoint time", "Mean time to save a checkpoint in the object store and verify it.", "s",
+                  {"{{pod}}": f"{_checkpoints('sum')} / ({_checkpoints('count')} > 0)"}),
+            Panel("Checkpoints saved", "By this attempt's process.", "none",
+                  {"{{pod}}": _trainer("checkpoints_total")}),
+            Panel("Time by stage", "Seconds spent in each stage so far: reading data, loading, training, evaluating,"
+                  " publishing (the upload), verifying.", "s",
+                  {"{{stage}}": f"sum by (stage) (finetune_trainer_stage_duration_seconds{{{_JOB}}})"},
+                  stack=True),
+            Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "none",
+                  {"{{pod}}": _trainer("micro_batch_size")}),
+            Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "none",
+                  {"{{pod}}": _trainer("gpu_out_of_memory_total")}),
+            Panel("Tokens trained on", "Real tokens, never padding, by each attempt.", "none",
+                  {"{{pod}}": _trainer("tokens_total")}),
+        ),
+    },
+)  # fmt: skip
