@@ -1,0 +1,160 @@
+"""The original QLoRA recipe on TRL, measured: the baseline that every speed figure is a ratio to.
+
+reference.py build DIR          random Mistral-7B-v0.3 weights and a stand-in tokenizer, saved to DIR
+reference.py run DIR '{json}'   train 16 steps; options and their defaults are the .get() calls below
+"""
+
+import json
+import random
+import sys
+import time
+
+MODEL = sys.argv[2]
+
+
+def build():
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    t = time.time()
+    cfg = MistralConfig(
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        m = MistralForCausalLM(cfg)
+    m.save_pretrained(MODEL)
+    vocab = {f"t{i}": i for i in range(32768)}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tok, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t3"
+    ).save_pretrained(MODEL)
+    print("built", round(time.time() - t, 1), "s", sum(p.numel() for p in m.parameters()) / 1e9, "B")
+
+
+def run(v):
+    import datasets
+    import torch
+    from peft import LoraConfig, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    rnd = random.Random(0)
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(v.get("rows", 1200)):
+        n = min(512, max(200, int(rnd.gauss(325, 45))))
+        rows.append({"input_ids": torch.randint(10, 32768, (n,), generator=g).tolist()})
+    ds = datasets.Dataset.from_list(rows)
+    t = time.time()
+    q = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+        if v.get("quant", True)
+        else None
+    )
+    m = AutoModelForCausalLM.from_pretrained(
+        MODEL,
+        quantization_config=q,
+        device_map={"": 0},
+        attn_implementation=v.get("attn", "sdpa"),
+        dtype=torch.bfloat16,
+    )
+    load = time.time() - t
+    if v.get("prep", True) and q:
+        m = prepare_model_for_kbit_training(m, use_gradient_checkpointing=v.get("gc", True))
+    tok = AutoTokenizer.from_pretrained(MODEL)
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=v.get("dropout", 0.05),
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    args = SFTConfig(
+        output_dir="/tmp/out",
+        max_steps=v.get("steps", 16),
+        per_device_train_batch_size=v.get("bs", 4),
+        gradient_accumulation_steps=v.get("ga", 4),
+        learning_rate=2e-4,
+        optim=v.get("optim", "paged_adamw_8bit"),
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        weight_decay=0.01,
+        max_length=v.get("maxlen", 512),
+        bf16=True,
+        gradient_checkpointing=v.get("gc", True),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=4,
+        report_to="none",
+        save_strategy="no",
+        packing=v.get("packing", False),
+        use_liger_kernel=v.get("liger", False),
+        dataloader_num_workers=v.get("workers", 0),
+        torch_compile=v.get("compile", False),
+        remove_unused_columns=True,
+    )
+    tr = SFTTrainer(model=m, processing_class=tok, args=args, train_dataset=ds, peft_config=lora)
+    st = {"tok": 0, "slots": 0, "t": [], "n": []}
+    cl = tr.compute_loss
+
+    def compute_loss(model, inputs, *a, **k):
+        ids = inputs["input_ids"]
+        st["slots"] += ids.numel()
+        am = inputs.get("attention_mask")
+        st["tok"] += int(am.sum()) if am is not None else ids.numel()
+        return cl(model, inputs, *a, **k)
+
+    tr.compute_loss = compute_loss
+
+    class CB(TrainerCallback):
+        def on_step_end(self, *a, **k):
+            torch.cuda.synchronize()
+            st["t"].append(time.time())
+            st["n"].append((st["tok"], st["slots"]))
+
+    tr.add_callback(CB())
+    torch.cuda.reset_peak_memory_stats()
+    tr.train()
+    w = v.get("warm", 6)
+    dt = st["t"][-1] - st["t"][w - 1]
+    tk = st["n"][-1][0] - st["n"][w - 1][0]
+    sl = st["n"][-1][1] - st["n"][w - 1][1]
+    loss = [h.get("loss") for h in tr.state.log_history if "loss" in h]
+    print(
+        "RESULT",
+        json.dumps(
+            {
+                "v": v,
+                "tok_s": round(tk / dt),
+                "slots_s": round(sl / dt),
+                "step_s": round(dt / (len(st["t"]) - w), 3),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "load_s": round(load, 1),
+                "loss": loss,
+            }
+        ),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    build() if sys.argv[1] == "build" else run(json.loads(sys.argv[3]))

@@ -1,0 +1,134 @@
+"""Measure the trainer on one GPU beside TRL's own loop, and its memory prediction beside the peak.
+
+    python benchmarks/gpu/reference.py build /tmp/mistral7b     # random weights of Mistral-7B-v0.3's shape, 14.5 GB
+    python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
+    python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
+
+Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MODEL = Path(sys.argv[1]).resolve()
+GIB = 2**30
+RECIPE = ["training.microBatchSize=4", "training.gradientCheckpointing=enabled"]
+SPEED = {
+    "recipe": (RECIPE, {}),
+    "batch 16, no checkpointing": (
+        ["training.microBatchSize=16", "training.gradientCheckpointing=disabled"],
+        {"bs": 16, "ga": 1, "gc": False},
+    ),
+}
+MEMORY = {
+    "micro-batch 4, checkpointing": RECIPE,
+    "micro-batch 16, checkpointing": ["training.microBatchSize=16", "training.gradientCheckpointing=enabled"],
+    "micro-batch 1": ["training.microBatchSize=1", "training.gradientCheckpointing=disabled"],
+    "micro-batch 4": ["training.microBatchSize=4", "training.gradientCheckpointing=disabled"],
+    "micro-batch 8": ["training.microBatchSize=8", "training.gradientCheckpointing=disabled"],
+    "micro-batch 8, 256 tokens": [
+        "training.microBatchSize=8",
+        "training.maxLength=256",
+        "training.gradientCheckpointing=disabled",
+    ],
+    "batch 32, checkpointing": [
+        "training.batchSize=32",
+        "training.microBatchSize=32",
+        "training.gradientCheckpointing=enabled",
+    ],
+    "16 bits, checkpointing": ["quantization.bits=16", *RECIPE],
+    "8 bits, checkpointing": ["quantization.bits=8", *RECIPE],
+    "single quantization": ["quantization.doubleQuant=false", *RECIPE],
+    "rank 64, all linear, checkpointing": ["lora.rank=64", "lora.targetModules=[all-linear]", *RECIPE],
+    "all linear, micro-batch 2": [
+        "lora.targetModules=[all-linear]",
+        "training.microBatchSize=2",
+        "training.gradientCheckpointing=disabled",
+    ],
+    "fp32 step, checkpointing": ["training.precision=fp32", *RECIPE],
+    "torch AdamW, checkpointing": ["training.optimizer=adamw_torch_fused", *RECIPE],
+}
+
+
+def write_rows(path: Path, rows: int = 1200) -> None:
+    """The row lengths of reference.py as text: 200 to 512 tokens, 325 on average."""
+    rnd = random.Random(0)
+    # t1, t2 and t3 are special tokens, which the tokenizer would find at the start of t123.
+    words = [f"t{number}" for number in range(10, 32768) if str(number)[0] not in "123"]
+    with path.open("w") as file:
+        for _ in range(rows):
+            count = min(512, max(200, int(rnd.gauss(325, 45))))
+            file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
+
+
+def train(folder: Path, name: str, settings: list[str], steps: int, log_every: int) -> dict[str, object]:
+    """Run the trainer's own command; its metrics and its plan."""
+    work = folder / "".join(c if c.isalnum() else "-" for c in name)
+    work.mkdir()
+    manifest = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "benchmark"},
+        "spec": {
+            "model": {"source": f"file://{MODEL}"},
+            "dataset": {"train": f"file://{folder}/train.jsonl"},
+            "output": {"uri": f"file://{work}/out"},
+        },
+    }
+    (work / "job.yaml").write_text(json.dumps(manifest))
+    settings = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", *settings]
+    answer = subprocess.run(
+        [sys.executable, "-m", "finetune_trainer.main", "--config", work / "job.yaml"]
+        + [word for setting in settings for word in ("--set", setting)],
+        env=os.environ
+        | {
+            "FINETUNE_SCRATCH_DIR": str(work / "scratch"),
+            "FINETUNE_TERMINATION_LOG": str(work / "report.json"),
+            "FINETUNE_LISTEN": "127.0.0.1:0",
+        },
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode:
+        return {"setting": name, "exit": answer.returncode, "why": (answer.stdout + answer.stderr)[-1500:]}
+    report = json.loads((work / "report.json").read_text())
+    lines = [json.loads(line) for line in (work / "out/training/metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokensPerSecond"] for line in lines if line.get("tokensPerSecond")]
+    plan = report["executionPlan"]
+    measured = plan["measuredPeakMemoryBytes"]
+    predicted = plan.get("predictedPeakMemoryBytes", 0)
+    return {
+        "setting": name,
+        "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
+        "loss": [line["loss"] for line in lines if "loss" in line],
+        "peak_gib": round(measured / GIB, 2),
+        "predicted_gib": round(predicted / GIB, 2),
+        "prediction_error": round(predicted / measured - 1, 3),
+        "plan": plan,
+    }
+
+
+def main() -> None:
+    """Run one of the two tables."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "train.jsonl")
+        if sys.argv[2] == "speed":
+            for setting, (ours, theirs) in SPEED.items():
+                subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(theirs)], check=False)
+                print("RESULT", json.dumps(train(folder, setting, ours, 16, 4)), flush=True)
+        else:
+            with ThreadPoolExecutor(int(os.environ.get("PARALLEL", "1"))) as pool:
+                for result in pool.map(lambda item: train(folder, item[0], item[1], 3, 1), MEMORY.items()):
+                    print("RESULT", json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
