@@ -1,0 +1,143 @@
+"""Cause and cure of every reason the operator itself gives; tests/docs compares the list with the operator's code."""
+
+from typing import Final, NamedTuple
+
+
+class Reason(NamedTuple):
+    """`cure` is empty where nothing is wrong."""
+
+    cause: str
+    cure: str = ""
+
+
+NOTHING: Final = "Nothing to do."
+
+#: How an attempt ended (status.attempts[].reason) without an exit code that explains itself.
+ATTEMPTS: Final = {
+    "NodeLost": Reason(
+        "The pod was taken from its node: drained, preempted by a higher priority, spot reclaimed, node gone.",
+        "Nothing to do: it is tried again from the last checkpoint and not counted.",
+    ),
+    "Suspended": Reason("`spec.suspend` stopped it.", "Set `spec.suspend: false`, or `finetune resume NAME`."),
+    "JobDeleted": Reason(
+        "Somebody deleted the attempt's Job.",
+        "It is tried again. To stop a job use `spec.suspend` or delete the FineTuneJob.",
+    ),
+    "PodLost": Reason(
+        "The Job failed and no pod is left to say why; most often the pod was removed by hand or by a node's cleanup.",
+        "It is tried again. Look at `kubectl get events` of that time when it repeats.",
+    ),
+    "ReportLost": Reason(
+        "The trainer ended well, but its pod was gone before its report was read.",
+        "Nothing to do: the next attempt finds this job's own manifest in the store, verifies it and succeeds.",
+    ),
+    "TrainerCrashed": Reason(
+        "The trainer ended with an exit code that the table above does not have: a fault nobody foresaw.",
+        "Read `finetune logs NAME`; the traceback is there. It is tried again up to `recovery.maxAttempts`.",
+    ),
+}
+
+#: Succeeded=False (and Accepted=False) without an attempt to blame.
+ENDINGS: Final = {
+    "ConfigInvalid": Reason(
+        "The spec breaks a rule of this version: it was stored by an older definition, or without validation.",
+        "Change the field the message names; `finetune validate` shows the same sentence.",
+    ),
+    "PolicyRefused": Reason(
+        "The spec breaks a rule of the administrator; the message names field, rule and what is allowed.",
+        "Change the field, or ask the administrator to change `policy` in the chart's values.",
+    ),
+    "DeadlineExceeded": Reason(
+        "The attempts together ran longer than `activeDeadlineSeconds`.",
+        "Raise it (it may change at any time before the end), or train fewer steps.",
+    ),
+    "PendingDeadlineExceeded": Reason(
+        "The pods did not start within `pendingDeadlineSeconds`; the message ends with what they waited for.",
+        "Cure that, or raise the deadline, and create the job again.",
+    ),
+}
+
+#: Scheduled=False: why nothing runs yet, or just now.
+WAITS: Final = {
+    "Pending": Reason("The pods are about to start.", NOTHING),
+    "Queued": Reason(
+        "Kueue has not admitted the Job, or somebody else suspended it; the message repeats Kueue's sentence.",
+        "Wait, or look at the quota: `kubectl describe workloads`.",
+    ),
+    "Unschedulable": Reason(
+        "No node fits; the message is the scheduler's own sentence.",
+        "Compare `spec.resources` (GPUs, `gpuResource`, memory, node selector, tolerations) with"
+        " `kubectl describe nodes`; check that the device plugin runs.",
+    ),
+    "FailedCreate": Reason(
+        "The Job controller cannot create the pod: quota, Pod Security, a webhook, a missing ServiceAccount.",
+        "Cure what the message says; the Job controller tries again by itself.",
+    ),
+    "FailedMount": Reason(
+        "A volume cannot be mounted: most often a Secret or a claim of that name does not exist in the namespace.",
+        "Create the Secret or PersistentVolumeClaim the message names; the pod then starts by itself.",
+    ),
+    "FailedAttachVolume": Reason(
+        "The volume cannot be attached to the node: it is in use elsewhere, or in another zone.",
+        "Use a ReadWriteMany claim for caches and for several nodes; check the storage driver.",
+    ),
+    "BackingOff": Reason(
+        "An attempt failed in a way that another may mend; the message says when the next one starts.",
+        "Nothing to do, or read the last attempt's reason in `status.attempts`.",
+    ),
+    "Stopping": Reason("Something of an earlier attempt is still ending; there are never two writers.", NOTHING),
+    "QuotaExceeded": Reason(
+        "The namespace's ResourceQuota refuses the Job.", "Free quota or raise it; it is tried again by itself."
+    ),
+    "NamespaceTerminating": Reason("The namespace is being deleted.", "Create the job in another namespace."),
+    "Forbidden": Reason(
+        "The API server forbids the operator to create a child: RBAC, or an admission policy.",
+        "Install the chart's Role in this namespace (`watch.namespaces`), or change the policy the message names.",
+    ),
+    "Rejected": Reason(
+        "The API server calls a child invalid: most often a quantity, affinity or toleration in `spec.resources`.",
+        "Change the field the message names.",
+    ),
+    "NameConflict": Reason(
+        "An object of the child's name exists and belongs to somebody else.",
+        "Delete or rename it; the message names it.",
+    ),
+}
+
+#: Words that only say where the job stands.
+STATES: Final = {
+    "Valid": Reason("Accepted: the spec is right and allowed."),
+    "PodsRunning": Reason("Scheduled: every pod runs."),
+    "NotRunning": Reason("Training: no pod runs yet."),
+    "Starting": Reason("Training: the trainer has not reported yet."),
+    "CheckingData": Reason("Training: configuration, credentials, every data row and the output are checked."),
+    "LoadingModel": Reason("Training: the base weights are fetched and loaded."),
+    "Training": Reason("Training: optimizer steps are made."),
+    "Evaluating": Reason("Training: the held-out rows are measured."),
+    "Publishing": Reason("Training: the adapter goes to the store."),
+    "Verifying": Reason("Training: the published adapter is loaded back."),
+    "Finishing": Reason("Training: the trainer is done; its pod is about to end."),
+    "Finished": Reason("Scheduled, Training: the job is over."),
+    "NotSuspended": Reason("Suspended: it is not."),
+    "Suspending": Reason("Suspended: the trainer saves a checkpoint and stops."),
+    "Resuming": Reason("Suspended: the old pods end, then the next attempt starts."),
+    "NotYet": Reason("Published: the adapter is published at the end."),
+    "Verified": Reason("Published: the adapter was read back, compared and loaded."),
+    "Succeeded": Reason("Succeeded: the adapter is in `status.adapter`."),
+}
+
+STALLED: Final = {
+    "Stalled": Reason(
+        "Training=False: the trainer has reported nothing new for `operator.stalledSeconds` (30 minutes).",
+        "Read `finetune logs NAME`. A hung collective on several nodes: suspend and resume the job, it goes on from the"
+        " last checkpoint. Very long steps or downloads: raise the setting.",
+    ),
+}
+
+#: Events on the FineTuneJob, besides the reasons above.
+EVENTS: Final = {
+    "AttemptStarted": Reason("A Job was created."),
+    "AttemptEnded": Reason("An attempt ended without success; the message holds its reason."),
+}
+
+ALL: Final = {**ATTEMPTS, **ENDINGS, **WAITS, **STATES, **STALLED, **EVENTS}
