@@ -1,0 +1,184 @@
+"""One table of accepted and refused manifests, tried against the pydantic models and against an API server."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+REMOVE = object()
+HEX = "0123456789abcdef0123456789abcdef01234567"
+
+MINIMAL: dict[str, Any] = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "nli", "namespace": "default"},
+    "spec": {
+        "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
+        "dataset": {"train": "s3://data/nli/train_ft.jsonl"},
+        "output": {"uri": "s3://adapters/nli"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`changes` (dotted path -> value) on MINIMAL. Refused when `field` is set: the answer names it and says `says`.
+
+    `server_says` is given where the API server's own words differ (length limits).
+    """
+
+    id: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    field: str | None = None
+    says: str = ""
+    server_says: str | None = None
+
+    def manifest(self) -> dict[str, Any]:
+        document = copy.deepcopy(MINIMAL)
+        for path, value in self.changes.items():
+            *parents, last = path.split(".")
+            target = document
+            for key in parents:
+                target = target.setdefault(key, {})
+            if value is REMOVE:
+                target.pop(last)
+            else:
+                target[last] = value
+        return document
+
+
+def _accepted(name: str, changes: dict[str, Any] | None = None) -> Case:
+    return Case(name, changes or {})
+
+
+def _refused(name: str, changes: dict[str, Any], blamed: str, says: str, server_says: str | None = None) -> Case:
+    return Case(name, changes, blamed, says, server_says)
+
+
+_EVAL = {"spec.dataset.eval": "s3://data/nli/test_ft.jsonl"}
+_MULTIPLE = "must be a multiple of microBatchSize"
+
+ACCEPTED = [
+    _accepted("only model, dataset and output"),
+    _accepted("hub model at a tag", {"spec.model.revision": "v0.3"}),
+    _accepted("model in a bucket", {"spec.model.source": "s3://models/mistral/7b"}),
+    _accepted("model on a volume", {"spec.model.source": "pvc://models/mistral-7b"}),
+    _accepted("model in the image", {"spec.model.source": "file:///opt/models/mistral"}),
+    _accepted("data set of the hub", {"spec.dataset.train": "hf://datasets/nyu-mll/multi_nli"}),
+    _accepted("prefix of many shards", {"spec.dataset.train": "s3://data/nli/shards/"}),
+    _accepted("secrets for every role", {
+        "spec.model.secretRef": {"name": "hf-token"},
+        "spec.dataset.secretRef": {"name": "data.key"},
+        "spec.output.secretRef": {"name": "s3-key"},
+        "spec.logging.wandb": {"project": "nli", "secretRef": {"name": "wandb"}},
+    }),
+    _accepted("trusted code at a pinned commit", {"spec.model.trustRemoteCode": True, "spec.model.revision": HEX}),
+    _accepted("plain LoRA", {"spec.quantization.bits": 16}),
+    _accepted("LLM.int8", {"spec.quantization.bits": 8}),
+    _accepted("whole-number learning rate", {"spec.training.learningRate": 1}),
+    _accepted("fractional epochs", {"spec.training.epochs": 0.5}),
+    _accepted("steps instead of epochs", {"spec.training.maxSteps": 100}),
+    _accepted("pinned micro-batch", {"spec.training.microBatchSize": 4}),
+    _accepted("every linear layer", {"spec.lora.targetModules": ["all-linear"]}),
+    _accepted("continuing an adapter", {"spec.lora.initFrom": "s3://adapters/earlier"}),
+    _accepted("early stopping with held-out rows", {**_EVAL, "spec.evaluation.earlyStopping": {}}),
+    _accepted("early stopping on accuracy", {
+        **_EVAL,
+        "spec.evaluation": {"metrics": ["loss", "nli"], "earlyStopping": {"metric": "accuracy", "patience": 2}},
+    }),
+    _accepted("several nodes", {"spec.resources": {"nodes": 2, "gpusPerNode": 8}}),
+    _accepted("no GPU", {"spec.resources.gpusPerNode": 0}),
+    _accepted("quantities as number and text", {"spec.resources": {"cpu": 4, "memory": "64Gi", "sharedMemory": "1.5Gi"}}),
+    _accepted("placement", {
+        "spec.resources": {
+            "nodeSelector": {"gpu": "h200"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}},
+            "priorityClassName": "high",
+            "runtimeClassName": "nvidia",
+        }
+    }),
+    _accepted("shared cache", {"spec.cache": {"claimName": "model-cache"}}),
+    _accepted("deadlines and clean-up", {
+        "spec.activeDeadlineSeconds": 3600, "spec.pendingDeadlineSeconds": 600, "spec.ttlSecondsAfterFinished": 0,
+    }),
+    _accepted("suspended from the start", {"spec.suspend": True}),
+    _accepted("checkpoints elsewhere", {"spec.checkpoint": {"everySteps": 50, "keep": 5, "uri": "s3://scratch/ckpt"}}),
+    _accepted("own image", {"spec.image": "registry.example.com/team/trainer:1.2@sha256:" + "a" * 64}),
+    _accepted("longest name", {"metadata.name": "a" * 50}),
+    _accepted("labels stay", {"metadata.labels": {"kueue.x-k8s.io/queue-name": "team-a"}}),
+]  # fmt: skip
+
+REFUSED = [
+    _refused("no model", {"spec.model": REMOVE}, "spec.model", "Required value"),
+    _refused("no dataset", {"spec.dataset": REMOVE}, "spec.dataset", "Required value"),
+    _refused("no output", {"spec.output": REMOVE}, "spec.output", "Required value"),
+    _refused("no source", {"spec.model": {}}, "spec.model.source", "Required value"),
+    _refused("no spec", {"spec": REMOVE}, "spec", "Required value"),
+    _refused("misspelled section", {"spec.lorra": {}}, "spec.lorra", "unknown field"),
+    _refused("misspelled field", {"spec.lora.rnak": 8}, "spec.lora.rnak", "unknown field"),
+    _refused("snake case", {"spec.training.batch_size": 8}, "spec.training.batch_size", "unknown field"),
+    _refused("rank below 1", {"spec.lora.rank": -1}, "spec.lora.rank", "should be greater than or equal to 1"),
+    _refused("rank as text", {"spec.lora.rank": "16"}, "spec.lora.rank", "must be of type integer"),
+    _refused("rank with a fraction", {"spec.lora.rank": 16.5}, "spec.lora.rank", "must be of type integer"),
+    _refused("huge rank", {"spec.lora.rank": 4096}, "spec.lora.rank", "should be less than or equal to 1024"),
+    _refused("dropout of 1", {"spec.lora.dropout": 1}, "spec.lora.dropout", "should be less than 1"),
+    _refused("negative dropout", {"spec.lora.dropout": -0.1}, "spec.lora.dropout", "should be greater than or equal to 0"),
+    _refused("no target modules", {"spec.lora.targetModules": []}, "spec.lora.targetModules", "should have at least 1 item"),
+    _refused("unknown bias", {"spec.lora.bias": "some"}, "spec.lora.bias", 'supported values: "none", "all", "lora_only"'),
+    _refused("adapter onto itself", {"spec.lora.initFrom": "s3://adapters/nli"}, "spec.output.uri", "must differ from lora.initFrom"),
+    _refused("5 bits", {"spec.quantization.bits": 5}, "spec.quantization.bits", "upported value"),
+    _refused("unknown 4-bit type", {"spec.quantization.type": "int4"}, "spec.quantization.type", 'supported values: "nf4", "fp4"'),
+    _refused("8-bit DoRA", {"spec.quantization.bits": 8, "spec.lora.dora": True}, "spec.lora.dora", "needs quantization.bits 4 or 16"),
+    _refused("batch of 0", {"spec.training.batchSize": 0}, "spec.training.batchSize", "should be greater than or equal to 1"),
+    _refused("batch that micro-batches cannot fill", {"spec.training.microBatchSize": 5}, "spec.training.batchSize", _MULTIPLE),
+    _refused("batch that GPUs cannot share", {"spec.resources.gpusPerNode": 3}, "spec.training.batchSize", _MULTIPLE),
+    _refused("batch that nodes cannot share", {"spec.resources.nodes": 5}, "spec.training.batchSize", _MULTIPLE),
+    _refused("micro-batch of 0", {"spec.training.microBatchSize": 0}, "spec.training.microBatchSize", "must be auto or a number from 1"),
+    _refused("micro-batch in words", {"spec.training.microBatchSize": "big"}, "spec.training.microBatchSize", "must be auto or a number from 1"),
+    _refused("learning rate 0", {"spec.training.learningRate": 0}, "spec.training.learningRate", "should be greater than 0"),
+    _refused("learning rate as text", {"spec.training.learningRate": "2e-4"}, "spec.training.learningRate", "must be of type number"),
+    _refused("learning rate above 1", {"spec.training.learningRate": 2}, "spec.training.learningRate", "should be less than or equal to 1"),
+    _refused("no epochs", {"spec.training.epochs": 0}, "spec.training.epochs", "should be greater than 0"),
+    _refused("unknown scheduler", {"spec.training.scheduler": "cos"}, "spec.training.scheduler", '"cosine", "linear"'),
+    _refused("unknown optimizer", {"spec.training.optimizer": "adam"}, "spec.training.optimizer", '"paged_adamw_8bit"'),
+    _refused("warm-up longer than the run", {"spec.training.warmupRatio": 1.5}, "spec.training.warmupRatio", "should be less than 1"),
+    _refused("rows of no tokens", {"spec.training.maxLength": 0}, "spec.training.maxLength", "should be greater than or equal to 8"),
+    _refused("packing as a boolean", {"spec.training.packing": True}, "spec.training.packing", "upported value", "must be of type string"),
+    _refused("unknown precision", {"spec.training.precision": "int8"}, "spec.training.precision", '"bf16", "fp16", "fp32"'),
+    _refused("unknown scheme", {"spec.model.source": "http://host/model"}, "spec.model.source", "must be hf://owner/name, s3://bucket/key"),
+    _refused("bare path", {"spec.dataset.train": "/data/train.jsonl"}, "spec.dataset.train", "must be hf://owner/name"),
+    _refused("hub without an owner", {"spec.model.source": "hf://mistral"}, "spec.model.source", "must be hf://owner/name"),
+    _refused("parent path", {"spec.dataset.train": "s3://data/../secret"}, "spec.dataset.train", "must not hold '.' or '..'"),
+    _refused("parent path at the end", {"spec.output.uri": "file:///out/.."}, "spec.output.uri", "must not hold '.' or '..'"),
+    _refused("parent path on a volume", {"spec.model.source": "pvc://models/../etc"}, "spec.model.source", "must not hold '.' or '..'"),
+    _refused("credentials in the URI", {"spec.dataset.train": "s3://AKIA:pw@data/x"}, "spec.dataset.train", "must not hold credentials"),
+    _refused("relative file", {"spec.model.source": "file://./model"}, "spec.model.source", "must not hold '.' or '..'"),
+    _refused("space in a path", {"spec.output.uri": "s3://adapters/my job"}, "spec.output.uri", "a path may hold letters"),
+    _refused("shell in a path", {"spec.output.uri": "s3://adapters/$(id)"}, "spec.output.uri", "a path may hold letters"),
+    _refused("newline in a URI", {"spec.output.uri": "s3://adapters/a\n"}, "spec.output.uri", "a path may hold letters"),
+    _refused("output on the hub", {"spec.output.uri": "hf://me/adapter"}, "spec.output.uri", "must be s3://bucket/key"),
+    _refused("checkpoints on the hub", {"spec.checkpoint.uri": "hf://me/ckpt"}, "spec.checkpoint.uri", "must be s3://bucket/key"),
+    _refused("upper-case bucket", {"spec.output.uri": "s3://Adapters/x"}, "spec.output.uri", "must be s3://bucket/key"),
+    _refused("endless URI", {"spec.output.uri": "s3://adapters/" + "a" * 1024}, "spec.output.uri", "should have at most 1024", "Too long"),
+    _refused("trusted code without a commit", {"spec.model.trustRemoteCode": True}, "spec.model.trustRemoteCode", "full commit hash"),
+    _refused("trusted code at a branch", {"spec.model.trustRemoteCode": True, "spec.model.revision": "main"}, "spec.model.trustRemoteCode", "full commit hash"),
+    _refused("early stopping without held-out rows", {"spec.evaluation.earlyStopping": {}}, "spec.evaluation.earlyStopping", "needs held-out rows: set dataset.eval"),
+    _refused("nli metrics without held-out rows", {"spec.evaluation.metrics": ["nli"]}, "spec.evaluation.metrics", "needs held-out rows: set dataset.eval"),
+    _refused("accuracy that is not measured", {**_EVAL, "spec.evaluation.earlyStopping": {"metric": "accuracy"}}, "spec.evaluation.earlyStopping", "only when evaluation.metrics holds nli"),
+    _refused("unknown metric", {**_EVAL, "spec.evaluation.metrics": ["bleu"]}, "spec.evaluation.metrics", 'supported values: "loss", "nli"'),
+    _refused("no nodes", {"spec.resources.nodes": 0}, "spec.resources.nodes", "should be greater than or equal to 1"),
+    _refused("negative GPUs", {"spec.resources.gpusPerNode": -1}, "spec.resources.gpusPerNode", "should be greater than or equal to 0"),
+    _refused("memory in words", {"spec.resources.memory": "lots"}, "spec.resources.memory", "must be a quantity such as", "should match"),
+    _refused("unqualified GPU resource", {"spec.resources.gpuResource": "gpu"}, "spec.resources.gpuResource", "should match"),
+    _refused("secret name with a slash", {"spec.output.secretRef": {"name": "a/b"}}, "spec.output.secretRef.name", "should match"),
+    _refused("secret without a name", {"spec.output.secretRef": {}}, "spec.output.secretRef.name", "Required value"),
+    _refused("deadline of 0", {"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "should be greater than or equal to 1"),
+    _refused("no attempts", {"spec.recovery.maxAttempts": 0}, "spec.recovery.maxAttempts", "should be greater than or equal to 1"),
+    _refused("suspend in words", {"spec.suspend": "yes"}, "spec.suspend", "must be of type boolean"),
+    _refused("image with a space", {"spec.image": "trainer latest"}, "spec.image", "should match"),
+    _refused("name too long", {"metadata.name": "a" * 51}, "metadata.name", "50"),
+    _refused("name with a dot", {"metadata.name": "nli.v1"}, "metadata.name", "", "lower-case letters, digits and dashes"),
+    _refused("name starting with a digit", {"metadata.name": "7b"}, "metadata.name", "", "lower-case letters, digits and dashes"),
+]  # fmt: skip
+
+CASES = [*ACCEPTED, *REFUSED]

@@ -1,0 +1,72 @@
+"""The dashboards' form: generated, complete, and drawn where they say."""
+
+import subprocess
+import sys
+
+import pytest
+
+from support.chart import ROOT, find, objects, values_of
+from support.dashboards import FOLDER, filled, load, panels
+
+NAMES = ("fleet", "job")
+EVERY_DASHBOARD = pytest.mark.parametrize("name", NAMES)
+
+
+def test_the_files_are_what_the_script_writes() -> None:
+    found = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "dashboards.py", "--check"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
+
+
+@EVERY_DASHBOARD
+def test_every_panel_says_what_it_shows_in_which_unit(name: str) -> None:
+    for panel in panels(load(name)):
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert panel["targets"]
+        assert all(target["legendFormat"] for target in panel["targets"])
+
+
+@EVERY_DASHBOARD
+def test_panels_fill_the_grid_without_overlap(name: str) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in load(name)["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    ids = [panel["id"] for panel in load(name)["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+@EVERY_DASHBOARD
+def test_every_variable_is_used_and_every_one_used_is_there(name: str) -> None:
+    dashboard = load(name)
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    exprs = [target["expr"] for panel in panels(dashboard) for target in panel["targets"]]
+    for expr in exprs:
+        filled(expr, dict.fromkeys(variables, "x"))
+    used = {variable for variable in variables if any(f"${variable}" in expr for expr in exprs)}
+    assert used | {"datasource"} == variables
+
+
+@EVERY_DASHBOARD
+def test_the_chart_ships_the_dashboard_where_grafana_looks(name: str) -> None:
+    found = find(objects(values_of("monitoring")), "ConfigMap", f"tune-finetune-operator-dashboard-{name}")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert found["metadata"]["annotations"] == {"grafana_folder": "Fine-tuning"}
+    (file,) = found["data"]
+    assert file == f"finetune-{name}.json"
+    assert found["data"][file].strip() == (FOLDER / f"{name}.json").read_text().strip()
+    assert len(found["data"][file]) < 900_000
+
+
+def test_the_two_dashboards_link_to_each_other() -> None:
+    uids = {name: load(name)["uid"] for name in NAMES}
+    assert load("fleet")["links"][0]["url"] == f"/d/{uids['job']}"
+    assert load("job")["links"][0]["url"] == f"/d/{uids['fleet']}"

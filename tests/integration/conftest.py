@@ -1,0 +1,44 @@
+"""Fixtures for tests that need a whole cluster."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.cluster import Cluster
+from support.kube import Kube
+from support.process_node import ProcessNode
+from support.s3 import S3Server
+from support.stage import Stage, fill_bucket
+
+
+@pytest.fixture
+def node(every_cluster: Cluster, everywhere: Kube, tmp_path: Path) -> Iterator[ProcessNode]:
+    """A process node for that namespace."""
+    with ProcessNode(every_cluster, everywhere.namespace, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mistral of two layers and its tokenizer."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from support.models import build_model
+
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def filled_bucket(s3: S3Server, tiny_model: Path) -> str:
+    """A bucket with that model and some rows."""
+    bucket = s3.make_bucket()
+    fill_bucket(s3, bucket, tiny_model)
+    return bucket
+
+
+@pytest.fixture
+def stage(cluster: Cluster, kube: Kube, s3: S3Server, filled_bucket: str, tmp_path: Path) -> Iterator[Stage]:
+    """A namespace with a node; the operator is for the test to start."""
+    with ProcessNode(cluster, kube.namespace, tmp_path) as node:
+        yield Stage(cluster, kube, node, s3, filled_bucket, tmp_path)

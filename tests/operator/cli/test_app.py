@@ -1,0 +1,166 @@
+"""The command line as a whole: help that teaches, a light start, exit codes that scripts can trust."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune_api
+import finetune_operator
+from support.cli import FINETUNE, MANIFEST, finetune, no_traceback
+
+COMMANDS = (
+    *("validate", "plan", "run"),
+    *("submit", "list", "status", "watch", "logs", "suspend", "resume", "delete"),
+    "download",
+)
+HEAVY = ("torch", "transformers", "kopf", "kubernetes", "aiohttp", "boto3", "pydantic", "yaml", "finetune_trainer")
+
+#: What `pip install finetune-operator` brings without any extra.
+BASE_PACKAGES = (
+    "annotated_doc",
+    "annotated_types",
+    "markdown_it",
+    "mdurl",
+    "pydantic",
+    "pydantic_core",
+    "pygments",
+    "rich",
+    "shellingham",
+    "structlog",
+    "typer",
+    "typing_extensions.py",
+    "typing_inspection",
+    "yaml",
+    "_yaml",
+)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A Python that sees the base dependencies alone: no trainer, no Kubernetes client."""
+    site = tmp_path / "site"
+    site.mkdir()
+    installed = Path(importlib.metadata.distribution("typer").locate_file(""))
+    for name in BASE_PACKAGES:
+        (site / name).symlink_to(installed / name)
+    path = [site, *(Path(package.__path__[0]).parent for package in (finetune_api, finetune_operator))]
+
+    def run(*arguments):
+        code = "import sys; from finetune_operator.cli.app import main; sys.exit(main())"
+        return subprocess.run(
+            [sys.executable, "-S", "-c", code, *arguments],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": ":".join(map(str, path))},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_help_lists_the_commands_and_the_exit_codes():
+    result = finetune("--help")
+    assert result.returncode == 0
+    for word in (*COMMANDS, "First steps:", "Exit codes:", "130"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_shows_how_it_is_used_and_examples(command):
+    result = finetune(command, "--help")
+    assert result.returncode == 0
+    assert f"Usage: finetune {command}" in result.stdout
+    assert f"  finetune {command} " in result.stdout.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_prose_of_help_fits_the_terminal(columns):
+    result = finetune("run", "--help", env={"COLUMNS": columns})
+    # Examples are never broken, so that they can be copied.
+    prose, _, rest = result.stdout.partition("Examples:")
+    for line in [*prose.splitlines(), *rest.partition("Arguments:")[2].splitlines()]:
+        assert len(line) <= int(columns)
+
+
+def test_help_needs_nothing_heavy():
+    code = f"""
+import sys
+sys.argv = ["finetune", "--help"]
+from finetune_operator.cli.app import main
+assert main() == 0
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+assert not heavy, heavy
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version():
+    result = finetune("--version")
+    assert result.stdout == f"finetune {importlib.metadata.version('finetune-operator')}\n"
+
+
+def test_it_is_also_the_kubectl_plugin():
+    result = finetune("validate", "--help", executable=FINETUNE.with_name("kubectl-finetune"))
+    assert "Usage: kubectl finetune validate FILE..." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["rnu"], "No such command 'rnu'. Did you mean 'run'?"),
+        (["run"], "Missing argument 'FILE'."),
+        (["run", "x.yaml", "--bogus"], "No such option: --bogus"),
+    ],
+)
+def test_a_wrong_call_is_a_sentence_and_exit_code_1(arguments, sentence):
+    result = no_traceback(finetune(*arguments))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"error: {sentence}\n" in result.stderr
+    assert "--help" in result.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path):
+    command = f"{FINETUNE} --help | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1] == "0"
+    assert result.stderr == ""
+
+
+def test_colors_and_boxes_stay_out_of_pipes():
+    assert "\x1b" not in finetune("--help").stdout
+    assert "\x1b" in finetune("--help", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).stdout
+
+
+def test_the_shell_completes_commands_and_options():
+    script = f"PATH={FINETUNE.parent}:$PATH; source <(finetune --show-completion); complete -p finetune"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout == "complete -o default -F _finetune_completion finetune\n", result.stderr
+    for words, answer in (("finetune val", "validate"), ("finetune run --se", "--set")):
+        asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert finetune(env=asked).stdout.split() == [answer]
+
+
+def test_the_base_installation_validates(bare, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    result = bare("validate", "job.yaml")
+    assert (result.returncode, result.stdout) == (0, "✓ 1 FineTuneJob valid: nli\n"), result.stderr
+
+
+def test_commands_that_need_more_say_what_to_install(bare, tmp_path):
+    for arguments in (("list",), ("download", "s3://bucket/adapter", "out")):
+        result = no_traceback(bare(*arguments))
+        assert result.returncode == 1
+        assert "is not installed here\nhint:  pip install 'finetune-operator[cli]'" in result.stderr
+
+
+def test_running_without_the_trainer_says_what_to_install(bare, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    result = no_traceback(bare("run", "job.yaml"))
+    assert result.returncode == 1
+    assert "the trainer is not installed here (torch, transformers, trl, peft, bitsandbytes missing)" in result.stderr
+    assert "pip install 'finetune-operator[trainer]'" in result.stderr

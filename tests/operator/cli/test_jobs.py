@@ -1,0 +1,158 @@
+"""submit, list, suspend, resume and delete against a Kubernetes API."""
+
+import json
+
+import pytest
+import yaml
+
+from support import job_states as states
+from support.cli import MANIFEST
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(MANIFEST)
+    return path
+
+
+def test_submit_creates_the_job_and_names_the_next_commands(ctl, kube, manifest, namespace):
+    result = ctl("submit", str(manifest))
+    assert result.returncode == 0, result.stderr
+    assert f"✓ nli created in namespace {namespace}" in result.stdout
+    assert f"finetune watch nli -n {namespace}" in result.stdout
+    assert kube.get("FineTuneJob", "nli")["spec"]["model"]["source"] == "hf://mistralai/Mistral-7B-v0.3"
+
+
+def test_submit_again_changes_the_job_and_leaves_the_defaults_to_the_server(ctl, kube, manifest, cluster):
+    ctl("submit", str(manifest))
+    result = ctl("submit", str(manifest), "--set", "lora.rank=64")
+    assert "✓ nli applied" in result.stdout
+    job = kube.get("FineTuneJob", "nli")
+    assert job["spec"]["lora"]["rank"] == 64
+    if not cluster.is_real:
+        pytest.skip("the stand-in keeps no managed fields")
+    managed = next(each for each in job["metadata"]["managedFields"] if each["manager"] == "finetune-cli")
+    assert "f:training" not in managed["fieldsV1"]["f:spec"]
+
+
+def test_submit_under_another_name_leaves_the_first_alone(ctl, kube, manifest):
+    ctl("submit", str(manifest))
+    arguments = ("--name", "nli-32", "--set", "lora.rank=32", "--set", "output.uri=s3://adapters/nli-32")
+    assert ctl("submit", str(manifest), *arguments).returncode == 0
+    ranks = {job["metadata"]["name"]: job["spec"]["lora"]["rank"] for job in kube.list("FineTuneJob")}
+    assert ranks == {"nli": 16, "nli-32": 32}
+
+
+def test_a_dry_run_creates_nothing(ctl, kube, manifest):
+    result = ctl("submit", str(manifest), "--dry-run")
+    assert "created" in result.stdout
+    assert "(dry run)" in result.stdout
+    assert kube.list("FineTuneJob") == []
+
+
+def test_submit_refuses_a_wrong_manifest_before_it_asks_the_cluster(ctl, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST + "  lora: {rank: -1}\n")
+    result = ctl("submit", "job.yaml", cwd=tmp_path, env={"KUBECONFIG": "/nowhere"})
+    assert result.returncode == 1
+    assert "job.yaml:12: spec.lora.rank: Invalid value: -1" in result.stderr
+
+
+def test_submit_shows_what_only_the_server_refuses(ctl, put, cluster, manifest):
+    if not cluster.is_real:
+        pytest.skip("the stand-in knows no transition rules")
+    put(states.job("nli"), states.training())
+    result = ctl("submit", str(manifest), "--set", "training.learningRate=1e-3", "--force")
+    assert result.returncode == 1
+    assert "error: spec.training" in result.stderr
+
+
+def test_submit_to_two_namespaces_at_once_is_refused(ctl, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("name: nli", "name: nli\n  namespace: elsewhere"))
+    result = ctl("submit", str(tmp_path / "job.yaml"))
+    assert result.returncode == 1
+    assert "is for namespace 'elsewhere'" in result.stderr
+
+
+def test_list_shows_progress_and_reasons(ctl, put):
+    put(states.job("nli"), states.training())
+    put(states.job("wait"), states.waiting("0/8 nodes are available: 8 Insufficient nvidia.com/gpu."))
+    put(states.job("done"), states.succeeded("s3://adapters/done"))
+    put(states.job("new"))
+    lines = {line.split()[0]: line for line in ctl("list").stdout.splitlines()}
+    assert next(iter(lines)) == "NAME"
+    assert all(word in lines["nli"] for word in ("Training", "1200/3400", "0.4213", "12 h"))
+    assert "Pending" in lines["wait"]
+    assert lines["wait"].endswith("0/8 nodes are available: 8 Insufficient nvidia.com/gpu.")
+    assert lines["done"].endswith("s3://adapters/done")
+    assert "The operator has not seen this job yet" in lines["new"]
+
+
+def test_list_fits_a_narrow_terminal(ctl, put):
+    put(states.job("wait"), states.waiting("0/8 nodes are available: 8 Insufficient nvidia.com/gpu. " * 4))
+    lines = ctl("list", env={"COLUMNS": "80"}).stdout.splitlines()
+    assert len(lines) == 2
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[1].startswith("wait  Pending")
+
+
+def test_list_of_all_namespaces_and_by_label(ctl, kube, namespace):
+    kube.create(states.job("one") | {"metadata": {"name": "one", "labels": {"team": "nlp"}}})
+    kube.create(states.job("two"))
+    assert {"one", "two"} <= set(ctl("list", "-A").stdout.split())
+    assert namespace in ctl("list", "-A").stdout
+    selected = ctl("list", "-l", "team=nlp").stdout
+    assert "one" in selected
+    assert "two" not in selected
+
+
+def test_list_as_data(ctl, put):
+    put(states.job("nli"), states.training())
+    as_json = json.loads(ctl("list", "-o", "json").stdout)
+    as_yaml = yaml.safe_load(ctl("list", "-o", "yaml").stdout)
+    for data in (as_json, as_yaml):
+        assert data["kind"] == "FineTuneJobList"
+        assert data["items"][0]["status"]["progress"]["step"] == 1200
+
+
+def test_an_empty_list_is_data_too(ctl, namespace):
+    result = ctl("list")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert f"No FineTuneJobs in namespace {namespace}." in result.stderr
+    assert json.loads(ctl("list", "-o", "json").stdout)["items"] == []
+
+
+def test_suspend_and_resume_set_the_spec(ctl, put, kube):
+    put(states.job("nli"), states.training())
+    assert "nli is being suspended" in ctl("suspend", "nli").stdout
+    assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is True
+    assert "nli goes on" in ctl("resume", "nli").stdout
+    assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is False
+
+
+def test_a_job_that_has_ended_cannot_be_suspended(ctl, put):
+    put(states.job("done"), states.succeeded("s3://adapters/done"))
+    result = ctl("suspend", "done")
+    assert result.returncode == 1
+    assert "done has ended (Succeeded): there is nothing to suspend" in result.stderr
+
+
+def test_delete_removes_the_job_and_says_where_the_adapter_stays(ctl, put, kube):
+    put(states.job("done"), states.succeeded("s3://adapters/done"))
+    result = ctl("delete", "done")
+    assert result.returncode == 0
+    assert "s3://adapters/done" in result.stderr
+    assert kube.find("FineTuneJob", "done") is None
+
+
+@pytest.mark.parametrize("command", [("status",), ("watch",), ("logs",), ("suspend",), ("resume",), ("delete", "-y")])
+def test_a_job_that_is_not_there_is_a_sentence_and_exit_code_1(ctl, command, namespace):
+    result = ctl(*command, "nope")
+    assert result.returncode == 1
+    assert f"error: there is no FineTuneJob 'nope' in namespace '{namespace}'" in result.stderr
+
+
+def test_a_name_that_no_job_can_have_is_refused_here(ctl):
+    result = ctl("status", "../secrets")
+    assert result.returncode == 1
+    assert "'../secrets' is no name of a FineTuneJob" in result.stderr

@@ -1,0 +1,163 @@
+"""`finetune run` with the real trainer on a tiny model: what it says, passes on, and leaves behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.cli import FINETUNE, MANIFEST, finetune, no_traceback, on_a_terminal, read_until
+from support.kube import wait_until
+from support.models import build_model, nli_rows, write_jsonl
+
+ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model and its data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    build_model(folder / "model")
+    write_jsonl(folder / "train.jsonl", nli_rows(64))
+    write_jsonl(folder / "eval.jsonl", nli_rows(8, seed=1))
+    return folder
+
+
+@pytest.fixture
+def job(inputs, tmp_path):
+    """A manifest of four steps on the CPU, with addresses relative to itself."""
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    spec = {
+        "model": {"source": "file://./model"},
+        "dataset": {"train": "file://./train.jsonl", "eval": "file://./eval.jsonl"},
+        "training": {"maxSteps": 4, "batchSize": 4, "maxLength": 128, "learningRate": 1e-3},
+        "logging": {"everySteps": 1},
+        "resources": {"gpusPerNode": 0},
+        "output": {"uri": "file://./out"},
+    }
+    body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "tiny"}, "spec": spec}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run `finetune run` with a cache and a temporary folder of the test's own."""
+    env = ENV | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+
+    def call(*arguments, stdin=""):
+        return no_traceback(finetune("run", *arguments, env=env, stdin=stdin, cwd=tmp_path))
+
+    call.env = {**os.environ, **env}
+    return call
+
+
+def test_a_run_publishes_an_adapter_and_the_lines_it_shows_load_it(run, job, tmp_path):
+    result = run("job.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "✓ tiny is trained" in result.stdout
+    assert re.search(rf"Adapter +{tmp_path}/out\n", result.stdout)
+    assert re.search(r"Held-out loss +[0-9.]{6} → [0-9.]{6}", result.stdout)
+    assert re.search(r"Training +4 steps, [0-9,.]+ tokens/s", result.stdout)
+    assert "finetune plan job.yaml" in result.stdout
+    assert "kubectl apply -f job.yaml" in result.stdout
+
+    shown = result.stdout.partition("Use it in Python:\n")[2].partition("\n\n")[0]
+    lines = [line.removeprefix("  ") for line in shown.splitlines()]
+    assert len(lines) == 5
+    check = "print(model.peft_config['default'].r, type(model).__name__, len(tokenizer) > 0)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines, check])], capture_output=True, text=True, env=run.env, check=False
+    )
+    assert loaded.stdout == "16 PeftModelForCausalLM True\n", loaded.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_manifest_from_stdin_runs_too_and_set_wins_over_it(run, job):
+    result = run("-", "--set", "training.maxSteps=2", "--set", "lora.rank=4", stdin=job.read_text())
+    assert result.returncode == 0, result.stderr
+    assert "rank 4" in result.stdout
+    assert re.search(r"Training +2 steps", result.stdout)
+
+
+def test_the_trainers_failure_and_its_cure_are_shown_with_its_exit_code(run, job, tmp_path):
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    result = run("job.yaml")
+    assert result.returncode == 65
+    last = result.stderr.splitlines()[-2:]
+    assert last[0].startswith("error: tiny: DatasetInvalid after ")
+    assert "train.jsonl" in last[0]
+    assert last[1] == "hint:  Fix the file and line the message names, then create the job again."
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_path):
+    """The trainer takes a second Ctrl-C for impatience: one press has to reach it exactly once."""
+    more = ("--set", "training.maxSteps=400")
+    with on_a_terminal(("run", "job.yaml", *more), run.env | {"TERM": "xterm"}, tmp_path) as (process, master):
+        before = read_until(master, "Step 5")
+        assert "Step 5" in before, before
+        os.write(master, b"\x03")
+        rest = read_until(master, "goes on from the checkpoint")
+        assert process.wait(120) == 75, rest
+    assert "tiny: Preempted" in rest
+    assert "Run the same command again: it goes on from the checkpoint." in rest
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+    again = run("job.yaml", *more)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from the checkpoint of step" in again.stderr
+    assert re.search(r"Training +400 steps", again.stdout)
+
+
+def test_a_signal_to_the_command_reaches_the_trainer(run, job, tmp_path):
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(FINETUNE), "run", "job.yaml", "--set", "training.maxSteps=100000"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=run.env,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Step 3" in log.read_text(), "training has begun", 120)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "tiny: Preempted" in log.read_text()
+    assert list(Path(run.env["TMPDIR"]).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "lora.rank=-1"], "--set: spec.lora.rank: Invalid value: -1"),
+        (["--set", "resources.nodes=2"], "spec.resources.nodes is 2, and this is one machine"),
+        (
+            ["--set", "resources.gpusPerNode=64", "--set", "training.batchSize=64"],
+            "gpusPerNode is 64, and this machine has",
+        ),
+        (["--set", "dataset.train=pvc://claim/a"], "spec.dataset.train is pvc://claim/a, a volume of a cluster"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_before_anything_starts(run, tmp_path, arguments, sentence):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    result = run("job.yaml", *arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert sentence in result.stderr
+    assert not (tmp_path / "cache").exists()

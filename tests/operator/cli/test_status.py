@@ -1,0 +1,214 @@
+"""status and watch against a Kubernetes API: what a user sees of a job, and what a script learns."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from support import job_states as states
+from support.cli import FINETUNE, MANIFEST, on_a_terminal, read_until
+from support.kube import wait_until
+
+
+def test_a_running_job_shows_progress_attempts_and_conditions(ctl, put):
+    put(states.job("nli"), states.training())
+    page = ctl("status", "nli").stdout
+    for words in (
+        "Training  attempt 2 of 4",
+        "1,200/3,400 steps  35.3 %  12 h left",
+        "loss 0.4213",
+        "held-out loss 0.5127",
+        "tokens/s 17,884",
+        "micro-batch 4 × 4",
+        "GPU memory 23.2 GiB",
+    ):
+        assert words in page, words
+    assert re.search(r"nli-1 +GpuOutOfMemory +90 +180 +8 +4 min", page)
+    assert re.search(r"✓ +Scheduled +PodsRunning +12m", page)
+    assert "━━━━━━━━━━━╌" in page
+
+
+def test_a_waiting_job_says_why_in_the_schedulers_words(ctl, put):
+    message = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu."
+    put(states.job("nli"), states.waiting(message))
+    page = ctl("status", "nli").stdout
+    assert f"Unschedulable: {message}" in page
+    assert page.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "cure"),
+    [
+        ("DatasetInvalid", 65, "Fix the file and line the message names"),
+        ("AccessDenied", 77, "Check the Secret named by secretRef"),
+        ("WontFit", 79, "Take one of the changes the message lists"),
+        ("Diverged", 91, "Lower learningRate"),
+    ],
+)
+def test_a_failed_job_says_why_and_what_to_do(ctl, put, reason, code, cure):
+    put(states.job("nli"), states.failed(reason, "what the trainer said", code))
+    page = ctl("status", "nli").stdout
+    assert f"{reason}: what the trainer said" in page
+    assert f"Do: {cure}" in page
+
+
+def test_a_finished_job_shows_the_adapter_and_what_it_gained(ctl, put):
+    put(states.job("nli"), states.succeeded("s3://adapters/nli"))
+    page = ctl("status", "nli").stdout
+    assert "s3://adapters/nli" in page
+    assert "rank 16 for mistralai/Mistral-7B-v0.3, 26.0 MiB" in page
+    assert re.search(r"Held-out loss +2.3127 → 0.4102", page)
+    assert re.search(r"Right labels +48 % → 91.5 %", page)
+    assert "after 1 h 32 min" in page
+
+
+def test_the_loss_of_a_published_run_is_drawn_as_a_sparkline(ctl, put, tmp_path):
+    (tmp_path / "training").mkdir()
+    losses = [2.4, 1.9, 1.5, 1.1, 0.9, 0.7, 0.6, 0.55]
+    lines = [json.dumps({"step": 10 * i, "loss": loss}) for i, loss in enumerate(losses)]
+    lines.insert(3, json.dumps({"step": 25, "evalLoss": 1.0}))
+    (tmp_path / "training" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    put(states.job("nli"), states.succeeded(f"file://{tmp_path}"))
+    assert "loss █▆▅▃▂▂▁▁  2.4000 → 0.5500" in ctl("status", "nli").stdout
+
+
+def test_a_suspended_job_says_how_to_go_on(ctl, put):
+    suspended = states.condition("Suspended", "True", "Requested", "the checkpoint of step 500 is saved")
+    put(states.job("nli", suspend=True), {"phase": "Suspended", "conditions": [states.accepted(), suspended]})
+    page = ctl("status", "nli").stdout
+    assert "Requested: the checkpoint of step 500 is saved" in page
+    assert "Do: finetune resume nli" in page
+
+
+def test_what_a_trainer_does_before_it_trains_is_said(ctl, put):
+    put(states.job("nli"), states.running("LoadingModel", "LoadingModel", "Loading the weights"))
+    assert "LoadingModel: Loading the weights" in ctl("status", "nli").stdout
+
+
+def test_a_stalled_trainer_is_pointed_out(ctl, put):
+    put(states.job("nli"), states.running("Stalled", "Stalled", "no step for 20 min", status="False"))
+    assert "Stalled: no step for 20 min" in ctl("status", "nli").stdout
+
+
+def test_a_job_no_operator_has_seen_says_so(ctl, put):
+    put(states.job("nli"))
+    assert "is the operator running in this cluster?" in ctl("status", "nli").stdout
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_page_fits_the_terminal(ctl, put, columns):
+    message = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu. preemption: no victims found. " * 3
+    status = states.training()
+    status["conditions"][1]["message"] = message
+    put(states.job("nli"), status)
+    lines = ctl("status", "nli", env={"COLUMNS": str(columns)}).stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+
+
+def test_status_as_data(ctl, put):
+    put(states.job("nli"), states.training())
+    data = json.loads(ctl("status", "nli", "-o", "json").stdout)
+    assert data["status"]["progress"]["loss"] == 0.4213
+    assert yaml.safe_load(ctl("status", "nli", "-o", "yaml").stdout) == data
+
+
+def test_watch_ends_with_the_job_0_for_success_2_for_failure(ctl, put):
+    put(states.job("good"), states.succeeded("s3://adapters/good"))
+    put(states.job("bad"), states.failed("Diverged", "the loss became NaN at step 12", 91))
+    good, bad = ctl("watch", "good"), ctl("watch", "bad")
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert "error: bad failed: the loss became NaN at step 12" in bad.stderr
+    assert "Lower learningRate" in bad.stderr
+
+
+def test_watch_prints_each_change_until_the_end(cluster, namespace, put, kube):
+    put(states.job("nli"), states.training(step=1200))
+    process = subprocess.Popen(
+        [str(FINETUNE), "watch", "nli", "-n", namespace, "--kubeconfig", str(cluster.kubeconfig)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "Training  1200/3400  loss 0.4213" in process.stdout.readline()
+        kube.patch("FineTuneJob", "nli", {"status": states.training(step=1300)}, subresource="status")
+        assert "Training  1300/3400" in process.stdout.readline()
+        kube.patch("FineTuneJob", "nli", {"status": states.succeeded("s3://a/b")}, subresource="status")
+        rest = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert "Succeeded  3400/3400" in rest
+
+
+def test_watch_gives_up_after_its_timeout_with_exit_code_4(ctl, put):
+    put(states.job("nli"), states.training())
+    result = ctl("watch", "nli", "--timeout", "1")
+    assert result.returncode == 4
+    assert "nli has not ended within 1 s" in result.stderr
+
+
+def test_watch_of_a_job_that_is_deleted_ends_with_a_sentence(cluster, namespace, put, kube):
+    put(states.job("nli"), states.training())
+    process = subprocess.Popen(
+        [str(FINETUNE), "watch", "nli", "-n", namespace, "--kubeconfig", str(cluster.kubeconfig)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.stdout.readline()
+        kube.delete("FineTuneJob", "nli")
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert error == "error: nli was deleted while it was watched\n"
+
+
+def test_on_a_terminal_watch_keeps_one_page_up_to_date(cluster, namespace, put, kube, tmp_path):
+    put(states.job("nli"), states.training(step=1200))
+    env = {**os.environ, "TERM": "xterm", "KUBECONFIG": str(cluster.kubeconfig)}
+    with on_a_terminal(("watch", "nli", "-n", namespace), env, tmp_path) as (process, master):
+        assert "1,200/3,400" in read_until(master, "1,200/3,400")
+        kube.patch("FineTuneJob", "nli", {"status": states.training(step=1300)}, subresource="status")
+        assert "1,300/3,400" in read_until(master, "1,300/3,400")
+        kube.patch("FineTuneJob", "nli", {"status": states.succeeded("s3://a/b")}, subresource="status")
+        assert "s3://a/b" in read_until(master, "s3://a/b")
+        read_until(master, "the end")
+        assert process.wait(60) == 0
+
+
+def test_ctrl_c_ends_the_watch_and_not_the_job(cluster, namespace, put, kube, tmp_path):
+    put(states.job("nli"), states.training())
+    env = {**os.environ, "TERM": "xterm", "KUBECONFIG": str(cluster.kubeconfig)}
+    with on_a_terminal(("watch", "nli", "-n", namespace), env, tmp_path) as (process, master):
+        read_until(master, "1,200/3,400")
+        os.write(master, b"\x03")
+        assert "nli goes on without you watching." in read_until(master, "without you watching.")
+        assert process.wait(60) == 130
+    assert kube.get("FineTuneJob", "nli")["status"]["phase"] == "Training"
+
+
+def test_submit_can_stay_and_watch(cluster, namespace, kube, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    process = subprocess.Popen(
+        [str(FINETUNE), "submit", "job.yaml", "--watch", "-n", namespace, "--kubeconfig", str(cluster.kubeconfig)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        wait_until(lambda: kube.find("FineTuneJob", "nli"), "the job is created")
+        kube.patch("FineTuneJob", "nli", {"status": states.succeeded("s3://a/b")}, subresource="status")
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert "✓ nli created" in output
+    assert "Succeeded  3400/3400" in output

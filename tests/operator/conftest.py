@@ -1,0 +1,5 @@
+"""Fixtures of the operator's tests."""
+
+from support.operator_fixtures import jobs, node, operator, own_operator, start_operator
+
+__all__ = ["jobs", "node", "operator", "own_operator", "start_operator"]

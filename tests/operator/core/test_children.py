@@ -1,0 +1,140 @@
+"""The objects an attempt is made of."""
+
+import json
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from finetune_api import manifest, names
+from finetune_operator.core import children
+from finetune_operator.core.observed import JobObject
+from finetune_operator.core.rules import Refusal, read_spec
+from finetune_operator.settings import Settings
+
+Object = dict[str, Any]
+FULL = {
+    "model": {"source": "pvc://models/mistral", "secretRef": {"name": "hub"}},
+    "dataset": {"train": "pvc://data/train.jsonl", "eval": "s3://data/test.jsonl", "secretRef": {"name": "data"}},
+    "output": {"uri": "pvc://data/adapters", "secretRef": {"name": "store"}},
+    "logging": {"wandb": {"project": "nli", "secretRef": {"name": "wandb"}}},
+    "cache": {"claimName": "cache"},
+    "resources": {"nodes": 2, "gpusPerNode": 4, "cpu": 8, "memory": "64Gi", "sharedMemory": "16Gi"},
+    "training": {"batchSize": 16},
+}
+
+
+def made(attempt: int = 1, micro: int | None = None, settings: Settings | None = None, **spec: Any) -> list[Object]:
+    minimal = {
+        "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
+        "dataset": {"train": "s3://data/train.jsonl"},
+        "output": {"uri": "s3://adapters/nli"},
+    }
+    obj = {"metadata": {"name": "nli", "namespace": "team", "uid": "u-1"}, "spec": minimal | spec}
+    job = JobObject.of(obj)
+    read = read_spec(job)
+    assert not isinstance(read, Refusal), read
+    return children.build(job, read, attempt, micro, settings or Settings())
+
+
+def pod_of(objects: list[Object]) -> Object:
+    return objects[-1]["spec"]["template"]["spec"]
+
+
+def env_of(objects: list[Object]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in pod_of(objects)["containers"][0]["env"]}
+
+
+@pytest.mark.parametrize("spec", [{}, FULL], ids=["minimal", "full"])
+def test_every_object_is_valid_kubernetes(spec: Object):
+    for obj in made(**spec):
+        kubernetes_validate.validate(obj, "1.34", strict=True)
+
+
+def test_the_pod_meets_the_restricted_pod_security_standard():
+    pod = pod_of(made(**FULL))
+    container = pod["containers"][0]["securityContext"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["allowPrivilegeEscalation"] is False
+    assert container["capabilities"] == {"drop": ["ALL"]}
+    assert container["readOnlyRootFilesystem"] is True
+    assert pod["automountServiceAccountToken"] is False
+    allowed = {"configMap", "emptyDir", "secret", "persistentVolumeClaim"}
+    assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
+
+
+def test_exit_codes_that_end_a_job_are_the_contracts():
+    ignore, final = made()[-1]["spec"]["podFailurePolicy"]["rules"]
+    assert ignore["action"] == "Ignore"
+    assert ignore["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert tuple(final["onExitCodes"]["values"]) == names.FINAL_EXIT_CODES
+    retried = {code for code, outcome in names.OUTCOMES.items() if code and not outcome.final}
+    assert not retried & set(final["onExitCodes"]["values"])
+
+
+def test_a_lost_rank_of_several_fails_the_whole_attempt():
+    assert made(**FULL)[-1]["spec"]["podFailurePolicy"]["rules"][0]["action"] == "FailJob"
+
+
+def test_secrets_are_mounted_by_role_and_never_read():
+    objects = made(**FULL)
+    pod = pod_of(objects)
+    by_volume = {volume["name"]: volume.get("secret") for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: by_volume[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
+    found = {path: secret["secretName"] for path, secret in mounts.items() if secret}
+    wanted = {"model": "hub", "dataset": "data", "output": "store", "wandb": "wandb"}
+    assert found == {f"{names.SECRETS_DIR}/{role}": name for role, name in wanted.items()}
+    assert not [obj for obj in objects if obj["kind"] == "Secret"]
+
+
+def test_a_claim_that_is_only_read_is_mounted_read_only_and_each_claim_once():
+    pod = pod_of(made(**FULL))
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts[f"{names.PVC_ROOT}/models"] is True
+    assert mounts[f"{names.PVC_ROOT}/data"] is False, "it is read and written"
+    assert names.CACHE_DIR in mounts
+
+
+def test_gpus_are_requested_and_limited_and_none_means_none():
+    resources = pod_of(made(**FULL))["containers"][0]["resources"]
+    assert resources["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 4}
+    assert resources["requests"] == {"cpu": 8, "memory": "64Gi", "nvidia.com/gpu": 4}
+    assert pod_of(made(resources={"gpusPerNode": 0}))["containers"][0]["resources"] == {}
+
+
+def test_several_gpus_start_through_torchrun_and_one_does_not():
+    assert pod_of(made())["containers"][0]["command"] == ["finetune-trainer"]
+    objects = made(**FULL)
+    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", "Job"]
+    env = env_of(objects)
+    assert (env["PET_NNODES"], env["PET_NPROC_PER_NODE"]) == ("2", "4")
+    assert env["PET_MASTER_ADDR"] == "nli-1-0.nli-nodes"
+    assert pod_of(objects)["subdomain"] == "nli-nodes"
+    cpu = env_of(made(resources={"nodes": 2, "gpusPerNode": 0}))
+    assert not [name for name in cpu if "NCCL" in name], "on CPUs gloo is used"
+
+
+def test_shared_memory_is_a_memory_volume_of_the_size_asked_for():
+    volume = next(v for v in pod_of(made(**FULL))["volumes"] if v["name"] == "shm")
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+
+
+def test_the_configuration_is_read_back_by_the_contract_itself():
+    config = made(**FULL)[0]
+    job = manifest.load_text(config["data"][names.CONFIG_FILE], "job.yaml", overrides=["training.microBatchSize=2"])
+    assert job.metadata.uid == "u-1"
+    assert job.spec.training.micro_batch_size == 2
+    assert json.loads(config["data"][names.CONFIG_FILE])["spec"]["resources"]["nodes"] == 2
+
+
+def test_a_smaller_micro_batch_is_given_as_an_argument():
+    args = pod_of(made(attempt=3, micro=4))["containers"][0]["args"]
+    assert args == ["--config", "/etc/finetune/job.yaml", "--set", "training.microBatchSize=4"]
+    assert env_of(made(attempt=3))[names.ENV_ATTEMPT] == "3"
+
+
+def test_owner_references_control_but_do_not_block():
+    for obj in made(**FULL):
+        (owner,) = obj["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("u-1", True, False)

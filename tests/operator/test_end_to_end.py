@@ -1,0 +1,69 @@
+"""The operator as a process against a Kubernetes API: the whole way, plain failures, and what it says of itself.
+
+The trainer's process is a simulated one; tests/integration runs the real one.
+"""
+
+import pytest
+import yaml
+
+from finetune_api import names
+from support.kube import Kube, wait_until
+from support.operator_fixtures import Jobs
+from support.operator_process import OperatorProcess
+from support.process_node import ProcessNode
+
+
+def test_a_job_goes_from_its_manifest_to_an_adapter(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli")
+    jobs.wait("nli", "Training", "True")
+    jobs.wait_over("nli")
+    status = jobs.status("nli")
+    assert status["phase"] == "Succeeded"
+    assert status["adapter"]["uri"] == "s3://adapters/nli"
+    assert status["metrics"] == {"trainLoss": 0.5, "evalLoss": 0.6}
+    assert status["progress"]["summary"] == "20/20"
+    assert status["attempts"][0] | {"exitCode": 0, "reason": "Succeeded"} == status["attempts"][0]
+    assert {c["type"] for c in status["conditions"] if c["status"] == "True"} == {"Accepted", "Published", "Succeeded"}
+
+
+def test_the_trainer_reads_exactly_the_resolved_manifest(operator: OperatorProcess, kube: Kube, jobs: Jobs):
+    made = jobs.create("nli")
+    config = wait_until(lambda: kube.find("ConfigMap", "nli-config"), "the ConfigMap")
+    resolved = yaml.safe_load(config["data"][names.CONFIG_FILE])
+    assert resolved["metadata"]["uid"] == made["metadata"]["uid"]
+    assert resolved["spec"]["lora"]["rank"] == 16, "defaults are written out"
+    assert config["immutable"] is True
+
+
+def test_events_tell_each_step_once(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli", "fail-69/succeed")
+    jobs.wait_over("nli")
+    told = wait_until(lambda: len(found := jobs.events("nli")) >= 4 and found, "four events")
+    assert sorted(event["reason"] for event in told) == [
+        "AttemptEnded",
+        "AttemptStarted",
+        "AttemptStarted",
+        "Succeeded",
+    ]
+
+
+@pytest.mark.parametrize("code", names.FINAL_EXIT_CODES)
+def test_a_users_mistake_ends_the_job_with_its_reason(
+    code: int, operator: OperatorProcess, node: ProcessNode, jobs: Jobs
+):
+    jobs.create("nli", f"fail-{code}")
+    over = jobs.wait_over("nli")
+    assert (over["status"], over["reason"]) == ("False", names.OUTCOMES[code].reason)
+    assert over["message"] == f"simulated exit {code}"
+    assert jobs.status("nli")["attempts"][0]["exitCode"] == code
+
+
+def test_a_name_in_use_by_someone_else_is_said_and_waited_for(operator: OperatorProcess, kube: Kube, jobs: Jobs):
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "nli-config"}, "data": {"mine": "yes"}}
+    kube.create(config)
+    jobs.create("nli")
+    said = jobs.wait("nli", "Scheduled", "False", "NameConflict")
+    assert "ConfigMap nli-config exists already" in said["message"]
+    assert kube.get("ConfigMap", "nli-config")["data"] == {"mine": "yes"}
+    kube.delete("ConfigMap", "nli-config")
+    jobs.wait("nli", "Scheduled", "False", "Pending")

@@ -1,0 +1,124 @@
+"""The operator as a process: what it asks of the API server, what it says of itself, how it starts and stops."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import yaml
+
+from support.kube import Access, Kube, wait_until
+from support.operator_fixtures import Jobs, StartOperator
+from support.operator_process import OperatorProcess
+from support.process_node import ProcessNode
+
+
+def test_the_life_of_a_job_costs_few_writes(own_operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli")
+    jobs.wait_over("nli")
+    wait_until(lambda: len(jobs.events("nli")) >= 2, "both events")
+    writes = sum(own_operator.metric("finetune_operator_api_requests_total", verb=v) or 0 for v in ("create", "patch"))
+    progress = own_operator.metric("finetune_operator_api_requests_total", verb="patch", resource="finetunejobs/status")
+    assert writes - (progress or 0) == 4, "ConfigMap, Job, two events"
+    assert (own_operator.metric("finetune_operator_api_requests_total", code="409") or 0) == 0
+
+
+def test_at_rest_it_asks_the_api_server_nothing(own_operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli")
+    jobs.wait_over("nli")
+    wait_until(lambda: len(jobs.events("nli")) >= 2, "both events")
+    before = own_operator.metric("finetune_operator_api_requests_total")
+    for _ in range(5):
+        jobs.kube.patch("FineTuneJob", "nli", {"metadata": {"annotations": {"look": "again"}}})
+    reconciles = own_operator.metric("finetune_operator_reconcile_duration_seconds_count") or 0
+    jobs.kube.patch("FineTuneJob", "nli", {"metadata": {"annotations": {"look": "once more"}}})
+    wait_until(
+        lambda: (own_operator.metric("finetune_operator_reconcile_duration_seconds_count") or 0) > reconciles,
+        "a reconcile",
+    )
+    assert own_operator.metric("finetune_operator_api_requests_total") == before
+
+
+def test_killing_the_process_loses_and_doubles_nothing(start_operator: StartOperator, node: ProcessNode, jobs: Jobs):
+    first = start_operator()
+    for number in range(4):
+        jobs.create(f"nli-{number}", "fail-69/succeed")
+    wait_until(lambda: jobs.children("nli-0"), "the first Job")
+    first.process.kill()
+    start_operator()
+    for number in range(4):
+        assert jobs.wait_over(f"nli-{number}", 120)["status"] == "True"
+        assert jobs.reasons(f"nli-{number}") == ["Unavailable", "Succeeded"]
+        assert len(jobs.children(f"nli-{number}")) == 2
+
+
+def test_deleting_needs_no_operator(own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", "run")
+    jobs.wait("nli", "Training", "True")
+    own_operator.process.stop()
+    job = kube.get("FineTuneJob", "nli")
+    assert "finalizers" not in job["metadata"]
+    assert not [key for key in job["metadata"].get("annotations", {}) if "kopf" in key]
+    kube.delete("FineTuneJob", "nli")
+    for kind in ("Job", "ConfigMap", "Pod"):
+        wait_until(
+            lambda kind=kind: not kube.list(kind, labelSelector="finetune.dev/job=nli"), f"no {kind} is left", 60
+        )
+
+
+def test_it_is_well_and_tells_prometheus_how_it_does(own_operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli")
+    jobs.wait_over("nli")
+    assert own_operator.get("/healthz").text == "ok"
+    assert own_operator.metric("finetune_operator_jobs", phase="Succeeded") == 1
+    assert own_operator.metric("finetune_operator_build_info", version="0.1.0") == 1
+    assert own_operator.metric("finetune_operator_queue_depth") == 0
+    assert own_operator.metric("finetune_operator_api_requests_total", verb="create", resource="jobs", code="201") == 1
+    assert (own_operator.metric("finetune_operator_watch_age_seconds", resource="finetunejobs") or 0) < 75
+    assert own_operator.metric("finetune_operator_attempts_ended_total", reason="Succeeded") == 1
+
+
+def test_the_logs_are_json_and_hold_no_bodies(own_operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli")
+    jobs.wait_over("nli")
+    for line in own_operator.logs().splitlines():
+        entry = yaml.safe_load(line)
+        assert {"event", "level", "timestamp"} <= set(entry)
+    assert "s3://simulated" not in own_operator.logs()
+
+
+class ApiWithoutCrds(ThreadingHTTPServer):
+    """An API server that knows no FineTuneJob (simulated: the tests' own servers all have the CRD)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def test_without_the_crd_it_waits_and_says_so(tmp_path: Path):
+    with ApiWithoutCrds() as server:
+        kubeconfig = Access(server.url).write_kubeconfig(tmp_path / "kubeconfig")
+        operator = OperatorProcess(kubeconfig, tmp_path, {"start_timeout_seconds": 1})
+        wait_until(lambda: operator.process.returncode is not None, "it gives up")
+    assert operator.process.returncode == 1
+    assert "finetunejobs.finetune.dev is not installed" in operator.logs()
+
+
+def test_without_an_api_server_it_says_so_and_gives_up(tmp_path: Path):
+    kubeconfig = Access("http://127.0.0.1:9").write_kubeconfig(tmp_path / "kubeconfig")
+    operator = OperatorProcess(kubeconfig, tmp_path, {"start_timeout_seconds": 1})
+    wait_until(lambda: operator.process.returncode is not None, "it gives up")
+    assert operator.process.returncode == 1
+    assert "the API server at http://127.0.0.1:9 does not answer" in operator.logs()
+    assert "Traceback" not in operator.logs()

@@ -1,0 +1,130 @@
+"""Failed, lost, suspended and late attempts on a Kubernetes API (its trainer simulated)."""
+
+from support.cluster import Cluster
+from support.kube import Kube, wait_until
+from support.operator_fixtures import Jobs
+from support.operator_process import OperatorProcess
+from support.process_node import ProcessNode
+
+
+def pod_of(kube: Kube, job: str, index: int = 0) -> str:
+    """Name of the running pod of that Job."""
+
+    def look() -> str | None:
+        pods = kube.list("Pod", labelSelector=f"job-name={job}")
+        running = [pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]
+        ranked = sorted(pod["metadata"]["name"] for pod in running if not pod["metadata"].get("deletionTimestamp"))
+        return ranked[index] if len(ranked) > index else None
+
+    return wait_until(look, f"a running pod of {job}", 60)
+
+
+def test_retries_adaptation_and_their_story(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli", "fail-69/oom/oom/succeed", training={"batchSize": 8, "microBatchSize": 8})
+    assert jobs.wait_over("nli", 90)["status"] == "True"
+    told = [(a["reason"], a["microBatchSize"], a["exitCode"]) for a in jobs.status("nli")["attempts"]]
+    assert told == [("Unavailable", 8, 69), ("GpuOutOfMemory", 8, 90), ("GpuOutOfMemory", 4, 90), ("Succeeded", 2, 0)]
+
+
+def test_the_attempts_are_used_up(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli", "crash-3", recovery={"maxAttempts": 2, "backoffSeconds": 1})
+    over = jobs.wait_over("nli", 90)
+    assert (over["reason"], jobs.reasons("nli")) == ("TrainerCrashed", ["TrainerCrashed"] * 2)
+    assert over["message"].startswith("2 of 2 attempts failed")
+
+
+def test_a_deleted_pod_saves_a_checkpoint_and_its_attempt_does_not_count(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    jobs.create("nli", "run/succeed", recovery={"maxAttempts": 1, "backoffSeconds": 1})
+    pod = pod_of(kube, "nli-1")
+    jobs.wait("nli", "Training", "True")
+    kube.delete("Pod", pod)
+    assert jobs.wait_over("nli", 90)["status"] == "True"
+    first, second = jobs.status("nli")["attempts"]
+    assert (first["reason"], second["reason"]) == ("Preempted", "Succeeded")
+    assert "saved a checkpoint" in first["message"]
+
+
+def test_a_lost_node_does_not_count_simulated(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs, cluster: Cluster
+):
+    jobs.create("nli", "run", recovery={"maxAttempts": 1, "backoffSeconds": 1})
+    node.simulate_node_loss(pod_of(kube, "nli-1"))
+    wait_until(lambda: len(node.pids()) == 1 and jobs.condition("nli", "Training").get("status") == "True",
+               "it trains elsewhere", 60)  # fmt: skip
+    assert jobs.condition("nli", "Succeeded")["status"] == "Unknown"
+    assert jobs.reasons("nli")[-1] is None
+
+
+def test_host_memory_ran_out_simulated(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", "run", resources={"gpusPerNode": 0, "memory": "64Mi"})
+    node.simulate_oom_kill(pod_of(kube, "nli-1"))
+    over = jobs.wait_over("nli")
+    assert over["reason"] == "OOMKilled"
+    assert "64Mi (resources.memory)" in over["message"]
+
+
+def test_suspend_frees_the_node_and_resume_goes_on(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    jobs.create("nli", "run/succeed")
+    pod = pod_of(kube, "nli-1")
+    jobs.wait("nli", "Training", "True")
+    jobs.change("nli", suspend=True)
+    jobs.wait("nli", "Suspended", "True", "Suspended")
+    assert node.pids() == []
+    assert "exit 75" in node.logs(pod), "the trainer saved before it stopped"
+    assert jobs.status("nli")["phase"] == "Suspended"
+    step = jobs.status("nli")["progress"]["step"]
+    jobs.change("nli", suspend=False)
+    assert jobs.wait_over("nli")["status"] == "True"
+    assert jobs.reasons("nli") == ["Suspended", "Succeeded"]
+    assert jobs.status("nli")["progress"]["step"] >= step
+
+
+def test_the_active_deadline_stops_a_run_also_when_set_while_it_runs(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    jobs.create("nli", "run")
+    pod = pod_of(kube, "nli-1")
+    jobs.change("nli", activeDeadlineSeconds=2)
+    assert jobs.wait_over("nli")["reason"] == "DeadlineExceeded"
+    wait_until(lambda: not node.pids(), "the trainer is stopped")
+    assert "exit 75" in node.logs(pod)
+
+
+def test_ttl_deletes_the_job_and_all_it_owned(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", ttlSecondsAfterFinished=1)
+    wait_until(lambda: kube.find("FineTuneJob", "nli") is None, "the job is gone", 60)
+    wait_until(lambda: not kube.list("Job", labelSelector="finetune.dev/job=nli"), "its Job is gone", 60)
+
+
+def test_deleting_mid_run_ends_with_a_checkpoint(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", "run")
+    pod = pod_of(kube, "nli-1")
+    jobs.wait("nli", "Training", "True")
+    kube.delete("FineTuneJob", "nli")
+    wait_until(lambda: "exit 75" in node.logs(pod), "the trainer saved", 60)
+
+
+def test_a_new_job_of_the_same_name_waits_for_the_old_ones_pods(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    old = jobs.create("nli", "run")
+    pod_of(kube, "nli-1")
+    kube.delete("FineTuneJob", "nli")
+    new = jobs.create("nli", "succeed")
+    assert jobs.wait_over("nli", 90)["status"] == "True"
+    assert old["metadata"]["uid"] != new["metadata"]["uid"]
+    owner = kube.get("ConfigMap", "nli-config")["metadata"]["ownerReferences"][0]["uid"]
+    assert owner == new["metadata"]["uid"]
+    assert [a["jobName"] for a in jobs.status("nli")["attempts"]] == ["nli-1"]
+
+
+def test_a_child_deleted_by_hand_is_replaced(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", "run/succeed")
+    pod_of(kube, "nli-1")
+    kube.delete("Job", "nli-1", propagationPolicy="Background")
+    assert jobs.wait_over("nli", 90)["status"] == "True"
+    assert jobs.reasons("nli") == ["JobDeleted", "Succeeded"]

@@ -1,0 +1,126 @@
+"""What an administrator sets, each setting tried with an operator of its own on a Kubernetes API."""
+
+import time
+
+import pytest
+
+from support.cluster import Cluster
+from support.kube import Kube, wait_until
+from support.operator_fixtures import Jobs, StartOperator
+from support.process_node import ProcessNode
+
+
+def test_a_trainer_that_stands_still_is_flagged(
+    start_operator: StartOperator, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    start_operator(stalled_seconds=2)
+    jobs.create("nli", "hang")
+    jobs.wait("nli", "Training", "False", "Stalled")
+    wait_until(lambda: [e for e in jobs.events("nli") if e["reason"] == "Stalled"], "an event")
+
+
+def test_progress_is_written_no_more_often_than_the_setting_says(
+    start_operator: StartOperator, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    operator = start_operator(progress_interval_seconds=2)
+    jobs.create("nli", "run")
+    jobs.wait("nli", "Training", "True")
+
+    def patches() -> float:
+        return operator.metric("finetune_operator_api_requests_total", verb="patch") or 0
+
+    before, began = patches(), time.monotonic()
+    wait_until(lambda: patches() >= before + 3, "three more writes", 60)
+    assert time.monotonic() - began > 3.5, "three writes span at least two intervals"
+
+
+@pytest.mark.parametrize(
+    ("setting", "spec", "rule"),
+    [
+        ({"allowed_images": ["ghcr.io/team/*"]}, {"image": "docker.io/evil:1"}, "allowed_images"),
+        ({"max_gpus_per_job": 2}, {"resources": {"gpusPerNode": 4}, "training": {"batchSize": 16}}, "max_gpus_per_job"),
+        ({"allowed_s3_buckets": ["team-*"]}, {}, "allowed_s3_buckets"),
+    ],
+)
+def test_an_administrators_rule_refuses_by_its_name(setting, spec, rule, start_operator: StartOperator, jobs: Jobs):
+    start_operator(**setting)
+    jobs.create("nli", **spec)
+    over = jobs.wait_over("nli")
+    assert (over["status"], over["reason"]) == ("False", "PolicyRefused")
+    assert f"rule {rule}" in over["message"]
+    assert jobs.children("nli") == []
+
+
+def test_defaults_of_the_administrator_reach_the_pods(start_operator: StartOperator, jobs: Jobs):
+    toleration = {"key": "gpu", "operator": "Exists"}
+    endpoints = ["https://s3.example.com", "https://*.internal"]
+    start_operator(node_selector={"pool": "gpu", "zone": "a"}, tolerations=[toleration], allowed_s3_endpoints=endpoints)
+    own = {"key": "spot", "operator": "Exists"}
+    jobs.create("nli", resources={"gpusPerNode": 0, "nodeSelector": {"zone": "b"}, "tolerations": [own]})
+    pod = wait_until(lambda: jobs.children("nli"), "its Job")[0]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"pool": "gpu", "zone": "b"}
+    assert pod["tolerations"] == [own, toleration]
+    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert env["FINETUNE_ALLOWED_S3_ENDPOINTS"] == ",".join(endpoints)
+
+
+WORKLOADS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {
+        "name": "workloads.kueue.x-k8s.io",
+        "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/kueue"},
+    },
+    "spec": {
+        "group": "kueue.x-k8s.io",
+        "scope": "Namespaced",
+        "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
+        "versions": [
+            {
+                "name": "v1beta1",
+                "served": True,
+                "storage": True,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+            }
+        ],
+    },
+}
+
+
+def test_kueue_has_not_admitted_it_simulated(
+    cluster: Cluster, start_operator: StartOperator, kube: Kube, node: ProcessNode, jobs: Jobs, namespace: str
+):
+    """Kueue is played by the test: its Workload says why, and the Job is unsuspended by hand."""
+    kube.apply(WORKLOADS)
+    path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/workloads"
+    wait_until(lambda: _answers(kube, path), "Workloads are served")
+    start_operator(kueue="enabled")
+    jobs.create("nli", labels={"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "high"})
+    child = wait_until(lambda: jobs.children("nli"), "its Job")[0]
+    assert child["spec"]["suspend"] is True
+    assert child["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+    sentence = "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu"
+    condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": sentence}
+    labels = {"kueue.x-k8s.io/job-uid": child["metadata"]["uid"]}
+    workload = {
+        "apiVersion": "kueue.x-k8s.io/v1beta1",
+        "kind": "Workload",
+        "metadata": {"name": "job-nli-1", "labels": labels},
+        "status": {"conditions": [condition]},
+    }
+    kube.request("POST", path, workload)
+    wait_until(lambda: sentence in jobs.condition("nli", "Scheduled")["message"], "Kueue's sentence")
+    assert jobs.status("nli")["phase"] == "Queued"
+    assert kube.get("Job", "nli-1")["spec"]["suspend"] is True
+    toleration = {"key": "pool", "operator": "Exists"}
+    template = {"spec": {"tolerations": [toleration]}}
+    kube.patch("Job", "nli-1", {"spec": {"suspend": False, "template": template}})
+    assert jobs.wait_over("nli")["status"] == "True"
+
+
+def _answers(kube: Kube, path: str) -> bool:
+    try:
+        kube.request("GET", path)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""Why a job waits: in Scheduled's message, in Kubernetes' own words."""
+
+import base64
+
+import pytest
+
+from support.cluster import Cluster
+from support.kube import Kube, wait_until
+from support.operator_fixtures import Jobs
+from support.operator_process import OperatorProcess
+from support.process_node import ProcessNode
+
+QUOTA = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}
+
+
+def test_no_node_will_take_it_simulated(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    sentence = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    node.simulate_unschedulable(sentence)
+    jobs.create("nli", pendingDeadlineSeconds=3600)
+    said = jobs.wait("nli", "Scheduled", "False", "Unschedulable")
+    assert said["message"] == sentence
+    assert jobs.condition("nli", "Succeeded") | {"status": "Unknown", "message": sentence} == jobs.condition(
+        "nli", "Succeeded"
+    )
+    wait_until(lambda: [e for e in jobs.events("nli") if e["reason"] == "Unschedulable"], "an event")
+    node.simulate_unschedulable(None)
+    assert jobs.wait_over("nli")["status"] == "True"
+
+
+def test_its_image_cannot_be_pulled_simulated(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    node.simulate_pull_error("ghcr.io/finetune-operator/trainer:0.1.0", "manifest unknown")
+    jobs.create("nli")
+    said = jobs.wait("nli", "Scheduled", "False", "ImagePullBackOff")
+    assert "manifest unknown" in said["message"]
+
+
+def test_its_secret_is_missing(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
+    jobs.create("nli", output={"uri": "s3://adapters/nli", "secretRef": {"name": "s3-key"}})
+    said = jobs.wait("nli", "Scheduled", "False", "FailedMount")
+    assert 'secret "s3-key" not found' in said["message"]
+    data = {"AWS_ACCESS_KEY_ID": base64.b64encode(b"id").decode()}
+    kube.create({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3-key"}, "data": data})
+    assert jobs.wait_over("nli")["status"] == "True"
+
+
+def test_its_volume_claim_is_missing(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
+    jobs.create("nli", cache={"claimName": "model-cache"})
+    said = jobs.wait("nli", "Scheduled", "False", "Unschedulable")
+    assert 'persistentvolumeclaim "model-cache" not found' in said["message"]
+
+
+def test_the_quota_has_no_pod_left(cluster: Cluster, operator: OperatorProcess, kube: Kube, jobs: Jobs):
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+    kube.create(QUOTA | {"spec": {"hard": {"pods": "0"}}})
+    wait_until(lambda: "hard" in kube.get("ResourceQuota", "none").get("status", {}), "the quota is counted")
+    jobs.create("nli")
+    said = jobs.wait("nli", "Scheduled", "False", "FailedCreate")
+    assert "exceeded quota: none" in said["message"]
+
+
+def test_the_quota_has_no_job_left(cluster: Cluster, operator: OperatorProcess, kube: Kube, jobs: Jobs):
+    if not cluster.is_real:
+        pytest.skip("needs the real admission control")
+    kube.create(QUOTA | {"spec": {"hard": {"count/jobs.batch": "0"}}})
+    wait_until(lambda: "hard" in kube.get("ResourceQuota", "none").get("status", {}), "the quota is counted")
+    jobs.create("nli", pendingDeadlineSeconds=3600)
+    said = jobs.wait("nli", "Scheduled", "False", "QuotaExceeded")
+    assert "exceeded quota: none" in said["message"]
+    assert jobs.reasons("nli") == [], "what could not be made is no attempt"
+    kube.delete("ResourceQuota", "none")
+    jobs.wait("nli", "Scheduled", "False", "Pending")
+    assert jobs.reasons("nli") == [None]
+
+
+def test_a_pod_the_api_server_rejects(cluster: Cluster, operator: OperatorProcess, jobs: Jobs):
+    if not cluster.is_real:
+        pytest.skip("needs the real validation")
+    jobs.create("nli", resources={"gpusPerNode": 0, "nodeSelector": {"not a label!": "x"}})
+    said = jobs.wait("nli", "Scheduled", "False", "Rejected")
+    assert "not a label!" in said["message"]
+
+
+def test_the_pending_deadline_ends_the_wait_and_keeps_its_reason_simulated(
+    operator: OperatorProcess, node: ProcessNode, jobs: Jobs
+):
+    node.simulate_unschedulable("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    jobs.create("nli", pendingDeadlineSeconds=3)
+    over = jobs.wait_over("nli")
+    assert over["reason"] == "PendingDeadlineExceeded"
+    assert "3 Insufficient nvidia.com/gpu" in over["message"]
+    wait_until(lambda: not jobs.children("nli"), "the Job that waits is gone")

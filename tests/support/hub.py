@@ -1,0 +1,143 @@
+"""A small model hub that the real huggingface_hub client talks to (through HF_ENDPOINT): repositories from folders."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+
+@dataclass
+class Repository:
+    """One repository with one commit; `token` is needed when it is `gated` or `private`."""
+
+    folder: Path
+    token: str | None = None
+    gated: bool = False
+    revisions: tuple[str, ...] = ("main",)
+
+    @property
+    def commit(self) -> str:
+        names = sorted((path.as_posix(), path.stat().st_mtime_ns) for path in self.folder.rglob("*"))
+        return hashlib.sha1(json.dumps(names).encode()).hexdigest()
+
+    def files(self) -> dict[str, Path]:
+        return {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
+
+
+@dataclass
+class Hub:
+    """A running hub. `requests` are (method, path), as they came; `broken` makes every answer a 503."""
+
+    endpoint: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    broken: bool = False
+
+    def add(self, name: str, folder: Path, **options: Any) -> None:
+        """Serve `folder` as 'owner/name', or 'datasets/owner/name'."""
+        self.repositories[name] = Repository(folder, **options)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.requests.append((self.command, path))
+        if self.hub.broken:
+            return self._send(503, b"", {})
+        if path.startswith("api/"):
+            return self._api(path.removeprefix("api/").removeprefix("models/"))
+        name, _, rest = path.partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        repository = self._open(name, revision)
+        if repository is not None:
+            self._file(repository, file)
+        return None
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _open(self, name: str, revision: str) -> Repository | None:
+        repository = self.hub.repositories.get(name)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if repository is None:
+            return self._error(404 if token else 401, "RepoNotFound")
+        if repository.token is not None and token != repository.token:
+            return self._error(403 if token else 401, "GatedRepo" if repository.gated else "RepoNotFound")
+        if revision not in (*repository.revisions, repository.commit):
+            return self._error(404, "RevisionNotFound")
+        return repository
+
+    def _api(self, path: str) -> None:
+        kind = "revision" if "/revision/" in path else "tree"
+        name, _, revision = path.partition(f"/{kind}/")
+        repository = self._open(name, revision)
+        if repository is None:
+            return
+        files = repository.files()
+        answer: Any = {"id": name, "sha": repository.commit, "siblings": [{"rfilename": path} for path in files]}
+        if kind == "tree":
+            answer = [
+                {"type": "file", "path": path, "oid": _sha1(file), "size": file.stat().st_size}
+                for path, file in files.items()
+            ]
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, repository: Repository, path: str) -> None:
+        file = repository.files().get(path)
+        if file is None:
+            return self._error(404, "EntryNotFound")
+        headers = {"ETag": f'"{_sha1(file)}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+        return self._send(200, file.read_bytes(), headers)
+
+    def _error(self, status: int, code: str) -> None:
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def _sha1(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    """A hub on a free port of 127.0.0.1."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A model hub of its own for each test."""
+    with hub_server() as server:
+        yield server

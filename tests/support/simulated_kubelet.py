@@ -1,0 +1,114 @@
+"""A kubelet that runs nothing: each pod reports Running, then what its job's story says (see simulated_trainer.py).
+
+With the real Job controller it lets hundreds of attempts pass in seconds. It also watches that no two attempts of a job
+could run at once, and counts the Jobs ever made.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api import names
+from support.background import Reflector
+from support.kube import MERGE, ApiError, AsyncKube, path_of
+
+Object = dict[str, Any]
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class SimulatedKubelet:
+    """Use it as an async context manager."""
+
+    def __init__(self, kube: AsyncKube, namespace: str, seconds: float = 0.2) -> None:
+        self._kube, self._namespace, self._seconds = kube, namespace, seconds
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stop: dict[str, asyncio.Event] = {}
+        self.made: dict[str, set[str]] = defaultdict(set)
+        self.violations: list[str] = []
+
+    async def __aenter__(self) -> "SimulatedKubelet":
+        self._pods = Reflector(self._kube, "Pod", self._namespace, self._pod)
+        self._jobs = Reflector(self._kube, "Job", self._namespace, self._job)
+        self._runs = [asyncio.create_task(reflector.run()) for reflector in (self._pods, self._jobs)]
+        await asyncio.gather(self._pods.synced.wait(), self._jobs.synced.wait())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in [*self._runs, *self._tasks.values()]:
+            task.cancel()
+        await asyncio.gather(*self._runs, *self._tasks.values(), return_exceptions=True)
+
+    def _job(self, kind: str, job: Object) -> None:
+        self.made[job["metadata"]["name"]].add(job["metadata"]["uid"])
+        able = defaultdict(list)
+        for other in self._jobs.objects.values():
+            over = any(
+                c["type"] in ("Complete", "Failed") and c["status"] == "True"
+                for c in (other.get("status") or {}).get("conditions") or []
+            )
+            owner = other["metadata"]["labels"].get(names.LABEL_JOB)
+            if (
+                owner
+                and not over
+                and not other["spec"].get("suspend")
+                and not other["metadata"].get("deletionTimestamp")
+            ):
+                able[owner].append(other["metadata"]["name"])
+        self.violations += [f"{owner}: {found}" for owner, found in able.items() if len(found) > 1]
+
+    def _pod(self, kind: str, pod: Object) -> None:
+        uid = pod["metadata"]["uid"]
+        if kind != "DELETED" and uid not in self._tasks:
+            self._stop[uid] = asyncio.Event()
+            self._tasks[uid] = asyncio.create_task(self._lead(pod))
+        if pod["metadata"].get("deletionTimestamp") and uid in self._stop:
+            self._stop[uid].set()
+
+    async def _lead(self, pod: Object) -> None:
+        attempt = int(pod["metadata"]["labels"][names.LABEL_ATTEMPT])
+        stop = self._stop[pod["metadata"]["uid"]]
+        with contextlib.suppress(ApiError):
+            story = await self._story(pod)
+            act = story[min(attempt, len(story)) - 1]
+            await self._report(pod, "Running", {"running": {"startedAt": _now()}})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), None if act == "run" else self._seconds)
+            code, message = (75, "saved a checkpoint") if stop.is_set() else self._end(act)
+            ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
+            ended |= {"startedAt": _now(), "finishedAt": _now()}
+            await self._report(pod, "Failed" if code else "Succeeded", {"terminated": ended})
+            await stop.wait()
+            body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
+            await self._kube.request("DELETE", path_of("Pod", self._namespace, pod["metadata"]["name"]), body)
+
+    async def _story(self, pod: Object) -> list[str]:
+        volumes = pod["spec"]["volumes"]
+        config = next(v["configMap"]["name"] for v in volumes if "configMap" in v)
+        found = await self._kube.request("GET", path_of("ConfigMap", self._namespace, config))
+        train: str = json.loads(found["data"][names.CONFIG_FILE])["spec"]["dataset"]["train"]
+        return train.removeprefix("s3://simulated/").split("/")
+
+    @staticmethod
+    def _end(act: str) -> tuple[int, str]:
+        if act == "succeed":
+            adapter = {"uri": "s3://adapters/x", "manifestDigest": "sha256:" + "0" * 64, "sizeBytes": 1}
+            adapter |= {"baseModel": "m", "rank": 16}
+            return 0, json.dumps({"stage": "Succeeded", "reason": "Succeeded", "adapter": adapter})
+        code = {"oom": 90}.get(act) or int(act.partition("-")[2])
+        plan = {"microBatchSize": 8}
+        reason = names.OUTCOMES[code].reason
+        return code, json.dumps({"stage": "Failed", "reason": reason, "message": act, "executionPlan": plan})
+
+    async def _report(self, pod: Object, phase: str, state: Object) -> None:
+        container = {"name": names.TRAINER_CONTAINER, "image": "x", "imageID": "", "restartCount": 0, "state": state}
+        container |= {"ready": phase == "Running", "lastState": {}}
+        status = {"phase": phase, "containerStatuses": [container]}
+        body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": status}
+        path = path_of("Pod", self._namespace, pod["metadata"]["name"], "status")
+        await self._kube.request("PATCH", path, body, None, MERGE)

@@ -1,0 +1,18 @@
+"""Fixtures of the trainer's tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# One thread per process: bit-equal results, no contention between workers, safe forks.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mistral of two layers and its tokenizer."""
+    from support.models import build_model
+
+    return build_model(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,149 @@
+"""Every way out writes the report, with the right exit code and one clear sentence; bad input never loads weights."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import ExitCode
+from finetune_trainer.report import termination_message
+from support.models import nli_rows, write_jsonl
+from support.trainer_process import TrainerProcess, job, train
+
+
+def _rows(folder: Path, *lines: str, name: str = "train.jsonl") -> None:
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "train.jsonl", nli_rows(40))
+    write_jsonl(folder / "eval.jsonl", nli_rows(12, seed=5))
+    (folder / name).write_text("\n".join(lines) + "\n" if lines else "")
+
+
+GOOD = json.dumps(nli_rows(1)[0])
+NLI = {"evaluation.metrics": ["loss", "nli"]}
+
+REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], ExitCode, str]] = {
+    "broken JSON": (lambda f: _rows(f, GOOD, "{"), {}, ExitCode.DATASET_INVALID, "train.jsonl:2: is not JSON"),
+    "missing column": (
+        lambda f: _rows(f, GOOD, '{"txt": "a"}'), {}, ExitCode.DATASET_INVALID,
+        "train.jsonl:2: has no column 'text'; it has 'txt'",
+    ),
+    "unknown columns": (
+        lambda f: _rows(f, '{"premise": "a"}'), {}, ExitCode.DATASET_INVALID, "train.jsonl:1: columns are 'premise'",
+    ),
+    "empty file": (lambda f: _rows(f), {}, ExitCode.DATASET_INVALID, "train.jsonl: has no rows"),
+    "not UTF-8": (
+        lambda f: (_rows(f), (f / "train.jsonl").write_bytes(b'{"text": "\xff"}\n'))[0], {}, ExitCode.DATASET_INVALID,
+        "train.jsonl:1: is not UTF-8 text",
+    ),
+    "no such file": (
+        None, {"dataset.train": "file:///nowhere/x.jsonl"}, ExitCode.DATASET_INVALID, "file:///nowhere/x.jsonl",
+    ),
+    "no label in an answer": (
+        lambda f: _rows(f, GOOD, '{"text": "[INST] a [/INST] yes"}', name="eval.jsonl"), NLI, ExitCode.DATASET_INVALID,
+        "eval.jsonl:2: the answer has no JSON object with 'predicted_label'",
+    ),
+    "no answer marker": (
+        lambda f: _rows(f, '{"text": "just text"}', name="eval.jsonl"), NLI, ExitCode.DATASET_INVALID,
+        "eval.jsonl:1: 'text' has no answer marker '[/INST]'",
+    ),
+    "no model": (None, {"model.source": "file:///nowhere/model"}, ExitCode.CONFIG_INVALID, "file:///nowhere/model"),
+    "wrong layer name": (
+        None, {"lora.targetModules": ["q_prj"]}, ExitCode.CONFIG_INVALID,
+        "'q_prj' is no linear layer of this model; it has down_proj, gate_proj, k_proj",
+    ),
+    "too long for the model": (
+        None, {"training.maxLength": 4096}, ExitCode.CONFIG_INVALID, "4096 is more than the 512 positions",
+    ),
+    "no GPU here": (None, {"resources.gpusPerNode": 1}, ExitCode.CONFIG_INVALID, "no GPU is visible"),
+    "kernel without a GPU": (
+        None, {"model.attention": "flash_attention_2"}, ExitCode.CONFIG_INVALID, "flash_attention_2 needs a GPU",
+    ),
+    "bad value": (None, {"lora.rank": -1}, ExitCode.CONFIG_INVALID, "job.yaml:"),
+    "bad override": (None, {}, ExitCode.CONFIG_INVALID, "training.nonsense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_sentence_before_weights_load(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    prepare, changes, code, sentence = REFUSED[case]
+    if prepare:
+        prepare(tmp_path)
+    arguments = ("--set", "training.nonsense=1") if case == "bad override" else ()
+    finished = train(job(tmp_path, tiny_model, changes), tmp_path, arguments=arguments)
+    assert finished.exit_code == code, finished.log
+    assert sentence in finished.message
+    assert finished.report["stage"] == "Failed"
+    assert "Traceback" not in finished.log
+    assert "LoadingModel" not in finished.log
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_the_first_bad_rows_are_listed_and_the_rest_counted(tiny_model: Path, tmp_path: Path) -> None:
+    _rows(tmp_path, GOOD, *["nonsense"] * 15)
+    finished = train(job(tmp_path, tiny_model), tmp_path)
+    lines = finished.message.splitlines()
+    assert [line.split(":")[1] for line in lines[:10]] == [str(number) for number in range(2, 12)]
+    assert lines[10] == "… and 5 more bad rows"
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_log_alone(tiny_model: Path, tmp_path: Path) -> None:
+    def sabotage() -> None:
+        from finetune_trainer import verify
+
+        verify.PeftModel = None
+
+    finished = train(job(tmp_path, tiny_model, {"training.maxSteps": 1}), tmp_path, before=sabotage)
+    assert finished.exit_code == 1
+    assert finished.message.startswith("Unexpected ")
+    assert "Traceback" not in finished.message
+    assert "Traceback" in finished.log
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_ctrl_c_saves_a_checkpoint_first(tiny_model: Path, tmp_path: Path) -> None:
+    process = TrainerProcess(job(tmp_path, tiny_model, {"training.maxSteps": 500}), tmp_path)
+    process.wait_for('"Step 3"')
+    process.send(signal.SIGINT)
+    finished = process.finish()
+    assert finished.exit_code == ExitCode.PREEMPTED
+    assert "is saved" in finished.message
+    assert list((tmp_path / "out/checkpoints").glob("step-*/manifest.json"))
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_being_stopped_before_training_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    process = TrainerProcess(job(tmp_path, tiny_model), tmp_path, before=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    os.waitpid(process.pid, os.WUNTRACED)
+    process.send(signal.SIGCONT)
+    process.wait_for("Serving /metrics")
+    process.send(signal.SIGTERM)
+    finished = process.finish()
+    assert finished.exit_code == ExitCode.PREEMPTED
+    assert "before training began" in finished.message or "is saved" in finished.message
+
+
+def test_a_port_in_use_is_a_warning(tiny_model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {"FINETUNE_LISTEN": f"127.0.0.1:{taken.getsockname()[1]}"}
+        finished = train(job(tmp_path, tiny_model, {"training.maxSteps": 1}), tmp_path, env=env)
+    assert finished.exit_code == 0
+    assert "Metrics and progress are not served" in finished.log
+
+
+def test_a_long_report_is_cut_to_fit_the_termination_message() -> None:
+    from finetune_api.status import TrainerReport
+
+    report = TrainerReport(stage="Failed", message="ü" * 9000, metrics={f"m{i}": 1 / 3 for i in range(50)})
+    text = termination_message(report)
+    assert len(text) <= 4096
+    kept = TrainerReport.model_validate_json(text)
+    assert kept.message.endswith("…")
+    assert len(kept.metrics) == 50
+    escapes = termination_message(TrainerReport(message="\n" * 4096, metrics={f"metric{i}": 1 / 3 for i in range(300)}))
+    assert len(escapes) <= 4096
+    assert json.loads(escapes)["stage"] == "Starting"

@@ -1,0 +1,122 @@
+"""The base model and its adapter: every precision trains, names are checked, gradients survive an evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer import model
+from finetune_trainer.errors import ConfigInvalid
+
+
+def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:
+    return FineTuneJobSpec.model_validate(
+        {
+            "model": {"source": f"file://{tiny_model}"},
+            "dataset": {"train": "file:///x.jsonl"},
+            "output": {"uri": "file:///out"},
+            "training": {"maxLength": 64},
+        }
+        | sections
+    )
+
+
+def _load(tiny_model: Path, **sections: Any) -> Any:
+    spec = _spec(tiny_model, **sections)
+    base = model.inspect(tiny_model, spec)
+    torch.manual_seed(0)
+    return model.attach_adapter(
+        model.load_base(tiny_model, base, spec, "sdpa", "cpu"), model.lora_config(spec, "org/base", "abc")
+    )
+
+
+def _gradients(adapted: Any) -> dict[str, torch.Tensor]:
+    adapted.train()
+    adapted.zero_grad()
+    ids = torch.arange(10, 60)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_the_same_before_and_after_an_evaluation(tiny_model: Path) -> None:
+    adapted = _load(tiny_model, lora={"dropout": 0.0})
+    before = _gradients(adapted)
+    adapted.eval()
+    with torch.no_grad():
+        adapted(input_ids=torch.arange(10, 60)[None])
+    after = _gradients(adapted)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("layers.0" in name and grad.abs().sum() > 0 for name, grad in before.items())
+
+
+def test_four_bits_are_close_to_the_weights_they_stand_for(tiny_model: Path) -> None:
+    four, sixteen = (_load(tiny_model, quantization={"bits": bits}, lora={"dropout": 0.0}) for bits in (4, 16))
+    first, second = _gradients(four), _gradients(sixteen)
+    for name, gradient in second.items():
+        if gradient.abs().sum():
+            cosine = torch.nn.functional.cosine_similarity(first[name].flatten(), gradient.flatten(), dim=0)
+            assert cosine > 0.7, name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        (["q_prj"], "'q_prj' is no linear layer of this model; it has down_proj, gate_proj"),
+        (["lm_head"], "'lm_head' is no linear layer"),
+        (["all-linear", "q_proj"], "all-linear stands alone"),
+        (["q_proj", "all-linear"], "all-linear stands alone"),
+    ],
+)
+def test_target_modules_must_be_layers_of_the_model(wanted: list[str], problem: str, tiny_model: Path) -> None:
+    base = model.inspect(tiny_model, _spec(tiny_model))
+    with pytest.raises(ConfigInvalid, match=problem):
+        model.check_target_modules(wanted, base.linear_layers)
+    model.check_target_modules(["q_proj", "model.layers.1.mlp.up_proj"], base.linear_layers)
+    model.check_target_modules(["all-linear"], base.linear_layers)
+
+
+def test_all_linear_takes_every_layer_but_the_head(tiny_model: Path) -> None:
+    adapted = _load(tiny_model, lora={"targetModules": ["all-linear"]})
+    base = model.inspect(tiny_model, _spec(tiny_model))
+    adapted_layers = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted_layers) == len(base.linear_layers) == 14
+
+
+def test_a_model_that_is_quantized_already_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigInvalid, match="is quantized already"):
+        model.inspect(tmp_path, _spec(tiny_model))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "nonsense"}', '{"model_type": "t5"}'])
+def test_a_folder_that_is_no_causal_model_is_explained(text: str, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigInvalid, match="is no usable causal language model"):
+        model.inspect(tmp_path, _spec(tiny_model))
+
+
+def test_the_adapter_names_the_served_model_and_its_revision(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    adapted = _load(tiny_model)
+    model.save_adapter(adapted, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_weights_of_another_shape_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model.save_adapter(_load(tiny_model, lora={"rank": 8}), tmp_path / "rank")
+    model.save_adapter(_load(tiny_model, lora={"targetModules": ["q_proj"]}), tmp_path / "layers")
+    adapted = _load(tiny_model)
+    for other in ("rank", "layers"):
+        with pytest.raises(ConfigInvalid, match="does not fit"):
+            model.load_adapter_weights(adapted, tmp_path / other)

@@ -1,0 +1,186 @@
+"""A run that is killed goes on as if it had never stopped: the same losses to the last bit, the same adapter."""
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import ExitCode
+from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+
+#: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines.
+RUN = {
+    "training.maxSteps": None,
+    "training.epochs": 2,
+    "training.batchSize": 4,
+    "training.microBatchSize": 2,
+    "lora.dropout": 0.1,
+    "evaluation.everySteps": 5,
+    "checkpoint.everySteps": 3,
+    "logging.everySteps": 2,
+}
+STEPS = 16  # 30 rows in batches of 4, twice
+
+
+def _job(folder: Path, model: Path, changes: dict[str, Any] | None = None) -> Path:
+    from support.models import nli_rows, write_jsonl
+
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "train.jsonl", nli_rows(30))
+    write_jsonl(folder / "eval.jsonl", nli_rows(9, seed=5))
+    return job(folder, model, RUN | (changes or {}))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    finished = train(_job(folder, tiny_model), folder)
+    assert finished.exit_code == 0, finished.log
+    return folder / "out"
+
+
+def _assert_same(out: Path, unbroken: Path) -> None:
+    assert metrics_lines(out) == metrics_lines(unbroken)
+    assert (out / "adapter_model.safetensors").read_bytes() == (unbroken / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_losses(unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert metrics_lines(unbroken)[-1]["step"] == STEPS
+    assert train(_job(tmp_path, tiny_model), tmp_path).exit_code == 0
+    _assert_same(tmp_path / "out", unbroken)
+    other = tmp_path / "other"
+    assert train(_job(other, tiny_model, {"training.seed": 7}), other).exit_code == 0
+    assert metrics_lines(other / "out") != metrics_lines(unbroken)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FINETUNE_TEST_KILLS", "3")) // 3 or 1))
+def test_kill_9_at_random_moments(seed: int, unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    generator = random.Random(seed)
+    config = _job(tmp_path, tiny_model)
+    saved = 0
+    for _ in range(3):
+        process = TrainerProcess(config, tmp_path)
+        _kill_soon_after(process, generator)
+        assert process.finish().exit_code == -signal.SIGKILL
+        assert not (tmp_path / "out/manifest.json").exists()
+        assert _resumed_at(process.log) >= saved
+        saved = max([saved, *_steps_in(process.log, r"Checkpoint of step (\d+) is saved")])
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert _resumed_at(finished.log) >= saved
+    _assert_same(tmp_path / "out", unbroken)
+    assert not list((tmp_path / "out/checkpoints").rglob("manifest.json"))
+
+
+def _resumed_at(log: str) -> int:
+    return max([0, *_steps_in(log, r"Going on from the checkpoint of step (\d+)")])
+
+
+def _steps_in(log: str, pattern: str) -> list[int]:
+    return [int(step) for step in re.findall(pattern, log)]
+
+
+def _kill_soon_after(process: TrainerProcess, generator: random.Random) -> None:
+    """Kill some steps later in the middle of anything: a step, an evaluation, a checkpoint that is being sent."""
+    process.wait_for('"event": "Step ', times=generator.randint(1, 3))
+    time.sleep(generator.uniform(0, 0.1))
+    process.send(signal.SIGKILL)
+
+
+def test_sigterm_saves_exactly_this_step_and_exits_75(unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = _job(tmp_path, tiny_model, {"checkpoint.everySteps": 1000})
+    for _ in range(2):
+        process = TrainerProcess(config, tmp_path)
+        process.wait_for('"stage": "Training"')
+        process.wait_for('"event": "Step ')
+        process.send(signal.SIGTERM)
+        finished = process.finish()
+        assert finished.exit_code == ExitCode.PREEMPTED, finished.log
+        assert finished.report["reason"] == "Preempted"
+        step = finished.report["progress"]["step"]
+        assert f"step {step} is saved" in finished.message
+        assert (tmp_path / f"out/checkpoints/step-{step:08d}/manifest.json").exists()
+    assert train(config, tmp_path).exit_code == 0
+    _assert_same(tmp_path / "out", unbroken)
+
+
+def test_sigterm_during_an_evaluation_gives_it_up_and_does_it_later(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def stop_in_evaluation() -> None:
+        from finetune_trainer.evaluate import Evaluator
+
+        original, calls = Evaluator._batch, []
+
+        def batch(self: Any, *args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 8:  # five batches before training, then in the midst of the first evaluation
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        Evaluator._batch = batch
+
+    config = _job(tmp_path, tiny_model)
+    stopped = TrainerProcess(config, tmp_path, before=stop_in_evaluation).finish()
+    assert stopped.exit_code == ExitCode.PREEMPTED, stopped.log
+    assert "step 5 is saved" in stopped.message
+    assert "evalLoss" not in stopped.report["metrics"]
+    assert train(config, tmp_path).exit_code == 0
+    _assert_same(tmp_path / "out", unbroken)
+
+
+def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = _job(tmp_path, tiny_model)
+    process = TrainerProcess(config, tmp_path)
+    process.wait_for("Checkpoint of step 6 is saved")
+    process.send(signal.SIGKILL)
+    process.finish()
+    checkpoints = sorted((tmp_path / "out/checkpoints").glob("step-*"))
+    weights = next(path for path in reversed(checkpoints) if (path / "manifest.json").exists()) / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    _assert_same(tmp_path / "out", unbroken)
+
+
+def test_killed_between_training_and_publishing_it_only_publishes(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def die_before_publishing() -> None:
+        from finetune_trainer import publish
+
+        publish.publish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+    config = _job(tmp_path, tiny_model)
+    assert TrainerProcess(config, tmp_path, before=die_before_publishing).finish().exit_code == -signal.SIGKILL
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert not _steps_trained(finished)
+    _assert_same(tmp_path / "out", unbroken)
+
+
+def test_checkpoints_of_another_run_are_neither_used_nor_deleted(tiny_model: Path, tmp_path: Path) -> None:
+    process = TrainerProcess(_job(tmp_path, tiny_model), tmp_path)
+    process.wait_for("Checkpoint of step 3 is saved")
+    process.send(signal.SIGTERM)
+    process.finish()
+    other = _job(tmp_path, tiny_model, {"training.learningRate": 0.02})
+    refused = train(other, tmp_path)
+    assert refused.exit_code == ExitCode.CONFIG_INVALID
+    assert "holds checkpoints of a run with another model, data set or hyperparameters" in refused.message
+    assert list((tmp_path / "out/checkpoints").glob("step-*/manifest.json"))
+    taken = train(other, tmp_path, arguments=("--set", "output.overwrite=true"))
+    assert taken.exit_code == 0, taken.log
+    assert _steps_trained(taken)[0] == 2
+
+
+def _steps_trained(finished: Finished) -> list[int]:
+    steps = [event["event"] for event in finished.events if event["event"].startswith("Step ")]
+    return [int(event.removeprefix("Step ")) for event in steps]

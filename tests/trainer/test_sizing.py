@@ -1,0 +1,154 @@
+"""The plan: always the effective batch asked for, never more memory than there is, and a cure when it cannot be."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import ConfigInvalid, WontFit
+from finetune_trainer.memory import GIB, ModelShape, adapter_weights, predict
+from finetune_trainer.sizing import Device, make_plan
+
+CONFIG = {
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+MISTRAL_7B = ModelShape.from_config(CONFIG)
+CPU = Device("cpu")
+
+
+def _spec(**sections: Any) -> FineTuneJobSpec:
+    needed = {
+        "model": {"source": "hf://org/base"},
+        "dataset": {"train": "s3://data/x"},
+        "output": {"uri": "s3://data/out"},
+    }
+    return FineTuneJobSpec.model_validate(needed | sections)
+
+
+def _gpu(gib: float) -> Device:
+    return Device("cuda", "GPU", int(gib * GIB))
+
+
+def test_the_numbers_of_a_known_model() -> None:
+    assert MISTRAL_7B is not None
+    assert MISTRAL_7B.linear_weights + MISTRAL_7B.other_weights == 7_248_023_552  # Mistral-7B-v0.3's own count
+    assert adapter_weights(MISTRAL_7B, _spec()) == 13_631_488  # what PEFT prints for r=16 on q, k, v, o
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"hidden_size": 8}, CONFIG | {"num_local_experts": 8}, CONFIG | {"vocab_size": None}]
+)
+def test_an_unknown_architecture_is_not_guessed_at(config: dict[str, Any]) -> None:
+    assert ModelShape.from_config(config) is None
+    plan = make_plan(_spec(), _gpu(24), 1, "sdpa", None)
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.gradient_checkpointing) == (4, 4, True)
+    assert plan.predicted_peak_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [(16, "auto", 1, (8, 2)), (12, "auto", 1, (6, 2)), (7, "auto", 1, (7, 1)), (22, "auto", 1, (2, 11)),
+     (16, 2, 1, (2, 8)), (16, "auto", 4, (4, 1)), (16, 2, 4, (2, 2))],
+)  # fmt: skip
+def test_on_a_cpu_the_micro_batch_is_a_small_divisor(batch: int, micro: Any, world: int, expected: Any) -> None:
+    spec = _spec(training={"batchSize": batch, "microBatchSize": micro})
+    plan = make_plan(spec, CPU, world, "sdpa", MISTRAL_7B)
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == expected
+    assert not plan.packing
+    assert not plan.gradient_checkpointing
+    assert plan.predicted_peak_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("training", "world", "sentence"),
+    [
+        ({"batchSize": 16}, 3, "batchSize: 16 must be a multiple of the 3 processes"),
+        ({"batchSize": 16, "microBatchSize": 8}, 4, "microBatchSize: 8 must divide 4"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(training: dict[str, Any], world: int, sentence: str) -> None:
+    with pytest.raises(ConfigInvalid, match=sentence):
+        make_plan(_spec(training=training), CPU, world, "sdpa")
+
+
+@given(
+    batch=st.integers(1, 256),
+    world=st.integers(1, 8),
+    gib=st.sampled_from([6, 8, 16, 24, 40, 80, 140]),
+    length=st.integers(8, 8192),
+    checkpointing=st.sampled_from(["auto", "enabled", "disabled"]),
+)
+def test_a_plan_keeps_the_effective_batch_and_stays_within_memory(
+    batch: int, world: int, gib: int, length: int, checkpointing: str
+) -> None:
+    spec = _spec(training={"batchSize": batch * world, "maxLength": length, "gradientCheckpointing": checkpointing})
+    try:
+        plan = make_plan(spec, _gpu(gib), world, "sdpa", MISTRAL_7B)
+    except WontFit as error:
+        assert "take a larger GPU" in str(error)
+        return
+    assert plan.micro_batch_size and plan.gradient_accumulation_steps and plan.predicted_peak_memory_bytes
+    assert plan.micro_batch_size * plan.gradient_accumulation_steps * world == batch * world
+    assert plan.predicted_peak_memory_bytes < gib * GIB
+    assert checkpointing == "auto" or plan.gradient_checkpointing == (checkpointing == "enabled")
+
+
+def test_more_memory_buys_speed() -> None:
+    plans = [make_plan(_spec(), _gpu(gib), 1, "sdpa", MISTRAL_7B) for gib in (6, 8, 16, 24, 80)]
+    assert [(plan.micro_batch_size, plan.gradient_checkpointing) for plan in plans] == [
+        (1, True), (8, True), (16, True), (4, False), (16, False),
+    ]  # fmt: skip
+
+
+def test_short_rows_need_less_than_max_length_allows() -> None:
+    short, long = (make_plan(_spec(), _gpu(8), 1, "sdpa", MISTRAL_7B, longest=length) for length in (128, 512))
+    assert (short.micro_batch_size or 0) > (long.micro_batch_size or 0)
+
+
+def test_what_would_help_is_said_and_helps() -> None:
+    training = {"maxLength": 4096, "gradientCheckpointing": "disabled", "microBatchSize": 4}
+    with pytest.raises(WontFit) as raised:
+        make_plan(_spec(quantization={"bits": 16}, training=training), _gpu(80), 1, "sdpa", MISTRAL_7B)
+    sentence = str(raised.value)
+    assert sentence.startswith("needs 125.7 GiB of GPU memory at micro-batch 4, the GPU has 80.0: ")
+    assert "set training.gradientCheckpointing: enabled, or set training.microBatchSize: 2, or" in sentence
+    for change in ({"gradientCheckpointing": "enabled"}, {"microBatchSize": 2}, {"maxLength": 2392}):
+        assert make_plan(_spec(quantization={"bits": 16}, training=training | change), _gpu(80), 1, "sdpa", MISTRAL_7B)
+    with pytest.raises(WontFit):
+        make_plan(_spec(quantization={"bits": 16}, training=training | {"maxLength": 2400}), _gpu(80), 1, "sdpa",
+                  MISTRAL_7B)  # fmt: skip
+
+
+def test_fewer_bits_are_proposed_where_the_weights_are_the_trouble() -> None:
+    spec = _spec(quantization={"bits": 16}, training={"microBatchSize": 1, "gradientCheckpointing": "enabled"})
+    with pytest.raises(WontFit, match=r"set quantization.bits: 8, or take a larger GPU"):
+        make_plan(spec, _gpu(12), 1, "sdpa", MISTRAL_7B)
+
+
+def test_nothing_helps_a_gpu_that_cannot_hold_the_weights() -> None:
+    with pytest.raises(WontFit, match=r"the GPU has 4.0: take a larger GPU$"):
+        make_plan(_spec(), _gpu(4), 1, "sdpa", MISTRAL_7B)
+
+
+def test_prediction_is_near_what_was_measured_for_the_plain_recipe() -> None:
+    """57.2 GiB on an H200: bf16 base, 16 rows (the longest of a batch about 435 tokens), no checkpointing."""
+    assert MISTRAL_7B is not None
+    spec = _spec(quantization={"bits": 16})
+    total = predict(MISTRAL_7B, spec, micro_batch=16, length=435, checkpointing=False, attention="sdpa").total
+    assert total / GIB == pytest.approx(57.2, rel=0.1)
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = (
+        "import sys, finetune_trainer.sizing; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

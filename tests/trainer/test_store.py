@@ -1,0 +1,329 @@
+"""The store keeps its promises on every kind: moto with IAM, rclone's S3 server, a folder and a mounted claim."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api import names
+from finetune_api.uri import parse
+from finetune_trainer import s3_client, s3_retry
+from finetune_trainer.digest import digest_bytes, digest_file
+from finetune_trainer.store import (
+    AlreadyExists,
+    BucketNotFound,
+    Credentials,
+    Store,
+    StoreAccessDenied,
+    StoreCorrupted,
+    StoreMisconfigured,
+    StoreNotFound,
+    StoreUnavailable,
+    open_store,
+)
+from finetune_trainer.store_folder import FolderStore
+from support.faults import Fault, Faults, faulty
+from support.s3 import S3Server, rclone_server
+
+BIG = s3_client.MULTIPART_BYTES + s3_client.PART_BYTES + 12345
+
+
+@pytest.fixture(scope="module")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+def s3_store(server: S3Server, bucket: str, path: str = "some/prefix", **settings: str) -> Store:
+    return open_store(parse(f"s3://{bucket}/{path}"), Credentials("output", server.env | settings))
+
+
+@pytest.fixture(params=["moto", "rclone", "file", "pvc"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_kind(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=["moto", "file", "pvc"])  # rclone's S3 server knows no If-None-Match
+def exclusive_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_kind(request.param, request, tmp_path)
+
+
+def open_kind(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if kind in ("moto", "rclone"):
+        server = request.getfixturevalue("s3" if kind == "moto" else "rclone")
+        return s3_store(server, server.make_bucket())
+    if kind == "file":
+        return open_store(parse(f"file://{tmp_path}/root"), Credentials("output", {}))
+    (tmp_path / "claim").mkdir()
+    env = {names.ENV_PVC_ROOT: str(tmp_path)}
+    return open_store(parse("pvc://claim/root"), Credentials("output", {}), env=env)
+
+
+@pytest.fixture
+def big_file(tmp_path: Path) -> Path:
+    path = tmp_path / "big.bin"
+    path.write_bytes(os.urandom(1 << 20) * (BIG >> 20) + os.urandom(BIG % (1 << 20)))
+    return path
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    store.write_bytes("a/b.txt", b"first")
+    store.write_bytes("a/b.txt", b"second")
+    assert store.read_bytes("a/b.txt") == b"second"
+    assert store.exists("a/b.txt") and not store.exists("a") and not store.exists("a/b")
+    assert store.size("a/b.txt") == 6
+    assert store.digest("a/b.txt") == digest_bytes(b"second")
+
+
+def test_listing_is_sorted_and_relative_to_the_root(store: Store) -> None:
+    for path in ("b", "a/2", "a/1", "ab/3"):
+        store.write_bytes(path, path.encode())
+    assert [(entry.path, entry.size) for entry in store.list()] == [("a/1", 3), ("a/2", 3), ("ab/3", 4), ("b", 1)]
+    assert [entry.path for entry in store.list("a")] == ["a/1", "a/2"]
+    assert store.list("nothing") == []
+
+
+def test_deleting(store: Store) -> None:
+    for path in ("keep", "drop/1", "drop/deep/2", "dropped"):
+        store.write_bytes(path, b"x")
+    store.delete_prefix("drop")
+    store.delete("keep")
+    store.delete("keep")
+    assert [entry.path for entry in store.list()] == ["dropped"]
+
+
+def test_reading_what_is_not_there_says_so(store: Store, tmp_path: Path) -> None:
+    store.write_bytes("other", b"x")
+    for read in (store.read_bytes, store.size, store.digest, lambda path: store.download(path, tmp_path / "x")):
+        with pytest.raises(StoreNotFound, match=r"output\.uri: .*/missing"):
+            read("missing")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, BIG])
+def test_a_file_comes_back_the_same_and_progress_adds_up(store: Store, tmp_path: Path, size: int) -> None:
+    local = tmp_path / "file.bin"
+    local.write_bytes(os.urandom(size))
+    sent, received = [], []
+    store.upload(local, "weights.bin", sent.append)
+    store.download("weights.bin", tmp_path / "new" / "copy.bin", received.append)
+    assert digest_file(tmp_path / "new" / "copy.bin") == digest_file(local)
+    assert (sum(sent), sum(received)) == (size, size)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy.bin"]
+
+
+def test_creating_what_is_already_there_is_refused_unless_it_is_the_same(exclusive_store: Store) -> None:
+    exclusive_store.write_bytes("manifest.json", b"mine", if_none_match=True)
+    exclusive_store.write_bytes("manifest.json", b"mine", if_none_match=True)
+    with pytest.raises(AlreadyExists, match=r"manifest\.json"):
+        exclusive_store.write_bytes("manifest.json", b"theirs", if_none_match=True)
+    assert exclusive_store.read_bytes("manifest.json") == b"mine"
+
+
+def test_of_many_writers_that_create_one_wins(exclusive_store: Store) -> None:
+    outcomes: list[str] = []
+
+    def create(data: bytes) -> None:
+        try:
+            exclusive_store.write_bytes("manifest.json", data, if_none_match=True)
+            outcomes.append("created")
+        except AlreadyExists:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=create, args=(bytes([65 + number]),)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if isinstance(exclusive_store, FolderStore):  # moto checks and writes in two steps
+        assert sorted(outcomes) == ["created"] + ["refused"] * 5
+    assert len(exclusive_store.read_bytes("manifest.json")) == 1
+
+
+def test_a_download_with_another_digest_is_refused_and_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.s3_retry.ATTEMPTS", 2)
+    store.write_bytes("data", b"changed since")
+    with pytest.raises(StoreCorrupted, match="SHA-256"):
+        store.download("data", tmp_path / "copy", sha256="0" * 64)
+    assert list(tmp_path.glob("copy*")) == [] and list(tmp_path.glob(".copy*")) == []
+
+
+def test_a_large_object_carries_a_checksum_the_server_computed(s3: S3Server, bucket: str, big_file: Path) -> None:
+    s3_store(s3, bucket).upload(big_file, "big.bin")
+    head = s3.client().head_object(Bucket=bucket, Key="some/prefix/big.bin", ChecksumMode="ENABLED")
+    assert (head["ChecksumType"], head["ChecksumCRC32"]) == ("FULL_OBJECT", digest_file(big_file).crc32_base64)
+    assert head["ETag"].strip('"').endswith(f"-{-(-BIG // s3_client.PART_BYTES)}"), "it went in parallel parts"
+
+
+def test_checksums_can_be_turned_off_for_servers_that_know_none(s3: S3Server, bucket: str, big_file: Path) -> None:
+    store = s3_store(s3, bucket, AWS_REQUEST_CHECKSUM_CALCULATION="when_required")
+    store.upload(big_file, "big.bin")
+    assert store.digest("big.bin") == digest_file(big_file)
+
+
+def test_a_missing_bucket_is_an_error_in_the_manifest(s3: S3Server, tmp_path: Path) -> None:
+    store = s3_store(s3, "no-such-bucket")
+    sentence = f"output.uri: bucket no-such-bucket does not exist at {s3.endpoint}: create it or change the URI"
+    (tmp_path / "file").write_bytes(b"x")
+    for touch in (
+        store.list,
+        lambda: store.exists("x"),
+        lambda: store.size("x"),
+        lambda: store.read_bytes("x"),
+        lambda: store.write_bytes("x", b""),
+        lambda: store.upload(tmp_path / "file", "x"),
+        lambda: store.download("x", tmp_path / "x"),
+    ):
+        with pytest.raises(BucketNotFound) as caught:
+            touch()
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("wrong", ["access", "secret"])
+def test_wrong_keys_are_denied_and_never_shown(s3: S3Server, bucket: str, wrong: str) -> None:
+    key = {"access": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"}[wrong]
+    store = s3_store(s3, bucket, **{key: "CANARY-VALUE"})
+    for touch in (store.list, lambda: store.exists("x"), lambda: store.write_bytes("x", b"y")):
+        with pytest.raises(
+            StoreAccessDenied, match=r"check the keys in the Secret named by output\.secretRef"
+        ) as caught:
+            touch()
+        assert "CANARY" not in str(caught.value) and "CANARY" not in repr(caught.value.__cause__)
+
+
+def test_keys_that_may_only_read_are_told_so_when_writing(s3: S3Server, bucket: str) -> None:
+    keys = s3.add_user({"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetObject"], "Resource": "*"})
+    store = s3_store(s3, bucket, **keys.env)
+    assert store.list() == []
+    with pytest.raises(StoreAccessDenied, match="AccessDenied"):
+        store.write_bytes("x", b"y")
+
+
+def test_missing_keys_are_told_where_to_put_them(s3: S3Server, bucket: str, monkeypatch, tmp_path: Path) -> None:
+    for key in [key for key in os.environ if key.startswith("AWS_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store = open_store(parse(f"s3://{bucket}/x"), Credentials("output", s3.settings))
+    sentence = (
+        r"no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the Secret named by output\.secretRef"
+    )
+    with pytest.raises(StoreAccessDenied, match=sentence):
+        store.list()
+
+
+def test_half_a_pair_of_keys_is_told_like_none(s3: S3Server, bucket: str) -> None:
+    env = {key: value for key, value in s3.env.items() if key != "AWS_SECRET_ACCESS_KEY"}
+    with pytest.raises(StoreAccessDenied, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        open_store(parse(f"s3://{bucket}/x"), Credentials("output", env)).list()
+
+
+IMPATIENT = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", names.ENV_STORE_PATIENCE: "0"}
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_a_store_that_cannot_be_reached_is_unavailable(endpoint: str) -> None:
+    store = open_store(parse("s3://bucket/x"), Credentials("output", IMPATIENT | {"AWS_ENDPOINT_URL": endpoint}))
+    with pytest.raises(StoreUnavailable, match=r"output\.uri: s3://bucket/x") as caught:
+        store.list()
+    assert f"at {endpoint}: cannot connect: check the endpoint, DNS and NetworkPolicies" in str(caught.value)
+
+
+def test_an_endpoint_that_is_no_url_is_an_error_in_the_settings() -> None:
+    env = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "not a url"}
+    with pytest.raises(StoreMisconfigured, match=r"output\.uri: AWS_ENDPOINT_URL must be http://host:port"):
+        open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
+
+
+def test_a_store_that_never_answers_is_unavailable(monkeypatch) -> None:
+    monkeypatch.setattr(s3_client, "TRIES", 2)
+    monkeypatch.setattr(s3_client, "CONTROL_READ_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        store = open_store(parse("s3://bucket/x"), Credentials("output", IMPATIENT | {"AWS_ENDPOINT_URL": endpoint}))
+        with pytest.raises(StoreUnavailable, match="no answer in time"):
+            store.list()
+
+
+@pytest.mark.parametrize("seconds", [s3_client.CONNECT_TIMEOUT, s3_client.CONTROL_READ_TIMEOUT])
+def test_the_time_to_report_an_unreachable_store_is_well_under_a_minute(seconds: float) -> None:
+    one_round = s3_client.TRIES * seconds + 1 + 2  # botocore's own waits, at most
+    rounds = 1 if one_round >= s3_retry.PATIENCE else 2
+    assert one_round * rounds + s3_retry.MAX_WAIT <= 45
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset"])
+def test_a_short_outage_is_sat_out(s3: S3Server, bucket: str, fault: Fault) -> None:
+    faults = Faults(rate=1, kinds=(fault,))
+    faults.only = lambda request: faults.total < 4 * s3_client.TRIES
+    with faulty(s3.endpoint, faults) as endpoint:
+        s3_store(s3, bucket, AWS_ENDPOINT_URL=endpoint).write_bytes("x", b"y")
+    assert faults.total == 4 * s3_client.TRIES
+    assert s3_store(s3, bucket).read_bytes("x") == b"y"
+
+
+def test_patience_must_be_a_number(s3: S3Server, bucket: str) -> None:
+    with pytest.raises(StoreMisconfigured, match="FINETUNE_STORE_PATIENCE must be a number of seconds, not 'long'"):
+        s3_store(s3, bucket, **{names.ENV_STORE_PATIENCE: "long"})
+
+
+def test_parts_left_by_a_killed_upload_are_cleared_by_the_next(s3: S3Server, bucket: str, big_file: Path) -> None:
+    client = s3.client()
+    for key in ("some/prefix/big.bin", "some/prefix/big.bin.other"):
+        client.create_multipart_upload(Bucket=bucket, Key=key)
+    s3_store(s3, bucket).upload(big_file, "big.bin")
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["some/prefix/big.bin.other"], "not ours to touch"
+
+
+def test_a_claim_that_is_not_mounted_is_named(tmp_path: Path) -> None:
+    store = open_store(parse("pvc://data/x"), Credentials("output", {}), env={names.ENV_PVC_ROOT: str(tmp_path)})
+    with pytest.raises(BucketNotFound, match=r"claim data is not mounted .* PersistentVolumeClaim"):
+        store.list()
+
+
+def test_a_file_where_a_folder_should_be_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("x")
+    store = open_store(parse(f"file://{tmp_path}/root"), Credentials("output", {}))
+    with pytest.raises(StoreUnavailable, match="File exists"):
+        store.write_bytes("x", b"y")
+
+
+def test_a_folder_never_shows_files_that_are_still_being_written(tmp_path: Path) -> None:
+    store = open_store(parse(f"file://{tmp_path}"), Credentials("output", {}))
+    store.write_bytes("whole", b"x")
+    (tmp_path / ".model.bin.0123456789abcdef0123456789abcdef.partial").write_bytes(b"half")
+    assert [entry.path for entry in store.list()] == ["whole"]
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../b"])
+def test_a_folder_is_not_left(tmp_path: Path, path: str) -> None:
+    store = open_store(parse(f"file://{tmp_path}/root"), Credentials("output", {}))
+    with pytest.raises(StoreNotFound, match="leads out of"):
+        store.write_bytes(path, b"x")
+
+
+def test_a_full_local_disk_is_said(s3: S3Server, bucket: str) -> None:
+    store = s3_store(s3, bucket)
+    store.write_bytes("x", b"y")
+    with pytest.raises(StoreUnavailable, match=r"output\.uri: s3://.*/x at .* cannot be written to /proc"):
+        store.download("x", Path("/proc/no-such-place/x"))
+
+
+def test_an_endpoint_outside_the_administrators_list_is_refused_before_anything_is_sent(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.make_bucket()
+    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "https://s3.example.com, https://*.internal")
+    with pytest.raises(StoreMisconfigured, match=r"not allowed here; allowed: .*allowed_s3_endpoints"):
+        s3_store(s3, bucket).exists("a")
+    secret = {names.ENV_ALLOWED_S3_ENDPOINTS: "*"}
+    with pytest.raises(StoreMisconfigured):
+        s3_store(s3, bucket, **secret).exists("a")
+    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "http://127.0.0.1:*")
+    assert not s3_store(s3, bucket).exists("a")
