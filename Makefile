@@ -1,0 +1,89 @@
+# `make help` explains every target. Each sets up what it needs in .venv; nothing else on the machine is touched.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+TESTS ?= tests
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# pip's own words, less what tells a reader nothing
+QUIETLY := 2>&1 | { grep --line-buffered -vE '^(Requirement already|  |WARNING: Location|Looking in|Obtaining|Collecting|Using cached|Processing)' || true; }
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+.PHONY: quickstart
+quickstart: $(VENV)/.run ## Train, publish and check a small adapter on this machine: no cluster, no GPU, four minutes
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/finetune run examples/quickstart/finetunejob.yaml
+
+.PHONY: test
+test: lint ## Run every check and every test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Check style, types, imports, images, and that generated files are up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy crds operator
+	$(BIN)/lint-imports
+	$(BIN)/hadolint images/*/Containerfile
+	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }
+	diff -q crds/finetunejobs.yaml charts/finetune-operator/files/finetunejobs.yaml || { echo "The chart's copy is stale: run make crds"; exit 1; }
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python scripts/dashboards.py --check
+
+.PHONY: format
+format: $(VENV)/.dev ## Put the code into the agreed form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: crds
+crds: $(VENV)/.dev ## Generate the CRD from the models
+	$(BIN)/python -m finetune_api.crd > crds/finetunejobs.yaml
+	cp crds/finetunejobs.yaml charts/finetune-operator/files/
+
+.PHONY: docs
+docs: $(VENV)/.dev ## Generate the reference pages and the dashboards
+	$(BIN)/python docs/generate.py
+	$(BIN)/python scripts/dashboards.py
+
+.PHONY: envtest
+envtest: $(VENV)/.dev ## Fetch a real etcd and kube-apiserver for the tests (needs the internet)
+	$(BIN)/python scripts/envtest.py
+
+.PHONY: bench-operator
+bench-operator: $(VENV)/.dev ## Measure the operator with 1,000 and 5,000 jobs on a real API server, against benchmarks/rangespec.yaml
+	$(BIN)/python benchmarks/operator_scale.py --jobs 1000 --jobs 5000 --runs $(or $(RUNS),1)
+
+.PHONY: images
+images: ## Build the operator and trainer images with docker, podman or buildah
+	scripts/build-images.sh
+
+.PHONY: constraints
+constraints: $(VENV)/.dev ## Record the installed versions in constraints.txt
+	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable 2>/dev/null | sed 's/+cpu//'; } > $(VENV)/frozen
+	mv $(VENV)/frozen constraints.txt
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) examples/quickstart/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not: name one with 'make PYTHON=/path/to/python3.12 …'"; exit 1; }
+	@echo 'Creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV) || { echo 'Python has no venv module: on Debian and Ubuntu, apt install python3-venv'; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing PyTorch, transformers and the trainer into $(VENV): a few minutes, once'
+	@$(PIP_INSTALL) --editable '.[trainer]' $(QUIETLY)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing the trainer, the operator and the development tools into $(VENV): a few minutes, once'
+	@$(PIP_INSTALL) --editable '.[dev]' $(QUIETLY)
+	@touch $@ $(VENV)/.run
