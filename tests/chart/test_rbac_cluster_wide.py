@@ -39,7 +39,7 @@ def test_jobs_of_two_namespaces_run_and_nothing_is_refused(cluster: Cluster, tmp
 
             for namespace in (first, second):
                 wait_until(lambda namespace=namespace: done(namespace), f"the job in {namespace} succeeds", 60)
-            events = about_resources(cluster, system)
+            events = about_resources(cluster, system, first, second)
         for obj in (binding, role):
             kube.delete(obj["kind"], ACCOUNT)
         kube.close()

@@ -55,10 +55,12 @@ def used(events: list[Object]) -> set[Right]:
     return found
 
 
-def about_resources(cluster: Cluster, namespace: str) -> list[Object]:
-    """The account's audited requests but those for discovery, which every user may make."""
+def about_resources(cluster: Cluster, namespace: str, *others: str) -> list[Object]:
+    """The account's audited requests in its own `namespace`, in `others` and of the whole cluster; not those for
+    discovery, which every user may make, nor those in namespaces of earlier tests that are still being terminated."""
     found = cluster.audited(f"system:serviceaccount:{namespace}:{ACCOUNT}")
-    return [event for event in found if "objectRef" in event]
+    judged = (namespace, *others, None)
+    return [event for event in found if "objectRef" in event and event["objectRef"].get("namespace") in judged]
 
 
 def refused(events: list[Object]) -> list[tuple[str, Object]]:
