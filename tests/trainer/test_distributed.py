@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 
 from finetune_api import names
 from finetune_api.names import ExitCode
+from finetune_api.status import TrainerReport
+from support.s3 import S3Server
 from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
 
 RUN: dict[str, Any] = {
@@ -30,20 +34,62 @@ RUN: dict[str, Any] = {
 class _Pair:
     """Two trainer processes that torchrun's variables make one training, each in a fork."""
 
-    def __init__(self, config: Path, folder: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Path,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
         shared[names.ENV_TERMINATION_LOG] = str(folder / "termination.json")
         self.ranks = [
             TrainerProcess(
-                config, folder / str(rank), env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+                config,
+                folder / str(rank),
+                env=shared | (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                before=before,
             )
             for rank in (0, 1)
         ]
 
     def finish(self) -> list[Finished]:
         return [rank.finish() for rank in self.ranks]
+
+
+class _Torchrun:
+    """Two trainers under a real torchrun."""
+
+    def __init__(self, config: Path, folder: Path, env: dict[str, str] | None = None) -> None:
+        self._termination, self._log = folder / "termination.json", folder / "torchrun.log"
+        settings = {
+            names.ENV_SCRATCH_DIR: str(folder / "scratch"),
+            names.ENV_TERMINATION_LOG: str(self._termination),
+            names.ENV_LISTEN: "127.0.0.1:0",
+            "OMP_NUM_THREADS": "1",
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*torchrun, "-m", "finetune_trainer.main", "--config", str(config)]
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, env=os.environ | settings | (env or {}), stdout=output, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.log:
+            assert self.process.poll() is None, f"torchrun ended without {text!r}:\n{self.log[-3000:]}"
+            time.sleep(0.01)
+
+    def finish(self) -> TrainerReport:
+        """The report after the end; `process.returncode` is torchrun's, which hides the trainers' own."""
+        self.process.wait()
+        return TrainerReport.model_validate_json(self._termination.read_text())
 
 
 def _losses(out: Path, key: str) -> list[float]:
@@ -54,25 +100,15 @@ def test_torchrun_gives_the_losses_of_one_process(tiny_model: Path, tmp_path: Pa
     one, two = tmp_path / "one", tmp_path / "two"
     alone = train(job(one, tiny_model, RUN | {"resources.nodes": 1}), one)
     assert alone.exit_code == 0, alone.log
-    config = job(two, tiny_model, RUN)
-    env = os.environ | {
-        names.ENV_SCRATCH_DIR: str(two / "scratch"),
-        names.ENV_TERMINATION_LOG: str(two / "termination.json"),
-        names.ENV_LISTEN: "127.0.0.1:0",
-        "OMP_NUM_THREADS": "1",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "finetune_trainer.main", "--config", str(config)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = _Torchrun(job(two, tiny_model, RUN), two)
+    report = done.finish()
+    assert done.process.returncode == 0, done.log[-4000:]
     assert len(_losses(two / "out", "loss")) == 6
     for key in ("loss", "evalLoss", "gradNorm"):
         assert _losses(two / "out", key) == pytest.approx(_losses(one / "out", key), rel=1e-4)
-    report = (two / "termination.json").read_text()
-    assert '"worldSize":2' in report
-    assert '"microBatchSize":4' in report
-    assert '"gradientAccumulationSteps":1' in report
-    assert '"stage":"Succeeded"' in report
+    plan = report.execution_plan
+    assert plan and (plan.world_size, plan.micro_batch_size, plan.gradient_accumulation_steps) == (2, 4, 1)
+    assert report.stage == "Succeeded"
 
 
 def test_both_stop_at_one_step_and_resume_as_if_never_stopped(tiny_model: Path, tmp_path: Path) -> None:
@@ -127,3 +163,83 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(tiny_model: Path, tm
     for each in _Pair(config, tmp_path / "pair").finish():
         assert each.exit_code == ExitCode.CONFIG_INVALID
         assert "batchSize: 3 must be a multiple of the 2 processes" in each.log
+
+
+def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path) -> None:
+    changes = RUN | {"training.maxSteps": 40, "checkpoint.everySteps": 1000, "evaluation.everySteps": 40}
+    config = job(tmp_path, tiny_model, changes | {"output.uri": f"s3://{bucket}/nli"})
+    run = _Torchrun(config, tmp_path, s3.env)
+    run.wait_for('"event": "Step 2"')
+    run.process.send_signal(signal.SIGTERM)  # as Kubernetes does: to torchrun, which passes it on
+    stopped = run.finish()
+    assert stopped.reason == "Preempted", run.log[-3000:]
+    assert run.process.returncode != 0
+    saved = [key for key in s3.objects(bucket) if "/step-" in key and key.endswith(names.MANIFEST_FILE)]
+    assert saved == [f"nli/checkpoints/step-{stopped.progress.step:08}/{names.MANIFEST_FILE}"]
+    resumed = _Torchrun(config, tmp_path, s3.env)
+    report = resumed.finish()
+    assert (report.reason, resumed.process.returncode) == ("Succeeded", 0), resumed.log[-3000:]
+    assert f"Going on from the checkpoint of step {stopped.progress.step}" in resumed.log
+    assert (report.metrics["evalLossBefore"], report.progress.step) == (stopped.metrics["evalLossBefore"], 40)
+
+
+def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
+    s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    def announce() -> None:
+        from finetune_trainer import checkpoint, publish
+        from finetune_trainer.resume import Checkpoints
+
+        def announced(name: str, original: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                print(f"CALLED {name}")
+                return original(*args, **options)
+
+            return call
+
+        publish.check_target = announced("check_target", publish.check_target)
+        checkpoint.latest = announced("latest", checkpoint.latest)
+        Checkpoints.delete = announced("delete", Checkpoints.delete)
+
+    changes = RUN | {"output.uri": f"s3://{bucket}/x", "training.maxSteps": 1, "output.keepCheckpoints": True}
+    changes |= {"evaluation.metrics": ["loss"], "output.overwrite": True, "checkpoint.everySteps": 1}
+    for run, rate in enumerate((0.01, 0.02)):  # another run's checkpoints are in the way of the second
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        pair = _Pair(job(folder, tiny_model, changes | {"training.learningRate": rate}), folder, s3.env, announce)
+        main, other = pair.finish()
+        assert (main.exit_code, other.exit_code) == (0, 0), main.log + other.log
+        assert "CALLED" not in other.log
+        assert [main.log.count(f"CALLED {name}") for name in ("check_target", "latest")] == [1, 1]
+        assert main.log.count("CALLED delete") == run
+
+
+def test_what_rank_0_finds_wrong_ends_all_with_its_reason(s3: S3Server, tiny_model: Path, tmp_path: Path) -> None:
+    config = job(tmp_path, tiny_model, RUN | {"output.uri": "s3://no-such-bucket-here/x"})
+    for each in _Pair(config, tmp_path, s3.env).finish():
+        assert each.exit_code == ExitCode.CONFIG_INVALID, each.log
+        assert "no-such-bucket-here" in each.events[-1]["event"]
+
+
+def test_one_that_is_stopped_in_the_first_evaluation_stops_all(tiny_model: Path, tmp_path: Path) -> None:
+    def slow_evaluation() -> None:
+        from finetune_trainer.evaluate import Evaluator
+
+        original = Evaluator._sum_of_batch
+
+        def slow(*args: Any) -> Any:
+            print("BATCH")
+            time.sleep(0.5)
+            return original(*args)
+
+        Evaluator._sum_of_batch = slow
+
+    config = job(tmp_path, tiny_model, RUN | {"training.microBatchSize": 1})
+    pair = _Pair(config, tmp_path, before=slow_evaluation)
+    pair.ranks[1].wait_for("BATCH")
+    pair.ranks[1].send(signal.SIGTERM)
+    for each in pair.finish():
+        assert each.exit_code == ExitCode.PREEMPTED, each.log
+        assert each.log.count("BATCH") < 6, "the share of one process is 6 rows"
+        assert "before training began; nothing is lost" in each.log
+        assert "Step 1" not in each.log

@@ -126,19 +126,19 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
     def inject() -> None:
         import torch
 
-        from finetune_trainer import generate
+        from finetune_trainer import evaluate
         from finetune_trainer.evaluate import Evaluator
 
         def limited(original: Any, size: Any) -> Any:
-            def call(*args: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
                 if size(args) > 3:
                     raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-                return original(*args)
+                return original(*args, **options)
 
             return call
 
         Evaluator._batch = limited(Evaluator._batch, lambda args: len(args[1]))
-        generate._generate = limited(generate._generate, lambda args: len(args[2]))
+        evaluate.answers = limited(evaluate.answers, lambda args: len(args[2]))
 
     nli = {"evaluation.metrics": ["loss", "nli"], "evaluation.generation": {"maxNewTokens": 4}}
     plain = train(job(tmp_path / "plain", tiny_model, RUN | nli), tmp_path / "plain")

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -15,14 +14,10 @@ from finetune_trainer.config import World
 from finetune_trainer.data import Encoded, refuse_bad_rows
 from finetune_trainer.formats import Format, Row
 from finetune_trainer.generate import answers
+from finetune_trainer.processes import Batches
 from finetune_trainer.tokens import Encoder
 
-log = structlog.get_logger(__name__)
 _GENERATION_BATCH = 32
-
-
-class Interrupted(Exception):
-    """The evaluation was given up because the process is to stop."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,10 @@ def questions(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Ge
 
 
 class Evaluator:
-    """Measures a model on the held-out rows. `interrupted` is asked between batches and ends the work early."""
+    """Measures a model on the held-out rows. `interrupted` is asked between batches and ends the work early.
+
+    With `sharded` weights every process must call it, also where one alone is asked (`loss_of`).
+    """
 
     def __init__(
         self,
@@ -64,19 +62,21 @@ class Evaluator:
         world: World,
         batch_size: int,
         interrupted: Callable[[], bool] = lambda: False,
+        sharded: bool = False,
     ) -> None:
         self._spec = spec
         self._rows = rows
-        self._questions = list(to_answer)
+        self._questions = sorted(to_answer, key=lambda question: len(question.prompt))
         self._tokenizer = tokenizer
         self._world = world
-        self._batch_size = batch_size
-        self._interrupted = interrupted
+        self._sharded = sharded
+        self._batches = Batches(world, batch_size, interrupted, sharded)
+        self._generations = Batches(world, _GENERATION_BATCH, interrupted, sharded)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """evalLoss (nats per token, the mean over all tokens), and the NLI metrics when asked for.
 
-        Raises Interrupted on every process alike.
+        Raises processes.Interrupted on every process alike.
         """
         with _evaluating(model, self._spec.training.precision):
             metrics = {"evalLoss": self._loss(model)}
@@ -86,36 +86,20 @@ class Evaluator:
 
     def loss_of(self, model: Any, rows: int = 8) -> float:
         """Mean loss per token over the first `rows` rows, on this process alone, never interrupted."""
+        alone = Batches(World(), self._batches.size)
         with _evaluating(model, self._spec.training.precision):
-            total, count = self._sum(model, list(range(min(rows, len(self._rows.input_ids)))), lambda: False)
-        return total / count
+            sums = alone.run(range(len(self._rows.input_ids))[:rows], lambda batch: self._sum_of_batch(model, batch))
+        return sum(loss for _, (loss, _) in sums) / sum(tokens for _, (_, tokens) in sums)
 
     def _loss(self, model: Any) -> float:
         lengths = self._rows.input_ids
         order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
-        total, count = self._sum(model, order[self._world.rank :: self._world.size], self._interrupted)
-        total, count, stopped = _sum_over_processes([total, count, float(self._interrupted())], model, self._world)
-        if stopped:
-            raise Interrupted
+        sums = self._batches.run(order, lambda batch: self._sum_of_batch(model, batch))
+        mine = [sum(loss for _, (loss, _) in sums), float(sum(tokens for _, (_, tokens) in sums))]
+        total, count = _sum_over_processes(mine, model, self._world)
         return total / count
 
-    def _sum(self, model: Any, indices: list[int], interrupted: Callable[[], bool]) -> tuple[float, float]:
-        total, count, done = 0.0, 0, 0
-        while done < len(indices) and not interrupted():
-            batch = indices[done : done + self._batch_size]
-            try:
-                loss, tokens = self._sum_of_batch(model, batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self._batch_size = (len(batch) + 1) // 2
-                log.warning(f"The GPU ran out of memory evaluating {len(batch)} rows at once: {self._batch_size} now")
-                torch.cuda.empty_cache()
-                continue
-            total, count, done = total + loss, count + tokens, done + len(batch)
-        return total, count
-
-    def _sum_of_batch(self, model: Any, indices: list[int]) -> tuple[float, int]:
+    def _sum_of_batch(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
         ids, mask, labels = self._batch(indices, model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         targets = labels[:, 1:]
@@ -140,22 +124,18 @@ class Evaluator:
 
     def _nli(self, model: Any) -> dict[str, float]:
         settings = self._spec.evaluation.generation
-        mine = self._questions[self._world.rank :: self._world.size]
-        texts = answers(
-            model,
-            self._tokenizer,
-            [question.prompt for question in mine],
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=_GENERATION_BATCH,
-            interrupted=self._interrupted,
-        )
-        read = [nli.read_answer(text, settings.label_key) for text in texts]
-        labels = [question.label for question in mine]
-        shares = _gather((labels, read, len(texts) < len(mine)), self._world)
-        if any(stopped for _, _, stopped in shares):
-            raise Interrupted
+
+        def answer(batch: Sequence[Question]) -> list[nli.Answer]:
+            prompts = [question.prompt for question in batch]
+            texts = answers(model, self._tokenizer, prompts, settings.max_new_tokens, in_step=self._sharded)
+            return [nli.read_answer(text, settings.label_key) for text in texts]
+
+        results = self._generations.run(self._questions, answer)
+        labels = [question.label for batch, _ in results for question in batch]
+        read = [each for _, answered in results for each in answered]
+        shares = _gather((labels, read), self._world)
         return nli.score(
-            [label for labels, _, _ in shares for label in labels], [answer for _, read, _ in shares for answer in read]
+            [label for labels, _ in shares for label in labels], [answer for _, read in shares for answer in read]
         )
 
 

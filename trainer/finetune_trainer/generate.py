@@ -1,15 +1,12 @@
-"""Greedy answers to many prompts, in left-padded batches that stop at the first complete JSON object."""
+"""Greedy answers to a batch of prompts, padded on the left, that stop at the first complete JSON object."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import structlog
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune_trainer.nli import first_object
-
-log = structlog.get_logger(__name__)
 
 
 class _FirstObject(StoppingCriteria):
@@ -30,38 +27,12 @@ class _FirstObject(StoppingCriteria):
 
 
 def answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    interrupted: Callable[[], bool] = lambda: False,
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, in_step: bool = False
 ) -> list[str]:
-    """The text the model continues each prompt (token ids) with, in the order of `prompts`.
+    """The text the model continues each prompt (token ids) with, all prompts in one batch.
 
-    Ends early, with fewer answers, once `interrupted` says so.
+    `in_step`: this process goes on until the last process has its answers; weights that are sharded need all of them.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found: dict[int, str] = {}
-    while len(found) < len(order):
-        if interrupted():
-            return []
-        chosen = order[len(found) : len(found) + batch_size]
-        try:
-            texts = _generate(model, tokenizer, [prompts[index] for index in chosen], max_new_tokens)
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
-                raise
-            batch_size = (len(chosen) + 1) // 2
-            log.warning(f"The GPU ran out of memory answering {len(chosen)} rows at once: {batch_size} now")
-            torch.cuda.empty_cache()
-            continue
-        found |= dict(zip(chosen, texts, strict=True))
-    return [found[index] for index in range(len(prompts))]
-
-
-def _generate(model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_tokens: int) -> list[str]:
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
@@ -76,5 +47,6 @@ def _generate(model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
             stopping_criteria=StoppingCriteriaList([_FirstObject(tokenizer, width)]),
+            synced_gpus=in_step,
         )
     return list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))

@@ -14,6 +14,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.config import World
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.processes import PATIENCE
 from finetune_trainer.sizing import Device
 
 log = structlog.get_logger(__name__)
@@ -34,7 +35,7 @@ def prepare(spec: FineTuneJobSpec, world: World) -> None:
     if wanted:
         torch.cuda.set_device(world.local_rank)
     if world.size > 1:
-        PartialState(cpu=not wanted, backend="nccl" if wanted else "gloo")
+        PartialState(cpu=not wanted, backend="nccl" if wanted else "gloo", timeout=PATIENCE)
     seed(spec.training.seed)
 
 

@@ -40,7 +40,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
-    from finetune_trainer import artifacts, data, evaluate, hardware, model, sizing, tokens, trackers
+    from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
@@ -85,7 +85,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     output = open_store(
         parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
     )
-    already = check_target(output, job.metadata.uid, spec.output.overwrite)
+    already = processes.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
     if already:
         reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
         return
@@ -98,7 +98,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     plan = sizing.make_plan(spec, hardware.device(spec, world), world.size, attention, shape, longest)
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
-    _leave_if_asked(stop)
+    _leave_if_asked(stop, world)
 
     reporter.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
     base_model = served_name(spec.model.source)
@@ -115,14 +115,14 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
         if held_out
         else None
     )
-    _leave_if_asked(stop)
+    _leave_if_asked(stop, world)
 
     if evaluator and spec.evaluation.on_start and not state.before and not state.step:
         reporter.stage("Evaluating", "Measuring the base model before training")
         try:
             state.before = evaluator(adapted)
-        except evaluate.Interrupted:
-            _leave_if_asked(stop)
+        except processes.Interrupted:
+            raise _asked_to_stop(stop) from None
         reporter.metrics(state.metrics_before())
         folder.record(step=0, **{f"{key}Before": value for key, value in state.before.items()})
 
@@ -241,9 +241,17 @@ def _work_folder(settings: Settings) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _leave_if_asked(stop: StopFlag) -> None:
-    if stop:
-        raise Preempted(f"Asked to stop ({stop.reason}) before training began; nothing is lost")
+def _leave_if_asked(stop: StopFlag, world: World) -> None:
+    """Raise Preempted on every process when any was asked to stop: none may wait for one that has left."""
+    from finetune_trainer import processes
+
+    (stopping,) = processes.any_of(world, bool(stop))
+    if stopping:
+        raise _asked_to_stop(stop)
+
+
+def _asked_to_stop(stop: StopFlag) -> Preempted:
+    return Preempted(f"Asked to stop ({stop.reason or 'another process'}) before training began; nothing is lost")
 
 
 def cli() -> None:

@@ -8,7 +8,7 @@ import structlog
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint
+from finetune_trainer import checkpoint, processes
 from finetune_trainer.config import Settings
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import ConfigInvalid
@@ -28,13 +28,23 @@ class Checkpoints:
         credentials = Credentials.for_role("output", secrets_dir=settings.place.secrets)
         self._store: Store = open_store(uri, credentials, field="checkpoint.uri")
         self._spec = spec
+        self._world = settings.world
         self._on_saved = on_saved
 
     def resume(self, folder: RunFolder) -> tuple[Path | None, RunState]:
         """Bring the newest whole checkpoint here; returns its folder (None: there is none) and the state in it.
 
-        Raises ConfigInvalid when the checkpoints are another run's, unless output.overwrite says to drop them.
+        Of several processes rank 0 chooses, for all to go on from one step. Raises ConfigInvalid when the checkpoints
+        are another run's, unless output.overwrite says to drop them.
         """
+        found, state = processes.on_main(self._world, lambda: self._newest(folder))
+        if found is None or self._world.is_main:
+            return found, state
+        local = folder.checkpoint(state.step)
+        checkpoint.restore(self._store, state.step, local)
+        return local, folder.take_from_checkpoint(local)
+
+    def _newest(self, folder: RunFolder) -> tuple[Path | None, RunState]:
         mine = fingerprint(self._spec)
         step = checkpoint.latest(self._store)
         if step is None:

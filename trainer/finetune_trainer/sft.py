@@ -3,16 +3,26 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer.errors import Diverged
-from finetune_trainer.evaluate import Evaluator, Interrupted
+from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights, save_adapter
+from finetune_trainer.processes import Interrupted
+
+
+#: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
+#: and the gradients are infinite whatever the scale.
+_MOST_SKIPPED_STEPS: Final = 17
+
+
+class GivenUp(Exception):
+    """A step was given up between two of its micro-batches, because the process is to stop."""
 
 
 class QloraTrainer(SFTTrainer):  # type: ignore[misc]
@@ -31,10 +41,14 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluator = evaluator
         self._meter = meter
         self._first_bad_step: torch.Tensor | None = None
+        self._gradient_norm: Any = None
+        self._skipped_steps = 0
         #: Whether the weights are those of a whole number of steps: false while the optimizer works.
         self.at_step_boundary = True
         #: Called when an evaluation is given up because the process is to stop.
         self.on_interrupted: Callable[[], None] = lambda: None
+        #: Asked before each micro-batch.
+        self.give_up: Callable[[], bool] = lambda: False
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their real tokens."""
@@ -43,17 +57,45 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; remembers, without waiting for the device, where the loss went bad."""
+        """One forward and backward pass; remembers, without waiting for the device, where the loss went bad.
+
+        Raises GivenUp.
+        """
+        if self.give_up():
+            raise GivenUp
         loss = super().training_step(*args, **kwargs)
-        step = self.state.global_step + 1
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full((), torch.iinfo(torch.int64).max, device=loss.device)
-        here = torch.where(torch.isfinite(loss), self._first_bad_step, step)
-        self._first_bad_step = torch.minimum(self._first_bad_step, here)
+        self._note(loss, self.state.global_step + 1)
         return loss
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._gradient_norm
+
+    def note_gradient(self) -> None:
+        """Remember whether the step just done had a gradient to go by: a loss can be finite where that is not.
+
+        Now and then fp16 skips a step to find its loss scale; a run that only skips would never learn anything.
+        """
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._skipped_steps = self._skipped_steps + 1 if skipped else 0
+        if self._gradient_norm is None or (skipped and self._skipped_steps < self._skips_allowed):
+            return
+        self._note(torch.as_tensor(self._gradient_norm), self.state.global_step)
+
+    @property
+    def _skips_allowed(self) -> int:
+        return min(_MOST_SKIPPED_STEPS, self.state.max_steps)
+
+    def _note(self, value: torch.Tensor, step: int) -> None:
+        """Remember `step` when `value` is the first that is NaN or infinite."""
+        if self._first_bad_step is None:
+            never = torch.iinfo(torch.int64).max
+            self._first_bad_step = torch.full((), never, device=value.device)
+        here = torch.where(torch.isfinite(value), self._first_bad_step, step)
+        self._first_bad_step = torch.minimum(self._first_bad_step, here)
+
     def check_finite(self) -> None:
-        """Raise Diverged when a loss was NaN or infinite; called before anything is logged or kept."""
+        """Raise Diverged when a loss or gradient was NaN or infinite; called before anything is logged or kept."""
         if self._first_bad_step is None:
             return
         bad = self._first_bad_step
@@ -62,7 +104,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
         step = int(bad)
         if step <= self.state.global_step:
-            raise Diverged(f"The loss became NaN or infinite at step {step}; the checkpoint before it is kept")
+            raise Diverged(f"The loss or its gradient became NaN or infinite at step {step}; the checkpoint before it is kept")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Our evaluation in the place of the Trainer's; the callbacks hear of the result."""
@@ -82,6 +124,9 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for weight in model.parameters():
+            if weight.requires_grad:
+                self._note(weight.detach().sum(), self.state.global_step)
         self.check_finite()
         with self._meter.paused():
             Trainer._save_checkpoint(self, model, trial)  # TRL's would also write a model card

@@ -1,0 +1,110 @@
+"""What the processes of one training decide together, so that none waits for another that has left.
+
+With one process every function here is a plain call. Each must be called by all processes, in the same order.
+"""
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import structlog
+import torch
+from torch import distributed
+
+from finetune_trainer.config import World
+
+log = structlog.get_logger(__name__)
+#: How long a process waits for the others: one may still download weights, or send a checkpoint.
+PATIENCE: Final = timedelta(hours=1)
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Interrupted(Exception):
+    """Work was given up because a process is to stop."""
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone; what it returns there, or raises, it returns or raises on every process."""
+    if world.size == 1:
+        return work()
+    if not world.is_main:
+        answer: list[Any] = [None]
+        distributed.broadcast_object_list(answer, src=0)
+        value, error = answer[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+    try:
+        result = work()
+    except Exception as error:
+        distributed.broadcast_object_list([(None, _portable(error))], src=0)
+        raise
+    distributed.broadcast_object_list([(result, None)], src=0)
+    return result
+
+
+def any_of(world: World, *flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any process."""
+    if world.size == 1:
+        return list(flags)
+    on_gpu = distributed.get_backend() == "nccl"
+    mine = torch.tensor(flags, dtype=torch.int32, device="cuda" if on_gpu else "cpu")
+    distributed.all_reduce(mine, op=distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in mine.tolist()]
+
+
+@dataclass
+class Batches:
+    """Work through items that are dealt out to all processes, in step: each does as many batches as the others.
+
+    A batch too large for the memory of one process is halved on all (`size` keeps the smaller size); a stop that one
+    is asked for stops all, at most one batch later. With `sharded` weights no process can compute without the others:
+    one that has no item left repeats one, and its result is dropped.
+    """
+
+    world: World
+    size: int
+    interrupted: Callable[[], bool] = lambda: False
+    sharded: bool = False
+
+    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> list[tuple[Sequence[Item], T]]:
+        """`work` of each batch of this process's share of `items`. Raises Interrupted on every process alike."""
+        mine = items[self.world.rank :: self.world.size]
+        most = -(-len(items) // self.world.size)
+        done, results = 0, []
+        while done < most:
+            batch = mine[done : done + self.size]
+            result, too_large = self._try(batch or (items[:1] if self.sharded else batch), work)
+            too_large, stop = any_of(self.world, too_large, self.interrupted())
+            if stop:
+                raise Interrupted
+            if too_large:
+                size, self.size = self.size, (min(self.size, most - done) + 1) // 2
+                log.warning(f"The GPU ran out of memory evaluating {size} rows at once: {self.size} now")
+                torch.cuda.empty_cache()
+                continue
+            done += self.size
+            if batch:
+                results.append((batch, result))
+        return results  # type: ignore[return-value]
+
+    def _try(self, batch: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> tuple[T | None, bool]:
+        """The result, and whether the batch was too large. A process that cannot go on alone fails at once."""
+        try:
+            return (work(batch) if batch else None), False
+        except torch.OutOfMemoryError:
+            if len(batch) == 1 or (self.sharded and self.world.size > 1):
+                raise
+            return None, True
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` as it can be sent to another process; its text at least."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
+    except Exception:
+        return RuntimeError(str(error))
+    return copy if isinstance(copy, type(error)) else RuntimeError(str(error))
