@@ -107,19 +107,54 @@ class TestPadToken:
         _change(tiny_model, tmp_path, {"pad_token": "</s>"})
         assert load_tokenizer(tmp_path, "x").pad_token == "<unk>"
 
-    def test_else_a_reserved_one_else_a_sentence(self, tokenizer: Any) -> None:
-        class Bare:
-            pad_token = unk_token = None
-            eos_token, bos_token = "</s>", "<s>"
-            vocabulary = {"</s>": 0, "<s>": 1, "a": 2, "<|reserved_special_token_0|>": 3}
+    @pytest.mark.parametrize(
+        ("spare", "chosen"),
+        [
+            (["<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
+            (["<|reserved_special_token_1|>", "<|reserved_special_token_0|>"], "<|reserved_special_token_1|>"),
+            (["<|im_start|>", "<|vision_pad|>"], "<|vision_pad|>"),
+            (["[control_8]"], "[control_8]"),
+            (["<unused0>"], "<unused0>"),
+        ],
+    )
+    def test_else_one_that_was_set_aside(self, spare: list[str], chosen: str) -> None:
+        assert choose_pad_token(_byte_level_bpe(spare)) == chosen
 
-            def get_vocab(self) -> dict[str, int]:
-                return self.vocabulary
+    @pytest.mark.parametrize("sentence", ["All rights reserved here", "unused [pad] and <pad> reserved", "a padding"])
+    def test_never_a_word_of_the_language(self, sentence: str, tmp_path: Path) -> None:
+        """The lowest ids with "reserved" or "unused" in them are words: as pad token they would vanish from texts."""
+        _byte_level_bpe(["<|reserved_special_token_0|>"]).save_pretrained(tmp_path)
+        tokenizer = load_tokenizer(tmp_path, "x")
+        vocabulary = tokenizer.get_vocab()
+        assert {"Ġreserved", "Ġunused"} <= set(vocabulary), "the words are tokens of their own, with lower ids"
+        assert tokenizer.pad_token == "<|reserved_special_token_0|>"
+        assert tokenizer.decode(tokenizer(sentence)["input_ids"], skip_special_tokens=True) == sentence
 
-        assert choose_pad_token(Bare()) == "<|reserved_special_token_0|>"
-        Bare.vocabulary = {"</s>": 0, "<s>": 1, "a": 2}
+    def test_else_a_sentence_never_the_end_of_sequence(self) -> None:
+        with pytest.raises(ConfigInvalid, match="no token to pad with other than the end-of-sequence token"):
+            choose_pad_token(_byte_level_bpe(["<|im_start|>", "<tool_call>"]))
+        as_gpt2 = _byte_level_bpe([])
+        as_gpt2.unk_token = as_gpt2.bos_token = as_gpt2.pad_token = as_gpt2.eos_token
         with pytest.raises(ConfigInvalid, match="no token to pad with"):
-            choose_pad_token(Bare())
+            choose_pad_token(as_gpt2)
+
+
+def _byte_level_bpe(spare: list[str]) -> Any:
+    """A tokenizer of Llama 3's kind, without pad and unknown token: merged words first, special tokens after them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    texts = ["All rights reserved, the seats are reserved here.", "An unused [pad] is a padding of no use, unused."]
+    tokenizer.train_from_iterator(texts * 50, trainer)
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *spare])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
 
 
 def test_embeddings_are_never_resized(tokenizer: Any) -> None:

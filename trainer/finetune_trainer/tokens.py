@@ -1,9 +1,10 @@
 """The tokenizer, and rows turned into token ids with labels, as TRL's SFTTrainer would for the same row."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -12,6 +13,14 @@ from finetune_trainer.formats import Format
 
 log = structlog.get_logger(__name__)
 IGNORE = -100
+#: Whole names of tokens that models set aside for padding, then of those set aside for anything; best first.
+_PAD_TOKENS: Final = (
+    r"<\|finetune_right_pad_id\|>",  # Llama 3
+    r"<pad>|<PAD>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|pad_token\|>",
+    r"<\|(vision|image|video|fim)_pad\|>|<fim_pad>",  # Qwen, StarCoder
+    r"<\|reserved_(special_)?token_\d+\|>|<\|placeholder\d+\|>|<SPECIAL_\d+>",  # Llama 3, Phi 3, Mistral's newer ones
+    r"\[control_\d+\]|<unused_?\d+>|\[unused\d+\]",  # Mistral 7B, Gemma
+)
 
 
 class RowProblem(str):
@@ -51,27 +60,19 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
 
 
 def choose_pad_token(tokenizer: Any) -> str:
-    """A token for padding whose loss is masked without masking EOS: the pad token, else unk, else a reserved one.
+    """A token for padding whose loss is masked without masking EOS: the pad token, else unk, else one set aside for it.
 
     Labels never depend on it (padding is masked by position), but other tools mask by id: with pad = EOS they would
-    teach the model never to stop. Raises ConfigInvalid when the vocabulary has nothing to spare.
+    teach the model never to stop, with a word as pad never to say that word, and decoding drops what is special.
+    So only an added token whose whole name says that it stands in no text will do. Raises ConfigInvalid when the
+    vocabulary has nothing to spare.
     """
-    eos = tokenizer.eos_token
-    for candidate in (tokenizer.pad_token, tokenizer.unk_token):
-        if candidate is not None and candidate != eos:
+    never = {None, tokenizer.eos_token, tokenizer.bos_token}
+    added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    spare = (token for pattern in _PAD_TOKENS for token in added if re.fullmatch(pattern, token))
+    for candidate in (tokenizer.pad_token, tokenizer.unk_token, *spare):
+        if candidate not in never:
             return str(candidate)
-    vocabulary = tokenizer.get_vocab()
-    special = {eos, tokenizer.bos_token}
-    reserved = sorted(
-        (index, token)
-        for token, index in vocabulary.items()
-        if token not in special
-        and any(
-            mark in token.lower() for mark in ("[pad]", "<pad>", "<|pad", "reserved", "finetune_right_pad", "unused")
-        )
-    )
-    if reserved:
-        return str(reserved[0][1])
     raise ConfigInvalid(
         "spec.model.source: the tokenizer has no token to pad with other than the end-of-sequence token: "
         "give it a pad_token in tokenizer_config.json"
