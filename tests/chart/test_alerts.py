@@ -1,5 +1,6 @@
 """The alert rules: right by promtool's own reading, firing when they must and silent when they must."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -87,7 +88,21 @@ def test_the_monitors_give_the_labels_that_rules_and_dashboards_use() -> None:
     service = find(found, "Service")
     assert service["metadata"]["labels"]["app.kubernetes.io/part-of"] == "finetune-operator"
     (endpoint,) = find(found, "PodMonitor")["spec"]["podMetricsEndpoints"]
-    assert {relabeling["targetLabel"] for relabeling in endpoint["relabelings"]} == {"finetunejob", "attempt"}
-    demo = render(values_of("demo"))["templates/demo/prometheus.yaml"]
+    added = {relabeling["targetLabel"] for relabeling in endpoint["relabelings"] if "targetLabel" in relabeling}
+    assert added == {"finetunejob", "attempt"}
+    demo = render(values_of("demo"))["templates/demo/prometheus-config.yaml"]
     assert "job_name: finetune-operator" in demo
     assert all(f"target_label: {label}" in demo for label in ("namespace", "pod", "finetunejob", "attempt"))
+
+
+INDEX = "__meta_kubernetes_pod_label_batch_kubernetes_io_job_completion_index"
+
+
+def test_of_a_jobs_pods_only_the_one_that_serves_metrics_is_scraped() -> None:
+    (endpoint,) = find(objects(values_of("monitoring")), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    config, _ = trial_config(objects(values_of("demo")))
+    trainers = next(scrape for scrape in config["scrape_configs"] if scrape["job_name"] == "finetune-trainer")
+    (monitor,) = [rule["regex"] for rule in endpoint["relabelings"] if rule.get("sourceLabels") == [INDEX]]
+    (trial,) = [rule["regex"] for rule in trainers["relabel_configs"] if rule.get("source_labels") == [INDEX]]
+    for pattern in (monitor, trial):  # Prometheus anchors it
+        assert [index for index in ("", "0", "1", "10", "00") if re.fullmatch(str(pattern), index)] == ["", "0"]

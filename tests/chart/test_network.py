@@ -1,20 +1,37 @@
 """NetworkPolicies: what each pod may reach, answered by evaluating the rendered rules (no packets are sent)."""
 
 import ipaddress
+from collections.abc import Iterator
 from typing import Any
 
+import helm_python
 import pytest
+import yaml
 
-from support.chart import NAMESPACE, find, objects, values_of
+from support.chart import CHART, NAMESPACE, find, objects, render, values_of
 
 Object = dict[str, Any]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+DENIED = [
+    ipaddress.ip_network(cidr)
+    for cidr in yaml.safe_load((CHART / "values.yaml").read_text())["networkPolicy"]["deniedCidrs"]
+]
 TRAINER = {"finetune.dev/job": "nli"}
 OPERATOR = {
     "app.kubernetes.io/name": "finetune-operator",
     "app.kubernetes.io/instance": "tune",
     "app.kubernetes.io/component": "operator",
 }
-METADATA = ("169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254")
+METADATA = (
+    "169.254.169.254",
+    "169.254.170.2",
+    "100.100.100.200",
+    "168.63.129.16",
+    "fe80::a9fe:a9fe",
+    "fd00:ec2::254",
+    "fd20:ce::254",
+    "fd00:c1::a9fe:a9fe",
+)
 
 
 def selects(selector: Object | None, labels: dict[str, str]) -> bool:
@@ -85,6 +102,81 @@ def test_each_policy_covers_its_pods_and_no_others() -> None:
 def test_the_metadata_service_is_out_of_reach(address: str, port: int, name: str) -> None:
     for policy in (o for o in objects(values_of(name)) if o["kind"] == "NetworkPolicy"):
         assert not allows(policy, "egress", port, {"ip": address})
+
+
+def around_the_denied() -> Iterator[Network]:
+    """Blocks of many sizes: each holds a denied one, or lies beside one that does."""
+    for denied in DENIED:
+        for length in range(0, denied.prefixlen, 1 if denied.version == 4 else 5):
+            holds = denied.supernet(new_prefix=length)
+            yield holds
+            if length:
+                (beside,) = set(holds.supernet().subnets()) - {holds}
+                yield beside
+
+
+@pytest.mark.parametrize("setting", ["httpsCidrs", "extraEgress"])
+def test_denied_blocks_are_cut_out_of_every_block_that_holds_them(setting: str) -> None:
+    opened = [block for block in around_the_denied() if not any(_inside(block, denied) for denied in DENIED)]
+    assert len(opened) > 200
+    cidrs = [str(block) for block in opened]
+    rule = {"to": [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]}
+    _, trainers = policies({"networkPolicy": {"trainer": {setting: cidrs if setting == "httpsCidrs" else [rule]}}})
+    rendered = [entry["ipBlock"] for rule in trainers["spec"]["egress"] for entry in rule["to"] if "ipBlock" in entry]
+    found = {block["cidr"]: block.get("except", []) for block in rendered}
+    assert {cidr: found[cidr] for cidr in cidrs} == {
+        str(block): [str(denied) for denied in DENIED if _inside(denied, block)] for block in opened
+    }
+
+
+def _inside(inner: Network, outer: Network) -> bool:
+    return inner.version == outer.version and inner.subnet_of(outer)
+
+
+def test_egress_rules_of_the_users_keep_what_else_they_say() -> None:
+    rule = {
+        "to": [{"ipBlock": {"cidr": "0.0.0.0/1", "except": ["10.0.0.0/8"]}}, {"podSelector": {"matchLabels": TRAINER}}],
+        "ports": [{"protocol": "TCP", "port": 80}],
+    }
+    for policy, role in zip(policies({"networkPolicy": {"operator": {"extraEgress": [rule]},
+                                                        "trainer": {"extraEgress": [rule]}}}),
+                            ("operator", "trainer"), strict=True):  # fmt: skip
+        assert policy["spec"]["egress"][-1] == {
+            **rule,
+            "to": [{"ipBlock": {"cidr": "0.0.0.0/1", "except": ["10.0.0.0/8", "100.100.100.200/32"]}}, rule["to"][1]],
+        }, role
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("trainer.httpsCidrs", ["169.254.169.254/32"]),
+        ("trainer.httpsCidrs", ["10.0.0.0/8", "fd00:00c1:0::a9fe:a9fe/128"]),
+        ("apiServer.cidrs", ["169.254.0.0/16"]),
+        ("operator.extraEgress", [{"to": [{"ipBlock": {"cidr": "168.63.129.16/32"}}]}]),
+        ("trainer.extraEgress", [{"to": [{"ipBlock": {"cidr": "169.254.128.0/17"}}]}]),
+    ],
+)
+def test_a_block_inside_a_denied_one_is_refused_by_its_place(setting: str, value: list[Any]) -> None:
+    section, name = setting.split(".")
+    with pytest.raises(helm_python.HelmRenderError, match=rf"networkPolicy\.{setting}: .* lies in .*deniedCidrs"):
+        render({"networkPolicy": {section: {name: value}}})
+
+
+def test_a_rule_that_would_open_everything_is_refused() -> None:
+    for rule in ({"ports": [{"protocol": "TCP", "port": 80}]}, {"to": []}):
+        with pytest.raises(helm_python.HelmValuesError, match="extraEgress/0"):
+            render({"networkPolicy": {"trainer": {"extraEgress": [rule]}}})
+
+
+def test_a_dns_server_may_lie_in_a_denied_block_for_its_port_is_all_that_opens() -> None:
+    for policy in policies():
+        assert allows(policy, "egress", 53, {"ip": "169.254.20.10"}, "UDP")
+        assert not allows(policy, "egress", 80, {"ip": "169.254.20.10"})
+    wide = {"networkPolicy": {"dns": {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}}}
+    for policy in policies(wide):
+        assert allows(policy, "egress", 53, {"ip": "8.8.8.8"}, "UDP")
+        assert not allows(policy, "egress", 53, {"ip": "169.254.169.254"}, "UDP")
 
 
 def test_the_operator_reaches_the_api_server_dns_and_progress_alone() -> None:

@@ -26,28 +26,57 @@ app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
 {{- define "finetune-operator.labels" -}}
-app.kubernetes.io/name: {{ include "finetune-operator.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/part-of: finetune-operator
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- include "finetune-operator.labelsWith" (dict "root" .) -}}
+{{- end -}}
+
+{{- /* The labels of an object: {root, component, labels}. `labels` win over commonLabels. Neither may hold a key of the
+       chart's own: Services, policies, monitors and alerts find objects by them. */ -}}
+{{- define "finetune-operator.labelsWith" -}}
+{{- $own := dict
+  "app.kubernetes.io/name" (include "finetune-operator.name" .root)
+  "app.kubernetes.io/instance" .root.Release.Name
+  "app.kubernetes.io/version" .root.Chart.AppVersion
+  "app.kubernetes.io/part-of" "finetune-operator"
+  "app.kubernetes.io/managed-by" .root.Release.Service
+  "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
+-}}
+{{- with .component }}{{ $_ := set $own "app.kubernetes.io/component" . }}{{ end -}}
+{{- $added := merge (dict) (default dict .labels) .root.Values.commonLabels -}}
+{{- range $key, $_ := $added -}}
+{{- if or (hasKey $own $key) (eq $key "app.kubernetes.io/component") -}}
+{{- fail (printf "the label %s is set by the chart: take it out of commonLabels, podLabels and metrics.*.labels" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- merge $own $added | toYaml -}}
 {{- end -}}
 
 {{- define "finetune-operator.serviceAccountName" -}}
 {{- default (include "finetune-operator.fullname" .) .Values.serviceAccount.name -}}
 {{- end -}}
 
-{{- /* An image reference from {repository, tag, digest}; the tag defaults to the chart's appVersion. */ -}}
+{{- /* An image reference from {repository, tag, digest}, below image.registry; the tag defaults to the appVersion. */ -}}
 {{- define "finetune-operator.image" -}}
+{{- $name := .image.repository -}}
+{{- with .root.Values.image.registry }}{{ $name = printf "%s/%s" (trimSuffix "/" .) $name }}{{ end -}}
 {{- if .image.digest -}}
-{{- printf "%s@%s" .image.repository .image.digest -}}
+{{- printf "%s@%s" $name .image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" .image.repository (default .root.Chart.AppVersion .image.tag) -}}
+{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) -}}
 {{- end -}}
+{{- end -}}
+
+{{- /* Whether there is a Service of the operator: yes or nothing. */ -}}
+{{- define "finetune-operator.hasService" -}}
+{{- if or .Values.metrics.service.enabled .Values.metrics.serviceMonitor.enabled }}yes{{ end -}}
+{{- end -}}
+
+{{- /* Where pods of the release may run and how their images are pulled; trainers have settings of their own. */ -}}
+{{- define "finetune-operator.placement" -}}
+{{- $found := dict -}}
+{{- range $key := list "imagePullSecrets" "nodeSelector" "tolerations" -}}
+{{- with index $.Values $key }}{{ $_ := set $found $key . }}{{ end -}}
+{{- end -}}
+{{- with $found }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- /* The watched namespaces as JSON: {"items": [...]}. No items: all of them. */ -}}
@@ -69,32 +98,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- else -}}
 {{- include "finetune-operator.namespaces" . -}}
 {{- end -}}
-{{- end -}}
-
-{{- /* A NetworkPolicy peer: the whole of a CIDR less the denied ones that lie in the same address family. */ -}}
-{{- define "finetune-operator.cidrPeers" -}}
-{{- $denied := .denied -}}
-{{- range .cidrs }}
-{{- $six := contains ":" . }}
-{{- $except := list }}
-{{- if or (eq . "0.0.0.0/0") (eq . "::/0") }}
-{{- range $denied }}{{ if eq (contains ":" .) $six }}{{ $except = append $except . }}{{ end }}{{ end }}
-{{- end }}
-- ipBlock:
-    cidr: {{ . | quote }}
-    {{- with $except }}
-    except: {{ toJson . }}
-    {{- end }}
-{{- end }}
-{{- end -}}
-
-{{- define "finetune-operator.dnsEgress" -}}
-- to: {{- toYaml .Values.networkPolicy.dns.to | nindent 4 }}
-  ports:
-    {{- range .Values.networkPolicy.dns.ports }}
-    - {protocol: UDP, port: {{ . }}}
-    - {protocol: TCP, port: {{ . }}}
-    {{- end }}
 {{- end -}}
 
 {{- /* What Pod Security Standards' "restricted" asks of a container, and a read-only root besides. */ -}}
