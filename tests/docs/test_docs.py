@@ -21,22 +21,17 @@ from finetune_api.status import Condition, Stage
 from finetune_operator.cli.app import app
 from finetune_operator.settings import Settings
 from support import chart
+from support.documents import FENCE, ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FINETUNE = Path(sys.executable).with_name("finetune")
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "templates" not in path.parts)
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "charts/finetune-operator/README.md", *PAGES]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 FILE_NAME = re.compile(r"\.(py|ya?ml|jsonl?|md|txt|png|toml|safetensors|sh|crt|conf)$")
 VALUES = yaml.safe_load((ROOT / "charts/finetune-operator/values.yaml").read_text())
 SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
 each_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-def blocks(path: Path, *languages: str) -> list[str]:
-    return [body for language, body in FENCE.findall(path.read_text()) if language in languages]
 
 
 def inline(path: Path) -> list[str]:
@@ -240,7 +235,7 @@ NO_REASONS |= {"Failed", *get_args(Condition.model_fields["type"].annotation)} -
 def test_every_reason_has_a_cause_and_a_cure() -> None:
     page = (DOCS / "troubleshooting.md").read_text()
     told = set(re.findall(r"^\| (?:\d+ \| )?`(\w+)`", page, re.MULTILINE))
-    outcomes = {outcome.reason for outcome in names.OUTCOMES.values()}
+    outcomes = set(names.REASONS)
     assert reasons_in_code() - NO_REASONS - told == set(), "tell of them in docs/operator_reasons.py"
     assert outcomes - told == set()
     assert told - outcomes - reasons_in_code() == set(), "no longer in the code"

@@ -1,0 +1,151 @@
+"""Every command of the README and of the quickstart page is run, in order, in a copy of the repository.
+
+The README's cluster is the API server that all tests run on, with Helm's SDK, kubectl, the real operator and a real S3
+server; its trainer is simulated, for the job shown wants a GPU and seven billion weights.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api import names
+from finetune_api.manifest import load_text
+from finetune_api.spec import FineTuneJob
+from finetune_api.uri import parse
+from finetune_trainer.credentials import Credentials
+from finetune_trainer.publish import publish
+from finetune_trainer.store import open_store
+from support import cluster as clusters
+from support import helm_command, operator_process, simulated_trainer
+from support.documents import ROOT, blocks
+from support.process_node import ProcessNode
+from support.s3 import S3Server
+
+README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
+#: What a block shows and this test leaves out, and why.
+NOT_RUN = {"make test": "it is the run that this test belongs to"}
+NAMESPACE = "finetune"
+
+
+def lines(page: Path) -> list[str]:
+    """The shell lines of a page's blocks; what a console block shows of the output is left out."""
+    found: list[str] = []
+    for body in blocks(page, "bash"):
+        found += body.replace("\\\n", " ").splitlines()
+    for body in blocks(page, "console"):
+        found += [line[2:] for line in body.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+    return [line for line in found if line.strip() and line not in NOT_RUN]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what git would hand out, with the installed environment."""
+    folder = tmp_path / "finetune"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(folder / name, (0, 0))  # for make: nothing is to be installed into the environment that runs this test
+    return folder
+
+
+def shell(script: list[str], folder: Path, env: dict[str, str]) -> str:
+    """Run the lines in one shell that stops at the first failure; the output."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(["set -x", *script])],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=590,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def test_the_quickstart_runs_as_its_page_says_and_keeps_its_promise(checkout: Path) -> None:
+    adapter = checkout / "examples/quickstart/build/adapter"
+    script = lines(QUICKSTART)
+    end = script.index("make quickstart") + 1
+    page = shell(script[:end], checkout, dict(os.environ))
+    metrics = json.loads((adapter / "manifest.json").read_text())["metrics"]
+    assert metrics["evalLoss"] < metrics["evalLossBefore"] / 2
+    assert metrics["accuracy"] > metrics["accuracyBefore"] + 0.25
+    assert metrics["accuracy"] > 0.75
+    for said in ("Held-out loss", "Right labels", str(adapter)):
+        assert said in page
+    shown = re.findall(r"`([a-z_]+\.(?:json|safetensors|md))`", QUICKSTART.read_text())
+    assert [name for name in shown if not (adapter / name).exists()] == []
+    shell(script[end:], checkout, dict(os.environ))
+
+
+def publish_an_adapter(job: FineTuneJob, s3: S3Server, folder: Path) -> str:
+    """Publish what the simulated trainer says it has made; the digest of its manifest."""
+    (folder / "made").mkdir()
+    (folder / "made" / names.ADAPTER_CONFIG_FILE).write_text("{}")
+    (folder / "made" / names.ADAPTER_WEIGHTS_FILE).write_bytes(b"weights")
+    uri = parse(job.spec.output.uri)
+    s3.client().create_bucket(Bucket=uri.authority)
+    store = open_store(uri, Credentials.for_role("output", env=s3.env), field="output.uri")
+    about = {"job": job.metadata, "base_model": "org/base", "rank": job.spec.lora.rank, "metrics": {}}
+    return publish(folder / "made", store, overwrite=False, **about).manifest_digest
+
+
+@pytest.fixture
+def cluster() -> Iterator[clusters.Cluster]:
+    """A cluster of this test's own: the chart brings the definition that other tests want to keep."""
+    with clusters.start() as running:
+        definition = f"{names.PLURAL}.{names.GROUP}"
+        running.kube.delete("CustomResourceDefinition", definition)
+        yield running
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_the_readmes_commands_install_run_and_download(
+    checkout: Path, cluster: clusters.Cluster, s3: S3Server, tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    path = simulated_trainer.install(programs)
+    helm_command.install(programs)
+    (manifest,) = (body for body in blocks(README, "yaml") if names.KIND in body)
+    (checkout / "finetunejob.yaml").write_text(manifest)
+    small_base = "import prepare, rich.console as c; prepare.build(prepare.BUILD, c.Console(), 64)"
+    subprocess.run([sys.executable, "-c", small_base], cwd=checkout / "examples/quickstart", check=True)
+    published = publish_an_adapter(load_text(manifest, "README.md"), s3, tmp_path)
+    env = os.environ | s3.env | {"PATH": path, "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    env["HELM_DRIVER"] = "secret" if cluster.is_real else "memory"
+    shutil.copy(cluster.kubeconfig, env["KUBECONFIG"])
+    script = [line for line in lines(README) if line not in lines(QUICKSTART)]
+    first = next(number for number, line in enumerate(script) if line.startswith("helm install"))
+    applied = script.index("kubectl apply -f finetunejob.yaml", first) + 1
+    # The README begins with what the installation, further down, makes possible.
+    shell(script[first : first + 1], checkout, env)
+    with (
+        ProcessNode(cluster, NAMESPACE, tmp_path, env={"PATH": path, simulated_trainer.ENV_DIGEST: published}),
+        operator_process.running(as_the_charts_account(cluster, tmp_path), tmp_path, {"namespaces": [NAMESPACE]}),
+    ):
+        page = shell([*script[first + 1 : applied], *script[:first], *script[applied:]], checkout, env)
+    assert "condition met" in page
+    assert (checkout / "adapter" / names.ADAPTER_WEIGHTS_FILE).read_bytes() == b"weights"
+
+
+def as_the_charts_account(cluster: clusters.Cluster, folder: Path) -> Path:
+    """A kubeconfig with the rights of the operator just installed, where the server knows rights."""
+    if not cluster.is_real:
+        return cluster.kubeconfig
+    access = cluster.access_of_service_account(NAMESPACE, "finetune-finetune-operator")
+    return access.write_kubeconfig(folder / "operator.kubeconfig")
