@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
-from finetune_trainer import formats
-from finetune_trainer.data import Shard, load_rows
+from finetune_trainer import formats, token_lists
+from finetune_trainer.data import Shard, encode, load_rows
 from finetune_trainer.errors import DatasetInvalid
+from finetune_trainer.tokens import Encoder
 
 ROWS = [{"text": "one"}, {"text": 'two\nlines, "quoted"'}, {"text": "drei · 三"}]
 
@@ -67,6 +69,85 @@ def test_shards_are_read_in_order_and_bad_rows_name_theirs(tmp_path: Path) -> No
     shards[1].path.write_text('{"text": "fine"}\n\n{"text": 7}\n')
     with pytest.raises(DatasetInvalid, match=r"^part/1.jsonl:3: 'text' must be a string, not int$"):
         load_rows(shards, "auto", "text")
+
+
+def test_an_empty_shard_among_others_is_said(tmp_path: Path) -> None:
+    files = [_write(tmp_path / "a.jsonl", ROWS), tmp_path / "b.jsonl", tmp_path / "c.csv"]
+    files[1].touch()
+    files[2].write_text("text\n")
+    shards = [Shard(path, f"part/{path.name}", "spec.dataset.eval") for path in files]
+    with structlog.testing.capture_logs() as logs:
+        rows, _ = load_rows(shards[:2], "auto", "text")
+        load_rows(shards, "auto", "text")
+    assert len(rows) == len(ROWS)
+    assert [(entry["log_level"], entry["event"]) for entry in logs] == [
+        ("warning", "spec.dataset.eval: part/b.jsonl: 1 of 2 data files has no rows"),
+        ("warning", "spec.dataset.eval: part/b.jsonl, part/c.csv: 2 of 3 data files have no rows"),
+    ]
+    with pytest.raises(DatasetInvalid, match=r"^spec\.dataset\.eval: part/b\.jsonl, part/c\.csv: has no rows$"):
+        load_rows(shards[1:], "auto", "text")
+
+
+def test_messages_begin_with_the_field(tmp_path: Path) -> None:
+    """The training and the evaluation file may well have the same name."""
+    (tmp_path / "data.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(DatasetInvalid, match=r"^spec\.dataset\.train: data\.jsonl:1: 'text' must be a string"):
+        load_rows([Shard(tmp_path / "data.jsonl", "data.jsonl", "spec.dataset.train")], "auto", "text")
+
+
+def test_rows_are_not_kept_but_read_again(tmp_path: Path) -> None:
+    rows, _ = load_rows([Shard(_write(tmp_path / "a.jsonl", ROWS), "a.jsonl")], "auto", "text")
+    assert [row.data for row in rows] == [row.data for row in rows] == ROWS
+    assert (rows[1].line, rows[-1].data, [row.line for row in rows[:2]], rows[:0]) == (2, ROWS[2], [1, 2], [])
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+@pytest.mark.parametrize("name", ["dataset_infos.json", "dataset_info.json", ".git/x.json", "_temporary/a.csv", "a.md"])
+def test_what_lies_beside_the_data_is_no_shard(name: str) -> None:
+    assert not formats.is_data_file(name)
+    assert formats.is_data_file("en/train.jsonl")
+
+
+def test_token_lists_are_lists_in_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_lists, "_CHUNK_ROWS", 2)
+    lists = [[1, 2, 3], [], [70_000], [-100, 4]]
+    kept = token_lists.TokenLists()
+    assert (len(kept), kept.tokens, kept.longest, kept.arrow().to_pylist()) == (0, 0, 0, [])
+    kept = token_lists.TokenLists()
+    for ids in lists:
+        kept.append(ids)
+    assert (list(kept), kept[1:3], kept[-1], kept.arrow().to_pylist()) == (lists, lists[1:3], lists[-1], lists)
+    assert (kept.tokens, kept.longest, kept.arrow().num_chunks) == (6, 3, 2)
+
+
+def test_large_sets_do_not_lie_in_memory_as_python_objects(tmp_path: Path) -> None:
+    """What stays of a row are its ids and labels, 4 bytes each; lists of lists took ten times that."""
+    import tracemalloc
+
+    import datasets  # noqa: F401 -- not counted
+
+    class Words:
+        chat_template = bos_token_id = None
+        eos_token_id = 0
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [[1000 + number for number in range(200)] for _ in texts]}
+
+    count = 5000
+    path = _write(tmp_path / "rows.jsonl", [{"text": "word " * 200}] * count)
+    tracemalloc.start()
+    try:
+        rows, shape = load_rows([Shard(path, path.name)], "auto", "text")
+        encoded = encode(rows, shape, Encoder(Words(), 512), "training")
+        data = encoded.dataset()
+        stays, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert data[count - 1]["input_ids"] == [1000 + number for number in range(200)] + [0]
+    needed = 2 * 4 * 201 * count
+    assert stays < 1.5 * needed
+    assert peak < 4 * needed
 
 
 BAD_ROWS = [

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from finetune_trainer.data import encode
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
@@ -74,6 +75,21 @@ def test_a_conversation_the_template_refuses_is_a_bad_row(tokenizer: Any) -> Non
     row = Row("f.jsonl", 3, {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]})
     with pytest.raises(DatasetInvalid, match=r"f.jsonl:3: does not fit the chat template: only user and assistant"):
         encode([row], "messages", Encoder(tokenizer, 128), "training")
+
+
+def test_a_template_that_does_not_mark_the_assistant_is_said_once(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model, "x")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    encoder, rows = Encoder(tokenizer, 128), [Row("f", 1, CHAT)] * 3
+    with structlog.testing.capture_logs() as logs:
+        learned = encode(rows, "messages", encoder, "training")
+        encode(rows, "messages", encoder, "evaluation")
+    assert learned.labels[0] == learned.input_ids[0], "users' words are learned, too"
+    [warning] = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
+    assert "does not mark what the assistant says ({% generation %}): whole conversations are learned" in warning
+    with structlog.testing.capture_logs() as logs:
+        encode(rows, "messages", Encoder(load_tokenizer(tiny_model, "x"), 128), "training")
+    assert not [entry for entry in logs if entry["log_level"] == "warning"]
 
 
 def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:

@@ -4,72 +4,122 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import structlog
 
 from finetune_trainer import formats
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.formats import Format, Row
-from finetune_trainer.tokens import Encoder, RowProblem
+from finetune_trainer.token_lists import TokenLists
+from finetune_trainer.tokens import IGNORE, Encoder, RowProblem
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = structlog.get_logger(__name__)
-_BATCH = 1000
+_BATCH: Final = 1000
+_FIELDS: Final = {"training": "spec.dataset.train", "evaluation": "spec.dataset.eval"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One data file: where it lies here, and its name for messages."""
+    """One data file: where it lies here, its name for messages, and the manifest's field that led to it."""
 
     path: Path
     name: str
+    field: str = ""
+
+    @property
+    def place(self) -> str:
+        """What a message begins with: 'spec.dataset.train: part/1.jsonl'."""
+        return f"{self.field}: {self.name}" if self.field else self.name
+
+    def rows(self, shape: Format, text_field: str) -> Iterator[Row]:
+        """Its rows, each with its problem when it is not of `shape`."""
+        return (formats.check(row, shape, text_field) for row in formats.read(self.path, self.place))
+
+
+class Rows(Sequence[Row]):
+    """The rows of data files, read anew each time they are gone through: a large set never lies in memory."""
+
+    def __init__(self, shards: Sequence[Shard], shape: Format, text_field: str, count: int) -> None:
+        self._shards = tuple(shards)
+        self._shape: Format = shape
+        self._text_field = text_field
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(shard.rows(self._shape, self._text_field) for shard in self._shards)
+
+    @overload
+    def __getitem__(self, wanted: int) -> Row: ...
+    @overload
+    def __getitem__(self, wanted: slice) -> list[Row]: ...
+    def __getitem__(self, wanted: int | slice) -> Row | list[Row]:
+        if isinstance(wanted, slice):
+            return list(islice(self, *wanted.indices(len(self))))
+        return next(islice(self, range(len(self))[wanted], None))
 
 
 @dataclass
 class Encoded:
-    """A tokenized set of rows: ids and labels (-100 where no loss is taken), and what was done to them."""
+    """A tokenized set of rows: ids and labels (IGNORE where no loss is taken), and what was done to them."""
 
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
+    input_ids: TokenLists = field(default_factory=TokenLists)
+    labels: TokenLists = field(default_factory=TokenLists)
     truncated: int = 0
     dropped: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.input_ids))
+        return self.input_ids.tokens
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.input_ids), default=0)
+        return self.input_ids.longest
 
     def dataset(self) -> "Dataset":
         """For TRL: columns input_ids and labels."""
-        from datasets import Dataset, Features, Sequence, Value
+        import pyarrow
+        from datasets import Dataset
 
-        numbers = Sequence(Value("int32"))
-        return Dataset.from_dict(
-            {"input_ids": self.input_ids, "labels": self.labels},
-            features=Features({"input_ids": numbers, "labels": numbers}),
-        )
+        table = pyarrow.table({"input_ids": self.input_ids.arrow(), "labels": self.labels.arrow()})
+        # Without a fingerprint given, datasets makes one by copying and hashing all of it.
+        return Dataset(table, fingerprint="encoded")
 
 
-def load_rows(shards: Sequence[Shard], wanted: str, text_field: str) -> tuple[list[Row], Format]:
-    """Read and check every row of `shards`. `wanted` is dataset.format.
+def load_rows(shards: Sequence[Shard], wanted: str, text_field: str) -> tuple[Rows, Format]:
+    """Read and check every row of `shards`; a file without rows beside others is said. `wanted` is dataset.format.
 
-    Raises DatasetInvalid: with the first bad rows, each with file and line, or when there is no row at all.
+    Raises DatasetInvalid: with the first bad rows, each with field, file and line, or when there is no row at all.
     """
-    stream: Iterator[Row] = chain.from_iterable(formats.read(shard.path, shard.name) for shard in shards)
-    names = ", ".join(shard.name for shard in shards[:3]) + (" …" if len(shards) > 3 else "")
-    head = list(islice(stream, _BATCH))
-    shape = _shape(head, wanted, text_field)
-    rows = [formats.check(row, shape, text_field) for row in chain(head, stream)]
-    refuse_bad_rows(rows)
-    if not rows:
-        raise DatasetInvalid(f"{names}: has no rows")
-    return rows, shape
+    head = chain.from_iterable(formats.read(shard.path, shard.place) for shard in shards)
+    shape = _shape(list(islice(head, _BATCH)), wanted, text_field)
+    counts = dict.fromkeys(shards, 0)
+
+    def counted() -> Iterator[Row]:
+        for shard in shards:
+            for row in shard.rows(shape, text_field):
+                counts[shard] += 1
+                yield row
+
+    refuse_bad_rows(counted())
+    _notice_empty([shard for shard, count in counts.items() if not count], len(shards))
+    return Rows(shards, shape, text_field, sum(counts.values())), shape
+
+
+def _notice_empty(empty: Sequence[Shard], among: int) -> None:
+    if not empty:
+        return
+    names = ", ".join(shard.name for shard in empty[:3]) + (" …" if len(empty) > 3 else "")
+    where = f"{empty[0].field}: {names}" if empty[0].field else names
+    if len(empty) == among:
+        raise DatasetInvalid(f"{where}: has no rows")
+    log.warning(f"{where}: {len(empty)} of {among} data files {'has' if len(empty) == 1 else 'have'} no rows")
 
 
 def _shape(head: Sequence[Row], wanted: str, text_field: str) -> Format:
@@ -101,42 +151,55 @@ def refuse_bad_rows(rows: Iterable[Row]) -> None:
 def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> Encoded:
     """Tokenize `rows`, cut them at the encoder's maximum, and leave out those without a token to learn from.
 
-    `role` ("training" or "evaluation") is for the log. Raises DatasetInvalid, with file and line.
+    `role` is "training" or "evaluation". Raises DatasetInvalid, with field, file and line.
     """
     result, bad = Encoded(), []
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        for row, encoded in zip(batch, encoder.encode([row.data for row in batch], shape), strict=True):
+    for batch in _batches(rows):
+        bad += [row for row in batch if row.problem]  # only when a file has changed since it was checked
+        good = [row for row in batch if not row.problem]
+        for row, encoded in zip(good, encoder.encode([row.data for row in good], shape), strict=True):
             if isinstance(encoded, RowProblem):
                 bad.append(row.refuse(str(encoded)))
                 continue
             result.truncated += encoded.truncated
-            if all(label == -100 for label in encoded.labels[1:]):
+            if all(label == IGNORE for label in encoded.labels[1:]):
                 result.dropped += 1
                 continue
             result.input_ids.append(encoded.input_ids)
             result.labels.append(encoded.labels)
     refuse_bad_rows(bad)
-    _log(result, len(rows), shape, encoder.max_length, role)
+    _log(result, len(rows), shape, encoder, role)
     if not result.input_ids:
         raise DatasetInvalid(
-            f"no {role} row has a token left to learn from after cutting at training.maxLength {encoder.max_length}"
+            f"{_FIELDS[role]}: no {role} row has a token left to learn from after cutting at training.maxLength"
+            f" {encoder.max_length}"
         )
     return result
 
 
-def _log(result: Encoded, total: int, shape: str, max_length: int, role: str) -> None:
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rest = iter(rows)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+def _log(result: Encoded, total: int, shape: Format, encoder: Encoder, role: str) -> None:
     figures: dict[str, Any] = {"format": shape, "rows": total, "tokens": result.tokens, "longest": result.longest}
     log.info(f"{role.capitalize()} rows are {shape}: {total} rows, {result.tokens:,} tokens", **figures)
     if result.truncated:
         share = 100 * result.truncated / total
         log.warning(
             f"{result.truncated} of {total} {role} rows ({share:.1f} %) are longer than training.maxLength"
-            f" {max_length} and were cut",
+            f" {encoder.max_length} and were cut",
             truncated=result.truncated,
         )
     if result.dropped:
         log.warning(
             f"{result.dropped} of {total} {role} rows were left out: cut to the prompt, nothing is left to learn",
             dropped=result.dropped,
+        )
+    if shape == "messages" and role == "training" and not encoder.masks_assistant:
+        log.warning(
+            "The chat template does not mark what the assistant says ({% generation %}): whole conversations are"
+            " learned, what users say too; to learn answers only, use prompt and completion columns"
         )

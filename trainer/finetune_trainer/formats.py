@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from finetune_trainer.errors import DatasetInvalid
@@ -12,6 +12,8 @@ from finetune_trainer.errors import DatasetInvalid
 Format = Literal["text", "prompt-completion", "messages"]
 #: How many bad rows are shown before the rest is only counted.
 SHOWN_PROBLEMS = 10
+#: What tools leave beside the data (the `datasets` library passes over the same names).
+_ABOUT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -44,8 +46,10 @@ def read(path: Path, name: str) -> Iterator[Row]:
 
 
 def is_data_file(path: str) -> bool:
-    """Whether a file of this name in a prefix counts as a shard (hidden files and others do not)."""
-    return Path(path).suffix.lower() in _READERS and not Path(path).name.startswith((".", "_"))
+    """Whether a file at this path below a prefix counts as a shard: of a known kind, not hidden, not about the data."""
+    parts = PurePosixPath(path).parts
+    hidden = any(part.startswith((".", "_")) for part in parts)
+    return Path(path).suffix.lower() in _READERS and not hidden and parts[-1] not in _ABOUT_DATA
 
 
 def _json_lines(path: Path, name: str) -> Iterator[Row]:
