@@ -1,13 +1,14 @@
 """What a run reads: the model's small files, its weights, data files. Small things first, so that errors show early."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from finetune_api.uri import Uri, parse
+from finetune_trainer import splits
 from finetune_trainer.config import Settings
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.data import Shard
@@ -33,6 +34,8 @@ _NEVER: Final = (
     "consolidated*.safetensors",
 )
 _WEIGHTS: Final = "*.safetensors"
+#: The splits of a hub data set that suit a field, best first.
+_SPLITS: Final = {"spec.dataset.train": ("train",), "spec.dataset.eval": ("validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,37 @@ class Inputs:
         return folder
 
     def shards(self, source: str, field: str) -> list[Shard]:
-        """The data files at `source`: one, or all below a prefix. Raises DatasetInvalid when there is none."""
+        """The data files at `source`: one, or all below a prefix; of a data set on the hub, those of one split.
+
+        Raises DatasetInvalid when there is none, or when it is not clear which are meant.
+        """
         uri = parse(source)
         try:
-            found = self._fetch(uri, "dataset", field)
+            uri, found, split = self._data(uri, field)
         except BucketNotFound:
             raise
         except StoreNotFound as error:
             raise DatasetInvalid(str(error)) from None
         if found.is_file():
-            return [Shard(found, found.name)]
-        files = sorted(path for path in found.rglob("*") if path.is_file() and is_data_file(path.name))
-        if not files:
+            return [Shard(found, found.name, field)]
+        every = sorted(path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file())
+        paths = [path for path in every if is_data_file(path)]
+        if not paths:
             raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
-        return [Shard(path, path.relative_to(found).as_posix()) for path in files]
+        if uri.scheme == "hf":
+            paths = _of_split(paths, split, uri, field)
+        return [Shard(found / path, path, field) for path in paths]
+
+    def _data(self, uri: Uri, field: str) -> tuple[Uri, Path, str]:
+        """`uri` and what it names, and ''; where its last segment is no path but a split: those above it, and that."""
+        try:
+            return uri, self._fetch(uri, "dataset", field), ""
+        except StoreNotFound:
+            above, _, name = uri.path.rstrip("/").rpartition("/")
+            if not uri.is_dataset or not name.isidentifier():
+                raise
+            above_it = replace(uri, path=above)
+            return above_it, self._fetch(above_it, "dataset", field), name
 
     def adapter(self, source: str) -> Path:
         """An earlier adapter to continue from."""
@@ -107,6 +127,17 @@ class Inputs:
             ignore=ignore,
             field=field,
         )
+
+
+def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
+    """Those of `paths` that are of `split`; '' stands for the one that suits the field."""
+    try:
+        chosen = splits.named(paths, split, str(uri)) if split else splits.choose(paths, _SPLITS[field], str(uri))
+    except ValueError as error:
+        raise DatasetInvalid(f"{field}: {error}") from None
+    if len(chosen) < len(paths):
+        log.info(f"{field}: {len(chosen)} of the {len(paths)} data files of {uri} are of this split", files=chosen[:10])
+    return chosen
 
 
 def served_name(source: str) -> str:
