@@ -1,0 +1,92 @@
+"""Work dealt out to processes that stay in step (the others are simulated; test_distributed.py has real ones)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_trainer import processes
+from finetune_trainer.config import World
+from finetune_trainer.processes import Batches, Interrupted, any_of, on_main
+
+
+class _Refused(Exception):
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field}: {why}")
+
+
+def _limited(size: int) -> Any:
+    def work(batch: Sequence[int]) -> int:
+        if len(batch) > size:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return sum(batch)
+
+    return work
+
+
+def test_one_process_decides_alone() -> None:
+    assert on_main(World(), lambda: 7) == 7
+    assert any_of(World(), True, False) == [True, False]
+
+
+def test_a_batch_too_large_is_halved_and_stays_small() -> None:
+    batches = Batches(World(), 8)
+    results = batches.run(range(10), _limited(3))
+    assert [list(batch) for batch, _ in results] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert [total for _, total in results] == [1, 5, 9, 13, 17]
+    assert batches.size == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.run(range(10), _limited(0))
+
+
+def test_a_stop_ends_the_work_after_one_batch() -> None:
+    seen: list[Sequence[int]] = []
+    with pytest.raises(Interrupted):
+        Batches(World(), 2, interrupted=lambda: bool(seen)).run(range(10), seen.append)
+    assert seen == [range(2)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+def test_simulated_processes_do_equally_many_batches_and_every_item_once(
+    rows: int, sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = {0: 0, 1: 0, 2: 0}
+    passes = {0: 0, 1: 0, 2: 0}
+    kept: list[int] = []
+    for rank in rounds:
+
+        def counted(world: World, *flags: bool) -> list[bool]:
+            rounds[world.rank] += 1
+            return list(flags)
+
+        def work(batch: Sequence[int], rank: int = rank) -> int:
+            passes[rank] += 1
+            return len(batch)
+
+        monkeypatch.setattr(processes, "any_of", counted)
+        for batch, length in Batches(World(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
+            assert len(batch) == length
+            kept += batch
+    assert sorted(kept) == list(range(rows))
+    assert len(set(rounds.values())) == 1
+    assert passes == rounds or not sharded
+
+
+def test_a_simulated_process_halves_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([[True, False], [False, False], [False, False]])
+    monkeypatch.setattr(processes, "any_of", lambda world, *flags: next(answers))
+    results = Batches(World(1, 1, 2), 4).run(range(8), sum)
+    assert results == [(range(1, 5, 2), 4), (range(5, 9, 2), 12)]
+
+
+def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Batches(World(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
+    sent = processes._portable(_Refused("output.uri", "is taken"))
+    assert (type(sent), str(sent)) == (RuntimeError, "output.uri: is taken")
+    assert isinstance(processes._portable(KeyError("x")), KeyError)
