@@ -27,31 +27,44 @@ GOOD = json.dumps(nli_rows(1)[0])
 NLI = {"evaluation.metrics": ["loss", "nli"]}
 
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], ExitCode, str]] = {
-    "broken JSON": (lambda f: _rows(f, GOOD, "{"), {}, ExitCode.DATASET_INVALID, "train.jsonl:2: is not JSON"),
+    "broken JSON": (
+        lambda f: _rows(f, GOOD, "{"), {}, ExitCode.DATASET_INVALID, "spec.dataset.train: train.jsonl:2: is not JSON",
+    ),
     "missing column": (
         lambda f: _rows(f, GOOD, '{"txt": "a"}'), {}, ExitCode.DATASET_INVALID,
-        "train.jsonl:2: has no column 'text'; it has 'txt'",
+        "spec.dataset.train: train.jsonl:2: has no column 'text'; it has 'txt'",
     ),
     "unknown columns": (
-        lambda f: _rows(f, '{"premise": "a"}'), {}, ExitCode.DATASET_INVALID, "train.jsonl:1: columns are 'premise'",
+        lambda f: _rows(f, '{"premise": "a"}'), {}, ExitCode.DATASET_INVALID,
+        "spec.dataset.train: train.jsonl:1: columns are 'premise'",
     ),
-    "empty file": (lambda f: _rows(f), {}, ExitCode.DATASET_INVALID, "train.jsonl: has no rows"),
+    "empty file": (
+        lambda f: _rows(f), {}, ExitCode.DATASET_INVALID, "spec.dataset.train: train.jsonl: has no rows",
+    ),
     "not UTF-8": (
         lambda f: (_rows(f), (f / "train.jsonl").write_bytes(b'{"text": "\xff"}\n'))[0], {}, ExitCode.DATASET_INVALID,
-        "train.jsonl:1: is not UTF-8 text",
+        "spec.dataset.train: train.jsonl:1: is not UTF-8 text",
     ),
     "no such file": (
-        None, {"dataset.train": "file:///nowhere/x.jsonl"}, ExitCode.DATASET_INVALID, "file:///nowhere/x.jsonl",
+        None, {"dataset.train": "file:///nowhere/x.jsonl"}, ExitCode.DATASET_INVALID,
+        "spec.dataset.train: file:///nowhere/x.jsonl does not exist",
     ),
     "no label in an answer": (
         lambda f: _rows(f, GOOD, '{"text": "[INST] a [/INST] yes"}', name="eval.jsonl"), NLI, ExitCode.DATASET_INVALID,
-        "eval.jsonl:2: the answer has no JSON object with 'predicted_label'",
+        "spec.dataset.eval: eval.jsonl:2: the answer has no JSON object with 'predicted_label'",
     ),
     "no answer marker": (
         lambda f: _rows(f, '{"text": "just text"}', name="eval.jsonl"), NLI, ExitCode.DATASET_INVALID,
-        "eval.jsonl:1: 'text' has no answer marker '[/INST]'",
+        "spec.dataset.eval: eval.jsonl:1: 'text' has no answer marker '[/INST]'",
     ),
-    "no model": (None, {"model.source": "file:///nowhere/model"}, ExitCode.CONFIG_INVALID, "file:///nowhere/model"),
+    "nothing left to learn": (
+        lambda f: _rows(f, json.dumps({"prompt": "tea " * 200, "completion": "x"})), {}, ExitCode.DATASET_INVALID,
+        "spec.dataset.train: no training row has a token left to learn from after cutting at training.maxLength 128",
+    ),
+    "no model": (
+        None, {"model.source": "file:///nowhere/model"}, ExitCode.CONFIG_INVALID,
+        "spec.model.source: file:///nowhere/model does not exist",
+    ),
     "wrong layer name": (
         None, {"lora.targetModules": ["q_prj"]}, ExitCode.CONFIG_INVALID,
         "'q_prj' is no linear layer of this model; it has down_proj, gate_proj, k_proj",
@@ -83,11 +96,24 @@ def test_bad_input_is_refused_in_one_sentence_before_weights_load(case: str, tin
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize(("role", "folder"), [("train", "a"), ("eval", "b")])
+def test_of_two_files_with_one_name_the_bad_one_is_named(
+    role: str, folder: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    for each in ("a", "b"):
+        _rows(tmp_path / each, GOOD, *(["{"] if each == folder else []), name="data.jsonl")
+    changes = {"dataset.train": f"file://{tmp_path}/a/data.jsonl", "dataset.eval": f"file://{tmp_path}/b/data.jsonl"}
+    finished = train(job(tmp_path, tiny_model, changes), tmp_path)
+    assert finished.exit_code == ExitCode.DATASET_INVALID, finished.log
+    assert finished.message.startswith(f"spec.dataset.{role}: data.jsonl:2: is not JSON")
+
+
 def test_the_first_bad_rows_are_listed_and_the_rest_counted(tiny_model: Path, tmp_path: Path) -> None:
     _rows(tmp_path, GOOD, *["nonsense"] * 15)
     finished = train(job(tmp_path, tiny_model), tmp_path)
     lines = finished.message.splitlines()
-    assert [line.split(":")[1] for line in lines[:10]] == [str(number) for number in range(2, 12)]
+    places = [line.partition(": is not JSON")[0] for line in lines[:10]]
+    assert places == [f"spec.dataset.train: train.jsonl:{number}" for number in range(2, 12)]
     assert lines[10] == "… and 5 more bad rows"
 
 
@@ -124,7 +150,7 @@ def test_being_stopped_before_training_loses_nothing(tiny_model: Path, tmp_path:
     process.send(signal.SIGTERM)
     finished = process.finish()
     assert finished.exit_code == ExitCode.PREEMPTED
-    assert "before training began" in finished.message or "is saved" in finished.message
+    assert "nothing is lost" in finished.message or "is saved" in finished.message
 
 
 def test_a_port_in_use_is_a_warning(tiny_model: Path, tmp_path: Path) -> None:
