@@ -40,6 +40,13 @@ def test_progress_is_written_no_more_often_than_the_setting_says(
         ({"allowed_images": ["ghcr.io/team/*"]}, {"image": "docker.io/evil:1"}, "allowed_images"),
         ({"max_gpus_per_job": 2}, {"resources": {"gpusPerNode": 4}, "training": {"batchSize": 16}}, "max_gpus_per_job"),
         ({"allowed_s3_buckets": ["team-*"]}, {}, "allowed_s3_buckets"),
+        (
+            {},
+            {"model": {"source": "hf://example/model", "revision": "a" * 40, "trustRemoteCode": True}},
+            "allow_remote_code",
+        ),
+        ({}, {"output": {"uri": "file:///adapters/nli"}}, "allow_file_output"),
+        ({}, {"dataset": {"train": "file:///var/run/secrets/finetune/output"}}, "protected_paths"),
     ],
 )
 def test_an_administrators_rule_refuses_by_its_name(setting, spec, rule, start_operator: StartOperator, jobs: Jobs):

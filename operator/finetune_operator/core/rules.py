@@ -13,6 +13,7 @@ from finetune_operator.settings import Settings
 
 INVALID = "ConfigInvalid"
 REFUSED = "PolicyRefused"
+PROTECTED_PATHS = ("/dev", "/etc", "/proc", "/run", "/sys", "/var/run")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def refuse(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Refusal |
 
 
 def _allowed_images(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
-    if spec.image and not any(fnmatchcase(spec.image, pattern) for pattern in policy.allowed_images):
-        allowed = ", ".join(policy.allowed_images) or "none but the operator's own"
-        yield f"spec.image: {spec.image} is not allowed; allowed: {allowed}"
+    patterns = policy.allowed_images
+    if spec.image and spec.image != policy.trainer_image and not any(fnmatchcase(spec.image, p) for p in patterns):
+        yield f"spec.image: {spec.image} is not allowed; allowed: {', '.join((policy.trainer_image, *patterns))}"
 
 
 def _max_gpus_per_job(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
@@ -82,12 +83,22 @@ def _allow_file_output(job: JobObject, spec: FineTuneJobSpec, policy: Settings) 
             yield f"{field}: {value} would vanish with the pod; use s3://bucket/key or pvc://claim/path"
 
 
+def _protected_paths(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    """What lies there is the pod's, not the job's: Secrets, tokens, the environment and memory of processes."""
+    for field, value in _uris(spec):
+        place = uri.parse(value)
+        root = next((path for path in PROTECTED_PATHS if f"{place.path}/".startswith(f"{path}/")), None)
+        if place.scheme == "file" and root:
+            yield f"{field}: {value} lies in {root}, which is the system's; a job may not name anything there"
+
+
 _RULES: tuple[Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]], ...] = (
     _allowed_images,
     _max_gpus_per_job,
     _allowed_s3_buckets,
     _allow_remote_code,
     _allow_file_output,
+    _protected_paths,
 )
 
 
