@@ -15,6 +15,7 @@ from finetune_trainer.store import (
     BucketNotFound,
     Credentials,
     StoreAccessDenied,
+    StoreMisconfigured,
     StoreNotFound,
     StoreUnavailable,
 )
@@ -227,6 +228,19 @@ def test_a_hub_that_is_down(hub: Hub, folder_model: Path, tmp_path: Path) -> Non
     nowhere = Credentials("model", {"HF_ENDPOINT": "http://127.0.0.1:9"})
     with pytest.raises(StoreUnavailable, match="the hub does not answer: check HF_ENDPOINT"):
         fetch(parse("hf://org/mini"), nowhere, tmp_path / "other")
+
+
+@pytest.mark.parametrize("value", ["hf_CANARY", "http://CANARY x", "http://host:CANARY"])
+def test_a_hub_endpoint_that_is_no_url_is_not_shown(value: str, tmp_path: Path) -> None:
+    sentence = r"^model\.source: HF_ENDPOINT must be http://host:port or https://host \(in the Secret named by model\."
+    with pytest.raises(StoreMisconfigured, match=sentence) as caught:
+        fetch(parse("hf://org/mini"), Credentials("model", {"HF_ENDPOINT": value}), tmp_path)
+    assert "CANARY" not in str(caught.value)
+
+
+def test_a_password_in_the_hubs_endpoint_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match=r"hf://org/mini at http://127\.0\.0\.1:9: the hub does not answer"):
+        fetch(parse("hf://org/mini"), Credentials("model", {"HF_ENDPOINT": "http://me:CANARY@127.0.0.1:9"}), tmp_path)
 
 
 def test_two_threads_fetch_the_same_hub_model(hub: Hub, folder_model: Path, tmp_path: Path) -> None:

@@ -234,10 +234,42 @@ def test_a_store_that_cannot_be_reached_is_unavailable(endpoint: str) -> None:
     assert f"at {endpoint}: cannot connect: check the endpoint, DNS and NetworkPolicies" in str(caught.value)
 
 
-def test_an_endpoint_that_is_no_url_is_an_error_in_the_settings() -> None:
-    env = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "not a url"}
-    with pytest.raises(StoreMisconfigured, match=r"output\.uri: AWS_ENDPOINT_URL must be http://host:port"):
+#: Settings with CANARY in them, and what is said of each.
+UNUSABLE = [
+    ("AWS_ENDPOINT_URL", "CANARY/K7MDENG/bPxRfiCY", "http://host:port or https://host"),
+    ("AWS_ENDPOINT_URL_S3", "CANARY", "http://host:port or https://host"),
+    ("AWS_ENDPOINT_URL", "http://CANARY host", "http://host:port or https://host"),
+    ("AWS_ENDPOINT_URL", "http://host:CANARY", "http://host:port or https://host"),
+    ("AWS_ENDPOINT_URL", "http://[CANARY", "http://host:port or https://host"),
+    ("AWS_ENDPOINT_URL", "ftp://CANARY", "http://host:port or https://host"),
+    ("AWS_REGION", "CANARY/x y", "the name of a region, such as us-east-1"),
+    ("AWS_CA_BUNDLE", "/nowhere/CANARY", "the path of a file with certificates"),
+    ("AWS_REQUEST_CHECKSUM_CALCULATION", "CANARY", "when_supported or when_required"),
+    (names.ENV_STORE_PATIENCE, "CANARY", "a number of seconds"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), UNUSABLE)
+@pytest.mark.parametrize("endpoints", ["", "https://*"])
+def test_a_setting_that_cannot_work_is_named_and_its_value_never_shown(
+    key: str, value: str, allowed: str, endpoints: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a secret key that was put under the wrong name."""
+    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, endpoints)
+    env = IMPATIENT | {"AWS_ENDPOINT_URL": "https://127.0.0.1:9"} | {key: value}
+    with pytest.raises(StoreMisconfigured) as caught:
         open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
+    expected = f"output.uri: {key} must be {allowed} (in the Secret named by output.secretRef, or in the environment)"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("url", ["user:CANARY@127.0.0.1:9", "CANARY@127.0.0.1:9", "127.0.0.1:9/?token=CANARY"])
+def test_a_password_in_the_endpoint_is_not_shown(url: str) -> None:
+    store = open_store(parse("s3://bucket/x"), Credentials("output", IMPATIENT | {"AWS_ENDPOINT_URL": f"http://{url}"}))
+    with pytest.raises(StoreUnavailable) as caught:
+        store.list()
+    assert str(caught.value).startswith("output.uri: s3://bucket/x at http://127.0.0.1:9: ")
+    assert "CANARY" not in str(caught.value)
 
 
 def test_a_store_that_never_answers_is_unavailable(monkeypatch) -> None:
@@ -265,11 +297,6 @@ def test_a_short_outage_is_sat_out(s3: S3Server, bucket: str, fault: Fault) -> N
         s3_store(s3, bucket, AWS_ENDPOINT_URL=endpoint).write_bytes("x", b"y")
     assert faults.total == 4 * s3_client.TRIES
     assert s3_store(s3, bucket).read_bytes("x") == b"y"
-
-
-def test_patience_must_be_a_number(s3: S3Server, bucket: str) -> None:
-    with pytest.raises(StoreMisconfigured, match="FINETUNE_STORE_PATIENCE must be a number of seconds, not 'long'"):
-        s3_store(s3, bucket, **{names.ENV_STORE_PATIENCE: "long"})
 
 
 def test_parts_left_by_a_killed_upload_are_cleared_by_the_next(s3: S3Server, bucket: str, big_file: Path) -> None:
@@ -325,5 +352,12 @@ def test_an_endpoint_outside_the_administrators_list_is_refused_before_anything_
     secret = {names.ENV_ALLOWED_S3_ENDPOINTS: "*"}
     with pytest.raises(StoreMisconfigured):
         s3_store(s3, bucket, **secret).exists("a")
-    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "http://127.0.0.1:*")
+    for trick in (
+        "https://evil.example/x.internal",
+        "https://evil.example#.internal",
+        "https://a.internal@evil.example",
+    ):
+        with pytest.raises(StoreMisconfigured, match=r"at https://evil\.example: this endpoint is not allowed here"):
+            s3_store(s3, bucket, AWS_ENDPOINT_URL=trick).exists("a")
+    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "http://127.0.0.1:*/")
     assert not s3_store(s3, bucket).exists("a")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
+from urllib.parse import urlsplit
 
 from finetune_api import names
 
@@ -13,6 +14,8 @@ from finetune_api import names
 _AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
 _MAX_BYTES: Final = 64 * 1024
+_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?|[0-9A-Fa-f:.]+")
+_USERINFO: Final = re.compile(r"(?<=://)[^/\s@\"']*@")
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,23 @@ def _read_secret(folder: Path) -> dict[str, str]:
 def _read_value(path: Path) -> str:
     with path.open("rb") as file:
         return file.read(_MAX_BYTES).decode("utf-8", errors="replace").strip()
+
+
+def origin(url: str) -> str:
+    """'https://host:port' of an http(s) URL: all of it that a message may show, for the rest may hold a password.
+
+    Raises ValueError, whose text does not hold `url`: it may be a key that was put under the wrong name.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ValueError("is no URL") from None
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) or any(map(str.isspace, url)):
+        raise ValueError("is no http:// or https:// URL")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port is not None else "")
+
+
+def without_userinfo(text: str) -> str:
+    """`text` without the user names and passwords of the URLs in it."""
+    return _USERINFO.sub("", text)

@@ -8,6 +8,8 @@ from typing import Any
 import structlog
 from rich.console import Console
 
+from finetune_trainer.credentials import without_userinfo
+
 _SHARED: list[Any] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
@@ -74,6 +76,11 @@ def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
     return f"{when}  {mark}{what}{rest}" + (f"\n{trace}" if trace else "")
 
 
+def _without_passwords(_logger: Any, _method: str, line: str) -> str:
+    """Libraries' texts and tracebacks may hold the URL they were given, with user and password."""
+    return without_userinfo(line)
+
+
 def _formatter(renderer: Any) -> logging.Formatter:
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=_SHARED,
@@ -81,5 +88,6 @@ def _formatter(renderer: Any) -> logging.Formatter:
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
             renderer,
+            _without_passwords,
         ],
     )

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import PartialCredentialsError
+from botocore.exceptions import InvalidRegionError, PartialCredentialsError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from finetune_trainer import s3_download
-from finetune_trainer.credentials import Credentials
+from finetune_trainer.credentials import Credentials, origin
 from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
 from finetune_trainer.store import OnProgress
 
@@ -67,26 +67,56 @@ class Clients:
             return digest_chunks(get()["Body"].iter_chunks(CHUNK_BYTES), keep)
 
 
+class BadSetting(Exception):
+    """A setting that can never work: its key, and what is allowed. The value is not told: it may be a secret."""
+
+    def __init__(self, key: str, allowed: str) -> None:
+        super().__init__(f"{key} must be {allowed}")
+
+
 def endpoint_of(credentials: Credentials) -> str | None:
     """The S3 endpoint to use, or None for Amazon's."""
-    return credentials.get("AWS_ENDPOINT_URL_S3") or credentials.get("AWS_ENDPOINT_URL")
+    return credentials.get(_endpoint_key(credentials))
+
+
+def shown_endpoint(credentials: Credentials) -> str:
+    """What messages call the endpoint: scheme, host and port, never a password in it. Raises BadSetting."""
+    endpoint = endpoint_of(credentials)
+    try:
+        return origin(endpoint) if endpoint else "Amazon S3"
+    except ValueError:
+        raise BadSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
+
+
+def _endpoint_key(credentials: Credentials) -> str:
+    return "AWS_ENDPOINT_URL_S3" if credentials.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
 
 
 def is_allowed(credentials: Credentials, allowed: str) -> bool:
-    """Whether the endpoint matches one of the `allowed` shell patterns (commas between them; empty allows any)."""
-    endpoint = endpoint_of(credentials) or AMAZON
-    patterns = [pattern.strip() for pattern in allowed.split(",") if pattern.strip()]
+    """Whether the endpoint matches one of the `allowed` shell patterns (commas between them; empty allows any).
+
+    Only its scheme, host and port are compared: no path, user or query can make another host match.
+    """
+    endpoint = origin(endpoint_of(credentials) or AMAZON)
+    patterns = [pattern.strip().rstrip("/") for pattern in allowed.split(",") if pattern.strip()]
     return not patterns or any(fnmatchcase(endpoint, pattern) for pattern in patterns)
 
 
 def connect(credentials: Credentials) -> Clients:
     """Clients for these credentials; nothing is sent yet. Without keys, boto3 looks where it always does.
 
-    Raises BotoCoreError for half a pair of keys, ValueError for an endpoint that is no URL.
+    Raises BotoCoreError for half a pair of keys, BadSetting.
     """
     for key, other in (_PAIR, _PAIR[::-1]):
         if credentials.get(key) and not credentials.get(other):
             raise PartialCredentialsError(provider=credentials.role, cred_var=other)
+    shown_endpoint(credentials)
+    certificates = credentials.get("AWS_CA_BUNDLE")
+    if certificates and not Path(certificates).exists():
+        raise BadSetting("AWS_CA_BUNDLE", "the path of a file with certificates")
+    calculation = (credentials.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported").lower()
+    if calculation not in ("when_supported", "when_required"):
+        raise BadSetting("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported or when_required")
     session = boto3.session.Session(
         aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
@@ -94,7 +124,6 @@ def connect(credentials: Credentials) -> Clients:
         region_name=credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION") or "us-east-1",
     )
     endpoint = endpoint_of(credentials)
-    calculation = (credentials.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported").lower()
 
     def client(read_timeout: int) -> Any:
         config = Config(
@@ -105,9 +134,14 @@ def connect(credentials: Credentials) -> Clients:
             s3={"addressing_style": "path" if endpoint else "auto"},
             request_checksum_calculation=calculation,
         )
-        return session.client("s3", endpoint_url=endpoint, config=config, verify=credentials.get("AWS_CA_BUNDLE"))
+        return session.client("s3", endpoint_url=endpoint, config=config, verify=certificates)
 
-    return Clients(client(CONTROL_READ_TIMEOUT), client(DATA_READ_TIMEOUT), calculation == "when_supported")
+    try:
+        return Clients(client(CONTROL_READ_TIMEOUT), client(DATA_READ_TIMEOUT), calculation == "when_supported")
+    except InvalidRegionError:
+        raise BadSetting("AWS_REGION", "the name of a region, such as us-east-1") from None
+    except ValueError:
+        raise BadSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
 
 
 def _transfer_config() -> TransferConfig:

@@ -115,11 +115,9 @@ def explain(error: BaseException, place: Place) -> StoreError:
     return StoreUnavailable(f"{place.what}: {_reason(error)}: check the endpoint, DNS and NetworkPolicies")
 
 
-def bad_endpoint(place: Place) -> StoreMisconfigured:
-    """The error for an endpoint that is no URL."""
-    return StoreMisconfigured(
-        f"{place.field}: AWS_ENDPOINT_URL must be http://host:port or https://…: {place.endpoint!r}"
-    )
+def bad_setting(error: Exception, field: str, secret_field: str) -> StoreMisconfigured:
+    """The error for a BadSetting."""
+    return StoreMisconfigured(f"{field}: {error} (in the Secret named by {secret_field}, or in the environment)")
 
 
 def missing_bucket(place: Place) -> BucketNotFound:

@@ -11,11 +11,16 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm.auto import tqdm
 
 from finetune_api.uri import Uri
-from finetune_trainer.store import Credentials, OnProgress
-from finetune_trainer.store_errors import StoreAccessDenied, StoreError, StoreNotFound, StoreUnavailable
+from finetune_trainer.credentials import Credentials, origin
+from finetune_trainer.store import OnProgress
+from finetune_trainer.store_errors import (
+    StoreAccessDenied,
+    StoreError,
+    StoreMisconfigured,
+    StoreNotFound,
+    StoreUnavailable,
+)
 
-#: Weights in formats that may hold code, and copies for other frameworks: never fetched for a model.
-MODEL_IGNORE: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot")
 ATTEMPTS: Final = 3
 
 
@@ -32,7 +37,7 @@ def fetch_from_hub(
     """The local folder of a repository's snapshot, or of the file or folder `uri.path` inside it.
 
     $HF_ENDPOINT and $HF_TOKEN of the role are honored. Without a connection, a snapshot that is whole in the cache is
-    taken as it is. Raises StoreNotFound, StoreAccessDenied, StoreUnavailable.
+    taken as it is. Raises StoreNotFound, StoreAccessDenied, StoreMisconfigured, StoreUnavailable.
     """
     field = field or ("dataset.train" if uri.is_dataset else "model.source")
     policy = Retrying(
@@ -41,7 +46,8 @@ def fetch_from_hub(
         retry=retry_if_exception_type(StoreUnavailable),
         reraise=True,
     )
-    folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, field)
+    where = f"{field}: {uri} at {_shown_endpoint(credentials, field)}"
+    folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, where)
     found = folder / uri.path if uri.path else folder
     if not found.exists():
         raise StoreNotFound(f"{field}: the repository {uri.authority} has no {uri.path!r} at {revision or 'main'}")
@@ -55,7 +61,7 @@ def _snapshot(
     on_progress: OnProgress | None,
     revision: str | None,
     ignore: Sequence[str],
-    field: str,
+    where: str,
 ) -> Path:
     path = uri.path.rstrip("/")
     try:
@@ -71,12 +77,22 @@ def _snapshot(
             tqdm_class=_reporting(on_progress),
         )
     except (OSError, ValueError, hub.RevisionResolutionError, hub.XetDownloadError) as error:
-        raise _explain(error, uri, credentials, revision, field) from error
+        raise _explain(error, where, credentials, revision) from error
     return Path(folder)
 
 
-def _explain(error: Exception, uri: Uri, credentials: Credentials, revision: str | None, field: str) -> StoreError:
-    where = f"{field}: {uri} at {credentials.get('HF_ENDPOINT') or huggingface_hub.constants.ENDPOINT}"
+def _shown_endpoint(credentials: Credentials, field: str) -> str:
+    """Scheme, host and port. What is no URL is not told: it may be a token that was put under the wrong name."""
+    try:
+        return origin(credentials.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
+    except ValueError:
+        raise StoreMisconfigured(
+            f"{field}: HF_ENDPOINT must be http://host:port or https://host"
+            f" (in the Secret named by {credentials.secret_field}, or in the environment)"
+        ) from None
+
+
+def _explain(error: Exception, where: str, credentials: Credentials, revision: str | None) -> StoreError:
     secret = f"the Secret named by {credentials.secret_field}"
     status = _status(error)
     if isinstance(error, hub.GatedRepoError):

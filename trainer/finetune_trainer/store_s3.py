@@ -46,7 +46,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._clients: s3_client.Clients | None = None
         self._bucket_seen = False
-        self._patience = _seconds(credentials.get(names.ENV_STORE_PATIENCE), s3_retry.PATIENCE)
+        self._patience = self._seconds(names.ENV_STORE_PATIENCE, s3_retry.PATIENCE)
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
@@ -148,6 +148,7 @@ class S3Store(Store):
     def _s3(self) -> s3_client.Clients:
         with self._lock:
             if self._clients is None:
+                self._place("")  # explains an endpoint that is no URL
                 # From the pod's environment alone: a Secret is the user's, and could name itself allowed.
                 allowed = os.environ.get(names.ENV_ALLOWED_S3_ENDPOINTS, "")
                 if not s3_client.is_allowed(self._credentials, allowed):
@@ -157,8 +158,8 @@ class S3Store(Store):
                     )
                 try:
                     self._clients = s3_client.connect(self._credentials)
-                except ValueError:
-                    raise s3_errors.bad_endpoint(self._place("")) from None
+                except s3_client.BadSetting as error:
+                    raise self._misconfigured(error) from None
             return self._clients
 
     def _entry(self, item: dict[str, Any]) -> Entry:
@@ -246,8 +247,14 @@ class S3Store(Store):
         return StoreCorrupted(f"{self._place(path).what} {how}")
 
     def _place(self, path: str) -> s3_errors.Place:
-        endpoint = s3_client.endpoint_of(self._credentials) or "Amazon S3"
+        try:
+            endpoint = s3_client.shown_endpoint(self._credentials)
+        except s3_client.BadSetting as error:
+            raise self._misconfigured(error) from None
         return s3_errors.Place(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
+
+    def _misconfigured(self, error: Exception) -> StoreMisconfigured:
+        return s3_errors.bad_setting(error, self.field, self._credentials.secret_field)
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -265,9 +272,9 @@ class S3Store(Store):
         with self._explained(path):
             return policy(run)
 
-
-def _seconds(text: str | None, default: float) -> float:
-    try:
-        return float(text) if text else default
-    except ValueError:
-        raise StoreMisconfigured(f"{names.ENV_STORE_PATIENCE} must be a number of seconds, not {text!r}") from None
+    def _seconds(self, key: str, default: float) -> float:
+        text = self._credentials.get(key)
+        try:
+            return float(text) if text else default
+        except ValueError:
+            raise self._misconfigured(s3_client.BadSetting(key, "a number of seconds")) from None
