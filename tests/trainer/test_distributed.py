@@ -2,11 +2,7 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +10,9 @@ import pytest
 
 from finetune_api import names
 from finetune_api.names import ExitCode
-from finetune_api.status import TrainerReport
 from support.s3 import S3Server
-from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+from support.trainer_pair import Pair, Torchrun
+from support.trainer_process import job, metrics_lines, train
 
 RUN: dict[str, Any] = {
     "resources.nodes": 2,
@@ -31,67 +27,6 @@ RUN: dict[str, Any] = {
 }
 
 
-class _Pair:
-    """Two trainer processes that torchrun's variables make one training, each in a fork."""
-
-    def __init__(
-        self,
-        config: Path,
-        folder: Path,
-        env: dict[str, str] | None = None,
-        before: Callable[[], None] = lambda: None,
-    ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        shared[names.ENV_TERMINATION_LOG] = str(folder / "termination.json")
-        self.ranks = [
-            TrainerProcess(
-                config,
-                folder / str(rank),
-                env=shared | (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                before=before,
-            )
-            for rank in (0, 1)
-        ]
-
-    def finish(self) -> list[Finished]:
-        return [rank.finish() for rank in self.ranks]
-
-
-class _Torchrun:
-    """Two trainers under a real torchrun."""
-
-    def __init__(self, config: Path, folder: Path, env: dict[str, str] | None = None) -> None:
-        self._termination, self._log = folder / "termination.json", folder / "torchrun.log"
-        settings = {
-            names.ENV_SCRATCH_DIR: str(folder / "scratch"),
-            names.ENV_TERMINATION_LOG: str(self._termination),
-            names.ENV_LISTEN: "127.0.0.1:0",
-            "OMP_NUM_THREADS": "1",
-        }
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [*torchrun, "-m", "finetune_trainer.main", "--config", str(config)]
-        with self._log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, env=os.environ | settings | (env or {}), stdout=output, stderr=subprocess.STDOUT
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait_for(self, text: str) -> None:
-        while text not in self.log:
-            assert self.process.poll() is None, f"torchrun ended without {text!r}:\n{self.log[-3000:]}"
-            time.sleep(0.01)
-
-    def finish(self) -> TrainerReport:
-        """The report after the end; `process.returncode` is torchrun's, which hides the trainers' own."""
-        self.process.wait()
-        return TrainerReport.model_validate_json(self._termination.read_text())
-
-
 def _losses(out: Path, key: str) -> list[float]:
     return [line[key] for line in metrics_lines(out) if key in line]
 
@@ -100,7 +35,7 @@ def test_torchrun_gives_the_losses_of_one_process(tiny_model: Path, tmp_path: Pa
     one, two = tmp_path / "one", tmp_path / "two"
     alone = train(job(one, tiny_model, RUN | {"resources.nodes": 1}), one)
     assert alone.exit_code == 0, alone.log
-    done = _Torchrun(job(two, tiny_model, RUN), two)
+    done = Torchrun(job(two, tiny_model, RUN), two)
     report = done.finish()
     assert done.process.returncode == 0, done.log[-4000:]
     assert len(_losses(two / "out", "loss")) == 6
@@ -115,15 +50,15 @@ def test_both_stop_at_one_step_and_resume_as_if_never_stopped(tiny_model: Path, 
     changes = RUN | {"lora.dropout": 0.1, "training.maxSteps": 12, "checkpoint.everySteps": 1000}
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
-    unbroken = _Pair(job(tmp_path / "unbroken", tiny_model, changes), tmp_path / "unbroken").finish()
+    unbroken = Pair(job(tmp_path / "unbroken", tiny_model, changes), tmp_path / "unbroken").finish()
     assert [each.exit_code for each in unbroken] == [0, 0], unbroken[0].log
     config = job(tmp_path / "stopped", tiny_model, changes)
-    pair = _Pair(config, tmp_path / "stopped")
+    pair = Pair(config, tmp_path / "stopped")
     pair.ranks[0].wait_for('"event": "Step 2"')
     pair.ranks[1].send(signal.SIGTERM)  # one alone is told; the other follows
     stopped = pair.finish()
     assert [each.exit_code for each in stopped] == [ExitCode.PREEMPTED] * 2, stopped[0].log
-    resumed = _Pair(config, tmp_path / "stopped").finish()
+    resumed = Pair(config, tmp_path / "stopped").finish()
     assert [each.exit_code for each in resumed] == [0, 0], resumed[0].log
     assert "Going on from the checkpoint of step" in resumed[0].log
     assert metrics_lines(tmp_path / "stopped/out") == metrics_lines(tmp_path / "unbroken/out")
@@ -146,7 +81,7 @@ def test_the_process_that_knows_why_has_the_last_word(tiny_model: Path, tmp_path
         SFTTrainer.compute_loss = compute_loss
 
     (tmp_path / "pair").mkdir()
-    pair = _Pair(job(tmp_path / "pair", tiny_model, RUN), tmp_path / "pair", before=fail_on_rank_1)
+    pair = Pair(job(tmp_path / "pair", tiny_model, RUN), tmp_path / "pair", before=fail_on_rank_1)
     second = pair.ranks[1].finish()
     assert second.exit_code == ExitCode.GPU_OUT_OF_MEMORY
     pair.ranks[0].send(signal.SIGTERM)  # as torchrun does
@@ -160,7 +95,7 @@ def test_the_process_that_knows_why_has_the_last_word(tiny_model: Path, tmp_path
 def test_a_batch_that_two_processes_cannot_share_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "pair").mkdir()
     config = job(tmp_path / "pair", tiny_model, {"training.batchSize": 3, "resources.nodes": 1})
-    for each in _Pair(config, tmp_path / "pair").finish():
+    for each in Pair(config, tmp_path / "pair").finish():
         assert each.exit_code == ExitCode.CONFIG_INVALID
         assert "batchSize: 3 must be a multiple of the 2 processes" in each.log
 
@@ -168,7 +103,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(tiny_model: Path, tm
 def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path) -> None:
     changes = RUN | {"training.maxSteps": 40, "checkpoint.everySteps": 1000, "evaluation.everySteps": 40}
     config = job(tmp_path, tiny_model, changes | {"output.uri": f"s3://{bucket}/nli"})
-    run = _Torchrun(config, tmp_path, s3.env)
+    run = Torchrun(config, tmp_path, s3.env)
     run.wait_for('"event": "Step 2"')
     run.process.send_signal(signal.SIGTERM)  # as Kubernetes does: to torchrun, which passes it on
     stopped = run.finish()
@@ -176,7 +111,7 @@ def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_m
     assert run.process.returncode != 0
     saved = [key for key in s3.objects(bucket) if "/step-" in key and key.endswith(names.MANIFEST_FILE)]
     assert saved == [f"nli/checkpoints/step-{stopped.progress.step:08}/{names.MANIFEST_FILE}"]
-    resumed = _Torchrun(config, tmp_path, s3.env)
+    resumed = Torchrun(config, tmp_path, s3.env)
     report = resumed.finish()
     assert (report.reason, resumed.process.returncode) == ("Succeeded", 0), resumed.log[-3000:]
     assert f"Going on from the checkpoint of step {stopped.progress.step}" in resumed.log
@@ -206,7 +141,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
     for run, rate in enumerate((0.01, 0.02)):  # another run's checkpoints are in the way of the second
         folder = tmp_path / str(run)
         folder.mkdir()
-        pair = _Pair(job(folder, tiny_model, changes | {"training.learningRate": rate}), folder, s3.env, announce)
+        pair = Pair(job(folder, tiny_model, changes | {"training.learningRate": rate}), folder, s3.env, announce)
         main, other = pair.finish()
         assert (main.exit_code, other.exit_code) == (0, 0), main.log + other.log
         assert "CALLED" not in other.log
@@ -216,7 +151,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
 
 def test_what_rank_0_finds_wrong_ends_all_with_its_reason(s3: S3Server, tiny_model: Path, tmp_path: Path) -> None:
     config = job(tmp_path, tiny_model, RUN | {"output.uri": "s3://no-such-bucket-here/x"})
-    for each in _Pair(config, tmp_path, s3.env).finish():
+    for each in Pair(config, tmp_path, s3.env).finish():
         assert each.exit_code == ExitCode.CONFIG_INVALID, each.log
         assert "no-such-bucket-here" in each.events[-1]["event"]
 
@@ -235,7 +170,7 @@ def test_one_that_is_stopped_in_the_first_evaluation_stops_all(tiny_model: Path,
         Evaluator._sum_of_batch = slow
 
     config = job(tmp_path, tiny_model, RUN | {"training.microBatchSize": 1})
-    pair = _Pair(config, tmp_path, before=slow_evaluation)
+    pair = Pair(config, tmp_path, before=slow_evaluation)
     pair.ranks[1].wait_for("BATCH")
     pair.ranks[1].send(signal.SIGTERM)
     for each in pair.finish():

@@ -32,8 +32,12 @@ from finetune_trainer.telemetry import Telemetry
 log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: StopFlag, work: Path) -> None:
+def run(
+    settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: StopFlag, work: Path, around: ExitStack
+) -> None:
     """One run from the manifest to the verified adapter. `work` is an empty folder for its files.
+
+    What stays open to the end, and is told how it went, goes on `around`.
 
     Raises what errors.failure_of knows how to explain; returns once the adapter is published and verified.
     """
@@ -53,7 +57,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
     attention = hardware.attention(spec)
-    trackers.check(job)
+    trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
     inputs = Inputs(settings)
@@ -117,6 +121,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     )
     _leave_if_asked(stop, world)
 
+    track = around.enter_context(trackers.trackers(settings, work, telemetry=telemetry.track))
     if evaluator and spec.evaluation.on_start and not state.before and not state.step:
         reporter.stage("Evaluating", "Measuring the base model before training")
         try:
@@ -124,6 +129,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
         except processes.Interrupted:
             raise _asked_to_stop(stop) from None
         reporter.metrics(state.metrics_before())
+        track(0, state.metrics_before())
         folder.record(step=0, **{f"{key}Before": value for key, value in state.before.items()})
 
     reporter.stage("Training", f"Training on {len(train_data.input_ids)} rows")
@@ -139,10 +145,10 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
         reporter=reporter,
         stop=stop,
         upload=checkpoints.upload,
+        track=track,
         on_out_of_memory=telemetry.out_of_memory.inc,
     )
-    with trackers.trackers(job, work, settings.place.secrets, telemetry=telemetry.track) as training.track:
-        plan = hardware.with_measured_memory(training.run(checkpoint))
+    plan = hardware.with_measured_memory(training.run(checkpoint))
     reporter.plan(plan)
     hardware.leave(world)
     if not world.is_main:
@@ -152,6 +158,7 @@ def run(settings: Settings, reporter: Reporter, telemetry: Telemetry, stop: Stop
     state = training.state
     metrics = state.final_metrics(keep_best=spec.evaluation.keep_best)
     reporter.metrics(metrics)
+    track(state.step, {f"final/{key}": value for key, value in metrics.items()})
     if spec.evaluation.keep_best and folder.best.exists():
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
         model.load_adapter_weights(adapted, folder.best)
@@ -192,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             work = around.enter_context(_work_folder(settings))
             logs.copy_to(work / "log.txt")
             telemetry = _show(around, settings, reporter, console)
-            run(settings, reporter, telemetry, stop, work)
+            run(settings, reporter, telemetry, stop, work, around)
     except BaseException as error:
         failure = failure_of(error)
         unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1
