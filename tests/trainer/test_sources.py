@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -152,6 +151,40 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(s3: S3Server, s3_model: s
     assert not list((tmp_path / "s3").glob("*.partial"))
 
 
+def test_a_download_is_on_the_disk_before_its_name_says_so(
+    s3: S3Server, s3_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a name without bytes must not pass for a download: sizes survive where contents do not."""
+    synced: set[tuple[int, int]] = set()
+    early: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        synced.add(_identity(os.fstat(handle)))
+
+    def check(move):
+        def moved(self: Path, target: Path) -> Path:
+            inside = [self, *self.rglob("*")] if self.is_dir() else [self]
+            early.extend(str(path) for path in inside if _identity(path.stat()) not in synced)
+            return move(self, target)
+
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", note)
+        patch.setattr(Path, "replace", check(replace))
+        patch.setattr(Path, "rename", check(rename))
+        folder = fetch(parse(s3_model), Credentials("model", s3.env), tmp_path)
+    assert contents(folder) == MODEL
+    assert not early
+    assert _identity((tmp_path / "s3").stat()) in synced
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
 def test_a_disk_too_small_is_said_before_the_download(s3: S3Server, s3_model: str, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
@@ -243,16 +276,15 @@ def test_a_password_in_the_hubs_endpoint_is_not_shown(tmp_path: Path) -> None:
         fetch(parse("hf://org/mini"), Credentials("model", {"HF_ENDPOINT": "http://me:CANARY@127.0.0.1:9"}), tmp_path)
 
 
-def test_two_threads_fetch_the_same_hub_model(hub: Hub, folder_model: Path, tmp_path: Path) -> None:
+def test_two_jobs_fetch_the_same_hub_model_into_one_cache(hub: Hub, folder_model: Path, tmp_path: Path) -> None:
     hub.add("org/mini", folder_model)
-    got: list[dict[str, bytes]] = []
-
-    def run() -> None:
-        got.append(contents(fetch(parse("hf://org/mini"), hub_credentials(hub), tmp_path / "cache")))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert got == [MODEL, MODEL]
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", names.ENV_SECRETS_DIR: "/nonexistent"}
+    command = [sys.executable, "-c", _FETCHER, "hf://org/mini", str(tmp_path / "cache")]
+    jobs = [subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [job.communicate(timeout=120)[0].split(maxsplit=1) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    folders = {Path(folder.strip()) for _, folder in answers}
+    assert len(folders) == 1
+    assert contents(folders.pop()) == MODEL
+    fetched = [path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    assert len(fetched) == 1, "the second waited for the first"

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer import store_manifest
+from finetune_trainer import durable, store_manifest
 from finetune_trainer.store import Credentials, Entry, OnProgress, Store, open_store
 from finetune_trainer.store_errors import StoreCorrupted, StoreNotFound, StoreUnavailable, on_local_disk
 
@@ -101,7 +101,8 @@ def _download(store: Store, entries: list[Entry], target: Path, on_progress: OnP
 
     def one(entry: Entry) -> None:
         local = target / entry.path if entry.path else target
-        if local.is_file() and local.stat().st_size == entry.size:  # by an earlier run; files appear whole
+        # By an earlier run: a file gets its name when it is checked and on the disk, in a folder named for its version.
+        if local.is_file() and local.stat().st_size == entry.size:
             if on_progress is not None:
                 on_progress(entry.size)
             return
@@ -147,8 +148,10 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _place(partial: Path, target: Path) -> None:
+    durable.sync_folders(partial)
     try:
         partial.rename(target)
+        durable.sync_folder(target.parent)
     except OSError:
         if not target.is_dir():
             raise

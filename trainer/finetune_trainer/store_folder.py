@@ -11,6 +11,7 @@ from typing import IO, Final
 
 from finetune_api.uri import Uri
 from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
+from finetune_trainer.durable import sync_folder
 from finetune_trainer.store import Entry, OnProgress, Store
 from finetune_trainer.store_errors import (
     AlreadyExists,
@@ -172,7 +173,7 @@ def _replacing(target: Path, exclusive: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         _place(partial, target, exclusive)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -189,13 +190,3 @@ def _place(partial: Path, target: Path, exclusive: bool) -> None:
         if target.exists():  # a file system without hard links: two writers in the same instant are not told apart
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         partial.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a crash; some network file systems cannot, and need not."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer import s3_client, s3_errors, s3_retry
+from finetune_trainer import durable, s3_client, s3_errors, s3_retry
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_bytes, digest_chunks, digest_file
 from finetune_trainer.store import Entry, OnProgress, Store
@@ -128,7 +128,7 @@ class S3Store(Store):
             head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
             got = self._s3.fetch(self._bucket, self._key(path), partial, head, on_progress)
             self._compare(path, got, head, sha256)
-            partial.replace(local)
+            durable.replace(partial, local)
 
         with on_local_disk(self._place(path).what, local.parent):
             try:
