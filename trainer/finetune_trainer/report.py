@@ -1,5 +1,6 @@
 """The run's report of itself: kept current for /progress and Prometheus, written at the end as termination message."""
 
+import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,9 +13,12 @@ import structlog
 from finetune_api import names
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
+from finetune_trainer.finite import finite
 
 log = structlog.get_logger(__name__)
 _PREEMPTED = names.OUTCOMES[names.ExitCode.PREEMPTED].reason
+#: Bytes that a message too long for the termination log keeps before metrics are left out for it.
+_LEAST_MESSAGE_BYTES = 256
 Listener = Callable[[TrainerReport], None]
 
 
@@ -44,14 +48,14 @@ class Reporter:
         self._change(execution_plan=plan)
 
     def metrics(self, values: dict[str, float]) -> None:
-        """Add or replace latest metric values."""
-        self._change(metrics=self.report.metrics | values)
+        """Add or replace latest metric values; those that are NaN or infinite are left out."""
+        self._change(metrics=self.report.metrics | finite(values))
 
     def progress(
         self, *, step: int, total_steps: int | None, seconds_per_step: float | None = None, **values: Any
     ) -> None:
-        """Record how far training is. `values` are further Progress fields; None leaves what was there."""
-        known = self.report.progress.model_dump() | {key: value for key, value in values.items() if value is not None}
+        """Record how far training is. `values` are further Progress fields; None and NaN leave what was there."""
+        known = self.report.progress.model_dump() | finite(values)
         now = datetime.now(UTC)
         if total_steps:
             known |= {"summary": f"{step}/{total_steps}", "percent": round(min(100.0, 100 * step / total_steps), 2)}
@@ -102,15 +106,33 @@ def _cause_is_told(termination_log: Path | None) -> bool:
 
 
 def termination_message(report: TrainerReport, limit: int = names.TERMINATION_LOG_MAX_BYTES) -> bytes:
-    """`report` as JSON of at most `limit` bytes: the message is shortened first, then metrics are left out."""
+    """`report` as JSON of at most `limit` bytes.
+
+    The message is shortened first; where too little of it would be left, the confusion matrix goes, then all metrics.
+    """
+    figures = {key: value for key, value in report.metrics.items() if not key.startswith("confusion.")}
+    for metrics in (report.metrics, figures):
+        text = _shortened(report.model_copy(update={"metrics": metrics}), limit, _LEAST_MESSAGE_BYTES)
+        if text is not None:
+            return text
+    return _shortened(report.model_copy(update={"metrics": {}}), limit, least=0) or b"{}"
+
+
+def _shortened(report: TrainerReport, limit: int, least: int) -> bytes | None:
+    """`report` as JSON with as much of its message as fits; None when that is less than all and than `least` bytes."""
     text = _json(report)
     if len(text) <= limit:
         return text
-    room = max(0, len(report.message.encode()) - (len(text) - limit) - 8)
-    shortened = report.message.encode()[:room].decode(errors="ignore") + "…"
-    text = _json(report.model_copy(update={"message": shortened}))
-    if len(text) > limit:  # escapes made it longer than counted, or the metrics alone are too long
-        text = _json(report.model_copy(update={"message": shortened[:256], "metrics": {}}))
+    room = limit - len(_json(report.model_copy(update={"message": "…"})))
+    return _json(report.model_copy(update={"message": _cut(report.message, room) + "…"})) if room >= least else None
+
+
+def _cut(text: str, room: int) -> str:
+    """The start of `text` that takes `room` bytes within a JSON string."""
+    for index, character in enumerate(text):
+        room -= len(json.dumps(character, ensure_ascii=False).encode()) - 2
+        if room < 0:
+            return text[:index]
     return text
 
 

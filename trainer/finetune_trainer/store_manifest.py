@@ -2,13 +2,14 @@
 
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from finetune_api import names
 from finetune_api.status import Count, StatusModel
 from finetune_trainer.digest import Digest
+from finetune_trainer.finite import finite
 from finetune_trainer.store import Store
 from finetune_trainer.store_errors import StoreCorrupted, StoreNotFound
 
@@ -52,6 +53,11 @@ class StoreManifest(StatusModel):
     step: Count | None = None
     files: Annotated[list[FileRecord], Field(min_length=1)]
     metrics: dict[str, float] | None = None
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _drop_what_json_cannot_carry(cls, metrics: Any) -> Any:
+        return finite(metrics) if isinstance(metrics, dict) else metrics
 
     @property
     def size_bytes(self) -> int:

@@ -1,0 +1,16 @@
+"""Numbers that JSON can carry: it has neither NaN nor infinity, and readers refuse a text that has them."""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def finite(values: Mapping[str, Value]) -> dict[str, Value]:
+    """`values` without those that are None, NaN or infinite."""
+    return {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
