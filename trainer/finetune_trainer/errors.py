@@ -1,10 +1,13 @@
 """How a run fails: one exception per exit code, and the sentence a person reads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune_api.manifest import ManifestError
 from finetune_api.names import OUTCOMES, ExitCode
+from finetune_trainer.credentials import without_userinfo
 from finetune_trainer.store_errors import StoreError
 
 #: Exit code of a failure nobody foresaw, and its reason.
@@ -16,6 +19,8 @@ class TrainerError(Exception):
     """A foreseen failure. Its text is one sentence for the user: what is wrong, where, what is allowed."""
 
     exit_code: ClassVar[ExitCode]
+    reason: ClassVar[str | None] = None
+    """Where the exit code alone does not tell it."""
 
 
 class ConfigInvalid(TrainerError):
@@ -33,7 +38,8 @@ class DatasetInvalid(TrainerError):
 class WontFit(TrainerError):
     """The plan needs more GPU memory than there is."""
 
-    exit_code = ExitCode.WONT_FIT
+    exit_code = ExitCode.CONFIG_INVALID
+    reason = "WontFit"
 
 
 class Preempted(TrainerError):
@@ -67,7 +73,8 @@ def failure_of(error: BaseException) -> Failure:
     """The failure that `error` stands for; anything unforeseen is exit code 1 with a short sentence."""
     code = _exit_code(error)
     if code is not None:
-        return Failure(int(code), OUTCOMES[code].reason, _text(error))
+        reason = (error.reason if isinstance(error, TrainerError) else None) or OUTCOMES[code].reason
+        return Failure(int(code), reason, _text(error))
     return Failure(
         UNEXPECTED, UNEXPECTED_REASON, f"Unexpected {type(error).__name__}: {_text(error)}. The log has the traceback."
     )
@@ -76,6 +83,21 @@ def failure_of(error: BaseException) -> Failure:
 def is_gpu_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is CUDA's out-of-memory (by name, for this module does without torch)."""
     return any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
+
+
+@contextmanager
+def weights_must_fit(source: str, bits: int) -> Iterator[None]:
+    """For the block that loads the weights: running out of GPU memory there is no matter of the micro-batch."""
+    try:
+        yield
+    except Exception as error:
+        if not is_gpu_out_of_memory(error):
+            raise
+        fewer = "" if bits == 4 else "set quantization.bits: 4, or "
+        raise WontFit(
+            f"spec.model.source: the weights of {source} in {bits} bits alone are more than the GPU has free:"
+            f" {fewer}take a GPU with more memory"
+        ) from error
 
 
 def _exit_code(error: BaseException) -> ExitCode | None:
@@ -92,8 +114,8 @@ def _exit_code(error: BaseException) -> ExitCode | None:
 
 def _text(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted; run again to go on from the last checkpoint"
+        return str(error) or "Interrupted; run again to go on from the last checkpoint"
     text = str(error).strip()
     if isinstance(error, TrainerError | ManifestError | StoreError) or not text:
         return text
-    return text.splitlines()[0].rstrip(".")
+    return without_userinfo(text.splitlines()[0].rstrip("."))
