@@ -12,9 +12,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import Diverged
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import save_adapter
 from finetune_trainer.report import Reporter
+from finetune_trainer.rng import RngState
 from finetune_trainer.signals import StopFlag
 from finetune_trainer.state import RunFolder, RunState
 
@@ -50,8 +52,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.track = track
         self.trainer: Any = None  # set once it exists
         self.preempted = False
-        self._stopped_early = False
-        self._loss_at_step_begin = torch.zeros(())
+        self.stopped_early = False
+        self._rng_at_step_end: RngState | None = None
+        self._loss_at_step_begin: torch.Tensor | None = None  # only while a step is under way
         self._before = (state.tokens, state.train_seconds)
 
     # Reporting
@@ -62,8 +65,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.trainer._tr_loss += self.run.loss_since_log
             self.trainer._globalstep_last_logged = self.run.last_logged_step
         self.reporter.progress(step=state.global_step, total_steps=state.max_steps)
-        if self.run.evaluation_due:
-            self.trainer.evaluate()
         self.meter.start()
 
     def on_log(
@@ -98,6 +99,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
+        if not math.isfinite(metrics["evalLoss"]):
+            raise Diverged(f"evalLoss is NaN or infinite at step {state.global_step}; the checkpoint before it is kept")
         self.run.evaluation_due = False
         self.run.metrics |= metrics
         self._record(state.global_step, metrics)
@@ -133,7 +136,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         run.evaluations_without_gain += 1
         if run.evaluations_without_gain >= stopping.patience:
             log.info(f"Stopping early: {metric} has not improved in {stopping.patience} evaluations")
-            self._stopped_early = control.should_training_stop = control.should_save = True
+            self.stopped_early = control.should_training_stop = control.should_save = True
 
     # Stopping and saving
 
@@ -142,35 +145,36 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.at_step_boundary = True
+        self.trainer.note_gradient()
+        self._loss_at_step_begin, self._rng_at_step_end = None, RngState.now()
         self.meter.steps += 1
+        self.meter.mark()
         self.reporter.progress(step=state.global_step, total_steps=state.max_steps)
         last = state.global_step >= state.max_steps
         due = last or state.global_step % self.spec.evaluation.every_steps == 0
         control.should_evaluate = due and self.spec.dataset.eval is not None
+        self.run.evaluation_due = control.should_evaluate  # until it is done, by whichever attempt
         if last:
             control.should_log = True
         elif self._agreed_to_stop():
-            self.run.evaluation_due |= control.should_evaluate
             self.preempt(state, control)
 
     def preempt(self, state: TrainerState, control: TrainerControl) -> None:
-        """Leave the loop after saving the present step."""
+        """Leave the loop after saving the present step, without an evaluation: the next attempt begins with it."""
         log.info(f"Asked to stop ({self.stop.reason or 'another process'}): saving step {state.global_step}")
         self.preempted = control.should_save = control.should_training_stop = True
         control.should_evaluate = False
 
-    def interrupted(self, state: TrainerState, control: TrainerControl) -> None:
-        """An evaluation was given up: the next attempt does it first."""
-        self.run.evaluation_due = True
-        self.preempt(state, control)
-
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._loss_at_step_begin = self.trainer._tr_loss.clone()
 
-    def save_now(self, state: TrainerState) -> None:
-        """Complete and send a checkpoint of the last step boundary after the step that follows it has failed."""
-        self.trainer._tr_loss = self._loss_at_step_begin
-        self.on_save(self.trainer.args, state, self.trainer.control)
+    def rewind(self) -> None:
+        """Go back to the last step boundary, after what followed it was given up or has failed."""
+        self.meter.rewind()
+        if self._loss_at_step_begin is not None:
+            self.trainer._tr_loss = self._loss_at_step_begin
+        if self._rng_at_step_end is not None:
+            self._rng_at_step_end.put_back()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         with self.meter.paused():
@@ -184,7 +188,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Bring `run` up to this step boundary."""
         run = self.run
         run.step = state.global_step
-        run.finished = state.global_step >= state.max_steps or self._stopped_early
+        run.finished = state.global_step >= state.max_steps or self.stopped_early
         run.tokens = self._before[0] + self._over_processes(self.meter.tokens)
         run.train_seconds = self._before[1] + self.meter.seconds
         run.loss_since_log = self._mean_over_processes(self.trainer._tr_loss)

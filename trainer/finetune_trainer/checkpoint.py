@@ -6,8 +6,9 @@ whatever else lies there is debris of an interrupted save.
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -34,22 +35,15 @@ def folder_of(step: int) -> str:
 
 
 def save(
-    folder: Path,
-    store: Store,
-    step: int,
-    keep: int,
-    *,
-    job: Job | None = None,
-    metrics: Mapping[str, float] | None = None,
-    on_progress: OnProgress | None = None,
+    folder: Path, store: Store, step: int, keep: int, *, job: Job | None = None, on_progress: OnProgress | None = None
 ) -> None:
-    """Store every file below `folder` as the checkpoint of `step`, then drop all but the newest `keep`.
+    """Store every file below `folder` as `job`'s checkpoint of `step`, then drop all but the newest `keep`.
 
     Returns when the checkpoint is whole in the store. Trouble with dropping old ones is logged, never raised.
     """
     target = folder_of(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    with _several_at_once() as pool:
         digests = {
             path.relative_to(folder).as_posix(): digest
             for path, digest in zip(files, pool.map(digest_file, files), strict=True)
@@ -60,7 +54,6 @@ def save(
             created_at=datetime.now(UTC),
             step=step,
             files=store_manifest.records(digests),
-            metrics=dict(metrics) if metrics else None,
         )
         store.delete(store_manifest.manifest_path(target))  # of an earlier save of this step, about to be replaced
         uploads = [
@@ -76,18 +69,21 @@ def save(
         log.warning("Old checkpoints could not be deleted", error=str(error))
 
 
-def latest(store: Store, job_uid: str | None = None) -> int | None:
-    """The newest step whose every byte verifies, else the one before, and so on; None when there is none.
+def resume(
+    store: Store, folder_for: Callable[[int], Path], on_progress: OnProgress | None = None
+) -> StoreManifest | None:
+    """Restore the newest checkpoint that verifies (else the one before, …) to `folder_for` its step.
 
-    With `job_uid`, checkpoints of other jobs do not count. Reads each candidate through: `resume` saves that.
+    Returns its manifest (`.step` says where the run goes on), None when there is nothing to resume from. A store that
+    does not answer raises StoreUnavailable: it never passes for an older checkpoint or for none.
     """
-    for step, manifest in _whole(store, job_uid):
+    for step, manifest in _whole(store):
         try:
-            store_manifest.verify(store, manifest, folder_of(step))
-        except StoreCorrupted as error:
+            _restore(store, step, manifest, folder_for(step), on_progress)
+        except (StoreCorrupted, StoreNotFound) as error:
             log.warning("A checkpoint is broken, trying the one before", step=step, error=str(error))
         else:
-            return step
+            return manifest
     return None
 
 
@@ -100,7 +96,28 @@ def restore(store: Store, step: int, folder: Path, on_progress: OnProgress | Non
     found = store_manifest.read(store, source)
     if found is None:
         raise StoreNotFound(f"{store.field}: {store.uri_of(source)} is no whole checkpoint: it has no manifest")
-    manifest, _ = found
+    _restore(store, step, found[0], folder, on_progress)
+    return found[0]
+
+
+def delete_all(store: Store, job: Job | None = None) -> None:
+    """Remove every checkpoint, oldest first, so that an interruption leaves the best one to resume from.
+
+    Those of a job with another name than `job` stay: several jobs may share a URI.
+    """
+    others = {step for step, manifest in _whole(store) if belongs_to_another(manifest, job)}
+    for step in sorted(_steps(entry.path for entry in store.list()) - others):
+        _delete(store, step)
+
+
+def belongs_to_another(manifest: StoreManifest, job: Job | None) -> bool:
+    """Whether the checkpoint is of a job with another name. A job that was created anew has the name, not the uid."""
+    owner = manifest.job
+    return owner is not None and job is not None and (owner.namespace, owner.name) != (job.namespace, job.name)
+
+
+def _restore(store: Store, step: int, manifest: StoreManifest, folder: Path, on_progress: OnProgress | None) -> None:
+    source = folder_of(step)
     partial = folder.with_name(f".{folder.name}.partial")
     with on_local_disk(f"{store.field}: {store.uri_of(source)}", folder.parent):
         try:
@@ -111,33 +128,10 @@ def restore(store: Store, step: int, folder: Path, on_progress: OnProgress | Non
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return manifest
-
-
-def resume(
-    store: Store, folder: Path, job_uid: str | None = None, on_progress: OnProgress | None = None
-) -> StoreManifest | None:
-    """Restore the newest checkpoint that verifies (else the one before, …) to `folder`: latest and restore in one pass.
-
-    Returns its manifest (`.step` says where the run goes on), None when there is nothing to resume from. A store that
-    does not answer raises StoreUnavailable: it never passes for an older checkpoint or for none.
-    """
-    for step, _ in _whole(store, job_uid):
-        try:
-            return restore(store, step, folder, on_progress)
-        except (StoreCorrupted, StoreNotFound) as error:
-            log.warning("A checkpoint is broken, trying the one before", step=step, error=str(error))
-    return None
-
-
-def delete_all(store: Store) -> None:
-    """Remove every checkpoint, newest last, so that an interruption leaves the best one to resume from."""
-    for step in sorted(_steps(entry.path for entry in store.list())):
-        _delete(store, step)
 
 
 def _download(store: Store, source: str, manifest: StoreManifest, folder: Path, on_progress: OnProgress | None) -> None:
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    with _several_at_once() as pool:
         downloads = [
             pool.submit(store.download, f"{source}/{file.path}", folder / file.path, on_progress, file.sha256)
             for file in manifest.files
@@ -146,7 +140,17 @@ def _download(store: Store, source: str, manifest: StoreManifest, folder: Path, 
             download.result()
 
 
-def _whole(store: Store, job_uid: str | None) -> Iterable[tuple[int, StoreManifest]]:
+@contextmanager
+def _several_at_once() -> Iterator[ThreadPoolExecutor]:
+    """A pool for transfers; one that fails, or a signal, keeps those that wait from starting."""
+    pool = ThreadPoolExecutor(_FILES_AT_ONCE)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _whole(store: Store) -> Iterator[tuple[int, StoreManifest]]:
     """Steps that have a readable manifest, newest first."""
     paths = {entry.path for entry in store.list()}
     for step in sorted(_steps(paths), reverse=True):
@@ -159,9 +163,7 @@ def _whole(store: Store, job_uid: str | None) -> Iterable[tuple[int, StoreManife
             continue
         if found is None or found[0].kind != "Checkpoint":
             continue
-        owner = found[0].job.uid if found[0].job else None
-        if job_uid is None or owner in (None, job_uid):
-            yield step, found[0]
+        yield step, found[0]
 
 
 def _prune(store: Store, newest: int, keep: int) -> None:

@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 from rich.console import Console
@@ -23,7 +24,8 @@ from finetune_api.uri import parse
 from finetune_trainer import arguments, config, logs
 from finetune_trainer.config import Place, Settings, World
 from finetune_trainer.console import live_progress
-from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of
+from finetune_trainer.digest import Digest
+from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of, weights_must_fit
 from finetune_trainer.report import Reporter
 from finetune_trainer.server import serve
 from finetune_trainer.signals import StopFlag, stop_on_signals
@@ -49,10 +51,10 @@ def run(
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
     from finetune_trainer.resume import Checkpoints
-    from finetune_trainer.state import RunFolder
+    from finetune_trainer.state import RunFolder, fingerprint
     from finetune_trainer.store import open_store
     from finetune_trainer.train import Training
-    from finetune_trainer.verify import verify
+    from finetune_trainer.verify import Verifier, load_back
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
@@ -89,11 +91,17 @@ def run(
     output = open_store(
         parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
     )
+    identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
+    checkpoints = Checkpoints(settings, identity, on_saved=telemetry.checkpoint_saved)
     already = processes.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
     if already:
+        found = processes.on_main(world, lambda: load_back(output, work / "published"))
+        reporter.metrics(found.metrics or {})
+        reporter.progress(step=found.step or 0, total_steps=found.step)
+        if world.is_main and not spec.output.keep_checkpoints:
+            checkpoints.delete()
         reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
         return
-    checkpoints = Checkpoints(settings, on_saved=telemetry.checkpoint_saved)
     folder = RunFolder(work)
     checkpoint, state = checkpoints.resume(folder)
 
@@ -108,11 +116,12 @@ def run(
     base_model = served_name(spec.model.source)
     weights = inputs.model_weights(model_files.revision)
     hardware.seed(spec.training.seed)
-    adapted = model.attach_adapter(
-        model.load_base(weights, base, spec, attention, hardware.device_name(spec, world)),
-        model.lora_config(spec, base_model, model_files.revision),
-        init_from,
-    )
+    with weights_must_fit(spec.model.source, spec.quantization.bits):
+        adapted = model.attach_adapter(
+            model.load_base(weights, base, spec, attention, hardware.device_name(spec, world)),
+            model.lora_config(spec, base_model, model_files.revision),
+            init_from,
+        )
     batch = plan.micro_batch_size or 1
     evaluator = (
         evaluate.Evaluator(spec, held_out, to_answer, tokenizer, world, batch, interrupted=lambda: bool(stop))
@@ -148,11 +157,14 @@ def run(
         track=track,
         on_out_of_memory=telemetry.out_of_memory.inc,
     )
-    plan = hardware.with_measured_memory(training.run(checkpoint))
+    with stop.saving():
+        plan = hardware.with_measured_memory(training.run(checkpoint))
     reporter.plan(plan)
     hardware.leave(world)
     if not world.is_main:
         return
+    if stop:
+        raise Preempted(f"Asked to stop ({stop.reason}); training is done and saved, what is left is to publish")
 
     reporter.stage("Publishing", f"Publishing the adapter to {spec.output.uri}")
     state = training.state
@@ -164,8 +176,14 @@ def run(
         model.load_adapter_weights(adapted, folder.best)
     model.save_adapter(adapted, folder.adapter)
     artifacts.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
-    probe = evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch)
-    expected = probe.loss_of(adapted)
+    verifier = Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch))
+    if spec.output.overwrite:  # what is there must not go for an adapter that does not load
+        verifier.check(folder.adapter, "hand")
+
+    def verify(digests: Mapping[str, Digest]) -> None:
+        reporter.stage("Verifying", "Loading the adapter back")
+        verifier.check_sent(output, digests, work / "published")
+
     adapter: Adapter = publish(
         folder.adapter,
         output,
@@ -174,10 +192,9 @@ def run(
         rank=spec.lora.rank,
         metrics=metrics,
         overwrite=spec.output.overwrite,
+        step=state.step,
+        load_back=verify,
     )
-
-    reporter.stage("Verifying", "Loading the published adapter back")
-    verify(output, job, adapted, probe, expected, work / "published")
     if not spec.output.keep_checkpoints:
         checkpoints.delete()
     reporter.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back")
@@ -192,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporter = Reporter(place.termination_log)
     if world.local_rank == 0:
         reporter.forget_earlier_reports()
-    stop = StopFlag()
+    stop = StopFlag(lambda: _leave_at_once(reporter))
     try:
-        with stop_on_signals(stop), ExitStack() as around:
+        with stop_on_signals(stop, alone=world.size == 1), ExitStack() as around:
             settings = config.load(wanted.config, wanted.set, place, world)
             work = around.enter_context(_work_folder(settings))
             logs.copy_to(work / "log.txt")
@@ -209,6 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.is_main:
         log.info(reporter.report.message)
     return 0
+
+
+def _leave_at_once(reporter: Reporter) -> NoReturn:
+    """End the process although something in it still hangs: it was asked to stop, and all is saved."""
+    failure = failure_of(Preempted("Asked to stop; what was saved is whole, what was under way is given up"))
+    reporter.failed(failure)
+    os._exit(failure.exit_code)
 
 
 def _show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:

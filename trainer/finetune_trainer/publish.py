@@ -1,14 +1,17 @@
-"""Publish an adapter so that a reader finds it whole or not at all.
+"""Publish an adapter so that a reader finds it whole, and loaded back, or not at all.
 
-Order: the old manifest goes first (when it may be replaced), then every file is sent and checked, then manifest.json is
-written (If-None-Match: *, unless overwriting), then everything is read back. A crash anywhere leaves no manifest or a
-whole one. The prefix is flat, so two jobs with one output.uri would write over each other's files: a publisher looks
-for a manifest before every file and stops at a stranger's. (A file on its way at that very moment can still land on
-the other's: two live jobs must not share a URI.)
+Order: the old manifest goes first (when it may be replaced), then every file is sent and checked, then the caller loads
+back what was sent, then manifest.json is written (If-None-Match: *, unless overwriting), then everything is read once
+more. A crash anywhere leaves no manifest or one over files that are whole and that did load.
+
+The prefix is flat, because readers take it as a PEFT folder. So an adapter that is replaced is gone from the first file
+on (callers check theirs before they call), and two jobs with one output.uri would write over each other's files: a
+publisher looks for a manifest before every file and stops at a stranger's. (A file on its way at that very moment can
+still land on the other's: two live jobs must not share a URI.)
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
@@ -40,7 +43,7 @@ class Job(Protocol):
 def check_target(store: Store, job_uid: str | None, overwrite: bool) -> Adapter | None:
     """Whether `store` can take the adapter; to be asked before anything expensive.
 
-    Returns this job's own adapter, checked in full, when an earlier attempt has already published it. Raises
+    Returns this job's own adapter, every byte compared, when an earlier attempt has already published it. Raises
     AlreadyExists for somebody else's (unless `overwrite`), and whatever store error a first contact brings: a missing
     bucket, wrong keys, or keys that may only read show here (a small object is written and deleted).
     """
@@ -67,12 +70,15 @@ def publish(
     rank: int,
     metrics: Mapping[str, float],
     overwrite: bool,
+    step: int | None = None,
+    load_back: Callable[[Mapping[str, Digest]], None] = lambda digests: None,
     on_progress: OnProgress | None = None,
 ) -> Adapter:
     """Publish every file below `folder` at the store's root. Returns only after all of it was read back and compared.
 
-    An adapter that this job has published before is kept and returned. Raises AlreadyExists, StoreError, and ValueError
-    for a folder that holds no adapter.
+    `load_back` gets the digests of the files sent; what it raises keeps the manifest from being written. An adapter
+    that this job has published before is kept and returned. Raises AlreadyExists, StoreError, and ValueError for a
+    folder that holds no adapter.
     """
     digests = _digests(folder)
     existing = _found(store, overwrite)
@@ -93,6 +99,7 @@ def publish(
         created_at=datetime.now(UTC),
         base_model=base_model,
         rank=rank,
+        step=step,
         files=store_manifest.records(digests),
         metrics=dict(metrics),
     )
@@ -101,6 +108,7 @@ def publish(
             _require_no_manifest(store)
         store.upload(folder / path, path, on_progress, digest)
     _require_listed(store, digests)
+    load_back(digests)
     data = manifest.to_bytes()
     store.write_bytes(names.MANIFEST_FILE, data, if_none_match=not overwrite)
     _confirm(store, manifest, data)

@@ -12,22 +12,33 @@ from finetune_trainer import checkpoint, processes
 from finetune_trainer.config import Settings
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.state import RunFolder, RunState, fingerprint
+from finetune_trainer.state import RunFolder, RunState
 from finetune_trainer.store import Store, open_store
+from finetune_trainer.store_manifest import JobReference, StoreManifest
 
 log = structlog.get_logger(__name__)
 
 
 class Checkpoints:
-    """Checkpoints of this run, and of no other: they carry the run's fingerprint."""
+    """Checkpoints of this run, and of no other.
 
-    def __init__(self, settings: Settings, on_saved: Callable[[float], None] = lambda _: None) -> None:
+    They carry the run's fingerprint (state.fingerprint): the spec, the base model's commit, what the data files held.
+    Where that is the same, the run is the same whoever began it, so a job that was deleted and created anew goes on
+    where the old one stopped, and only publishes what the old one had finished. Where it is not, the job is refused, or
+    drops them with output.overwrite; never those of a job with another name, which may be running.
+    """
+
+    def __init__(
+        self, settings: Settings, fingerprint: str, on_saved: Callable[[float], None] = lambda _: None
+    ) -> None:
         """`on_saved` is told of each checkpoint in the store, with the seconds that saving it took."""
         spec = settings.spec
         uri = parse(spec.checkpoint.uri) if spec.checkpoint.uri else parse(spec.output.uri).join(names.CHECKPOINTS_DIR)
         credentials = Credentials.for_role("output", secrets_dir=settings.place.secrets)
         self._store: Store = open_store(uri, credentials, field="checkpoint.uri")
         self._spec = spec
+        self._job = settings.job.metadata
+        self._fingerprint = fingerprint
         self._world = settings.world
         self._on_saved = on_saved
 
@@ -45,33 +56,41 @@ class Checkpoints:
         return local, folder.take_from_checkpoint(local)
 
     def _newest(self, folder: RunFolder) -> tuple[Path | None, RunState]:
-        mine = fingerprint(self._spec)
-        step = checkpoint.latest(self._store)
-        if step is None:
-            return None, RunState(fingerprint=mine)
-        local = folder.checkpoint(step)
-        checkpoint.restore(self._store, step, local)
+        fresh = RunState(fingerprint=self._fingerprint)
+        manifest = checkpoint.resume(self._store, folder.checkpoint)
+        if manifest is None:
+            return None, fresh
+        local = folder.checkpoint(manifest.step or 0)
         state = folder.take_from_checkpoint(local)
-        if state.fingerprint == mine:
-            log.info(f"Going on from the checkpoint of step {step}", step=step)
+        if state.fingerprint == self._fingerprint:
+            log.info(f"Going on from the checkpoint of step {state.step}", step=state.step)
             return local, state
+        self._refuse_unless_ours_to_drop(manifest)
+        log.warning(f"Deleting the checkpoints of another run at {self._store.root} (output.overwrite is true)")
+        folder.forget(local)
+        self.delete()
+        return None, fresh
+
+    def _refuse_unless_ours_to_drop(self, manifest: StoreManifest) -> None:
+        if checkpoint.belongs_to_another(manifest, self._job):
+            owner = manifest.job or JobReference()
+            raise ConfigInvalid(
+                f"checkpoint.uri: {self._store.root} holds checkpoints of another job"
+                f" ({'/'.join(part for part in (owner.namespace, owner.name) if part)}): choose another URI"
+            )
         if not self._spec.output.overwrite:
             raise ConfigInvalid(
                 f"checkpoint.uri: {self._store.root} holds checkpoints of a run with another model, data set or"
                 " hyperparameters: choose another URI, delete them, or set output.overwrite: true"
             )
-        log.warning(f"Deleting the checkpoints of another run at {self._store.root} (output.overwrite is true)")
-        folder.forget(local)
-        self.delete()
-        return None, RunState(fingerprint=mine)
 
     def upload(self, folder: Path, step: int) -> None:
         """Send the checkpoint in `folder`; it counts once its manifest is there."""
         began = time.monotonic()
-        checkpoint.save(folder, self._store, step, self._spec.checkpoint.keep)
+        checkpoint.save(folder, self._store, step, self._spec.checkpoint.keep, job=self._job)
         self._on_saved(time.monotonic() - began)
         log.info(f"Checkpoint of step {step} is saved", step=step, uri=str(self._store.root))
 
     def delete(self) -> None:
-        """Remove the checkpoints, and nothing else that lies beside them."""
-        checkpoint.delete_all(self._store)
+        """Remove this job's checkpoints, and nothing else that lies beside them."""
+        checkpoint.delete_all(self._store, self._job)

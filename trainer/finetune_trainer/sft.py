@@ -15,7 +15,6 @@ from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights, save_adapter
 from finetune_trainer.processes import Interrupted
 
-
 #: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
 #: and the gradients are infinite whatever the scale.
 _MOST_SKIPPED_STEPS: Final = 17
@@ -95,7 +94,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._first_bad_step = torch.minimum(self._first_bad_step, here)
 
     def check_finite(self) -> None:
-        """Raise Diverged when a loss or gradient was NaN or infinite; called before anything is logged or kept."""
+        """Raise Diverged when a number noted was NaN or infinite; called before anything is logged or kept."""
         if self._first_bad_step is None:
             return
         bad = self._first_bad_step
@@ -104,7 +103,10 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
         step = int(bad)
         if step <= self.state.global_step:
-            raise Diverged(f"The loss or its gradient became NaN or infinite at step {step}; the checkpoint before it is kept")
+            raise Diverged(
+                f"The loss, its gradient or the adapter's weights became NaN or infinite at step {step};"
+                " the checkpoint before it is kept"
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Our evaluation in the place of the Trainer's; the callbacks hear of the result."""
@@ -124,16 +126,16 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        for weight in model.parameters():
-            if weight.requires_grad:
-                self._note(weight.detach().sum(), self.state.global_step)
+        trained = [weight.detach().norm() for weight in model.parameters() if weight.requires_grad]
+        self._note(torch.stack(trained).sum(), self.state.global_step)
         self.check_finite()
         with self._meter.paused():
             Trainer._save_checkpoint(self, model, trial)  # TRL's would also write a model card
 
     def save_now(self) -> None:
-        """Save a checkpoint of the last step boundary outside the training loop."""
+        """Save and send a checkpoint of the last step boundary outside the training loop."""
         self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

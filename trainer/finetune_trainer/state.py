@@ -3,12 +3,15 @@
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from array import array
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.data import Encoded
+from finetune_trainer.finite import finite
 
 STATE_FILE = "finetune_state.json"
 BEST_DIR = "best"
@@ -17,7 +20,10 @@ _METRICS = Path(names.METRICS_FILE).name
 
 @dataclass
 class RunState:
-    """Progress of one run. `metrics` are those of the latest evaluation, `best` and `before` those of two others."""
+    """Progress of one run. `metrics` are those of the latest evaluation, `best` and `before` those of two others.
+
+    `finished`: no step is left to train; an evaluation may still be due.
+    """
 
     fingerprint: str = ""
     step: int = 0
@@ -44,14 +50,17 @@ class RunState:
         metrics = chosen | self.metrics_before() | {"trainSeconds": round(self.train_seconds, 3)}
         if self.train_seconds:
             metrics["tokensPerSecond"] = round(self.tokens / self.train_seconds, 1)
-        return metrics
+        return finite(metrics)
 
     def save(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> "RunState":
-        return cls(**json.loads((folder / STATE_FILE).read_text()))
+        """What `save` wrote to `folder`, perhaps by another version: what this one does not know is left out."""
+        known = {field.name for field in fields(cls)}
+        found = json.loads((folder / STATE_FILE).read_text())
+        return cls(**{key: value for key, value in found.items() if key in known})
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,10 @@ class RunFolder:
         return self.checkpoints / f"checkpoint-{step}"
 
     def record(self, **values: Any) -> None:
-        """Append one line to training/metrics.jsonl."""
+        """Append one line to training/metrics.jsonl. Values that JSON has no number for are left out."""
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     def keep_steps(self, last: int) -> None:
         """Drop what training/metrics.jsonl says of steps after `last`, and the best adapter."""
@@ -123,10 +132,13 @@ class RunFolder:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def fingerprint(spec: FineTuneJobSpec) -> str:
+def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, *rows: Encoded) -> str:
     """A digest of what decides the result: a checkpoint is resumed only by a run of the same fingerprint.
 
-    The micro-batch is left out, for it may shrink between attempts; so is all that only says how to run or report.
+    That is the spec, the base model's commit on the hub, and what the data files held (`rows`: training and held-out
+    rows as token ids), for a URI stays when what lies there is replaced. Weights replaced under one file:// or s3://
+    URI are not noticed. The micro-batch is left out, for it may shrink between attempts; so is all that only says how
+    to run or report.
     """
     manifest = spec.manifest()
     parts: dict[str, Any] = {key: manifest[key] for key in ("model", "dataset", "quantization", "lora", "training")}
@@ -134,7 +146,17 @@ def fingerprint(spec: FineTuneJobSpec) -> str:
     parts["model"].pop("secretRef", None)
     parts["model"].pop("attention", None)
     parts["dataset"].pop("secretRef", None)
+    parts["evaluation"] = manifest["evaluation"]  # decides when to stop, and which adapter is the best
+    parts["commit"] = base_commit
+    parts["rows"] = [_digest(each) for each in rows]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 _HOW = ("microBatchSize", "packing", "gradientCheckpointing")
+
+
+def _digest(rows: Encoded) -> str:
+    sha = hashlib.sha256()
+    for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
+        sha.update(array("i", (len(ids), *ids, *labels)).tobytes())
+    return sha.hexdigest()

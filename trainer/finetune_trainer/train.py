@@ -8,7 +8,8 @@ from typing import Any
 
 import structlog
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from finetune_api.spec import FineTuneJobSpec
@@ -20,7 +21,7 @@ from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights
 from finetune_trainer.report import Reporter
-from finetune_trainer.sft import QloraTrainer
+from finetune_trainer.sft import GivenUp, QloraTrainer
 from finetune_trainer.signals import StopFlag
 from finetune_trainer.state import RunFolder, RunState
 
@@ -51,27 +52,50 @@ class Training:
 
         Raises Preempted once the checkpoint is safe, Diverged, and GpuOutOfMemory when no smaller micro-batch is left.
         """
-        if checkpoint and self.state.finished:
-            log.info(f"Training had ended at step {self.state.step}; what is left is to publish")
-            load_adapter_weights(self.model, checkpoint)
-            self.reporter.progress(step=self.state.step, total_steps=self.state.step)
-            return self.plan
         self.initial = snapshot(self.model)
         while True:
             trainer, callback = self._trainer()
+            _free_memory()
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self._train(trainer, callback, checkpoint)
+            except GivenUp:
+                self._save_boundary(trainer, callback)
+                raise self._preempted() from None
             except Exception as error:
                 if not is_gpu_out_of_memory(error):
                     raise
                 self.plan = self._smaller(error)
                 checkpoint = self._last_good(trainer, callback)
                 del trainer, callback, error
-                _free_memory()
                 continue
             if callback.preempted:
-                raise Preempted(f"Asked to stop ({self.stop.reason or 'signal'}); step {self.state.step} is saved")
+                raise self._preempted()
             return self.plan
+
+    def _train(self, trainer: QloraTrainer, callback: RunCallback, checkpoint: Path | None) -> None:
+        """From `checkpoint` on: the evaluation that was due there, then the steps that are left."""
+        if checkpoint and self.state.evaluation_due:
+            self._evaluate_at(trainer, checkpoint)
+            if callback.preempted:
+                return
+            self.state.finished |= callback.stopped_early
+        if checkpoint and self.state.finished:
+            log.info(f"Training had ended at step {self.state.step}; what is left is to publish")
+            load_adapter_weights(self.model, checkpoint)
+            self.reporter.progress(step=self.state.step, total_steps=self.state.step)
+            return
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _evaluate_at(self, trainer: QloraTrainer, checkpoint: Path) -> None:
+        """The evaluation that an earlier attempt gave up, or died in, at the step of `checkpoint`."""
+        log.info(f"An evaluation is due at step {self.state.step}")
+        load_adapter_weights(self.model, checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        trainer.evaluate()
+
+    def _preempted(self) -> Preempted:
+        saved = f"step {self.state.step} is saved" if self.state.step else "before the first step; nothing is lost"
+        return Preempted(f"Asked to stop ({self.stop.reason or 'another process'}); {saved}")
 
     def _trainer(self) -> tuple[QloraTrainer, RunCallback]:
         meter = Meter()
@@ -97,7 +121,9 @@ class Training:
         )
         trainer.remove_callback(PrinterCallback)
         callback.trainer = trainer
-        trainer.on_interrupted = lambda: callback.interrupted(trainer.state, trainer.control)
+        trainer.on_interrupted = lambda: callback.preempt(trainer.state, trainer.control)
+        if (self.plan.world_size or 1) == 1:  # several processes can only leave at a step's end, together
+            trainer.give_up = lambda: bool(self.stop)
         return trainer, callback
 
     def _smaller(self, error: BaseException) -> ExecutionPlan:
@@ -122,9 +148,8 @@ class Training:
     def _last_good(self, trainer: QloraTrainer, callback: RunCallback) -> Path | None:
         """Go back to the last state that is whole: this step's start, else a checkpoint, else the very beginning."""
         trainer.model.zero_grad(set_to_none=True)
-        if trainer.at_step_boundary and trainer.state.global_step > self.state.step:
-            trainer.save_now()
-            callback.save_now(trainer.state)
+        if trainer.at_step_boundary:
+            self._save_boundary(trainer, callback)
         if self.state.step:
             checkpoint = self.folder.checkpoint(self.state.step)
             self.state = self.folder.take_from_checkpoint(checkpoint)
@@ -133,6 +158,12 @@ class Training:
         self.state = RunState(fingerprint=self.state.fingerprint, before=self.state.before)
         self.folder.keep_steps(0)
         return None
+
+    def _save_boundary(self, trainer: QloraTrainer, callback: RunCallback) -> None:
+        """Save the step that was done last, unless that is saved already."""
+        if trainer.state.global_step > self.state.step:
+            callback.rewind()
+            trainer.save_now()
 
 
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
@@ -190,6 +221,8 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: 
 
 
 def _free_memory() -> None:
+    """Give back what loading, an evaluation or a failed try has left, and measure the peak of memory anew."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,48 +1,83 @@
 """The last check: load what was published, as a user would, and see that it computes what was trained."""
 
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
 
 from finetune_api import names
-from finetune_api.spec import FineTuneJob
+from finetune_trainer import store_manifest
+from finetune_trainer.digest import Digest
+from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.store import Store
+from finetune_trainer.store_errors import StoreCorrupted
+from finetune_trainer.store_manifest import StoreManifest
 
 log = structlog.get_logger(__name__)
 #: The same weights on the same base differ by rounding alone.
 TOLERANCE = 1e-3
+_FILES = (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE)
 
 
 class VerificationFailed(Exception):
-    """The published adapter does not compute what was trained; it has been withdrawn."""
+    """An adapter on its way to publication does not compute what was trained."""
 
 
-def verify(store: Store, job: FineTuneJob, model: Any, evaluator: Evaluator, expected: float, folder: Path) -> None:
-    """Fetch the adapter from `store`, load it with PEFT on the base of `model`, compare its loss with `expected`.
+class Verifier:
+    """Knows what the trained model computes, and whether an adapter, loaded with PEFT on its base, does the same."""
 
-    `model` is taken apart for it. `expected` is evaluator.loss_of before publishing. Whatever goes wrong, the manifest
-    is deleted first, so that no reader takes the adapter for whole; a difference raises VerificationFailed.
-    """
-    try:
-        found = _loss_of_published(store, model, evaluator, folder)
-        if not abs(found - expected) <= TOLERANCE * max(1.0, abs(expected)):
+    def __init__(self, model: Any, evaluator: Evaluator) -> None:
+        """`model`, with its adapter, is taken apart by the first check. Raises Diverged when its loss is no number."""
+        self._model = model
+        self._evaluator = evaluator
+        self._expected = evaluator.loss_of(model)
+        if not math.isfinite(self._expected):
+            raise Diverged("The trained adapter's loss is NaN or infinite; it is not published")
+
+    def check(self, folder: Path, where: str) -> None:
+        """Load the adapter in `folder`. `where` names it in messages. Raises VerificationFailed."""
+        self._model = PeftModel.from_pretrained(self._model.unload(), str(folder))
+        found = self._evaluator.loss_of(self._model)
+        if not abs(found - self._expected) <= TOLERANCE * max(1.0, abs(self._expected)):
             raise VerificationFailed(
-                f"The adapter at {job.spec.output.uri}, loaded back, has loss {found:.6f} where training ended with"
-                f" {expected:.6f}; it was withdrawn"
+                f"The adapter at {where}, loaded back, has loss {found:.6f} where training ended with"
+                f" {self._expected:.6f}; it is not published"
             )
-    except Exception:
-        store.delete(names.MANIFEST_FILE)
-        raise
-    log.info("The published adapter was loaded back with PEFT and computes the same", loss=round(found, 6))
+        log.info(f"The adapter at {where} was loaded back with PEFT and computes the same", loss=round(found, 6))
+
+    def check_sent(self, store: Store, digests: Mapping[str, Digest], folder: Path) -> None:
+        """The same for the adapter's files at the store's root, fetched to `folder`."""
+        _fetch(store, {name: digests[name].sha256 for name in _FILES}, folder)
+        self.check(folder, str(store.root))
 
 
-def _loss_of_published(store: Store, model: Any, evaluator: Evaluator, folder: Path) -> float:
+def load_back(store: Store, folder: Path) -> StoreManifest:
+    """Fetch a published adapter to `folder` and load it as PEFT does, without a base model; returns its manifest.
+
+    It was loaded on its base before its manifest was written (finetune_trainer.publish), and its bytes are compared
+    with that manifest here: they are the bytes that passed. Raises StoreCorrupted.
+    """
+    found = store_manifest.read(store)
+    if found is None:
+        raise StoreCorrupted(f"{store.field}: {store.root} holds no adapter any more")
+    manifest, _ = found
+    _fetch(store, {file.path: file.sha256 for file in manifest.files if file.path in _FILES}, folder)
+    PeftConfig.from_pretrained(str(folder))
+    weights = load_peft_weights(str(folder), device="cpu")
+    if not weights or not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise StoreCorrupted(f"{store.field}: the adapter at {store.root} has weights that are NaN, or none at all")
+    log.info(f"The adapter at {store.root} was loaded back with PEFT", tensors=len(weights))
+    return manifest
+
+
+def _fetch(store: Store, digests: Mapping[str, str], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    for name in (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE):
-        store.download(name, folder / name)
-    base = model.unload()
-    return evaluator.loss_of(PeftModel.from_pretrained(base, str(folder)))
+    for name, sha256 in digests.items():
+        store.download(name, folder / name, sha256=sha256)
