@@ -25,7 +25,7 @@ test: lint ## Run every check and every test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: lint
-lint: $(VENV)/.dev ## Check style, types, imports, images, and that generated files are up to date
+lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy crds operator
@@ -35,6 +35,7 @@ lint: $(VENV)/.dev ## Check style, types, imports, images, and that generated fi
 	diff -q crds/finetunejobs.yaml charts/finetune-operator/files/finetunejobs.yaml || { echo "The chart's copy is stale: run make crds"; exit 1; }
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python scripts/dashboards.py --check
+	$(BIN)/python scripts/audit.py
 
 .PHONY: format
 format: $(VENV)/.dev ## Put the code into the agreed form
@@ -60,7 +61,7 @@ bench-operator: $(VENV)/.dev ## Measure the operator with 1,000 and 5,000 jobs o
 	$(BIN)/python benchmarks/operator_scale.py --jobs 1000 --jobs 5000 --runs $(or $(RUNS),1)
 
 .PHONY: images
-images: ## Build the operator and trainer images with docker, podman or buildah
+images: ## Build both images with docker, podman or buildah, and list what is in them (REGISTRY=, TAG=, PUSH=1, BASE=)
 	scripts/build-images.sh
 
 .PHONY: constraints
