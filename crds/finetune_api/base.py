@@ -1,15 +1,12 @@
-"""The base of every API model, and rules that mean the same in CEL and in Python."""
+"""The base of every API model, and rules over several fields that mean the same in CEL and in Python."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
-
-from finetune_api import uri
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,15 @@ class ApiModel(BaseModel):
     )
     RULES: ClassVar[tuple[Rule, ...]] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A known field that is null counts as not given, as on the API server ("lora:" with nothing after it)."""
+        if not isinstance(data, dict) or None not in data.values():
+            return data
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias)}
+        return {key: value for key, value in data.items() if value is not None or key not in known}
+
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
         for rule in self.RULES:
@@ -54,39 +60,3 @@ class ApiModel(BaseModel):
     def manifest(self) -> dict[str, Any]:
         """The model as it stands in YAML: camelCase, unset optional fields left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def _uri_type(schemes: tuple[str, ...]) -> Any:
-    rules = uri.rules(schemes)
-
-    def check(value: str) -> str:
-        for rule in rules:
-            if not rule.holds(value):
-                raise PydanticCustomError("uri", "{message}", {"message": rule.message})
-        return value
-
-    validations: list[Any] = [{"rule": rule.cel, "message": rule.message} for rule in rules]
-    return Annotated[
-        str,
-        Field(max_length=uri.MAX_LENGTH, json_schema_extra={"x-kubernetes-validations": validations}),
-        AfterValidator(check),
-    ]
-
-
-ReadableUri = _uri_type(uri.READABLE)
-WritableUri = _uri_type(uri.WRITABLE)
-
-_QUANTITY = r"^[0-9]+([.][0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-
-
-def _check_quantity(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | str) or not re.fullmatch(_QUANTITY, str(value)):
-        raise PydanticCustomError("quantity", "must be a quantity such as 4, 500m or 16Gi")
-    return value
-
-
-Quantity = Annotated[
-    int | str,
-    BeforeValidator(_check_quantity),
-    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "pattern": _QUANTITY}),
-]

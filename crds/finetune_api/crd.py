@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from finetune_api import names
 from finetune_api.base import ApiModel
+from finetune_api.patterns import JOB_NAME
 from finetune_api.spec import IMMUTABLE, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
@@ -42,8 +43,7 @@ def structural(schema: Schema, definitions: Schema) -> Schema:
     branches = [branch for branch in schema.get("anyOf", []) if branch.get("type") != "null"]
     extensions = {key: value for key, value in schema.items() if key.startswith("x-kubernetes-")}
     if "x-kubernetes-int-or-string" in extensions:
-        kept = {key: schema[key] for key in ("description", "pattern") if key in schema}
-        return kept | extensions | ({"maxLength": 32} if "pattern" in schema else {})
+        return {key: schema[key] for key in ("description", "maxLength") if key in schema} | extensions
     if branches:
         merged = {key: value for key, value in schema.items() if key != "anyOf"}
         return structural(branches[0] | merged, definitions)
@@ -123,12 +123,8 @@ def _immutability() -> list[dict[str, str]]:
 
 
 def _root_rules() -> list[dict[str, str]]:
-    name = {
-        "rule": f"self.metadata.name.size() <= {names.MAX_NAME_LENGTH}"
-        f" && self.metadata.name.matches('{names.NAME_PATTERN}')",
-        "message": f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and dashes, "
-        "starting with a letter, for it names pods and hosts",
-    }
+    # The server takes no fieldPath into metadata, so the sentence names the field.
+    name = {"rule": JOB_NAME.cel_of("self.metadata.name"), "message": f"metadata.name {JOB_NAME.message}"}
     return [name, *_immutability()]
 
 

@@ -6,136 +6,18 @@ the trainer and `kubectl apply` speak alike.
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune_api import names, uri
 from finetune_api.crd import model_of
+from finetune_api.documents import SET, Document, ManifestError, Path_, Problem, dotted, parse
 from finetune_api.spec import FineTuneJob
 
-Path_ = tuple[str | int, ...]
-_SET = "--set"
-_MAX_DEPTH, _MAX_NODES = 64, 100_000
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong: `field` is the dotted path, `line` counts from 1 (None where the field is not in the file)."""
-
-    field: str
-    message: str
-    line: int | None = None
-    source: str = ""
-
-    def __str__(self) -> str:
-        place = f"{self.source}:{self.line}: " if self.line else f"{self.source}: " if self.source else ""
-        return place + (f"{self.field}: " if self.field else "") + self.message
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be used; `problems` says all that is wrong with it, one sentence each."""
-
-    def __init__(self, problems: Sequence[Problem]):
-        self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, problems)))
-
-
-@dataclass
-class Document:
-    """One YAML document: its data, and the line of every path in it."""
-
-    data: Any
-    source: str
-    lines: dict[Path_, int] = field(default_factory=dict)
-
-    @property
-    def is_job(self) -> bool:
-        return isinstance(self.data, dict) and self.data.get("kind") == names.KIND
-
-    def place(self, path: Path_) -> tuple[str, int | None]:
-        """Source and line of `path`, or of the nearest parent that is in the file."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.lines:
-                line = self.lines[path[:end]]
-                return (_SET, None) if line == 0 else (self.source, line)
-        return self.source, None
-
-    def problem(self, path: Path_, message: str) -> Problem:
-        source, line = self.place(path)
-        return Problem(_dotted(path), message, line, source)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: 2e-4 is a number, and dates and times stay text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _dotted(path: Path_) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _walk(node: yaml.Node, path: Path_, document: Document) -> None:
-    document.lines[path] = node.start_mark.line + 1
-    if len(path) > _MAX_DEPTH or len(document.lines) > _MAX_NODES:
-        # Aliases can make a few lines endless.
-        line = node.start_mark.line + 1
-        raise ManifestError(
-            [Problem(_dotted(path[:3]), "is nested too deeply or repeats too much", line, document.source)]
-        )
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise ManifestError(
-                    [Problem(_dotted((*path, key.value)), "given twice", key.start_mark.line + 1, document.source)]
-                )
-            seen.add(key.value)
-            _walk(value, (*path, key.value), document)
-            document.lines[(*path, key.value)] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _walk(value, (*path, index), document)
-
-
-def parse(text: str, source: str) -> list[Document]:
-    """Split `text` into its YAML documents. Raises ManifestError for text that is not YAML."""
-    loader = _Loader(text)
-    documents = []
-    try:
-        while loader.check_node():
-            node = loader.get_node()
-            assert node is not None  # check_node has just said so
-            document = Document(None, source)
-            _walk(node, (), document)
-            document.data = loader.construct_document(node)
-            if document.data is not None:
-                documents.append(document)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ManifestError([Problem("", f"not YAML: {what}", mark.line + 1 if mark else None, source)]) from None
-    finally:
-        loader.dispose()
-    return documents
+__all__ = ["Document", "ManifestError", "Problem", "check", "load_file", "load_text", "parse"]
 
 
 def _override(document: Document, assignments: Sequence[str]) -> None:
@@ -145,16 +27,16 @@ def _override(document: Document, assignments: Sequence[str]) -> None:
         keys = ("spec", *name.strip().removeprefix("spec.").split("."))
         if not equals or not all(keys):
             raise ManifestError(
-                [Problem("", f"{assignment!r} is not path=value, for example training.learningRate=1e-4", source=_SET)]
+                [Problem("", f"{assignment!r} is not path=value, for example training.learningRate=1e-4", source=SET)]
             )
-        parsed = parse(value, _SET)
+        parsed = parse(value, SET)
         target = document.data
         for key in keys[:-1]:
             if not isinstance(target, dict):
-                raise ManifestError([Problem(_dotted(keys), "does not exist", source=_SET)])
+                raise ManifestError([Problem(dotted(keys), "does not exist", source=SET)])
             target = target.setdefault(key, {})
         if not isinstance(target, dict):
-            raise ManifestError([Problem(_dotted(keys), "does not exist", source=_SET)])
+            raise ManifestError([Problem(dotted(keys), "does not exist", source=SET)])
         target[keys[-1]] = parsed[0].data if parsed else None
         for end in range(1, len(keys) + 1):
             document.lines.setdefault(keys[:end], 0)
@@ -174,8 +56,9 @@ def _resolve_relative(value: Any, base: Path) -> Any:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        value = re.sub(uri.USERINFO_PATTERN, "…@", value)
+        value = uri.redacted(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode()  # "\ud800" is text in YAML, and no terminal's
     return text if len(text) <= 120 else text[:119] + "…"
 
 
@@ -216,8 +99,6 @@ def _sentence(error: Any, path: Path_) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace("'", '"').replace(" or ", ", ")
         return f"Unsupported value: {_shown(value)}: supported values: {allowed}"
-    if kind == "string_pattern_mismatch":
-        return f"Invalid value: {_shown(value)}: should match '{context['pattern']}'"
     message = error["msg"]
     for start in ("Input should ", "String should ", "List should ", "Dictionary should "):
         if message.startswith(start):

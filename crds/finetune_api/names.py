@@ -20,7 +20,11 @@ LABEL_KUEUE_PRIORITY: Final = "kueue.x-k8s.io/priority-class"
 
 #: The child Job adds "-<attempt>", its pods add more; all of it must stay within a DNS label of 63.
 MAX_NAME_LENGTH: Final = 50
-NAME_PATTERN: Final = r"^[a-z]([a-z0-9-]*[a-z0-9])?$"
+NAME_PATTERN: Final = rf"^[a-z]([a-z0-9-]{{0,{MAX_NAME_LENGTH - 2}}}[a-z0-9])?$"
+NAME_RULE: Final = (
+    f"must be at most {MAX_NAME_LENGTH} lowercase letters, digits and dashes, a letter first and no dash last,"
+    " for it names pods and hosts"
+)
 
 # In the trainer's container. Each path is also an environment variable, so that a process outside a pod can move it.
 TRAINER_CONTAINER: Final = "trainer"

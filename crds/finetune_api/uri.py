@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
+from finetune_api.patterns import TextRule
+
 MAX_LENGTH: Final = 1024
 _SEGMENT = r"[A-Za-z0-9._~@+=,:-]+"
 _PATH = rf"(/{_SEGMENT})*/?"
@@ -18,7 +20,10 @@ FORMS: Final = {
     "file": (rf"file:///{_SEGMENT}{_PATH}", "file:///absolute/path"),
 }
 PARENT_PATTERN: Final = r"(^|/)[.][.]?(/|$)"
-USERINFO_PATTERN: Final = r"^[a-z0-9]+://[^/]*@"
+# A user before the host: an @ before the first slash of what follows the scheme, or a : there and an @ anywhere after,
+# for secrets may hold slashes (those of AWS do). No scheme that is taken knows a : there, so keys may hold both.
+_USERINFO = r"[A-Za-z0-9+.-]+:([^/].*@|//?[^/]*(@|:.*@))"
+USERINFO_PATTERN: Final = rf"(?s)^[^A-Za-z0-9]*{_USERINFO}"
 
 READABLE: Final = ("hf", "s3", "pvc", "file")
 WRITABLE: Final = ("s3", "pvc", "file")
@@ -35,34 +40,20 @@ def allowed(schemes: tuple[str, ...]) -> str:
     return ", ".join(forms[:-1]) + f" or {forms[-1]}"
 
 
-@dataclass(frozen=True)
-class UriRule:
-    """One thing a URI must satisfy: `pattern` has to match (or must not, when `refused`), else `message`."""
-
-    pattern: str
-    refused: bool
-    message: str
-
-    def holds(self, value: str) -> bool:
-        # Python's $ also matches before a last newline; RE2's does not.
-        return bool(re.search(self.pattern.replace("$", r"\Z"), value)) != self.refused
-
-    @property
-    def cel(self) -> str:
-        literal = "'" + self.pattern.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        return f"{'!' if self.refused else ''}self.matches({literal})"
+def redacted(text: str) -> str:
+    """`text` without what may be a secret in it, should it be a URI: a user and password, or a signed query."""
+    hidden = re.sub(USERINFO_PATTERN + "(.*@)?", "…@", text)
+    return re.sub(r"(?s)(://[^?]*[?]).*", r"\1…", hidden)
 
 
 @cache
-def rules(schemes: tuple[str, ...]) -> tuple[UriRule, ...]:
+def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     """What a URI field taking `schemes` checks, in the order a user should hear of it."""
     return (
-        UriRule(USERINFO_PATTERN, True, "must not hold credentials: put them in a Secret and name it in secretRef"),
-        UriRule(PARENT_PATTERN, True, "must not hold '.' or '..' path segments"),
-        UriRule(
-            pattern(schemes),
-            False,
-            f"must be {allowed(schemes)}; a path may hold letters, digits and . _ ~ @ + = , : -",
+        TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
+        TextRule(PARENT_PATTERN, "must not hold '.' or '..' path segments", True),
+        TextRule(
+            pattern(schemes), f"must be {allowed(schemes)}; a path may hold letters, digits and . _ ~ @ + = , : -"
         ),
     )
 

@@ -23,7 +23,7 @@ MINIMAL: dict[str, Any] = {
 class Case:
     """`changes` (dotted path -> value) on MINIMAL. Refused when `field` is set: the answer names it and says `says`.
 
-    `server_says` is given where the API server's own words differ (length limits).
+    `server_says` is given where the API server's own words differ: lengths, and types that a text or a number may have.
     """
 
     id: str
@@ -56,6 +56,10 @@ def _refused(name: str, changes: dict[str, Any], blamed: str, says: str, server_
 
 _EVAL = {"spec.dataset.eval": "s3://data/nli/test_ft.jsonl"}
 _MULTIPLE = "must be a multiple of microBatchSize"
+_NAME = "must be at most 50 lowercase letters, digits and dashes, a letter first"
+_OBJECT_NAME = "must be the name of a Kubernetes object: lowercase letters"
+_QUANTITY = 'must be a quantity such as 4, "1.5", 500m, 16G or 16Gi'
+_CREDENTIALS = "must not hold credentials: put them in a Secret"
 
 ACCEPTED = [
     _accepted("only model, dataset and output"),
@@ -65,6 +69,11 @@ ACCEPTED = [
     _accepted("model in the image", {"spec.model.source": "file:///opt/models/mistral"}),
     _accepted("data set of the hub", {"spec.dataset.train": "hf://datasets/nyu-mll/multi_nli"}),
     _accepted("prefix of many shards", {"spec.dataset.train": "s3://data/nli/shards/"}),
+    _accepted("key with an at sign", {"spec.dataset.train": "s3://data/nli/a@b"}),
+    _accepted("key with a colon and an at sign", {"spec.dataset.train": "s3://data/nli/a:b@c"}),
+    _accepted("path with a colon and an at sign", {"spec.model.source": "file:///models@1/a:b@c"}),
+    _accepted("volume path with a colon and an at sign", {"spec.model.source": "pvc://models/a:b@c"}),
+    _accepted("hub file with a colon and an at sign", {"spec.dataset.train": "hf://datasets/me/nli/a:b@c"}),
     _accepted("secrets for every role", {
         "spec.model.secretRef": {"name": "hf-token"},
         "spec.dataset.secretRef": {"name": "data.key"},
@@ -80,6 +89,7 @@ ACCEPTED = [
     _accepted("pinned micro-batch", {"spec.training.microBatchSize": 4}),
     _accepted("every linear layer", {"spec.lora.targetModules": ["all-linear"]}),
     _accepted("continuing an adapter", {"spec.lora.initFrom": "s3://adapters/earlier"}),
+    _accepted("continuing an adapter of a similar name", {"spec.lora.initFrom": "s3://adapters/nli2/"}),
     _accepted("early stopping with held-out rows", {**_EVAL, "spec.evaluation.earlyStopping": {}}),
     _accepted("early stopping on accuracy", {
         **_EVAL,
@@ -88,6 +98,7 @@ ACCEPTED = [
     _accepted("several nodes", {"spec.resources": {"nodes": 2, "gpusPerNode": 8}}),
     _accepted("no GPU", {"spec.resources.gpusPerNode": 0}),
     _accepted("quantities as number and text", {"spec.resources": {"cpu": 4, "memory": "64Gi", "sharedMemory": "1.5Gi"}}),
+    _accepted("fraction of a core", {"spec.resources": {"cpu": "1.5"}}),
     _accepted("placement", {
         "spec.resources": {
             "nodeSelector": {"gpu": "h200"},
@@ -105,6 +116,15 @@ ACCEPTED = [
     _accepted("checkpoints elsewhere", {"spec.checkpoint": {"everySteps": 50, "keep": 5, "uri": "s3://scratch/ckpt"}}),
     _accepted("own image", {"spec.image": "registry.example.com/team/trainer:1.2@sha256:" + "a" * 64}),
     _accepted("longest name", {"metadata.name": "a" * 50}),
+    _accepted("section left empty", {"spec.lora": None}),
+    _accepted("switch left empty", {"spec.suspend": None}),
+    _accepted("default left empty", {"spec.training": {"batchSize": None, "learningRate": None, "microBatchSize": None}}),
+    _accepted("optional fields left empty", {
+        "spec.cache": None, "spec.image": None, "spec.dataset.eval": None, "spec.resources": {"cpu": None},
+    }),
+    _accepted("node label left empty", {"spec.resources.nodeSelector": {"gpu": "h200", "zone": None}}),
+    _accepted("toleration with an empty key", {"spec.resources.tolerations": [{"key": None, "operator": "Exists"}]}),
+    _accepted("whole numbers written with a point", {"spec.lora.rank": 16.0, "spec.activeDeadlineSeconds": 3600.0}),
     _accepted("labels stay", {"metadata.labels": {"kueue.x-k8s.io/queue-name": "team-a"}}),
 ]  # fmt: skip
 
@@ -112,6 +132,11 @@ REFUSED = [
     _refused("no model", {"spec.model": REMOVE}, "spec.model", "Required value"),
     _refused("no dataset", {"spec.dataset": REMOVE}, "spec.dataset", "Required value"),
     _refused("no output", {"spec.output": REMOVE}, "spec.output", "Required value"),
+    _refused("model left empty", {"spec.model": None}, "spec.model", "Required value"),
+    _refused("source left empty", {"spec.model.source": None}, "spec.model.source", "Required value"),
+    _refused("spec left empty", {"spec": None}, "spec", "Required value"),
+    _refused("misspelled section left empty", {"spec.lorra": None}, "spec.lorra", "unknown field"),
+    _refused("module left empty", {"spec.lora.targetModules": [None]}, "spec.lora.targetModules", "must be of type string"),
     _refused("no source", {"spec.model": {}}, "spec.model.source", "Required value"),
     _refused("no spec", {"spec": REMOVE}, "spec", "Required value"),
     _refused("misspelled section", {"spec.lorra": {}}, "spec.lorra", "unknown field"),
@@ -126,6 +151,8 @@ REFUSED = [
     _refused("no target modules", {"spec.lora.targetModules": []}, "spec.lora.targetModules", "should have at least 1 item"),
     _refused("unknown bias", {"spec.lora.bias": "some"}, "spec.lora.bias", 'supported values: "none", "all", "lora_only"'),
     _refused("adapter onto itself", {"spec.lora.initFrom": "s3://adapters/nli"}, "spec.output.uri", "must differ from lora.initFrom"),
+    _refused("adapter onto itself, with a slash", {"spec.lora.initFrom": "s3://adapters/nli/"}, "spec.output.uri", "must differ from lora.initFrom"),
+    _refused("adapter onto itself, without the slash", {"spec.lora.initFrom": "s3://adapters/nli", "spec.output.uri": "s3://adapters/nli/"}, "spec.output.uri", "must differ from lora.initFrom"),
     _refused("5 bits", {"spec.quantization.bits": 5}, "spec.quantization.bits", "upported value"),
     _refused("unknown 4-bit type", {"spec.quantization.type": "int4"}, "spec.quantization.type", 'supported values: "nf4", "fp4"'),
     _refused("8-bit DoRA", {"spec.quantization.bits": 8, "spec.lora.dora": True}, "spec.lora.dora", "needs quantization.bits 4 or 16"),
@@ -140,7 +167,7 @@ REFUSED = [
     _refused("learning rate above 1", {"spec.training.learningRate": 2}, "spec.training.learningRate", "should be less than or equal to 1"),
     _refused("no epochs", {"spec.training.epochs": 0}, "spec.training.epochs", "should be greater than 0"),
     _refused("unknown scheduler", {"spec.training.scheduler": "cos"}, "spec.training.scheduler", '"cosine", "linear"'),
-    _refused("unknown optimizer", {"spec.training.optimizer": "adam"}, "spec.training.optimizer", '"paged_adamw_8bit"'),
+    _refused("unknown optimizer", {"spec.training.optimizer": "adam"}, "spec.training.optimizer", 'supported values: "paged_adamw_8bit"'),
     _refused("warm-up longer than the run", {"spec.training.warmupRatio": 1.5}, "spec.training.warmupRatio", "should be less than 1"),
     _refused("rows of no tokens", {"spec.training.maxLength": 0}, "spec.training.maxLength", "should be greater than or equal to 8"),
     _refused("packing as a boolean", {"spec.training.packing": True}, "spec.training.packing", "upported value", "must be of type string"),
@@ -151,7 +178,13 @@ REFUSED = [
     _refused("parent path", {"spec.dataset.train": "s3://data/../secret"}, "spec.dataset.train", "must not hold '.' or '..'"),
     _refused("parent path at the end", {"spec.output.uri": "file:///out/.."}, "spec.output.uri", "must not hold '.' or '..'"),
     _refused("parent path on a volume", {"spec.model.source": "pvc://models/../etc"}, "spec.model.source", "must not hold '.' or '..'"),
-    _refused("credentials in the URI", {"spec.dataset.train": "s3://AKIA:pw@data/x"}, "spec.dataset.train", "must not hold credentials"),
+    _refused("credentials in the URI", {"spec.dataset.train": "s3://AKIA:pw@data/x"}, "spec.dataset.train", _CREDENTIALS),
+    _refused("credentials with a slash", {"spec.dataset.train": "s3://AKIA:se/cret@data/x"}, "spec.dataset.train", _CREDENTIALS),
+    _refused("credentials in a shouted URI", {"spec.dataset.train": "S3://AKIA:pw@data/x"}, "spec.dataset.train", _CREDENTIALS),
+    _refused("credentials in a URI of two schemes", {"spec.output.uri": "s3+https://AKIA:pw@data/x"}, "spec.output.uri", _CREDENTIALS),
+    _refused("credentials without a scheme", {"spec.output.uri": "AKIA:se/cret@data/x"}, "spec.output.uri", _CREDENTIALS),
+    _refused("credentials after a space", {"spec.output.uri": " s3://AKIA:pw@data/x"}, "spec.output.uri", _CREDENTIALS),
+    _refused("user in the URI", {"spec.lora.initFrom": "s3://AKIA@data/x"}, "spec.lora.initFrom", _CREDENTIALS),
     _refused("relative file", {"spec.model.source": "file://./model"}, "spec.model.source", "must not hold '.' or '..'"),
     _refused("space in a path", {"spec.output.uri": "s3://adapters/my job"}, "spec.output.uri", "a path may hold letters"),
     _refused("shell in a path", {"spec.output.uri": "s3://adapters/$(id)"}, "spec.output.uri", "a path may hold letters"),
@@ -168,17 +201,26 @@ REFUSED = [
     _refused("unknown metric", {**_EVAL, "spec.evaluation.metrics": ["bleu"]}, "spec.evaluation.metrics", 'supported values: "loss", "nli"'),
     _refused("no nodes", {"spec.resources.nodes": 0}, "spec.resources.nodes", "should be greater than or equal to 1"),
     _refused("negative GPUs", {"spec.resources.gpusPerNode": -1}, "spec.resources.gpusPerNode", "should be greater than or equal to 0"),
-    _refused("memory in words", {"spec.resources.memory": "lots"}, "spec.resources.memory", "must be a quantity such as", "should match"),
-    _refused("unqualified GPU resource", {"spec.resources.gpuResource": "gpu"}, "spec.resources.gpuResource", "should match"),
-    _refused("secret name with a slash", {"spec.output.secretRef": {"name": "a/b"}}, "spec.output.secretRef.name", "should match"),
+    _refused("memory in words", {"spec.resources.memory": "lots"}, "spec.resources.memory", _QUANTITY),
+    _refused("memory in GB", {"spec.resources.memory": "16GB"}, "spec.resources.memory", _QUANTITY),
+    _refused("negative memory", {"spec.resources.memory": -1}, "spec.resources.memory", _QUANTITY),
+    _refused("memory of nothing", {"spec.resources.memory": ""}, "spec.resources.memory", _QUANTITY),
+    _refused("endless memory", {"spec.resources.memory": "1" * 33}, "spec.resources.memory", _QUANTITY, "Too long"),
+    _refused("fraction without quotes", {"spec.resources.cpu": 1.5}, "spec.resources.cpu", _QUANTITY, "must be of type integer,string"),
+    _refused("quantity as a boolean", {"spec.resources.cpu": True}, "spec.resources.cpu", _QUANTITY, "must be of type integer,string"),
+    _refused("revision with a space", {"spec.model.revision": "my branch"}, "spec.model.revision", "must be a branch, tag or commit"),
+    _refused("unqualified GPU resource", {"spec.resources.gpuResource": "gpu"}, "spec.resources.gpuResource", "must be an extended resource with its domain, such as nvidia.com/gpu"),
+    _refused("secret name with a slash", {"spec.output.secretRef": {"name": "a/b"}}, "spec.output.secretRef.name", _OBJECT_NAME),
+    _refused("secret name of nothing", {"spec.output.secretRef": {"name": ""}}, "spec.output.secretRef.name", _OBJECT_NAME),
+    _refused("claim in capitals", {"spec.cache": {"claimName": "Cache"}}, "spec.cache.claimName", _OBJECT_NAME),
     _refused("secret without a name", {"spec.output.secretRef": {}}, "spec.output.secretRef.name", "Required value"),
     _refused("deadline of 0", {"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "should be greater than or equal to 1"),
     _refused("no attempts", {"spec.recovery.maxAttempts": 0}, "spec.recovery.maxAttempts", "should be greater than or equal to 1"),
     _refused("suspend in words", {"spec.suspend": "yes"}, "spec.suspend", "must be of type boolean"),
-    _refused("image with a space", {"spec.image": "trainer latest"}, "spec.image", "should match"),
-    _refused("name too long", {"metadata.name": "a" * 51}, "metadata.name", "50"),
-    _refused("name with a dot", {"metadata.name": "nli.v1"}, "metadata.name", "", "lower-case letters, digits and dashes"),
-    _refused("name starting with a digit", {"metadata.name": "7b"}, "metadata.name", "", "lower-case letters, digits and dashes"),
+    _refused("image with a space", {"spec.image": "trainer latest"}, "spec.image", "must be an image such as registry.example.com/team/trainer:1.2"),
+    _refused("name too long", {"metadata.name": "a" * 51}, "metadata.name", _NAME),
+    _refused("name with a dot", {"metadata.name": "nli.v1"}, "metadata.name", _NAME),
+    _refused("name starting with a digit", {"metadata.name": "7b"}, "metadata.name", _NAME),
 ]  # fmt: skip
 
 CASES = [*ACCEPTED, *REFUSED]

@@ -1,12 +1,13 @@
 """Reading manifests: lines, overrides, YAML as kubectl reads it, and words for what is wrong."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 
 from api.manifests import MINIMAL
-from finetune_api.manifest import ManifestError, load_file, load_text, parse
+from finetune_api.manifest import ManifestError, check, load_file, load_text, parse
 
 TEXT = """\
 # a comment
@@ -63,13 +64,99 @@ def test_broken_yaml_names_the_line():
     assert refusal(TEXT + "  lora: {rank: 8\n").startswith("job.yaml:15: not YAML: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TEXT + "  image: a\0b\n", "job.yaml:14: not YAML: no text may hold the character U+0000"),
+        (TEXT + "  image: \x1b[31m\n", "job.yaml:14: not YAML: no text may hold the character U+001B"),
+        (
+            TEXT.replace("name: nli", "name: {{ .Values.name }}"),
+            "job.yaml:5: metadata.name: a key must be plain text; is this a template that was not rendered?",
+        ),
+        (TEXT + "  ? [a, b]\n  : c\n", "job.yaml:14: spec: a key must be plain text; is this"),
+        (TEXT + '  "\\e[31m": c\n', "job.yaml:14: spec: a key must be plain text"),
+        ("[" * 3000, "job.yaml: is nested too deeply"),
+        ("a: !!int abc\n", "job.yaml: not YAML: a value is not what its tag says"),
+        ("a: " + "1" * 5000, "job.yaml: not YAML: a value is not what its tag says"),
+        (TEXT + '  image: "\\ud800"\n', 'job.yaml:14: spec.image: Invalid value: "\\ud800"'),
+    ],
+    ids=["NUL", "escape", "template", "list as key", "escape in a key", "deep", "wrong tag", "endless", "surrogate"],
+)
+def test_text_that_no_reader_takes_is_refused_in_a_sentence(text: str, says: str):
+    message = refusal(text)
+    assert message.startswith(says)
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("learningRate: 1e-4", 1e-4),
+        ("learningRate: .5", 0.5),
+        ("epochs: 1e2", 100),
+        ("batchSize: 32.0", 32),
+        ("batchSize: 3.2e1", 32),
+        ("microBatchSize: 4.0", 4),
+        ("seed: 0x10", 16),
+        ("seed: 0o20", 16),
+        ("seed:", 42),
+    ],
+)
+def test_a_number_is_what_kubectl_sends_for_it(written: str, read: float):
+    """Each was tried with `kubectl apply --dry-run=server` 1.32."""
+    training = load_text(TEXT.replace("learningRate: 2e-4", written), "job.yaml").spec.training
+    found = training.manifest()[written.partition(":")[0]]
+    assert found == read
+
+
+def test_what_is_no_number_to_kubectl_is_none_here():
+    for written in ("1:30", ".inf", "1e999"):
+        message = refusal(TEXT + f"    weightDecay: {written}\n")
+        assert message.endswith('Invalid value: "string": must be of type number'), written
+    assert load_text(TEXT + "  resources: {cpu: 2.0, nodeSelector: {1: a}}\n", "").spec.resources.cpu == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("1.5", "put 1.5 in quotes"),
+        ("16GB", "16GB is written 16G or 16Gi"),
+        ("16 GiB", "16 GiB is written 16G or 16Gi"),
+        ("500mb", "500mb is written 500M or 500Mi"),
+        ("64K", "64K is written 64k or 64Ki"),
+    ],
+)
+def test_a_quantity_that_is_nearly_one_is_answered_with_the_right_one(value: str, hint: str):
+    message = refusal(TEXT + f"  resources:\n    memory: {value}\n")
+    assert message.endswith(f'must be a quantity such as 4, "1.5", 500m, 16G or 16Gi: {hint}')
+    assert message.startswith("job.yaml:15: spec.resources.memory: ")
+
+
+def test_a_list_is_what_it_lists():
+    """As `kubectl get -o yaml` prints several; lines are those of the file."""
+    items = textwrap.indent(TEXT.partition("\n")[2], "  ").replace("  apiVersion", "- apiVersion", 1)
+    text = "apiVersion: v1\nkind: List\nitems:\n" + items + items.replace("2e-4", "7")
+    first, second = parse(text, "job.yaml")
+    assert check(first).metadata.name == "nli"
+    with pytest.raises(ManifestError) as error:
+        check(second)
+    line = len(text.splitlines())
+    assert str(error.value).startswith(f"job.yaml:{line}: spec.training.learningRate: Invalid value: 7")
+
+
 @pytest.mark.parametrize("text", ["", "---\n", "just words\n", "- a\n- b\n"])
 def test_text_that_is_no_manifest(text: str):
     assert "FineTuneJob" in refusal(text)
 
 
-def test_credentials_in_a_uri_are_not_repeated():
-    assert "hunter2" not in refusal(TEXT.replace("s3://data/", "s3://key:hunter2@data/"))
+@pytest.mark.parametrize(
+    "address",
+    ["s3://key:hunter2@data/", "s3://key:a/hunter2@data/", "S3://key:hunter2@data/", "s3+https://key:hunter2@data/"],
+)
+def test_credentials_in_a_uri_are_not_repeated(address: str):
+    message = refusal(TEXT.replace("s3://data/", address))
+    assert "hunter2" not in message
+    assert 'Invalid value: "…@data/train.jsonl": must not hold credentials' in message
 
 
 def test_overrides_win_over_the_file():

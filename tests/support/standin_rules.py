@@ -76,6 +76,9 @@ def _normalized_custom(resource: Resource, obj: Object, strict: bool) -> Object:
             unknown.append(part)
             del obj[part]
             continue
+        if obj[part] is None:  # as if it were not there
+            del obj[part]
+            continue
         obj[part], more = standin_schema.pruned(obj[part], sub, part)
         unknown += more
         obj[part] = standin_schema.with_defaults(obj[part], sub)

@@ -22,20 +22,26 @@ class Cause:
 
 
 def with_defaults(value: Any, schema: Schema) -> Any:
-    """A copy of `value` with the schema's defaults filled in, outside in, as the API server does."""
+    """A copy of `value` without nulls where none may be, and with the schema's defaults filled in, outside in."""
     if isinstance(value, dict):
-        new = dict(value)
-        properties = schema.get("properties") or {}
+        properties, extra = schema.get("properties") or {}, schema.get("additionalProperties")
+        anything = extra if isinstance(extra, dict) else {"nullable": True}
+        new = {
+            name: item
+            for name, item in value.items()
+            if item is not None or (properties.get(name) or anything).get("nullable")
+        }
         for name, sub in properties.items():
-            if "default" in sub and (name not in new or (new[name] is None and not sub.get("nullable"))):
+            if "default" in sub and name not in new:
                 new[name] = copy.deepcopy(sub["default"])
-        extra = schema.get("additionalProperties")
         for name, item in new.items():
             sub = properties.get(name) or (extra if isinstance(extra, dict) else None)
             new[name] = with_defaults(item, sub) if sub else item
         return new
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         return [with_defaults(item, schema["items"]) for item in value]
+    if isinstance(value, float) and value.is_integer() and schema.get("type") == "integer":
+        return int(value)  # as Go writes it
     return value
 
 

@@ -1,0 +1,114 @@
+"""Types of the spec's fields. Each holds its bounds for the schema, its CEL rules, and the same checks in Python."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from finetune_api import patterns, uri
+from finetune_api.patterns import TextRule
+
+
+def refusal(message: str) -> PydanticCustomError:
+    """The error that ends in `message`, which may hold braces."""
+    return PydanticCustomError("said", "{message}", {"message": message})
+
+
+def text_type(*rules: TextRule, max_length: int) -> Any:
+    """A text of at most `max_length` characters that satisfies `rules`, told of in their order."""
+
+    def check(value: str) -> str:
+        for rule in rules:
+            if not rule.holds(value):
+                raise refusal(rule.message)
+        return value
+
+    validations: list[Any] = [rule.schema() for rule in rules]
+    return Annotated[
+        str,
+        Field(max_length=max_length, json_schema_extra={"x-kubernetes-validations": validations}),
+        AfterValidator(check),
+    ]
+
+
+Name = text_type(patterns.NAME, max_length=253)
+# The length is part of the pattern: 253 is what the API server allows any name.
+JobName = text_type(patterns.JOB_NAME, max_length=253)
+Revision = text_type(patterns.REVISION, max_length=128)
+ExtendedResource = text_type(patterns.EXTENDED_RESOURCE, max_length=253)
+Image = text_type(patterns.IMAGE, max_length=512)
+ReadableUri = text_type(*uri.rules(uri.READABLE), max_length=uri.MAX_LENGTH)
+WritableUri = text_type(*uri.rules(uri.WRITABLE), max_length=uri.MAX_LENGTH)
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+Switch = Literal["auto", "enabled", "disabled"]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _int_or_string(rule: str, message: str, **more: Any) -> Any:
+    validations: list[Any] = [{"rule": rule, "message": message}]
+    schema: dict[str, Any] = {"x-kubernetes-int-or-string": True, "x-kubernetes-validations": validations}
+    return Field(json_schema_extra=schema | more)
+
+
+_QUANTITY = TextRule(
+    r"^[0-9]+([.][0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+    'must be a quantity such as 4, "1.5", 500m, 16G or 16Gi',
+)
+_QUANTITY_LENGTH = 32
+_BYTES = re.compile(r"([0-9.]+) ?([kmgtp])i?b?", re.IGNORECASE)
+
+
+def _check_quantity(value: Any) -> Any:
+    if isinstance(value, float):
+        raise refusal(f"{_QUANTITY.message}: put {value:g} in quotes")
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    if isinstance(value, str) and len(value) <= _QUANTITY_LENGTH:
+        if _QUANTITY.holds(value):
+            return value
+        if likely := _BYTES.fullmatch(value):
+            number, unit = likely[1], "k" if likely[2] in "kK" else likely[2].upper()
+            raise refusal(f"{_QUANTITY.message}: {value} is written {number}{unit} or {number}{unit.upper()}i")
+    raise refusal(_QUANTITY.message)
+
+
+Quantity = Annotated[
+    int | str,
+    BeforeValidator(_check_quantity),
+    _int_or_string(
+        f"type(self) == string ? {_QUANTITY.cel_of('string(self)')} : self >= 0",
+        _QUANTITY.message,
+        maxLength=_QUANTITY_LENGTH,
+    ),
+]
+
+_MICRO_BATCH_MESSAGE = "must be auto or a number from 1 to 65536"
+
+
+def _check_micro_batch(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65_536):
+        raise refusal(_MICRO_BATCH_MESSAGE)
+    return value
+
+
+MicroBatchSize = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_check_micro_batch),
+    _int_or_string(
+        "type(self) == string ? self == 'auto' : (self >= 1 && self <= 65536)",
+        _MICRO_BATCH_MESSAGE,
+    ),
+]
+
+
+def _without_null_values(value: Any) -> Any:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+#: The API server drops keys whose value is null.
+NodeLabels = Annotated[
+    dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32), BeforeValidator(_without_null_values)
+]

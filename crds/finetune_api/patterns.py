@@ -1,0 +1,54 @@
+"""Rules over one text that mean the same in CEL (whose matches() is RE2) and in Python, each with its sentence."""
+
+import re
+from dataclasses import dataclass
+
+from finetune_api import names
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """What a text must satisfy: `pattern` has to match (or must not, when `refused`), else `message` says what may be.
+
+    Patterns stay within what RE2 and Python's re share.
+    """
+
+    pattern: str
+    message: str
+    refused: bool = False
+
+    def holds(self, value: str) -> bool:
+        # Python's $ also matches before a last newline; RE2's does not.
+        return bool(re.search(self.pattern.replace("$", r"\Z"), value)) != self.refused
+
+    @property
+    def cel(self) -> str:
+        return self.cel_of("self")
+
+    def cel_of(self, value: str) -> str:
+        """The rule as a CEL expression over the expression `value`."""
+        literal = "'" + self.pattern.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return f"{'!' if self.refused else ''}{value}.matches({literal})"
+
+    def schema(self) -> dict[str, str]:
+        """The rule as an entry of a text field's x-kubernetes-validations."""
+        return {"rule": self.cel, "message": self.message}
+
+
+JOB_NAME = TextRule(names.NAME_PATTERN, names.NAME_RULE)
+NAME = TextRule(
+    r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+    "must be the name of a Kubernetes object: lowercase letters, digits, dots and dashes, a letter or digit first and"
+    " last",
+)
+REVISION = TextRule(
+    r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+    "must be a branch, tag or commit: letters, digits and . _ / -, a letter or digit first",
+)
+EXTENDED_RESOURCE = TextRule(
+    r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", "must be an extended resource with its domain, such as nvidia.com/gpu"
+)
+IMAGE = TextRule(
+    r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
+    "must be an image such as registry.example.com/team/trainer:1.2, a letter or digit first, no spaces",
+)

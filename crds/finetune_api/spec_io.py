@@ -1,0 +1,73 @@
+"""Sections of the spec: what a job reads and where its adapter goes."""
+
+import re
+from typing import ClassVar, Literal
+
+from finetune_api.base import ApiModel, Rule
+from finetune_api.fields import Name, ReadableUri, Revision, Text, WritableUri
+
+
+class SecretRef(ApiModel):
+    """A Secret of the job's namespace. The operator never reads it: pods mount it."""
+
+    name: Name
+    """Name of the Secret."""
+
+
+class Model(ApiModel):
+    """The base model."""
+
+    RULES: ClassVar = (
+        Rule(
+            "!self.trustRemoteCode || (has(self.revision) && self.revision.matches('^[0-9a-f]{40}$'))",
+            lambda m: not m.trust_remote_code or re.fullmatch("[0-9a-f]{40}", m.revision or "") is not None,
+            "needs model.revision to be a full commit hash (40 hexadecimal digits), so that the code cannot change",
+            "trustRemoteCode",
+        ),
+    )
+
+    source: ReadableUri
+    """Where the model lies: hf://owner/name, or a folder at s3://, pvc:// or file:// (safetensors only)."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub model. Pin a commit to make the run repeatable."""
+    secret_ref: SecretRef | None = None
+    """Secret with HF_TOKEN for gated models, or AWS_* keys for s3://."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings. Needs the administrator's permission and a pinned commit."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = "auto"
+    """Attention implementation. auto takes the fastest that is installed and says which."""
+
+
+class Dataset(ApiModel):
+    """Training and evaluation rows: JSON Lines, JSON, CSV or Parquet; a file, or a prefix holding many."""
+
+    train: ReadableUri
+    """Training rows."""
+    eval: ReadableUri | None = None
+    """Held-out rows for the evaluation loss, early stopping and keepBest."""
+    format: Literal["auto", "text", "prompt-completion", "messages"] = "auto"
+    """Shape of a row. auto looks at the columns: text, prompt and completion, or messages."""
+    text_field: Text = "text"
+    """Column that holds the whole text, when the format is text."""
+    secret_ref: SecretRef | None = None
+    """Secret with AWS_* keys or HF_TOKEN for the data."""
+
+
+class Cache(ApiModel):
+    """A volume shared by jobs for models, data sets and compiled kernels."""
+
+    claim_name: Name
+    """PersistentVolumeClaim of the job's namespace."""
+
+
+class Output(ApiModel):
+    """Where the adapter goes."""
+
+    uri: WritableUri
+    """Prefix that will hold the adapter. Its manifest.json is written last: where it is, the adapter is whole."""
+    secret_ref: SecretRef | None = None
+    """Secret with AWS_* keys for the output and the checkpoints."""
+    overwrite: bool = False
+    """Replace an adapter that is already there. Otherwise the job refuses to start."""
+    keep_checkpoints: bool = False
+    """Leave the checkpoints in place after success."""

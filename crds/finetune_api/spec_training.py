@@ -1,0 +1,79 @@
+"""Sections of the spec: how the base is stored, what the adapter is, and how it is trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+from finetune_api.fields import Fraction, MicroBatchSize, PositiveInt, ReadableUri, Switch, Text
+
+
+class Quantization(ApiModel):
+    """How the frozen base weights are stored (bitsandbytes)."""
+
+    bits: Literal[4, 8, 16] = 4
+    """4 is QLoRA, 8 is LLM.int8, 16 is plain LoRA."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type: NormalFloat or float."""
+    double_quant: bool = True
+    """Quantize the quantization constants too (saves about 0.4 bit per weight)."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that weights are dequantized to for matrix products."""
+
+
+class Lora(ApiModel):
+    """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank r of the update matrices."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Fraction = 0.05
+    """Dropout before the first update matrix."""
+    target_modules: Annotated[list[Text], Field(min_length=1, max_length=64)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    """Names of the linear layers that get an adapter; [all-linear] takes every one but the head."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    init_from: ReadableUri | None = None
+    """Adapter to continue from. Its rank and target modules must be this job's."""
+
+
+class Training(ApiModel):
+    """The optimization."""
+
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3
+    """Passes over the training rows."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Effective batch: sequences per optimizer step, over all GPUs. It never changes by itself."""
+    micro_batch_size: MicroBatchSize = "auto"
+    """Sequences per GPU in one forward pass. auto takes what fits; gradient accumulation makes up the rest."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate."""
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Learning rate schedule."""
+    warmup_ratio: Fraction = 0.03
+    """Part of all steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Decoupled weight decay."""
+    optimizer: Literal[
+        "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor"
+    ] = "paged_adamw_8bit"
+    """Optimizer, by transformers' names."""
+    max_grad_norm: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
+    """Gradients are clipped to this norm."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
+    """Tokens per row; longer rows are cut, and the log says how many were."""
+    packing: Switch = "auto"
+    """Lay several rows end to end without padding. Rows never see each other."""
+    gradient_checkpointing: Switch = "auto"
+    """Recompute activations in the backward pass to save memory. auto does so only when it must."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
+    """Seed of every random generator."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Mixed precision of the training step."""
