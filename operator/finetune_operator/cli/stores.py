@@ -132,7 +132,7 @@ def open_remote(address: str, *, seconds: float = 60, tries: int = 3) -> Remote:
     try:
         root = uri.parse(address, uri.WRITABLE)
     except ValueError as error:
-        raise CliError(f"{address}: {error}") from None
+        raise CliError(f"{uri.redacted(address)}: {error}") from None
     if root.scheme == "pvc":
         raise CliError(
             f"{address} is a volume in the cluster, which cannot be read from here",

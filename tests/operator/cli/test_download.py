@@ -127,7 +127,8 @@ def test_another_adapter_in_the_folder_is_kept_unless_asked(fetch, adapter, tmp_
         ("{uri}", {"AWS_ENDPOINT_URL": "nonsense"}, 1, "AWS_ENDPOINT_URL: 'nonsense' is no URL"),
         ("{uri}", {"AWS_PROFILE": "nobody"}, 3, "no credentials"),
         ("pvc://claim/nli", {}, 1, "is a volume in the cluster, which cannot be read from here"),
-        ("s3://user:password@bucket/a", {}, 1, "must not hold credentials"),
+        ("s3://user:wrong@bucket/a", {}, 1, "must not hold credentials"),
+        ("s3://user:very/wrong@bucket/a", {}, 1, "…@bucket/a: must not hold credentials"),
         ("ftp://host/a", {}, 1, "must be s3://bucket/key"),
     ],
 )

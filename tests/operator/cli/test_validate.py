@@ -60,6 +60,42 @@ def test_several_documents_keep_their_line_numbers_and_other_kinds_are_left_alon
     assert "1 problem in 1 of 2 manifests" in result.stderr
 
 
+def test_the_objects_of_a_list_are_checked_one_by_one(folder):
+    indented = ["- " + text.replace("\n", "\n  ").rstrip() + "\n" for text in (MANIFEST, SECRET, MANIFEST)]
+    text = "apiVersion: v1\nkind: List\nitems:\n" + "".join(indented).replace("name: nli", "name: second", 1)
+    (folder / "list.yaml").write_text(text)
+    result = validate(folder, "list.yaml")
+    assert (result.returncode, result.stdout) == (0, "✓ 2 FineTuneJobs valid: second, nli\n")
+    assert "list.yaml:15: Secret is not checked" in result.stderr
+    (folder / "list.yaml").write_text(text + "    lora: {rank: 0}\n")
+    result = validate(folder, "good.yaml", "list.yaml")
+    assert result.returncode == 1
+    line = len(text.splitlines()) + 1
+    assert f"list.yaml:{line}: spec.lora.rank: Invalid value: 0: should be" in result.stderr
+    assert "1 problem in 1 of 3 manifests" in result.stderr
+
+
+def test_what_kubectl_takes_is_valid(folder):
+    (folder / "job.yaml").write_text(MANIFEST + "  lora:\n  suspend: null\n  activeDeadlineSeconds: 3600.0\n")
+    assert validate(folder, "job.yaml").returncode == 0
+
+
+@pytest.mark.parametrize("address", ["s3://AKIA:hunter2@data/x", "s3://AKIA:a/hunter2@data/x", "S3://AKIA:hunter2@d/x"])
+def test_a_secret_in_a_uri_is_not_repeated(folder, address):
+    (folder / "job.yaml").write_text(MANIFEST.replace("s3://data/nli/train.jsonl", address))
+    result = validate(folder, "job.yaml")
+    assert "must not hold credentials: put them in a Secret and name it in secretRef" in result.stderr
+    assert "hunter2" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "submit"])
+def test_other_commands_refuse_bad_text_in_the_same_sentence(folder, command):
+    (folder / "bad.yaml").write_text(MANIFEST.replace("name: nli", "name: {{ .Values.name }}"))
+    result = no_traceback(finetune(command, "bad.yaml", cwd=folder, env={"KUBECONFIG": "/nowhere"}))
+    assert result.returncode
+    assert "bad.yaml:4: metadata.name: a key must be plain text" in result.stderr
+
+
 def test_stdin_is_read_for_a_dash(folder):
     assert validate(folder, "-", stdin=MANIFEST).returncode == 0
     result = validate(folder, "-", stdin=MANIFEST.replace("hf://", "ftp://"))
@@ -83,6 +119,12 @@ def test_relative_file_addresses_start_at_the_manifest(folder):
         ("- a\n- b\n", "file.yaml:1: is no FineTuneJob: a manifest is a YAML mapping"),
         (MANIFEST.replace("kind: FineTuneJob", "kind: FinetuneJob"), "file.yaml:2: kind: "),
         (MANIFEST.replace("v1alpha1", "v1"), "file.yaml:1: apiVersion: "),
+        (MANIFEST + "  image: a\0b\n", "file.yaml:12: not YAML: no text may hold the character U+0000"),
+        (
+            MANIFEST.replace("name: nli", "name: {{ .Values.name }}"),
+            "file.yaml:4: metadata.name: a key must be plain text; is this a template that was not rendered?",
+        ),
+        ("? [a, b]\n: c\n", "file.yaml:1: a key must be plain text"),
         ("a: &a [*a]\n", "file.yaml:1: a[0][0]: is nested too deeply or repeats too much"),
         ("\n".join(LAUGHS), "is nested too deeply or repeats too much"),
         (SECRET, "there is no FineTuneJob in what was given"),
@@ -95,6 +137,9 @@ def test_relative_file_addresses_start_at_the_manifest(folder):
         "list",
         "kind misspelled",
         "wrong version",
+        "NUL",
+        "template",
+        "list as key",
         "endless",
         "a billion laughs",
         "another kind",
