@@ -127,7 +127,14 @@ class Evaluator:
 
         def answer(batch: Sequence[Question]) -> list[nli.Answer]:
             prompts = [question.prompt for question in batch]
-            texts = answers(model, self._tokenizer, prompts, settings.max_new_tokens, in_step=self._sharded)
+            texts = answers(
+                model,
+                self._tokenizer,
+                prompts,
+                settings.max_new_tokens,
+                in_step=self._sharded,
+                interrupted=self._generations.interrupted,
+            )
             return [nli.read_answer(text, settings.label_key) for text in texts]
 
         results = self._generations.run(self._questions, answer)

@@ -1,6 +1,6 @@
 """Greedy answers to a batch of prompts, padded on the left, that stop at the first complete JSON object."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from finetune_trainer.nli import first_object
 
 
 class _FirstObject(StoppingCriteria):
-    """Ends a row whose new text holds a whole JSON object: nothing after it is read."""
+    """Ends a row whose new text holds a whole JSON object: nothing after it is read. Once `interrupted`, ends all."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int) -> None:
+    def __init__(self, tokenizer: Any, prompt_length: int, interrupted: Callable[[], bool]) -> None:
         self._tokenizer = tokenizer
         self._start = prompt_length
+        self._interrupted = interrupted
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        if self._interrupted():
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         last = self._tokenizer.batch_decode(input_ids[:, -1:])
         done = ["}" in text and self._complete(row) for text, row in zip(last, input_ids, strict=True)]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
@@ -27,11 +30,18 @@ class _FirstObject(StoppingCriteria):
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, in_step: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    in_step: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """The text the model continues each prompt (token ids) with, all prompts in one batch.
 
     `in_step`: this process goes on until the last process has its answers; weights that are sharded need all of them.
+    `interrupted` is asked after each token, and leaves the answers where they are.
     """
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -46,7 +56,7 @@ def answers(
             use_cache=True,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([_FirstObject(tokenizer, width)]),
+            stopping_criteria=StoppingCriteriaList([_FirstObject(tokenizer, width, interrupted)]),
             synced_gpus=in_step,
         )
     return list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))
