@@ -79,8 +79,8 @@ def _outcomes() -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     table += [
-        f"| {int(code)} | `{outcome.reason}` | {'no' if outcome.final else 'yes'} | {outcome.cause} | {outcome.cure} |"
-        for code, outcome in sorted(names.OUTCOMES.items())
+        f"| {int(each.code)} | `{each.reason}` | {'no' if each.final else 'yes'} | {each.cause} | {each.cure} |"
+        for each in sorted(names.REASONS.values(), key=lambda outcome: outcome.code)
     ]
     return table
 

@@ -73,81 +73,118 @@ class ExitCode(IntEnum):
     PREEMPTED = 75  # EX_TEMPFAIL
     ACCESS_DENIED = 77  # EX_NOPERM
     CONFIG_INVALID = 78  # EX_CONFIG
-    WONT_FIT = 79
     GPU_OUT_OF_MEMORY = 90
     DIVERGED = 91
-    OOM_KILLED = 137  # 128 + SIGKILL, as the kernel leaves it
+    KILLED = 137  # 128 + SIGKILL
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One way an attempt ends: the reason shown in status, whether another attempt could help, and what to do."""
 
+    code: int
     reason: str
     final: bool
     cause: str
     cure: str
 
 
-OUTCOMES: Final[dict[int, Outcome]] = {
-    ExitCode.SUCCEEDED: Outcome(
-        "Succeeded", True, "The adapter is published and was loaded back.", "Nothing to do: download the adapter."
+#: Of two outcomes with one exit code, the first is what the code alone says; who tells the other is said beside it.
+_OUTCOMES: Final = (
+    Outcome(
+        ExitCode.SUCCEEDED,
+        "Succeeded",
+        True,
+        "The adapter is published and was loaded back.",
+        "Nothing to do: download the adapter.",
     ),
-    ExitCode.DATASET_INVALID: Outcome(
+    Outcome(
+        ExitCode.DATASET_INVALID,
         "DatasetInvalid",
         True,
         "A data file is missing, empty, or has rows the trainer cannot read.",
         "Fix the file and line the message names, then create the job again.",
     ),
-    ExitCode.UNAVAILABLE: Outcome(
+    Outcome(
+        ExitCode.UNAVAILABLE,
         "Unavailable",
         False,
         "The object store or the model hub did not answer, or kept answering with server errors.",
         "It is retried with backoff. If it lasts: check the endpoint, DNS and NetworkPolicies.",
     ),
-    ExitCode.PREEMPTED: Outcome(
+    Outcome(
+        ExitCode.PREEMPTED,
         "Preempted",
         False,
         "The pod was asked to stop (node drained, spot reclaimed, job suspended) and saved a checkpoint.",
         "Nothing to do: the next attempt resumes, and this one is not counted.",
     ),
-    ExitCode.ACCESS_DENIED: Outcome(
+    Outcome(
+        ExitCode.ACCESS_DENIED,
         "AccessDenied",
         True,
         "The store or the hub refused the credentials, or they do not allow this path.",
         "Check the Secret named by secretRef and what its key may read or write.",
     ),
-    ExitCode.CONFIG_INVALID: Outcome(
+    Outcome(
+        ExitCode.CONFIG_INVALID,
         "ConfigInvalid",
         True,
         "The manifest asks for something that cannot be done.",
         "Change the field the message names.",
     ),
-    ExitCode.WONT_FIT: Outcome(
+    Outcome(  # told by the trainer's report
+        ExitCode.CONFIG_INVALID,
         "WontFit",
         True,
         "The run needs more GPU memory than the GPU has, found before the weights were loaded.",
         "Take one of the changes the message lists.",
     ),
-    ExitCode.GPU_OUT_OF_MEMORY: Outcome(
+    Outcome(
+        ExitCode.GPU_OUT_OF_MEMORY,
         "GpuOutOfMemory",
         False,
         "The GPU ran out of memory while training.",
         "It is retried with half the micro-batch and the same effective batch. At micro-batch 1: lower maxLength.",
     ),
-    ExitCode.DIVERGED: Outcome(
+    Outcome(
+        ExitCode.DIVERGED,
         "Diverged",
         True,
         "The loss became NaN or infinite.",
         "Lower learningRate, raise warmupRatio, or look at the data around the step named.",
     ),
-    ExitCode.OOM_KILLED: Outcome(
+    Outcome(
+        ExitCode.KILLED,
+        "Killed",
+        False,
+        "The container was killed (SIGKILL), and not for reaching its memory limit.",
+        "It is retried. If it lasts: look at the node (memory pressure, its kernel log) and at who may kill there.",
+    ),
+    Outcome(  # told by the kubelet
+        ExitCode.KILLED,
         "OOMKilled",
         True,
-        "The kernel ended the container: it used more host memory than resources.memory.",
-        "Raise resources.memory above the peak the message names.",
+        "The kernel ended the container: its host memory reached resources.memory, or the node had none left.",
+        "Raise resources.memory above the limit the message names, or set it where it names none.",
     ),
-}
+)
 
-#: Exit codes after which a second attempt would fail in the same way.
-FINAL_EXIT_CODES: Final = tuple(sorted(int(code) for code, outcome in OUTCOMES.items() if code and outcome.final))
+#: Every outcome by its reason.
+REASONS: Final[dict[str, Outcome]] = {outcome.reason: outcome for outcome in _OUTCOMES}
+#: What each exit code says by itself.
+OUTCOMES: Final[dict[int, Outcome]] = {outcome.code: outcome for outcome in reversed(_OUTCOMES)}
+
+
+def outcome_of(code: int, reason: str | None = None) -> Outcome | None:
+    """The outcome of an exit code; where several share it, the one that `reason` names."""
+    named = REASONS.get(reason or "")
+    return named if named and named.code == code else OUTCOMES.get(code)
+
+
+#: Exit codes after which a second attempt would fail in the same way, whatever the reason.
+FINAL_EXIT_CODES: Final = tuple(
+    sorted(
+        int(code) for code in OUTCOMES if code and all(outcome.final for outcome in _OUTCOMES if outcome.code == code)
+    )
+)

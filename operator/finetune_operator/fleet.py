@@ -12,7 +12,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from finetune_api import names
-from finetune_operator.core import statuses
+from finetune_operator.core import failure, statuses
 from finetune_operator.core.observed import WAITING_PHASES, JobObject
 from finetune_operator.metrics import PHASES, PREFIX, gauge
 
@@ -20,7 +20,19 @@ OVER = ("Succeeded", "Failed")
 #: Phases in which the job's pods hold their GPUs.
 HOLDING = frozenset(PHASES) - {*WAITING_PHASES, *OVER, "Suspended"}
 #: Endings that are shown as 0 from the start: a counter that begins at 1 hides its first event from increase().
-REASONS = tuple(sorted({outcome.reason for outcome in names.OUTCOMES.values()} | {"NodeLost"}))
+REASONS = tuple(
+    sorted(
+        {
+            *names.REASONS,
+            failure.CRASHED,
+            failure.JOB_DELETED,
+            failure.NODE_LOST,
+            failure.POD_LOST,
+            failure.REPORT_LOST,
+            failure.SUSPENDED,
+        }
+    )
+)
 _TO_FIRST_STEP = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 86400)
 
 
@@ -36,6 +48,7 @@ class Fleet(Collector):
     ) -> None:
         self._jobs, self._limit, self._clock = jobs, limit, clock
         self._namespaces: set[str] = set()
+        registry.register(self)  # before the counters, so that a scrape meets their zeros, which `collect` makes
         self._attempts = Counter(
             f"{PREFIX}_attempts_ended", "Ended attempts by reason.", ["namespace", "reason"], registry=registry
         )
@@ -46,7 +59,6 @@ class Fleet(Collector):
             buckets=_TO_FIRST_STEP,
             registry=registry,
         )
-        registry.register(self)
 
     def changed(self, before: JobObject, after: JobObject) -> None:
         """Count what happened between two statuses of one job."""
@@ -75,6 +87,8 @@ class Fleet(Collector):
     def collect(self) -> Iterator[Metric]:
         jobs = list(self._jobs())
         namespaces = {job.namespace for job in jobs}
+        for namespace in namespaces:
+            self._show_zeros(namespace)
         phases = {(namespace, phase): 0 for namespace in namespaces for phase in PHASES}
         phases |= Tally((job.namespace, job.phase) for job in jobs)
         yield gauge("jobs", "FineTuneJobs by phase.", ("namespace", "phase"), phases)

@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from finetune_api import names
-from finetune_api.names import OUTCOMES
 
 
 def parser() -> argparse.ArgumentParser:
     """--config and --set; the help also explains environment variables and exit codes."""
     codes = "\n".join(
-        f"  {code:>3}  {outcome.reason:<16} {outcome.cause}" for code, outcome in sorted(OUTCOMES.items())
+        f"  {outcome.code:>3}  {outcome.reason:<16} {outcome.cause}"
+        for outcome in sorted(names.REASONS.values(), key=lambda outcome: outcome.code)
     )
     environment = "\n".join(
         f"  {name:<26} {text}"

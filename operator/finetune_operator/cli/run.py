@@ -146,8 +146,8 @@ def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str]
 
 def trainers_code(code: int, report: TrainerReport | None) -> int:
     """The trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
-    codes = {outcome.reason: int(number) for number, outcome in names.OUTCOMES.items()}
-    return codes.get(report.reason or "", code) if code == 1 and report else code
+    outcome = names.REASONS.get(report.reason or "") if code == 1 and report else None
+    return int(outcome.code) if outcome else code
 
 
 def _in_foreground() -> bool:
@@ -205,8 +205,7 @@ def run(
         69   the store or the model hub is out of reach
         75   stopped, with a checkpoint to go on from
         77   the store or the hub refuses the credentials
-        78   the manifest asks for something that cannot be done
-        79   the run does not fit the GPU
+        78   the manifest asks for something that cannot be done, or the run does not fit the GPU
         90   the GPU ran out of memory
         91   the loss became NaN or infinite
     """

@@ -126,7 +126,7 @@ def _show_next(job: FineTuneJob, target: str, file: str) -> None:
 
 
 def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, seconds: float) -> None:
-    outcome = names.OUTCOMES.get(code)
+    outcome = names.outcome_of(code, report.reason if report else None)
     reason = outcome.reason if outcome else report.reason if report and report.reason else "failed"
     said = report.message if report and report.message else outcome.cause if outcome else ""
     console.err().print()

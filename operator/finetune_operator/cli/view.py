@@ -11,7 +11,7 @@ from finetune_api.status import Condition, FineTuneJobStatus
 
 State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
 
-_CURES = {outcome.reason: outcome.cure for code, outcome in names.OUTCOMES.items() if code}
+_CURES = {outcome.reason: outcome.cure for outcome in names.REASONS.values() if outcome.code}
 
 
 @dataclass(frozen=True)

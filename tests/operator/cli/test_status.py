@@ -44,7 +44,7 @@ def test_a_waiting_job_says_why_in_the_schedulers_words(ctl, put):
     [
         ("DatasetInvalid", 65, "Fix the file and line the message names"),
         ("AccessDenied", 77, "Check the Secret named by secretRef"),
-        ("WontFit", 79, "Take one of the changes the message lists"),
+        ("WontFit", 78, "Take one of the changes the message lists"),
         ("Diverged", 91, "Lower learningRate"),
     ],
 )
