@@ -1,13 +1,38 @@
 """FineTuneJob's status, and the report a trainer gives of itself (the source of most of it)."""
 
+import math
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 
-Count = Annotated[int, Field(ge=0)]
+#: At most what every JSON reader keeps exactly: the API server refuses a status with a larger integer.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+def _finite(values: Any) -> Any:
+    """The mapping without numbers that JSON does not have: NaN or infinity would make a whole status unwritable."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if not _is_no_number(value)}
+
+
+def _is_no_number(value: Any) -> bool:
+    try:
+        return isinstance(value, float | str) and not math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _numbers(values: Any) -> Any:
+    """Like `_finite`, and without null, which is how some writers say NaN."""
+    found = _finite(values)
+    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+
+Metrics = Annotated[dict[str, float], BeforeValidator(_numbers)]
 
 
 class StatusModel(ApiModel):
@@ -59,6 +84,11 @@ class Progress(StatusModel):
     updated_at: datetime | None = None
     """When the trainer said so."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_no_numbers(cls, values: Any) -> Any:
+        return _finite(values)
+
 
 class ExecutionPlan(StatusModel):
     """How the trainer lays the run out on the GPUs."""
@@ -108,11 +138,19 @@ class Attempt(StatusModel):
     exit_code: int | None = None
     """The trainer's exit code."""
     started_at: datetime | None = None
-    """When the Job was created."""
+    """When its first pod started; until then, when the Job was created."""
     finished_at: datetime | None = None
     """When it ended."""
     last_step: Count | None = None
     """Last optimizer step it reported."""
+    stage: Annotated[str, Field(max_length=64)] | None = None
+    """What its trainer was last known to do (LoadingModel, Training, …)."""
+    heard_at: datetime | None = None
+    """When its trainer last reported another step or stage."""
+    run_seconds: Count | None = None
+    """Seconds in which its pods ran, up to ranUntil: waits in a queue or for another pod are left out."""
+    ran_until: datetime | None = None
+    """When the last of its pods that has ended did so."""
     micro_batch_size: Count | None = None
     """Micro-batch it ran with."""
 
@@ -135,7 +173,7 @@ class FineTuneJobStatus(StatusModel):
     """How the run is laid out on the GPUs."""
     attempts: list[Attempt] = []
     """The attempts so far, oldest first."""
-    metrics: dict[str, float] | None = None
+    metrics: Metrics | None = None
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None
     """The published adapter."""
@@ -164,14 +202,14 @@ class TrainerReport(StatusModel):
     stage: Stage = "Starting"
     """What it is doing."""
     reason: str | None = None
-    """At the end: the outcome, as in names.OUTCOMES."""
+    """At the end: the outcome, as in names.REASONS."""
     message: str = ""
     """What it is doing, or why it failed, in a sentence."""
     progress: Progress = Field(default_factory=Progress)
     """How far the training is."""
     execution_plan: ExecutionPlan | None = None
     """Known once the plan is made."""
-    metrics: dict[str, float] = {}
+    metrics: Metrics = {}
     """Latest values of every metric, as in status.metrics."""
     adapter: Adapter | None = None
     """Once published."""
