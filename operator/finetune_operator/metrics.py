@@ -30,6 +30,7 @@ PHASES = (
     "Evaluating",
     "Publishing",
     "Verifying",
+    "Finishing",
     "Stalled",
     "Suspended",
     "Succeeded",

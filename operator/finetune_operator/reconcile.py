@@ -9,6 +9,7 @@ import structlog
 from finetune_api import names
 from finetune_operator.cache import Cache
 from finetune_operator.cluster import ApiError, Cluster, Refused
+from finetune_operator.core import raw
 from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
 from finetune_operator.core.raw import Raw
@@ -42,13 +43,17 @@ class Reconciler:
 
     async def __call__(self, key: str) -> Result:
         """One reconcile. Raises ApiError, OSError or TimeoutError; calling again is always right."""
-        observed = self._cache.observed(key, self._poller.report(key))
+        observed = self._observe(key)
         if observed is None:
-            self._poller.leave(key)
             return Result()
-        self._follow(observed)
         now = self._clock()
         made = plan(observed, self._settings, now)
+        if made.look:
+            await self._look(observed.job)
+            if (observed := self._observe(key)) is None:
+                return Result()
+            observed = replace(observed, looked=True)
+            made = plan(observed, self._settings, now)
         blocked = False
         try:
             await self._create(observed.job, made)
@@ -63,6 +68,25 @@ class Reconciler:
             log.info("event", key=key, reason=event.reason, message=event.message)
             self._recorder.post(observed.job, event, now)
         return Result(made.requeue_after, blocked)
+
+    def _observe(self, key: str) -> Observed | None:
+        """Everything known of the job; its report is that of the pod that runs now, never of one before it."""
+        observed = self._cache.observed(key, None)
+        if observed is None:
+            self._poller.leave(key)
+            return None
+        self._follow(observed)
+        return replace(observed, report=self._poller.report(key))
+
+    async def _look(self, job: JobObject) -> None:
+        """Read the job's pods: their watch may be behind that of Jobs."""
+        uids, version = [], 0
+        async for page in self._cluster.pages("Pod", job.namespace, f"{names.LABEL_JOB}={job.name}"):
+            version = page.version
+            for pod in page.items:
+                self._cache.put("Pod", pod)
+                uids.append(raw.text(pod, "metadata", "uid"))
+        self._cache.keep_only("Pod", uids, version, only=job.key)
 
     def _follow(self, observed: Observed) -> None:
         """Read the progress of the rank-0 pod that runs, if one does."""

@@ -1,13 +1,15 @@
 """A simulated cluster for one FineTuneJob, in memory: plans are carried out as the API server would, and the test plays
-user, Job controller and kubelet. For thousands of stories a second; the real API server tells fewer and slower.
+user, Job controller, Kueue and kubelet. For thousands of stories a second; the real API server tells fewer and slower.
 
-What the operator sees goes through its own cache, so that reading API objects is part of what is tried.
+What the operator sees goes through its own cache, so that reading API objects is part of what is tried. With `lag` each
+kind's watch is a stream of its own, which shows what happened only when the test delivers it.
 """
 
 import copy
 import json
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from finetune_api import names
@@ -17,13 +19,12 @@ from finetune_operator.core.observed import Observed
 from finetune_operator.core.plan import plan
 from finetune_operator.core.steps import Plan
 from finetune_operator.settings import Settings
+from support.imagined_cluster import KINDS, START, ImaginedCluster, stamp
+
+__all__ = ["START", "World", "adapter_report", "is_empty", "merged", "stamp"]
 
 Object = dict[str, Any]
-START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-
-
-def stamp(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+_KEY = "team/nli"
 
 
 def merged(target: Any, patch: Any) -> Any:
@@ -39,42 +40,63 @@ def merged(target: Any, patch: Any) -> Any:
     return result
 
 
-class Crash(Exception):
-    """The operator dies here."""
+def is_empty(made: Plan) -> bool:
+    """Whether the plan asks for nothing."""
+    return not (made.create or made.status or made.suspend or made.delete or made.look)
 
 
-class World:
-    """One FineTuneJob and its children. Times move only when the test says so."""
+class World(ImaginedCluster):
+    """One FineTuneJob, its children, and the operator. `skew` is how many seconds its clock is ahead of all others."""
 
-    def __init__(self, settings: Settings | None = None, labels: dict[str, str] | None = None, **spec: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        labels: dict[str, str] | None = None,
+        lag: bool = False,
+        skew: float = 0,
+        **spec: Any,
+    ) -> None:
         self.settings = settings or Settings()
-        self.now = START
-        self.version = 1
-        self.uids = 0
+        self.lag, self.skew = lag, skew
         self.cache = Cache()
         self.report: TrainerReport | None = None
-        self.jobs: dict[str, Object] = {}
-        self.pods: dict[str, Object] = {}
-        self.others: dict[str, Object] = {}
+        self.asked = ""
         self.events: list[str] = []
-        minimal = {
-            "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
-            "dataset": {"train": "s3://data/train.jsonl"},
-            "output": {"uri": "s3://adapters/nli"},
-        }
-        metadata = {"name": "nli", "namespace": "team", "uid": self._uid(), "generation": 1, "labels": labels or {}}
-        metadata["creationTimestamp"] = stamp(self.now)
-        self.job: Object | None = {"metadata": metadata, "spec": minimal | spec}
-        self._changed(names.KIND, self.job)
+        super().__init__(labels, **spec)
+
+    def _show(self, kind: str, what: str, obj: Object) -> None:
+        super()._show(kind, what, obj)
+        if not self.lag:
+            self.deliver(kind)
 
     # What the operator does
 
     def observed(self) -> Observed | None:
-        return self.cache.observed("team/nli", self.report)
+        """What the operator's cache holds; the trainer's report is that of the rank-0 pod it asks."""
+        observed = self.cache.observed(_KEY, None)
+        if observed is None:
+            return None
+        leaders = [pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit]
+        leader = max(leaders, key=lambda pod: (pod.attempt, pod.created_at)).uid if leaders else ""
+        if leader != self.asked:
+            self.asked, self.report = leader, None
+        return replace(observed, report=self.report)
 
     def plan(self) -> Plan:
+        now = self.now + timedelta(seconds=self.skew)
         observed = self.observed()
-        return plan(observed, self.settings, self.now) if observed else Plan()
+        made = plan(observed, self.settings, now) if observed else Plan()
+        if made.look:
+            self._look()
+            observed = self.observed()
+            made = plan(replace(observed, looked=True), self.settings, now) if observed else Plan()
+        return made
+
+    def _look(self) -> None:
+        """A list of the job's pods."""
+        for pod in self.pods.values():
+            self.cache.put("Pod", copy.deepcopy(pod))
+        self.cache.keep_only("Pod", [pod["metadata"]["uid"] for pod in self.pods.values()], self.version, only=_KEY)
 
     def reconcile(self, crash_after: int | None = None) -> Plan:
         """Plan and carry out; `crash_after` that many API calls the operator is killed and starts anew."""
@@ -83,27 +105,47 @@ class World:
             if crash_after is not None and number >= crash_after:
                 self.restart()
                 break
-            call()
+            if not call():
+                break
         return made
 
-    def settle(self, most: int = 20) -> None:
-        """Reconcile until nothing changes."""
+    def settle(self, most: int = 8) -> None:
+        """Deliver and reconcile until nothing changes."""
         for _ in range(most):
+            self.deliver_all()
             made = self.reconcile()
-            if not (made.create or made.status or made.suspend or made.delete):
+            if is_empty(made) and not any(self.streams.values()):
                 return
         raise AssertionError("the plan never comes to rest")
 
     def restart(self) -> None:
         """A new operator with nothing in memory but what the API server holds."""
         self.cache = Cache()
-        self.report = None
+        self.report, self.asked = None, ""
+        for stream in self.streams.values():
+            stream.clear()
         for kind, objects in ((names.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
             for obj in objects:
                 if obj is not None:
                     self.cache.put(kind, copy.deepcopy(obj))
 
-    def _calls(self, made: Plan) -> Iterator[Callable[[], None]]:
+    def deliver(self, kind: str, most: int = 10**6) -> None:
+        """The watch of that kind shows what it has not shown yet, at most so many events."""
+        stream = self.streams[kind]
+        while stream and most > 0:
+            what, obj = stream.popleft()
+            most -= 1
+            if what == "DELETED":
+                self.cache.drop(kind, obj)
+            else:
+                self.cache.put(kind, obj)
+
+    def deliver_all(self) -> None:
+        for kind in KINDS:
+            self.deliver(kind)
+
+    def _calls(self, made: Plan) -> Iterator[Callable[[], bool]]:
+        """The API calls of a plan; one that returns False ends it, for the job has moved on."""
         for obj in made.create:
             yield lambda obj=obj: self._create(copy.deepcopy(obj))
         if made.status is not None:
@@ -114,35 +156,44 @@ class World:
             yield lambda target=target: self._delete(target.kind, target.name, target.uid)
         self.events += [event.reason for event in made.events]
 
-    def _create(self, obj: Object) -> None:
+    def _create(self, obj: Object) -> bool:
         name = obj["metadata"]["name"]
         kept = self.jobs if obj["kind"] == "Job" else self.others
-        if name in kept:
-            return  # AlreadyExists, and ours
-        obj["metadata"] |= {"uid": self._uid(), "creationTimestamp": stamp(self.now)}
-        kept[name] = obj
+        if name not in kept:  # else AlreadyExists, and ours
+            obj["metadata"] |= {"uid": self._uid(), "creationTimestamp": stamp(self.now)}
+            kept[name] = obj
+            if obj["kind"] == "Job":
+                self.changed("Job", obj)
         if obj["kind"] == "Job":
-            self._changed("Job", obj)
+            self.cache.put("Job", copy.deepcopy(kept[name]))
+        return True
 
-    def _write_status(self, patch: Object) -> None:
-        assert self.job is not None
-        self.job["status"] = merged(self.job.get("status"), patch)
+    def _write_status(self, patch: Object) -> bool:
+        seen = self.cache.job(_KEY)
+        if self.job is None or seen is None or str(seen.version) != self.job["metadata"]["resourceVersion"]:
+            self.deliver(names.KIND)  # a conflict: the operator reads the job again
+            return False
+        self.job["status"] = merged(self.job.get("status"), json.loads(json.dumps(patch, allow_nan=False)))
         FineTuneJobStatus.model_validate(self.job["status"])
-        self._changed(names.KIND, self.job)
+        self.changed(names.KIND, self.job)
+        self.cache.put(names.KIND, copy.deepcopy(self.job))
+        return True
 
-    def _suspend(self, name: str) -> None:
-        self.jobs[name]["spec"]["suspend"] = True
-        self._changed("Job", self.jobs[name])
-        self.stop_pods(name)
+    def _suspend(self, name: str) -> bool:
+        if name in self.jobs:
+            self.suspend_child(name)
+            self.cache.put("Job", copy.deepcopy(self.jobs[name]))
+        return True
 
-    def _delete(self, kind: str, name: str, uid: str) -> None:
+    def _delete(self, kind: str, name: str, uid: str) -> bool:
         if kind == names.KIND:
             assert self.job is not None and self.job["metadata"]["uid"] == uid
             self.delete_job()
         elif name in self.jobs and self.jobs[name]["metadata"]["uid"] == uid:
             self.delete_child(name)
+        return True
 
-    # What users and controllers do
+    # What the status says
 
     @property
     def status(self) -> Object:
@@ -161,121 +212,11 @@ class World:
         """How each attempt ended."""
         return [attempt.get("reason") for attempt in self.status.get("attempts", [])]
 
-    def advance(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
-
-    def change_spec(self, **spec: Any) -> None:
-        assert self.job is not None
-        self.job["spec"] |= spec
-        self.job["metadata"]["generation"] += 1
-        self._changed(names.KIND, self.job)
-
-    def delete_job(self) -> None:
-        assert self.job is not None
-        self.cache.drop(names.KIND, self.job)
-        self.job = None
-        for name in list(self.jobs):
-            self.delete_child(name)
-
-    def delete_child(self, name: str) -> None:
-        """A Job is deleted; its pods are told to stop."""
-        child = self.jobs.pop(name)
-        self.cache.drop("Job", child)
-        self.stop_pods(name)
-
-    def runnable(self) -> list[str]:
-        """Jobs whose pods Kubernetes would start."""
-        return [n for n, child in self.jobs.items() if not child["spec"].get("suspend") and not self.is_over(child)]
-
-    def live_pods(self) -> list[str]:
-        return [name for name, pod in self.pods.items() if pod["status"]["phase"] in ("Pending", "Running")]
-
-    def start_pods(self) -> None:
-        """The Job controller makes the missing pods, and they start."""
-        for name in self.runnable():
-            child = self.jobs[name]
-            nodes = child["spec"]["completions"]
-            for index in range(nodes):
-                pod_name = f"{name}-{index}-{child['metadata']['uid']}"
-                if pod_name not in self.pods:
-                    self._make_pod(pod_name, child, index)
-
-    def _make_pod(self, pod_name: str, child: Object, index: int) -> None:
-        metadata = {
-            "name": pod_name,
-            "namespace": "team",
-            "uid": self._uid(),
-            "labels": dict(child["spec"]["template"]["metadata"]["labels"]),
-            "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
-            "creationTimestamp": stamp(self.now),
-            "ownerReferences": [{"kind": "Job", "uid": child["metadata"]["uid"], "controller": True}],
-        }
-        state = {"running": {"startedAt": stamp(self.now)}}
-        container = {"name": "trainer", "state": state}
-        status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [container]}
-        self.pods[pod_name] = {"metadata": metadata, "status": status}
-        self._changed("Pod", self.pods[pod_name])
-
-    def stop_pods(self, job_name: str) -> None:
-        """SIGTERM: deletionTimestamp now, the end when `exit_pods` or `remove_pods` says so."""
-        for name in self.live_pods():
-            if name.startswith(f"{job_name}-"):
-                self.pods[name]["metadata"]["deletionTimestamp"] = stamp(self.now)
-                self._changed("Pod", self.pods[name])
-
-    def exit_pods(self, code: int, report: Object | None = None, disrupted: str = "", reason: str = "Error") -> None:
-        """Every live pod ends with `code`; the Job controller draws its conclusion."""
-        message = json.dumps(report) if report else ""
-        for name in self.live_pods():
-            pod = self.pods[name]
-            pod["status"]["phase"] = "Failed" if code else "Succeeded"
-            ended = {"exitCode": code, "reason": reason, "message": message, "finishedAt": stamp(self.now)}
-            pod["status"]["containerStatuses"][0]["state"] = {"terminated": ended}
-            if disrupted:
-                condition = {"type": "DisruptionTarget", "status": "True", "message": disrupted}
-                pod["status"]["conditions"] = [condition]
-            self._changed("Pod", pod)
-        self._conclude("Failed" if code else "Complete")
-        self.remove_pods()
-
-    def remove_pods(self) -> None:
-        """Pods that were deleted, and are over, go."""
-        for name, pod in list(self.pods.items()):
-            over = pod["status"]["phase"] in ("Failed", "Succeeded")
-            if pod["metadata"].get("deletionTimestamp") and over:
-                self.cache.drop("Pod", self.pods.pop(name))
-
-    def lose_pods(self) -> None:
-        """Every pod is gone without a word; the Job fails."""
-        for name in list(self.pods):
-            self.cache.drop("Pod", self.pods.pop(name))
-        self._conclude("Failed")
-
-    def _conclude(self, kind: str) -> None:
-        alive = {owner for name in self.live_pods() for owner in [self._owner(name)]}
-        for child in self.jobs.values():
-            uid = child["metadata"]["uid"]
-            had = child["metadata"]["name"] in self.runnable()
-            if had and uid not in alive:
-                condition = {"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}
-                child["status"] = {"conditions": [condition]}
-                self._changed("Job", child)
-
-    def _owner(self, pod: str) -> str:
-        return str(self.pods[pod]["metadata"]["ownerReferences"][0]["uid"])
-
-    @staticmethod
-    def is_over(child: Object) -> bool:
-        return bool((child.get("status") or {}).get("conditions"))
-
-    def _uid(self) -> str:
-        self.uids += 1
-        return f"uid-{self.uids}"
-
-    def _changed(self, kind: str, obj: Object) -> None:
-        self.version += 1
-        obj["metadata"]["resourceVersion"] = str(self.version)
-        self.cache.put(kind, copy.deepcopy(obj))
+    def says(self, stage: str = "Training", **progress: Any) -> None:
+        """The trainer that is asked reports this, and the operator hears it."""
+        self.observed()
+        self.report = TrainerReport.model_validate({"stage": stage, "progress": progress})
+        self.settle()
 
 
 def adapter_report(step: int = 100, **more: Any) -> Object:

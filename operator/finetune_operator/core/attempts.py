@@ -1,17 +1,18 @@
 """The attempts so far: what status recorded, brought up to date with the Jobs and pods that exist."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, FineTuneJobStatus
-from finetune_operator.core import failure
+from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
+from finetune_operator.core import failure, pods, progress
 from finetune_operator.core.failure import Ending
 from finetune_operator.core.observed import Child, JobObject, Observed, Pod
 
 #: Attempts that count are kept for good (there are at most 100); of the others the latest few.
 KEPT_UNCOUNTED = 10
-#: How long a finished Job without any exit code is given before its pods count as lost.
+#: How long a finished Job with an exit code missing is given before its pods are looked for.
 SETTLE_SECONDS = 5
 
 
@@ -23,7 +24,7 @@ def job_name(job: JobObject, number: int) -> str:
 def number(attempt: Attempt) -> int:
     """Which attempt this is, from 1; 0 when its name does not say."""
     suffix = attempt.job_name.rpartition("-")[2]
-    return int(suffix) if suffix.isdecimal() else 0
+    return int(suffix) if suffix.isdecimal() and len(suffix) < 10 else 0
 
 
 def next_number(history: Sequence[Attempt], observed: Observed) -> int:
@@ -43,22 +44,38 @@ def child_of(observed: Observed, name: str) -> Child | None:
     return next((child for child in observed.children if child.name == name), None)
 
 
-def update(
-    observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime
-) -> tuple[list[Attempt], Ending | None]:
-    """The attempts with every end filled in, oldest first, and how the last one ended if it ended just now."""
+@dataclass(frozen=True)
+class Story:
+    """The attempts with every end filled in, oldest first."""
+
+    history: list[Attempt]
+    ending: Ending | None = None
+    """How the last one ended, if it ended just now."""
+    report: TrainerReport | None = None
+    """What its trainer says; at its end, the last word."""
+    look: bool = False
+    """Whether it may have ended, which only a fresh look at its pods can tell."""
+
+
+def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime) -> Story:
+    """The recorded attempts, brought up to date."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
         history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at))
-    ending: Ending | None = None
-    current = []
+    current: list[Attempt] = []
+    story = Story(current)
     for attempt in sorted(history.values(), key=number):
         if attempt.reason is None:
-            started = _started(attempt, observed)
-            ending = _ending(started, observed, status, spec, now)
-            attempt = _close(started, ending, status, now) if ending else started
+            report = _report(attempt, observed)
+            attempt = _followed(attempt, observed, report, now)
+            found = _ending(attempt, observed, status, spec, now)
+            if isinstance(found, Ending):
+                attempt = close(attempt, observed, found, now)
+                story = Story(current, found, found.report, story.look)
+            else:
+                story = Story(current, None, report, story.look or found.look)
         current.append(attempt)
-    return _pruned(current), ending
+    return replace(story, history=_pruned(current))
 
 
 def _pruned(history: list[Attempt]) -> list[Attempt]:
@@ -67,61 +84,76 @@ def _pruned(history: list[Attempt]) -> list[Attempt]:
     return [attempt for attempt in history if attempt.job_name not in dropped]
 
 
-def _started(attempt: Attempt, observed: Observed) -> Attempt:
-    """The attempt with what its pods and trainer say of it while it lives."""
-    starts = [pod.started_at for pod in pods_of(observed, attempt.job_name) if pod.started_at]
-    plan = observed.report.execution_plan if observed.report else None
-    micro = plan.micro_batch_size if plan and plan.micro_batch_size else attempt.micro_batch_size
-    started_at = min(starts, default=attempt.started_at)
-    return attempt.model_copy(update={"started_at": started_at, "micro_batch_size": micro})
+def _report(attempt: Attempt, observed: Observed) -> TrainerReport | None:
+    """What the trainer of the attempt says, if one runs."""
+    leads = any(pod.running and pod.live and pod.index == 0 for pod in pods_of(observed, attempt.job_name))
+    return observed.report if leads else None
+
+
+def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None, now: datetime) -> Attempt:
+    """The attempt with what its pods and its trainer say of it while it lives."""
+    mine = pods_of(observed, attempt.job_name)
+    if attempt.run_seconds is None:
+        starts = [pod.started_at for pod in mine if pod.started_at]
+        attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
+    attempt = pods.with_run_time(attempt, mine)
+    return progress.heard(attempt, report, now) if report else attempt
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An attempt that is not over, as far as we know."""
+
+    look: bool = False
 
 
 def _ending(
     attempt: Attempt, observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime
-) -> Ending | None:
-    """How an attempt that was not over is over now; None while it is not."""
-    pods, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
-    if any(pod.live for pod in pods):
-        return None
+) -> Ending | _Open:
+    """How an attempt that was not over is over now. Jobs and pods are watched by different streams, so an end that no
+    pod's exit code bears out is believed only after a look at the pods themselves.
+    """
+    mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
+    if any(pod.live for pod in mine):
+        return _Open()
     if child and child.finished:
-        if not any(pod.exit for pod in pods) and _is_fresh(child, now):
-            return None
+        told = pods.current(mine)
+        if sum(pod.exit is not None for pod in told) < spec.resources.nodes:
+            if _is_fresh(child, now):
+                return _Open()
+            if not observed.looked:
+                return _Open(look=True)
         memory = spec.resources.memory
-        return failure.judge(child, pods, "" if memory is None else str(memory))
+        return failure.judge(child, told, "" if memory is None else str(memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
-    if stopping and (child is None or (child.suspended and not child.active and not child.queued)):
+    is_stopped = child is None or (child.suspended and not child.active and not child.queued)
+    if child is not None and not (stopping and is_stopped):
+        return _Open()
+    if not observed.looked:
+        return _Open(look=True)
+    if stopping:
         return Ending(failure.SUSPENDED, "spec.suspend stopped it", finished_at=now)
-    if child is None:
-        return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
-    return None
+    return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
 
 
 def _is_fresh(child: Child, now: datetime) -> bool:
-    """Whether its pods' last state may still be on its way: Jobs and pods are watched by different streams."""
-    return child.finished_at is not None and 0 <= (now - child.finished_at).total_seconds() < SETTLE_SECONDS
+    """Whether its pods' last state may still be on its way. The API server's clock may be ahead of ours."""
+    return child.finished_at is not None and (now - child.finished_at).total_seconds() < SETTLE_SECONDS
 
 
-def _close(attempt: Attempt, ending: Ending, status: FineTuneJobStatus, now: datetime) -> Attempt:
-    report = ending.report or None
-    step = report.progress.step if report else (status.progress.step if status.progress else None)
+def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -> Attempt:
+    """The attempt with its end."""
+    report = ending.report
     plan = report.execution_plan if report else None
+    end = ending.finished_at or now
     return attempt.model_copy(
         update={
             "reason": ending.reason,
             "message": ending.message[:1024],
             "exit_code": ending.exit_code,
-            "finished_at": ending.finished_at or now,
-            "last_step": step,
+            "finished_at": end,
+            "last_step": report.progress.step if report else attempt.last_step,
+            "run_seconds": pods.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),
             "micro_batch_size": plan.micro_batch_size if plan and plan.micro_batch_size else attempt.micro_batch_size,
         }
     )
-
-
-def run_seconds(history: Sequence[Attempt], started: bool, now: datetime) -> float:
-    """Seconds that all attempts have run; the last, unfinished one counts from when `started` (its pods run)."""
-    total = 0.0
-    for attempt in history:
-        end = attempt.finished_at if attempt.reason else (now if started else None)
-        if attempt.started_at and end:
-            total += max(0.0, (end - attempt.started_at).total_seconds())
-    return total

@@ -5,7 +5,6 @@ from typing import Any
 from finetune_api import names
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core import attempts, pod, torchrun
-from finetune_operator.core.failure import exit_codes
 from finetune_operator.core.observed import JobObject
 from finetune_operator.settings import Settings
 
@@ -107,7 +106,7 @@ def _failure_rules(nodes: int) -> list[Object]:
             "onExitCodes": {
                 "containerName": names.TRAINER_CONTAINER,
                 "operator": "In",
-                "values": list(exit_codes()),
+                "values": list(names.FINAL_EXIT_CODES),
             },
         },
     ]

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api import names
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, Progress
 from finetune_operator.core import attempts, conditions, deadlines, events, failure, progress, raw, statuses
 from finetune_operator.core.observed import Child, Observed
 from finetune_operator.core.steps import Plan, Step, Target, View
@@ -51,19 +51,31 @@ def _new_status(
     changed: dict[str, Any] = {"phase": step.scene.phase, "observed_generation": generation, "conditions": written}
     if view is not None:
         history = [*view.history, *([step.starts] if step.starts else [])]
-        report = view.ending.report if view.ending else observed.report
-        changed |= {"attempts": history, "progress": view.progress}
+        changed |= {"attempts": history, "progress": _pace(view, step)}
         if history and status.start_time is None:
             changed["start_time"] = history[0].started_at or now
-        if report and report.execution_plan:
-            changed["execution_plan"] = report.execution_plan
+        if view.report and view.report.execution_plan:
+            changed["execution_plan"] = view.report.execution_plan
         if view.ending and view.ending.report:
             changed |= {"metrics": view.ending.report.metrics or status.metrics}
             changed |= {"adapter": view.ending.report.adapter} if view.ending.reason == failure.SUCCEEDED else {}
     new = status.model_copy(update=changed)
-    if statuses.is_over(new):
-        new = new.model_copy(update={"completion_time": now, "progress": progress.finished(new.progress)})
-    return new
+    return _over(observed, new, step, now) if statuses.is_over(new) else new
+
+
+def _pace(view: View, step: Step) -> Progress | None:
+    """The progress, with what to expect of it only while the trainer goes on."""
+    goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != progress.STALLED
+    is_over = step.scene.succeeded.status != "Unknown"
+    return view.progress if goes_on or is_over else progress.at_rest(view.progress)
+
+
+def _over(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
+    """The last status: nothing is expected any more, and an attempt that still runs ends with the job."""
+    ending = failure.Ending(step.scene.succeeded.reason, step.scene.succeeded.message, finished_at=now)
+    closed = [each if each.reason else attempts.close(each, observed, ending, now) for each in status.attempts]
+    changed = {"completion_time": now, "progress": progress.finished(status.progress), "attempts": closed}
+    return status.model_copy(update=changed)
 
 
 def _stoppable(observed: Observed) -> tuple[Child, ...]:

@@ -5,18 +5,20 @@ from datetime import datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus
-from finetune_operator.core import attempts, statuses
+from finetune_operator.core import pods, statuses
 from finetune_operator.core.observed import JobObject
 
 ACTIVE = "DeadlineExceeded"
 PENDING = "PendingDeadlineExceeded"
 
 
-def active_left(spec: FineTuneJobSpec, history: Sequence[Attempt], started: bool, now: datetime) -> float | None:
+def active_left(
+    spec: FineTuneJobSpec, history: Sequence[Attempt], running_since: datetime | None, now: datetime
+) -> float | None:
     """Seconds that all attempts together may still run; None without a deadline."""
     if spec.active_deadline_seconds is None:
         return None
-    return spec.active_deadline_seconds - attempts.run_seconds(history, started, now)
+    return spec.active_deadline_seconds - pods.run_seconds(history, running_since, now)
 
 
 def pending_left(spec: FineTuneJobSpec, since: datetime | None, now: datetime) -> float | None:
@@ -26,13 +28,17 @@ def pending_left(spec: FineTuneJobSpec, since: datetime | None, now: datetime) -
     return (since + timedelta(seconds=spec.pending_deadline_seconds) - now).total_seconds()
 
 
-def pending_since(job: JobObject, status: FineTuneJobStatus, history: Sequence[Attempt]) -> datetime | None:
-    """When the present wait began: with the attempt, or after what kept it from being made."""
+def pending_since(
+    job: JobObject, status: FineTuneJobStatus, history: Sequence[Attempt], due: datetime | None
+) -> datetime | None:
+    """When the present wait began: with the attempt, or after what kept it from being made, its backoff (until `due`)
+    included.
+    """
     last = history[-1] if history else None
     if last and last.reason is None:
         return last.started_at
     suspended = statuses.condition(status, "Suspended")
-    marks = [job.created_at, last.finished_at if last else None, suspended.last_transition_time if suspended else None]
+    marks = [job.created_at, due, suspended.last_transition_time if suspended else None]
     return max((mark for mark in marks if mark), default=None)
 
 

@@ -1,22 +1,21 @@
-"""One ended attempt -> why it ended (`judge`); all ended attempts -> try again, adapt or stop (`verdict`)."""
+"""One ended attempt -> why it ended."""
 
-import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from finetune_api import names
-from finetune_api.names import OUTCOMES, ExitCode
-from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, TrainerReport
+from finetune_api.names import OUTCOMES, REASONS, ExitCode, outcome_of
+from finetune_api.status import TrainerReport
+from finetune_operator.core import raw
 from finetune_operator.core.observed import Child, Pod
 
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 PREEMPTED = OUTCOMES[ExitCode.PREEMPTED].reason
 OUT_OF_MEMORY = OUTCOMES[ExitCode.GPU_OUT_OF_MEMORY].reason
-OOM_KILLED = OUTCOMES[ExitCode.OOM_KILLED].reason
+OOM_KILLED = REASONS["OOMKilled"].reason
 NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
@@ -24,13 +23,13 @@ POD_LOST = "PodLost"
 REPORT_LOST = "ReportLost"
 CRASHED = "TrainerCrashed"
 
-FINAL = frozenset(outcome.reason for code, outcome in OUTCOMES.items() if code and outcome.final)
+FINAL = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code and outcome.final)
 #: Endings that are nobody's mistake: they do not count toward recovery.maxAttempts.
 UNCOUNTED = frozenset({PREEMPTED, NODE_LOST, SUSPENDED})
-MAX_BACKOFF_SECONDS = 600
-_KNOWN = frozenset(outcome.reason for code, outcome in OUTCOMES.items() if code)
+_KNOWN = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code)
 #: Killed from outside: such an exit says nothing when the pod was disrupted anyway.
 _KILLED = (1, 137, 143)
+_TAIL_LINES, _TAIL_LENGTH = 3, 600
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -46,23 +45,29 @@ class Ending:
 
 
 def last_word(pod: Pod) -> TrainerReport | None:
-    """The report in the pod's termination message; None where there is none or it cannot be read."""
+    """The report in the pod's termination message; None where there is none or it cannot be read.
+
+    The kubelet puts log lines there when the trainer left nothing, and those are JSON as well; a last word is one.
+    """
     if pod.exit is None or not pod.exit.message.lstrip().startswith("{"):
         return None
     try:
-        return TrainerReport.model_validate_json(pod.exit.message)
+        report = TrainerReport.model_validate_json(pod.exit.message)
     except ValidationError:
         return None
+    return report if report.stage in ("Succeeded", "Failed") else None
 
 
 def judge(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> Ending:
-    """Why the finished Job `child` ended. `memory_limit` is resources.memory as the user wrote it."""
+    """Why the finished Job `child` ended. `pods` are the last of each rank (pods.current), for an earlier one was
+    replaced and explains nothing. `memory_limit` is resources.memory as the user wrote it.
+    """
     if child.finished == "Complete":
         return _completed(child, pods)
     blamed = _blamed(pods)
-    # A disrupted pod of the same rank is the one that was replaced, and explains nothing.
-    disrupted = next((p for p in pods if p.disruption and (blamed in (None, p) or p.index != blamed.index)), None)
-    if blamed is None or (_is_killed(blamed) and (disrupted or blamed.deleting or "DisruptionTarget" in child.message)):
+    disrupted = next((pod for pod in pods if pod.disruption), None)
+    is_lost = disrupted is not None or "DisruptionTarget" in child.message
+    if blamed is None or (is_lost and not _knows_why(blamed)) or (blamed.deleting and _is_killed(blamed)):
         return _lost(child, disrupted, blamed)
     return _failed(child, blamed, memory_limit)
 
@@ -79,7 +84,11 @@ def _completed(child: Child, pods: Sequence[Pod]) -> Ending:
 def _blamed(pods: Sequence[Pod]) -> Pod | None:
     """The pod that failed first and knows why: when one rank fails, the others fail for the lack of it."""
     failed = [pod for pod in pods if pod.exit and pod.exit.code]
-    return min(failed, key=lambda pod: (not _reason(pod), _ended_at(pod), pod.index), default=None)
+    return min(failed, key=lambda pod: (not _knows_why(pod), _ended_at(pod), pod.index), default=None)
+
+
+def _knows_why(pod: Pod) -> bool:
+    return bool(_reason(pod)) and not _is_killed(pod)
 
 
 def _ended_at(pod: Pod) -> datetime:
@@ -92,11 +101,12 @@ def _reason(pod: Pod) -> str:
         return ""
     if pod.exit.reason == OOM_KILLED:
         return OOM_KILLED
-    outcome = OUTCOMES.get(pod.exit.code)
-    if outcome and pod.exit.code:
-        return outcome.reason
     report = last_word(pod)
-    return report.reason if report and report.reason in _KNOWN else ""
+    said = report.reason if report and report.reason != OOM_KILLED else None
+    outcome = outcome_of(pod.exit.code, said) if pod.exit.code else None
+    if outcome:
+        return outcome.reason
+    return said if said and said in _KNOWN else ""
 
 
 def _is_killed(pod: Pod) -> bool:
@@ -124,85 +134,27 @@ def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:
 
 
 def _explain(pod: Pod, reason: str, memory_limit: str) -> str:
-    """A sentence for a trainer that left none."""
+    """A sentence for a trainer that left none, with the last lines of its log."""
     exit_ = pod.exit
     assert exit_ is not None
+    said = f"\n{lines}" if (lines := _tail(exit_.message)) else ""
     if reason == OOM_KILLED:
         limit = f"its limit of {memory_limit} (resources.memory)" if memory_limit else "what the node could give"
-        return f"the kernel ended the container: it used more memory than {limit}"
+        return f"the kernel ended the container: its host memory reached {limit}{said}"
     if reason:
-        outcome = next(o for o in OUTCOMES.values() if o.reason == reason)
-        return f"{outcome.cause} {outcome.cure}"
-    said = exit_.message.strip().splitlines()
-    last = f": {said[-1][:500]}" if said else ""
-    return f"the trainer in pod {pod.name} ended with exit code {exit_.code} and no report{last}"
+        return f"{REASONS[reason].cause} {REASONS[reason].cure}{said}"
+    return f"the trainer in pod {pod.name} ended with exit code {exit_.code} and no report{said}"
 
 
-@dataclass(frozen=True)
-class Retry:
-    """Start another attempt at `at`."""
-
-    at: datetime
-    after: str
-    """Reason of the attempt before."""
+def _tail(message: str) -> str:
+    """The end of a log; of lines that are JSON, what they say."""
+    lines = [line for line in map(_plain, message.strip().splitlines()) if line]
+    return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LENGTH:]
 
 
-@dataclass(frozen=True)
-class Stop:
-    """No further attempt could help, or none is left."""
-
-    reason: str
-    message: str
-
-
-def verdict(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Retry | Stop:
-    """What to do after the last of `attempts`, all of which have ended. `uid` seeds the jitter."""
-    last = attempts[-1]
-    reason, message = last.reason or CRASHED, last.message or ""
-    if reason in FINAL:
-        return Stop(reason, message)
-    if reason == OUT_OF_MEMORY:
-        if spec.recovery.on_out_of_memory == "Fail":
-            return Stop(reason, f"{message} (recovery.onOutOfMemory is Fail)")
-        if micro_batch(attempts[:-1], spec) == 1 or last.micro_batch_size == 1:
-            return Stop(reason, f"{message} The micro-batch is 1 already: lower training.maxLength or lora.rank")
-    counted = [attempt for attempt in attempts if attempt.reason not in UNCOUNTED]
-    if len(counted) >= spec.recovery.max_attempts and reason not in UNCOUNTED:
-        return Stop(reason, f"{len(counted)} of {spec.recovery.max_attempts} attempts failed; the last: {message}")
-    return Retry((last.finished_at or _LONG_AGO) + _delay(last, len(counted), spec, uid), reason)
-
-
-def _delay(last: Attempt, counted: int, spec: FineTuneJobSpec, uid: str) -> timedelta:
-    """Exponential backoff, ±10 % by a hash, so that every reconcile computes the same moment."""
-    if last.reason in (OUT_OF_MEMORY, SUSPENDED):
-        return timedelta(0)
-    doublings = 0 if last.reason in UNCOUNTED else min(counted - 1, 16)
-    seconds = min(spec.recovery.backoff_seconds * 2**doublings, MAX_BACKOFF_SECONDS)
-    digest = hashlib.sha256(f"{uid}/{last.job_name}".encode()).digest()
-    return timedelta(seconds=round(seconds * (0.9 + 0.2 * digest[0] / 255)))
-
-
-def micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
-    """Micro-batch that the next attempt must take because GPU memory ran out before; None while it never did.
-
-    It halves each time, down to a divisor of the sequences per GPU, so that the effective batch stays the same.
-    """
-    per_gpu = spec.training.batch_size // (spec.resources.nodes * max(1, spec.resources.gpus_per_node))
-    size: int | None = None
-    for attempt in attempts:
-        if attempt.reason != OUT_OF_MEMORY:
-            continue
-        asked = spec.training.micro_batch_size
-        tried = attempt.micro_batch_size or size or (asked if isinstance(asked, int) else per_gpu)
-        size = _divisor(per_gpu, min(tried, size or tried) // 2)
-    return size
-
-
-def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` that is <= `at_most`, at least 1."""
-    return next((d for d in range(min(at_most, number), 1, -1) if number % d == 0), 1)
-
-
-def exit_codes() -> tuple[int, ...]:
-    """Exit codes that end a Job at once; the child's podFailurePolicy lists them."""
-    return names.FINAL_EXIT_CODES
+def _plain(line: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return line.strip()
+    return (raw.text(found, "event") or raw.text(found, "message") or line).strip()

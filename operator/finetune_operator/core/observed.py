@@ -151,6 +151,8 @@ class Pod:
     phase: str
     ip: str
     deleting: bool
+    stop_by: datetime | None
+    """When its grace ends, once it is told to stop."""
     started_at: datetime | None
     running: bool
     exit: Exit | None
@@ -163,6 +165,9 @@ class Pod:
     """The scheduler's sentence while there is no node for it."""
     waiting: tuple[str, str]
     """Reason and message of the container that waits."""
+    node: str
+    set_up: bool
+    """Whether its volumes are mounted and its network is there."""
 
     @property
     def live(self) -> bool:
@@ -190,6 +195,7 @@ class Pod:
             phase=raw.text(obj, "status", "phase"),
             ip=raw.text(obj, "status", "podIP"),
             deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
+            stop_by=raw.moment(obj, "metadata", "deletionTimestamp"),  # Kubernetes has added the grace already
             started_at=raw.moment(trainer, "state", "running", "startedAt") or raw.moment(ended, "startedAt"),
             running=bool(raw.mapping(trainer, "state", "running")),
             exit=_exit(ended) if ended else None,
@@ -198,6 +204,8 @@ class Pod:
             disruption=raw.text(disrupted, "message") or raw.text(disrupted, "reason"),
             unschedulable=_unschedulable(obj),
             waiting=(raw.text(waiting, "reason"), raw.text(waiting, "message")),
+            node=raw.text(obj, "spec", "nodeName"),
+            set_up=bool(raw.condition(obj, "PodReadyToStartContainers")),
         )
 
 
@@ -227,6 +235,8 @@ class Notice:
 
     reason: str
     message: str
+    at: datetime | None = field(default=None, compare=False)
+    """When it was said last; the same words later tell nothing new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,3 +263,5 @@ class Observed:
     notices: dict[str, Notice] = field(default_factory=dict)
     """By uid of the child or pod."""
     obstacle: Obstacle | None = None
+    looked: bool = False
+    """Whether `pods` was read from the API server just now, for this very plan (Plan.look)."""

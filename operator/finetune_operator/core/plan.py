@@ -1,5 +1,6 @@
 """The life of a FineTuneJob: what is observed -> what to do. Pure, and the same every time it is asked."""
 
+from dataclasses import replace
 from datetime import datetime
 
 from finetune_api import names
@@ -11,14 +12,16 @@ from finetune_operator.core import (
     conditions,
     deadlines,
     failure,
+    pods,
     progress,
+    retry,
     rules,
     statuses,
     waiting,
 )
 from finetune_operator.core.conditions import Scene
-from finetune_operator.core.failure import Stop
-from finetune_operator.core.observed import Observed
+from finetune_operator.core.observed import Child, Observed, Pod
+from finetune_operator.core.retry import Retry, Stop
 from finetune_operator.core.steps import Plan, Step, View
 from finetune_operator.settings import Settings
 
@@ -34,68 +37,83 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     spec = rules.read_spec(observed.job)
     if isinstance(spec, rules.Refusal):
         return conclude.conclude(observed, status, Step(conditions.refused(spec.reason, spec.message)), now)
-    history, ending = attempts.update(observed, status, spec, now)
-    report = ending.report if ending else observed.report
-    view = View(observed, status, spec, history, ending, progress.merge(status.progress, report, now), settings, now)
-    return conclude.conclude(observed, status, _step(view), now, view)
+    story = attempts.update(observed, status, spec, now)
+    merged = progress.merge(status.progress, story.report, now)
+    view = View(observed, status, spec, story.history, story.ending, story.report, merged, settings, now)
+    return replace(conclude.conclude(observed, status, _step(view), now, view), look=story.look)
 
 
 def _step(view: View) -> Step:
     """The lifecycle, from the end to the beginning."""
-    retry = None
+    after: Retry | None = None
     if view.last and not view.live:
         if view.last.reason == failure.SUCCEEDED:
             return Step(conditions.succeeded(view.spec.output.uri, view.last.message or ""))
-        verdict = failure.verdict(view.history, view.spec, view.observed.job.uid)
+        verdict = retry.verdict(view.history, view.spec, view.observed.job.uid)
         if isinstance(verdict, Stop):
             return Step(conditions.failed(verdict.reason, verdict.message))
-        retry = verdict
+        after = verdict
     if not view.history and (refusal := rules.refuse(view.observed.job, view.spec, view.settings)):
         return Step(conditions.refused(refusal.reason, refusal.message))
-    if late := _late(view):
+    if late := _late(view, after):
         return Step(late)
     if view.spec.suspend:
         return _suspend(view)
     if view.live:
         return _watch(view, view.live)
-    if retry and retry.at > view.now:
-        return _back_off(view, retry)
-    return _start(view)
+    if after and after.at > view.now:
+        return _back_off(view, after)
+    return _start(view, after)
 
 
 def _suspend(view: View) -> Step:
     """Stop the running attempt gently: its trainer saves a checkpoint within the grace period."""
     if view.live is None:
         return Step(conditions.suspended("Suspended", "spec.suspend is true"), delete=view.unfinished)
-    scene = conditions.suspended("Suspending", "waiting for the trainer to save a checkpoint and stop")
+    mine = _pods(view, view.live)
+    lost = pods.out_of_reach(mine, view.now)
+    message = waiting.out_of_reach(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
     # Kueue would unsuspend an admitted Job, so a queued one is deleted; its pods get the same grace.
     ours = tuple(child for child in view.unfinished if not child.queued and not child.suspended)
     queued = tuple(child for child in view.unfinished if child.queued and not child.deleting)
-    return Step(scene, suspend=ours, delete=queued)
+    again = (_until(pods.reach_ends(mine), view.now), _deadline_falls(view))
+    return Step(conditions.suspended("Suspending", message), suspend=ours, delete=queued, check_again=again)
 
 
 def _watch(view: View, attempt: Attempt) -> Step:
     """An attempt is under way: say why it waits, or what it does."""
-    observed, nodes = view.observed, view.spec.resources.nodes
-    child, pods = attempts.child_of(observed, attempt.job_name), attempts.pods_of(observed, attempt.job_name)
+    child, mine = attempts.child_of(view.observed, attempt.job_name), _pods(view, attempt)
+    scene, due = _under_way(view, attempt, child, mine)
+    again = (due, _pending_left(view), _deadline_falls(view), _until(pods.reach_ends(mine), view.now))
+    return Step(scene, check_again=again)
+
+
+def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod]) -> tuple[Scene, float | None]:
+    """Where an attempt stands, and the seconds after which that is to be looked at again."""
+    nodes = view.spec.resources.nodes
+    if lost := pods.out_of_reach(mine, view.now):
+        notice = waiting.out_of_reach(lost)
+        return conditions.waiting(notice.reason, notice.message), None
     if child is None or child.deleting:
-        return Step(conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"))
+        return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
+    if child.finished:
+        return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), 1.0
     if child.suspended and not child.queued and _is_suspended(view):
         # Still said to be suspended, so that the end of this attempt is known for what it is.
-        return Step(conditions.suspended("Resuming", "waiting for the pods to stop; the next attempt follows"))
-    if child.finished and not any(pod.running for pod in pods):
-        return Step(conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), check_again=(1.0,))
-    if sum(pod.running or bool(pod.exit and not pod.disruption) for pod in pods) < nodes:
-        notice = waiting.explain(observed, child, pods, nodes)
-        return Step(conditions.waiting(notice.reason, notice.message), check_again=(_pending_left(view),))
-    stalled_at = progress.stall_deadline(view.progress, attempt.started_at, view.settings.stalled_seconds)
-    said = progress.training(observed.report, stalled_at, view.now)
-    phase = said.reason if said.reason == progress.STALLED or not observed.report else observed.report.stage
-    until_stalled = (stalled_at - view.now).total_seconds() if stalled_at else None
-    return Step(conditions.running(phase, said), check_again=(_active_left(view), until_stalled))
+        return conditions.suspended("Resuming", "waiting for the pods to stop; the next attempt follows"), None
+    # A pod that was told to stop and did is about to be replaced: only one that ended by itself has done its part.
+    done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
+    if child.suspended or sum(pod.running for pod in mine) + done < nodes:
+        notice = waiting.explain(view.observed, child, mine, nodes)
+        return conditions.waiting(notice.reason, notice.message), None
+    if any(pod.exit and pod.index == 0 for pod in mine):
+        return conditions.running("Finishing", progress.finishing()), None
+    stalled_at = progress.stall_deadline(attempt, pods.running_since(mine), view.settings.stalled_seconds)
+    said = progress.training(view.report, stalled_at, view.now)
+    return conditions.running(said.reason, said), _until(stalled_at, view.now)
 
 
-def _back_off(view: View, retry: failure.Retry) -> Step:
+def _back_off(view: View, retry: Retry) -> Step:
     at = retry.at.isoformat(timespec="seconds").replace("+00:00", "Z")
     last = f": {view.last.message}" if view.last and view.last.message else ""
     message = f"attempt {attempts.next_number(view.history, view.observed)} starts at {at}, after {retry.after}{last}"
@@ -103,7 +121,7 @@ def _back_off(view: View, retry: failure.Retry) -> Step:
     return Step(conditions.waiting("BackingOff", message), delete=view.unfinished, check_again=(left,))
 
 
-def _start(view: View) -> Step:
+def _start(view: View, after: Retry | None) -> Step:
     """Begin the next attempt, once nothing of an earlier one can still write."""
     observed = view.observed
     if view.unfinished:
@@ -111,11 +129,11 @@ def _start(view: View) -> Step:
         return Step(scene, delete=tuple(child for child in view.unfinished if not child.deleting))
     if observed.strays:
         message = f"waiting for pod {observed.strays[0]} of an earlier job of this name to end"
-        return Step(conditions.waiting("Stopping", message), check_again=(_pending_left(view),))
+        return Step(conditions.waiting("Stopping", message), check_again=(_pending_left(view, after),))
     if observed.obstacle:
         scene = conditions.waiting(observed.obstacle.reason, observed.obstacle.message)
-        return Step(scene, check_again=(_pending_left(view),))
-    number, micro = attempts.next_number(view.history, observed), failure.micro_batch(view.history, view.spec)
+        return Step(scene, check_again=(_pending_left(view, after),))
+    number, micro = attempts.next_number(view.history, observed), retry.micro_batch(view.history, view.spec)
     name = attempts.job_name(observed.job, number)
     queued = names.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
@@ -127,9 +145,9 @@ def _start(view: View) -> Step:
     )
 
 
-def _late(view: View) -> Scene | None:
+def _late(view: View, after: Retry | None) -> Scene | None:
     """A deadline that has passed."""
-    active, pending = _active_left(view), _pending_left(view)
+    active, pending = _active_left(view), _pending_left(view, after)
     if active is not None and active <= 0:
         limit = view.spec.active_deadline_seconds
         return conditions.failed(deadlines.ACTIVE, f"its attempts ran longer than activeDeadlineSeconds ({limit} s)")
@@ -141,20 +159,34 @@ def _late(view: View) -> Scene | None:
     return None
 
 
-def _has_started(view: View) -> bool:
-    return view.live is not None and any(pod.started_at for pod in attempts.pods_of(view.observed, view.live.job_name))
+def _pods(view: View, attempt: Attempt) -> list[Pod]:
+    return pods.current(attempts.pods_of(view.observed, attempt.job_name))
+
+
+def _running_since(view: View) -> datetime | None:
+    return pods.running_since(_pods(view, view.live)) if view.live else None
 
 
 def _active_left(view: View) -> float | None:
-    return deadlines.active_left(view.spec, view.history, _has_started(view), view.now)
+    return deadlines.active_left(view.spec, view.history, _running_since(view), view.now)
 
 
-def _pending_left(view: View) -> float | None:
-    if view.spec.suspend or _has_started(view) or (view.status.progress is not None):
+def _deadline_falls(view: View) -> float | None:
+    """Seconds until the active deadline, while it comes nearer: in a queue it does not."""
+    return _active_left(view) if _running_since(view) else None
+
+
+def _pending_left(view: View, after: Retry | None = None) -> float | None:
+    """A backoff is no wait for pods, and a job that has run is not pending again."""
+    has_started = view.live is not None and view.live.run_seconds is not None
+    if view.spec.suspend or has_started or view.status.progress is not None or (after and after.at > view.now):
         return None
-    return deadlines.pending_left(
-        view.spec, deadlines.pending_since(view.observed.job, view.status, view.history), view.now
-    )
+    since = deadlines.pending_since(view.observed.job, view.status, view.history, after.at if after else None)
+    return deadlines.pending_left(view.spec, since, view.now)
+
+
+def _until(moment: datetime | None, now: datetime) -> float | None:
+    return (moment - now).total_seconds() if moment else None
 
 
 def _is_suspended(view: View) -> bool:

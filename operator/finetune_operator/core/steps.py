@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, FineTuneJobStatus, Progress
+from finetune_api.status import Attempt, FineTuneJobStatus, Progress, TrainerReport
 from finetune_operator.core.conditions import Scene
 from finetune_operator.core.events import Event
 from finetune_operator.core.failure import Ending
@@ -40,6 +40,8 @@ class Plan:
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
     """Seconds after which time alone changes the plan."""
+    look: bool = False
+    """Read the job's pods from the API server, and plan again (Observed.looked) before anything is done."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class View:
     spec: FineTuneJobSpec
     history: Sequence[Attempt]
     ending: Ending | None
+    report: TrainerReport | None
+    """What the trainer says; its last word, where the last attempt ended just now."""
     progress: Progress | None
     settings: Settings
     now: datetime

@@ -8,12 +8,15 @@ from finetune_operator.core.observed import Child, JobObject, Notice, Observed, 
 PENDING = "Pending"
 QUEUED = "Queued"
 UNSCHEDULABLE = "Unschedulable"
+UNREACHABLE = "NodeUnreachable"
 #: Container states that are merely a step on the way.
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
 
 def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> Notice:
-    """The most telling reason; it comes from the scheduler, the kubelet, the Job controller or Kueue."""
+    """The most telling reason; it comes from the scheduler, the kubelet, the Job controller or Kueue. `pods` are the
+    last of each rank.
+    """
     if child.suspended:
         return _queued(observed.job, child, observed.notices)
     waiting = [pod for pod in pods if pod.live and not pod.running]
@@ -21,9 +24,8 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
         for pod in waiting:
             if notice := look(pod):
                 return notice
-    for uid in (*(pod.uid for pod in waiting), child.uid):
-        if (notice := observed.notices.get(uid)) and (waiting or not pods):
-            return notice
+    if notice := _told(observed.notices, child, pods, waiting):
+        return notice
     running = sum(pod.running for pod in pods)
     if running and nodes > 1:
         return Notice(PENDING, f"{running} of {nodes} pods run; waiting for the others")
@@ -36,15 +38,39 @@ def starting(job_name: str, nodes: int) -> str:
     return f"waiting for the pod{'s' if nodes > 1 else ''} of Job {job_name} to start"
 
 
+def out_of_reach(pod: Pod) -> Notice:
+    """A pod that should have stopped, and of which its node says nothing."""
+    node = f"node {pod.node}" if pod.node else "its node"
+    by = pod.stop_by.isoformat(timespec="seconds").replace("+00:00", "Z") if pod.stop_by else "now"
+    return Notice(
+        UNREACHABLE,
+        f"pod {pod.name} was to stop by {by}, and {node} has not said that it did. It may still write, so nothing new "
+        "starts until the node is back or removed",
+    )
+
+
+def _told(notices: dict[str, Notice], child: Child, pods: Sequence[Pod], waiting: Sequence[Pod]) -> Notice | None:
+    """What an event says. Nobody takes an event back, so one whose cause is gone is passed over."""
+    for pod in waiting:
+        if (notice := notices.get(pod.uid)) and not pod.set_up:
+            return notice
+    notice = notices.get(child.uid)
+    made = max((pod.created_at for pod in pods), default=None)
+    is_past = notice and notice.at and made and notice.at < made
+    if notice and notice.reason != QUEUED and not is_past and not any(pod.live for pod in pods):
+        return notice
+    return None
+
+
 def _queued(job: JobObject, child: Child, notices: dict[str, Notice]) -> Notice:
     said = notices.get(child.uid)
     if not child.queued:
         return Notice(QUEUED, f"Job {child.name} was suspended by someone else")
     queue = job.queue_labels.get(names.LABEL_KUEUE_QUEUE, "")
     where = f"queue {queue}" if queue else "its queue"
-    return Notice(
-        QUEUED, f"waiting in {where}: {said.message}" if said else f"waiting for Kueue to admit it to {where}"
-    )
+    if said is None or said.reason != QUEUED:
+        return Notice(QUEUED, f"waiting for Kueue to admit it to {where}")
+    return Notice(QUEUED, f"waiting in {where}: {said.message}")
 
 
 def _unschedulable(pod: Pod) -> Notice | None:

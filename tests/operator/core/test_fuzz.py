@@ -114,7 +114,7 @@ def test_a_spec_of_another_schema_is_refused_with_a_sentence(spec: Any):
     world = World()
     assert world.job is not None
     world.job["spec"] = spec
-    world._changed(names.KIND, world.job)
+    world.changed(names.KIND, world.job)
     world.settle()
     assert world.condition("Accepted")["reason"] == "ConfigInvalid"
     assert world.condition("Accepted")["message"].startswith("spec")

@@ -75,7 +75,7 @@ class Life(RuleBasedStateMachine):
         for child in self.world.jobs.values():
             if child["metadata"]["labels"].get(names.LABEL_KUEUE_QUEUE) and child["spec"].get("suspend"):
                 child["spec"]["suspend"] = False
-                self.world._changed("Job", child)
+                self.world.changed("Job", child)
 
     @rule(code=CODES, disrupted=st.booleans())
     def pods_fail(self, code: int, disrupted: bool) -> None:

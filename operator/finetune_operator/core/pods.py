@@ -1,0 +1,76 @@
+"""What the pods of one attempt tell together: which of them count, how long they ran, whether one is out of reach."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from finetune_api.status import Attempt
+from finetune_operator.core.observed import Pod
+
+#: How far the clocks of nodes, API server and operator may differ without meaning anything.
+SKEW = timedelta(seconds=30)
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def current(pods: Iterable[Pod]) -> list[Pod]:
+    """The last pod of each rank, lowest first: the others were replaced within the Job and are history."""
+    last = {pod.index: pod for pod in sorted(pods, key=_age)}
+    return [last[index] for index in sorted(last)]
+
+
+def _age(pod: Pod) -> tuple[datetime, bool, datetime, int]:
+    """Times are whole seconds; of two pods made in the same one, the second is made when the first is over."""
+    ended = (pod.exit.finished_at if pod.exit else None) or _LONG_AGO
+    return pod.created_at, pod.live, ended, pod.version
+
+
+def running_since(pods: Iterable[Pod]) -> datetime | None:
+    """When the pods that run now began to."""
+    return min((pod.started_at for pod in pods if pod.running and pod.live and pod.started_at), default=None)
+
+
+def out_of_reach(pods: Iterable[Pod], now: datetime) -> Pod | None:
+    """A pod whose grace is over and whose node has not said that it stopped: nobody knows whether it still writes."""
+    return next((pod for pod in pods if pod.live and pod.stop_by and now >= pod.stop_by + SKEW), None)
+
+
+def reach_ends(pods: Iterable[Pod]) -> datetime | None:
+    """When `out_of_reach` will find one, should nothing happen."""
+    return min((pod.stop_by + SKEW for pod in pods if pod.live and pod.stop_by), default=None)
+
+
+def with_run_time(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
+    """The attempt with the time its pods have run added up. A pod counts once it is over, and only once: what is
+    recorded stays true when its pods are forgotten.
+    """
+    seconds, until = attempt.run_seconds, attempt.ran_until
+    started = sorted((pod for pod in pods if pod.started_at), key=lambda pod: pod.started_at or _LONG_AGO)
+    if started and seconds is None:
+        seconds = 0
+    for pod in started:
+        end = pod.exit.finished_at if pod.exit else None
+        begin = max(pod.started_at or _LONG_AGO, until or _LONG_AGO)
+        if seconds is not None and end and end > begin:
+            seconds, until = seconds + int((end - begin).total_seconds()), end
+    return attempt.model_copy(update={"run_seconds": seconds, "ran_until": until})
+
+
+def run_seconds(history: Sequence[Attempt], since: datetime | None, now: datetime) -> float:
+    """Seconds that all attempts have run; `since` is when the pods that run now began to."""
+    total = 0.0
+    for attempt in history:
+        if attempt.run_seconds is not None:
+            total += attempt.run_seconds
+        elif attempt.reason and attempt.started_at and attempt.finished_at:  # recorded by an older version
+            total += max(0.0, (attempt.finished_at - attempt.started_at).total_seconds())
+    if since is not None:
+        ran_until = history[-1].ran_until if history else None
+        total += max(0.0, (now - max(since, ran_until or since)).total_seconds())
+    return total
+
+
+def run_seconds_of(attempt: Attempt, pods: Sequence[Pod], end: datetime) -> int:
+    """Seconds that an attempt which ended at `end` has run."""
+    timed, since = with_run_time(attempt, pods), running_since(current(pods))
+    if since is None and timed.run_seconds is not None and timed.ran_until is None:
+        since = timed.started_at  # its pods are gone without a word
+    return int(run_seconds([timed], since, end))

@@ -1,0 +1,91 @@
+"""All ended attempts -> try again, adapt or stop."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt
+from finetune_operator.core.failure import CRASHED, FINAL, OUT_OF_MEMORY, SUSPENDED, UNCOUNTED
+
+MAX_BACKOFF_SECONDS = 600
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Start another attempt at `at`."""
+
+    at: datetime
+    after: str
+    """Reason of the attempt before."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """No further attempt could help, or none is left."""
+
+    reason: str
+    message: str
+
+
+def verdict(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Retry | Stop:
+    """What to do after the last of `attempts`, all of which have ended. `uid` seeds the jitter."""
+    last = attempts[-1]
+    reason, message = last.reason or CRASHED, last.message or ""
+    if reason in FINAL:
+        return Stop(reason, message)
+    if reason == OUT_OF_MEMORY:
+        if spec.recovery.on_out_of_memory == "Fail":
+            return Stop(reason, f"{message} (recovery.onOutOfMemory is Fail)")
+        if micro_batch(attempts[:-1], spec) == 1 or last.micro_batch_size == 1:
+            return Stop(reason, f"{message} The micro-batch is 1 already: lower training.maxLength or lora.rank")
+    counted = [attempt for attempt in attempts if attempt.reason not in UNCOUNTED]
+    if len(counted) >= spec.recovery.max_attempts and reason not in UNCOUNTED:
+        return Stop(reason, f"{len(counted)} of {spec.recovery.max_attempts} attempts failed; the last: {message}")
+    failures = _fruitless(attempts) if reason in UNCOUNTED else len(counted)
+    return Retry((last.finished_at or _LONG_AGO) + _delay(last, failures, spec, uid), reason)
+
+
+def _fruitless(attempts: Sequence[Attempt]) -> int:
+    """Endings in a row that do not count and came no further: a node that evicts at once is not to be hurried."""
+    count = 0
+    for number in range(len(attempts) - 1, -1, -1):
+        attempt, before = attempts[number], attempts[:number]
+        best = max((earlier.last_step or 0 for earlier in before), default=0)
+        if attempt.reason not in UNCOUNTED or (attempt.last_step or 0) > best:
+            break
+        count += attempt.reason != SUSPENDED
+    return count
+
+
+def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> timedelta:
+    """Exponential backoff, ±10 % by a hash, so that every reconcile computes the same moment."""
+    if last.reason in (OUT_OF_MEMORY, SUSPENDED):
+        return timedelta(0)
+    doublings = min(max(0, failures - 1), 16)
+    seconds = min(spec.recovery.backoff_seconds * 2**doublings, MAX_BACKOFF_SECONDS)
+    digest = hashlib.sha256(f"{uid}/{last.job_name}".encode()).digest()
+    return timedelta(seconds=round(seconds * (0.9 + 0.2 * digest[0] / 255)))
+
+
+def micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
+    """Micro-batch that the next attempt must take because GPU memory ran out before; None while it never did.
+
+    It halves each time, down to a divisor of the sequences per GPU, so that the effective batch stays the same.
+    """
+    per_gpu = spec.training.batch_size // (spec.resources.nodes * max(1, spec.resources.gpus_per_node))
+    size: int | None = None
+    for attempt in attempts:
+        if attempt.reason != OUT_OF_MEMORY:
+            continue
+        asked = spec.training.micro_batch_size
+        tried = attempt.micro_batch_size or size or (asked if isinstance(asked, int) else per_gpu)
+        size = _divisor(per_gpu, min(tried, size or tried) // 2)
+    return size
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is <= `at_most`, at least 1."""
+    return next((d for d in range(min(at_most, number), 1, -1) if number % d == 0), 1)
