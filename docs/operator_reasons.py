@@ -81,6 +81,15 @@ WAITS: Final = {
         "The volume cannot be attached to the node: it is in use elsewhere, or in another zone.",
         "Use a ReadWriteMany claim for caches and for several nodes; check the storage driver.",
     ),
+    "FailedCreatePodSandBox": Reason(
+        "The node cannot set the pod up: most often its network, or a runtime class it does not know.",
+        "Look at the node's network plugin and at `resources.runtimeClassName`; the kubelet tries again by itself.",
+    ),
+    "NodeUnreachable": Reason(
+        "A pod was told to stop, its grace is over, and its node has not said that it did: the node is down or cut off."
+        " The pod may still write, so nothing new starts.",
+        "Bring the node back, or make sure that it is off and delete it: `kubectl delete node NODE`.",
+    ),
     "BackingOff": Reason(
         "An attempt failed in a way that another may mend; the message says when the next one starts.",
         "Nothing to do, or read the last attempt's reason in `status.attempts`.",
@@ -134,9 +143,11 @@ STALLED: Final = {
     ),
 }
 
-#: Events on the FineTuneJob, besides the reasons above.
+#: Events on the FineTuneJob, besides the reasons above (each is posted once an attempt).
 EVENTS: Final = {
     "AttemptStarted": Reason("A Job was created."),
+    "Resumed": Reason("`spec.suspend` is false again."),
+    "Recovered": Reason("The trainer reports again after it had stalled."),
     "AttemptEnded": Reason("An attempt ended without success; the message holds its reason."),
 }
 

@@ -1,10 +1,13 @@
 """Why pods wait, where their own status does not say: events (quota, volumes, Secrets) and Kueue's Workloads.
 
-Both are watched with a field or label selector, from the present state on; a watch that breaks is started again.
+Both are watched with a field or label selector, from the present state on; a watch that breaks is started again, and
+then replays older events in no order: of several about one object the one said last counts.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
@@ -13,6 +16,7 @@ from finetune_operator.cluster import ApiError, Cluster, path
 from finetune_operator.core import raw
 from finetune_operator.core.observed import Notice
 from finetune_operator.core.raw import Raw
+from finetune_operator.core.waiting import QUEUED
 
 log = structlog.get_logger(__name__)
 
@@ -21,6 +25,7 @@ EVENT_SELECTORS = (
     "involvedObject.kind=Job,reason=FailedCreate",
     "involvedObject.kind=Pod,reason=FailedMount",
     "involvedObject.kind=Pod,reason=FailedAttachVolume",
+    "involvedObject.kind=Pod,reason=FailedCreatePodSandBox",
 )
 KUEUE_GROUP = "kueue.x-k8s.io"
 KUEUE_LABEL = f"{KUEUE_GROUP}/job-uid"
@@ -28,20 +33,50 @@ WATCH_SECONDS = 240
 _RETRY_SECONDS = (1, 2, 5, 10, 30)
 
 
-def of_event(obj: Raw) -> tuple[str, Notice] | None:
-    """What an event says, with the uid of the object it is about."""
-    about = raw.mapping(obj, "involvedObject")
-    uid, reason = raw.text(about, "uid"), raw.text(obj, "reason")
-    return (uid, Notice(reason, raw.text(obj, "message"))) if uid and reason else None
+@dataclass(frozen=True)
+class Word:
+    """What is said of object `uid`; or, taken back, no longer said."""
+
+    uid: str
+    notice: Notice
+    is_over: bool = False
 
 
-def of_workload(obj: Raw) -> tuple[str, Notice] | None:
-    """What a Kueue Workload without quota says, with the uid of its Job."""
+def of_event(obj: Raw, deleted: bool = False) -> Word | None:
+    """What an event says of the object it is about. It is deleted when nobody has repeated it for an hour."""
+    uid, reason = raw.text(obj, "involvedObject", "uid"), raw.text(obj, "reason")
+    return Word(uid, Notice(reason, raw.text(obj, "message"), _said_at(obj)), deleted) if uid and reason else None
+
+
+def _said_at(event: Raw) -> datetime | None:
+    """When an event was repeated last, by whichever way its reporter counts."""
+    places = (("series", "lastObservedTime"), ("lastTimestamp",), ("eventTime",), ("metadata", "creationTimestamp"))
+    return max((moment for place in places if (moment := raw.moment(event, *place))), default=None)
+
+
+def of_workload(obj: Raw, deleted: bool = False) -> Word | None:
+    """What a Kueue Workload waits for, of its Job: quota, then admission checks."""
     uid = raw.labels(obj).get(KUEUE_LABEL, "")
-    for entry in raw.entries(obj, "status", "conditions"):
-        if uid and entry.get("type") == "QuotaReserved" and entry.get("status") == "False":
-            return uid, Notice("Queued", raw.text(entry, "message"))
-    return None
+    quota = _condition(obj, "QuotaReserved")
+    if not uid or (not quota and not deleted):
+        return None
+    if deleted or raw.condition(obj, "Admitted"):
+        return Word(uid, Notice(QUEUED, ""), is_over=True)
+    if quota.get("status") != "True":
+        return Word(uid, Notice(QUEUED, raw.text(quota, "message")))
+    checks = "; ".join(_checks(obj))
+    return Word(uid, Notice(QUEUED, f"quota is reserved; waiting for {checks or 'its admission'}"))
+
+
+def _condition(obj: Raw, kind: str) -> Raw:
+    return next((entry for entry in raw.entries(obj, "status", "conditions") if entry.get("type") == kind), {})
+
+
+def _checks(workload: Raw) -> Iterator[str]:
+    for check in raw.entries(workload, "status", "admissionChecks"):
+        state, said = raw.text(check, "state"), raw.text(check, "message")
+        if state != "Ready":
+            yield f"admission check {raw.text(check, 'name')} ({state})" + (f": {said}" if said else "")
 
 
 class Notices:
@@ -75,24 +110,25 @@ class Notices:
             return None
         return raw.text(group, "preferredVersion", "version") or None
 
-    async def _follow(
-        self, where: str, query: dict[str, str], read: Callable[[Raw], tuple[str, Notice] | None]
-    ) -> None:
+    async def _follow(self, where: str, query: dict[str, str], read: Callable[[Raw, bool], Word | None]) -> None:
         failures = 0
         while True:
             try:
                 async for event in self._cluster.watch(where, query, WATCH_SECONDS):
                     failures = 0
-                    if event.get("type") in ("ADDED", "MODIFIED"):
-                        self._take(read(raw.mapping(event, "object")))
+                    if event.get("type") in ("ADDED", "MODIFIED", "DELETED"):
+                        self._take(read(raw.mapping(event, "object"), event["type"] == "DELETED"))
             except (ApiError, OSError, TimeoutError, ValueError) as error:
                 log.info("a watch of notices broke; it is started again", path=where, error=str(error)[:200])
                 failures += 1
             await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
 
-    def _take(self, found: tuple[str, Notice] | None) -> None:
-        if found is None:
+    def _take(self, word: Word | None) -> None:
+        if word is None:
             return
-        uid, notice = found
-        if self._cache.note(uid, notice) and (key := self._cache.key_of_uid(uid)):
+        if word.is_over:
+            is_news = self._cache.take_back(word.uid, word.notice.reason, word.notice.message or None)
+        else:
+            is_news = self._cache.note(word.uid, word.notice)
+        if is_news and (key := self._cache.key_of_uid(word.uid)):
             self._on_news(key)

@@ -187,10 +187,10 @@ def test_api_calls_are_counted_under_their_names(method: str, path: str, verb: s
 def test_notices_come_from_events_and_workloads():
     about = {"uid": "p1", "kind": "Pod"}
     event = {"involvedObject": about, "reason": "FailedMount", "message": 'secret "x" not found'}
-    assert notices.of_event(event) == ("p1", Notice("FailedMount", 'secret "x" not found'))
+    assert notices.of_event(event) == notices.Word("p1", Notice("FailedMount", 'secret "x" not found'))
     condition = {"type": "QuotaReserved", "status": "False", "message": "no quota"}
     workload = {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "c1"}}, "status": {"conditions": [condition]}}
-    assert notices.of_workload(workload) == ("c1", Notice("Queued", "no quota"))
+    assert notices.of_workload(workload) == notices.Word("c1", Notice("Queued", "no quota"))
     assert notices.of_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
 
 

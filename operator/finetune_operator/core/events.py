@@ -5,14 +5,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
+from finetune_operator.core import statuses
 from finetune_operator.core.failure import SUCCEEDED, UNCOUNTED
+from finetune_operator.core.progress import STALLED
+
+Kind = Literal["Normal", "Warning"]
+#: Stages to which training turns again and again: coming back from them is no news.
+_BESIDE_TRAINING = ("Evaluating", "Publishing", "Verifying")
 
 
 @dataclass(frozen=True)
 class Event:
     """One event on the FineTuneJob. `about` makes its name, so that it is posted once however often it is planned."""
 
-    type: Literal["Normal", "Warning"]
+    type: Kind
     reason: str
     message: str
     about: str
@@ -21,12 +27,15 @@ class Event:
 def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]:
     """What happened from `old` to `new`."""
     yield from _attempts(old, new)
-    count = len(new.attempts)
     before = {condition.type: condition for condition in old.conditions}
     for condition in new.conditions:
         known = before.get(condition.type)
-        same = known and (known.status, known.reason) == (condition.status, condition.reason)
-        event = None if same else _event(condition, count)
+        if known and (known.status, known.reason) == (condition.status, condition.reason):
+            continue
+        about = f"{condition.type}/{condition.status}/{condition.reason}/{len(new.attempts)}"
+        event = _trouble(condition, about)
+        if event is None and not statuses.is_over(new):
+            event = _progress(known, condition, about)
         if event:
             yield event
 
@@ -38,7 +47,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]
         if before is None:
             yield Event("Normal", "AttemptStarted", _began(attempt), f"{attempt.job_name}/started")
         if attempt.reason not in (None, SUCCEEDED) and (before is None or before.reason is None):
-            kind: Literal["Normal", "Warning"] = "Normal" if attempt.reason in UNCOUNTED else "Warning"
+            kind: Kind = "Normal" if attempt.reason in UNCOUNTED else "Warning"
             message = f"{attempt.job_name}: {attempt.reason}: {attempt.message or ''}"
             yield Event(kind, "AttemptEnded", message, f"{attempt.job_name}/ended")
 
@@ -48,9 +57,8 @@ def _began(attempt: Attempt) -> str:
     return f"Job {attempt.job_name} created{micro}"
 
 
-def _event(condition: Condition, attempts: int) -> Event | None:
+def _trouble(condition: Condition, about: str) -> Event | None:
     """The event for a condition that has changed; None where another condition or an attempt tells it."""
-    about = f"{condition.type}/{condition.status}/{condition.reason}/{attempts}"
     match condition.type, condition.status:
         case "Succeeded", "True":
             return Event("Normal", "Succeeded", condition.message, about)
@@ -59,8 +67,25 @@ def _event(condition: Condition, attempts: int) -> Event | None:
         case "Suspended", "True":
             return Event("Normal", condition.reason, condition.message, about)
         case "Scheduled", "False" if condition.reason not in ("Pending", "Finished", "Suspended", "BackingOff"):
-            kind: Literal["Normal", "Warning"] = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
+            kind: Kind = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
             return Event(kind, condition.reason, condition.message, about)
-        case "Training", "False" if condition.reason == "Stalled":
-            return Event("Warning", "Stalled", condition.message, about)
+        case "Training", "False" if condition.reason == STALLED:
+            return Event("Warning", STALLED, condition.message, about)
+    return None
+
+
+def _progress(known: Condition | None, condition: Condition, about: str) -> Event | None:
+    """The event for a condition that has changed for the better."""
+    was, now = known.reason if known else "", condition.reason
+    match condition.type, condition.status:
+        case "Scheduled", "True":
+            return Event("Normal", "PodsRunning", "every pod of the attempt runs", about)
+        case "Suspended", "False" if known and known.status == "True":
+            return Event("Normal", "Resumed", "spec.suspend is false again", about)
+        case "Training", _ if was == STALLED and now != "NotRunning":
+            return Event(
+                "Normal", "Recovered", f"the trainer goes on after it had stalled: {now}", f"{about}/recovered"
+            )
+        case "Training", "True" if was not in _BESIDE_TRAINING:
+            return Event("Normal", "Training", "optimizer steps are made", about)
     return None

@@ -37,7 +37,8 @@ def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str,
                 "resources": _resources(spec),
                 "volumeMounts": mounts,
                 "terminationMessagePath": names.TERMINATION_LOG,
-                "terminationMessagePolicy": "File",
+                # A crash before the report, such as a failed import, shows its last lines. Logs never hold a secret.
+                "terminationMessagePolicy": "FallbackToLogsOnError",
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "capabilities": {"drop": ["ALL"]},
