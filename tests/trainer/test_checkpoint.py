@@ -52,17 +52,21 @@ def paths(store: Store) -> set[str]:
     return {entry.path for entry in store.list()}
 
 
+def resume(store: Store, folder: Path) -> int | None:
+    """The step of the checkpoint that is now in `folder`; None when there was none."""
+    manifest = checkpoint.resume(store, lambda step: folder)
+    return manifest.step if manifest else None
+
+
 def test_what_is_saved_is_restored(store: Store, tmp_path: Path) -> None:
     saved = save(store, tmp_path, 500)
-    assert checkpoint.latest(store) == 500
     checkpoint.restore(store, 500, tmp_path / "restored")
     assert contents(tmp_path / "restored") == saved
     assert "step-00000500/manifest.json" in paths(store)
 
 
 def test_there_is_nothing_to_resume_at_first(store: Store, tmp_path: Path) -> None:
-    assert checkpoint.latest(store) is None
-    assert checkpoint.resume(store, tmp_path / "restored") is None
+    assert resume(store, tmp_path / "restored") is None
     with pytest.raises(StoreNotFound, match="no whole checkpoint"):
         checkpoint.restore(store, 500, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
@@ -92,9 +96,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
             text = json.loads(store.read_bytes(manifest))
             text["files"][0]["path"] = "../../escape"
             store.write_bytes(manifest, json.dumps(text).encode())
-    assert checkpoint.latest(store) == 500
-    resumed = checkpoint.resume(store, tmp_path / "restored")
-    assert resumed is not None and resumed.step == 500
+    assert resume(store, tmp_path / "restored") == 500
     assert contents(tmp_path / "restored") == good
 
 
@@ -129,7 +131,7 @@ def test_a_broken_checkpoint_further_on_does_not_push_out_good_ones(store: Store
     save(store, tmp_path, 1000)
     store.write_bytes("step-00001000/adapter.safetensors", b"broken, so the run went on from 500")
     save(store, tmp_path, 600, keep=1)
-    assert checkpoint.latest(store) == 600
+    assert resume(store, tmp_path / "restored") == 600
     assert {path.split("/")[0] for path in paths(store)} == {"step-00000600"}
 
 
@@ -150,11 +152,23 @@ def test_saving_a_step_again_replaces_it(store: Store, tmp_path: Path) -> None:
     assert contents(tmp_path / "restored") == again
 
 
-def test_another_jobs_checkpoints_do_not_count(store: Store, tmp_path: Path) -> None:
+def test_deleting_leaves_what_another_job_has_there(store: Store, tmp_path: Path) -> None:
     save(store, tmp_path, 500, job=JOB)
-    assert checkpoint.latest(store, "1111") == 500
-    assert checkpoint.latest(store, "2222") is None
-    assert checkpoint.resume(store, tmp_path / "restored", "2222") is None
+    save(store, tmp_path, 600, job=JOB.model_copy(update={"name": "other"}))
+    store.write_bytes("step-00000700/adapter.safetensors", b"half of one")
+    checkpoint.delete_all(store, JOB.model_copy(update={"uid": "of the same job, created anew"}))
+    assert {path.split("/")[0] for path in paths(store)} == {"step-00000600"}
+
+
+def test_each_byte_is_read_once(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    save(open_store(parse(f"s3://{bucket}/c"), Credentials("output", s3.env)), tmp_path, 100)
+    reads: list[str] = []
+    faults = Faults(only=lambda request: request.method != "GET" or bool(reads.append(request.path)))
+    with faulty(s3.endpoint, faults) as endpoint:
+        store = open_store(parse(f"s3://{bucket}/c"), Credentials("output", s3.env | {"AWS_ENDPOINT_URL": endpoint}))
+        assert resume(store, tmp_path / "restored") == 100
+    files = [path for path in reads if not path.endswith(bucket)]
+    assert len(files) == len(set(files)) == 4, files
 
 
 def test_pruning_goes_manifest_first_so_an_interruption_leaves_no_whole_looking_rest(
@@ -168,7 +182,7 @@ def test_pruning_goes_manifest_first_so_an_interruption_leaves_no_whole_looking_
              tmp_path, 200, keep=1)  # fmt: skip
     assert "step-00000100/manifest.json" not in paths(direct)
     assert "step-00000100/adapter.safetensors" in paths(direct), "the interruption came between the two"
-    assert checkpoint.latest(direct) == 200
+    assert resume(direct, tmp_path / "restored") == 200
 
 
 def test_a_silent_store_is_never_taken_for_one_without_checkpoints(s3: S3Server, bucket: str, tmp_path: Path) -> None:
@@ -182,5 +196,5 @@ def test_a_silent_store_is_never_taken_for_one_without_checkpoints(s3: S3Server,
                 parse(f"s3://{bucket}/c"), Credentials("output", s3.env | {"AWS_ENDPOINT_URL": endpoint})
             )
             with pytest.raises(StoreUnavailable):
-                checkpoint.resume(store, tmp_path / "restored")
+                resume(store, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()

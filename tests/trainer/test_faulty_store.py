@@ -150,7 +150,7 @@ def restore_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
             outcome = f"save: {type(error).__name__}"
         restored = bench.folder / f"{prefix}-restored"
         try:
-            manifest = checkpoint.resume(bench.store(prefix, endpoint), restored)
+            manifest = checkpoint.resume(bench.store(prefix, endpoint), lambda step: restored)
             outcome += ", resumed" if manifest else ", nothing to resume"
         except StoreError as error:
             manifest, outcome = None, f"{outcome}, resume: {type(error).__name__}"
@@ -160,9 +160,10 @@ def restore_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
             broken.append(f"{prefix}: restored something else than was saved")
         if manifest is None and "nothing" in outcome and saved:
             broken.append(f"{prefix}: {saved} were saved, then said not to be there")
-    direct = checkpoint.latest(bench.store(prefix))
-    if saved and (direct or 0) < max(saved):
-        broken.append(f"{prefix}: save({max(saved)}) succeeded, yet the newest whole one is {direct}")
+    found = checkpoint.resume(bench.store(prefix), lambda step: bench.folder / f"{prefix}-direct")
+    newest = found.step or 0 if found else 0
+    if saved and newest < max(saved):
+        broken.append(f"{prefix}: save({max(saved)}) succeeded, yet the newest whole one is {newest}")
     return outcome, faults, broken
 
 
