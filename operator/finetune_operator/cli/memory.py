@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from finetune_operator.cli import text
+from finetune_operator.cli import model_config, text
 from finetune_operator.cli.errors import CliError
+from finetune_trainer import sizing
 
 if TYPE_CHECKING:
-    from finetune_api.spec import FineTuneJob
+    from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+    from finetune_api.status import ExecutionPlan
 
 _UNITS = {
     "": 1,
@@ -35,44 +38,98 @@ def parse_size(value: str) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of GPU memory ahead of a run. `fits` is None where it cannot be told."""
+    """What is known of GPU memory ahead of a run.
 
-    predicted_peak_bytes: int | None
+    `plan` is the trainer's own, None where it makes none. `fits` is None where it cannot be told, or was not asked.
+    """
+
+    plan: ExecutionPlan | None
     gpu_memory_bytes: int | None
     fits: bool | None
-    micro_batch_size: int | None
     lines: tuple[str, ...]
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """For programs."""
+        plan = self.plan
+        return {
+            "predictedPeakBytes": plan and plan.predicted_peak_memory_bytes,
+            "gpuMemoryBytes": self.gpu_memory_bytes,
+            "fits": self.fits,
+            "microBatchSize": plan and plan.micro_batch_size,
+            "gradientAccumulationSteps": plan and plan.gradient_accumulation_steps,
+            "gradientCheckpointing": plan and plan.gradient_checkpointing,
+            "message": " ".join(self.lines),
+        }
 
-def forecast(job: FineTuneJob, gpu_memory: int | None) -> Forecast:
-    """Predict the peak GPU memory of `job`, and whether it fits `gpu_memory` bytes."""
+
+def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None = None) -> Forecast:
+    """Predict the peak GPU memory of `job`, and whether it fits `gpu_memory` bytes.
+
+    The model's shape comes from `config_file`, else from config.json where the model lies. Raises CliError for a
+    config_file that cannot be used.
+    """
+    config = model_config.read(config_file) if config_file else None
     if not job.spec.resources.gpus_per_node:
-        return _unknown(gpu_memory, "resources.gpusPerNode is 0: the run uses the CPU and no GPU memory.")
+        fits = None if gpu_memory is None else True
+        return Forecast(
+            None, gpu_memory, fits, ("resources.gpusPerNode is 0: the run uses the CPU and no GPU memory.",)
+        )
     try:
-        from finetune_trainer import sizing
-    except ImportError:
-        return _unknown(gpu_memory, "Memory cannot be predicted here: this installation has no sizing model.")
-    world = job.spec.resources.nodes * job.spec.resources.gpus_per_node
-    device = sizing.Device("cuda", memory_bytes=gpu_memory or 0)
+        config = config or model_config.fetch(job.spec.model)
+    except CliError as error:
+        why = f"Not predicted: {error.message}" + (f" ({error.hint})" if error.hint else "")
+        return Forecast(None, gpu_memory, None, (f"{why}.", "Give the model's config.json with --model-config FILE."))
+    shape = sizing.ModelShape.from_config(config)
+    if shape is None:
+        kind = config.get("model_type") or "this kind"
+        return Forecast(None, gpu_memory, None, (f"Not predicted: models of type {kind} are not counted yet.",))
+    return _with_memory(job.spec, shape, gpu_memory) if gpu_memory else _without_memory(job.spec, shape)
+
+
+def _with_memory(spec: FineTuneJobSpec, shape: sizing.ModelShape, gpu_memory: int) -> Forecast:
+    """What the trainer would do on a GPU of `gpu_memory` bytes."""
     try:
-        plan = sizing.make_plan(job.spec, device, world, job.spec.model.attention)
+        plan = _plan(spec, shape, gpu_memory)
     except Exception as error:
         # The trainer's refusals carry an exit code and are a sentence; anything else is a bug.
         if not hasattr(error, "exit_code"):
             raise
-        return Forecast(None, gpu_memory, False, None, (f"Will not run: {error}",))
-    peak = plan.predicted_peak_memory_bytes
-    if peak is None:
-        return _unknown(gpu_memory, "Memory is not predicted by this version: the trainer finds out as it starts.")
-    need = f"{text.size(peak)} at the peak, per GPU, with micro-batch {plan.micro_batch_size}"
-    if gpu_memory is None:
-        return Forecast(
-            peak, None, None, plan.micro_batch_size, (need, "Add --gpu-memory 24Gi to see whether it fits.")
-        )
-    fits = peak <= gpu_memory
-    verdict = "fits" if fits else "does not fit"
-    return Forecast(peak, gpu_memory, fits, plan.micro_batch_size, (f"{need}: {verdict} {text.size(gpu_memory)}",))
+        return Forecast(None, gpu_memory, False, (f"Does not fit: {error}",))
+    return Forecast(plan, gpu_memory, True, (f"{_sentence(plan)}.", f"It fits a GPU with {text.size(gpu_memory)}."))
 
 
-def _unknown(gpu_memory: int | None, why: str) -> Forecast:
-    return Forecast(None, gpu_memory, None, None, (why,))
+def _without_memory(spec: FineTuneJobSpec, shape: sizing.ModelShape) -> Forecast:
+    """What the trainer would do with all the memory it could want, and with as little as it gets by with."""
+    plan, least = _plan(spec, shape, 0), _plan(_frugal(spec), shape, 0)
+    lines = [f"{_sentence(plan)}."]
+    if least != plan:
+        lines.append(f"Where that is too much, it takes less, down to {_sentence(least)}.")
+    return Forecast(plan, None, None, (*lines, "Add --gpu-memory 24Gi to see whether it fits."))
+
+
+def _plan(spec: FineTuneJobSpec, shape: sizing.ModelShape, gpu_memory: int) -> ExecutionPlan:
+    device = sizing.Device("cuda", memory_bytes=gpu_memory)
+    world = spec.resources.nodes * spec.resources.gpus_per_node
+    plan: ExecutionPlan = sizing.make_plan(spec, device, world, spec.model.attention, shape)
+    return plan
+
+
+def _frugal(spec: FineTuneJobSpec) -> FineTuneJobSpec:
+    """`spec` with the choices that take the least memory wherever the trainer is free to choose."""
+    training = spec.training
+    less = {
+        "micro_batch_size": 1 if training.micro_batch_size == "auto" else training.micro_batch_size,
+        "gradient_checkpointing": (
+            "enabled" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
+        ),
+    }
+    return spec.model_copy(update={"training": training.model_copy(update=less)})
+
+
+def _sentence(plan: ExecutionPlan) -> str:
+    checkpointing = "gradient checkpointing" if plan.gradient_checkpointing else "no gradient checkpointing"
+    return (
+        f"{text.size(plan.predicted_peak_memory_bytes or 0)} at the peak, per GPU, with micro-batch"
+        f" {plan.micro_batch_size} × {plan.gradient_accumulation_steps} accumulated, {checkpointing}"
+    )

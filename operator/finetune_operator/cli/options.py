@@ -51,10 +51,8 @@ def job_name(value: str) -> str:
     """A name that a FineTuneJob can have; anything else would ask the cluster for something else."""
     import re
 
-    if not re.fullmatch(names.NAME_PATTERN, value) or len(value) > names.MAX_NAME_LENGTH:
-        raise CliError(
-            f"{value!r} is no name of a {names.KIND}: lowercase letters, digits and -, starting with a letter"
-        )
+    if not re.fullmatch(names.NAME_PATTERN, value):
+        raise CliError(f"{value!r} is no name of a {names.KIND}: it {names.NAME_RULE}")
     return value
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune_operator.cli import console
-from finetune_operator.cli.errors import CliError
+from finetune_operator.cli.errors import CliError, Exit
 from finetune_operator.cli.options import ManifestFile, Output, Overrides
 
 if TYPE_CHECKING:
@@ -85,17 +86,33 @@ def plan(
         str | None,
         typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24Gi: will the run fit?"),
     ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-config", metavar="FILE", help="The model's config.json, instead of the one where the model lies."
+        ),
+    ] = None,
     output: Output = None,
 ) -> None:
     """Show what a manifest comes to: every value and where it is from, the batch, the memory.
 
     A value on the command line wins over the file, which wins over the default.
 
+    The memory is the trainer's own prediction, for rows of training.maxLength tokens. It needs the shape of the model:
+    its config.json is read from the hub (HF_TOKEN, HF_ENDPOINT), the bucket (AWS_*) or this machine, or given with
+    --model-config. No GPU is needed, and no weights.
+
     Examples:
         finetune plan job.yaml
         finetune plan job.yaml --set training.batchSize=64
         finetune plan job.yaml --gpu-memory 24Gi
+        finetune plan job.yaml --gpu-memory 24Gi --model-config Mistral-7B/config.json
         finetune plan job.yaml -o json
+
+    Exit codes:
+        0    the manifest is right, and fits the GPU if one is given
+        1    it is wrong, or does not fit
+        3    it cannot be told whether it fits: the model's config.json is out of reach, or of an unknown kind
     """
     from finetune_api import manifest
     from finetune_operator.cli import memory
@@ -108,26 +125,23 @@ def plan(
     except manifest.ManifestError as error:
         raise refused(error) from None
     found, made = values(job, document), batch(job.spec)
-    forecast = memory.forecast(job, room)
+    forecast = memory.forecast(job, room, model_config)
     if output:
         console.structured(
             {
                 "job": job.metadata.name,
                 "values": [asdict(value) for value in found],
                 "batch": asdict(made) | {"choices": list(made.choices)},
-                "memory": {
-                    "predictedPeakBytes": forecast.predicted_peak_bytes,
-                    "gpuMemoryBytes": forecast.gpu_memory_bytes,
-                    "fits": forecast.fits,
-                    "message": " ".join(forecast.lines),
-                },
+                "memory": forecast.data,
             },
             output,
         )
     else:
         _page(job, found, made, forecast)
     if forecast.fits is False:
-        raise CliError("", code=1)
+        raise CliError("", code=Exit.INVALID)
+    if room and forecast.fits is None:
+        raise CliError("", code=Exit.UNREACHABLE)
 
 
 def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> None:

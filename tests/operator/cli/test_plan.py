@@ -6,6 +6,8 @@ import pytest
 
 from support.cli import MANIFEST, finetune, no_traceback
 
+#: Where nothing listens.
+NOBODY = "http://127.0.0.1:9"
 TUNED = MANIFEST + "  training:\n    learningRate: 1e-4\n    batchSize: 32\n    microBatchSize: 4\n"
 
 
@@ -13,8 +15,9 @@ TUNED = MANIFEST + "  training:\n    learningRate: 1e-4\n    batchSize: 32\n    
 def plan(tmp_path):
     (tmp_path / "job.yaml").write_text(TUNED)
 
-    def run(*arguments):
-        return no_traceback(finetune("plan", "job.yaml", *arguments, cwd=tmp_path))
+    def run(*arguments, env=None):
+        env = {"HF_ENDPOINT": NOBODY, "HF_TOKEN": ""} | (env or {})
+        return no_traceback(finetune("plan", "job.yaml", *arguments, cwd=tmp_path, env=env))
 
     return run
 
@@ -85,7 +88,7 @@ def test_what_is_wrong_is_a_sentence(plan, arguments, sentence):
 
 def test_other_kinds_in_the_file_are_passed_over(tmp_path):
     (tmp_path / "job.yaml").write_text("kind: Secret\napiVersion: v1\n---\n" + TUNED)
-    result = finetune("plan", "job.yaml", cwd=tmp_path)
+    result = finetune("plan", "job.yaml", cwd=tmp_path, env={"HF_ENDPOINT": NOBODY})
     assert result.returncode == 0
     assert "job.yaml:16" in result.stdout
 

@@ -1,0 +1,257 @@
+"""plan: the GPU memory, predicted by the trainer's own arithmetic from the model's config.json, wherever that lies."""
+
+import json
+import os
+
+import pytest
+
+from finetune_api.manifest import load_text
+from finetune_operator.cli.memory import forecast
+from finetune_trainer.sizing import Device, ModelShape, make_plan
+from support.cli import MANIFEST, finetune, no_traceback
+
+#: Where nothing listens.
+NOBODY = "http://127.0.0.1:9"
+GIB = 1 << 30
+#: config.json of Mistral-7B-v0.3.
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+HUB_NAME = "mistralai/Mistral-7B-v0.3"
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MISTRAL))
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def run(*arguments, source=None, env=None):
+        text = MANIFEST if source is None else MANIFEST.replace(f"hf://{HUB_NAME}", source)
+        (tmp_path / "job.yaml").write_text(text)
+        env = {"HF_ENDPOINT": NOBODY, "HF_TOKEN": "", "AWS_EC2_METADATA_DISABLED": "true"} | (env or {})
+        return no_traceback(finetune("plan", "job.yaml", *arguments, cwd=tmp_path, env=env))
+
+    return run
+
+
+def memory(result):
+    """The page's part about memory, its lines joined."""
+    return " ".join(result.stdout.partition("\nMemory\n")[2].split())
+
+
+def trainers_plan(gib, **training):
+    spec = load_text(MANIFEST, "job.yaml").spec
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
+    return make_plan(spec, Device("cuda", memory_bytes=gib * GIB), 1, "auto", ModelShape.from_config(MISTRAL))
+
+
+def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
+    expected = trainers_plan(24)
+    result = plan("--gpu-memory", "24Gi", "-o", "json", source=f"file://{model}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["memory"] == {
+        "predictedPeakBytes": expected.predicted_peak_memory_bytes,
+        "gpuMemoryBytes": 24 * GIB,
+        "fits": True,
+        "microBatchSize": expected.micro_batch_size,
+        "gradientAccumulationSteps": expected.gradient_accumulation_steps,
+        "gradientCheckpointing": expected.gradient_checkpointing,
+        "message": f"{expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
+        f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing."
+        " It fits a GPU with 24.0 GiB.",
+    }
+
+
+def test_a_smaller_gpu_gets_a_smaller_micro_batch(plan, model):
+    small, large = (
+        json.loads(plan("--gpu-memory", size, "-o", "json", source=f"file://{model}").stdout)["memory"]
+        for size in ("8Gi", "80Gi")
+    )
+    assert small["microBatchSize"] < large["microBatchSize"]
+    assert small["gradientCheckpointing"]
+    assert small["predictedPeakBytes"] < 8 * GIB
+    assert small["microBatchSize"] * small["gradientAccumulationSteps"] == 16
+
+
+def test_what_does_not_fit_exits_1_with_the_trainers_own_cure(plan, model):
+    wanted = {"microBatchSize": 8, "maxLength": 1024, "gradientCheckpointing": "disabled"}
+    options = [word for name, value in wanted.items() for word in ("--set", f"training.{name}={value}")]
+    result = plan("--gpu-memory", "24Gi", *options, source=f"file://{model}")
+    assert result.returncode == 1
+    with pytest.raises(Exception, match="needs") as refusal:
+        trainers_plan(24, micro_batch_size=8, max_length=1024, gradient_checkpointing="disabled")
+    assert memory(result) == f"Does not fit: {refusal.value}"
+    assert "the GPU has 24.0: set training.gradientCheckpointing: enabled, or set " in memory(result)
+    data = json.loads(plan("--gpu-memory", "1Gi", "-o", "json", source=f"file://{model}").stdout)["memory"]
+    assert (data["fits"], data["predictedPeakBytes"]) == (False, None)
+
+
+def test_its_own_advice_is_right(plan, model):
+    too_long = ["--gpu-memory", "16Gi", "--set", "training.maxLength=65536"]
+    result = plan(*too_long, source=f"file://{model}")
+    assert result.returncode == 1
+    shorter = memory(result).partition("set training.maxLength: ")[2].split()[0]
+    assert plan(*too_long, "--set", f"training.maxLength={shorter}", source=f"file://{model}").returncode == 0
+
+
+def test_without_a_gpu_size_the_most_and_the_least_are_shown(plan, model):
+    result = plan(source=f"file://{model}")
+    most, least = trainers_plan(0), trainers_plan(0, micro_batch_size=1, gradient_checkpointing="enabled")
+    assert result.returncode == 0
+    assert f"{most.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak" in memory(result)
+    assert f"down to {least.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak" in memory(result)
+    assert memory(result).endswith("Add --gpu-memory 24Gi to see whether it fits.")
+    fixed = ["--set", "training.microBatchSize=2", "--set", "training.gradientCheckpointing=enabled"]
+    assert "down to" not in memory(plan(*fixed, source=f"file://{model}"))
+
+
+def test_a_relative_file_is_found_from_the_manifest(plan, model):
+    assert "It fits a GPU" in memory(plan("--gpu-memory", "24Gi", source="file://./model"))
+
+
+def test_a_given_configuration_needs_no_network(plan, model):
+    options = ("--gpu-memory", "24Gi", "--model-config", "model/config.json")
+    expected = memory(plan("--gpu-memory", "24Gi", source=f"file://{model}"))
+    for source in (f"hf://{HUB_NAME}", "s3://models/mistral", "pvc://models/mistral"):
+        result = plan(*options, source=source)
+        assert (result.returncode, memory(result)) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("missing.json", None, "missing.json: cannot be read: No such file or directory"),
+        ("broken.json", "{", "broken.json: is no model's configuration, which is a JSON object"),
+        ("list.json", "[]", "list.json: is no model's configuration"),
+        ("binary.json", "\ud800", "binary.json: is no model's configuration"),
+    ],
+)
+def test_a_given_configuration_that_is_none_is_refused(plan, tmp_path, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    result = plan("--model-config", name)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert sentence in result.stderr
+
+
+def test_from_the_hub_only_the_configuration_is_read_at_the_revision(plan, model, hub):
+    hub.add(HUB_NAME, model, revisions=("v0.3",))
+    result = plan("--gpu-memory", "24Gi", "--set", "model.revision=v0.3", env={"HF_ENDPOINT": hub.endpoint})
+    assert (result.returncode, "It fits a GPU with 24.0 GiB." in memory(result)) == (0, True)
+    assert hub.requests == [("GET", f"{HUB_NAME}/resolve/v0.3/config.json")]
+
+
+def test_from_a_bucket_only_the_configuration_is_read(plan, model, s3, bucket):
+    s3.client().put_object(Bucket=bucket, Key="models/mistral/config.json", Body=json.dumps(MISTRAL).encode())
+    result = plan("--gpu-memory", "24Gi", source=f"s3://{bucket}/models/mistral", env=s3.env)
+    assert (result.returncode, "It fits a GPU with 24.0 GiB." in memory(result)) == (0, True)
+
+
+def test_what_cannot_be_told_exits_3_only_when_it_was_asked(plan):
+    for options, code in ((["--gpu-memory", "24Gi"], 3), ([], 0)):
+        result = plan(*options)
+        assert (result.returncode, result.stderr) == (code, "")
+        assert memory(result) == (
+            f"Not predicted: hf://{HUB_NAME} at {NOBODY}: the hub is out of reach: Connection refused."
+            " Give the model's config.json with --model-config FILE."
+        )
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """Why nothing is predicted for a model at `source`, in an environment with `env`."""
+
+    def reason(source, revision=None, **env):
+        for name, value in ({"HF_ENDPOINT": NOBODY, "HF_TOKEN": ""} | env).items():
+            monkeypatch.setenv(name, value)
+        text = MANIFEST.replace(f"hf://{HUB_NAME}", source)
+        found = forecast(load_text(text, "", overrides=[f"model.revision={revision}"] if revision else ()), 24 * GIB)
+        assert (found.plan, found.fits) == (None, None)
+        return " ".join(found.lines)
+
+    return reason
+
+
+def test_a_gated_model_needs_the_token(unknown, plan, model, hub):
+    hub.add(HUB_NAME, model, token="hf_secret", gated=True)
+    gated = (
+        f"Not predicted: hf://{HUB_NAME} at {hub.endpoint} is gated (accept its terms on the hub, and set HF_TOKEN of"
+        " that account). Give the model's config.json with --model-config FILE."
+    )
+    assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint) == gated
+    assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_wrong") == gated
+    assert plan("--gpu-memory", "24Gi", env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret\n"}).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "env", "reason"),
+    [
+        ("hf://a/b", {"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT: 'nonsense' is no URL (for example https://"),
+        ("hf://a/b", {"HF_ENDPOINT": "file:///etc"}, "the hub is out of reach: unknown url type: file"),
+        ("hf://a/b", {"HF_ENDPOINT": "http://me:hunter2@127.0.0.1:9"}, "at …@127.0.0.1:9: the hub is out of reach"),
+        ("s3://models/mistral", {"AWS_ENDPOINT_URL": NOBODY}, f"at {NOBODY}: the store is out of reach"),
+        ("pvc://models/mistral", {}, "pvc://models/mistral is a volume in the cluster, which cannot be read from here"),
+        ("file:///no/such/model", {}, "file:///no/such/model/config.json does not exist"),
+    ],
+)
+def test_what_is_out_of_reach_is_said(unknown, source, env, reason):
+    said = unknown(source, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", **env)
+    assert reason in said
+    assert said.endswith("Give the model's config.json with --model-config FILE.")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "reason"),
+    [
+        ("nobody/nothing", "main", "does not exist, or is private"),
+        (HUB_NAME, "v9", "has no config.json at revision v9"),
+        ("me/empty", "main", "has no config.json at revision main"),
+        ("me/broken", "main", "config.json: is no model's configuration, which is a JSON object"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(unknown, model, hub, tmp_path, name, revision, reason):
+    for each, content in (("empty", {}), ("broken", {"config.json": "["})):
+        (tmp_path / each).mkdir()
+        for file, text in content.items():
+            (tmp_path / each / file).write_text(text)
+        hub.add(f"me/{each}", tmp_path / each)
+    hub.add(HUB_NAME, model)
+    assert reason in unknown(f"hf://{name}", revision, HF_ENDPOINT=hub.endpoint)
+
+
+def test_a_hub_in_trouble_is_said(unknown, model, hub):
+    hub.add(HUB_NAME, model)
+    hub.broken = True
+    assert "the hub answered HTTP 503" in unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint)
+
+
+def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model):
+    (model / "config.json").write_text(json.dumps(MISTRAL | {"model_type": "mixtral", "num_local_experts": 8}))
+    assert unknown(f"file://{model}") == "Not predicted: models of type mixtral are not counted yet."
+
+
+def test_several_gpus_share_the_batch(plan, model):
+    options = ["--gpu-memory", "80Gi", "--set", "resources.gpusPerNode=8", "-o", "json"]
+    data = json.loads(plan(*options, source=f"file://{model}").stdout)["memory"]
+    assert data["microBatchSize"] * data["gradientAccumulationSteps"] == 2
+
+
+def test_it_imports_nothing_heavy(plan, model):
+    result = plan("--gpu-memory", "24Gi", source=f"file://{model}", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "finetune_trainer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "kubernetes", "boto3", "huggingface_hub"}
+    assert os.environ.get("PYTHONPROFILEIMPORTTIME") is None
