@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -91,6 +91,12 @@ def structured(data: object, form: str) -> None:
 
         written = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip("\n")
     out().print(written, soft_wrap=True)
+
+
+def structured_job(job: dict[str, Any], form: str) -> None:
+    """Print a FineTuneJob as the cluster returned it, without the bookkeeping of who set which field."""
+    metadata = {key: value for key, value in job["metadata"].items() if key != "managedFields"}
+    structured({**job, "metadata": metadata}, form)
 
 
 def next_commands(*commands: str) -> None:

@@ -14,7 +14,7 @@ import typer
 from finetune_api import names
 from finetune_operator.cli import console, text
 from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.options import Context, Kubeconfig, Namespace, complete_job
+from finetune_operator.cli.options import Context, Kubeconfig, Namespace, Output, complete_job
 
 if TYPE_CHECKING:
     from finetune_operator.cli.stores import Remote
@@ -43,6 +43,7 @@ def download(
     ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to put it in; made when it is not there.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another adapter in DIR.")] = False,
+    output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -72,6 +73,13 @@ def download(
     missing = [file for file in files if not _is_here(folder / file.path, file)]
     _fetch_all(remote, missing, folder)
     (folder / names.MANIFEST_FILE).write_bytes(data)
+    if output:
+        fetched = {file.path for file in missing}
+        listed = [
+            {"path": f.path, "sizeBytes": f.size, "sha256": f.sha256, "fetched": f.path in fetched} for f in files
+        ]
+        console.structured({"uri": address, "folder": str(folder), "files": listed}, output)
+        return
     total = text.size(sum(file.size for file in files))
     kept = f", {len(files) - len(missing)} of them were here already" if len(missing) < len(files) else ""
     console.done(f"{len(files)} files, {total}, in {folder}: every digest is right{kept}")

@@ -23,7 +23,7 @@ from finetune_operator.cli.options import (
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
-    from finetune_operator.cli.kube import Cluster
+    from finetune_operator.cli.kube import Object
 
 
 def submit(
@@ -35,6 +35,7 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and watch it train.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Take over fields that something else has set.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the cluster check it, and change nothing.")] = False,
+    output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -67,11 +68,14 @@ def submit(
     result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
     metadata = result["metadata"]
     verb = "created" if is_new else "applied"
-    console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
+    if not output:
+        console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
     if watch and not dry_run:
         from finetune_operator.cli.status import watch_job
 
-        watch_job(cluster, metadata["name"], timeout=None)
+        watch_job(cluster, metadata["name"], timeout=None, output=output)
+    elif output:
+        console.structured_job(result, output)
     elif not dry_run:
         option = f" -n {namespace}" if namespace else ""
         console.next_commands(
@@ -119,44 +123,66 @@ def list_jobs(
     )
 
 
-def suspend(name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None) -> None:
+def suspend(
+    name: JobName,
+    output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Stop a job after a checkpoint, and free its GPUs.
 
     Examples:
         finetune suspend nli
     """
-    cluster = _set_suspend(name, True, namespace, context, kubeconfig)
-    console.done(f"{name} is being suspended in namespace {cluster.namespace}: it saves a checkpoint first")
+    job = _set_suspend(name, True, namespace, context, kubeconfig)
+    if output:
+        console.structured_job(job, output)
+        return
+    where = job["metadata"]["namespace"]
+    console.done(f"{name} is being suspended in namespace {where}: it saves a checkpoint first")
     console.next_commands(f"finetune resume {name}{same_place(namespace, context)}")
 
 
-def resume(name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None) -> None:
+def resume(
+    name: JobName,
+    output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Let a suspended job go on from its checkpoint.
 
     Examples:
         finetune resume nli
     """
-    cluster = _set_suspend(name, False, namespace, context, kubeconfig)
-    console.done(f"{name} goes on in namespace {cluster.namespace}")
+    job = _set_suspend(name, False, namespace, context, kubeconfig)
+    if output:
+        console.structured_job(job, output)
+        return
+    console.done(f"{name} goes on in namespace {job['metadata']['namespace']}")
     console.next_commands(f"finetune watch {name}{same_place(namespace, context)}")
 
 
-def _set_suspend(name: str, value: bool, namespace: Any, context: Any, kubeconfig: Any) -> Cluster:
+def _set_suspend(name: str, value: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
+    """The job with spec.suspend at `value`."""
     from finetune_operator.cli.connection import connect
     from finetune_operator.cli.view import View
 
     cluster = connect(namespace, context, kubeconfig)
-    view = View.of(cluster.get(name))
+    job = cluster.get(name)
+    view = View.of(job)
     if view.is_over:
         raise CliError(f"{name} has ended ({view.phase}): there is nothing to {'suspend' if value else 'resume'}")
-    if view.spec.get("suspend", False) is not value:
-        cluster.patch(name, {"spec": {"suspend": value}})
-    return cluster
+    if view.spec.get("suspend", False) is value:
+        return job
+    return cluster.patch(name, {"spec": {"suspend": value}})
 
 
 def delete(
     name: JobName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -172,10 +198,14 @@ def delete(
     from finetune_operator.cli.view import View
 
     cluster = connect(namespace, context, kubeconfig)
-    view = View.of(cluster.get(name))
+    job = cluster.get(name)
+    view = View.of(job)
     if not view.is_over and not yes and console.out().is_terminal:
         typer.confirm(f"{name} has not ended ({view.phase}). Delete it?", abort=True)
     cluster.delete(name)
+    if output:
+        console.structured_job(job, output)
+        return
     console.done(f"{name} deleted from namespace {cluster.namespace}")
     if view.status.adapter:
         console.note(f"  The adapter stays at {view.status.adapter.uri}")

@@ -12,10 +12,10 @@ import typer
 from finetune_operator.cli import console
 from finetune_operator.cli.errors import CliError, Exit
 from finetune_operator.cli.interrupts import insistent_interrupts
-from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace, Output, same_place
+from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace, Output, OutputFormat, same_place
 
 if TYPE_CHECKING:
-    from finetune_operator.cli.kube import Cluster
+    from finetune_operator.cli.kube import Cluster, Object
     from finetune_operator.cli.view import View
 
 
@@ -37,8 +37,7 @@ def status(
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get(name)
     if output:
-        job["metadata"].pop("managedFields", None)
-        console.structured(job, output)
+        console.structured_job(job, output)
         return
     from finetune_operator.cli.history import loss_history
     from finetune_operator.cli.render import status_page
@@ -67,17 +66,20 @@ def watch(
             "--timeout", metavar="SECONDS", help="Give up after this long, with exit code 4.", show_default=False
         ),
     ] = None,
+    output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Watch a job until it ends. Ctrl-C leaves it running.
 
-    On a terminal the page of `finetune status` is kept up to date; elsewhere each change is a line.
+    On a terminal the page of `finetune status` is kept up to date; elsewhere each change is a line, and with -o the
+    whole job each time.
 
     Examples:
         finetune watch nli
         finetune watch nli --timeout 3600 && finetune download nli ./nli
+        finetune watch nli -o json | jq .status.progress
 
     Exit codes:
         0    the job succeeded
@@ -88,13 +90,18 @@ def watch(
     """
     from finetune_operator.cli.connection import connect
 
-    watch_job(connect(namespace, context, kubeconfig), name, timeout)
+    watch_job(connect(namespace, context, kubeconfig), name, timeout, output)
 
 
-def watch_job(cluster: Cluster, name: str, timeout: float | None) -> None:
+def watch_job(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None = None) -> None:
     """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code."""
     try:
-        view = _follow_live(cluster, name, timeout) if console.out().is_terminal else _follow(cluster, name, timeout)
+        if output:
+            view = _follow_data(cluster, name, timeout, output)
+        elif console.out().is_terminal:
+            view = _follow_live(cluster, name, timeout)
+        else:
+            view = _follow(cluster, name, timeout)
     except KeyboardInterrupt:
         console.note(f"{name} goes on without you watching.")
         raise CliError("", code=Exit.INTERRUPTED) from None
@@ -113,6 +120,18 @@ def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
             if line.partition("  ")[2] != said:
                 said = line.partition("  ")[2]
                 console.out().print(line, soft_wrap=True)
+            if view.is_over:
+                break
+    return view
+
+
+def _follow_data(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat) -> View:
+    """The job after each change: JSON documents one after the other, YAML documents between lines of ---."""
+    with insistent_interrupts():
+        for job, view in _states(cluster, name, timeout):
+            if output == OutputFormat.YAML:
+                console.out().print("---")
+            console.structured_job(job, output)
             if view.is_over:
                 break
     return view
@@ -156,11 +175,15 @@ def _remember(view: View, losses: list[float], last_step: int) -> int:
 
 
 def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]:
+    return (view for _, view in _states(cluster, name, timeout))
+
+
+def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, View]]:
     from finetune_operator.cli.view import View
 
     deadline = time.monotonic() + timeout if timeout else None
     for job in cluster.follow(name, deadline):
         if job is None:
             raise CliError(f"{name} was deleted while it was watched")
-        yield View.of(job)
+        yield job, View.of(job)
     raise CliError(f"{name} has not ended within {timeout:g} s", code=Exit.TIMED_OUT)

@@ -67,6 +67,14 @@ def test_a_second_download_fetches_nothing(fetch, adapter, s3, bucket):
     assert "5 of them were here already" in result.stdout
 
 
+def test_as_data_it_lists_what_is_there_and_what_was_fetched(fetch, adapter, tmp_path):
+    fetch(adapter)
+    (tmp_path / "out" / "README.md").unlink()
+    said = json.loads(fetch(adapter, "out", "-o", "json").stdout)
+    assert said["uri"] == adapter
+    assert {file["path"]: file["fetched"] for file in said["files"]} == {path: path == "README.md" for path in FILES}
+
+
 def test_an_interrupted_download_goes_on_where_it_stopped(fetch, adapter, s3, bucket, tmp_path):
     """The store now holds another first half: only a download that keeps its own half can still be right."""
     name, data = "adapter_model.safetensors", FILES["adapter_model.safetensors"]

@@ -130,6 +130,17 @@ def test_suspend_and_resume_set_the_spec(ctl, put, kube):
     assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is False
 
 
+def test_what_changes_a_job_prints_it_as_data(ctl, kube, manifest):
+    made = json.loads(ctl("submit", str(manifest), "-o", "json").stdout)
+    assert made["spec"]["lora"]["rank"] == 16
+    assert "managedFields" not in made["metadata"]
+    assert json.loads(ctl("suspend", "nli", "-o", "json").stdout)["spec"]["suspend"] is True
+    assert yaml.safe_load(ctl("resume", "nli", "-o", "yaml").stdout)["spec"]["suspend"] is False
+    gone = json.loads(ctl("delete", "nli", "--yes", "-o", "json").stdout)
+    assert gone["metadata"]["uid"] == made["metadata"]["uid"]
+    assert kube.find("FineTuneJob", "nli") is None
+
+
 def test_a_job_that_has_ended_cannot_be_suspended(ctl, put):
     put(states.job("done"), states.succeeded("s3://adapters/done"))
     result = ctl("suspend", "done")

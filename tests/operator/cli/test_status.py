@@ -144,6 +144,15 @@ def test_watch_prints_each_change_until_the_end(cluster, namespace, put, kube):
     assert "Succeeded  3400/3400" in rest
 
 
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_watch_as_data_prints_the_whole_job_each_time(ctl, put, form):
+    put(states.job("done"), states.succeeded("s3://adapters/done"))
+    result = ctl("watch", "done", "-o", form)
+    assert result.returncode == 0, result.stderr
+    (job,) = yaml.safe_load_all(result.stdout)
+    assert job["status"]["adapter"]["uri"] == "s3://adapters/done"
+
+
 def test_watch_gives_up_after_its_timeout_with_exit_code_4(ctl, put):
     put(states.job("nli"), states.training())
     result = ctl("watch", "nli", "--timeout", "1")
