@@ -14,7 +14,7 @@ from s3transfer.subscribers import BaseSubscriber
 
 from finetune_trainer import s3_download
 from finetune_trainer.credentials import Credentials, origin
-from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
+from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks
 from finetune_trainer.store import OnProgress
 
 MIB: Final = 1 << 20
@@ -55,8 +55,7 @@ class Clients:
         version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
         get = partial(self.data.get_object, Bucket=bucket, Key=key, **version)
         if int(head["ContentLength"]) >= MULTIPART_BYTES:
-            s3_download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
-            return digest_file(local)
+            return s3_download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
         with local.open("wb") as file:
 
             def keep(chunk: bytes) -> None:
