@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `queries`: legend -> PromQL. `kind`: timeseries, stat or table. `unit`: Grafana's name of it."""
+    """One panel. `queries`: legend -> PromQL. `kind`: timeseries, stat or table. `unit`: Grafana's name of it, where
+    "short" is a plain number and "suffix:x" a number followed by x.
+    """
 
     title: str
     about: str
@@ -18,7 +20,7 @@ class Panel:
     log_scale: bool = False
     from_zero: bool = True
     columns: dict[str, str] = field(default_factory=dict)
-    """Of a table: legend -> unit of that column."""
+    """Of a table: legend -> unit of that column, where it is not the panel's."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Dashboard:
     link: tuple[str, str] = ("", "")
 
 
+_TOKENS = "suffix:tok/s"
+_LOSS = "suffix:nats"
 _NS = 'namespace=~"$namespace"'
 _JOB = 'namespace="$namespace", finetunejob="$job"'
 _HOLDING = 'phase!~"Pending|Queued|Suspended|Succeeded|Failed"'
@@ -52,6 +56,17 @@ def _checkpoints(part: str) -> str:
     return f"sum by (pod) (finetune_trainer_checkpoint_duration_seconds_{part}{{{_JOB}}})"
 
 
+def _mean(histogram: str, matchers: str) -> str:
+    """Of what was observed within the time range."""
+    total, count = (f"sum(increase({histogram}_{part}{{{matchers}}}[$__range]))" for part in ("sum", "count"))
+    return f"{total} / ({count} > 0)"
+
+
+def _published(matchers: str) -> str:
+    """By process: seconds spent publishing. The process ends soon after, so its last value is looked for."""
+    return f'max_over_time(finetune_trainer_stage_duration_seconds{{{matchers}, stage="Publishing"}}[$__range])'
+
+
 FLEET = Dashboard(
     uid="finetune-fleet",
     title="Fine-tuning / Fleet",
@@ -60,50 +75,57 @@ FLEET = Dashboard(
     link=("Job", "finetune-job"),
     rows={
         "Now": (
-            Panel("Running", "Jobs whose pods run: loading, training, evaluating or publishing.", "none",
+            Panel("Running", "Jobs whose pods run: loading, training, evaluating or publishing.", "short",
                   {"jobs": f"sum(finetune_operator_jobs{{{_NS}, {_HOLDING}}}) or vector(0)"}, "stat", 4),
-            Panel("Waiting", "Jobs that wait for a node or for their queue.", "none",
+            Panel("Waiting", "Jobs that wait for a node or for their queue.", "short",
                   {"jobs": f'sum(finetune_operator_jobs{{{_NS}, phase=~"Pending|Queued"}}) or vector(0)'}, "stat", 4),
-            Panel("GPUs in use", "GPUs held by running jobs.", "none",
+            Panel("GPUs in use", "GPUs held by running jobs.", "short",
                   {"GPUs": f"sum(finetune_operator_gpus_allocated{{{_NS}}})"}, "stat", 4),
             Panel("GPU hours", "GPUs held, summed over the time range shown.", "h",
                   {"GPU hours": f"sum(sum_over_time(finetune_operator_gpus_allocated{{{_NS}}}[$__range:30s])) / 120"},
                   "stat", 4),
             Panel("Failed attempts", "Attempts that ended in error within the time range; preemptions do not count.",
-                  "none",
-                  {"attempts": f"sum(increase(finetune_operator_attempts_ended_total{{{_NS}, {_BAD}}}[$__range]))"},
+                  "short",
+                  {"attempts":
+                   f"round(sum(increase(finetune_operator_attempts_ended_total{{{_NS}, {_BAD}}}[$__range])))"},
                   "stat", 4),
-            Panel("Tokens per second", "Real tokens, never padding, over all running jobs.", "none",
+            Panel("Tokens per second", "Real tokens, never padding, over all running jobs.", _TOKENS,
                   {"tokens/s": f"sum(finetune_operator_job_tokens_per_second{{{_NS}}}) or vector(0)"}, "stat", 4),
         ),
         "Jobs": (
-            Panel("Jobs by phase", "Where the jobs stand. Finished jobs are counted until they are deleted.", "none",
-                  {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, stack=True),
-            Panel("GPUs in use by namespace", "GPUs held by running jobs.", "none",
-                  {"{{namespace}}": f"sum by (namespace) (finetune_operator_gpus_allocated{{{_NS}}})"}, stack=True),
+            Panel("Jobs by phase", "Where the jobs stand. Finished jobs are counted until they are deleted.", "short",
+                  {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, width=12, stack=True),
+            Panel("GPUs in use by namespace", "GPUs held by running jobs.", "short",
+                  {"{{namespace}}": f"sum by (namespace) (finetune_operator_gpus_allocated{{{_NS}}})"}, width=6,
+                  stack=True),
             Panel("Longest wait of a GPU job", "How long the GPU job that has waited longest has waited to start.", "s",
-                  {"{{namespace}}": f"max by (namespace) (finetune_operator_gpu_jobs_longest_wait_seconds{{{_NS}}})"}),
-            Panel("Ended attempts by reason", "How attempts end, as in status.attempts.", "none",
-                  {"{{reason}}":
-                   f"sum by (reason) (increase(finetune_operator_attempts_ended_total{{{_NS}}}[$__rate_interval]))"},
-                  stack=True, bars=True),
+                  {"{{namespace}}": f"max by (namespace) (finetune_operator_gpu_jobs_longest_wait_seconds{{{_NS}}})"},
+                  width=6),
+            Panel("Ended attempts by reason", "How attempts end, as in status.attempts.", "short",
+                  {"{{reason}}": "sum by (reason) (round(increase("
+                                 f"finetune_operator_attempts_ended_total{{{_NS}}}[$__rate_interval])))"},
+                  width=6, stack=True, bars=True),
             Panel("Time to first step", "From a job's creation to its first optimizer step: queueing, pulling the"
                   " image, loading the model.", "s",
                   {"median": _quantile(0.5, "finetune_operator_time_to_first_step_seconds", _NS),
-                   "90 %": _quantile(0.9, "finetune_operator_time_to_first_step_seconds", _NS)}),
-            Panel("Tokens per second by job", "Real tokens, never padding, over all GPUs of a job.", "none",
-                  {"{{namespace}}/{{name}}": f"finetune_operator_job_tokens_per_second{{{_NS}}}"}),
-            Panel("Unfinished jobs", "Those that run, then those that wait, up to operator.jobMetricsLimit.", "none",
+                   "90 %": _quantile(0.9, "finetune_operator_time_to_first_step_seconds", _NS)}, width=6),
+            Panel("Tokens per second by job", "Real tokens, never padding, over all GPUs of a job.", _TOKENS,
+                  {"{{namespace}}/{{name}}": f"finetune_operator_job_tokens_per_second{{{_NS}}}"}, width=6),
+            Panel("Upload time", "Mean time, within the time range, to save a checkpoint and to publish an adapter in"
+                  " the object store.", "s",
+                  {"checkpoint": _mean("finetune_trainer_checkpoint_duration_seconds", _NS),
+                   "adapter": f"avg({_published(_NS)})"}, width=6),
+            Panel("Unfinished jobs", "Those that run, then those that wait, up to operator.jobMetricsLimit.", "locale",
                   {"Step": f"finetune_operator_job_step{{{_NS}}}",
                    "Steps": f"finetune_operator_job_steps{{{_NS}}}",
                    "Loss": f"finetune_operator_job_loss{{{_NS}}}",
                    "Tokens/s": f"finetune_operator_job_tokens_per_second{{{_NS}}}",
                    "Attempts": f"finetune_operator_job_attempts{{{_NS}}}"},
-                  "table", 24, columns={"Loss": "none", "Tokens/s": "none"}),
+                  "table", 24, columns={"Loss": _LOSS, "Tokens/s": _TOKENS}),
         ),
         "Operator": (
             Panel("Queue", "Jobs that wait for one of the operator's workers, and those that wait for their time"
-                  " (backoff, deadlines).", "none",
+                  " (backoff, deadlines).", "short",
                   {"waiting": "sum(finetune_operator_queue_depth)", "delayed": "sum(finetune_operator_queue_delayed)"}),
             Panel("Longest wait for a worker", "Stays near zero; more than a minute raises an alert.", "s",
                   {"wait": "max(finetune_operator_queue_longest_wait_seconds)"}),
@@ -118,13 +140,13 @@ FLEET = Dashboard(
                    "max by (resource, namespace)"
                    ' (finetune_operator_watch_age_seconds{resource=~"finetunejobs|jobs|pods"})'}),
             Panel("Errors", "Reconciles that failed, each tried again with backoff, by class.", "cps",
-                  {"{{error}}": "sum by (error) (rate(finetune_operator_errors_total[$__rate_interval])) or"
+                  {"{{error}}": "sum by (error) (rate(finetune_operator_errors_total[$__rate_interval])) or on ()"
                                 " label_replace(vector(0), \"error\", \"none\", \"\", \"\")"}),
-            Panel("Memory of the operator", "Resident memory, and objects it remembers.", "bytes",
+            Panel("Memory of the operator", "Resident memory of its process.", "bytes",
                   {"resident": f"sum(process_resident_memory_bytes{{{_OPERATOR}}})"}),
-            Panel("CPU of the operator", "Cores in use.", "none",
+            Panel("CPU of the operator", "Cores in use.", "suffix:cores",
                   {"cores": f"sum(rate(process_cpu_seconds_total{{{_OPERATOR}}}[$__rate_interval]))"}),
-            Panel("Objects remembered", "FineTuneJobs, Jobs and pods in the operator's memory.", "none",
+            Panel("Objects remembered", "FineTuneJobs, Jobs and pods in the operator's memory.", "short",
                   {"{{kind}}": "sum by (kind) (finetune_operator_cached_objects)"}),
         ),
     },
@@ -147,31 +169,31 @@ JOB = Dashboard(
             Panel("Time left", "Until the last step, at the present speed.", "s",
                   {"left": "clamp_min(max(finetune_trainer_estimated_completion_timestamp_seconds"
                            f"{{{_JOB}}}) - time(), 0)"}, "stat", 4),
-            Panel("Loss", "Latest training loss, nats per token.", "none",
+            Panel("Loss", "Latest training loss, nats per token.", _LOSS,
                   {"loss": f"max(finetune_trainer_loss{{{_JOB}}})"}, "stat", 4),
-            Panel("Evaluation loss", "Latest loss on the held-out rows, nats per token.", "none",
+            Panel("Evaluation loss", "Latest loss on the held-out rows, nats per token.", _LOSS,
                   {"loss": f"max(finetune_trainer_eval_loss{{{_JOB}}})"}, "stat", 4),
-            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", "none",
+            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", _TOKENS,
                   {"tokens/s": f"max(finetune_trainer_tokens_per_second{{{_JOB}}})"}, "stat", 4),
-            Panel("Attempts", "Attempts so far, preemptions included.", "none",
+            Panel("Attempts", "Attempts so far, preemptions included.", "short",
                   {"attempts": 'max(finetune_operator_job_attempts{namespace="$namespace", name="$job"})'
                                f" or count(count by (attempt) (finetune_trainer_step{{{_JOB}}}))"}, "stat", 4),
         ),
         "Learning": (
-            Panel("Loss", "Training loss and the loss on held-out rows, nats per token.", "none",
+            Panel("Loss", "Training loss and the loss on held-out rows, nats per token.", _LOSS,
                   {"training, {{pod}}": _trainer("loss"),
                    "held-out, {{pod}}": _trainer("eval_loss")}, width=12, from_zero=False),
-            Panel("Gradient norm", "Before clipping to training.maxGradNorm.", "none",
+            Panel("Gradient norm", "Before clipping to training.maxGradNorm.", "short",
                   {"{{pod}}": _trainer("gradient_norm")}, width=6, log_scale=True),
-            Panel("Learning rate", "Of the latest step.", "none",
+            Panel("Learning rate", "Of the latest step.", "sci",
                   {"{{pod}}": _trainer("learning_rate")}, width=6),
         ),
         "Speed": (
-            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", "none",
+            Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", _TOKENS,
                   {"{{pod}}": _trainer("tokens_per_second")}),
             Panel("Step time", "Mean time of an optimizer step since the last log line.", "s",
                   {"{{pod}}": _trainer("step_duration_seconds")}),
-            Panel("Steps", "Optimizer steps done; a resumed attempt goes on from its checkpoint.", "none",
+            Panel("Steps", "Optimizer steps done; a resumed attempt goes on from its checkpoint.", "short",
                   {"{{pod}}": _trainer("step"), "planned": f"max(finetune_trainer_steps{{{_JOB}}})"}),
             Panel("GPU utilization", "Share of time in which kernels ran. Needs an NVIDIA GPU.", "percentunit",
                   {"GPU {{gpu}}": f"max by (gpu) (finetune_trainer_gpu_utilization_ratio{{{_JOB}}})"}),
@@ -183,19 +205,22 @@ JOB = Dashboard(
         ),
         "Checkpoints and attempts": (
             Panel("Checkpoint time", "Mean time to save a checkpoint in the object store and verify it.", "s",
-                  {"{{pod}}": f"{_checkpoints('sum')} / ({_checkpoints('count')} > 0)"}),
-            Panel("Checkpoints saved", "By this attempt's process.", "none",
-                  {"{{pod}}": _trainer("checkpoints_total")}),
-            Panel("Time by stage", "Seconds spent in each stage so far: reading data, loading, training, evaluating,"
+                  {"{{pod}}": f"{_checkpoints('sum')} / ({_checkpoints('count')} > 0)"}, width=6),
+            Panel("Upload time", "From the last step to the adapter published in the object store; there once a run"
+                  " has come so far.", "s",
+                  {"{{pod}}": f"max by (pod) ({_published(_JOB)})"}, width=6),
+            Panel("Checkpoints saved", "By this attempt's process.", "short",
+                  {"{{pod}}": _trainer("checkpoints_total")}, width=6),
+            Panel("Tokens trained on", "Real tokens, never padding, by each attempt.", "short",
+                  {"{{pod}}": _trainer("tokens_total")}, width=6),
+            Panel("Time by stage", "Time spent in each stage so far: reading data, loading, training, evaluating,"
                   " publishing (the upload), verifying.", "s",
                   {"{{stage}}": f"sum by (stage) (finetune_trainer_stage_duration_seconds{{{_JOB}}})"},
-                  stack=True),
-            Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "none",
-                  {"{{pod}}": _trainer("micro_batch_size")}),
-            Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "none",
-                  {"{{pod}}": _trainer("gpu_out_of_memory_total")}),
-            Panel("Tokens trained on", "Real tokens, never padding, by each attempt.", "none",
-                  {"{{pod}}": _trainer("tokens_total")}),
+                  width=12, stack=True),
+            Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "short",
+                  {"{{pod}}": _trainer("micro_batch_size")}, width=6),
+            Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "short",
+                  {"{{pod}}": _trainer("gpu_out_of_memory_total")}, width=6),
         ),
     },
 )  # fmt: skip

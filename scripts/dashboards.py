@@ -29,9 +29,10 @@ def model(dashboard: Dashboard) -> Json:
         x, tallest = 0, 0
         for panel in row:
             if x + panel.width > COLUMNS:
-                x, y = 0, y + tallest
-            tallest = {"stat": 4, "table": 6}.get(panel.kind, 8)
-            place = {"x": x, "y": y, "w": panel.width, "h": tallest}
+                x, y, tallest = 0, y + tallest, 0
+            height = {"stat": 4, "table": 6}.get(panel.kind, 8)
+            tallest = max(tallest, height)
+            place = {"x": x, "y": y, "w": panel.width, "h": height}
             panels.append({"id": next(numbers), **_panel(panel), "gridPos": place})
             x += panel.width
         y += tallest
@@ -84,7 +85,10 @@ def _panel(panel: Panel) -> Json:
         "description": panel.about,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "targets": targets,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": _drawing(panel)}, "overrides": []},
+        "fieldConfig": {
+            "defaults": {"unit": panel.unit, "custom": _drawing(panel)},
+            "overrides": [_column(legend, unit) for legend, unit in panel.columns.items()],
+        },
     }
     if is_table:
         made["transformations"] = _join(panel)
@@ -92,6 +96,11 @@ def _panel(panel: Panel) -> Json:
         made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "none", "graphMode": "area"}
         made["fieldConfig"] = {"defaults": {"unit": panel.unit}, "overrides": []}
     return made
+
+
+def _column(legend: str, unit: str) -> Json:
+    """A table's column in a unit of its own."""
+    return {"matcher": {"id": "byName", "options": legend}, "properties": [{"id": "unit", "value": unit}]}
 
 
 def _drawing(panel: Panel) -> Json:

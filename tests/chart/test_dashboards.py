@@ -25,10 +25,22 @@ def test_every_panel_says_what_it_shows_in_which_unit(name: str) -> None:
     for panel in panels(load(name)):
         assert panel["title"]
         assert panel["description"].endswith(".")
-        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"] not in ("", "none"), panel["title"]
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert panel["targets"]
         assert all(target["legendFormat"] for target in panel["targets"])
+
+
+@EVERY_DASHBOARD
+def test_columns_have_units_of_their_own(name: str) -> None:
+    for panel in panels(load(name)):
+        legends = {target["legendFormat"] for target in panel["targets"]}
+        units = {found["matcher"]["options"]: found["properties"] for found in panel["fieldConfig"]["overrides"]}
+        assert set(units) <= legends
+        assert bool(units) == (panel["type"] == "table")
+        for (unit,) in units.values():
+            assert unit["id"] == "unit"
+            assert unit["value"] not in ("", "none", panel["fieldConfig"]["defaults"]["unit"])
 
 
 @EVERY_DASHBOARD
