@@ -93,6 +93,38 @@ def test_an_early_stop_is_final_even_when_killed_before_publishing(tiny_model: P
     assert losses.index(min(losses)) == len(losses) - 2
 
 
+def test_an_early_stop_that_a_given_up_evaluation_would_have_brought_comes_without_another_step(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    changes = OVERSHOOT | {"evaluation.earlyStopping": {"patience": 2}}
+    whole = train(job(tmp_path / "whole", tiny_model, changes), tmp_path / "whole")
+    assert whole.exit_code == 0, whole.log
+    last = whole.report["progress"]["step"]
+
+    def stop_in_the_last() -> None:
+        from finetune_trainer.evaluate import Evaluator
+
+        original, calls = Evaluator._loss, []
+
+        def loss(self: Any, *args: Any) -> float:
+            calls.append(1)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        Evaluator._loss = loss
+
+    config = job(tmp_path / "stopped", tiny_model, changes)
+    stopped = TrainerProcess(config, tmp_path / "stopped", before=stop_in_the_last).finish()
+    assert f"step {last} is saved" in stopped.message, stopped.log
+    finished = train(config, tmp_path / "stopped")
+    assert finished.exit_code == 0, finished.log
+    assert finished.report["progress"]["step"] == last
+    assert metrics_lines(tmp_path / "stopped/out") == metrics_lines(tmp_path / "whole/out")
+    adapters = [(tmp_path / name / "out/adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert adapters[0] == adapters[1]
+
+
 def _held_out_loss(folder: Path, model: Path) -> float:
     import json
 

@@ -1,10 +1,13 @@
 """A run that is killed goes on as if it had never stopped: the same losses to the last bit, the same adapter."""
 
+import importlib
+import json
 import os
 import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,13 @@ RUN = {
 STEPS = 16  # 30 rows in batches of 4, twice
 
 
-def _job(folder: Path, model: Path, changes: dict[str, Any] | None = None) -> Path:
+def _job(folder: Path, model: Path, changes: dict[str, Any] | None = None, *, uid: str | None = None) -> Path:
     from support.models import nli_rows, write_jsonl
 
     folder.mkdir(exist_ok=True)
     write_jsonl(folder / "train.jsonl", nli_rows(30))
     write_jsonl(folder / "eval.jsonl", nli_rows(9, seed=5))
-    return job(folder, model, RUN | (changes or {}))
+    return job(folder, model, RUN | (changes or {}), uid=uid)
 
 
 @pytest.fixture(scope="module")
@@ -109,28 +112,41 @@ def test_sigterm_saves_exactly_this_step_and_exits_75(unbroken: Path, tiny_model
     _assert_same(tmp_path / "out", unbroken)
 
 
-def test_sigterm_during_an_evaluation_gives_it_up_and_does_it_later(
-    unbroken: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    def stop_in_evaluation() -> None:
+def _stop_in_batch(number: int) -> Callable[[], None]:
+    """SIGTERM in the n-th batch of held-out rows; each evaluation takes five, and the first is before training."""
+
+    def inject() -> None:
         from finetune_trainer.evaluate import Evaluator
 
         original, calls = Evaluator._batch, []
 
         def batch(self: Any, *args: Any) -> Any:
             calls.append(1)
-            if len(calls) == 8:  # five batches before training, then in the midst of the first evaluation
+            if len(calls) == number:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, *args)
 
         Evaluator._batch = batch
 
+    return inject
+
+
+@pytest.mark.parametrize(("batch", "step"), [(8, 5), (23, STEPS)], ids=["first", "last"])
+def test_sigterm_during_an_evaluation_gives_it_up_and_does_it_later(
+    batch: int, step: int, unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     config = _job(tmp_path, tiny_model)
-    stopped = TrainerProcess(config, tmp_path, before=stop_in_evaluation).finish()
+    stopped = TrainerProcess(config, tmp_path, before=_stop_in_batch(batch)).finish()
     assert stopped.exit_code == ExitCode.PREEMPTED, stopped.log
-    assert "step 5 is saved" in stopped.message
-    assert "evalLoss" not in stopped.report["metrics"]
-    assert train(config, tmp_path).exit_code == 0
+    assert f"step {step} is saved" in stopped.message
+    assert not (tmp_path / "out/manifest.json").exists()
+    again = TrainerProcess(config, tmp_path, before=_stop_in_batch(3)).finish()
+    assert again.exit_code == ExitCode.PREEMPTED, again.log
+    assert f"step {step} is saved" in again.message
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert finished.log.count(f"An evaluation is due at step {step}") == 1
+    assert {"evalLoss", "evalLossBefore"} <= set(finished.report["metrics"])
     _assert_same(tmp_path / "out", unbroken)
 
 
@@ -150,20 +166,128 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
     _assert_same(tmp_path / "out", unbroken)
 
 
+def _die_in(target: str) -> Callable[[], None]:
+    """SIGKILL where the trainer would call `module.name`, or `module.Class.name`."""
+
+    def inject() -> None:
+        module, *path, name = target.split(".")
+        owner: Any = importlib.import_module(f"finetune_trainer.{module}")
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+
+    return inject
+
+
 def test_killed_between_training_and_publishing_it_only_publishes(
     unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    def die_before_publishing() -> None:
-        from finetune_trainer import publish
-
-        publish.publish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-
     config = _job(tmp_path, tiny_model)
-    assert TrainerProcess(config, tmp_path, before=die_before_publishing).finish().exit_code == -signal.SIGKILL
+    killed = TrainerProcess(config, tmp_path, before=_die_in("publish.publish")).finish()
+    assert killed.exit_code == -signal.SIGKILL
     finished = train(config, tmp_path)
     assert finished.exit_code == 0, finished.log
     assert not _steps_trained(finished)
     _assert_same(tmp_path / "out", unbroken)
+
+
+def test_killed_before_the_adapter_was_loaded_back_nothing_is_published(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = _job(tmp_path, tiny_model, uid="1234")
+    killed = TrainerProcess(config, tmp_path, before=_die_in("verify.PeftModel.from_pretrained")).finish()
+    assert killed.exit_code == -signal.SIGKILL
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    assert not (tmp_path / "out/manifest.json").exists()
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert "was loaded back with PEFT and computes the same" in finished.log
+    _assert_same(tmp_path / "out", unbroken)
+
+
+def test_killed_after_publishing_the_next_attempt_loads_it_back_and_reports_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = train(_job(tmp_path / "whole", tiny_model, uid="1234"), tmp_path / "whole")
+    config = _job(tmp_path, tiny_model, uid="1234")
+    killed = TrainerProcess(config, tmp_path, before=_die_in("resume.Checkpoints.delete")).finish()
+    assert killed.exit_code == -signal.SIGKILL
+    assert list((tmp_path / "out/checkpoints").glob("step-*"))
+    finished = train(config, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert "was loaded back with PEFT" in finished.log
+    assert "LoadingModel" not in finished.log
+    report, expected = finished.report, whole.report
+    assert report["adapter"]["sizeBytes"] > 0
+    timing = {"trainSeconds", "tokensPerSecond"}
+    assert set(report["metrics"]) == set(expected["metrics"])
+    assert [value for key, value in sorted(report["metrics"].items()) if key not in timing] == [
+        value for key, value in sorted(expected["metrics"].items()) if key not in timing
+    ]
+    assert (report["progress"]["step"], report["progress"]["percent"]) == (STEPS, 100)
+    assert not list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+def test_an_adapter_that_peft_cannot_load_is_no_success(tiny_model: Path, tmp_path: Path) -> None:
+    """Of an earlier attempt: its bytes are those of its manifest, and no adapter."""
+    import hashlib
+
+    config = _job(tmp_path, tiny_model, uid="1234")
+    assert train(config, tmp_path).exit_code == 0
+    weights, manifest = tmp_path / "out/adapter_model.safetensors", tmp_path / "out/manifest.json"
+    weights.write_bytes(b"not what the name says")
+    text = json.loads(manifest.read_text())
+    (record,) = (file for file in text["files"] if file["path"] == weights.name)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    record |= {"sizeBytes": weights.stat().st_size, "sha256": digest}
+    manifest.write_text(json.dumps(text))
+    finished = train(config, tmp_path)
+    assert finished.exit_code != 0
+    assert finished.report["stage"] == "Failed"
+
+
+def test_a_job_created_anew_publishes_what_the_old_one_had_finished(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
+    first = _job(tmp_path, tiny_model, shared, uid="old")
+    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
+    finished = train(anew, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert not _steps_trained(finished)
+    _assert_same(tmp_path / "new", unbroken)
+
+
+def test_a_job_with_other_data_at_the_same_uri_never_publishes_the_old_one(tiny_model: Path, tmp_path: Path) -> None:
+    from support.models import nli_rows, write_jsonl
+
+    shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
+    first = _job(tmp_path, tiny_model, shared, uid="old")
+    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
+    write_jsonl(tmp_path / "train.jsonl", nli_rows(30, seed=77))
+    refused = train(anew, tmp_path)
+    assert refused.exit_code == ExitCode.CONFIG_INVALID, refused.log
+    assert "holds checkpoints of a run with another model, data set or hyperparameters" in refused.message
+    assert not (tmp_path / "new/manifest.json").exists()
+    assert list((tmp_path / "shared").glob("step-*/manifest.json"))
+    taken = train(anew, tmp_path, arguments=("--set", "output.overwrite=true"))
+    assert taken.exit_code == 0, taken.log
+    assert _steps_trained(taken)[0] == 2
+
+
+def test_checkpoints_of_a_job_with_another_name_are_not_dropped_for_an_overwrite(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shared = {"checkpoint.uri": f"file://{tmp_path}/shared", "output.overwrite": True}
+    first = _job(tmp_path, tiny_model, shared)
+    first.write_text(first.read_text().replace("name: tiny", "name: busy"))
+    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    refused = train(_job(tmp_path, tiny_model, shared | {"training.seed": 7}), tmp_path)
+    assert refused.exit_code == ExitCode.CONFIG_INVALID, refused.log
+    assert "holds checkpoints of another job (team/busy): choose another URI" in refused.message
+    assert list((tmp_path / "shared").glob("step-*/manifest.json"))
 
 
 def test_checkpoints_of_another_run_are_neither_used_nor_deleted(tiny_model: Path, tmp_path: Path) -> None:
