@@ -29,7 +29,8 @@ def operator() -> list[Metric]:
     progress = Progress(step=1, total_steps=1, loss=1.0, tokens_per_second=1.0)
     parts: Any = SimpleNamespace(
         queue=SimpleNamespace(depth=0, delayed=0, longest_wait_seconds=lambda: 0.0),
-        resynced=0.0,
+        lists=SimpleNamespace(age=lambda: 0.0, refused={"": 403}),
+        recorder=SimpleNamespace(depth=0),
         connection=SimpleNamespace(freshness=SimpleNamespace(ages=lambda: {("pods", ""): 0.0})),
         cache=SimpleNamespace(sizes=lambda: {"Pod": 0}),
         poller=SimpleNamespace(reports=lambda: [("a/b", SimpleNamespace(progress=progress))]),

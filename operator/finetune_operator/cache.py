@@ -29,7 +29,10 @@ def key_of(kind: str, obj: Raw) -> str | None:
 
 
 class Cache:
-    """Views by kind, job key and uid. Older versions and objects known to be deleted are not let in."""
+    """Views by kind, job key and uid. Older versions and objects known to be deleted are not let in.
+
+    Except by a full list of a restored etcd, where history itself has gone back: such a list always wins.
+    """
 
     def __init__(self) -> None:
         self._views: dict[str, dict[str, dict[str, View]]] = {kind: {} for kind in KINDS}
@@ -37,15 +40,17 @@ class Cache:
         self._keys: dict[str, str] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._notices: OrderedDict[str, Notice] = OrderedDict()
+        self._listed: dict[tuple[str, str], int] = {}
 
-    def put(self, kind: str, obj: Raw) -> str | None:
-        """Take in an object; its job's key when that told something new, else None."""
+    def put(self, kind: str, obj: Raw, force: bool = False) -> str | None:
+        """Take in an object; its job's key when that told something new, else None. `force`: older ones, too."""
         key, uid = key_of(kind, obj), raw.text(obj, "metadata", "uid")
-        if key is None or uid in self._gone:
+        if key is None or (uid in self._gone and not force):
             return None
+        self._gone.pop(uid, None)
         known = self._views[kind].setdefault(key, {})
         before = known.get(uid)
-        if before is not None and raw.version(obj) <= before.version:
+        if before is not None and raw.version(obj) <= before.version and not force:
             return None
         known[uid] = KINDS[kind].of(obj)
         self._keys[uid] = key
@@ -62,28 +67,66 @@ class Cache:
         self._gone[uid] = None
         while len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)
-        self._keys.pop(uid, None)
         self._notices.pop(uid, None)
-        known = self._views[kind].get(key, {})
-        view = known.pop(uid, None)
-        if not known:
-            self._views[kind].pop(key, None)
+        view = self._remove(kind, key, uid)
         self._ghosts.pop(uid, None)
         if isinstance(view, Pod) and (view.exit or view.disruption) and view.owner in self._keys:
             self._ghosts[view.owner] = [*self._ghosts.get(view.owner, []), view][-GHOSTS:]
         return key
 
-    def keep_only(self, kind: str, present: Iterable[str], version: int, namespaces: tuple[str, ...] = ()) -> set[str]:
-        """Forget what a full list at `version` no longer shows; the keys concerned. Newer objects stay."""
+    def _remove(self, kind: str, key: str, uid: str) -> View | None:
+        self._keys.pop(uid, None)
+        known = self._views[kind].get(key, {})
+        view = known.pop(uid, None)
+        if not known:
+            self._views[kind].pop(key, None)
+        return view
+
+    def is_newer_than(self, kind: str, namespace: str, version: int) -> bool:
+        """Whether an earlier full list was younger than one at `version`: then etcd was restored from a backup."""
+        return version < self._listed.get((kind, namespace), 0)
+
+    def leave(self, kind: str, namespace: str) -> set[str]:
+        """Put aside all objects of a kind in a namespace (empty: everywhere); they may come back. Their jobs' keys."""
+        found = [
+            (key, uid)
+            for key, known in self._views[kind].items()
+            if key.startswith(f"{namespace}/" if namespace else "")
+            for uid in known
+        ]
+        for key, uid in found:
+            self._remove(kind, key, uid)
+        return {key for key, _ in found}
+
+    def keep_only(
+        self,
+        kind: str,
+        present: Iterable[str],
+        version: int,
+        namespace: str = "",
+        only: str = "",
+        force: bool = False,
+    ) -> set[str]:
+        """Forget what a full list at `version` no longer shows; the keys concerned. Newer objects stay, but by `force`.
+
+        The list is of one namespace or of `only` one job's objects, else of everything.
+        """
         uids = set(present)
         stale = [
             (key, uid)
             for key, known in self._views[kind].items()
-            if not namespaces or key.partition("/")[0] in namespaces
+            if key.startswith(f"{namespace}/" if namespace else "") and only in ("", key)
             for uid, view in known.items()
-            if uid not in uids and view.version <= version
+            if uid not in uids and (view.version <= version or force)
         ]
+        if not only:
+            self._listed[kind, namespace] = version
         return {self.forget(kind, key, uid) for key, uid in stale}
+
+    def wish(self, obj: Raw) -> tuple[str, int, bool] | None:
+        """What tells one wish of the user from another, of the FineTuneJob of that name: uid, generation, deletion."""
+        job = self.job(key_of(names.KIND, obj) or "")
+        return (job.uid, job.generation, job.deleting) if job else None
 
     def job_keys(self) -> list[str]:
         """Every FineTuneJob."""
@@ -109,25 +152,38 @@ class Cache:
         born = job.created_at or datetime.min.replace(tzinfo=UTC)
         mine = [pod for pod in pods if pod.owner in owners or (pod.owner in self._gone and pod.created_at >= born)]
         ghosts = [pod for child in children for pod in self._ghosts.get(child.uid, [])]
-        strays = tuple(pod.name for pod in pods if pod not in mine and pod.live)
+        others = [child for child in self._all(Child, "Job", key) if child.owner not in ("", job.uid)]
+        strays = [f"Job {child.name}" for child in others if not child.finished]
+        strays += [f"pod {pod.name}" for pod in pods if pod not in mine and pod.live]
         uids = {*(child.uid for child in children), *(pod.uid for pod in mine)}
         notices = {uid: self._notices[uid] for uid in uids if uid in self._notices}
         return Observed(
             job=job,
             children=tuple(sorted(children, key=lambda child: child.attempt)),
             pods=(*mine, *ghosts),
-            strays=strays,
+            strays=tuple(strays),
             report=report,
             notices=notices,
         )
 
     def note(self, uid: str, notice: Notice) -> bool:
-        """Keep what an event says of object `uid`; whether that is new. It may come before the object itself."""
-        if uid in self._gone or self._notices.get(uid) == notice:
+        """Keep what an event says of object `uid`; whether that is new. It may come before the object itself, and a
+        watch that starts anew replays older ones.
+        """
+        known = self._notices.get(uid)
+        if uid in self._gone or (known and known.at and notice.at and notice.at < known.at):
             return False
         self._notices[uid] = notice
         while len(self._notices) > _NOTICES:
             self._notices.popitem(last=False)
+        return known != notice
+
+    def take_back(self, uid: str, reason: str, message: str | None = None) -> bool:
+        """Forget what was said of object `uid` if it is for `reason` (in those very words); whether it was."""
+        known = self._notices.get(uid)
+        if known is None or known.reason != reason or message not in (None, known.message):
+            return False
+        del self._notices[uid]
         return True
 
     def key_of_uid(self, uid: str) -> str | None:

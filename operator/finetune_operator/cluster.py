@@ -1,6 +1,5 @@
 """The only module that talks to the API server: plain dicts in and out, through kubernetes.aio's configuration."""
 
-import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
-from kubernetes.aio.client.api_client import ApiClient
+from pydantic_core import from_json, to_json
+from yarl import URL
 
 from finetune_api import names
 from finetune_operator.core import raw
@@ -18,9 +18,11 @@ MERGE_PATCH = "application/merge-patch+json"
 #: Objects a page: small, because a page is tens of times larger in memory than on the wire.
 PAGE = 100
 CHUNK_BYTES = 1 << 20
+_JSON = "application/json"
 #: Answers of which we need nothing more are asked for without spec, data and status.
-METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
-_READ_BACK = ("Job",)
+METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
+TERMINATING = "NamespaceTerminating"
+_OWNED = {"fieldManager": names.FIELD_MANAGER}
 
 #: Kind -> collection path; {} is the namespace part, empty for all namespaces.
 PATHS: dict[str, str] = {
@@ -67,9 +69,9 @@ def path(kind: str, namespace: str | None = None, name: str = "", subresource: s
 class Cluster:
     """The calls the operator makes. Every one raises ApiError for an answer of 400 or more, OSError or TimeoutError."""
 
-    def __init__(self, client: ApiClient, timeout_seconds: float) -> None:
-        self._client = client
-        self._timeout = timeout_seconds
+    def __init__(self, session: aiohttp.ClientSession, server: str, timeout_seconds: float) -> None:
+        self._session, self._server = session, server.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     async def request(
         self,
@@ -77,19 +79,37 @@ class Cluster:
         where: str,
         body: Any = None,
         query: Mapping[str, str] | None = None,
-        content_type: str = "application/json",
-        accept: str = "application/json",
+        content_type: str = _JSON,
+        accept: str = _JSON,
     ) -> Raw:
         """One request; the answer as plain data."""
-        url = self._client.configuration.host + where + (f"?{urlencode(query)}" if query else "")
-        headers = {"Content-Type": content_type, "Accept": accept}
-        with _as_os_errors():
-            answer = await self._client.call_api(method, url, headers, body, _request_timeout=self._timeout)
-            data = await answer.read()
-        if answer.status >= 400:
-            raise _error(answer.status, data)
-        found = json.loads(data)
+        data = await self.send(method, where, body, query, content_type, accept)
+        found = from_json(data)
         return found if isinstance(found, dict) else {}
+
+    async def send(
+        self,
+        method: str,
+        where: str,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = _JSON,
+        accept: str = METADATA_ONLY,
+    ) -> bytes:
+        """One request whose answer is not looked into, for reading it takes longer than sending."""
+        headers = {"Content-Type": content_type, "Accept": accept}
+        data = None if body is None else encoded(body)
+        url = self._url(where, query)
+        with _as_os_errors():
+            async with self._session.request(method, url, data=data, headers=headers, timeout=self._timeout) as answer:
+                found = await answer.read()
+        if answer.status >= 400:
+            raise _error(answer.status, found)
+        return found
+
+    def _url(self, where: str, query: Mapping[str, str] | None) -> URL:
+        """Paths hold Kubernetes names and need no quoting, which would take longer than all else here."""
+        return URL(self._server + where + (f"?{urlencode(query)}" if query else ""), encoded=True)
 
     async def serves_finetunejobs(self) -> bool:
         """Whether the CRD is installed. Discovery needs no permission of its own."""
@@ -111,17 +131,20 @@ class Cluster:
             raise
 
     async def ensure(self, obj: Raw, owner_uid: str) -> Raw:
-        """Create a child, or find it made already. Raises Refused when it cannot be made for now."""
+        """Create a child, or find it made already. Raises Refused when it cannot be made for now.
+
+        Not through server-side apply: see docs/adr/0001. Of the object made only the metadata is asked back.
+        """
         kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
         try:
-            accept = "application/json" if kind in _READ_BACK else METADATA_ONLY
-            return await self.request("POST", path(kind, namespace), obj, accept=accept)
+            made = await self.request("POST", path(kind, namespace), obj, _OWNED, accept=METADATA_ONLY)
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
                 return await self._own(kind, namespace, name, owner_uid)
             if refusal := _refusal(kind, name, error):
                 raise refusal from error
             raise
+        return {**obj, "metadata": {**obj["metadata"], **raw.mapping(made, "metadata")}}
 
     async def _own(self, kind: str, namespace: str, name: str, owner_uid: str) -> Raw:
         """The object of that name if `owner_uid` controls it, for then an earlier run of ours made it."""
@@ -130,6 +153,8 @@ class Cluster:
             raise Refused("Stopping", f"{kind} {name} has just been deleted")
         owner = raw.controller(found)
         if raw.text(owner, "uid") != owner_uid:
+            if raw.text(owner, "kind") == names.KIND:  # an earlier one of this name: no other makes these names
+                raise Refused("Stopping", f"waiting for the earlier job's {kind} {name} to be gone")
             who = f"{raw.text(owner, 'kind')} {raw.text(owner, 'name')}" if owner else "no controller"
             raise Refused("NameConflict", f"{kind} {name} exists already and belongs to {who}: delete or rename it")
         if raw.at(found, "metadata", "deletionTimestamp"):
@@ -140,16 +165,20 @@ class Cluster:
         """Merge-patch the status of that very FineTuneJob in that very version; 409 when it has moved on."""
         body = {"metadata": {"uid": uid, "resourceVersion": str(version)}, "status": status}
         where = path(names.KIND, namespace, name, "status")
-        return await self.request("PATCH", where, body, {"fieldManager": names.FIELD_MANAGER}, MERGE_PATCH)
+        return await self.request("PATCH", where, body, _OWNED, MERGE_PATCH)
 
-    async def suspend(self, namespace: str, name: str, uid: str) -> Raw:
-        """Suspend a Job: Kubernetes stops its pods with their grace period."""
+    async def suspend(self, namespace: str, name: str, uid: str) -> Raw | None:
+        """Suspend a Job: Kubernetes stops its pods with their grace period. None when that Job is gone."""
         body = {"metadata": {"uid": uid}, "spec": {"suspend": True}}
-        where = path("Job", namespace, name)
-        return await self.request("PATCH", where, body, {"fieldManager": names.FIELD_MANAGER}, MERGE_PATCH)
+        try:
+            return await self.request("PATCH", path("Job", namespace, name), body, _OWNED, MERGE_PATCH)
+        except ApiError as error:
+            if error.code not in (404, 409, 410) or await self._has(uid, "Job", namespace, name):
+                raise
+            return None
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Delete that very object, its dependents in the background. Gone or replaced already is fine."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> bool:
+        """Delete that very object, its dependents in the background. False when it was gone or replaced already."""
         body = {
             "kind": "DeleteOptions",
             "apiVersion": "v1",
@@ -157,10 +186,17 @@ class Cluster:
             "preconditions": {"uid": uid},
         }
         try:
-            await self.request("DELETE", path(kind, namespace, name), body)
+            await self.send("DELETE", path(kind, namespace, name), body)
         except ApiError as error:
-            if error.code not in (404, 409):
+            if error.code not in (404, 409, 410) or await self._has(uid, kind, namespace, name):
                 raise
+            return False
+        return True
+
+    async def _has(self, uid: str, kind: str, namespace: str, name: str) -> bool:
+        """Whether the object of that name is still `uid`: a 409 alone does not say which of the two it means."""
+        found = await self.get(kind, namespace, name)
+        return raw.text(found, "metadata", "uid") == uid
 
     async def pages(self, kind: str, namespace: str | None, label_selector: str = "") -> AsyncIterator[Page]:
         """All objects of a kind, page by page, from one consistent snapshot."""
@@ -176,19 +212,22 @@ class Cluster:
     async def watch(self, where: str, query: Mapping[str, str], seconds: int) -> AsyncIterator[Raw]:
         """Events of a watch that starts with the present state, until the server ends it after `seconds`."""
         common = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "0"}
-        full = {**common, "timeoutSeconds": str(seconds), **query}
-        url = f"{self._client.configuration.host}{where}?{urlencode(full)}"
-        accept = {"Accept": "application/json"}
+        url = self._url(where, {**common, "timeoutSeconds": str(seconds), **query})
+        timeout = aiohttp.ClientTimeout(total=seconds + 30)
         with _as_os_errors():
-            answer = await self._client.call_api("GET", url, accept, _request_timeout=seconds + 30)
-            if answer.status >= 400:
-                raise _error(answer.status, await answer.read())
-            async with answer.response:
+            async with self._session.get(url, headers={"Accept": _JSON}, timeout=timeout) as answer:
+                if answer.status >= 400:
+                    raise _error(answer.status, await answer.read())
                 rest = b""
-                async for chunk in answer.response.content.iter_chunked(CHUNK_BYTES):
+                async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
                         yield _event(line)
+
+
+def encoded(body: Any) -> bytes:
+    """JSON for the API server, which knows no NaN and no infinity: such a number, a trainer's, becomes null."""
+    return to_json(body, inf_nan_mode="null")
 
 
 @contextmanager
@@ -202,7 +241,7 @@ def _as_os_errors() -> Iterator[None]:
 
 def _error(code: int, data: bytes) -> ApiError:
     try:
-        status = json.loads(data)
+        status = from_json(data)
     except ValueError:
         return ApiError(code, "", data[:200].decode(errors="replace"))
     return ApiError(code, raw.text(status, "reason"), raw.text(status, "message"))
@@ -210,7 +249,7 @@ def _error(code: int, data: bytes) -> ApiError:
 
 def _event(line: bytes) -> Raw:
     """One line of a watch. Raises ApiError for an error that comes as an event, such as 410 Gone."""
-    event: Raw = json.loads(line)
+    event: Raw = from_json(line)
     if event.get("type") == "ERROR":
         status = raw.mapping(event, "object")
         raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
@@ -223,7 +262,7 @@ def _refusal(kind: str, name: str, error: ApiError) -> Refused | None:
         if "exceeded quota" in error.message:
             return Refused("QuotaExceeded", error.message)
         if "being terminated" in error.message:
-            return Refused("NamespaceTerminating", error.message)
+            return Refused(TERMINATING, error.message)
         return Refused("Forbidden", f"{kind} {name}: {error.message}")
     if error.code in (400, 422):
         return Refused("Rejected", f"{kind} {name}: {error.message}")

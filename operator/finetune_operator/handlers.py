@@ -3,7 +3,8 @@
 Only `on.event` is used: it leaves no annotation and no finalizer on anybody's object.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import kopf
@@ -21,7 +22,18 @@ RESOURCES = {
 }
 
 
-def registry(cache: Cache, enqueue: Callable[[str], None], login: Callable[[], Any]) -> kopf.OperatorRegistry:
+#: (key, whether the user changed the job itself)
+Enqueue = Callable[[str, bool], None]
+
+
+class Endless(Iterable[float]):
+    """Kopf's pauses between tries, without end: were it to give up on one namespace, it would give up on all."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((1, 1, 2, 3, 5, 8, 13), itertools.repeat(20))
+
+
+def registry(cache: Cache, enqueue: Enqueue, login: Callable[[], Any]) -> kopf.OperatorRegistry:
     """Kopf's registry with our handlers."""
     made = kopf.OperatorRegistry()
 
@@ -41,12 +53,13 @@ def registry(cache: Cache, enqueue: Callable[[str], None], login: Callable[[], A
     return made
 
 
-def take(cache: Cache, kind: str, event: dict[str, Any], enqueue: Callable[[str], None]) -> None:
+def take(cache: Cache, kind: str, event: dict[str, Any], enqueue: Enqueue) -> None:
     """Take one watch event in; echoes of our own writes tell nothing new and queue nothing."""
     obj = dict(event.get("object") or {})
+    before = cache.wish(obj) if kind == names.KIND else None
     key = cache.drop(kind, obj) if event.get("type") == "DELETED" else cache.put(kind, obj)
     if key is not None:
-        enqueue(key)
+        enqueue(key, kind == names.KIND and cache.wish(obj) != before)
 
 
 class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]
@@ -93,7 +106,7 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     for kind in ("Job", "Pod"):
         made.watching.label_selectors[RESOURCES[kind]] = names.LABEL_JOB
     made.networking.request_timeout = settings.request_timeout_seconds
-    made.networking.error_backoffs = (1, 1, 2, 3, 5, 8, 13, *[20] * 100)  # when it gives up, the process ends
+    made.networking.error_backoffs = Endless()
     # worker_limit stays unset: workers keep their slot while idle, so a limit throttles instead of protecting.
     made.queueing.idle_timeout = 1.0
     made.scanning.disabled = True

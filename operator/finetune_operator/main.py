@@ -6,7 +6,6 @@ import sys
 import time
 from itertools import islice
 
-import kopf
 import structlog
 import uvloop
 from kubernetes.aio.config import ConfigException
@@ -14,20 +13,20 @@ from pydantic import ValidationError
 
 from finetune_api import names
 from finetune_operator import handlers, http, logs
-from finetune_operator.cache import KINDS, Cache
+from finetune_operator.cache import Cache
 from finetune_operator.clock import Clock
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.core import raw
-from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
+from finetune_operator.lists import Lists
 from finetune_operator.metrics import Metrics, Readings
 from finetune_operator.notices import Notices
 from finetune_operator.poller import Poller
-from finetune_operator.queue import Queue
-from finetune_operator.reconcile import Reconciler
+from finetune_operator.queue import Queue, Result
+from finetune_operator.reconcile import Conflict, Reconciler
 from finetune_operator.recorder import Recorder
 from finetune_operator.session import Connection
 from finetune_operator.settings import Settings
+from finetune_operator.watches import Watches
 
 log = structlog.get_logger(__name__)
 
@@ -42,8 +41,8 @@ class Operator:
         self, settings: Settings, connection: Connection, metrics: Metrics, clock: Clock | None = None
     ) -> None:
         self.settings, self.connection, self.metrics = settings, connection, metrics
-        self.client = connection.client()
-        self.cluster = Cluster(self.client, settings.request_timeout_seconds)
+        self.session = connection.session()
+        self.cluster = Cluster(self.session, connection.configuration.host, settings.request_timeout_seconds)
         self.cache = Cache()
         self.clock = clock or Clock()
         self.poller = Poller(
@@ -52,24 +51,57 @@ class Operator:
             settings.progress_concurrency,
             lambda key: self.queue.add(key),
         )
-        self.recorder = Recorder(self.cluster, metrics)
+        self.recorder = Recorder(self.cluster, metrics, lambda: self.queue.depth > 0)
         fleet = Fleet(self.cache.jobs, settings.job_metrics_limit, self.clock, metrics.registry)
-        reconciler = Reconciler(self.cluster, self.cache, self.poller, self.recorder, fleet, settings, self.clock)
-        self.queue = Queue(reconciler, settings.workers, on_done=self._done)
+        self.reconciler = Reconciler(self.cluster, self.cache, self.poller, self.recorder, fleet, settings, self.clock)
+        self.queue = Queue(self._reconcile, settings.workers, on_done=self._done)
         self.notices = Notices(self.cluster, self.cache, settings.namespaces, self.queue.add)
-        self.beat = time.monotonic()
-        self.resynced = time.monotonic()
-        self.health = http.Health(
-            self.queue, settings.stuck_seconds, lambda: time.monotonic() - self.beat, BEAT_SECONDS
+        self.lists = Lists(
+            self.cluster,
+            self.cache,
+            settings.namespaces,
+            settings.resync_seconds,
+            on_news=self.queue.add,
+            on_refused=connection.freshness.forget,
+            on_restored=lambda: self.watches.restart(),
         )
+        self.stop = asyncio.Event()
+        self.watches = Watches(
+            lambda: handlers.registry(self.cache, self.queue.add, connection.kopf_login),
+            lambda: handlers.kopf_settings(settings),
+            settings.namespaces,
+            on_start=lambda: _on_signals(self.stop),
+            on_end=self._kopf_ended,
+        )
+        self.beat = time.monotonic()
+        self.health = http.Health(self._signs(), settings, BEAT_SECONDS)
+        connection.on_date, connection.on_list = self.clock.hear, self.lists.kopf_listed
         metrics.watch(self._readings())
 
+    async def _reconcile(self, key: str) -> Result:
+        """Not where only some of a job's objects can be seen: the others would seem to be gone."""
+        return await self.reconciler(key) if self.lists.serves(key) else Result()
+
     def _done(self, key: str, seconds: float, error: Exception | None) -> None:
-        self.metrics.reconciled(key, seconds, error)
+        self.metrics.reconciled(seconds, error)
         if error is not None:
-            expected = isinstance(error, ApiError | OSError | TimeoutError)
+            expected = isinstance(error, ApiError | Conflict | OSError | TimeoutError)
             log.warning("a reconcile failed; it is tried again", key=key, error=str(error) or type(error).__name__,
                         exc_info=None if expected else error)  # fmt: skip
+
+    def _kopf_ended(self, error: Exception) -> None:
+        self.metrics.failed(error)
+        self.lists.ask()
+
+    def _signs(self) -> http.Signs:
+        return http.Signs(
+            longest_wait=self.queue.longest_wait_seconds,
+            longest_run=self.queue.longest_run_seconds,
+            beat_age=lambda: time.monotonic() - self.beat,
+            list_age=self.lists.idle,
+            watch_ages=self.connection.freshness.ages,
+            reachable=self.connection.reach.seconds,
+        )
 
     def _readings(self) -> Readings:
         return Readings(
@@ -77,9 +109,11 @@ class Operator:
                 "queue_depth": ("Jobs that wait for a worker.", lambda: self.queue.depth),
                 "queue_delayed": ("Jobs that wait for their time.", lambda: self.queue.delayed),
                 "queue_longest_wait_seconds": ("Oldest wait for a worker.", self.queue.longest_wait_seconds),
-                "resync_age_seconds": ("Since the last full list.", lambda: time.monotonic() - self.resynced),
+                "resync_age_seconds": ("Since the last full list.", self.lists.age),
+                "events_waiting": ("Events that are not posted yet.", lambda: self.recorder.depth),
             },
             watch_ages=self.connection.freshness.ages,
+            refused=lambda: self.lists.refused,
             objects=self.cache.sizes,
             progress=lambda: islice(
                 ((key, report.progress) for key, report in self.poller.reports()), self.settings.job_metrics_limit
@@ -88,12 +122,11 @@ class Operator:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises SystemExit with a sentence when it cannot start."""
-        stop = asyncio.Event()
-        _on_signals(stop)
+        _on_signals(self.stop)
         runner = await http.serve(self.settings.http_host, self.settings.http_port, self.health, self.metrics.registry)
         log.info("serving /healthz, /readyz and /metrics", addresses=[f"{a[0]}:{a[1]}" for a in runner.addresses])
-        work = asyncio.create_task(self.work(stop))
-        stopping = asyncio.create_task(stop.wait())
+        work = asyncio.create_task(self.work())
+        stopping = asyncio.create_task(self.stop.wait())
         try:
             await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -101,14 +134,14 @@ class Operator:
             log.info("stopping")
             await self.recorder.flush(2.0)
         finally:
-            stop.set()
+            self.stop.set()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
             await runner.cleanup()
-            await self.client.close()
+            await self.session.close()
 
-    async def work(self, stop: asyncio.Event) -> None:
-        """Do everything but serving HTTP, until cancelled. `stop` is set by SIGTERM and SIGINT."""
+    async def work(self) -> None:
+        """Do everything but serving HTTP, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._heartbeat())
             await self._wait_for_server()
@@ -116,8 +149,8 @@ class Operator:
             group.create_task(self.poller.run())
             group.create_task(self.queue.run())
             group.create_task(self.notices.run(self.settings.kueue))
-            group.create_task(self._resync())
-            group.create_task(self._watch(stop))
+            group.create_task(self.lists.run())
+            group.create_task(self.watches.run())
             self.health.ready = True
             log.info("ready", jobs=len(self.cache.job_keys()), namespaces=list(self.settings.namespaces) or "all")
 
@@ -127,7 +160,7 @@ class Operator:
         for turn in range(10**6):
             try:
                 if await self.cluster.serves_finetunejobs():
-                    await self._list_all()
+                    await self.lists.once()
                     return
                 problem = f"the CustomResourceDefinition {names.PLURAL}.{names.GROUP} is not installed: apply crds/"
             except ApiError as error:
@@ -140,57 +173,10 @@ class Operator:
             log.warning("waiting to start", problem=problem)
             await asyncio.sleep(_START_PAUSES[min(turn, len(_START_PAUSES) - 1)])
 
-    async def _watch(self, stop: asyncio.Event) -> None:
-        """Run Kopf. Not through kopf.operator: at its end that waits for, and cancels, every task of the process."""
-        tasks = await kopf.spawn_tasks(
-            registry=handlers.registry(self.cache, self.queue.add, self.connection.kopf_login),
-            settings=handlers.kopf_settings(self.settings),
-            namespaces=self.settings.namespaces,
-            clusterwide=not self.settings.namespaces,
-            standalone=True,
-        )
-        _on_signals(stop)  # Kopf has taken them
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            ended = next(iter(done))
-            raise RuntimeError(f"Kopf's task {ended.get_name()} ended by itself") from ended.exception()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     async def _heartbeat(self) -> None:
         while True:
             self.beat = time.monotonic()
             await asyncio.sleep(BEAT_SECONDS)
-
-    async def _resync(self) -> None:
-        """List everything now and then: a watch may have missed the end of an object."""
-        while True:
-            await asyncio.sleep(self.settings.resync_seconds)
-            try:
-                await self._list_all()
-            except (ApiError, OSError, TimeoutError) as error:
-                log.warning("a full list failed; the next one follows", error=str(error) or type(error).__name__)
-
-    async def _list_all(self) -> None:
-        """Make the cache what the API server holds, and queue every job."""
-        for kind in KINDS:
-            selector = "" if kind == names.KIND else names.LABEL_JOB
-            for namespace in self.settings.namespaces or (None,):
-                uids: list[str] = []
-                version = 0
-                async for page in self.cluster.pages(kind, namespace, selector):
-                    version = page.version
-                    uids += [self._take(kind, obj) for obj in page.items]
-                self.cache.keep_only(kind, uids, version, (namespace,) if namespace else ())
-        for key in self.cache.job_keys():
-            self.queue.add(key)
-        self.resynced = time.monotonic()
-
-    def _take(self, kind: str, obj: Raw) -> str:
-        self.cache.put(kind, obj)
-        return raw.text(obj, "metadata", "uid")
 
 
 def _on_signals(stop: asyncio.Event) -> None:

@@ -67,10 +67,15 @@ class Metrics:
     def api_call(self, verb: str, resource: str, code: str) -> None:
         self._api_calls.labels(verb, resource, code).inc()
 
-    def reconciled(self, key: str, seconds: float, error: Exception | None) -> None:
+    def reconciled(self, seconds: float, error: Exception | None) -> None:
         self.reconcile_seconds.observe(seconds)
         if error is not None:
-            self.errors.labels(type(error).__name__).inc()
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Count an error by its class, one of the API server by that of its code."""
+        code = getattr(error, "code", None)
+        self.errors.labels(f"Api{code // 100}xx" if isinstance(code, int) else type(error).__name__).inc()
 
     def watch(self, readings: "Readings") -> None:
         """Read these at every scrape."""
@@ -85,6 +90,8 @@ class Readings:
     """Name -> help and reading."""
     watch_ages: Callable[[], Mapping[tuple[str, str], float]]
     """By resource and namespace."""
+    refused: Callable[[], Mapping[str, int]]
+    """Namespaces that may not be seen, with the HTTP code."""
     objects: Callable[[], Mapping[str, int]]
     progress: Callable[[], Iterable[tuple[str, Progress]]]
     """Key and progress of running jobs, already cut to the limit."""
@@ -103,8 +110,14 @@ class _Scraped(Collector):
         yield gauge(
             "watch_age_seconds",
             "Since a watch last showed a sign of life; servers send bookmarks each minute.",
-            ("resource", "namespace"),
+            ("resource", "watched_namespace"),  # not `namespace`: scrapers fill in the operator's own where it is empty
             readings.watch_ages(),
+        )
+        yield gauge(
+            "namespace_refused",
+            "Configured namespaces that the API server lets us not see, with the code of its answer.",
+            ("watched_namespace",),
+            {(namespace,): code for namespace, code in readings.refused().items()},
         )
         for name, (text, reading) in readings.gauges.items():
             yield gauge(name, text, (), {(): reading()})

@@ -16,7 +16,8 @@ Reconcile = Callable[[str], Awaitable["Result"]]
 
 @dataclass(frozen=True)
 class Result:
-    """What a reconcile asks for: to be called again after `after` seconds; `blocked` means: with growing pauses."""
+    """What a reconcile asks for: to be called again after `after` seconds; `blocked`: with pauses that grow each time
+    until it is not. News of the job end the pause, but not that of a reconcile which raised (see Queue.add)."""
 
     after: float | None = None
     blocked: bool = False
@@ -51,17 +52,24 @@ class Queue:
         self._ready: deque[str] = deque()
         self._waiting_since: dict[str, float] = {}
         self._running_since: dict[str, float] = {}
-        self._again: set[str] = set()
+        self._again: dict[str, bool] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._failures: dict[str, int] = {}
+        self._failing: set[str] = set()
         self._wake = asyncio.Semaphore(0)
 
-    def add(self, key: str) -> None:
-        """Reconcile `key` as soon as a worker is free; again afterwards when it is being reconciled right now."""
+    def add(self, key: str, changed: bool = False) -> None:
+        """Reconcile `key` as soon as a worker is free; again afterwards when it is being reconciled right now.
+
+        A key whose last turn failed keeps its pause: news of its pods do not make a server in trouble well. Only when
+        the user `changed` the object itself is it tried at once, for the change may be what ends the failing.
+        """
+        if key in self._failing and not changed and key in self._timers:
+            return
         if timer := self._timers.pop(key, None):
             timer.cancel()
         if key in self._running_since:
-            self._again.add(key)
+            self._again[key] = changed or self._again.get(key, False)
         elif key not in self._waiting_since:
             self._waiting_since[key] = time.monotonic()
             self._ready.append(key)
@@ -77,7 +85,7 @@ class Queue:
         self._timers[key] = asyncio.get_running_loop().call_at(due, self._fire, key)
 
     def _fire(self, key: str) -> None:
-        self._timers.pop(key, None)
+        del self._timers[key]
         self.add(key)
 
     async def run(self) -> None:
@@ -100,20 +108,21 @@ class Queue:
             finally:
                 del self._running_since[key]
             self._on_done(key, time.monotonic() - began, error)
-            self._settle(key, result)
+            self._settle(key, result, failed=error is not None)
 
-    def _settle(self, key: str, result: Result) -> None:
+    def _settle(self, key: str, result: Result, failed: bool) -> None:
         """Plan the next turn of `key`."""
-        again = key in self._again
-        self._again.discard(key)
+        again = self._again.pop(key, None)
+        (self._failing.add if failed else self._failing.discard)(key)
         if result.blocked:
             self._failures[key] = failures = self._failures.get(key, 0) + 1
             pause = self._backoff.pause(failures)
-            # Also when something new came meanwhile: a server in trouble is not to be hurried.
             self.add_after(key, pause if result.after is None else min(pause, result.after))
+            if again:
+                self.add(key, changed=True)
             return
         self._failures.pop(key, None)
-        if again:
+        if again is not None:
             self.add(key)
         elif result.after is not None:
             self.add_after(key, result.after)

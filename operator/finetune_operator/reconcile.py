@@ -8,7 +8,7 @@ import structlog
 
 from finetune_api import names
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import ApiError, Cluster, Refused
+from finetune_operator.cluster import TERMINATING, ApiError, Cluster, Refused
 from finetune_operator.core import raw
 from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
@@ -23,6 +23,12 @@ from finetune_operator.settings import Settings
 log = structlog.get_logger(__name__)
 
 _MOVED_ON = (404, 409, 410)
+#: A namespace that is being terminated takes the job with it; only should it stay is there anything left to do.
+_TERMINATING_SECONDS = 60.0
+
+
+class Conflict(Exception):
+    """The job has changed since it was looked at: what it needs is thought over after a pause, as after an error."""
 
 
 class Reconciler:
@@ -42,7 +48,7 @@ class Reconciler:
         self._fleet, self._settings, self._clock = fleet, settings, clock
 
     async def __call__(self, key: str) -> Result:
-        """One reconcile. Raises ApiError, OSError or TimeoutError; calling again is always right."""
+        """One reconcile. Raises ApiError, Conflict, OSError or TimeoutError; calling again is always right."""
         observed = self._observe(key)
         if observed is None:
             return Result()
@@ -59,15 +65,17 @@ class Reconciler:
             await self._create(observed.job, made)
         except Refused as refusal:
             log.info("a child cannot be made", key=key, reason=refusal.reason, message=refusal.message)
+            if refusal.reason == TERMINATING:
+                return Result(_TERMINATING_SECONDS)
             blocked = True
             made = plan(replace(observed, obstacle=Obstacle(refusal.reason, refusal.message)), self._settings, now)
-        if made.status is not None and not await self._write_status(observed.job, made.status):
-            return Result(after=0.0)
-        await self._take_away(observed.job, made)
+        if made.status is not None:
+            await self._write_status(observed.job, made.status)
+        was_there = await self._take_away(observed.job, made)
         for event in made.events:
             log.info("event", key=key, reason=event.reason, message=event.message)
             self._recorder.post(observed.job, event, now)
-        return Result(made.requeue_after, blocked)
+        return Result(made.requeue_after, blocked) if was_there else Result(after=0.0)
 
     def _observe(self, key: str) -> Observed | None:
         """Everything known of the job; its report is that of the pod that runs now, never of one before it."""
@@ -104,18 +112,16 @@ class Reconciler:
             if obj["kind"] == "Job":
                 self._cache.put("Job", stored)
 
-    async def _write_status(self, job: JobObject, status: Raw) -> bool:
-        """Write the status; False when the job has moved on meanwhile and must be looked at again."""
+    async def _write_status(self, job: JobObject, status: Raw) -> None:
         try:
             stored = await self._cluster.patch_status(job.namespace, job.name, status, job.uid, job.version)
         except ApiError as error:
             if error.code not in _MOVED_ON:
                 raise
             await self._refresh(job)
-            return False
+            raise Conflict(str(error)) from error
         self._cache.put(names.KIND, stored)
         self._fleet.changed(job, JobObject.of(stored))
-        return True
 
     async def _refresh(self, job: JobObject) -> None:
         """Look at the job itself: its watch is behind, or has missed its end."""
@@ -126,13 +132,18 @@ class Reconciler:
         if found:
             self._cache.put(names.KIND, found)
 
-    async def _take_away(self, job: JobObject, made: Plan) -> None:
+    async def _take_away(self, job: JobObject, made: Plan) -> bool:
+        """Suspend and delete; False when something was gone already, for then another plan is needed."""
+        gone = []
         for target in made.suspend:
-            try:
-                self._cache.put("Job", await self._cluster.suspend(job.namespace, target.name, target.uid))
-            except ApiError as error:
-                if error.code not in _MOVED_ON:
-                    raise
+            if stored := await self._cluster.suspend(job.namespace, target.name, target.uid):
+                self._cache.put("Job", stored)
+            else:
+                gone.append(target)
         for target in made.delete:
             log.info("deleting", key=job.key, kind=target.kind, name=target.name)
-            await self._cluster.delete(target.kind, job.namespace, target.name, target.uid)
+            if not await self._cluster.delete(target.kind, job.namespace, target.name, target.uid):
+                gone.append(target)
+        for target in gone:
+            self._cache.forget(target.kind, job.key, target.uid)
+        return not gone

@@ -2,12 +2,15 @@
 
 import asyncio
 import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
 
 from finetune_api import names
-from finetune_operator.cluster import METADATA_ONLY, ApiError, Cluster, path
+from finetune_operator.cluster import ApiError, Cluster, path
 from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
@@ -15,26 +18,41 @@ from finetune_operator.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-QUEUE_LENGTH = 5_000
+QUEUE_LENGTH = 20_000
 POSTERS = 2
+#: While jobs wait for a worker, events wait too, for this long at most: what jobs need comes before what is said of it.
+YIELD_SECONDS = 30.0
 MAX_MESSAGE = 1024
 _TRIES = 4
 
 
-def manifest(job: JobObject, event: Event, now: datetime) -> Raw:
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An event to post. Of the job only what the event needs, for thousands may wait."""
+
+    namespace: str
+    name: str
+    uid: str
+    event: Event
+    at: datetime
+    since: float
+
+
+def manifest(waiting: Waiting) -> Raw:
     """The core/v1 Event. Its name follows from what it is about, so that posting it twice is one event."""
-    digest = hashlib.sha256(f"{job.uid}/{event.about}".encode()).hexdigest()[:16]
-    stamp = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    event = waiting.event
+    digest = hashlib.sha256(f"{waiting.uid}/{event.about}".encode()).hexdigest()[:16]
+    stamp = waiting.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{job.name}.{digest}", "namespace": job.namespace},
+        "metadata": {"name": f"{waiting.name}.{digest}", "namespace": waiting.namespace},
         "involvedObject": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,
-            "name": job.name,
-            "namespace": job.namespace,
-            "uid": job.uid,
+            "name": waiting.name,
+            "namespace": waiting.namespace,
+            "uid": waiting.uid,
         },
         "type": event.type,
         "reason": event.reason,
@@ -49,16 +67,25 @@ def manifest(job: JobObject, event: Event, now: datetime) -> Raw:
 
 
 class Recorder:
-    """A bounded queue of events. Events are for people: when too many wait, the newest are dropped and counted."""
+    """A bounded queue of events. Events are for people: when too many wait, the newest are dropped and counted.
 
-    def __init__(self, cluster: Cluster, metrics: Metrics) -> None:
-        self._cluster, self._metrics = cluster, metrics
-        self._queue: asyncio.Queue[Raw] = asyncio.Queue(QUEUE_LENGTH)
+    `is_busy` says whether jobs wait for a worker.
+    """
+
+    def __init__(self, cluster: Cluster, metrics: Metrics, is_busy: Callable[[], bool] = lambda: False) -> None:
+        self._cluster, self._metrics, self._is_busy = cluster, metrics, is_busy
+        self._queue: asyncio.Queue[Waiting] = asyncio.Queue(QUEUE_LENGTH)
+        self._posting = 0
+
+    @property
+    def depth(self) -> int:
+        """Events that are not posted yet."""
+        return self._queue.qsize() + self._posting
 
     def post(self, job: JobObject, event: Event, now: datetime) -> None:
         """Post it soon."""
         try:
-            self._queue.put_nowait(manifest(job, event, now))
+            self._queue.put_nowait(Waiting(job.namespace, job.name, job.uid, event, now, time.monotonic()))
         except asyncio.QueueFull:
             self._metrics.events_dropped.inc()
 
@@ -78,17 +105,20 @@ class Recorder:
 
     async def _work(self) -> None:
         while True:
-            event = await self._queue.get()
+            waiting = await self._queue.get()
+            self._posting += 1
             try:
-                await self._send(event)
+                while self._is_busy() and time.monotonic() - waiting.since < YIELD_SECONDS:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+                await self._send(manifest(waiting))
             finally:
+                self._posting -= 1
                 self._queue.task_done()
 
     async def _send(self, event: Raw) -> None:
         for attempt in range(_TRIES):
             try:
-                where = path("Event", event["metadata"]["namespace"])
-                await self._cluster.request("POST", where, event, accept=METADATA_ONLY)
+                await self._cluster.send("POST", path("Event", event["metadata"]["namespace"]), event)
                 return
             except ApiError as error:
                 if error.code == 409:

@@ -24,6 +24,12 @@ def resource_of(path: str) -> str:
     return "/".join((rest[0], rest[2])) if len(rest) > 2 else rest[0] if rest else "discovery"
 
 
+def namespace_of(path: str) -> str:
+    """The namespace in a URL path; empty where there is none."""
+    parts = path.split("/")
+    return parts[parts.index("namespaces") + 1] if "namespaces" in parts[:-1] else ""
+
+
 def verb_of(method: str, url_path: str, is_watch: bool) -> str:
     if is_watch:
         return "watch"
@@ -46,15 +52,39 @@ class Freshness:
 
     def note(self, url: URL) -> None:
         """A sign of life from the watch at `url`."""
-        parts = url.path.split("/")
-        namespace = parts[parts.index("namespaces") + 1] if "namespaces" in parts[:-1] else ""
         about = url.query.get("fieldSelector", "").rpartition("=")[2]
-        self._seen[resource_of(url.path) + (f"/{about}" if about else ""), namespace] = time.monotonic()
+        self._seen[resource_of(url.path) + (f"/{about}" if about else ""), namespace_of(url.path)] = time.monotonic()
+
+    def forget(self, namespace: str) -> None:
+        """The watches of a namespace that may not be seen any more are not late."""
+        self._seen = {watch: seen for watch, seen in self._seen.items() if watch[1] != namespace}
 
     def ages(self) -> dict[tuple[str, str], float]:
         """Seconds since the last sign, by resource and namespace (empty: all)."""
         now = time.monotonic()
         return {watch: now - seen for watch, seen in self._seen.items()}
+
+
+class Reach:
+    """Since when the API server answers every request; an outage of its own is no fault of ours."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def answered(self, code: int) -> None:
+        """One answer came in."""
+        if code >= 500 or code == 429:
+            self._since = None
+        elif self._since is None:
+            self._since = time.monotonic()
+
+    def failed(self) -> None:
+        """One did not."""
+        self._since = None
+
+    def seconds(self) -> float:
+        """How long it has answered without a break; 0 while it does not."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
 
 
 class _Noted:
@@ -78,21 +108,24 @@ class _Noted:
 
 class Connection:
     """The configuration, and sessions made from it. Each session authenticates every request afresh, so that
-    rotating tokens stay good, and counts it."""
+    rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists."""
 
     def __init__(self, configuration: Configuration, metrics: Metrics) -> None:
         self.configuration = configuration
-        self.freshness = Freshness()
+        self.freshness, self.reach = Freshness(), Reach()
+        self.on_date: Callable[[str], None] = lambda date: None
+        self.on_list: Callable[[str, str], None] = lambda resource, namespace: None
         self._metrics = metrics
         self._credentials: dict[str, str] = {}
         self._credentials_due = 0.0
-        trace = aiohttp.TraceConfig()
-        trace.on_request_start.append(self._authenticate)
-        trace.on_request_end.append(self._count)
-        trace.on_request_exception.append(self._count_failure)
-        configuration.trace_configs = [trace]
+        self._trace = aiohttp.TraceConfig()
+        self._trace.on_request_start.append(self._authenticate)
+        self._trace.on_request_end.append(self._count)
+        self._trace.on_request_exception.append(self._count_failure)
         # Looking for proxies and .netrc takes two threads a request, so it is done only where there is a proxy.
         options = {"response_class": self._response_class(), "trust_env": bool(urllib.request.getproxies())}
+        if configuration.proxy:
+            options["proxy"] = configuration.proxy
         configuration.client_session_kwargs = options
         configuration.connection_pool_maxsize = 64
 
@@ -106,14 +139,17 @@ class Connection:
             await config.load_kube_config(client_configuration=configuration)
         return cls(configuration, metrics)
 
-    def client(self) -> ApiClient:
-        """A client of our own; close it when done."""
-        return ApiClient(self.configuration)
+    def session(self, *more: aiohttp.TraceConfig) -> aiohttp.ClientSession:
+        """A session of one's own; close it when done."""
+        self.configuration.trace_configs = [self._trace, *more]
+        made: aiohttp.ClientSession = ApiClient(self.configuration).rest_client._create_pool_manager()
+        return made
 
     def kopf_login(self) -> kopf.AiohttpSession:
-        """The credentials that Kopf asks for: a session like ours. Kopf closes it."""
-        session = self.client().rest_client._create_pool_manager()
-        return kopf.AiohttpSession(aiohttp_session=session, server=self.configuration.host)
+        """The credentials that Kopf asks for: a session like ours that also tells of lists. Kopf closes it."""
+        lists = aiohttp.TraceConfig()
+        lists.on_request_end.append(self._note_list)
+        return kopf.AiohttpSession(aiohttp_session=self.session(lists), server=self.configuration.host)
 
     async def _authenticate(
         self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestStartParams
@@ -127,12 +163,24 @@ class Connection:
     async def _count(
         self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestEndParams
     ) -> None:
-        self._metrics.api_call(*self._names(params), str(params.response.status))
+        answer = params.response
+        self._metrics.api_call(*self._names(params), str(answer.status))
+        self.reach.answered(answer.status)
+        if date := answer.headers.get("Date"):
+            self.on_date(date)
 
     async def _count_failure(
         self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestExceptionParams
     ) -> None:
         self._metrics.api_call(*self._names(params), "error")
+        self.reach.failed()
+
+    async def _note_list(
+        self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestEndParams
+    ) -> None:
+        url = params.url
+        if params.response.status == 200 and "watch" not in url.query and "continue" not in url.query:
+            self.on_list(resource_of(url.path), namespace_of(url.path))
 
     @staticmethod
     def _names(params: aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams) -> tuple[str, str]:

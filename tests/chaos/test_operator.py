@@ -70,7 +70,7 @@ async def living(proxy: ApiProxy, namespace: str, clock: Clock | None = None) ->
     operator = Operator(settings, Connection(configuration, metrics), metrics, clock)
     me = asyncio.current_task()
     assert me is not None
-    work = asyncio.create_task(operator.work(asyncio.Event()))
+    work = asyncio.create_task(operator.work())
     # When the operator gives up by itself, so does the test.
     work.add_done_callback(lambda ended: ended.cancelled() or proxy.dead.is_set() or me.cancel(repr(ended.exception())))
     try:
@@ -78,7 +78,7 @@ async def living(proxy: ApiProxy, namespace: str, clock: Clock | None = None) ->
     finally:
         work.cancel()
         await asyncio.wait({work}, timeout=5)
-        await operator.client.close()
+        await operator.session.close()
 
 
 class Chaos:

@@ -257,7 +257,7 @@ class Observed:
     pods: tuple[Pod, ...] = ()
     """Pods of `children`."""
     strays: tuple[str, ...] = ()
-    """Names of live pods with this job's label that belong to no child: of an earlier job of the same name."""
+    """Unfinished Jobs and live pods of an earlier job of the same name: "Job nli-1", "pod nli-1-x7k2p"."""
     report: TrainerReport | None = None
     """What the rank-0 trainer of the live attempt last said."""
     notices: dict[str, Notice] = field(default_factory=dict)

@@ -128,7 +128,7 @@ def _start(view: View, after: Retry | None) -> Step:
         scene = conditions.waiting("Stopping", f"waiting for Job {view.unfinished[0].name} to be gone")
         return Step(scene, delete=tuple(child for child in view.unfinished if not child.deleting))
     if observed.strays:
-        message = f"waiting for pod {observed.strays[0]} of an earlier job of this name to end"
+        message = f"waiting for {observed.strays[0]} of an earlier job of this name to end"
         return Step(conditions.waiting("Stopping", message), check_again=(_pending_left(view, after),))
     if observed.obstacle:
         scene = conditions.waiting(observed.obstacle.reason, observed.obstacle.message)

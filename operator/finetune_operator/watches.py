@@ -1,0 +1,73 @@
+"""Kopf, started again when it gives up. Most requests it repeats by itself, for ever; what it does not repeat (a watch
+that is told 410 or 404 by the status of the answer, an error in the stream) ends it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import kopf
+import structlog
+
+log = structlog.get_logger(__name__)
+
+#: Pauses before Kopf is started again; it begins anew after it has run for a while.
+PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
+_A_WHILE = 60.0
+
+
+class Watches:
+    """Runs one Kopf after another. `on_start` is called with each: Kopf takes the signal handlers for itself."""
+
+    def __init__(
+        self,
+        registry: Callable[[], kopf.OperatorRegistry],
+        settings: Callable[[], kopf.OperatorSettings],
+        namespaces: tuple[str, ...],
+        on_start: Callable[[], None],
+        on_end: Callable[[Exception], None],
+    ) -> None:
+        self._registry, self._settings, self._namespaces = registry, settings, namespaces
+        self._on_start, self._on_end = on_start, on_end
+        self._restart = asyncio.Event()
+
+    def restart(self) -> None:
+        """Begin all watches anew."""
+        self._restart.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._once()
+            except Exception as error:
+                failures = 1 if time.monotonic() - began > _A_WHILE else failures + 1
+                log.warning("Kopf gave up; it is started again", error=str(error) or type(error).__name__)
+                self._on_end(error)
+                await asyncio.sleep(PAUSES[min(failures, len(PAUSES)) - 1])
+
+    async def _once(self) -> None:
+        """Run Kopf until it ends, or is to be restarted. Not through kopf.operator: at its end that waits for, and
+        cancels, every task of the process."""
+        self._restart.clear()
+        tasks = await kopf.spawn_tasks(
+            registry=self._registry(),
+            settings=self._settings(),
+            namespaces=self._namespaces,
+            clusterwide=not self._namespaces,
+            standalone=True,
+        )
+        self._on_start()
+        restart = asyncio.create_task(self._restart.wait())
+        try:
+            done, _ = await asyncio.wait({*tasks, restart}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in done - {restart}:
+                ended.result()
+            if restart not in done:
+                raise RuntimeError("one of its tasks ended by itself")
+        finally:
+            for task in (*tasks, restart):
+                task.cancel()
+            await asyncio.gather(*tasks, restart, return_exceptions=True)

@@ -1,0 +1,148 @@
+"""The cache: what it lets in, what it forgets, and whose children are whose."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_operator.cache import Cache
+
+Object = dict[str, Any]
+
+
+def job(uid: str = "j1", version: int = 5, **more: Any) -> Object:
+    meta = {"name": "nli", "namespace": "team", "uid": uid, "resourceVersion": str(version)}
+    return {"metadata": meta, "spec": {}} | more
+
+
+def child(uid: str = "c1", owner: str = "j1", version: int = 6) -> Object:
+    labels = {"finetune.dev/job": "nli", "finetune.dev/attempt": "1"}
+    meta = {"name": "nli-1", "namespace": "team", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": meta | {"ownerReferences": [{"uid": owner, "controller": True}]}, "spec": {}}
+
+
+def test_the_cache_takes_in_what_is_newer_and_says_whether_it_was():
+    cache = Cache()
+    assert cache.put("FineTuneJob", job(version=5)) == "team/nli"
+    assert cache.put("FineTuneJob", job(version=5)) is None, "the echo of our own write"
+    assert cache.put("FineTuneJob", job(version=4)) is None, "an answer that was overtaken"
+    assert cache.put("FineTuneJob", job(version=10)) == "team/nli", "versions are numbers, not words"
+
+
+def test_what_was_deleted_is_not_brought_back_by_a_late_answer():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    cache.put("Job", child())
+    cache.drop("Job", child())
+    cache.put("Job", child(version=99))
+    observed = cache.observed("team/nli", None)
+    assert observed is not None and observed.children == ()
+
+
+def test_a_full_list_forgets_what_is_gone_but_nothing_younger_than_itself():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    cache.put("Job", child("old", version=6))
+    cache.put("Job", child("young", version=9))
+    assert cache.keep_only("Job", [], version=7) == {"team/nli"}
+    observed = cache.observed("team/nli", None)
+    assert observed is not None and [c.uid for c in observed.children] == ["young"]
+
+
+def test_children_of_an_earlier_job_of_the_same_name_are_not_ours():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j2", version=20))
+    cache.put("Job", child(owner="j1"))
+    observed = cache.observed("team/nli", None)
+    assert observed is not None and observed.children == ()
+
+
+def pod(uid: str, owner: str, phase: str = "Running", version: int = 7) -> Object:
+    found = child(uid, owner, version)
+    found["metadata"] |= {"name": f"nli-1-{uid}", "creationTimestamp": datetime.now(UTC).isoformat()}
+    return found | {"status": {"phase": phase}}
+
+
+def strays(cache: Cache) -> tuple[str, ...]:
+    observed = cache.observed("team/nli", None)
+    assert observed is not None
+    return observed.strays
+
+
+def test_what_an_earlier_job_of_the_same_name_still_runs_stands_in_the_way():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j2", version=20))
+    cache.put("Job", child(owner="j1"))
+    assert strays(cache) == ("Job nli-1",), "its pod may not be made yet"
+    cache.put("Pod", pod("p1", owner="c1"))
+    assert strays(cache) == ("Job nli-1", "pod nli-1-p1")
+    cache.put("Pod", pod("p1", owner="c1", phase="Failed", version=8))
+    over = {"conditions": [{"type": "Failed", "status": "True"}]}
+    cache.put("Job", child(owner="j1", version=9) | {"status": over})
+    assert strays(cache) == ()
+
+
+def test_a_job_that_nobody_controls_is_not_of_an_earlier_one():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j2", version=20))
+    foreign = child()
+    del foreign["metadata"]["ownerReferences"]
+    cache.put("Job", foreign)
+    assert strays(cache) == ()
+
+
+def full_list(cache: Cache, version: int, *objects: Object) -> None:
+    is_back = cache.is_newer_than("FineTuneJob", "", version)
+    for obj in objects:
+        cache.put("FineTuneJob", obj, force=is_back)
+    cache.keep_only("FineTuneJob", [obj["metadata"]["uid"] for obj in objects], version, force=is_back)
+
+
+def version_of(cache: Cache) -> int:
+    found = cache.job("team/nli")
+    assert found is not None
+    return found.version
+
+
+def test_after_a_restore_of_etcd_the_full_list_wins():
+    cache = Cache()
+    full_list(cache, 1000, job(version=900))
+    full_list(cache, 500, job(version=400))
+    assert version_of(cache) == 400
+    assert cache.put("FineTuneJob", job(version=401)) == "team/nli", "and so does what follows it"
+
+
+def test_what_was_deleted_after_the_backup_is_back_after_the_restore():
+    cache = Cache()
+    full_list(cache, 1000, job())
+    full_list(cache, 1100)
+    assert cache.job("team/nli") is None
+    full_list(cache, 1050, job())
+    assert cache.job("team/nli") is not None
+
+
+def test_an_ordinary_list_does_not_undo_what_was_seen_since():
+    cache = Cache()
+    full_list(cache, 1000, job(version=900))
+    cache.put("FineTuneJob", job(version=1010))
+    full_list(cache, 1005, job(version=900))
+    assert version_of(cache) == 1010
+
+
+def test_what_may_not_be_seen_is_put_aside_and_may_come_back():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    assert cache.leave("FineTuneJob", "another") == set()
+    assert cache.leave("FineTuneJob", "team") == {"team/nli"}
+    assert cache.job_keys() == []
+    assert cache.put("FineTuneJob", job()) == "team/nli"
+
+
+def test_only_what_the_user_wants_counts_as_another_wish():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    before = cache.wish(job())
+    cache.put("FineTuneJob", job(version=6, status={"phase": "Training"}))
+    assert cache.wish(job()) == before
+    changed = job(version=7)
+    changed["metadata"]["generation"] = 2
+    cache.put("FineTuneJob", changed)
+    assert cache.wish(job()) != before

@@ -1,0 +1,143 @@
+"""The queue: one reconcile per key at a time, retries that slow down, and what may hurry them."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from finetune_operator.queue import Backoff, Queue, Result
+
+
+async def run_queue(queue: Queue, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    work = asyncio.create_task(queue.run())
+    try:
+        await asyncio.wait_for(act(), 10)
+    finally:
+        work.cancel()
+
+
+def test_a_key_is_never_reconciled_twice_at_once_and_late_news_count():
+    running, most, seen = 0, 0, 0
+    done = asyncio.Event()
+
+    async def reconcile(key: str) -> Result:
+        nonlocal running, most, seen
+        running += 1
+        most = max(most, running)
+        if seen == 0:
+            queue.add(key)
+            queue.add(key)
+        await asyncio.sleep(0.01)
+        running, seen = running - 1, seen + 1
+        if seen == 2:
+            done.set()
+        return Result()
+
+    queue = Queue(reconcile, workers=4)
+
+    async def act() -> None:
+        for _ in range(5):
+            queue.add("a/b")
+        await done.wait()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run_queue(queue, act))
+    assert (most, seen) == (1, 2), "five requests at once are one, and two while it runs are one more"
+
+
+def test_an_error_is_tried_again_with_growing_pauses_and_counted():
+    errors: list[Exception | None] = []
+    done = asyncio.Event()
+
+    async def reconcile(key: str) -> Result:
+        if len(errors) < 3:
+            raise OSError("no answer")
+        done.set()
+        return Result()
+
+    queue = Queue(reconcile, 1, Backoff(0.001, 0.01), on_done=lambda key, seconds, error: errors.append(error))
+
+    async def act() -> None:
+        queue.add("a/b")
+        await done.wait()
+        await asyncio.sleep(0)
+
+    asyncio.run(run_queue(queue, act))
+    assert [type(error).__name__ for error in errors] == ["OSError", "OSError", "OSError", "NoneType"]
+
+
+def test_pauses_double_up_to_a_cap_and_are_never_the_same_for_all():
+    backoff = Backoff(1, 30)
+    pauses = [[backoff.pause(n) for _ in range(50)] for n in range(1, 10)]
+    assert all(min(30, 2 ** (n - 1)) / 2 <= p <= min(30, 2 ** (n - 1)) for n, row in enumerate(pauses, 1) for p in row)
+    assert len({round(pause, 6) for pause in pauses[5]}) > 40
+
+
+async def turns_within(seconds: float, queue: Queue, hurry: Callable[[], None]) -> None:
+    """Let the queue run, with `hurry` called all the time."""
+
+    async def act() -> None:
+        queue.add("a/b")
+        for _ in range(int(seconds / 0.01)):
+            hurry()
+            await asyncio.sleep(0.01)
+
+    await run_queue(queue, act)
+
+
+def failing(error: Exception | None) -> tuple[Queue, list[str]]:
+    """A queue whose reconciles raise, or say they are blocked, with pauses of a minute and more."""
+    seen: list[str] = []
+
+    async def reconcile(key: str) -> Result:
+        seen.append(key)
+        if error:
+            raise error
+        return Result(blocked=True)
+
+    return Queue(reconcile, 2, Backoff(120, 240)), seen
+
+
+def test_news_do_not_hurry_a_job_whose_reconcile_failed():
+    queue, seen = failing(OSError("no answer"))
+    asyncio.run(turns_within(0.3, queue, lambda: queue.add("a/b")))
+    assert len(seen) == 1, "a server in trouble is not to be hurried"
+
+
+def test_a_change_by_the_user_is_tried_at_once_though_the_last_reconcile_failed():
+    queue, seen = failing(OSError("no answer"))
+    asyncio.run(turns_within(0.1, queue, lambda: queue.add("a/b", changed=True)))
+    assert len(seen) >= 2
+
+
+def test_a_change_while_the_failing_reconcile_runs_is_not_left_for_the_pause():
+    seen: list[str] = []
+
+    async def reconcile(key: str) -> Result:
+        seen.append(key)
+        if len(seen) == 1:
+            queue.add(key, changed=True)
+        raise OSError
+
+    queue = Queue(reconcile, 1, Backoff(120, 240))
+    asyncio.run(turns_within(0.1, queue, lambda: None))
+    assert len(seen) == 2
+
+
+def test_news_end_the_pause_of_a_job_that_is_blocked():
+    queue, seen = failing(None)
+    asyncio.run(turns_within(0.1, queue, lambda: queue.add("a/b")))
+    assert len(seen) > 2, "what blocks it (an earlier job's Job) may be gone"
+
+
+def test_a_job_that_is_well_again_may_be_hurried_again():
+    seen: list[str] = []
+
+    async def reconcile(key: str) -> Result:
+        seen.append(key)
+        if len(seen) == 1:
+            raise OSError
+        return Result(after=100)
+
+    queue = Queue(reconcile, 1, Backoff(0.01, 0.01))
+    asyncio.run(turns_within(0.2, queue, lambda: queue.add("a/b")))
+    assert len(seen) > 3
