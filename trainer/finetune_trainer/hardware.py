@@ -8,12 +8,13 @@ import numpy as np
 import structlog
 import torch
 from accelerate import PartialState
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.config import World
+from finetune_trainer.engine import attention as varlen
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model import BaseModel
 from finetune_trainer.processes import PATIENCE
 from finetune_trainer.sizing import Device
 
@@ -59,21 +60,42 @@ def device(spec: FineTuneJobSpec, world: World) -> Device:
     return Device("cuda", properties.name, properties.total_memory)
 
 
-def attention(spec: FineTuneJobSpec) -> str:
-    """The attention implementation to use, by transformers' name. Raises ConfigInvalid for one that cannot run here."""
-    wanted, on_gpu = spec.model.attention, bool(spec.resources.gpus_per_node)
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted in ("flash_attention_2", "varlen") and not on_gpu:
-        raise ConfigInvalid(f"spec.model.attention: {wanted} needs a GPU; take auto, sdpa or eager")
-    if wanted == "flash_attention_2" and not has_flash:
-        raise ConfigInvalid("spec.model.attention: flash_attention_2 needs the flash-attn package; take auto or sdpa")
-    if wanted == "varlen" and "varlen" not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        raise ConfigInvalid("spec.model.attention: varlen is not built into this trainer; take auto or sdpa")
+def attention(spec: FineTuneJobSpec, base: BaseModel, world: World) -> str:
+    """The attention implementation to use for `base`, by transformers' name; the choice is logged.
+
+    Raises ConfigInvalid for one that was asked for and cannot run here.
+    """
+    varlen.register()
+    wanted = spec.model.attention
     if wanted != "auto":
+        problem = _attention_problem(wanted, spec, base, world)
+        if problem:
+            raise ConfigInvalid(f"spec.model.attention: {wanted} {problem}; take auto, sdpa or eager")
+        log.info(f"Attention: {wanted} (as asked for)")
         return wanted
-    chosen = "flash_attention_2" if on_gpu and has_flash else "sdpa"
-    log.info(f"Attention: {chosen} (the fastest installed here)")
+    why_not = {name: _attention_problem(name, spec, base, world) for name in ("flash_attention_2", varlen.NAME)}
+    chosen = next((name for name, problem in why_not.items() if problem is None), "sdpa")
+    problems = {name: problem for name, problem in why_not.items() if problem}
+    log.info(f"Attention: {chosen} (the fastest that runs here)", **problems)
     return chosen
+
+
+def _attention_problem(name: str, spec: FineTuneJobSpec, base: BaseModel, world: World) -> str | None:
+    """Why the implementation `name` cannot be used; None: it can."""
+    if name in ("sdpa", "eager"):
+        return None
+    if not spec.resources.gpus_per_node:
+        return "needs a GPU"
+    if spec.training.precision == "fp32":
+        return "computes in half precision, and training.precision is fp32"
+    if name == "flash_attention_2":
+        return None if importlib.util.find_spec("flash_attn") else "needs the flash-attn package"
+    if not base.open_attention:
+        return "cannot be put into this model: its code brings its own attention"
+    if torch.cuda.get_device_capability(world.local_rank) < varlen.MIN_COMPUTE_CAPABILITY:
+        return "needs a GPU of compute capability 8.0 or more"
+    dtype = torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
+    return varlen.why_not(base.config) or varlen.self_check(base.config, device_name(spec, world), dtype)
 
 
 def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:

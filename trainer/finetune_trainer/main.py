@@ -58,7 +58,6 @@ def run(
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
-    attention = hardware.attention(spec)
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
@@ -74,6 +73,7 @@ def run(
         )
     tokenizer = tokens.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
     base = model.inspect(model_files.folder, spec)
+    attention = hardware.attention(spec, base, world)
     tokens.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
     model.check_target_modules(spec.lora.target_modules, base.linear_layers)
     encoder = tokens.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)

@@ -17,10 +17,12 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What is known of a base model before its weights: transformers' config and the names of its linear layers."""
+    """What is known of a base model before its weights: transformers' config, the names of its linear layers, and
+    whether its code leaves attention to transformers, so that another implementation can be put in."""
 
     config: Any
     linear_layers: tuple[str, ...]
+    open_attention: bool
 
 
 def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
@@ -53,7 +55,7 @@ def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
     linear = tuple(
         name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     )
-    return BaseModel(config, linear)
+    return BaseModel(config, linear, bool(skeleton._supports_attention_backend))
 
 
 def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) -> None:

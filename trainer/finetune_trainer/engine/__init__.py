@@ -1,0 +1,1 @@
+"""What makes training fast and computes the same."""

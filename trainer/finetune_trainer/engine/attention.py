@@ -1,0 +1,211 @@
+"""torch's own variable-length flash attention as an attention implementation of transformers, called `varlen`.
+
+Rows are laid end to end without their padding, so that no mask is built and no padding is computed. It needs no package
+but torch, and a GPU that runs flash attention (compute capability 8), in half precision.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+NAME: Final = "varlen"
+#: The kernel's limits (torch.nn.attention.varlen, flash attention 2).
+MAX_HEAD_DIM: Final = 256
+HEAD_DIM_MULTIPLE: Final = 8
+MIN_COMPUTE_CAPABILITY: Final = (8, 0)
+#: What two half-precision attentions may differ by, as a part of the largest value.
+TOLERANCE: Final = 2e-2
+#: Of every layer's forward pass the same tensor says how rows lie: reading it waits for the GPU, so once is enough.
+_known: Any = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences lie among tokens laid end to end.
+
+    `starts` int32 [sequences + 1]: where each begins, and the end; `longest` in tokens; `kept` int64: indices of the
+    real tokens among rows x width, None where all are real.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    kept: torch.Tensor | None = None
+
+
+def from_mask(mask: torch.Tensor) -> Layout:
+    """The layout of padded rows, on either side. `mask` [rows, width] is true or 1 at real tokens."""
+    real = mask.bool()
+    lengths = real.sum(-1, dtype=torch.int32)
+    return Layout(_starts(lengths), int(lengths.max()), real.flatten().nonzero().flatten())
+
+
+def from_positions(positions: torch.Tensor) -> Layout:
+    """The layout of rows that hold several sequences each: one begins wherever `positions` [rows, width] do not go on
+    by one, and at every row."""
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    first = begins.flatten().nonzero().flatten()
+    starts = torch.nn.functional.pad(first, (0, 1), value=positions.numel()).to(torch.int32)
+    return Layout(starts, int(starts.diff().max()))
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query, key and value [rows, heads, tokens, head_dim] to [rows, tokens, heads,
+    head_dim]. `attention_mask` [rows, tokens] or None is what `flash_attention_mask` makes.
+
+    Raises ValueError for what the kernel cannot compute.
+    """
+    if dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("varlen attention has no dropout, soft cap, sinks or position bias; take sdpa or eager")
+    if query.shape[2] != key.shape[2]:
+        mask = _mask(query.shape[2], key.shape[2], attention_mask, sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)  # type: ignore[no-any-return]
+    rows, heads, width, head_dim = query.shape
+    layout = _layout(query, attention_mask, kwargs)
+    flat = [_half(each, value).transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    if layout.kept is not None:
+        flat = [each.index_select(0, layout.kept) for each in flat]
+    found = _kernel(*flat, layout, scaling, sliding_window)
+    if layout.kept is not None:
+        found = found.new_zeros(rows * width, heads, head_dim).index_copy(0, layout.kept, found)
+    return found.view(rows, width, heads, head_dim), None
+
+
+def _layout(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Layout:
+    positions = kwargs.get("position_ids")
+    if mask is not None:
+        return _once(mask, from_mask)
+    if kwargs.get("cu_seq_lens_q") is not None:  # from the collator, which need not wait for the GPU
+        return Layout(kwargs["cu_seq_lens_q"].to(query.device, torch.int32), int(kwargs["max_length_q"]))
+    if positions is not None and positions.shape == (query.shape[0], query.shape[2]):
+        return _once(positions, from_positions)
+    rows, width = query.shape[0], query.shape[2]
+    return Layout(torch.arange(rows + 1, dtype=torch.int32, device=query.device) * width, width)
+
+
+def _once(tensor: torch.Tensor, make: Callable[[torch.Tensor], Layout]) -> Layout:
+    if tensor not in _known:
+        _known[tensor] = make(tensor)
+    return _known[tensor]  # type: ignore[no-any-return]
+
+
+def _half(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the half precision of the computation: norms and rotations may have raised it to float32."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor.to(like.dtype)
+
+
+def _kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None, window: Any
+) -> torch.Tensor:
+    """Causal attention within each sequence; tensors are [tokens, heads, head_dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # since torch 2.12
+            options["enable_gqa"] = True
+        else:
+            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    starts, longest = layout.starts, layout.longest
+    return varlen_attn(query, key, value, starts, starts, longest, longest, **options)  # type: ignore[return-value]
+
+
+def _mask(
+    queries: int, keys: int, padding: torch.Tensor | None, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which keys each of the last `queries` of `keys` tokens sees, as SDPA takes it: generation with a cache."""
+    if padding is None and queries == 1 and not window:
+        return None
+    ages = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = (ages >= 0) & (ages < window) if window else ages >= 0
+    return seen[None, None] if padding is None else seen & padding[:, None, None, :].bool()
+
+
+def register() -> None:
+    """Make `varlen` known to transformers."""
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+def why_not(config: Any) -> str | None:
+    """Why the model of `config` cannot be computed with it; None: nothing speaks against it."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
+        return f"takes head sizes up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_MULTIPLE}, the model's is {head_dim}"
+    if getattr(text, "attention_dropout", 0):
+        return "has no dropout, and the model's attention has"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "has no soft cap, and the model's attention has"
+    return None
+
+
+def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
+    """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes.
+
+    Returns what is wrong, None when both agree. Catches everything: a kernel that is missing must not end a run.
+    """
+    try:
+        worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
+    except Exception as error:
+        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
+
+
+def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
+    """The largest difference of outputs and gradients, as a part of the largest value."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(2, count, 48, head_dim) for count in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
+    real = torch.ones(2, 48, dtype=torch.bool, device=device)
+    if padded:
+        real[0, 37:] = False
+    results = []
+    for function, mask in ((forward, real if padded else None), (_plain, real)):
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        output = function(None, *leaves, mask, scaling=head_dim**-0.5)[0] * real[:, :, None, None]
+        output.float().square().sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    pairs = zip(*results, strict=True)
+    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+
+
+def _plain(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, None]:
+    """The same by SDPA, with a mask, in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    mask = _mask(query.shape[2], key.shape[2], real, None, query.device)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=mask, scale=scaling
+    )
+    return found.transpose(1, 2).to(query.dtype), None
