@@ -1,0 +1,70 @@
+"""The fleet's counters: no ending goes unseen by Prometheus' increase(), which needs a 0 before the 1."""
+
+import runpy
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from finetune_api import names
+from finetune_operator.core.observed import JobObject
+from finetune_operator.fleet import REASONS, Fleet
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+ENDED = "finetune_operator_attempts_ended_total"
+
+
+def job(namespace: str, *reasons: str | None) -> JobObject:
+    """A job with one attempt for each reason; None: it runs."""
+    attempts: list[dict[str, Any]] = [
+        {"number": number, "jobName": f"nli-{number}", **({"reason": reason} if reason else {})}
+        for number, reason in enumerate(reasons, 1)
+    ]
+    metadata = {"name": "nli", "namespace": namespace, "uid": "1"}
+    return JobObject.of({"metadata": metadata, "spec": {}, "status": {"attempts": attempts}})
+
+
+def fleet(*jobs: JobObject) -> tuple[Fleet, CollectorRegistry]:
+    registry = CollectorRegistry()
+    return Fleet(lambda: jobs, 10, lambda: NOW, registry), registry
+
+
+def ended(registry: CollectorRegistry, namespace: str) -> dict[str, float]:
+    samples = [s for metric in registry.collect() for s in metric.samples if s.name == ENDED]
+    return {s.labels["reason"]: s.value for s in samples if s.labels["namespace"] == namespace}
+
+
+def test_every_reason_is_zero_at_the_first_scrape_after_a_start() -> None:
+    _, registry = fleet(job("research", "Unavailable", None), job("products"))
+    assert ended(registry, "research") == ended(registry, "products") == dict.fromkeys(REASONS, 0.0)
+
+
+def test_an_ending_grows_a_zero_that_was_scraped() -> None:
+    before, after = job("research", None), job("research", "TrainerCrashed")
+    one, registry = fleet(before)
+    assert ended(registry, "research")["TrainerCrashed"] == 0
+    one.changed(before, after)
+    one.changed(after, after)
+    assert {reason: n for reason, n in ended(registry, "research").items() if n} == {"TrainerCrashed": 1}
+
+
+def test_a_job_whose_namespace_was_never_scraped_counts_all_the_same() -> None:
+    one, registry = fleet()
+    one.changed(job("new", None), job("new", "DatasetInvalid"))
+    assert ended(registry, "new") == {**dict.fromkeys(REASONS, 0.0), "DatasetInvalid": 1}
+
+
+def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
+    jobs = [job("research")]
+    registry = CollectorRegistry()
+    Fleet(lambda: jobs, 10, lambda: NOW, registry)
+    generate_latest(registry)
+    jobs.clear()
+    assert ended(registry, "research") == dict.fromkeys(REASONS, 0.0)
+
+
+def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:
+    explained = runpy.run_path(str(ROOT / "docs" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
+    assert set(REASONS) == {*names.REASONS, *explained}
