@@ -136,8 +136,8 @@ FLEET = Dashboard(
                   {"{{verb}}": "sum by (verb) (rate(finetune_operator_api_requests_total[$__rate_interval]))"}),
             Panel("Age of watches", "Since each watch last showed a sign of life; the API server sends one a minute.",
                   "s",
-                  {"{{resource}} {{namespace}}":
-                   "max by (resource, namespace)"
+                  {"{{resource}} {{watched_namespace}}":
+                   "max by (resource, watched_namespace)"
                    ' (finetune_operator_watch_age_seconds{resource=~"finetunejobs|jobs|pods"})'}),
             Panel("Errors", "Reconciles that failed, each tried again with backoff, by class.", "cps",
                   {"{{error}}": "sum by (error) (rate(finetune_operator_errors_total[$__rate_interval])) or on ()"
