@@ -212,10 +212,15 @@ class World(ImaginedCluster):
         """How each attempt ended."""
         return [attempt.get("reason") for attempt in self.status.get("attempts", [])]
 
-    def says(self, stage: str = "Training", **progress: Any) -> None:
-        """The trainer that is asked reports this, and the operator hears it."""
+    def hears(self, stage: str = "Training", **progress: Any) -> None:
+        """The trainer that is asked, if one is, reports this."""
         self.observed()
-        self.report = TrainerReport.model_validate({"stage": stage, "progress": progress})
+        if self.asked:
+            self.report = TrainerReport.model_validate({"stage": stage, "progress": progress})
+
+    def says(self, stage: str = "Training", **progress: Any) -> None:
+        """The same, and the operator acts on it."""
+        self.hears(stage, **progress)
         self.settle()
 
 

@@ -14,6 +14,7 @@ from finetune_operator.core.observed import Child, JobObject, Observed, Pod
 KEPT_UNCOUNTED = 10
 #: How long a finished Job with an exit code missing is given before its pods are looked for.
 SETTLE_SECONDS = 5
+_MOST_SKEW_SECONDS = 60
 
 
 def job_name(job: JobObject, number: int) -> str:
@@ -114,15 +115,13 @@ def _ending(
     pod's exit code bears out is believed only after a look at the pods themselves.
     """
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
+    is_late = child is not None and bool(child.finished) and _finished_for(child, now) >= SETTLE_SECONDS
     if any(pod.live for pod in mine):
-        return _Open()
+        return _Open(look=is_late and not observed.looked)
     if child and child.finished:
         told = pods.current(mine)
-        if sum(pod.exit is not None for pod in told) < spec.resources.nodes:
-            if _is_fresh(child, now):
-                return _Open()
-            if not observed.looked:
-                return _Open(look=True)
+        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (is_late and observed.looked):
+            return _Open(look=is_late)
         memory = spec.resources.memory
         return failure.judge(child, told, "" if memory is None else str(memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
@@ -136,9 +135,10 @@ def _ending(
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
 
 
-def _is_fresh(child: Child, now: datetime) -> bool:
-    """Whether its pods' last state may still be on its way. The API server's clock may be ahead of ours."""
-    return child.finished_at is not None and (now - child.finished_at).total_seconds() < SETTLE_SECONDS
+def _finished_for(child: Child, now: datetime) -> float:
+    """Seconds since the Job finished. The API server's clock may be ahead of ours, but not by an hour."""
+    since = (now - child.finished_at).total_seconds() if child.finished_at else SETTLE_SECONDS
+    return since if since > -_MOST_SKEW_SECONDS else SETTLE_SECONDS
 
 
 def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -> Attempt:

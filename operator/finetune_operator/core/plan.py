@@ -25,6 +25,9 @@ from finetune_operator.core.retry import Retry, Stop
 from finetune_operator.core.steps import Plan, Step, View
 from finetune_operator.settings import Settings
 
+#: How often the pods of a Job that is over are looked at while one is said to live.
+LOOK_SECONDS = 10.0
+
 
 def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     """What the job needs now. `now` has a zone; sub-second parts are dropped, for statuses hold whole seconds."""
@@ -97,7 +100,8 @@ def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod
     if child is None or child.deleting:
         return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
     if child.finished:
-        return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), 1.0
+        again = LOOK_SECONDS if any(pod.live for pod in mine) else 1.0
+        return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), again
     if child.suspended and not child.queued and _is_suspended(view):
         # Still said to be suspended, so that the end of this attempt is known for what it is.
         return conditions.suspended("Resuming", "waiting for the pods to stop; the next attempt follows"), None
