@@ -8,6 +8,8 @@ import yaml
 
 from api.manifests import MINIMAL
 from finetune_api.manifest import ManifestError, check, load_file, load_text, parse
+from finetune_api.names import ExitCode
+from finetune_trainer.errors import failure_of
 
 TEXT = """\
 # a comment
@@ -83,9 +85,12 @@ def test_broken_yaml_names_the_line():
     ids=["NUL", "escape", "template", "list as key", "escape in a key", "deep", "wrong tag", "endless", "surrogate"],
 )
 def test_text_that_no_reader_takes_is_refused_in_a_sentence(text: str, says: str):
-    message = refusal(text)
+    with pytest.raises(ManifestError) as error:
+        load_text(text, "job.yaml")
+    message = str(error.value)
     assert message.startswith(says)
     assert message.isprintable()
+    assert failure_of(error.value).exit_code == ExitCode.CONFIG_INVALID, "the trainer's pod would be tried again"
 
 
 @pytest.mark.parametrize(
