@@ -21,6 +21,8 @@ class Panel:
     from_zero: bool = True
     columns: dict[str, str] = field(default_factory=dict)
     """Of a table: legend -> unit of that column, where it is not the panel's."""
+    colors: dict[str, str] = field(default_factory=dict)
+    """Legend -> color, where its meaning has one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Dashboard:
 
 _TOKENS = "suffix:tok/s"
 _LOSS = "suffix:nats"
+_PHASES = {
+    "Pending": "#b0b6bd",
+    "Queued": "#d5d9dd",
+    "Starting": "#f2cc0c",
+    "CheckingData": "#ff9830",
+    "LoadingModel": "#e0752d",
+    "Training": "#3274d9",
+    "Evaluating": "#8ab8ff",
+    "Publishing": "#a352cc",
+    "Verifying": "#ca95e5",
+    "Finishing": "#96d98d",
+    "Stalled": "#8d6e63",
+    "Suspended": "#5c6670",
+    "Succeeded": "#56a64b",
+    "Failed": "#c4162a",
+}
 _NS = 'namespace=~"$namespace"'
 _JOB = 'namespace="$namespace", finetunejob="$job"'
 _HOLDING = 'phase!~"Pending|Queued|Suspended|Succeeded|Failed"'
@@ -94,7 +112,8 @@ FLEET = Dashboard(
         ),
         "Jobs": (
             Panel("Jobs by phase", "Where the jobs stand. Finished jobs are counted until they are deleted.", "short",
-                  {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, width=12, stack=True),
+                  {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, width=12, stack=True,
+                  colors=_PHASES),
             Panel("GPUs in use by namespace", "GPUs held by running jobs.", "short",
                   {"{{namespace}}": f"sum by (namespace) (finetune_operator_gpus_allocated{{{_NS}}})"}, width=6,
                   stack=True),

@@ -87,7 +87,10 @@ def _panel(panel: Panel) -> Json:
         "targets": targets,
         "fieldConfig": {
             "defaults": {"unit": panel.unit, "custom": _drawing(panel)},
-            "overrides": [_column(legend, unit) for legend, unit in panel.columns.items()],
+            "overrides": [
+                *(_override(column, "unit", unit) for column, unit in panel.columns.items()),
+                *(_override(legend, "color", _fixed(color)) for legend, color in panel.colors.items()),
+            ],
         },
     }
     if is_table:
@@ -98,9 +101,13 @@ def _panel(panel: Panel) -> Json:
     return made
 
 
-def _column(legend: str, unit: str) -> Json:
-    """A table's column in a unit of its own."""
-    return {"matcher": {"id": "byName", "options": legend}, "properties": [{"id": "unit", "value": unit}]}
+def _override(name: str, key: str, value: Any) -> Json:
+    """What one series, or one column of a table, has for itself."""
+    return {"matcher": {"id": "byName", "options": name}, "properties": [{"id": key, "value": value}]}
+
+
+def _fixed(color: str) -> Json:
+    return {"mode": "fixed", "fixedColor": color}
 
 
 def _drawing(panel: Panel) -> Json:

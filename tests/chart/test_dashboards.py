@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from finetune_operator.metrics import PHASES
 from support.chart import ROOT, find, objects, values_of
 from support.dashboards import FOLDER, filled, load, panels
+from support.kube import Object
 
 NAMES = ("fleet", "job")
 EVERY_DASHBOARD = pytest.mark.parametrize("name", NAMES)
@@ -32,15 +35,28 @@ def test_every_panel_says_what_it_shows_in_which_unit(name: str) -> None:
 
 
 @EVERY_DASHBOARD
-def test_columns_have_units_of_their_own(name: str) -> None:
+def test_columns_may_have_units_of_their_own(name: str) -> None:
     for panel in panels(load(name)):
         legends = {target["legendFormat"] for target in panel["targets"]}
-        units = {found["matcher"]["options"]: found["properties"] for found in panel["fieldConfig"]["overrides"]}
+        units = own(panel, "unit")
         assert set(units) <= legends
         assert bool(units) == (panel["type"] == "table")
-        for (unit,) in units.values():
-            assert unit["id"] == "unit"
-            assert unit["value"] not in ("", "none", panel["fieldConfig"]["defaults"]["unit"])
+        assert not {"", "none", panel["fieldConfig"]["defaults"]["unit"]} & set(units.values())
+
+
+def test_every_phase_has_a_color() -> None:
+    (panel,) = (panel for panel in panels(load("fleet")) if panel["title"] == "Jobs by phase")
+    colors = {phase: color["fixedColor"] for phase, color in own(panel, "color").items()}
+    assert set(PHASES) <= set(colors)
+    assert len(set(colors.values())) == len(colors)
+
+
+def own(panel: Object, key: str) -> dict[str, Any]:
+    """By column or series: what the panel sets for it alone."""
+    overrides = panel["fieldConfig"]["overrides"]
+    found = [(o["matcher"], each) for o in overrides for each in o["properties"] if each["id"] == key]
+    assert all(matcher["id"] == "byName" for matcher, _ in found)
+    return {matcher["options"]: each["value"] for matcher, each in found}
 
 
 @EVERY_DASHBOARD
