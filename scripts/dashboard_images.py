@@ -1,4 +1,4 @@
-"""Make docs/images/dashboard-{fleet,job}.png: jobs run on this machine, without a GPU, and their Prometheus is drawn.
+"""Make docs/images/dashboard-{fleet,job}.png: jobs run on this machine's CPU, and what their Prometheus holds is drawn.
 
     python scripts/dashboard_images.py [--minutes 4]
 
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+NOTE = "Drawn from a CPU run of a tiny model. Values of GPUs are simulated."
+STEPS = 800
 sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
@@ -24,25 +26,40 @@ from support.dashboards import Scene, give_data, job, load, scene  # noqa: E402
 
 
 def tell(live: Scene, minutes: float) -> float:
-    """The story to draw; returns when it began. A job is preempted and resumes, one fails, one waits for a GPU."""
+    """The story to draw; returns when it began.
+
+    A job is preempted, resumes and is published; one trains on, one fails, one waits for GPUs. For a moment the API
+    server does not answer.
+    """
     give_data(live)
     (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
     waiting, broken = job("llama-70b", batchSize=16), job("bad-data")
     waiting["spec"]["resources"] = {"gpusPerNode": 8}
     broken["spec"]["dataset"] = {"train": "pvc://data/broken.jsonl"}
     began = time.time()
-    main = job("mistral-nli", maxSteps=1000, learningRate=0.004)
+    main = job("mistral-nli", maxSteps=STEPS, learningRate=0.004)
     main["spec"]["lora"] = {"rank": 16, "alpha": 32, "targetModules": ["all-linear"]}
     live.kube.create(main)
     live.kube.create(waiting)
     _wait(live, began + 15)
-    live.kube.create(job("support-chat", maxSteps=300, learningRate=0.002))
-    _wait(live, began + 30 * minutes)
+    live.kube.create(job("support-chat", learningRate=0.002))
+    live.until(lambda: _step(live, "mistral-nli") > STEPS / 2, "half of the job is done")
     (pod,) = (p["metadata"]["name"] for p in _pods(live, "mistral-nli"))
     live.node.drain(pod)
     live.kube.create(broken)
-    _wait(live, began + 60 * minutes)
+    live.until(lambda: _step(live, "mistral-nli") > STEPS * 0.75, "the job has resumed")
+    live.simulate_api_trouble()
+    live.until(lambda: _status(live, "mistral-nli").get("adapter"), "the job is published")
+    _wait(live, max(time.time() + 10, began + 60 * minutes))
     return began
+
+
+def _status(live: Scene, name: str) -> dict:
+    return live.kube.get("FineTuneJob", name).get("status") or {}
+
+
+def _step(live: Scene, name: str) -> int:
+    return (_status(live, name).get("progress") or {}).get("step") or 0
 
 
 def _pods(live: Scene, name: str) -> list[dict]:
@@ -64,22 +81,22 @@ def _wait(live: Scene, until: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--minutes", type=float, default=4, help="least length of the story")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images", help="where the images go")
+    wanted = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    images = ROOT / "docs" / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    wanted.folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         clusters.start() as cluster,
         _namespace(cluster, "research") as namespace,
-        scene(cluster, namespace, Path(folder)) as live,
+        scene(cluster, namespace, Path(folder), gpus=3) as live,
     ):
-        began = tell(live, minutes)
+        began = tell(live, wanted.minutes)
         everywhere, one = {"namespace": ".*"}, {"namespace": namespace, "job": "mistral-nli"}
         for name, variables in (("fleet", everywhere), ("job", one)):
             source = Source(live.prometheus.url, began, time.time(), variables, scrape_seconds=1)
-            empty = draw(load(name), source, images / f"dashboard-{name}.png")
+            empty = draw(load(name), source, wanted.folder / f"dashboard-{name}.png", NOTE)
             sys.stdout.write(f"dashboard-{name}.png; without data: {', '.join(empty) or 'none'}\n")
     return 0
 

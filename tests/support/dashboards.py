@@ -1,6 +1,12 @@
-"""Grafana's dashboards as data, and a live scene for them: a real operator, real trainers and a real Prometheus."""
+"""Grafana's dashboards as data, and a live scene for them: a real operator, real trainers and a real Prometheus.
 
+The trainers run on the CPU. What they tell of a GPU is simulated: see SIMULATED_GPU and SIMULATED_NVML.
+"""
+
+import asyncio
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiohttp import web
+
+from finetune_api import names
 from support import operator_process
 from support import prometheus as servers
+from support.api_proxy import ApiProxy
+from support.background import LoopThread
 from support.chart import CHART, find, objects, values_of
 from support.cluster import Cluster
 from support.kube import Kube, Object
@@ -18,9 +29,63 @@ from support.operator_process import OperatorProcess
 from support.process_node import ProcessNode
 from support.prometheus import Prometheus
 
+#: The real trainer with a GPU in name only: it trains on the CPU, its plan is that of Mistral-7B on one of 24 GiB, and
+#: more than two sequences in one pass are more than that GPU holds.
+SIMULATED_GPU = f"""#!{sys.executable}
+import sys
+
+import torch
+
+from finetune_trainer import hardware, sft, sizing
+from finetune_trainer.main import cli
+
+train = sft.QloraTrainer.training_step
+
+def training_step(self, model, inputs, *rest, **options):
+    if len(inputs["input_ids"]) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+    return train(self, model, inputs, *rest, **options)
+
+shape = sizing.ModelShape(32768, 4096, 14336, layers=32, heads=32, kv_heads=8, head_dim=128)
+sft.QloraTrainer.training_step = training_step
+sizing.ModelShape.from_config = lambda config: shape
+hardware.device = lambda spec, world: sizing.Device("cuda", "simulated", 24 << 30)
+sys.argv += ["--set", "resources.gpusPerNode=0"]
+sys.exit(cli())
+"""
+#: Stands in for NVIDIA's library: one GPU that works when the trainer's process does and holds nine times its memory.
+SIMULATED_NVML = """
+from types import SimpleNamespace
+
+import psutil
+
+process = psutil.Process()
+
+class NVMLError(Exception):
+    pass
+
+class NVMLError_NotSupported(NVMLError):
+    pass
+
+def nvmlInit():
+    process.cpu_percent()
+
+def nvmlDeviceGetCount():
+    return 1
+
+def nvmlDeviceGetHandleByIndex(index):
+    return index
+
+def nvmlDeviceGetMemoryInfo(handle):
+    return SimpleNamespace(used=9 * process.memory_info().rss)
+
+def nvmlDeviceGetUtilizationRates(handle):
+    return SimpleNamespace(gpu=min(100, process.cpu_percent()))
+"""
+
 FOLDER = CHART / "files" / "dashboards"
 #: What Grafana fills in by itself, for scrapes each second.
-GRAFANA = {"__rate_interval": "10s", "__range": "5m"}
+GRAFANA = {"__rate_interval": "10s", "__range": "15m"}
 
 
 def load(name: str) -> Object:
@@ -41,6 +106,17 @@ def filled(expr: str, variables: Mapping[str, str]) -> str:
     return expr
 
 
+class TroubledApi(ApiProxy):
+    """Lets every write wait for `write_delay` seconds, besides what an ApiProxy does."""
+
+    write_delay = 0.0
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "PATCH":
+            await asyncio.sleep(self.write_delay)
+        return await super()._handle(request)
+
+
 @dataclass
 class Scene:
     """Everything runs. `refresh` tells Prometheus of new pods, as Kubernetes' discovery would."""
@@ -48,10 +124,13 @@ class Scene:
     kube: Kube
     node: ProcessNode
     operator: OperatorProcess
+    api: TroubledApi
     prometheus: Prometheus
     targets: Path
     operator_labels: dict[str, str]
     namespace: str
+    began: float
+    """Unix time."""
 
     def refresh(self) -> None:
         def meta(namespace: str, pod: str, labels: Mapping[str, str], port: str) -> dict[str, str]:
@@ -79,14 +158,50 @@ class Scene:
             self.refresh()
             time.sleep(0.5)
 
+    def simulate_api_trouble(self, seconds: float = 4) -> None:
+        """The operator's API server is slow for a while, so that jobs wait for its worker; then away for as long."""
+        self.api.write_delay = seconds / 2
+        self._let_pass(seconds)
+        self.api.write_delay, self.api.away = 0.0, True
+        self._let_pass(seconds)
+        self.api.away = False
+
+    def _let_pass(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= end, "time passes")
+
 
 def _safe(label: str) -> str:
     return "".join(char if char.isalnum() else "_" for char in label)
 
 
+def _environment(folder: Path) -> dict[str, str]:
+    """Of every container. The simulated GPU is found before the real trainer and NVIDIA's library."""
+    folder.mkdir()
+    script = folder / names.TRAINER_COMMAND
+    script.write_text(SIMULATED_GPU)
+    script.chmod(0o755)
+    (folder / "pynvml.py").write_text(SIMULATED_NVML)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    modules = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 @contextmanager
-def scene(cluster: Cluster, namespace: str, folder: Path) -> Iterator[Scene]:
-    """An operator for `namespace`, a node without GPUs, and the trial's Prometheus, scraping each second."""
+def _troubled_api(cluster: Cluster) -> Iterator[TroubledApi]:
+    """What lies between the operator and the API server."""
+    thread, api = LoopThread("api-proxy"), TroubledApi(cluster.access)
+    thread.run(api.__aenter__())
+    try:
+        yield api
+    finally:
+        thread.run(api.__aexit__())
+        thread.stop()
+
+
+@contextmanager
+def scene(cluster: Cluster, namespace: str, folder: Path, gpus: int) -> Iterator[Scene]:
+    """An operator for `namespace`, a node with so many simulated GPUs, the trial's Prometheus, scraping each second."""
     kube = Kube(cluster.access, namespace)
     found = objects(values_of("demo"), namespace)
     config, rules = servers.trial_config(found)
@@ -94,14 +209,18 @@ def scene(cluster: Cluster, namespace: str, folder: Path) -> Iterator[Scene]:
     (folder / "alerts.yml").write_text(rules)
     targets = servers.by_file(config, folder)
     labels = find(found, "Deployment", "tune-finetune-operator")["spec"]["template"]["metadata"]["labels"]
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    settings = {"namespaces": [namespace], "progress_interval_seconds": 1}
+    # One worker: with more, jobs hardly ever wait for one.
+    settings = {"namespaces": [namespace], "progress_interval_seconds": 1, "workers": 1}
+    began = time.time()
     with (
-        ProcessNode(cluster, namespace, folder, env=environment, gpus=0) as node,
-        operator_process.running(cluster.kubeconfig, folder / "operator", settings) as operator,
+        ProcessNode(cluster, namespace, folder, env=_environment(folder / "simulated-gpu"), gpus=gpus) as node,
+        _troubled_api(cluster) as api,
+        operator_process.running(
+            api.access.write_kubeconfig(folder / "kubeconfig"), folder / "operator", settings
+        ) as operator,
         servers.start(folder, config) as prometheus,
     ):
-        yield Scene(kube, node, operator, prometheus, targets, labels, namespace)
+        yield Scene(kube, node, operator, api, prometheus, targets, labels, namespace, began)
     kube.close()
 
 
@@ -118,7 +237,7 @@ def give_data(scene: Scene, claim: str = "data") -> None:
 
 
 def job(name: str, claim: str = "data", **training: Any) -> Object:
-    """A FineTuneJob that trains the tiny model on the CPU for as long as it is let."""
+    """A FineTuneJob that trains the tiny model on one (simulated) GPU for as long as it is let."""
     at = f"pvc://{claim}"
     spec = {
         "model": {"source": f"{at}/model"},
@@ -128,7 +247,7 @@ def job(name: str, claim: str = "data", **training: Any) -> Object:
         "evaluation": {"everySteps": 20},
         "checkpoint": {"everySteps": 20},
         "logging": {"everySteps": 2},
-        "resources": {"gpusPerNode": 0},
+        "resources": {"gpusPerNode": 1},
         "output": {"uri": f"{at}/adapters/{name}"},
     }
     return {
