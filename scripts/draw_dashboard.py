@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -20,19 +21,27 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-import matplotlib.dates as mdates
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
 POINTS = 240
-CELL_WIDTH, CELL_HEIGHT = 0.62, 0.36  # inches of one grid cell
+CELL_WIDTH, CELL_HEIGHT, HEADER = 0.54, 0.32, 0.75  # inches: of one grid cell, and of what is above the grid
+SMALL, RIGHT = 7, 0.2  # points of type; inches right of a graph
+INK, GRAY, PALE = "#24292e", "#6e7681", "#e3e5e8"
+COLORS = ["#3274d9", "#e0752d", "#37872d", "#a352cc", "#c4162a", "#0e9aa7", "#8d6e63", "#d4a017", "#d45087", "#7f8c8d"]
 STYLE = {
-    "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#bbbbbb",
-    "axes.grid": True, "grid.color": "#eeeeee", "xtick.color": "#666666", "ytick.color": "#666666",
-    "axes.prop_cycle": mpl.cycler(color=["#3274d9", "#e0752d", "#37872d", "#a352cc", "#c4162a", "#0e9aa7", "#8d6e63"]),
+    "font.size": SMALL, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.edgecolor": PALE, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eef0f2", "xtick.color": GRAY,
+    "ytick.color": GRAY, "ytick.major.size": 0, "xtick.major.size": 2,
 }  # fmt: skip
+DURATIONS = ((1, 1e-3, " ms"), (120, 1, " s"), (7200, 60, " min"), (math.inf, 3600, " h"))
+TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 Series = list[tuple[str, list[float], list[float]]]
 
 
@@ -77,36 +86,101 @@ class Source:
             return list(json.load(answer)["data"]["result"])
 
 
-def scaled(value: float, unit: str) -> str:
-    """`value` as Grafana writes it in `unit`."""
+@dataclass(frozen=True)
+class Card:
+    """A panel's place on the figure, in inches from its lower left corner."""
+
+    figure: Figure
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+    def text(self, x: float, down: float, text: str, **style: Any) -> None:
+        """Write `text`, its middle `down` inches below the card's top."""
+        place = (self.left + x, self.bottom + self.height - down)
+        style = {"va": "center", "color": INK, "transform": self.figure.dpi_scale_trans, **style}
+        self.figure.text(*place, text, **style)
+
+    def axes(self, left: float, bottom: float, right: float, top: float) -> Axes:
+        """Axes with these margins."""
+        width, height = self.figure.get_size_inches()
+        place = (self.left + left) / width, (self.bottom + bottom) / height
+        return self.figure.add_axes(
+            (*place, (self.width - left - right) / width, (self.height - bottom - top) / height)
+        )
+
+    def line(self, xs: Sequence[float], down: float, **style: Any) -> None:
+        """A horizontal line `down` inches below the top."""
+        y = self.bottom + self.height - down
+        places = [self.left + x for x in xs]
+        self.figure.add_artist(Line2D(places, [y, y], transform=self.figure.dpi_scale_trans, **style))
+
+
+def scaled(value: float, unit: str, like: float | None = None) -> str:
+    """`value` as Grafana writes it in `unit`, in the same multiple of it as `like`."""
     if math.isnan(value):
         return "–"
-    if unit == "percentunit":
-        return f"{100 * value:.0f} %"
-    if unit == "h":
-        return f"{value:.2g} h"
+    if unit == "sci" and value:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if value == 0:
+        return "0" + {"s": " s", "bytes": " B"}.get(unit, _multiple(0, unit)[1])
+    size, name = _multiple(abs(value if like is None else like), unit)
+    number = value / size
+    return (f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}") + name
+
+
+def _multiple(value: float, unit: str) -> tuple[float, str]:
+    """The multiple of `unit` that suits `value`, and its name."""
     if unit == "bytes":
-        power = min(4, int(math.log(max(1.0, abs(value)), 1024)))
-        return f"{value / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
+        power = min(4, int(math.log(max(1.0, value), 1024)))
+        return 1024**power, (" B", " KiB", " MiB", " GiB", " TiB")[power]
     if unit == "s":
-        for limit, size, name in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (math.inf, 3600, "h")):
-            if abs(value) < limit:
-                return "0 s" if value == 0 else f"{value / size:.3g} {name}"
-    suffix = {"reqps": " req/s", "cps": "/s"}.get(unit, "")
-    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}") + suffix
+        return next((size, name) for limit, size, name in DURATIONS if value < limit or limit == math.inf)
+    if unit == "short":
+        power = min(2, int(math.log(value, 1000))) if value >= 1000 else 0
+        return 1000**power, ("", " K", " Mil")[power]
+    if unit == "percentunit":
+        return 0.01, " %"
+    return 1, {"reqps": " req/s", "cps": " c/s", "h": " h"}.get(
+        unit, unit.replace("suffix:", " ") * ("suffix:" in unit)
+    )
+
+
+def ticks(low: float, high: float, unit: str, is_whole: bool) -> list[float]:
+    """About four round values of `unit` between `low` and `high`."""
+    size, _ = _multiple(high, unit)
+    locator = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=is_whole)
+    found = [float(value) * size for value in locator.tick_values(low / size, high / size)]
+    return [value for value in found if low <= value <= high]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, and where these are few their double and fivefold too."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1,) if len(powers) > 4 else (1, 2, 5)
+    return [found for power in powers for factor in factors if low <= (found := factor * 10.0**power) <= high]
+
+
+def time_ticks(start: float, end: float, most: int) -> list[float]:
+    """Round moments, fewer than `most`."""
+    step = next((step for step in TIME_STEPS if (end - start) / step < most), TIME_STEPS[-1])
+    return [float(moment) for moment in range(math.ceil(start / step) * step, int(end) + 1, step)]
 
 
 def series_of(panel: dict[str, Any], source: Source) -> Series:
-    """(legend, times, values) of every series the panel's queries give."""
+    """(legend, times, values) of every series the panel's queries give; of one query's, those that begin first."""
     found: Series = []
     for target in panel["targets"]:
-        for result in source.range(target["expr"]):
+        results = sorted(source.range(target["expr"]), key=lambda result: float(result["values"][0][0]))
+        for result in results:
             legend = target["legendFormat"]
             for label, value in result["metric"].items():
                 legend = legend.replace("{{" + label + "}}", value)
             values = [(float(moment), float(value)) for moment, value in result["values"]]
             found.append((legend.split("{{")[0].strip(), *_with_gaps(values, 2.5 * source.step)))
-    return found
+    return [series for series in found if any(map(math.isfinite, series[2]))]
 
 
 def _with_gaps(points: list[tuple[float, float]], most: float) -> tuple[list[float], list[float]]:
@@ -119,119 +193,183 @@ def _with_gaps(points: list[tuple[float, float]], most: float) -> tuple[list[flo
     return [time for time, _ in whole], [value for _, value in whole]
 
 
-def draw(dashboard: dict[str, Any], source: Source, out: Path, dpi: int = 110) -> list[str]:
-    """Draw to `out` (PNG); the titles of panels that had no data."""
-    height = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in dashboard["panels"]) + 2
-    empty = []
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(24 * CELL_WIDTH, height * CELL_HEIGHT), facecolor="white")
-        figure.text(0.012, 1 - 1.1 / height, dashboard["title"], fontsize=14, fontweight="bold", va="center")
-        told = "   ".join(f"{name}: {value}" for name, value in source.variables.items())
-        figure.text(
-            0.988, 1 - 1.1 / height, told.replace(".*", "All"), fontsize=9, color="#666666", va="center", ha="right"
-        )
-        for panel in dashboard["panels"]:
-            place = panel["gridPos"]
-            left, top = place["x"] / 24, 1 - (place["y"] + 2) / height
-            if panel["type"] == "row":
-                figure.text(left + 0.012, top - 0.5 / height, panel["title"], fontsize=10, color="#444444", va="center")
-                continue
-            heading = figure.text(
-                left + 0.014, top - 0.55 / height, panel["title"], fontsize=9, fontweight="bold", va="center"
-            )
-            heading.set_in_layout(False)
-            box = (
-                left + 0.04,
-                top - (place["h"] - 1.25) / height,
-                place["w"] / 24 - 0.055,
-                (place["h"] - 2.5) / height,
-            )
-            if not _PAINTERS[panel["type"]](figure.add_axes(box), panel, source):
-                empty.append(panel["title"])
-        figure.savefig(out, dpi=dpi)
-        plt.close(figure)
+def draw(dashboard: dict[str, Any], source: Source, out: Path, note: str = "", dpi: int = 125) -> list[str]:
+    """Draw to `out` (PNG) with `note` below the title; the titles of panels that had no data."""
+    figure, empty = paint(dashboard, source, note)
+    figure.savefig(out, dpi=dpi, pil_kwargs={"optimize": True})
+    plt.close(figure)
     return empty
 
 
-def _stat(axes: Axes, panel: dict[str, Any], source: Source) -> bool:
-    axes.axis("off")
-    found = series_of(panel, source)
-    unit = panel["fieldConfig"]["defaults"]["unit"]
-    latest = [v for v in found[0][2] if math.isfinite(v)][-1:] if found else []
-    text = scaled(latest[0], unit) if latest else "no data"
-    axes.text(-0.2, 0.6, text, fontsize=20 if latest else 10, color="#222222" if latest else "#999999", va="center")
-    return bool(latest)
+@mpl.rc_context(STYLE)
+def paint(dashboard: dict[str, Any], source: Source, note: str = "") -> tuple[Figure, list[str]]:
+    """The figure, and the titles of panels that had no data."""
+    cells = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in dashboard["panels"])
+    width, height = 24 * CELL_WIDTH + 0.2, cells * CELL_HEIGHT + HEADER + 0.1
+    figure = plt.figure(figsize=(width, height), facecolor="#f4f5f6")
+    page = Card(figure, 0, 0, width, height)
+    told = "   ".join(f"{name}: {value}" for name, value in source.variables.items())
+    page.text(0.2, 0.3, dashboard["title"], fontsize=14, fontweight="bold")
+    page.text(0.2, 0.58, note, fontsize=8, color=GRAY)
+    page.text(width - 0.2, 0.3, told.replace(".*", "All"), fontsize=9, color=GRAY, ha="right")
+    empty = []
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        left, down = 0.1 + place["x"] * CELL_WIDTH, HEADER + place["y"] * CELL_HEIGHT
+        if panel["type"] == "row":
+            page.text(left + 0.1, down + CELL_HEIGHT / 2, panel["title"], fontsize=10, fontweight="bold", color=GRAY)
+            continue
+        size = (place["w"] * CELL_WIDTH, place["h"] * CELL_HEIGHT)
+        card = Card(figure, left + 0.04, height - down - size[1] + 0.04, size[0] - 0.08, size[1] - 0.08)
+        _frame(card, panel["title"])
+        if not _PAINTERS[panel["type"]](card, panel, source):
+            card.text(card.width / 2, card.height / 2, "no data", color=GRAY, ha="center")
+            empty.append(panel["title"])
+    return figure, empty
 
 
-def _timeseries(axes: Axes, panel: dict[str, Any], source: Source) -> bool:
-    found = [(legend, t, v) for legend, t, v in series_of(panel, source) if any(map(math.isfinite, v))]
-    custom = panel["fieldConfig"]["defaults"]["custom"]
-    unit = panel["fieldConfig"]["defaults"]["unit"]
-    if not found:
+def _frame(card: Card, title: str) -> None:
+    style = {"facecolor": "white", "edgecolor": PALE, "linewidth": 0.8, "zorder": -1}
+    shape = "round,pad=0,rounding_size=0.05"
+    where = card.figure.dpi_scale_trans
+    box = FancyBboxPatch((card.left, card.bottom), card.width, card.height, shape, transform=where, **style)
+    card.figure.add_artist(box)
+    card.text(0.1, 0.17, title, fontsize=8.5, fontweight="bold")
+
+
+def _stat(card: Card, panel: dict[str, Any], source: Source) -> bool:
+    found = series_of(panel, source)[:1]
+    for _, times, values in found:
+        latest = [value for value in values if math.isfinite(value)][-1]
+        text = scaled(latest, panel["fieldConfig"]["defaults"]["unit"])
+        card.text(0.1, 0.5, text, fontsize=min(19, 210 / len(text)))
+        axes = card.axes(0.02, 0.03, 0.02, card.height - 0.42)
         axes.axis("off")
-        why = "needs an NVIDIA GPU" if "NVIDIA GPU" in panel["description"] else "no data"
-        axes.text(0.5, 0.5, why, color="#999999", ha="center", va="center")
+        axes.plot(times, values, color=COLORS[0], linewidth=1)
+        axes.fill_between(times, values, color=COLORS[0], alpha=0.12, linewidth=0)
+        axes.set(xlim=(source.start, source.end), ylim=(0, 1.05 * max(*filter(math.isfinite, values), 0) or 1))
+    return bool(found)
+
+
+def _timeseries(card: Card, panel: dict[str, Any], source: Source) -> bool:
+    found = series_of(panel, source)
+    defaults = panel["fieldConfig"]["defaults"]
+    custom, unit = defaults["custom"], defaults["unit"]
+    is_stacked = "stacking" in custom
+    if is_stacked:  # what is always zero only lengthens the legend
+        found = [series for series in found if any(value > 0 for value in series[2])] or found[:1]
+    if not found:
         return False
-    if "stacking" in custom:
-        _stack(axes, found, custom.get("drawStyle") == "bars")
+    numbers = [value for _, _, values in found for value in values if math.isfinite(value)]
+    low, high = min(numbers), max(numbers)
+    rows = _together(found) if is_stacked else []
+    if is_stacked:
+        high = max(map(sum, zip(*rows[1:], strict=True)))
+    if "scaleDistribution" in custom:
+        low, high = (low / 1.4 or high / 1000, high * 1.4) if high > 0 else (0.1, 10)
+        places = log_ticks(low, high)
+        labels = [scaled(place, unit) for place in places]
     else:
-        for legend, times, values in found:
-            axes.plot([datetime.fromtimestamp(t) for t in times], values, label=legend, linewidth=1.3)
+        low = 0 if "axisSoftMin" in custom or is_stacked else low - 0.1 * (high - low)
+        high = high + 0.1 * (high - low) or 1
+        places = ticks(low, high, unit, unit == "short" and all(number == round(number) for number in numbers))
+        labels = [scaled(place, unit, like=places[-1]) for place in places]
+    left = 0.2 + max(_width(label) for label in labels)
+    names = [name for name, _, _ in found]
+    colors = _colors(names, panel)
+    axes = card.axes(left, 0.27 + _legend(card, names, colors), RIGHT, 0.4)
     if "scaleDistribution" in custom:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif "axisSoftMin" in custom:
-        top = max(v for _, _, values in found for v in values if math.isfinite(v))
-        axes.set_ylim(bottom=0, top=None if top > 0 else 1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value, unit)))
-    axes.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M" if source.end - source.start > 1200 else "%M:%S"))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlim(datetime.fromtimestamp(source.start), datetime.fromtimestamp(source.end))
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=4, frameon=False, fontsize=6.5, handlelength=1)
+        axes.yaxis.set(minor_formatter=NullFormatter(), minor_locator=NullLocator())
+    axes.set_yticks(places, labels)
+    axes.set(ylim=(low, high), xlim=(source.start, source.end))
+    moments = _moments(source, card.width - left - RIGHT)
+    form = "%H:%M:%S" if source.end - source.start < 1200 else "%H:%M"
+    axes.set_xticks(moments, [f"{datetime.fromtimestamp(moment):{form}}" for moment in moments])
+    if not is_stacked:
+        for color, (_, times, values) in zip(colors, found, strict=True):
+            axes.plot(times, values, color=color, linewidth=1.3)
+    elif custom.get("drawStyle") == "bars":
+        _bars(axes, rows, colors)
+    else:
+        axes.stackplot(rows[0], rows[1:], colors=colors, alpha=0.75)
     return True
 
 
-def _stack(axes: Axes, found: Series, bars: bool) -> None:
-    """Series on top of each other; those that are always zero are left out."""
-    found = [series for series in found if any(series[2])] or found[:1]
-    moments = sorted({t for _, times, _ in found for t in times})
-    rows = []
-    for _, times, values in found:
-        at = {t: v for t, v in zip(times, values, strict=True) if math.isfinite(v)}
-        rows.append([at.get(t, 0.0) for t in moments])
-    places = [datetime.fromtimestamp(t) for t in moments]
-    labels = [legend for legend, _, _ in found]
-    if bars:
-        below = [0.0] * len(moments)
-        width = (moments[-1] - moments[0]) / max(1, len(moments)) / 86400
-        for label, row in zip(labels, rows, strict=True):
-            axes.bar(places, row, bottom=below, label=label, width=width)
-            below = [a + b for a, b in zip(below, row, strict=True)]
-    else:
-        axes.stackplot(places, rows, labels=labels, alpha=0.75)
+def _moments(source: Source, width: float) -> list[float]:
+    """Ticks for a time axis of so many inches; none whose label would stick out of the card."""
+    found = time_ticks(source.start, source.end, int(width / 0.48))
+    inch = (source.end - source.start) / width
+    return [moment for moment in found if moment - source.start > 0.1 * inch and source.end - moment > 0.1 * inch]
 
 
-def _table(axes: Axes, panel: dict[str, Any], source: Source) -> bool:
-    axes.axis("off")
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+def _together(found: Series) -> list[list[float]]:
+    """The moments, then each series' values at them, zero where it has none."""
+    moments = sorted({moment for _, times, _ in found for moment in times})
+    known = [dict(zip(times, values, strict=True)) for _, times, values in found]
+    finite = [{moment: value for moment, value in one.items() if math.isfinite(value)} for one in known]
+    return [moments, *([one.get(moment, 0.0) for moment in moments] for one in finite)]
+
+
+def _bars(axes: Axes, rows: list[list[float]], colors: list[str]) -> None:
+    moments, *values = rows
+    below = [0.0] * len(moments)
+    for color, row in zip(colors, values, strict=True):
+        axes.bar(moments, row, bottom=below, color=color, width=(moments[-1] - moments[0]) / max(1, len(moments)))
+        below = [a + b for a, b in zip(below, row, strict=True)]
+
+
+def _colors(names: list[str], panel: dict[str, Any]) -> list[str]:
+    """The panel's own color for a name, else the next one of the palette."""
+    own = {name: color["fixedColor"] for name, color in _overrides(panel, "color").items()}
+    return [own.get(name, COLORS[index % len(COLORS)]) for index, name in enumerate(names)]
+
+
+def _overrides(panel: dict[str, Any], key: str) -> dict[str, Any]:
+    """By series or column: what the panel sets for it alone."""
+    found = panel["fieldConfig"]["overrides"]
+    return {o["matcher"]["options"]: each["value"] for o in found for each in o["properties"] if each["id"] == key}
+
+
+def _width(text: str) -> float:
+    """Inches of `text` in small type."""
+    return float(TextPath((0, 0), text, size=SMALL).get_extents().width) / 72 if text.strip() else 0.0
+
+
+def _legend(card: Card, names: list[str], colors: list[str]) -> float:
+    """Write the legend at the card's bottom, in as many lines as it needs; their height in inches."""
+    places, x, line = [], 0.1, 0
+    for name in names:
+        needed = 0.22 + _width(name)
+        if x > 0.1 and x + needed > card.width - 0.05:
+            x, line = 0.1, line + 1
+        places.append((x, line))
+        x += needed + 0.12
+    for (x, at), name, color in zip(places, names, colors, strict=True):
+        down = card.height - 0.13 - 0.15 * (line - at)
+        card.line([x, x + 0.13], down, color=color, linewidth=2)
+        card.text(x + 0.18, down, name, color=GRAY, fontsize=SMALL)
+    return 0.15 * (line + 1)
+
+
+def _table(card: Card, panel: dict[str, Any], source: Source) -> bool:
+    default, units = panel["fieldConfig"]["defaults"]["unit"], _overrides(panel, "unit")
     columns = [target["legendFormat"] for target in panel["targets"]]
-    for target in panel["targets"]:
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for column, target in zip(columns, panel["targets"], strict=True):
         for result in source.instant(target["expr"]):
             key = (result["metric"]["namespace"], result["metric"]["name"])
-            rows.setdefault(key, {})[target["legendFormat"]] = scaled(float(result["value"][1]), "none")
-    if not rows:
-        axes.text(0.5, 0.5, "no data", color="#999999", ha="center", va="center")
-        return False
-    cells = [[*key, *(row.get(column, "–") for column in columns)] for key, row in sorted(rows.items())][:10]
-    table = axes.table(
-        cells, colLabels=["Namespace", "Job", *columns], cellLoc="left", loc="upper left", edges="horizontal"
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(8)
-    table.scale(1, 1.3)
-    for cell in table.get_celld().values():
-        cell.set_edgecolor("#dddddd")
-    return True
+            rows.setdefault(key, {})[column] = scaled(float(result["value"][1]), units.get(column, default))
+    lines = [["Namespace", "Job", *columns]]
+    lines += [[*key, *(row.get(column, "–") for column in columns)] for key, row in sorted(rows.items())]
+    pitch = (card.width - 0.2) / len(lines[0])
+    for number, cells in enumerate(lines[: int((card.height - 0.4) / 0.24)]):
+        down = 0.46 + 0.24 * number
+        for column, cell in enumerate(cells):
+            style = {"fontweight": "bold", "color": GRAY} if number == 0 else {}
+            card.text(0.1 + pitch * column, down, cell, fontsize=8, **style)
+        card.line([0.1, card.width - 0.1], down + 0.12, color=PALE, linewidth=0.8)
+    return bool(rows)
 
 
 _PAINTERS = {"stat": _stat, "timeseries": _timeseries, "table": _table}
@@ -244,12 +382,13 @@ def main() -> int:
     parser.add_argument("--prometheus", default="http://localhost:9090")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--var", action="append", default=[], help="name=value, as in the dashboard's variables")
+    parser.add_argument("--note", default="", help="a sentence to write below the title")
     wanted = parser.parse_args()
     variables = {"namespace": ".*"} if wanted.dashboard == "fleet" else {}
     variables |= dict(item.split("=", 1) for item in wanted.var)
     now = time.time()
     source = Source(wanted.prometheus, now - 60 * wanted.minutes, now, variables)
-    empty = draw(json.loads((FOLDER / f"{wanted.dashboard}.json").read_text()), source, wanted.out)
+    empty = draw(json.loads((FOLDER / f"{wanted.dashboard}.json").read_text()), source, wanted.out, wanted.note)
     for title in empty:
         sys.stderr.write(f"no data: {title}\n")
     return 0
