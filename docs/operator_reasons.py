@@ -98,7 +98,6 @@ WAITS: Final = {
     "QuotaExceeded": Reason(
         "The namespace's ResourceQuota refuses the Job.", "Free quota or raise it; it is tried again by itself."
     ),
-    "NamespaceTerminating": Reason("The namespace is being deleted.", "Create the job in another namespace."),
     "Forbidden": Reason(
         "The API server forbids the operator to create a child: RBAC, or an admission policy.",
         "Install the chart's Role in this namespace (`watch.namespaces`), or change the policy the message names.",

@@ -21,7 +21,6 @@ CHUNK_BYTES = 1 << 20
 _JSON = "application/json"
 #: Answers of which we need nothing more are asked for without spec, data and status.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
-TERMINATING = "NamespaceTerminating"
 _OWNED = {"fieldManager": names.FIELD_MANAGER}
 
 #: Kind -> collection path; {} is the namespace part, empty for all namespaces.
@@ -29,7 +28,6 @@ PATHS: dict[str, str] = {
     names.KIND: f"/apis/{names.API_VERSION}{{}}/{names.PLURAL}",
     "Job": "/apis/batch/v1{}/jobs",
     "Pod": "/api/v1{}/pods",
-    "ConfigMap": "/api/v1{}/configmaps",
     "Service": "/api/v1{}/services",
     "Event": "/api/v1{}/events",
 }
@@ -49,6 +47,10 @@ class Refused(Exception):
     def __init__(self, reason: str, message: str) -> None:
         self.reason, self.message = reason, message
         super().__init__(f"{reason}: {message}")
+
+
+class Terminating(Exception):
+    """The namespace is being deleted, and with it everything of the job: there is nothing left to do or to say."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Cluster:
             raise
 
     async def ensure(self, obj: Raw, owner_uid: str) -> Raw:
-        """Create a child, or find it made already. Raises Refused when it cannot be made for now.
+        """Create a child, or find it made already. Raises Refused when it cannot be made for now, or Terminating.
 
         Not through server-side apply: see docs/adr/0001. Of the object made only the metadata is asked back.
         """
@@ -173,7 +175,7 @@ class Cluster:
         try:
             return await self.request("PATCH", path("Job", namespace, name), body, _OWNED, MERGE_PATCH)
         except ApiError as error:
-            if error.code not in (404, 409, 410) or await self._has(uid, "Job", namespace, name):
+            if not await self._is_gone(error, uid, "Job", namespace, name):
                 raise
             return None
 
@@ -188,15 +190,17 @@ class Cluster:
         try:
             await self.send("DELETE", path(kind, namespace, name), body)
         except ApiError as error:
-            if error.code not in (404, 409, 410) or await self._has(uid, kind, namespace, name):
+            if not await self._is_gone(error, uid, kind, namespace, name):
                 raise
             return False
         return True
 
-    async def _has(self, uid: str, kind: str, namespace: str, name: str) -> bool:
-        """Whether the object of that name is still `uid`: a 409 alone does not say which of the two it means."""
-        found = await self.get(kind, namespace, name)
-        return raw.text(found, "metadata", "uid") == uid
+    async def _is_gone(self, error: ApiError, uid: str, kind: str, namespace: str, name: str) -> bool:
+        """Whether an error means that the object is gone. A 409 may also mean that somebody else changed it."""
+        if error.code == 409:
+            found = await self.get(kind, namespace, name)
+            return raw.text(found, "metadata", "uid") != uid
+        return error.code in (404, 410)
 
     async def pages(self, kind: str, namespace: str | None, label_selector: str = "") -> AsyncIterator[Page]:
         """All objects of a kind, page by page, from one consistent snapshot."""
@@ -256,13 +260,13 @@ def _event(line: bytes) -> Raw:
     return event
 
 
-def _refusal(kind: str, name: str, error: ApiError) -> Refused | None:
+def _refusal(kind: str, name: str, error: ApiError) -> Refused | Terminating | None:
     """What a refusal means to the job; None for a passing trouble of the server."""
     if error.code == 403:
         if "exceeded quota" in error.message:
             return Refused("QuotaExceeded", error.message)
         if "being terminated" in error.message:
-            return Refused(TERMINATING, error.message)
+            return Terminating(error.message)
         return Refused("Forbidden", f"{kind} {name}: {error.message}")
     if error.code in (400, 422):
         return Refused("Rejected", f"{kind} {name}: {error.message}")

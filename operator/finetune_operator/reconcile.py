@@ -8,7 +8,7 @@ import structlog
 
 from finetune_api import names
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import TERMINATING, ApiError, Cluster, Refused
+from finetune_operator.cluster import ApiError, Cluster, Refused, Terminating
 from finetune_operator.core import raw
 from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
@@ -23,7 +23,7 @@ from finetune_operator.settings import Settings
 log = structlog.get_logger(__name__)
 
 _MOVED_ON = (404, 409, 410)
-#: A namespace that is being terminated takes the job with it; only should it stay is there anything left to do.
+#: When to look again at a job whose namespace was being deleted, should it still be there.
 _TERMINATING_SECONDS = 60.0
 
 
@@ -63,10 +63,10 @@ class Reconciler:
         blocked = False
         try:
             await self._create(observed.job, made)
+        except Terminating:
+            return Result(_TERMINATING_SECONDS)
         except Refused as refusal:
             log.info("a child cannot be made", key=key, reason=refusal.reason, message=refusal.message)
-            if refusal.reason == TERMINATING:
-                return Result(_TERMINATING_SECONDS)
             blocked = True
             made = plan(replace(observed, obstacle=Obstacle(refusal.reason, refusal.message)), self._settings, now)
         if made.status is not None:

@@ -28,11 +28,10 @@ def test_a_job_goes_from_its_manifest_to_an_adapter(operator: OperatorProcess, n
 
 def test_the_trainer_reads_exactly_the_resolved_manifest(operator: OperatorProcess, kube: Kube, jobs: Jobs):
     made = jobs.create("nli")
-    config = wait_until(lambda: kube.find("ConfigMap", "nli-config"), "the ConfigMap")
-    resolved = yaml.safe_load(config["data"][names.CONFIG_FILE])
+    job = wait_until(lambda: kube.find("Job", "nli-1"), "the Job")
+    resolved = yaml.safe_load(job["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_MANIFEST])
     assert resolved["metadata"]["uid"] == made["metadata"]["uid"]
     assert resolved["spec"]["lora"]["rank"] == 16, "defaults are written out"
-    assert config["immutable"] is True
 
 
 def test_events_tell_each_step_once(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
@@ -59,11 +58,12 @@ def test_a_users_mistake_ends_the_job_with_its_reason(
 
 
 def test_a_name_in_use_by_someone_else_is_said_and_waited_for(operator: OperatorProcess, kube: Kube, jobs: Jobs):
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "nli-config"}, "data": {"mine": "yes"}}
-    kube.create(config)
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "mine", "image": "mine"}]}}
+    spec = {"suspend": True, "template": template}
+    kube.create({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "nli-1"}, "spec": spec})
     jobs.create("nli")
     said = jobs.wait("nli", "Scheduled", "False", "NameConflict")
-    assert "ConfigMap nli-config exists already" in said["message"]
-    assert kube.get("ConfigMap", "nli-config")["data"] == {"mine": "yes"}
-    kube.delete("ConfigMap", "nli-config")
+    assert "Job nli-1 exists already" in said["message"]
+    assert kube.get("Job", "nli-1")["spec"]["template"]["spec"]["containers"][0]["name"] == "mine"
+    kube.delete("Job", "nli-1", propagationPolicy="Background")
     jobs.wait("nli", "Scheduled", "False", "Pending")

@@ -59,7 +59,7 @@ def test_deleting_needs_no_operator(own_operator: OperatorProcess, node: Process
     assert "finalizers" not in job["metadata"]
     assert not [key for key in job["metadata"].get("annotations", {}) if "kopf" in key]
     kube.delete("FineTuneJob", "nli")
-    for kind in ("Job", "ConfigMap", "Pod"):
+    for kind in ("Job", "Pod"):
         wait_until(
             lambda kind=kind: not kube.list(kind, labelSelector="finetune.dev/job=nli"), f"no {kind} is left", 60
         )

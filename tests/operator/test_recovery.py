@@ -117,7 +117,7 @@ def test_a_new_job_of_the_same_name_waits_for_the_old_ones_pods(
     new = jobs.create("nli", "succeed")
     assert jobs.wait_over("nli", 90)["status"] == "True"
     assert old["metadata"]["uid"] != new["metadata"]["uid"]
-    owner = kube.get("ConfigMap", "nli-config")["metadata"]["ownerReferences"][0]["uid"]
+    owner = kube.get("Job", "nli-1")["metadata"]["ownerReferences"][0]["uid"]
     assert owner == new["metadata"]["uid"]
     assert [a["jobName"] for a in jobs.status("nli")["attempts"]] == ["nli-1"]
 

@@ -74,7 +74,7 @@ class SimulatedKubelet:
         attempt = int(pod["metadata"]["labels"][names.LABEL_ATTEMPT])
         stop = self._stop[pod["metadata"]["uid"]]
         with contextlib.suppress(ApiError):
-            story = await self._story(pod)
+            story = self._story(pod)
             act = story[min(attempt, len(story)) - 1]
             await self._report(pod, "Running", {"running": {"startedAt": _now()}})
             with contextlib.suppress(TimeoutError):
@@ -87,11 +87,10 @@ class SimulatedKubelet:
             body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
             await self._kube.request("DELETE", path_of("Pod", self._namespace, pod["metadata"]["name"]), body)
 
-    async def _story(self, pod: Object) -> list[str]:
-        volumes = pod["spec"]["volumes"]
-        config = next(v["configMap"]["name"] for v in volumes if "configMap" in v)
-        found = await self._kube.request("GET", path_of("ConfigMap", self._namespace, config))
-        train: str = json.loads(found["data"][names.CONFIG_FILE])["spec"]["dataset"]["train"]
+    @staticmethod
+    def _story(pod: Object) -> list[str]:
+        spec = json.loads(pod["metadata"]["annotations"][names.ANNOTATION_MANIFEST])["spec"]
+        train: str = spec["dataset"]["train"]
         return train.removeprefix("s3://simulated/").split("/")
 
     @staticmethod

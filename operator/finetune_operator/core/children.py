@@ -1,4 +1,8 @@
-"""The objects one attempt needs: a ConfigMap with the resolved manifest, a Job, and a Service for several nodes."""
+"""The objects one attempt needs: a Job, and a Service for several nodes.
+
+The resolved manifest travels in the pods' annotations and is mounted from there (downward API): an attempt and what it
+is to do are one object, made at once, and no attempt can ever read what was meant for another.
+"""
 
 from typing import Any
 
@@ -18,7 +22,7 @@ def build(
 
     `micro_batch` is what the attempt must take after GPU memory ran out; None leaves the choice to the trainer.
     """
-    made = [_config(job, spec)]
+    made: list[Object] = []
     if spec.resources.nodes > 1:
         made.append(torchrun.service(job.name, _metadata(job, torchrun.service_name(job.name))))
     made.append(_job(job, spec, attempt, micro_batch, settings))
@@ -52,18 +56,11 @@ def _labels(job: JobObject) -> dict[str, str]:
     }
 
 
-def _config(job: JobObject, spec: FineTuneJobSpec) -> Object:
-    """JSON, which is YAML: what the trainer reads is exactly what the operator understood."""
+def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
+    """The manifest as JSON, which is YAML: what the trainer reads is exactly what the operator understood."""
     metadata = Metadata(name=job.name, namespace=job.namespace, uid=job.uid)
-    resolved = FineTuneJob(api_version="finetune.dev/v1alpha1", kind="FineTuneJob", metadata=metadata, spec=spec)
-    text = resolved.model_dump_json(by_alias=True, exclude_none=True, indent=2)
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(job, pod.config_name(job.name)),
-        "immutable": True,
-        "data": {names.CONFIG_FILE: text},
-    }
+    found = FineTuneJob(api_version="finetune.dev/v1alpha1", kind="FineTuneJob", metadata=metadata, spec=spec)
+    return found.model_dump_json(by_alias=True, exclude_none=True)
 
 
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
@@ -72,6 +69,8 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
     if micro_batch is not None:
         arguments += ["--set", f"training.microBatchSize={micro_batch}"]
     labels = {names.LABEL_ATTEMPT: str(attempt)}
+    template = pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings)
+    template["metadata"]["annotations"][names.ANNOTATION_MANIFEST] = resolved(job, spec)
     body: Object = {
         "backoffLimit": 0,
         "completions": nodes,
@@ -79,7 +78,7 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
         "completionMode": "Indexed" if nodes > 1 else "NonIndexed",
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": _failure_rules(nodes)},
-        "template": pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings),
+        "template": template,
     }
     if names.LABEL_KUEUE_QUEUE in job.queue_labels:
         body["suspend"] = True

@@ -124,7 +124,9 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
         mounts.append({"name": volume, "mountPath": path, **({"readOnly": True} if read_only else {})})
 
     scratch = {"sizeLimit": settings.scratch_size_limit} if settings.scratch_size_limit else {}
-    mount("config", names.CONFIG_DIR, {"configMap": {"name": config_name(job.name)}}, True)
+    field = {"fieldPath": f"metadata.annotations['{names.ANNOTATION_MANIFEST}']"}
+    manifest = {"items": [{"path": names.CONFIG_FILE, "fieldRef": field}]}
+    mount("config", names.CONFIG_DIR, {"downwardAPI": manifest}, True)
     mount("scratch", names.SCRATCH_DIR, {"emptyDir": scratch})
     mount("tmp", TEMP_DIR, {"emptyDir": {}})
     mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
@@ -137,11 +139,6 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
     if spec.cache:
         mount("cache", names.CACHE_DIR, {"persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
     return volumes, mounts
-
-
-def config_name(name: str) -> str:
-    """Name of the ConfigMap that holds the resolved manifest."""
-    return f"{name}-config"
 
 
 def secrets(spec: FineTuneJobSpec) -> dict[str, str]:

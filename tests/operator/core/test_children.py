@@ -60,7 +60,7 @@ def test_the_pod_meets_the_restricted_pod_security_standard():
     assert container["capabilities"] == {"drop": ["ALL"]}
     assert container["readOnlyRootFilesystem"] is True
     assert pod["automountServiceAccountToken"] is False
-    allowed = {"configMap", "emptyDir", "secret", "persistentVolumeClaim"}
+    allowed = {"downwardAPI", "emptyDir", "secret", "persistentVolumeClaim"}
     assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
 
 
@@ -106,7 +106,7 @@ def test_gpus_are_requested_and_limited_and_none_means_none():
 def test_several_gpus_start_through_torchrun_and_one_does_not():
     assert pod_of(made())["containers"][0]["command"] == ["finetune-trainer"]
     objects = made(**FULL)
-    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", "Job"]
+    assert [obj["kind"] for obj in objects] == ["Service", "Job"]
     env = env_of(objects)
     assert (env["PET_NNODES"], env["PET_NPROC_PER_NODE"]) == ("2", "4")
     assert env["PET_MASTER_ADDR"] == "nli-1-0.nli-nodes"
@@ -121,11 +121,15 @@ def test_shared_memory_is_a_memory_volume_of_the_size_asked_for():
 
 
 def test_the_configuration_is_read_back_by_the_contract_itself():
-    config = made(**FULL)[0]
-    job = manifest.load_text(config["data"][names.CONFIG_FILE], "job.yaml", overrides=["training.microBatchSize=2"])
+    objects = made(**FULL)
+    config = objects[-1]["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_MANIFEST]
+    job = manifest.load_text(config, "job.yaml", overrides=["training.microBatchSize=2"])
     assert job.metadata.uid == "u-1"
     assert job.spec.training.micro_batch_size == 2
-    assert json.loads(config["data"][names.CONFIG_FILE])["spec"]["resources"]["nodes"] == 2
+    assert json.loads(config)["spec"]["resources"]["nodes"] == 2
+    (volume,) = [volume for volume in pod_of(objects)["volumes"] if volume["name"] == "config"]
+    reference = {"fieldPath": f"metadata.annotations['{names.ANNOTATION_MANIFEST}']"}
+    assert volume["downwardAPI"] == {"items": [{"path": names.CONFIG_FILE, "fieldRef": reference}]}
 
 
 def test_a_smaller_micro_batch_is_given_as_an_argument():

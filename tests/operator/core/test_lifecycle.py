@@ -18,10 +18,10 @@ def started(**spec: object) -> World:
     return world
 
 
-def test_a_new_job_gets_its_configuration_before_its_job_and_says_that_it_waits():
+def test_a_new_job_gets_its_job_and_says_that_it_waits():
     world = World()
     made = world.reconcile()
-    assert [obj["kind"] for obj in made.create] == ["ConfigMap", "Job"]
+    assert [obj["kind"] for obj in made.create] == ["Job"]
     assert world.status["phase"] == "Pending"
     assert world.condition("Accepted")["status"] == "True"
     assert world.condition("Scheduled")["message"] == "waiting for the pod of Job nli-1 to start"

@@ -1,0 +1,220 @@
+"""The shell around the plan, before a simulated API server that answers as it is told to."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from finetune_api import names
+from finetune_operator.cache import Cache
+from finetune_operator.cluster import ApiError, Cluster, Refused, encoded
+from finetune_operator.core.events import Event
+from finetune_operator.core.observed import JobObject
+from finetune_operator.core.raw import Raw
+from finetune_operator.fleet import Fleet
+from finetune_operator.metrics import Metrics
+from finetune_operator.poller import Poller
+from finetune_operator.queue import Backoff, Queue, Result
+from finetune_operator.reconcile import Conflict, Reconciler
+from finetune_operator.recorder import Recorder
+from finetune_operator.settings import Settings
+
+NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
+KEY = "team/nli"
+SPEC = {
+    "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
+    "dataset": {"train": "s3://data/train.jsonl"},
+    "output": {"uri": "s3://adapters/nli"},
+}
+Answer = Callable[[str, str, Raw], tuple[int, Raw]]
+
+
+def job(uid: str = "j1", version: int = 5, **spec: Any) -> Raw:
+    metadata = {"name": "nli", "namespace": "team", "uid": uid, "resourceVersion": str(version), "generation": 1}
+    return {"metadata": metadata | {"creationTimestamp": "2026-11-01T12:00:00Z"}, "spec": SPEC | spec}
+
+
+def child(owner: str = "j1", kind: str = names.KIND, uid: str = "c1") -> Raw:
+    controller = {"uid": owner, "controller": True, "kind": kind, "name": "nli"}
+    labels = {names.LABEL_JOB: "nli", names.LABEL_ATTEMPT: "1"}
+    metadata = {"name": "nli-1", "namespace": "team", "uid": uid, "resourceVersion": "6", "labels": labels}
+    return {"metadata": metadata | {"ownerReferences": [controller]}, "spec": {}}
+
+
+def status(code: int, reason: str = "", message: str = "") -> tuple[int, Raw]:
+    return code, {"kind": "Status", "code": code, "reason": reason, "message": message}
+
+
+class Api:
+    """Every request is answered by `answer(method, last part of the path, body)`, and noted."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = self.well
+        self.calls: list[str] = []
+        self.metrics = Metrics()
+        self.cache = Cache()
+
+    @staticmethod
+    def well(method: str, name: str, body: Raw) -> tuple[int, Raw]:
+        if method == "POST":
+            return 201, {"metadata": {**body["metadata"], "uid": "made", "resourceVersion": "7"}}
+        return (200, job(version=8) | {"status": body["status"]}) if method == "PATCH" else status(404, "NotFound")
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        name = request.path.rpartition("/")[2]
+        self.calls.append(f"{request.method} {name}")
+        code, body = self.answer(request.method, name, await request.json() if request.can_read_body else {})
+        return web.json_response(body, status=code)
+
+    def run(self, act: Callable[[Cluster, Reconciler, Recorder], Coroutine[Any, Any, None]]) -> None:
+        async def serve() -> None:
+            app = web.Application()
+            app.router.add_route("*", "/{path:.*}", self._handle)
+            runner = web.AppRunner(app)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            async with aiohttp.ClientSession() as session:
+                cluster = Cluster(session, f"http://127.0.0.1:{runner.addresses[0][1]}", 5)
+                recorder = Recorder(cluster, self.metrics)
+                fleet = Fleet(self.cache.jobs, 10, lambda: NOW, self.metrics.registry)
+                poller = Poller(1, 1, 1, lambda key: None)
+                await act(cluster, Reconciler(cluster, self.cache, poller, recorder, fleet, Settings(), lambda: NOW),
+                          recorder)  # fmt: skip
+            await runner.cleanup()
+
+        asyncio.run(serve())
+
+
+@pytest.fixture
+def api() -> Api:
+    api = Api()
+    api.cache.put(names.KIND, job())
+    return api
+
+
+def test_simulated_api_a_new_job_costs_two_writes_before_its_events(api: Api):
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        await reconcile(KEY)
+        assert api.calls == ["POST jobs", "PATCH status"]
+        await reconcile(KEY)
+        assert len(api.calls) == 2, "the second time there is nothing to do"
+
+    api.run(act)
+
+
+def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: Api):
+    """Each look shows the same version: a webhook or a proxy gone wrong."""
+
+    def answer(method: str, name: str, body: Raw) -> tuple[int, Raw]:
+        return (200, job()) if method == "GET" else status(409, "Conflict") if method == "PATCH" else api.well(
+            method, name, body
+        )  # fmt: skip
+
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        errors: list[Exception | None] = []
+        queue = Queue(reconcile, 4, Backoff(0.05, 30), lambda key, seconds, error: errors.append(error))
+        work = asyncio.create_task(queue.run())
+        queue.add(KEY)
+        await asyncio.sleep(1)
+        work.cancel()
+        assert 2 <= len(errors) <= 8, "40,000 turns a second is what an immediate retry makes"
+        assert {type(error) for error in errors} == {Conflict}
+
+    api.answer = answer
+    api.run(act)
+
+
+def test_simulated_api_a_namespace_being_terminated_is_left_alone(api: Api):
+    message = 'jobs.batch "nli-1" is forbidden: unable to create new content in namespace team because it is being'
+
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        assert await reconcile(KEY) == Result(after=60.0)
+        assert api.calls == ["POST jobs"], "no status, no event"
+        assert recorder.depth == 0
+
+    api.answer = lambda method, name, body: status(403, "Forbidden", f"{message} terminated")
+    api.run(act)
+
+
+def test_simulated_api_what_the_server_says_is_gone_is_forgotten(api: Api):
+    """The watch has missed the deletion of the Job of a job that is over."""
+    over = [{"type": "Succeeded", "status": "False", "reason": "x", "lastTransitionTime": "2026-11-01T12:00:00Z"}]
+    api.cache.put(
+        names.KIND, job(version=9) | {"status": {"conditions": over, "completionTime": "2026-11-01T12:00:00Z"}}
+    )
+    api.cache.put("Job", child())
+
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        assert await reconcile(KEY) == Result(after=0.0)
+        assert await reconcile(KEY) == Result()
+        assert api.calls == ["DELETE nli-1"]
+
+    api.answer = lambda method, name, body: status(404, "NotFound")
+    api.run(act)
+
+
+@pytest.mark.parametrize("call", ["delete", "suspend"])
+def test_simulated_api_a_conflict_alone_does_not_mean_that_a_job_is_gone(call: str, api: Api):
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        arguments = ("Job", "team", "nli-1", "c1")[0 if call == "delete" else 1 :]
+        with pytest.raises(ApiError):
+            await getattr(cluster, call)(*arguments)
+        api.answer = lambda method, name, body: (200, child(uid="c2")) if method == "GET" else status(409, "Conflict")
+        assert not await getattr(cluster, call)(*arguments), "another one has its name by now"
+
+    api.answer = lambda method, name, body: (200, child()) if method == "GET" else status(409, "Conflict")
+    api.run(act)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "words"),
+    [
+        (names.KIND, "Stopping", "waiting for the earlier job's Job nli-1 to be gone"),
+        ("CronJob", "NameConflict", "belongs to CronJob nli: delete or rename it"),
+    ],
+)
+def test_simulated_api_a_name_that_is_taken_is_explained(kind: str, reason: str, words: str, api: Api):
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        with pytest.raises(Refused) as refused:
+            await cluster.ensure({"kind": "Job", **child()}, "j1")
+        assert refused.value.reason == reason
+        assert words in refused.value.message
+
+    api.answer = lambda method, name, body: (
+        (200, child("j0", kind)) if method == "GET" else status(409, "AlreadyExists")
+    )
+    api.run(act)
+
+
+def test_numbers_that_json_has_not_never_reach_the_api_server():
+    body = {"loss": float("nan"), "deep": [{"inf": float("inf"), "step": 3}]}
+    assert json.loads(encoded(body)) == {"loss": None, "deep": [{"inf": None, "step": 3}]}
+
+
+def test_simulated_api_events_wait_while_jobs_do_but_not_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("finetune_operator.recorder.YIELD_SECONDS", 0.5)
+
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        busy = True
+        recorder = Recorder(cluster, api.metrics, lambda: busy)
+        work = asyncio.create_task(recorder.run())
+        about = JobObject.of(job())
+        recorder.post(about, Event("Normal", "Submitted", "said", "one"), NOW)
+        await asyncio.sleep(0.2)
+        assert (api.calls, recorder.depth) == ([], 1)
+        busy = False
+        await recorder.flush(2)
+        assert (api.calls, recorder.depth) == (["POST events"], 0)
+        busy = True
+        recorder.post(replace(about, name="other"), Event("Normal", "Submitted", "said", "two"), NOW)
+        await recorder.flush(5)
+        assert len(api.calls) == 2
+        work.cancel()
+
+    api.run(act)
