@@ -100,6 +100,7 @@ class TrainerProcess:
             names.ENV_SECRETS_DIR: str(folder / "secrets"),
             **(env or {}),
         }
+        self._status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self._become_trainer(["--config", str(config), *arguments], settings, before)
@@ -130,22 +131,31 @@ class TrainerProcess:
         return self._log.read_text() if self._log.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """Nothing happens when it has ended."""
+        if not self.has_ended():
+            os.kill(self.pid, number)
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
 
     def wait_for(self, text: str, times: int = 1, timeout: float = 120) -> None:
         """Wait until the log holds `text` so often; an ended process without it is a failure."""
         deadline = time.monotonic() + timeout
         while self.log.count(text) < times:
-            pid, _ = os.waitpid(self.pid, os.WNOHANG)
-            assert pid == 0, f"the trainer ended without {text!r}:\n{self.log[-3000:]}"
+            ended = self.has_ended()
+            assert not ended or self.log.count(text) >= times, f"no {text!r} to the end:\n{self.log[-3000:]}"
             assert time.monotonic() < deadline, f"no {text!r} in time:\n{self.log[-3000:]}"
             time.sleep(0.005)
 
     def finish(self) -> Finished:
         """Wait for the end. A process that was killed has the negative signal number as exit code."""
-        _, status = os.waitpid(self.pid, 0)
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
         report = json.loads(self._termination.read_text()) if self._termination.exists() else {}
-        return Finished(os.waitstatus_to_exitcode(status), report, self.log)
+        return Finished(os.waitstatus_to_exitcode(self._status), report, self.log)
 
 
 def _import_everything() -> None:

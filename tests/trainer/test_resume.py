@@ -3,10 +3,7 @@
 import importlib
 import json
 import os
-import random
-import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,40 +56,6 @@ def test_the_same_seed_gives_the_same_losses(unbroken: Path, tiny_model: Path, t
     other = tmp_path / "other"
     assert train(_job(other, tiny_model, {"training.seed": 7}), other).exit_code == 0
     assert metrics_lines(other / "out") != metrics_lines(unbroken)
-
-
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FINETUNE_TEST_KILLS", "3")) // 3 or 1))
-def test_kill_9_at_random_moments(seed: int, unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
-    generator = random.Random(seed)
-    config = _job(tmp_path, tiny_model)
-    saved = 0
-    for _ in range(3):
-        process = TrainerProcess(config, tmp_path)
-        _kill_soon_after(process, generator)
-        assert process.finish().exit_code == -signal.SIGKILL
-        assert not (tmp_path / "out/manifest.json").exists()
-        assert _resumed_at(process.log) >= saved
-        saved = max([saved, *_steps_in(process.log, r"Checkpoint of step (\d+) is saved")])
-    finished = train(config, tmp_path)
-    assert finished.exit_code == 0, finished.log
-    assert _resumed_at(finished.log) >= saved
-    _assert_same(tmp_path / "out", unbroken)
-    assert not list((tmp_path / "out/checkpoints").rglob("manifest.json"))
-
-
-def _resumed_at(log: str) -> int:
-    return max([0, *_steps_in(log, r"Going on from the checkpoint of step (\d+)")])
-
-
-def _steps_in(log: str, pattern: str) -> list[int]:
-    return [int(step) for step in re.findall(pattern, log)]
-
-
-def _kill_soon_after(process: TrainerProcess, generator: random.Random) -> None:
-    """Kill some steps later in the middle of anything: a step, an evaluation, a checkpoint that is being sent."""
-    process.wait_for('"event": "Step ', times=generator.randint(1, 3))
-    time.sleep(generator.uniform(0, 0.1))
-    process.send(signal.SIGKILL)
 
 
 def test_sigterm_saves_exactly_this_step_and_exits_75(unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
