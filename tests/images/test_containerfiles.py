@@ -1,6 +1,7 @@
 """What an image must be to run in a restricted namespace, and to be known again: read off the Containerfiles."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def test_it_runs_as_a_number_for_the_kubelet_cannot_tell_whether_a_name_is_root(
     assert users == ["65532:65532"]
     container = find(objects(), "Deployment")["spec"]["template"]["spec"]["securityContext"]
     assert users[0] == f"{container['runAsUser']}:{container['runAsGroup']}"
+
+
+@EACH
+def test_libraries_that_ask_for_the_users_name_get_one(image: str) -> None:
+    """Without it Kopf ends with 'getpwuid(): uid not found', and the operator watches nothing."""
+    program = "import getpass, os; os.setgid(65532); os.setuid(65532); print(getpass.getuser())"
+    (settings,) = [rest for keyword, rest in last_stage(image) if keyword == "ENV"]
+    env = dict(setting.split("=", 1) for setting in settings.split())
+    assert env["USER"] == "finetune"
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    found = subprocess.run([sys.executable, "-c", program], env={"USER": env["USER"]}, capture_output=True, text=True)
+    assert found.stdout == "finetune\n", found.stderr
 
 
 @EACH
