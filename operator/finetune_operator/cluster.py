@@ -18,6 +18,8 @@ MERGE_PATCH = "application/merge-patch+json"
 #: Objects a page: small, because a page is tens of times larger in memory than on the wire.
 PAGE = 100
 CHUNK_BYTES = 1 << 20
+#: A watch without a sign of life for this long is dead: servers send bookmarks each minute.
+SILENCE_SECONDS = 70
 _JSON = "application/json"
 #: Answers of which we need nothing more are asked for without spec, data and status.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
@@ -217,7 +219,7 @@ class Cluster:
         """Events of a watch that starts with the present state, until the server ends it after `seconds`."""
         common = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "0"}
         url = self._url(where, {**common, "timeoutSeconds": str(seconds), **query})
-        timeout = aiohttp.ClientTimeout(total=seconds + 30)
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_read=SILENCE_SECONDS)
         with _as_os_errors():
             async with self._session.get(url, headers={"Accept": _JSON}, timeout=timeout) as answer:
                 if answer.status >= 400:
