@@ -1,15 +1,25 @@
 """FineTuneJob's status, and the report a trainer gives of itself (the source of most of it)."""
 
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 
 #: At most what every JSON reader keeps exactly: the API server refuses a status with a larger integer.
 Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+def _plausible(moment: datetime) -> datetime:
+    """With a zone, and far enough from the end of time to count on from there."""
+    if moment.year > 9000:
+        raise ValueError("must be before the year 9000")
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+Time = Annotated[datetime, AfterValidator(_plausible)]
 
 
 def _finite(values: Any) -> Any:
@@ -52,7 +62,7 @@ class Condition(StatusModel):
     """Why, in one CamelCase word."""
     message: Annotated[str, Field(max_length=32768)] = ""
     """Why, in a sentence."""
-    last_transition_time: datetime
+    last_transition_time: Time
     """When status last changed."""
     observed_generation: Count = 0
     """metadata.generation this was decided for."""
@@ -79,9 +89,9 @@ class Progress(StatusModel):
     """Learning rate of the latest step."""
     tokens_per_second: float | None = None
     """Real tokens, never padding, over all GPUs."""
-    estimated_completion_time: datetime | None = None
+    estimated_completion_time: Time | None = None
     """When the last step should be done."""
-    updated_at: datetime | None = None
+    updated_at: Time | None = None
     """When the trainer said so."""
 
     @model_validator(mode="before")
@@ -99,6 +109,8 @@ class ExecutionPlan(StatusModel):
     """Forward passes per optimizer step."""
     world_size: Count | None = None
     """Processes (one per GPU)."""
+    sharded: bool | None = None
+    """Whether each GPU holds only its part of the base model's weights, for no GPU can hold them all."""
     gradient_checkpointing: bool | None = None
     """Whether activations are recomputed."""
     packing: bool | None = None
@@ -137,19 +149,19 @@ class Attempt(StatusModel):
     """How it ended, in a sentence."""
     exit_code: int | None = None
     """The trainer's exit code."""
-    started_at: datetime | None = None
+    started_at: Time | None = None
     """When its first pod started; until then, when the Job was created."""
-    finished_at: datetime | None = None
+    finished_at: Time | None = None
     """When it ended."""
     last_step: Count | None = None
     """Last optimizer step it reported."""
     stage: Annotated[str, Field(max_length=64)] | None = None
     """What its trainer was last known to do (LoadingModel, Training, …)."""
-    heard_at: datetime | None = None
+    heard_at: Time | None = None
     """When its trainer last reported another step or stage."""
     run_seconds: Count | None = None
     """Seconds in which its pods ran, up to ranUntil: waits in a queue or for another pod are left out."""
-    ran_until: datetime | None = None
+    ran_until: Time | None = None
     """When the last of its pods that has ended did so."""
     micro_batch_size: Count | None = None
     """Micro-batch it ran with."""
@@ -177,9 +189,9 @@ class FineTuneJobStatus(StatusModel):
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None
     """The published adapter."""
-    start_time: datetime | None = None
+    start_time: Time | None = None
     """When the first attempt was created."""
-    completion_time: datetime | None = None
+    completion_time: Time | None = None
     """When the job ended."""
 
 

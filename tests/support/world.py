@@ -187,8 +187,8 @@ class World(ImaginedCluster):
 
     def _delete(self, kind: str, name: str, uid: str) -> bool:
         if kind == names.KIND:
-            assert self.job is not None and self.job["metadata"]["uid"] == uid
-            self.delete_job()
+            if self.job is not None and self.job["metadata"]["uid"] == uid:
+                self.delete_job()
         elif name in self.jobs and self.jobs[name]["metadata"]["uid"] == uid:
             self.delete_child(name)
         return True

@@ -1,5 +1,6 @@
 """What each situation says in the six conditions and in the phase."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,6 +11,7 @@ from finetune_api.status import Condition
 Status = Literal["True", "False", "Unknown"]
 Kind = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
 MAX_MESSAGE = 4096
+MAX_REASON = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def succeeded(where: str, message: str) -> Scene:
     return Scene("Succeeded", over, over, Said("True", "Succeeded", message), published=published)
 
 
+def _word(reason: str) -> str:
+    """The reason in the form that Kubernetes asks of one; kubelets and runtimes make up their own."""
+    word = re.sub(r"[^A-Za-z0-9_,:]", "", reason)[:MAX_REASON].strip("_,:")
+    return word if word[:1].isalpha() else f"Reason{word}"
+
+
 def write(scene: Scene, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
     """The conditions of `scene`. lastTransitionTime moves only when a status flips."""
     before = {condition.type: condition for condition in old}
@@ -89,7 +97,7 @@ def write(scene: Scene, old: Sequence[Condition], generation: int, now: datetime
             Condition(
                 type=kind,
                 status=new.status,
-                reason=new.reason,
+                reason=_word(new.reason),
                 message=new.message[:MAX_MESSAGE],
                 last_transition_time=since,
                 observed_generation=generation,

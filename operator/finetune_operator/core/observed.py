@@ -58,7 +58,7 @@ class JobObject:
             name=raw.text(meta, "name"),
             uid=raw.text(meta, "uid"),
             version=raw.version(obj),
-            generation=max(0, raw.integer(meta, "generation")),
+            generation=min(max(0, raw.integer(meta, "generation")), 2**53),
             created_at=raw.moment(meta, "creationTimestamp"),
             deleting=bool(meta.get("deletionTimestamp")),
             queue_labels={label: found[label] for label in _KUEUE_LABELS if label in found},

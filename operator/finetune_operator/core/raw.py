@@ -44,12 +44,12 @@ def labels(obj: Any) -> dict[str, str]:
 
 
 def moment(obj: Any, *path: str) -> datetime | None:
-    """An RFC 3339 time, always with a zone."""
+    """An RFC 3339 time, always with a zone, and never so late that nothing can be added to it."""
     try:
         parsed = datetime.fromisoformat(text(obj, *path))
     except ValueError:
         return None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)) if parsed.year < 9000 else None
 
 
 def condition(obj: Any, kind: str) -> Raw:

@@ -86,6 +86,15 @@ def merge_patch(old: Any, new: Any) -> Any:
         elif isinstance(old.get(key), dict) and isinstance(new[key], dict):
             if inner := merge_patch(old[key], new[key]):
                 patch[key] = inner
-        elif key not in old or old[key] != new[key]:
+        elif key not in old or _differ(old[key], new[key]):
             patch[key] = new[key]
     return patch
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two JSON values are different. To Python true is 1."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) != len(new) or any(map(_differ, old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() != new.keys() or any(_differ(old[key], new[key]) for key in new)
+    return bool(old != new) or isinstance(old, bool) != isinstance(new, bool)

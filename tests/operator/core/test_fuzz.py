@@ -1,24 +1,49 @@
-"""Fuzz: objects as an API server could return them, with parts missing, of another type, or from an older schema, never
-crash the reconcile, never bring a finished job back to life, and never keep it from coming to rest.
+"""Fuzz: objects as an API server could return them, with parts missing, of another type, or from an older schema, and
+trainers that say anything, never crash the reconcile, never make a status that the API server would refuse, never bring
+a finished job back to life, and never keep one from coming to rest.
 """
 
+import asyncio
+import contextlib
 import copy
 import json
+import math
 import random
 from typing import Any
 
 import pytest
 
 from finetune_api import names
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import TrainerReport
+from finetune_operator.cluster import ApiError
 from finetune_operator.core.plan import plan
+from finetune_operator.reconcile import Conflict
+from support.imagined_api import OneOperator, check_status
 from support.world import START, World, adapter_report, merged
 
-MUTATIONS = 12_000
+MUTATIONS, WORDS, RECONCILES = 12_000, 4_000, 1_200
 JUNK: tuple[Any, ...] = (
-    *(None, "", "x" * 5000, -1, 0, 2**63, 1.5, True, [], {}, [None], ["a"], {"a": "b"}, [[]], {"type": 1}),
-    *("2026-13-45T99:99:99Z", "True", "Unknown", [{"type": "Succeeded"}]),
+    *(None, "", "x" * 5000, -1, 0, 2**63, 1.5, 1e300, True, [], {}, [None], ["a"], {"a": "b"}, [[]], {"type": 1}),
+    *(
+        "2026-13-45T99:99:99Z",
+        "9999-12-31T23:59:59Z",
+        "2026-11-01T12:00:00",
+        "True",
+        "Unknown",
+        "no word",
+        [{"type": "Succeeded"}],
+    ),
 )
+#: What a trainer's JSON may hold besides.
+NO_NUMBERS = (math.nan, math.inf, -math.inf, 2**70, "NaN", "\x00")
+REPORT = {
+    "stage": "Training",
+    "progress": {"step": 7, "totalSteps": 10, "loss": 0.5, "percent": 70.0, "updatedAt": "2026-11-01T13:00:00Z"},
+    "executionPlan": {"microBatchSize": 8, "measuredPeakMemoryBytes": 1},
+    "metrics": {"trainLoss": 0.5},
+}
+#: What etcd itself guarantees.
+IDENTITY = {("metadata", key) for key in ("name", "namespace", "uid", "resourceVersion")} | {("metadata",)}
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -27,8 +52,8 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(found for key, child in children for found in paths(child, (*path, key)))]
 
 
-def mutated(obj: dict[str, Any], noise: random.Random, keep: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A copy with one to four places changed, dropped or added. Places below `keep` stay."""
+def mutated(obj: dict[str, Any], noise: random.Random, junk: tuple[Any, ...] = JUNK) -> dict[str, Any]:
+    """A copy with one to four places changed, dropped or added."""
     result = copy.deepcopy(obj)
     for _ in range(noise.randint(1, 4)):
         places = [p for p in paths(result) if p and p[0] not in ("apiVersion", "kind") and p[:2] not in IDENTITY]
@@ -44,56 +69,123 @@ def mutated(obj: dict[str, Any], noise: random.Random, keep: tuple[str, ...] = (
             case 1 if isinstance(target, dict):
                 target[f"{last}Old"] = target[last]
             case _:
-                target[last] = copy.deepcopy(noise.choice(JUNK))
+                target[last] = copy.deepcopy(noise.choice(junk))
     return result
 
 
-#: What etcd itself guarantees.
-IDENTITY = {("metadata", key) for key in ("name", "namespace", "uid", "resourceVersion")} | {("metadata",)}
-
-
-def worlds() -> list[World]:
+def worlds() -> dict[str, World]:
     """A job in each part of its life."""
-    fresh, pending, running, suspended, over = (World() for _ in range(5))
-    for world in (pending, running, suspended, over):
-        world.settle()
-    for world in (running, suspended, over):
-        world.start_pods()
-        world.settle()
-    suspended.change_spec(suspend=True)
-    suspended.settle()
-    over.exit_pods(0, adapter_report())
-    over.settle()
-    return [fresh, pending, running, suspended, over]
+    found = {name: World() for name in ("fresh", "pending", "waiting", "running", "suspended", "failed", "over")}
+    found |= {"two": World(resources={"nodes": 2}), "queued": World(labels={names.LABEL_KUEUE_QUEUE: "gpu"})}
+    for name, world in found.items():
+        if name != "fresh":
+            world.settle()
+    for name in ("running", "suspended", "failed", "over", "two", "queued"):
+        found[name].kueue_admits()
+        found[name].start_pods()
+        found[name].says(step=5, totalSteps=10, loss=0.5)
+    stuck = {"waiting": {"reason": "ImagePullBackOff", "message": "manifest unknown"}}
+    waiting = found["waiting"]
+    pod = waiting.pods[waiting.make_pod(waiting.jobs["nli-1"])]
+    pod["status"] = {"phase": "Pending", "containerStatuses": [{"name": "trainer", "state": stuck}]}
+    found["queued"].kueue_evicts()
+    found["suspended"].change_spec(suspend=True)
+    found["failed"].exit_pods(names.ExitCode.UNAVAILABLE, {"stage": "Failed", "reason": "Unavailable"})
+    found["over"].exit_pods(0, adapter_report())
+    for name in ("queued", "suspended", "over"):
+        found[name].settle()
+    return found
+
+
+def disturbed(world: World, noise: random.Random) -> World:
+    """A copy whose objects are mutated."""
+    world = copy.deepcopy(world)
+    assert world.job is not None
+    for kept in (world.jobs, world.pods):
+        for name in kept:
+            if noise.random() < 0.5:
+                kept[name] = mutated(kept[name], noise)
+    if noise.random() < 0.8:
+        world.job = mutated(world.job, noise)
+    return world
+
+
+def said(body: dict[str, Any], noise: random.Random) -> str:
+    """A trainer's JSON as it may come: mutated, cut off, or with more behind it."""
+    if noise.random() < 0.8:
+        body = mutated(body, noise, NO_NUMBERS + JUNK)
+    text = json.dumps(body)
+    return noise.choice([text, text, text, text[: noise.randint(0, len(text))], f"{text}}}", f"[{text}]"])
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_objects_never_crash_or_wedge_the_reconcile(seed: int):
+def test_mutated_objects_never_crash_or_wedge_the_plan(seed: int):
     noise = random.Random(seed)
-    stages = worlds()
+    stages = list(worlds().values())
     for _ in range(MUTATIONS // 4):
-        world = copy.deepcopy(noise.choice(stages))
-        assert world.job is not None
-        for kept in (world.jobs, world.pods):
-            for name in kept:
-                if noise.random() < 0.5:
-                    kept[name] = mutated(kept[name], noise)
-        if noise.random() < 0.8:
-            world.job = mutated(world.job, noise)
+        world = disturbed(noise.choice(stages), noise)
         world.restart()
         observed = world.observed()
-        assert observed is not None
+        assert observed is not None and world.job is not None
         made = plan(observed, world.settings, START)
         assert made == plan(observed, world.settings, START)
         if made.status is not None:
-            FineTuneJobStatus.model_validate(merged(world.job.get("status"), made.status))
+            check_status(merged(world.job.get("status"), made.status))
         json.dumps([made.create, made.status])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_a_trainer_says_the_status_stays_writable(seed: int):
+    noise = random.Random(seed)
+    running = worlds()["running"]
+    for _ in range(WORDS // 2):
+        world = copy.deepcopy(running)
+        with contextlib.suppress(ValueError):
+            world.report = TrainerReport.model_validate_json(said(REPORT, noise))
+        made = world.plan()
+        check_status(merged(world.status, made.status or {}))
+        last = adapter_report() | {"executionPlan": {"microBatchSize": 8}, "metrics": {"evalLoss": 0.5}}
+        world.exit_pods(noise.choice([0, 1, 65, 75, 90]), message=said(last, noise))
+        world.settle()
+        check_status(world.status)
+        assert world.reasons[0] is not None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reconciles_of_mutated_objects_raise_api_errors_alone_and_come_to_rest_once_all_is_repaired(seed: int):
+    noise = random.Random(seed)
+    stages = list(worlds().values())
+
+    async def story() -> None:
+        whole = noise.choice(stages)
+        faults = noise.choice([0.0, 0.0, 0.3])
+        body = said(REPORT, noise).encode()
+        operator = OneOperator(disturbed(whole, noise), lambda: noise.random() < faults, body)
+        for _ in range(3):
+            with contextlib.suppress(ApiError, Conflict):
+                await operator.reconcile("team/nli")
+            operator.catch_up()
+        faults = 0.0
+        operator.show(whole)
+        for _ in range(12):
+            before = operator.api.writes
+            await operator.reconcile("team/nli")
+            operator.catch_up()
+            if operator.api.writes == before:
+                return
+        raise AssertionError("it never comes to rest")
+
+    async def stories() -> None:
+        for _ in range(RECONCILES // 4):
+            await story()
+
+    asyncio.run(stories())
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_finished_job_stays_finished_whatever_else_of_its_status_is_lost(seed: int):
     noise = random.Random(seed)
-    over = worlds()[-1]
+    over = worlds()["over"]
     for _ in range(500):
         world = copy.deepcopy(over)
         assert world.job is not None
