@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
@@ -32,6 +33,23 @@ def test_progress_is_written_no_more_often_than_the_setting_says(
     before, began = patches(), time.monotonic()
     wait_until(lambda: patches() >= before + 3, "three more writes", 60)
     assert time.monotonic() - began > 3.5, "three writes span at least two intervals"
+
+
+def test_gauges_of_single_jobs_are_bounded(start_operator: StartOperator, node: ProcessNode, jobs: Jobs):
+    operator = start_operator(job_metrics_limit=1)
+    for name in ("one", "two"):
+        jobs.create(name, "run")
+    for name in ("one", "two"):
+        jobs.wait(name, "Training", "True")
+    found = [
+        (family.name, sample.labels["name"])
+        for family in text_string_to_metric_families(operator.get("/metrics").text)
+        for sample in family.samples
+        if "name" in sample.labels
+    ]
+    families = {family for family, _ in found}
+    assert {"finetune_operator_job_step", "finetune_operator_job_attempts"} <= families
+    assert len(found) == len(families), "one job each"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +134,7 @@ def test_kueue_has_not_admitted_it_simulated(
         "status": {"conditions": [condition]},
     }
     kube.request("POST", path, workload)
-    wait_until(lambda: sentence in jobs.condition("nli", "Scheduled")["message"], "Kueue's sentence")
+    wait_until(lambda: sentence in jobs.condition("nli", "Scheduled").get("message", ""), "Kueue's sentence")
     assert jobs.status("nli")["phase"] == "Queued"
     assert kube.get("Job", "nli-1")["spec"]["suspend"] is True
     toleration = {"key": "pool", "operator": "Exists"}

@@ -35,7 +35,7 @@ class _Watch:
 
 
 class ApiProxy:
-    """Change `rate`, `away`, `die_at` (a number of writes, from 1) and `date_skew` at any time. Once dead it stays so."""
+    """Change `rate`, `away`, `date_skew` and `die_at` (a number of writes, from 1) at any time. Dead is dead."""
 
     def __init__(self, access: Access, seed: int = 0, counts: Counter[str] | None = None) -> None:
         self._access = access
