@@ -76,7 +76,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], ExitCode
     "kernel without a GPU": (
         None, {"model.attention": "flash_attention_2"}, ExitCode.CONFIG_INVALID, "flash_attention_2 needs a GPU",
     ),
-    "bad value": (None, {"lora.rank": -1}, ExitCode.CONFIG_INVALID, "job.yaml:"),
+    "bad value": (
+        None, {"lora.rank": -1}, ExitCode.CONFIG_INVALID,
+        "spec.lora.rank: Invalid value: -1: should be greater than or equal to 1",
+    ),
     "bad override": (None, {}, ExitCode.CONFIG_INVALID, "training.nonsense"),
 }  # fmt: skip
 

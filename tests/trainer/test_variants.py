@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from finetune_api.names import ExitCode
 from support.trainer_process import Finished, job, metrics_lines, train
@@ -27,6 +28,9 @@ def _train(tmp_path: Path, model: Path, changes: dict[str, Any]) -> Finished:
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
     assert "loaded back with PEFT" in finished.log
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    untrained = [name for name, weight in weights.items() if "lora_B" in name and not weight.any()]
+    assert not untrained, "they began as zeros: no gradient has reached them"
     return finished
 
 
@@ -112,8 +116,6 @@ def test_weight_decay_and_clipping_reach_the_optimizer(tiny_model: Path, tmp_pat
 
 
 def _adapter_norm(out: Path) -> float:
-    from safetensors.torch import load_file
-
     return math.sqrt(
         sum(float(weight.square().sum()) for weight in load_file(out / "adapter_model.safetensors").values())
     )
