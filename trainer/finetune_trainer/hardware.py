@@ -15,7 +15,7 @@ from finetune_trainer.config import World
 from finetune_trainer.engine import attention as varlen
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import BaseModel
-from finetune_trainer.processes import PATIENCE
+from finetune_trainer.processes import PATIENCE, least
 from finetune_trainer.sizing import Device
 
 log = structlog.get_logger(__name__)
@@ -53,11 +53,11 @@ def device_name(spec: FineTuneJobSpec, world: World) -> str:
 
 
 def device(spec: FineTuneJobSpec, world: World) -> Device:
-    """This process's device, for the plan."""
+    """This process's device, for the plan, which all must share: of several GPUs the memory of the smallest."""
     if not spec.resources.gpus_per_node:
         return Device("cpu")
     properties: Any = torch.cuda.get_device_properties(world.local_rank)
-    return Device("cuda", properties.name, properties.total_memory)
+    return Device("cuda", properties.name, least(world, properties.total_memory))
 
 
 def attention(spec: FineTuneJobSpec, base: BaseModel, world: World) -> str:

@@ -48,13 +48,14 @@ def run(
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
+    from finetune_trainer.engine import sharding
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
     from finetune_trainer.resume import Checkpoints
     from finetune_trainer.state import RunFolder, fingerprint
     from finetune_trainer.store import open_store
     from finetune_trainer.train import Training
-    from finetune_trainer.verify import Verifier, load_back
+    from finetune_trainer.verify import ShardedVerifier, Verifier, load_back
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
@@ -116,15 +117,20 @@ def run(
     base_model = served_name(spec.model.source)
     weights = inputs.model_weights(model_files.revision)
     hardware.seed(spec.training.seed)
+    device = hardware.device_name(spec, world)
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         adapted = model.attach_adapter(
-            model.load_base(weights, base, spec, attention, hardware.device_name(spec, world)),
+            model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded)),
             model.lora_config(spec, base_model, model_files.revision),
             init_from,
         )
+        if plan.sharded:
+            sharding.shard(adapted, world, device)
     batch = plan.micro_batch_size or 1
     evaluator = (
-        evaluate.Evaluator(spec, held_out, to_answer, tokenizer, world, batch, interrupted=lambda: bool(stop))
+        evaluate.Evaluator(
+            spec, held_out, to_answer, tokenizer, world, batch, lambda: bool(stop), sharded=bool(plan.sharded)
+        )
         if held_out
         else None
     )
@@ -176,7 +182,11 @@ def run(
         model.load_adapter_weights(adapted, folder.best)
     model.save_adapter(adapted, folder.adapter)
     artifacts.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
-    verifier = Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch))
+    verifier = (
+        ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
+        if plan.sharded
+        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch))
+    )
     if spec.output.overwrite:  # what is there must not go for an adapter that does not load
         verifier.check(folder.adapter, "hand")
 

@@ -14,6 +14,8 @@ GIB = 1 << 30
 #: float32 per 256 of them when quantized twice).
 _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
+#: Layers that FSDP holds whole at one time: the one at work, the next one, and that one as it arrives.
+_GATHERED_LAYERS = 3
 #: Optimizer state, bytes per trained weight. Paged states live in managed memory, which the allocator does not count.
 _OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 0.0,
@@ -100,17 +102,27 @@ class Memory:
 
 
 def predict(
-    shape: ModelShape, spec: FineTuneJobSpec, *, micro_batch: int, length: int, checkpointing: bool, attention: str
+    shape: ModelShape,
+    spec: FineTuneJobSpec,
+    *,
+    micro_batch: int,
+    length: int,
+    checkpointing: bool,
+    attention: str,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Memory:
-    """Memory at the peak of a training step on `micro_batch` rows of `length` tokens."""
+    """Memory at the peak of a training step on `micro_batch` rows of `length` tokens, on each of `processes`, which
+    share out the base's weights when `sharded`."""
     tokens = micro_batch * length
     width = 4 if spec.training.precision == "fp32" else 2
     layer = tokens * _saved_per_token(shape, spec, width) + _scores(shape, micro_batch, length, attention, width)
-    kept_per_layer = tokens * shape.hidden_size * width
+    kept_per_layer = tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
     activations = shape.layers * kept_per_layer + layer if checkpointing else shape.layers * layer
+    averaged = 4 if processes > 1 else 0  # DDP's own copy of the gradients
     return Memory(
-        weights=_weights(shape, spec),
-        adapter=int(adapter_weights(shape, spec) * (4 + 4 + _OPTIMIZER_BYTES[spec.training.optimizer])),
+        weights=_weights(shape, spec, processes if sharded else 1),
+        adapter=int(adapter_weights(shape, spec) * (4 + 4 + averaged + _OPTIMIZER_BYTES[spec.training.optimizer])),
         activations=int(activations),
         workspace=_workspace(shape, spec, tokens),
     )
@@ -133,16 +145,21 @@ def _targets(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, tuple[int, i
     return {name: each for name, each in shape.linear_shapes.items() if everything or name in names}
 
 
-def _weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
+def _weights(shape: ModelShape, spec: FineTuneJobSpec, parts: int = 1) -> int:
+    """Of linear layers dealt out in `parts`, one part, and the layers that are gathered. The scales of 4-bit weights,
+    the embeddings and the head are whole everywhere."""
     quantization = spec.quantization
     width = 4 if spec.training.precision == "fp32" else 2
+    scales = 0.0
     if quantization.bits == 4:
-        per_weight = _FOUR_BITS_TWICE if quantization.double_quant else _FOUR_BITS
+        per_weight = 0.5
+        scales = (_FOUR_BITS_TWICE if quantization.double_quant else _FOUR_BITS) - per_weight
     elif quantization.bits == 8:
         per_weight = 1.0
     else:
         per_weight = width = 4 if quantization.compute_dtype == "float32" else 2
-    return int(shape.linear_weights * per_weight + shape.other_weights * width)
+    held = 1.0 if parts == 1 else 1 / parts + _GATHERED_LAYERS / shape.layers
+    return int(shape.linear_weights * (per_weight * held + scales) + shape.other_weights * width)
 
 
 def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
@@ -154,7 +171,19 @@ def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> in
     mlp = 3 * width * shape.intermediate_size  # gate, its activation, up
     dropped = width + (1 if spec.lora.dropout else 0)  # the adapter's input, and the mask that made it
     adapter = sum(inputs * dropped + spec.lora.rank * width for inputs, _ in _targets(shape, spec).values())
-    return norms + attention + mlp + adapter
+    return norms + attention + mlp + adapter + _escaped_per_token(shape, spec, width)
+
+
+def _escaped_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
+    """Bytes per token that a decoder layer keeps although activations are recomputed.
+
+    bitsandbytes' LLM.int8 hangs the input of every linear layer on the autograd node itself, where checkpointing
+    cannot drop it (0.50, MatMul8bitLt.forward: ctx.tensors). Each layer's input is counted, also where several share
+    one: that is within 2 % of the one measurement there is (12.5 GiB for a 7B model on an H200; docs/performance.md).
+    """
+    if spec.quantization.bits != 8:
+        return 0
+    return width * sum(inputs for inputs, _ in shape.linear_shapes.values())
 
 
 def _scores(shape: ModelShape, micro_batch: int, length: int, attention: str, width: int) -> int:

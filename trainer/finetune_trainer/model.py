@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,14 @@ def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
     training.maxLength.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = spec.model.source
     try:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=spec.model.trust_remote_code
         )
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
+        skeleton = layout(config, spec)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigInvalid(f"spec.model.source: {source} is no usable causal language model: {reason}") from None
@@ -56,6 +56,15 @@ def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
         name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     )
     return BaseModel(config, linear, bool(skeleton._supports_attention_backend))
+
+
+def layout(config: Any, spec: FineTuneJobSpec) -> Any:
+    """The model of `config` without memory: its modules, on torch's meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
 
 
 def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) -> None:
@@ -104,26 +113,32 @@ def quantization_config(spec: FineTuneJobSpec) -> Any | None:
     return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
 
 
-def load_base(folder: Path, base: BaseModel, spec: FineTuneJobSpec, attention: str, device: str) -> Any:
+def load_base(
+    folder: Path, base: BaseModel, spec: FineTuneJobSpec, attention: str, device: str, to_be_sharded: bool = False
+) -> Any:
     """Load the frozen weights in `folder` onto `device`. What is not quantized is kept in training.precision's type.
 
-    Only safetensors are read: other formats can run code.
+    Weights `to_be_sharded` are left in host memory, for the device cannot hold them all. Only safetensors are read:
+    other formats can run code.
     """
     from transformers import AutoModelForCausalLM
 
+    from finetune_trainer.engine.sharding import quantizing_on
+
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=base.config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=spec.model.trust_remote_code,
-            quantization_config=quantization_config(spec),
-            dtype=torch_dtype(dtype),
-            attn_implementation=attention,
-            device_map={"": device},
-        )
+        with quantizing_on(device) if to_be_sharded else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=base.config,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=spec.model.trust_remote_code,
+                quantization_config=quantization_config(spec),
+                dtype=torch_dtype(dtype),
+                attn_implementation=attention,
+                device_map={"": "cpu" if to_be_sharded else device},
+            )
     except OSError as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {reason}") from None

@@ -56,6 +56,15 @@ def any_of(world: World, *flags: bool) -> list[bool]:
     return [bool(flag) for flag in mine.tolist()]
 
 
+def least(world: World, value: int) -> int:
+    """The smallest `value` of any process."""
+    if world.size == 1:
+        return value
+    values: list[Any] = [None] * world.size
+    distributed.all_gather_object(values, value)
+    return int(min(values))
+
+
 @dataclass
 class Batches:
     """Work through items that are dealt out to all processes, in step: each does as many batches as the others.

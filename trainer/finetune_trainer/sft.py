@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
+from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
@@ -31,7 +32,15 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     into them instead of making new ones of another type; evaluation is ours; RNG states of all ranks are in one place.
     """
 
-    def __init__(self, *args: Any, model: Any, evaluator: Evaluator | None, meter: Meter, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        model: Any,
+        evaluator: Evaluator | None,
+        meter: Meter,
+        sharded: bool = False,
+        **kwargs: Any,
+    ) -> None:
         weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(*args, model=model, **kwargs)
         for name, parameter in model.named_parameters():
@@ -39,6 +48,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.data = weights[name]
         self._evaluator = evaluator
         self._meter = meter
+        self._sharded = sharded
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
         self._skipped_steps = 0
@@ -48,6 +58,11 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self.on_interrupted: Callable[[], None] = lambda: None
         #: Asked before each micro-batch.
         self.give_up: Callable[[], bool] = lambda: False
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sharded and model is self.model:
+            return average_gradients(model, self.accelerator)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their real tokens."""

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
@@ -42,6 +42,8 @@ class Device:
 class _Layout:
     micro_batch: int
     checkpointing: bool
+    processes: int = 1
+    sharded: bool = False
 
 
 def local_batch(spec: FineTuneJobSpec, world_size: int) -> int:
@@ -68,9 +70,11 @@ def make_plan(
     """
     share = local_batch(spec, world_size)
     length = min(longest or spec.training.max_length, spec.training.max_length)
-    layouts = list(_layouts(spec, share, device, length))
+    layouts = [replace(layout, processes=world_size) for layout in _layouts(spec, share, device, length)]
     layout, peak = layouts[0], None
     if shape and device.kind == "cuda":
+        if can_be_sharded(spec, world_size):  # slower, so only where no layout fits otherwise
+            layouts += [replace(layout, sharded=True) for layout in layouts]
         peaks = [_peak(shape, spec, each, length, attention) for each in layouts]
         fitting = [pair for pair in zip(layouts, peaks, strict=True) if _fits(pair[1], device)]
         if not fitting:
@@ -82,11 +86,17 @@ def make_plan(
         micro_batch_size=layout.micro_batch,
         gradient_accumulation_steps=share // layout.micro_batch,
         world_size=world_size,
+        sharded=layout.sharded if world_size > 1 else None,
         gradient_checkpointing=layout.checkpointing,
         packing=spec.training.packing == "enabled",
         attention=attention,
         predicted_peak_memory_bytes=peak,
     )
+
+
+def can_be_sharded(spec: FineTuneJobSpec, world_size: int) -> bool:
+    """Whether the base's weights can be dealt out over the processes (FSDP). Those of LLM.int8 carry state besides."""
+    return world_size > 1 and spec.quantization.bits != 8
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -122,6 +132,8 @@ def _peak(shape: ModelShape, spec: FineTuneJobSpec, layout: _Layout, length: int
         length=length,
         checkpointing=layout.checkpointing,
         attention=attention,
+        processes=layout.processes,
+        sharded=layout.sharded,
     )
     return memory.total
 
@@ -135,7 +147,7 @@ def _refusal(
 ) -> str:
     need = (_peak(shape, spec, layout, length, attention) + _CONTEXT_BYTES) / _USABLE
     cures = list(_cures(shape, spec, device, layout, length, attention))
-    frugal = _Layout(1, True)
+    frugal = replace(layout, micro_batch=1, checkpointing=True)
     if not cures and layout != frugal and _fits(_peak(shape, spec, frugal, length, attention), device):
         cures = ["set training.microBatchSize: 1 and training.gradientCheckpointing: enabled"]
     return (
@@ -152,10 +164,10 @@ def _cures(
     def fits(spec: FineTuneJobSpec, layout: _Layout, length: int) -> bool:
         return _fits(_peak(shape, spec, layout, length, attention), device)
 
-    if not layout.checkpointing and fits(spec, _Layout(layout.micro_batch, True), length):
+    if not layout.checkpointing and fits(spec, replace(layout, checkpointing=True), length):
         yield "set training.gradientCheckpointing: enabled"
     sizes = [size for size in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % size == 0]
-    smaller = next((size for size in sizes if fits(spec, _Layout(size, layout.checkpointing), length)), None)
+    smaller = next((size for size in sizes if fits(spec, replace(layout, micro_batch=size), length)), None)
     if smaller:
         yield f"set training.microBatchSize: {smaller}"
     lengths = range(length - 8 - length % 8, length // 8, -8)
@@ -165,7 +177,14 @@ def _cures(
     for bits in (8, 4):
         quantization = spec.quantization.model_copy(update={"bits": bits})
         if bits < spec.quantization.bits and fits(
-            spec.model_copy(update={"quantization": quantization}), layout, length
+            spec.model_copy(update={"quantization": quantization}),
+            replace(layout, sharded=layout.sharded and bits != 8),
+            length,
         ):
             yield f"set quantization.bits: {bits}"
             break
+    more = (size for size in (2, 4, 8, 16) if size > layout.processes and spec.training.batch_size % size == 0)
+    shared = (size for size in more if can_be_sharded(spec, size))
+    enough = next((size for size in shared if fits(spec, _Layout(1, True, processes=size, sharded=True), length)), None)
+    if enough:
+        yield f"share the weights out over {enough} GPUs (resources.gpusPerNode times resources.nodes)"

@@ -118,6 +118,7 @@ class Training:
             callbacks=[callback],
             evaluator=self.evaluator,
             meter=meter,
+            sharded=bool(self.plan.sharded),
         )
         trainer.remove_callback(PrinterCallback)
         callback.trainer = trainer

@@ -2,13 +2,13 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from finetune_api import names
@@ -58,6 +58,28 @@ class Verifier:
         self.check(folder, str(store.root))
 
 
+class ShardedVerifier(Verifier):
+    """The same where no process can compute alone, for the base's weights are dealt out: an adapter, loaded with PEFT
+    on the base model's layout, must have the weights that were trained, bit for bit."""
+
+    def __init__(self, model: Any, layout: Callable[[], Any]) -> None:
+        """`layout` makes the base model on torch's meta device. Raises Diverged when a weight is no number."""
+        self._trained = _adapter_weights(model)
+        self._layout = layout
+        if not all(torch.isfinite(weight).all() for weight in self._trained.values()):
+            raise Diverged("The trained adapter has weights that are NaN or infinite; it is not published")
+
+    def check(self, folder: Path, where: str) -> None:
+        loaded = PeftModel.from_pretrained(_hollow(self._layout()), str(folder), torch_device="cpu")
+        found = _adapter_weights(loaded)
+        same = found.keys() == self._trained.keys()
+        if not same or not all(torch.equal(weight, self._trained[name]) for name, weight in found.items()):
+            raise VerificationFailed(
+                f"The adapter at {where}, loaded back, has other weights than were trained; it is not published"
+            )
+        log.info(f"The adapter at {where} was loaded back with PEFT and has the weights that were trained")
+
+
 def load_back(store: Store, folder: Path) -> StoreManifest:
     """Fetch a published adapter to `folder` and load it as PEFT does, without a base model; returns its manifest.
 
@@ -75,6 +97,20 @@ def load_back(store: Store, folder: Path) -> StoreManifest:
         raise StoreCorrupted(f"{store.field}: the adapter at {store.root} has weights that are NaN, or none at all")
     log.info(f"The adapter at {store.root} was loaded back with PEFT", tensors=len(weights))
     return manifest
+
+
+def _hollow(model: Any) -> Any:
+    """`model`, its weights zeros in host memory that share one place each: PEFT puts adapters where weights are."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+    return model
+
+
+def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def _fetch(store: Store, digests: Mapping[str, str], folder: Path) -> None:

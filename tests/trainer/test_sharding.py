@@ -1,0 +1,93 @@
+"""Two processes that share out the base model's weights train as two that hold all of them, bit for bit (on CPUs, where
+the plan is made to say so; tests/gpu has the rest)."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import ExitCode
+from support.trainer_pair import Pair
+from support.trainer_process import Finished, job, metrics_lines
+
+RUN: dict[str, Any] = {
+    "resources.nodes": 2,
+    "training.batchSize": 8,
+    "training.microBatchSize": 2,  # gradients are accumulated
+    "training.precision": "bf16",
+    "training.gradientCheckpointing": "enabled",
+    "evaluation.metrics": ["loss", "nli"],
+    "evaluation.generation": {"maxNewTokens": 4, "maxRows": 5},  # three for one, two for the other
+}
+
+
+def _shard() -> None:
+    from finetune_trainer import sizing
+    from finetune_trainer.engine import sharding
+
+    original, shard = sizing.make_plan, sharding.shard
+    sizing.make_plan = lambda *args, **options: original(*args, **options).model_copy(update={"sharded": True})
+
+    def announced(model: Any, *args: Any) -> None:
+        shard(model, *args)
+        held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+        print(f"HOLDS {held} of {sum(p.numel() for p in model.parameters())}")
+
+    sharding.shard = announced
+
+
+def _train(folder: Path, model: Path, changes: dict[str, Any], sharded: bool) -> list[Finished]:
+    config = job(folder, model, RUN | changes)
+    return Pair(config, folder, before=_shard).finish() if sharded else Pair(config, folder).finish()
+
+
+def _adapter(folder: Path) -> bytes:
+    return (folder / "out/adapter_model.safetensors").read_bytes()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "4 bits": {},
+    "4 bits, quantized once, no checkpointing": {
+        "quantization.doubleQuant": False,
+        "training.gradientCheckpointing": "disabled",
+    },
+    "16 bits": {"quantization.bits": 16},
+    "16 bits, float32": {
+        "quantization": {"bits": 16, "computeDtype": "float32"},
+        "training.precision": "fp32",
+        "evaluation.metrics": ["loss"],
+    },
+    "every layer, DoRA": {"lora.targetModules": ["all-linear"], "lora.dora": True, "evaluation.metrics": ["loss"]},
+    "biases": {"lora.bias": "lora_only", "evaluation.metrics": ["loss"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_adapter_are_those_of_whole_copies(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("whole", "sharded"):
+        both = _train(tmp_path / name, tiny_model, KINDS[kind], name == "sharded")
+        assert [each.exit_code for each in both] == [0, 0], both[0].log + both[1].log
+    assert metrics_lines(tmp_path / "sharded/out") == metrics_lines(tmp_path / "whole/out")
+    assert _adapter(tmp_path / "sharded") == _adapter(tmp_path / "whole")
+    assert '"sharded": true' in both[0].log
+    assert "loaded back with PEFT and has the weights that were trained" in both[0].log
+    for each in both:
+        held, all_of_it = next(line for line in each.log.splitlines() if line.startswith("HOLDS")).split()[1::2]
+        assert int(held) < 0.9 * int(all_of_it)
+
+
+def test_a_sharded_run_is_stopped_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    changes = {"training.maxSteps": 12, "checkpoint.everySteps": 1000, "evaluation.metrics": ["loss"]}
+    unbroken = _train(tmp_path / "unbroken", tiny_model, changes, sharded=True)
+    assert [each.exit_code for each in unbroken] == [0, 0], unbroken[0].log
+    config = job(tmp_path / "stopped", tiny_model, RUN | changes)
+    pair = Pair(config, tmp_path / "stopped", before=_shard)
+    pair.ranks[0].wait_for('"event": "Step 2"')
+    pair.ranks[1].send(signal.SIGTERM)
+    stopped = pair.finish()
+    assert [each.exit_code for each in stopped] == [ExitCode.PREEMPTED] * 2, stopped[0].log + stopped[1].log
+    resumed = Pair(config, tmp_path / "stopped", before=_shard).finish()
+    assert [each.exit_code for each in resumed] == [0, 0], resumed[0].log
+    assert metrics_lines(tmp_path / "stopped/out") == metrics_lines(tmp_path / "unbroken/out")
+    assert _adapter(tmp_path / "stopped") == _adapter(tmp_path / "unbroken")

@@ -1,0 +1,78 @@
+"""FSDP-QLoRA: the frozen weights of the decoder layers dealt out over the processes, where no GPU can hold them all.
+
+torch's fully_shard gathers a layer while it computes, also in 4 bits, and lets go of it afterwards. What is trained,
+and embeddings and head, stay whole on every process: the adapter's gradients are averaged as without sharding (DDP),
+and optimizers, checkpoints and losses are the same, bit for bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from finetune_trainer.config import World
+from finetune_trainer.errors import ConfigInvalid
+
+
+@contextmanager
+def quantizing_on(device: str) -> Iterator[None]:
+    """Quantize to 4 bits on `device`, though the result goes to host memory: on a CPU a large model takes hours."""
+    from bitsandbytes.nn import Params4bit
+
+    original = Params4bit._quantize
+    Params4bit._quantize = lambda self, target: original(self, device).to(target)
+    try:
+        yield
+    finally:
+        Params4bit._quantize = original
+
+
+def shard(model: Any, world: World, device: str) -> None:
+    """Deal out the frozen weights of `model`, which wears its adapter and lies in host memory; the rest goes to
+    `device`. Layer by layer, so that the device never holds more than one of them whole.
+
+    Raises ConfigInvalid for a model that does not name its layers.
+    """
+    core = model.get_base_model()
+    names = set(core._no_split_modules or ())
+    layers = [module for module in core.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigInvalid("spec.model.source: the model does not fit one GPU, and does not say how it can be divided")
+    remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
+    mesh = init_device_mesh(torch.device(device).type, (world.size,))
+    for layer in layers:
+        layer.to(device)
+        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in core.modules():
+        if module not in inside:
+            _move(module, device)
+    # The whole model too, though it deals out nothing more: it is what lets layers be gathered ahead of their turn.
+    fully_shard(core, mesh=mesh, ignored_params={p for p in core.parameters() if not isinstance(p, DTensor)})
+    if getattr(core, "hf_device_map", None):  # accelerate compares it with the device it trains on
+        core.hf_device_map = {"": device}
+
+
+def _move(module: Any, device: str) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device)
+
+
+def average_gradients(model: Any, accelerator: Any) -> DistributedDataParallel:
+    """`model` for training: in the precision of `accelerator`, the adapter's gradients averaged over the processes.
+
+    accelerate itself refuses to put DDP around sharded weights; it never touches frozen ones, when told which they are.
+    """
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    on_gpu = accelerator.device.type == "cuda"
+    return DistributedDataParallel(model, device_ids=[accelerator.local_process_index] if on_gpu else None)
