@@ -3,6 +3,8 @@
 The trainer's process is a simulated one; tests/integration runs the real one.
 """
 
+from collections import Counter
+
 import pytest
 import yaml
 
@@ -37,13 +39,14 @@ def test_the_trainer_reads_exactly_the_resolved_manifest(operator: OperatorProce
 def test_events_tell_each_step_once(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
     jobs.create("nli", "fail-69/succeed")
     jobs.wait_over("nli")
-    told = wait_until(lambda: len(found := jobs.events("nli")) >= 4 and found, "four events")
-    assert sorted(event["reason"] for event in told) == [
-        "AttemptEnded",
-        "AttemptStarted",
-        "AttemptStarted",
-        "Succeeded",
-    ]
+    wait_until(lambda: "Succeeded" in {event["reason"] for event in jobs.events("nli")}, "the last event")
+    told = Counter(event["reason"] for event in jobs.events("nli"))
+    wanted = {"AttemptStarted": 2, "PodsRunning": 2, "Training": 1, "AttemptEnded": 1, "Succeeded": 1}
+    seen = {reason: told[reason] for reason in ("AttemptStarted", "AttemptEnded", "Succeeded")}
+    assert seen.items() <= wanted.items()
+    assert all(count <= wanted[reason] for reason, count in told.items()), (
+        "running may pass unseen; nothing is told twice"
+    )
 
 
 @pytest.mark.parametrize("code", names.FINAL_EXIT_CODES)

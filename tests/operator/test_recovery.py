@@ -1,5 +1,7 @@
 """Failed, lost, suspended and late attempts on a Kubernetes API (its trainer simulated)."""
 
+import pytest
+
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
 from support.operator_fixtures import Jobs
@@ -31,6 +33,25 @@ def test_the_attempts_are_used_up(operator: OperatorProcess, node: ProcessNode, 
     over = jobs.wait_over("nli", 90)
     assert (over["reason"], jobs.reasons("nli")) == ("TrainerCrashed", ["TrainerCrashed"] * 2)
     assert over["message"].startswith("2 of 2 attempts failed")
+    assert "act crash: exit 3" in over["message"], "the last line of its log"
+
+
+def test_a_drained_pod_is_replaced_and_does_not_explain_how_its_replacement_ends(
+    cluster: Cluster, operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+    jobs.create("nli", "run", recovery={"maxAttempts": 1, "backoffSeconds": 1})
+    first = pod_of(kube, "nli-1")
+    jobs.wait("nli", "Training", "True")
+    node.drain(first)
+    wait_until(lambda: (pod := pod_of(kube, "nli-1")) != first and pod, "its replacement", 60)
+    jobs.wait("nli", "Training", "True")
+    assert jobs.reasons("nli") == [None], "it is the same attempt"
+    node.kill(pod_of(kube, "nli-1"))
+    over = jobs.wait_over("nli", 90)
+    assert (over["reason"], jobs.reasons("nli")) == ("Killed", ["Killed"])
+    assert jobs.status("nli")["attempts"][0]["exitCode"] == 137
 
 
 def test_a_deleted_pod_saves_a_checkpoint_and_its_attempt_does_not_count(

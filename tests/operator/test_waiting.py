@@ -4,6 +4,7 @@ import base64
 
 import pytest
 
+from finetune_api import names
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
 from support.operator_fixtures import Jobs
@@ -90,3 +91,29 @@ def test_the_pending_deadline_ends_the_wait_and_keeps_its_reason_simulated(
     assert over["reason"] == "PendingDeadlineExceeded"
     assert "3 Insufficient nvidia.com/gpu" in over["message"]
     wait_until(lambda: not jobs.children("nli"), "the Job that waits is gone")
+
+
+def test_kueue_admits_and_evicts_and_admits_again_simulated(
+    cluster: Cluster, operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+    jobs.create("nli", "run", labels={names.LABEL_KUEUE_QUEUE: "gpu"}, activeDeadlineSeconds=3600)
+
+    def is_allowed(yes: bool) -> None:
+        kube.patch("Job", "nli-1", {"spec": {"suspend": not yes}})
+
+    for runs in (1, 2):
+        said = jobs.wait("nli", "Scheduled", "False", "Queued")
+        assert "waiting for Kueue to admit it" in said["message"]
+        assert (jobs.status("nli")["phase"], jobs.condition("nli", "Training")["reason"]) == ("Queued", "NotRunning")
+        is_allowed(True)
+        jobs.wait("nli", "Training", "True")
+        is_allowed(False)
+        jobs.wait("nli", "Scheduled", "False", "Queued")
+        wait_until(lambda: not node.pids(), "the trainer has stopped")
+        logs = node.all_logs()
+        assert logs.count("exit 75") == runs, "it saved a checkpoint before it stopped"
+        wait_until(lambda: jobs.status("nli")["attempts"][0].get("ranUntil"), "its time is recorded")
+    assert jobs.reasons("nli") == [None], "evictions are not attempts"
+    assert len(jobs.children("nli")) == 1

@@ -97,7 +97,8 @@ def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None
     if attempt.run_seconds is None:
         starts = [pod.started_at for pod in mine if pod.started_at]
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
-    attempt = pods.with_run_time(attempt, mine)
+    # The time of a pod that ended by itself is added up with the attempt's end, in the same write.
+    attempt = pods.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
     return progress.heard(attempt, report, now) if report else attempt
 
 

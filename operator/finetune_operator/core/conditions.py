@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from finetune_api.status import Condition
+from finetune_api.status import Condition, FineTuneJobStatus
 
 Status = Literal["True", "False", "Unknown"]
 Kind = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
@@ -50,6 +50,19 @@ def waiting(reason: str, message: str) -> Scene:
 def running(phase: str, training: Said) -> Scene:
     """The pods run; `training` says what the trainer does."""
     return Scene(phase, Said("True", "PodsRunning"), training, Said("Unknown", training.reason, training.message))
+
+
+def recorded(status: FineTuneJobStatus) -> Scene:
+    """What the status says already, while nothing better is known."""
+    said = {each.type: Said(each.status, each.reason, each.message) for each in status.conditions}
+    known = running(status.phase or "Starting", Said("False", "Starting"))
+    return replace(
+        known,
+        scheduled=said.get("Scheduled", known.scheduled),
+        training=said.get("Training", known.training),
+        succeeded=said.get("Succeeded", known.succeeded),
+        suspended=said.get("Suspended", known.suspended),
+    )
 
 
 def suspended(reason: str, message: str) -> Scene:

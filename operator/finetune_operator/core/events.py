@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
@@ -10,6 +11,7 @@ from finetune_operator.core.failure import SUCCEEDED, UNCOUNTED
 from finetune_operator.core.progress import STALLED
 
 Kind = Literal["Normal", "Warning"]
+LONG_WAIT = timedelta(seconds=60)
 #: Stages to which training turns again and again: coming back from them is no news.
 _BESIDE_TRAINING = ("Evaluating", "Publishing", "Verifying")
 
@@ -74,11 +76,17 @@ def _trouble(condition: Condition, about: str) -> Event | None:
     return None
 
 
+def _was_a_wait(known: Condition, condition: Condition) -> bool:
+    """Whether its end is worth an event: pods that start at once are told by `Training` a moment later."""
+    waited = condition.last_transition_time - known.last_transition_time
+    return known.reason != "Pending" or waited >= LONG_WAIT
+
+
 def _progress(known: Condition | None, condition: Condition, about: str) -> Event | None:
     """The event for a condition that has changed for the better."""
     was, now = known.reason if known else "", condition.reason
     match condition.type, condition.status:
-        case "Scheduled", "True":
+        case "Scheduled", "True" if known and _was_a_wait(known, condition):
             return Event("Normal", "PodsRunning", "every pod of the attempt runs", about)
         case "Suspended", "False" if known and known.status == "True":
             return Event("Normal", "Resumed", "spec.suspend is false again", about)

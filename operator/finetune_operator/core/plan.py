@@ -110,6 +110,8 @@ def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
         notice = waiting.explain(view.observed, child, mine, nodes)
         return conditions.waiting(notice.reason, notice.message), None
+    if done == nodes and view.status.conditions:
+        return conditions.recorded(view.status), None  # the Job's own verdict follows in a moment
     if any(pod.exit and pod.index == 0 for pod in mine):
         return conditions.running("Finishing", progress.finishing()), None
     stalled_at = progress.stall_deadline(attempt, pods.running_since(mine), view.settings.stalled_seconds)

@@ -142,3 +142,40 @@ def test_owner_references_control_but_do_not_block():
     for obj in made(**FULL):
         (owner,) = obj["metadata"]["ownerReferences"]
         assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("u-1", True, False)
+
+
+AFFINITY = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h200"]}]}]
+        }
+    }
+}
+
+
+def test_placement_reaches_the_pod_as_the_user_wrote_it():
+    asked = {
+        "priorityClassName": "high",
+        "runtimeClassName": "nvidia",
+        "affinity": AFFINITY,
+        "nodeSelector": {"zone": "a"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    }
+    objects = made(resources=asked)
+    pod = pod_of(objects)
+    assert {key: pod[key] for key in asked} == asked
+    kubernetes_validate.validate(objects[-1], "1.34", strict=True)
+    assert not set(asked) & set(pod_of(made())), "and nothing is there that nobody asked for"
+
+
+def test_a_users_placement_wins_over_the_administrators_and_tolerations_add_up():
+    ours = {"key": "spot", "operator": "Exists"}
+    settings = Settings(node_selector={"zone": "b", "pool": "gpu"}, tolerations=(ours,))
+    theirs = {"key": "gpu", "operator": "Exists"}
+    pod = pod_of(made(settings=settings, resources={"nodeSelector": {"zone": "a"}, "tolerations": [theirs, ours]}))
+    assert pod["nodeSelector"] == {"zone": "a", "pool": "gpu"}
+    assert pod["tolerations"] == [theirs, ours]
+
+
+def test_a_crash_without_a_report_leaves_its_last_lines():
+    assert pod_of(made())["containers"][0]["terminationMessagePolicy"] == "FallbackToLogsOnError"

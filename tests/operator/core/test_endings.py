@@ -239,9 +239,28 @@ def test_each_transition_is_told_once():
     world.exit_pods(0, adapter_report())
     world.settle()
     assert world.events == [
-        *("AttemptStarted", "PodsRunning", "Training", "Stalled", "Recovered", "Suspending"),
-        *("AttemptEnded", "Suspended", "AttemptStarted", "Resumed", "PodsRunning", "Succeeded"),
+        *("AttemptStarted", "Training", "Stalled", "Recovered", "Suspending"),
+        *("AttemptEnded", "Suspended", "AttemptStarted", "Resumed", "Succeeded"),
     ]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0, 0), (59, 0), (60, 1)])
+def test_that_pods_run_is_told_after_a_long_wait(seconds: int, told: int):
+    world = World()
+    world.settle()
+    world.advance(seconds)
+    world.start_pods()
+    world.settle()
+    assert world.events.count("PodsRunning") == told
+
+
+def test_that_pods_run_is_told_after_a_wait_that_was_told():
+    world = World(labels={names.LABEL_KUEUE_QUEUE: "gpu"})
+    world.settle()
+    world.kueue_admits()
+    world.start_pods()
+    world.settle()
+    assert world.events == ["AttemptStarted", "Queued", "PodsRunning"]
 
 
 def test_a_deadline_while_suspended_is_not_told_as_a_resumption():

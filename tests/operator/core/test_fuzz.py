@@ -21,7 +21,7 @@ from finetune_operator.reconcile import Conflict
 from support.imagined_api import OneOperator, check_status
 from support.world import START, World, adapter_report, merged
 
-MUTATIONS, WORDS, RECONCILES = 12_000, 4_000, 1_200
+MUTATIONS, WORDS, RECONCILES = 12_000, 2_000, 4_000
 JUNK: tuple[Any, ...] = (
     *(None, "", "x" * 5000, -1, 0, 2**63, 1.5, 1e300, True, [], {}, [None], ["a"], {"a": "b"}, [[]], {"type": 1}),
     *(

@@ -166,11 +166,20 @@ def test_a_trainers_last_word_is_not_yet_the_jobs(stage: str):
     assert world.status["attempts"][0]["stage"] == "Training", "what it did, not that it is over"
 
 
-def test_between_the_pods_end_and_the_jobs_nothing_starts():
+def test_between_the_pods_end_and_the_jobs_nothing_is_said_that_a_moment_later_is_wrong():
     world = started()
-    world.says(step=5, totalSteps=10)
+    world.says(step=5, totalSteps=10, tokensPerSecond=9)
+    before = dict(world.status)
     (name,) = world.live_pods()
     world.end_pod(name, 3)
+    world.settle()
+    assert world.status == before
+
+
+def test_when_the_leader_has_ended_the_others_are_about_to():
+    world = started(resources={"nodes": 2})
+    world.says(step=5, totalSteps=10)
+    world.end_pod(sorted(world.live_pods())[0], 0)
     world.settle()
     assert (world.status["phase"], training(world)) == ("Finishing", "Finishing")
 
