@@ -136,7 +136,8 @@ STATES: Final = {
 
 STALLED: Final = {
     "Stalled": Reason(
-        "Training=False: the trainer has reported nothing new for `operator.stalledSeconds` (30 minutes).",
+        "Training=False: the trainer has reported neither another step nor another stage for `operator.stalledSeconds`"
+        " (30 minutes).",
         "Read `finetune logs NAME`. A hung collective on several nodes: suspend and resume the job, it goes on from the"
         " last checkpoint. Very long steps or downloads: raise the setting.",
     ),
