@@ -235,7 +235,7 @@ JOB = Dashboard(
             Panel("Time by stage", "Time spent in each stage so far: reading data, loading, training, evaluating,"
                   " publishing (the upload), verifying.", "s",
                   {"{{stage}}": f"sum by (stage) (finetune_trainer_stage_duration_seconds{{{_JOB}}})"},
-                  width=12, stack=True),
+                  width=12, stack=True, colors=_PHASES),
             Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "short",
                   {"{{pod}}": _trainer("micro_batch_size")}, width=6),
             Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "short",
