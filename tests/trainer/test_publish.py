@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from finetune_api import names
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
+from finetune_trainer.digest import Digest
 from finetune_trainer.publish import check_target, publish
 from finetune_trainer.store import AlreadyExists, BucketNotFound, Credentials, Store, StoreAccessDenied, open_store
 from support.s3 import S3Server
@@ -58,6 +60,17 @@ def test_the_manifest_names_every_file_with_its_digest(store: Store, adapter: Pa
         stored = store.read_bytes(file["path"])
         assert (len(stored), hashlib.sha256(stored).hexdigest()) == (file["sizeBytes"], file["sha256"])
     assert manifest["job"] == {"namespace": "team", "name": "nli", "uid": "1111"}
+
+
+def test_what_does_not_load_gets_no_manifest(store: Store, adapter: Path) -> None:
+    def load_back(digests: Mapping[str, Digest]) -> None:
+        assert digests.keys() == {entry.path for entry in store.list()}, "all is there when it is loaded"
+        raise RuntimeError("it does not load")
+
+    with pytest.raises(RuntimeError, match="does not load"):
+        publish(adapter, store, job=JOB, base_model="b", rank=8, metrics={}, overwrite=False, load_back=load_back)
+    assert not store.exists(names.MANIFEST_FILE)
+    assert check_target(store, JOB.uid, overwrite=False) is None
 
 
 def test_another_jobs_adapter_is_never_touched(store: Store, adapter: Path, tmp_path: Path) -> None:

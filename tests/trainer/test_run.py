@@ -183,6 +183,31 @@ def test_on_a_terminal_it_draws_a_bar_and_readable_lines(tiny_model: Path, tmp_p
     assert "The adapter is published at" in text
 
 
+def test_an_adapter_is_not_replaced_by_one_that_does_not_load(tiny_model: Path, tmp_path: Path) -> None:
+    def spoil_what_is_saved() -> None:
+        from safetensors.torch import load_file, save_file
+
+        from finetune_trainer import model
+
+        original = model.save_adapter
+
+        def save_adapter(adapted: Any, folder: Path) -> None:
+            original(adapted, folder)
+            weights = load_file(folder / names.ADAPTER_WEIGHTS_FILE)
+            save_file({name: weight + 0.5 for name, weight in weights.items()}, folder / names.ADAPTER_WEIGHTS_FILE)
+
+        model.save_adapter = save_adapter
+
+    changes = {"training.maxSteps": 1, "output.overwrite": True}
+    first = train(job(tmp_path, tiny_model, changes, uid="first"), tmp_path)
+    assert first.exit_code == 0, first.log
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    second = TrainerProcess(job(tmp_path, tiny_model, changes, uid="second"), tmp_path, before=spoil_what_is_saved)
+    finished = second.finish()
+    assert "loaded back, has loss" in finished.message, finished.log
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
 def test_after_success_only_its_own_checkpoints_are_removed(tiny_model: Path, tmp_path: Path) -> None:
     shared = tmp_path / "scratch"
     shared.mkdir()
