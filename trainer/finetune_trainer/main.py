@@ -6,29 +6,24 @@ its own. The exit code says how it went (finetune_api.names.ExitCode); that file
 """
 
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 import structlog
 from rich.console import Console
 
-from finetune_api import names
 from finetune_api.manifest import ManifestError
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
 from finetune_trainer import arguments, config, logs
 from finetune_trainer.config import Place, Settings, World
-from finetune_trainer.console import live_progress
 from finetune_trainer.digest import Digest
-from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of, weights_must_fit
+from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.report import Reporter
-from finetune_trainer.server import serve
 from finetune_trainer.signals import StopFlag, stop_on_signals
+from finetune_trainer.surroundings import leave_at_once, show, work_folder
 from finetune_trainer.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
@@ -219,13 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporter = Reporter(place.termination_log)
     if world.local_rank == 0:
         reporter.forget_earlier_reports()
-    stop = StopFlag(lambda: _leave_at_once(reporter))
+    stop = StopFlag(lambda: leave_at_once(reporter))
     try:
         with stop_on_signals(stop, alone=world.size == 1), ExitStack() as around:
             settings = config.load(wanted.config, wanted.set, place, world)
-            work = around.enter_context(_work_folder(settings))
+            work = around.enter_context(work_folder(settings))
             logs.copy_to(work / "log.txt")
-            telemetry = _show(around, settings, reporter, console)
+            telemetry = show(around, settings, reporter, console)
             run(settings, reporter, telemetry, stop, work, around)
     except BaseException as error:
         failure = failure_of(error)
@@ -236,50 +231,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.is_main:
         log.info(reporter.report.message)
     return 0
-
-
-def _leave_at_once(reporter: Reporter) -> NoReturn:
-    """End the process although something in it still hangs: it was asked to stop, and all is saved."""
-    failure = failure_of(Preempted("Asked to stop; what was saved is whole, what was under way is given up"))
-    reporter.failed(failure)
-    os._exit(failure.exit_code)
-
-
-def _show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
-    """Serve /metrics and /progress, and draw the live bar, until `around` closes."""
-    telemetry = Telemetry()
-    if not settings.world.is_main:
-        return telemetry
-    reporter.listen(telemetry.update)
-    pages = {
-        "/metrics": ("text/plain; version=0.0.4; charset=utf-8", telemetry.text),
-        "/progress": (
-            "application/json",
-            lambda: reporter.report.model_dump_json(by_alias=True, exclude_none=True).encode(),
-        ),
-        "/healthz": ("text/plain", lambda: b"ok"),
-    }
-    address = around.enter_context(serve(settings.place.listen, pages))
-    if address:
-        log.info("Serving /metrics and /progress", address=address)
-    if console:
-        around.enter_context(live_progress(console, reporter))
-    return telemetry
-
-
-@contextmanager
-def _work_folder(settings: Settings) -> Iterator[Path]:
-    """An empty folder below the scratch space, removed afterwards. Raises ConfigInvalid when there is no such space."""
-    scratch = settings.place.scratch
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{settings.job_name}-", dir=scratch))
-    except OSError as error:
-        raise ConfigInvalid(f"{names.ENV_SCRATCH_DIR}: {scratch} cannot be written: {error.strerror}") from None
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _leave_if_asked(stop: StopFlag, world: World) -> None:
