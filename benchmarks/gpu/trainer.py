@@ -1,8 +1,9 @@
-"""Measure the trainer on one GPU beside TRL's own loop, and its memory prediction beside the peak.
+"""Measure the trainer on one GPU, and on two, beside TRL's own loop, and its memory prediction beside the peak.
 
     python benchmarks/gpu/reference.py build /tmp/mistral7b     # random weights of Mistral-7B-v0.3's shape, 14.5 GB
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
+    python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 MODEL = Path(sys.argv[1]).resolve()
@@ -55,6 +57,15 @@ MEMORY = {
     "fp32 step, checkpointing": ["training.precision=fp32", *RECIPE],
     "torch AdamW, checkpointing": ["training.optimizer=adamw_torch_fused", *RECIPE],
 }
+TWO_GPUS = ["training.batchSize=32", "training.microBatchSize=8", "training.gradientCheckpointing=disabled"]
+#: The trainer, made to believe that no GPU can hold a whole copy of the weights.
+SHARDED = """
+from finetune_trainer import sizing
+peak = sizing._peak
+sizing._peak = lambda shape, spec, layout, *more: peak(shape, spec, layout, *more) if layout.sharded else 1 << 50
+from finetune_trainer.main import cli
+cli()
+"""
 
 
 def write_rows(path: Path, rows: int = 1200) -> None:
@@ -68,8 +79,10 @@ def write_rows(path: Path, rows: int = 1200) -> None:
             file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
 
 
-def train(folder: Path, name: str, settings: list[str], steps: int, log_every: int) -> dict[str, object]:
-    """Run the trainer's own command; its metrics and its plan."""
+def train(
+    folder: Path, name: str, settings: list[str], steps: int, log_every: int, gpus: int = 1, script: str = ""
+) -> dict[str, Any]:
+    """Run the trainer's own command, or `script`, under torchrun for several GPUs; its metrics and its plan."""
     work = folder / "".join(c if c.isalnum() else "-" for c in name)
     work.mkdir()
     manifest = {
@@ -83,10 +96,13 @@ def train(folder: Path, name: str, settings: list[str], steps: int, log_every: i
         },
     }
     (work / "job.yaml").write_text(json.dumps(manifest))
-    settings = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", *settings]
+    (work / "script.py").write_text(script)
+    layout = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", f"resources.gpusPerNode={gpus}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command = [sys.executable, *torchrun, *([work / "script.py"] if script else ["-m", "finetune_trainer.main"])]
+    words = [word for setting in (*layout, *settings) for word in ("--set", setting)]
     answer = subprocess.run(
-        [sys.executable, "-m", "finetune_trainer.main", "--config", work / "job.yaml"]
-        + [word for setting in settings for word in ("--set", setting)],
+        [*command, "--config", work / "job.yaml", *words],
         env=os.environ
         | {
             "FINETUNE_SCRATCH_DIR": str(work / "scratch"),
@@ -116,7 +132,7 @@ def train(folder: Path, name: str, settings: list[str], steps: int, log_every: i
 
 
 def main() -> None:
-    """Run one of the two tables."""
+    """Run one of the tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "train.jsonl")
@@ -124,6 +140,12 @@ def main() -> None:
             for setting, (ours, theirs) in SPEED.items():
                 subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(theirs)], check=False)
                 print("RESULT", json.dumps(train(folder, setting, ours, 16, 4)), flush=True)
+        elif sys.argv[2] == "two-gpus":
+            runs = (("one GPU", 1, ""), ("two GPUs", 2, ""), ("two GPUs, weights shared out", 2, SHARDED))
+            results = [train(folder, setting, TWO_GPUS, 16, 4, gpus, script) for setting, gpus, script in runs]
+            for result in results:
+                result["times_one_gpu"] = round(result.get("tok_s", 0) / results[0].get("tok_s", 1), 2)
+                print("RESULT", json.dumps(result), flush=True)
         else:
             with ThreadPoolExecutor(int(os.environ.get("PARALLEL", "1"))) as pool:
                 for result in pool.map(lambda item: train(folder, item[0], item[1], 3, 1), MEMORY.items()):

@@ -55,3 +55,47 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(material: Path
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "broken")
     print("RESULT largest difference of a loss:", max(abs(a - b) for a, b in zip(expected, found, strict=True)))
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+#: Within what the GPU has left at step 2, times this, the run must go on: a real out-of-memory of its own allocator.
+LIMIT = """
+import torch
+from trl import SFTTrainer
+compute_loss = SFTTrainer.compute_loss
+limited = False
+def limit(self, *args, **options):
+    global limited
+    if self.state.global_step == 2 and not limited:
+        limited, peak = True, torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved()
+        allowed = held + {part} * (peak - held)
+        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    return compute_loss(self, *args, **options)
+SFTTrainer.compute_loss = limit
+"""
+
+
+def test_memory_that_runs_out_at_a_later_step_halves_the_micro_batch_from_there(material: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "training__batchSize": 64,
+        "training__microBatchSize": 64,
+        "training__maxSteps": 6,
+        "training__gradientCheckpointing": "disabled",
+        "lora__dropout": 0.0,
+    }
+    for name, prelude in (("free", ""), ("limited", LIMIT.format(part=0.75))):
+        run = start(material, tmp_path / name, prelude, **settings)
+        log, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, log[-3000:]
+    assert "The GPU ran out of memory at micro-batch 64: going on with 32" in log
+    assert len(losses(tmp_path / "limited")) == 6
+    assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "free"), rel=1e-2)
+
+
+def test_memory_that_runs_out_at_micro_batch_1_ends_the_run_with_what_to_change(material: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"training__batchSize": 2, "training__microBatchSize": 1, "training__maxSteps": 6}
+    run = start(material, tmp_path, LIMIT.format(part=0.02), **settings)
+    log, _ = run.communicate(timeout=300)
+    assert run.returncode == 90, log[-3000:]
+    assert "at micro-batch 1: lower training.maxLength" in report(tmp_path)["message"]

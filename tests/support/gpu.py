@@ -4,28 +4,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from support.models import build_model, nli_rows, write_jsonl
 
-TRAINER = (sys.executable, "-m", "finetune_trainer.main")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *TRAINER[1:])
-
 
 def make_material(folder: Path) -> Path:
     """A small model, and rows of about 500 tokens."""
     build_model(folder / "model", hidden_size=256, layers=4)
-    rows = nli_rows(8 * 512)
-    texts = [{"text": " ".join(row["text"] for row in rows[i : i + 8])} for i in range(0, len(rows), 8)]
-    write_jsonl(folder / "train.jsonl", texts)
+    make_rows(folder / "train.jsonl")
     return folder
 
 
-def start(
-    material: Path, work: Path, command: Sequence[str] = TRAINER, prelude: str = "", **settings: Any
-) -> subprocess.Popen[str]:
+def make_rows(path: Path) -> None:
+    """512 rows of about 500 tokens of that model."""
+    rows = nli_rows(8 * 512)
+    write_jsonl(path, ({"text": " ".join(row["text"] for row in rows[i : i + 8])} for i in range(0, len(rows), 8)))
+
+
+def start(material: Path, work: Path, prelude: str = "", gpus: int = 1, **settings: Any) -> subprocess.Popen[str]:
     """Train the model in `material`; `settings` are fields of spec with __ for dots. `prelude` is Python run first."""
     manifest = {
         "apiVersion": "finetune.dev/v1alpha1",
@@ -35,6 +33,7 @@ def start(
             "model": {"source": f"file://{material}/model"},
             "dataset": {"train": f"file://{material}/train.jsonl"},
             "output": {"uri": f"file://{work}/out"},
+            "resources": {"gpusPerNode": gpus},
             "logging": {"everySteps": 1},
         },
     }
@@ -46,10 +45,10 @@ def start(
         "FINETUNE_TERMINATION_LOG": str(work / "report.json"),
         "FINETUNE_LISTEN": "127.0.0.1:0",
     }
-    if prelude:
-        command = (sys.executable, "-c", f"{prelude}\nfrom finetune_trainer.main import cli\ncli()")
+    (work / "run.py").write_text(f"{prelude}\nfrom finetune_trainer.main import cli\ncli()\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     return subprocess.Popen(
-        [*command, "--config", str(work / "job.yaml"), *words],
+        [sys.executable, *torchrun, str(work / "run.py"), "--config", str(work / "job.yaml"), *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
             (names.ENV_SECRETS_DIR, f"folder with {', '.join(names.SECRET_ROLES)} (default {names.SECRETS_DIR})"),
             (names.ENV_PVC_ROOT, f"where pvc:// claims are mounted (default {names.PVC_ROOT})"),
             (names.ENV_LISTEN, f"address of /metrics and /progress (default 0.0.0.0:{names.TRAINER_PORT})"),
+            ("MLFLOW_TRACKING_URI", "an MLflow server to send every metric to; its other variables hold, too"),
             (names.ENV_TERMINATION_LOG, f"file for the final report (default {names.TERMINATION_LOG})"),
         )
     )
