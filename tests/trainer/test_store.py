@@ -10,7 +10,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer import s3_client, s3_retry
+from finetune_trainer import s3_client, s3_etag, s3_retry
 from finetune_trainer.digest import digest_bytes, digest_file
 from finetune_trainer.store import (
     AlreadyExists,
@@ -164,6 +164,36 @@ def test_checksums_can_be_turned_off_for_servers_that_know_none(s3: S3Server, bu
     store = s3_store(s3, bucket, AWS_REQUEST_CHECKSUM_CALCULATION="when_required")
     store.upload(big_file, "big.bin")
     assert store.digest("big.bin") == digest_file(big_file)
+
+
+def test_an_etag_vouches_for_the_bytes_it_is_the_md5_of(s3: S3Server, rclone: S3Server, big_file: Path) -> None:
+    """Plain from rclone, of the parts from moto, as from S3; what differs, or is no MD5, is read back."""
+    for server, is_plain in ((rclone, True), (s3, False)):
+        bucket = server.make_bucket()
+        s3_store(server, bucket).upload(big_file, "big.bin")
+        etag = server.client().head_object(Bucket=bucket, Key="some/prefix/big.bin")["ETag"]
+        assert ("-" not in etag) == is_plain
+        assert s3_etag.vouches_for(etag, big_file, s3_client.PART_BYTES)
+        changed = bytearray(big_file.read_bytes())
+        changed[len(changed) // 2] ^= 1
+        other = big_file.with_name("other.bin")
+        other.write_bytes(changed)
+        for file in (other, Path(os.devnull)):
+            assert not s3_etag.vouches_for(etag, file, s3_client.PART_BYTES)
+    for nonsense in ("", "kms-encrypted", '"0123-2"', '"d41d8cd98f00b204e9800998ecf8427e-x"'):
+        assert not s3_etag.vouches_for(nonsense, big_file, s3_client.PART_BYTES)
+
+
+@pytest.mark.parametrize("kind", ["wrong upload", "short upload"])
+def test_changed_bytes_do_not_pass_where_the_server_knows_no_checksums(
+    rclone: S3Server, big_file: Path, kind: Fault
+) -> None:
+    faults = Faults(rate=1, kinds=(kind,), only=lambda request: request.method == "PUT" and faults.total == 0)
+    with faulty(rclone.endpoint, faults) as endpoint:
+        bucket = rclone.make_bucket()
+        s3_store(rclone, bucket, AWS_ENDPOINT_URL=endpoint).upload(big_file, "big.bin")
+    assert faults.total == 1
+    assert s3_store(rclone, bucket).digest("big.bin") == digest_file(big_file)
 
 
 def test_a_missing_bucket_is_an_error_in_the_manifest(s3: S3Server, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer import durable, s3_client, s3_errors, s3_retry
+from finetune_trainer import durable, s3_client, s3_errors, s3_etag, s3_retry
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_bytes, digest_chunks, digest_file
 from finetune_trainer.store import Entry, OnProgress, Store
@@ -115,7 +115,7 @@ class S3Store(Store):
             else:
                 self._abort_leftovers(path)
                 self._s3.send(local, self._bucket, self._key(path), self._checksum(expected), on_progress)
-            self._check(path, expected)
+            self._check(path, expected, local)
 
         self._repeat(path, run)
 
@@ -212,8 +212,8 @@ class S3Store(Store):
                 raise
         self._bucket_seen = True
 
-    def _check(self, path: str, expected: Digest) -> None:
-        """That the store holds `expected`: by its own full-object checksum, else by reading everything back.
+    def _check(self, path: str, expected: Digest, local: Path | None = None) -> None:
+        """That the store holds `expected`: by its own full-object checksum or MD5, else by reading everything back.
 
         A checksum without a type may be the one we sent, merely kept: only a server that names the type computed it.
         """
@@ -223,6 +223,8 @@ class S3Store(Store):
         if head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
             if head["ChecksumCRC32"] != expected.crc32_base64:
                 raise self._corrupted(path, "has another checksum than the file sent")
+            return
+        if local is not None and s3_etag.vouches_for(head.get("ETag", ""), local, s3_client.PART_BYTES):
             return
         if self._read_through(path) != expected:
             raise self._corrupted(path, "does not hold the bytes sent")
