@@ -116,13 +116,13 @@ def _ending(
     pod's exit code bears out is believed only after a look at the pods themselves.
     """
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
-    is_late = child is not None and bool(child.finished) and _finished_for(child, now) >= SETTLE_SECONDS
+    late = child is not None and is_late(child, now)
     if any(pod.live for pod in mine):
-        return _Open(look=is_late and not observed.looked)
+        return _Open(look=late and not observed.looked)
     if child and child.finished:
         told = pods.current(mine)
-        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (is_late and observed.looked):
-            return _Open(look=is_late)
+        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.looked):
+            return _Open(look=late)
         memory = spec.resources.memory
         return failure.judge(child, told, "" if memory is None else str(memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
@@ -136,10 +136,12 @@ def _ending(
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
 
 
-def _finished_for(child: Child, now: datetime) -> float:
-    """Seconds since the Job finished. The API server's clock may be ahead of ours, but not by an hour."""
+def is_late(child: Child, now: datetime) -> bool:
+    """Whether the Job finished so long ago that what its pods told should be here. The API server's clock may be ahead
+    of ours, but not by an hour.
+    """
     since = (now - child.finished_at).total_seconds() if child.finished_at else SETTLE_SECONDS
-    return since if since > -_MOST_SKEW_SECONDS else SETTLE_SECONDS
+    return bool(child.finished) and not -_MOST_SKEW_SECONDS < since < SETTLE_SECONDS
 
 
 def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -> Attempt:

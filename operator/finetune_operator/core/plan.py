@@ -100,6 +100,8 @@ def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod
     if child is None or child.deleting:
         return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
     if child.finished:
+        if view.status.conditions and not attempts.is_late(child, view.now):
+            return conditions.recorded(view.status), 1.0  # its pods' last words are on their way
         again = LOOK_SECONDS if any(pod.live for pod in mine) else 1.0
         return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), again
     if child.suspended and not child.queued and _is_suspended(view):

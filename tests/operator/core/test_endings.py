@@ -112,6 +112,19 @@ def test_of_two_ranks_the_one_that_is_not_shown_yet_may_be_the_one_to_blame():
     assert world.reasons == ["DatasetInvalid"]
 
 
+def test_a_job_that_is_shown_to_be_over_before_its_pod_is_costs_neither_a_status_nor_an_event():
+    world = started(lag=True)
+    world.says(step=5, totalSteps=10)
+    before, told = dict(world.status), list(world.events)
+    world.exit_pods(0, adapter_report())
+    world.deliver("Job")
+    world.reconcile()
+    assert (world.status, world.events) == (before, told)
+    assert world.plan().requeue_after == 1
+    world.settle()
+    assert world.outcome == "True"
+
+
 # What is kept of an attempt
 
 
