@@ -1,9 +1,14 @@
 """A role's mounted Secret wins over the environment, and nothing of it is shown."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from finetune_api import names
-from finetune_trainer.credentials import Credentials
+from finetune_trainer.credentials import Credentials, origin, without_userinfo
+from finetune_trainer.errors import failure_of
 
 ENV = {"AWS_ACCESS_KEY_ID": "env-id", "AWS_SECRET_ACCESS_KEY": "env-secret", "AWS_SESSION_TOKEN": "env-token"}
 
@@ -60,3 +65,50 @@ def test_no_value_is_in_its_repr(tmp_path: Path) -> None:
 def test_other_files_in_the_folder_are_no_keys(tmp_path: Path) -> None:
     secret(tmp_path, "output", **{"config.json": "{}", "AWS_REGION": "x"})
     assert dict(Credentials.for_role("output", {}, tmp_path).values) == {"AWS_REGION": "x"}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://s3.example.com", "https://s3.example.com"),
+        ("HTTP://S3.example.com:9000/minio/?a=b#c", "http://s3.example.com:9000"),
+        ("http://me:CANARY@minio.data.svc:9000", "http://minio.data.svc:9000"),
+        ("http://CANARY@[::1]:9000/", "http://[::1]:9000"),
+    ],
+)
+def test_of_a_url_only_the_origin_is_shown(url: str, shown: str) -> None:
+    assert origin(url) == shown
+
+
+@pytest.mark.parametrize(
+    "value", ["", "CANARY", "s3://CANARY", "http://", "http://a b", "http://a:CANARY", "http://[a"]
+)
+def test_what_is_no_url_is_not_echoed(value: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        origin(value)
+    assert "CANARY" not in str(caught.value)
+
+
+def test_passwords_in_other_peoples_texts_are_cut_out() -> None:
+    text = "Failed: http://me:CANARY@host:1/x and 'https://CANARY@other', mail me@host"
+    assert without_userinfo(text) == "Failed: http://host:1/x and 'https://other', mail me@host"
+    assert failure_of(RuntimeError(text)).message.startswith("Unexpected RuntimeError: Failed: http://host:1/x and ")
+
+
+def test_no_log_line_holds_a_password(tmp_path: Path) -> None:
+    program = """
+import structlog
+from pathlib import Path
+from finetune_trainer import logs
+logs.configure()
+logs.copy_to(Path("log.txt"))
+try:
+    raise ValueError("no route to http://me:CANARY@tracker:5000")
+except ValueError as error:
+    structlog.get_logger().warning("MLflow failed", error=str(error), exc_info=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for text in (done.stderr, (tmp_path / "log.txt").read_text()):
+        assert "Traceback" in text
+        assert text.count("http://tracker:5000") == 2
+        assert "CANARY" not in text
