@@ -119,6 +119,7 @@ REFUSED = [
     ("trainer: {env: {DEBUG: 1}}", "/trainer/env/DEBUG"),
     ("trainer: {terminationGracePeriodSeconds: 0}", "/trainer/terminationGracePeriodSeconds"),
     ("policy: {maxGpusPerJob: -1}", "/policy/maxGpusPerJob"),
+    ("policy: {allowedS3Endpoints: ['https://s3.example.com*']}", "/policy/allowedS3Endpoints/0"),
     ("policy: {maxGpusPerJobByNamespace: {research: many}}", "/policy/maxGpusPerJobByNamespace/research"),
     ("operator: {logLevel: verbose}", "/operator/logLevel"),
     ("operator: {workers: 0}", "/operator/workers"),
@@ -137,6 +138,12 @@ def test_a_wrong_value_is_refused_by_its_place(text: str, where: str) -> None:
     with helm_python.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmValuesError) as refusal:
         chart.validate_schema(chart.merge_values(yaml.safe_load(text)))
     assert where in str(refusal.value)
+
+
+def test_patterns_of_endpoints_that_end_elsewhere_are_taken() -> None:
+    patterns = ["*", "https://*", "http://127.0.0.1:*", "https://*.example.com", "https://s3.example.com/*"]
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(chart.merge_values({"policy": {"allowedS3Endpoints": patterns}}))
 
 
 def test_rendering_checks_the_schema_too() -> None:
