@@ -1,4 +1,4 @@
-"""What the objects of one release have in common: labels, images, placement, names; and what restarts the trial's pods."""
+"""What one release's objects have in common: labels, images, placement, names; and what restarts the trial's pods."""
 
 import hashlib
 import re
