@@ -133,7 +133,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
             return call
 
         publish.check_target = announced("check_target", publish.check_target)
-        checkpoint.latest = announced("latest", checkpoint.latest)
+        checkpoint.resume = announced("resume", checkpoint.resume)
         Checkpoints.delete = announced("delete", Checkpoints.delete)
 
     changes = RUN | {"output.uri": f"s3://{bucket}/x", "training.maxSteps": 1, "output.keepCheckpoints": True}
@@ -145,7 +145,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
         main, other = pair.finish()
         assert (main.exit_code, other.exit_code) == (0, 0), main.log + other.log
         assert "CALLED" not in other.log
-        assert [main.log.count(f"CALLED {name}") for name in ("check_target", "latest")] == [1, 1]
+        assert [main.log.count(f"CALLED {name}") for name in ("check_target", "resume")] == [1, 1]
         assert main.log.count("CALLED delete") == run
 
 
