@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     """Read Kueue's Workloads to explain what a queued job waits for. auto: when the cluster has them."""
 
     # The trainer's pods
-    trainer_image: str = "ghcr.io/finetune-operator/trainer:0.1.0"
+    trainer_image: str = "finetune-trainer:0.1.0"
     """Image of the trainer."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the trainer's image is pulled."""

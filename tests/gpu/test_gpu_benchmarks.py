@@ -1,6 +1,6 @@
 """The figures of docs/performance.md, as limits: benchmarks/gpu on the true shape of Mistral-7B. Skipped without a GPU.
 
-The model (14.5 GB, random weights) is made once; FINETUNE_GPU_MODEL names a folder that keeps it.
+The model (14.5 GB, random weights) is made once; GPU_TEST_MODEL names a folder that keeps it.
 """
 
 import json
@@ -27,7 +27,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks/gpu"
 @pytest.fixture(scope="session")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of Mistral-7B-v0.3's shape."""
-    kept = os.environ.get("FINETUNE_GPU_MODEL")
+    kept = os.environ.get("GPU_TEST_MODEL")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("mistral") / "model"
     if not (folder / "config.json").exists():
         subprocess.run([sys.executable, BENCHMARKS / "reference.py", "build", folder], check=True)

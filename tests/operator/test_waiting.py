@@ -29,7 +29,7 @@ def test_no_node_will_take_it_simulated(operator: OperatorProcess, node: Process
 
 
 def test_its_image_cannot_be_pulled_simulated(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
-    node.simulate_pull_error("ghcr.io/finetune-operator/trainer:0.1.0", "manifest unknown")
+    node.simulate_pull_error("finetune-trainer:0.1.0", "manifest unknown")
     jobs.create("nli")
     said = jobs.wait("nli", "Scheduled", "False", "ImagePullBackOff")
     assert "manifest unknown" in said["message"]
