@@ -19,6 +19,7 @@ KINDS: Final[dict[str, type[JobObject] | type[Child] | type[Pod]]] = {names.KIND
 GHOSTS = 10
 _TOMBSTONES = 20_000
 _NOTICES = 10_000
+_ECHOES = 1_000
 
 
 def key_of(kind: str, obj: Raw) -> str | None:
@@ -41,6 +42,7 @@ class Cache:
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._notices: OrderedDict[str, Notice] = OrderedDict()
         self._listed: dict[tuple[str, str], int] = {}
+        self._own: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def put(self, kind: str, obj: Raw, force: bool = False) -> str | None:
         """Take in an object; its job's key when that told something new, else None. `force`: older ones, too."""
@@ -55,6 +57,17 @@ class Cache:
         known[uid] = KINDS[kind].of(obj)
         self._keys[uid] = key
         return key
+
+    def wrote(self, kind: str, obj: Raw) -> None:
+        """Take in what a write of our own has made."""
+        self.put(kind, obj)
+        self._own[kind, raw.version(obj)] = None
+        while len(self._own) > _ECHOES:
+            self._own.popitem(last=False)
+
+    def is_echo(self, kind: str, version: int) -> bool:
+        """Whether a watch event in that version only shows what a write of our own has made. Asked once per event."""
+        return self._own.pop((kind, version), self) is None
 
     def drop(self, kind: str, obj: Raw) -> str | None:
         """Forget a deleted object; its job's key."""

@@ -22,6 +22,7 @@ RESOURCES = {
 }
 
 
+KIND_OF = {plural: kind for kind, (_, _, plural) in RESOURCES.items()}
 #: (key, whether the user changed the job itself)
 Enqueue = Callable[[str, bool], None]
 

@@ -110,7 +110,7 @@ class Reconciler:
         for obj in made.create:
             stored = await self._cluster.ensure(obj, job.uid)
             if obj["kind"] == "Job":
-                self._cache.put("Job", stored)
+                self._cache.wrote("Job", stored)
 
     async def _write_status(self, job: JobObject, status: Raw) -> None:
         try:
@@ -120,7 +120,7 @@ class Reconciler:
                 raise
             await self._refresh(job)
             raise Conflict(str(error)) from error
-        self._cache.put(names.KIND, stored)
+        self._cache.wrote(names.KIND, stored)
         self._fleet.changed(job, JobObject.of(stored))
 
     async def _refresh(self, job: JobObject) -> None:
@@ -137,7 +137,7 @@ class Reconciler:
         gone = []
         for target in made.suspend:
             if stored := await self._cluster.suspend(job.namespace, target.name, target.uid):
-                self._cache.put("Job", stored)
+                self._cache.wrote("Job", stored)
             else:
                 gone.append(target)
         for target in made.delete:

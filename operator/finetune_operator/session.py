@@ -87,34 +87,56 @@ class Reach:
         return 0.0 if self._since is None else time.monotonic() - self._since
 
 
-class _Noted:
-    """The body of a watch that tells `note` of every chunk that comes in."""
+class Events:
+    """The body of a watch, line by line: `note` is told of every sign of life, and lines that `skip` are left out.
 
-    def __init__(self, content: aiohttp.StreamReader, note: Callable[[], None]) -> None:
+    Half of all events are echoes of our own writes, and Kopf takes longer over an event than we do over the whole job.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, note: Callable[[], None], skip: Callable[[bytes], bool]) -> None:
         self._content = content
-        self._note = note
+        self._note, self._skip = note, skip
+        self._rest = b""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._content, name)
 
     def iter_chunked(self, size: int) -> AsyncStreamIterator[bytes]:
-        async def read() -> bytes:
-            chunk = await self._content.read(size)
-            self._note()
-            return chunk
+        return AsyncStreamIterator(lambda: self._read(size))
 
-        return AsyncStreamIterator(read)
+    async def _read(self, size: int) -> bytes:
+        """Some whole lines, or what is left at the end."""
+        while chunk := await self._content.read(size):
+            self._note()
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            if kept := [line for line in lines if not self._skip(line)]:
+                return b"\n".join([*kept, b""])
+        rest, self._rest = self._rest, b""
+        return rest
+
+
+_VERSION = b'"resourceVersion":"'
+
+
+def version_in(line: bytes) -> int:
+    """The resource version in a line of JSON without reading it all; 0 where there is none. Quotes within strings are
+    escaped, so no text of a user's can look like the key."""
+    begin = line.find(_VERSION) + len(_VERSION)
+    found = line[begin : line.find(b'"', begin)]
+    return int(found) if begin >= len(_VERSION) and found.isdigit() else 0
 
 
 class Connection:
     """The configuration, and sessions made from it. Each session authenticates every request afresh, so that
-    rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists."""
+    rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists; events of
+    which `is_echo` says that we know them already are left out of watches."""
 
     def __init__(self, configuration: Configuration, metrics: Metrics) -> None:
         self.configuration = configuration
         self.freshness, self.reach = Freshness(), Reach()
         self.on_date: Callable[[str], None] = lambda date: None
         self.on_list: Callable[[str, str], None] = lambda resource, namespace: None
+        self.is_echo: Callable[[str, int], bool] = lambda resource, version: False
         self._metrics = metrics
         self._credentials: dict[str, str] = {}
         self._credentials_due = 0.0
@@ -188,16 +210,21 @@ class Connection:
         return verb_of(params.method, path, "watch" in params.url.query), resource_of(path)
 
     def _response_class(self) -> type[aiohttp.ClientResponse]:
-        freshness = self.freshness
+        connection = self
 
         class Response(aiohttp.ClientResponse):
-            """A response that, when it is a watch, notes every chunk of it."""
+            """A response that, when it is a watch, is read through Events."""
 
-            async def start(self, connection: object) -> aiohttp.ClientResponse:
-                await super().start(connection)  # type: ignore[arg-type]
+            async def start(self, server: object) -> aiohttp.ClientResponse:
+                await super().start(server)  # type: ignore[arg-type]
                 if "watch" in self.url.query and self.status == 200:
-                    freshness.note(self.url)
-                    self.content = _Noted(self.content, lambda: freshness.note(self.url))  # type: ignore[assignment]
+                    url, resource = self.url, resource_of(self.url.path)
+                    connection.freshness.note(url)
+                    self.content = Events(  # type: ignore[assignment]
+                        self.content,
+                        lambda: connection.freshness.note(url),
+                        lambda line: connection.is_echo(resource, version_in(line)),
+                    )
                 return self
 
         return Response

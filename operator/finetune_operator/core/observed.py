@@ -3,10 +3,11 @@
 Thousands of views stay in memory, so specs and statuses are kept as compact JSON and read when they are needed.
 """
 
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+from pydantic_core import to_json
 
 from finetune_api import names
 from finetune_api.status import TrainerReport
@@ -22,7 +23,7 @@ _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _packed(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return to_json(value)
 
 
 @dataclass(frozen=True, slots=True)
