@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -116,6 +117,7 @@ class TrainerProcess:
             import torch
 
             torch.set_num_threads(1)
+            _own_progress_lock()
             before()
             from finetune_trainer.main import main
 
@@ -156,6 +158,19 @@ class TrainerProcess:
             _, self._status = os.waitpid(self.pid, 0)
         report = json.loads(self._termination.read_text()) if self._termination.exists() else {}
         return Finished(os.waitstatus_to_exitcode(self._status), report, self.log)
+
+
+def _own_progress_lock() -> None:
+    """tqdm's lock is a semaphore that forks share: one that is killed while it holds it stops all others for good."""
+    from tqdm import std
+
+    lock, classes = threading.RLock(), [std.tqdm]
+    std.tqdm.set_lock(lock)
+    while classes:
+        each = classes.pop()
+        classes += each.__subclasses__()
+        if "_lock" in vars(each):
+            each._lock = lock
 
 
 def _import_everything() -> None:
