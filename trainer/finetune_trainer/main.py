@@ -159,7 +159,9 @@ def run(
         on_out_of_memory=telemetry.out_of_memory.inc,
     )
     with stop.saving():
-        plan = hardware.with_measured_memory(training.run(checkpoint))
+        plan = training.run(checkpoint)
+    if training.has_trained:
+        plan = hardware.with_measured_memory(plan)
     reporter.plan(plan)
     hardware.leave(world)
     if not world.is_main:

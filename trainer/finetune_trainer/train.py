@@ -46,6 +46,8 @@ class Training:
     track: Tracker = lambda step, values: None
     on_out_of_memory: Callable[[], None] = lambda: None
     initial: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    has_trained: bool = field(default=False, init=False)
+    """Whether this process has done steps of its own: its peak of memory tells something only then."""
 
     def run(self, checkpoint: Path | None) -> ExecutionPlan:
         """Train to the end, from `checkpoint` if given; returns the plan in use at the end.
@@ -84,6 +86,7 @@ class Training:
             load_adapter_weights(self.model, checkpoint)
             self.reporter.progress(step=self.state.step, total_steps=self.state.step)
             return
+        self.has_trained = True
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _evaluate_at(self, trainer: QloraTrainer, checkpoint: Path) -> None:
