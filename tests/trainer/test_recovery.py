@@ -106,7 +106,7 @@ def test_weights_that_do_not_fit_are_no_matter_of_the_micro_batch(tiny_model: Pa
 
         from finetune_trainer import model
 
-        def load_base(*args: Any) -> Any:
+        def load_base(*args: Any, **options: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
         model.load_base = load_base
