@@ -24,8 +24,11 @@ def service_name(job_name: str) -> str:
     return f"{job_name}-nodes"
 
 
-def env(spec: FineTuneJobSpec, child_name: str) -> list[Object]:
-    """torchrun reads its options from PET_* (torch.distributed.argparse_util). Rank 0 is completion index 0."""
+def env(spec: FineTuneJobSpec, child_name: str, grace_seconds: int) -> list[Object]:
+    """torchrun reads its options from PET_* (torch.distributed.argparse_util). Rank 0 is completion index 0.
+
+    Of the pod's `grace_seconds` after SIGTERM torchrun would by itself leave its processes 30 to save a checkpoint in.
+    """
     if not is_distributed(spec):
         return []
     nodes, processes = spec.resources.nodes, max(1, spec.resources.gpus_per_node)
@@ -37,6 +40,7 @@ def env(spec: FineTuneJobSpec, child_name: str) -> list[Object]:
         "PET_MASTER_ADDR": leader,
         "PET_MASTER_PORT": str(PORT),
         "PET_MAX_RESTARTS": "0",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, grace_seconds - 5)),
     }
     if spec.resources.gpus_per_node:
         values |= {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}

@@ -111,6 +111,8 @@ def test_several_gpus_start_through_torchrun_and_one_does_not():
     assert (env["PET_NNODES"], env["PET_NPROC_PER_NODE"]) == ("2", "4")
     assert env["PET_MASTER_ADDR"] == "nli-1-0.nli-nodes"
     assert pod_of(objects)["subdomain"] == "nli-nodes"
+    grace = pod_of(objects)["terminationGracePeriodSeconds"]
+    assert 30 < int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace, "torchrun is not to cut a checkpoint short"
     cpu = env_of(made(resources={"nodes": 2, "gpusPerNode": 0}))
     assert not [name for name in cpu if "NCCL" in name], "on CPUs gloo is used"
 
