@@ -16,12 +16,13 @@ import pytest
 
 @dataclass
 class Repository:
-    """One repository with one commit; `token` is needed when it is `gated` or `private`."""
+    """One repository at one commit; `token` is needed when it is `gated` or `private`. `before`: what it was once."""
 
     folder: Path
     token: str | None = None
     gated: bool = False
     revisions: tuple[str, ...] = ("main",)
+    before: "Repository | None" = None
 
     @property
     def commit(self) -> str:
@@ -73,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404 if token else 401, "RepoNotFound")
         if repository.token is not None and token != repository.token:
             return self._error(403 if token else 401, "GatedRepo" if repository.gated else "RepoNotFound")
+        if repository.before and revision == repository.before.commit:
+            return repository.before
         if revision not in (*repository.revisions, repository.commit):
             return self._error(404, "RevisionNotFound")
         return repository

@@ -1,6 +1,8 @@
 """Whole runs on remote input: a gated hub model, sharded data sets, S3 with mounted keys; wrong keys and no server."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from finetune_api.names import ExitCode
 from support.hub import Hub
 from support.models import nli_rows, write_jsonl
 from support.s3 import Keys, S3Server
-from support.trainer_process import job, train
+from support.trainer_process import TrainerProcess, job, train
 
 TOKEN = "hf_0123456789"
 SHORT: dict[str, Any] = {
@@ -51,6 +53,30 @@ def test_a_gated_hub_model_and_data_set_by_token_and_revision(hub: Hub, tiny_mod
     assert "base_model: org/base" in (tmp_path / "out/README.md").read_text()
     kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in [*kept, tmp_path / "trainer.log"] if TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_branch_that_moves_between_attempts_does_not_end_the_run(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    """The job keeps to the commit it began with; another job takes the new one."""
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    (moved / "README.md").write_text("now with a comma")
+    hub.add("org/base", tiny_model)
+    began_with = hub.repositories["org/base"].commit
+    changes = SHORT | {"model.source": "hf://org/base", "training.maxSteps": 40, "checkpoint.everySteps": 1}
+    env = {"HF_ENDPOINT": hub.endpoint, "FINETUNE_CACHE_DIR": str(tmp_path / "cache")}
+    config = job(tmp_path, tiny_model, changes, uid="1234")
+    killed = TrainerProcess(config, tmp_path, env=env)
+    killed.wait_for("Checkpoint of step 2 is saved")
+    killed.send(signal.SIGKILL)
+    killed.finish()
+    hub.add("org/base", moved, before=hub.repositories["org/base"])
+    finished = train(config, tmp_path, env=env)
+    assert finished.exit_code == 0, finished.log
+    assert "Going on from the checkpoint of step" in finished.log
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["revision"] == began_with
+    other = job(tmp_path, tiny_model, changes | {"output.uri": f"file://{tmp_path}/other"}, uid="5678")
+    assert train(other, tmp_path, env=env).exit_code == 0
+    config_of_other = json.loads((tmp_path / "other/adapter_config.json").read_text())
+    assert config_of_other["revision"] == hub.repositories["org/base"].commit != began_with
 
 
 def test_small_files_come_before_the_weights(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:

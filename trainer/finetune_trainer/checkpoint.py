@@ -35,11 +35,19 @@ def folder_of(step: int) -> str:
 
 
 def save(
-    folder: Path, store: Store, step: int, keep: int, *, job: Job | None = None, on_progress: OnProgress | None = None
+    folder: Path,
+    store: Store,
+    step: int,
+    keep: int,
+    *,
+    job: Job | None = None,
+    base_commit: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Store every file below `folder` as `job`'s checkpoint of `step`, then drop all but the newest `keep`.
 
-    Returns when the checkpoint is whole in the store. Trouble with dropping old ones is logged, never raised.
+    `base_commit` is the hub's commit of the base model. Returns when the checkpoint is whole in the store. Trouble with
+    dropping old ones is logged, never raised.
     """
     target = folder_of(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -52,6 +60,7 @@ def save(
             kind="Checkpoint",
             job=JobReference(namespace=job.namespace, name=job.name, uid=job.uid) if job else None,
             created_at=datetime.now(UTC),
+            base_commit=base_commit,
             step=step,
             files=store_manifest.records(digests),
         )
@@ -67,6 +76,11 @@ def save(
         _prune(store, newest=step, keep=keep)
     except StoreError as error:
         log.warning("Old checkpoints could not be deleted", error=str(error))
+
+
+def newest(store: Store) -> StoreManifest | None:
+    """The manifest of the newest checkpoint that has one; its files are not looked at."""
+    return next((manifest for _, manifest in _whole(store)), None)
 
 
 def resume(

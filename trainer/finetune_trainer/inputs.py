@@ -53,9 +53,9 @@ class Inputs:
         self._settings = settings
         self._cache = settings.place.cache or settings.place.scratch / "cache"
 
-    def model_config_and_tokenizer(self) -> ModelFiles:
-        """Everything of the model but its weights."""
-        return self._model((*_NEVER, _WEIGHTS), self._settings.spec.model.revision)
+    def model_config_and_tokenizer(self, revision: str | None = None) -> ModelFiles:
+        """Everything of the model but its weights. `revision` goes before the manifest's."""
+        return self._model((*_NEVER, _WEIGHTS), revision or self._settings.spec.model.revision)
 
     def model_weights(self, revision: str | None) -> Path:
         """The model's folder, weights included. Raises ConfigInvalid when it has none in safetensors."""

@@ -57,8 +57,21 @@ def run(
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
+    output = open_store(
+        parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
+    )
+    checkpoints = Checkpoints(settings, on_saved=telemetry.checkpoint_saved)
+    already = processes.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
+    if already:
+        found = processes.on_main(world, lambda: load_back(output, work / "published"))
+        reporter.metrics(found.metrics or {})
+        reporter.progress(step=found.step or 0, total_steps=found.step)
+        if world.is_main and not spec.output.keep_checkpoints:
+            checkpoints.delete()
+        reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
+        return
     inputs = Inputs(settings)
-    model_files = inputs.model_config_and_tokenizer()
+    model_files = inputs.model_config_and_tokenizer(checkpoints.pinned_commit())
     train_rows, train_format = data.load_rows(
         inputs.shards(spec.dataset.train, "spec.dataset.train"), spec.dataset.format, spec.dataset.text_field
     )
@@ -84,22 +97,9 @@ def run(
     if init_from:
         model.check_init_from(init_from, spec)
 
-    output = open_store(
-        parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
-    )
-    identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
-    checkpoints = Checkpoints(settings, identity, on_saved=telemetry.checkpoint_saved)
-    already = processes.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
-    if already:
-        found = processes.on_main(world, lambda: load_back(output, work / "published"))
-        reporter.metrics(found.metrics or {})
-        reporter.progress(step=found.step or 0, total_steps=found.step)
-        if world.is_main and not spec.output.keep_checkpoints:
-            checkpoints.delete()
-        reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
-        return
     folder = RunFolder(work)
-    checkpoint, state = checkpoints.resume(folder)
+    identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
+    checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
     longest = max(rows.longest for rows in (train_data, held_out) if rows)
     shape = sizing.ModelShape.from_config(base.config.to_dict())

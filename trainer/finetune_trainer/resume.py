@@ -28,41 +28,52 @@ class Checkpoints:
     drops them with output.overwrite; never those of a job with another name, which may be running.
     """
 
-    def __init__(
-        self, settings: Settings, fingerprint: str, on_saved: Callable[[float], None] = lambda _: None
-    ) -> None:
+    def __init__(self, settings: Settings, on_saved: Callable[[float], None] = lambda _: None) -> None:
         """`on_saved` is told of each checkpoint in the store, with the seconds that saving it took."""
         spec = settings.spec
         uri = parse(spec.checkpoint.uri) if spec.checkpoint.uri else parse(spec.output.uri).join(names.CHECKPOINTS_DIR)
         credentials = Credentials.for_role("output", secrets_dir=settings.place.secrets)
-        self._store: Store = open_store(uri, credentials, field="checkpoint.uri")
+        field = "checkpoint.uri" if spec.checkpoint.uri else "output.uri"
+        self._store: Store = open_store(uri, credentials, field=field)
         self._spec = spec
         self._job = settings.job.metadata
-        self._fingerprint = fingerprint
+        self._base_commit: str | None = None
         self._world = settings.world
         self._on_saved = on_saved
 
-    def resume(self, folder: RunFolder) -> tuple[Path | None, RunState]:
+    def pinned_commit(self) -> str | None:
+        """The hub's commit of the base model that an earlier attempt of this very job trained on.
+
+        Later attempts keep to it: a branch may have moved since, be it by a word in the README, and a run that is
+        preempted for the tenth time must not end for that. None for a first attempt.
+        """
+        manifest = processes.on_main(self._world, lambda: checkpoint.newest(self._store))
+        is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
+        return manifest.base_commit if manifest and is_ours and self._job.uid else None
+
+    def resume(self, folder: RunFolder, fingerprint: str, base_commit: str | None) -> tuple[Path | None, RunState]:
         """Bring the newest whole checkpoint here; returns its folder (None: there is none) and the state in it.
 
+        `fingerprint` and `base_commit` (the base model's on the hub) go with each checkpoint from here on.
         Of several processes rank 0 chooses, for all to go on from one step. Raises ConfigInvalid when the checkpoints
         are another run's, unless output.overwrite says to drop them.
         """
-        found, state = processes.on_main(self._world, lambda: self._newest(folder))
+        self._base_commit = base_commit
+        found, state = processes.on_main(self._world, lambda: self._newest(folder, fingerprint))
         if found is None or self._world.is_main:
             return found, state
         local = folder.checkpoint(state.step)
         checkpoint.restore(self._store, state.step, local)
         return local, folder.take_from_checkpoint(local)
 
-    def _newest(self, folder: RunFolder) -> tuple[Path | None, RunState]:
-        fresh = RunState(fingerprint=self._fingerprint)
+    def _newest(self, folder: RunFolder, fingerprint: str) -> tuple[Path | None, RunState]:
+        fresh = RunState(fingerprint=fingerprint)
         manifest = checkpoint.resume(self._store, folder.checkpoint)
         if manifest is None:
             return None, fresh
         local = folder.checkpoint(manifest.step or 0)
         state = folder.take_from_checkpoint(local)
-        if state.fingerprint == self._fingerprint:
+        if state.fingerprint == fingerprint:
             log.info(f"Going on from the checkpoint of step {state.step}", step=state.step)
             return local, state
         self._refuse_unless_ours_to_drop(manifest)
@@ -75,19 +86,21 @@ class Checkpoints:
         if checkpoint.belongs_to_another(manifest, self._job):
             owner = manifest.job or JobReference()
             raise ConfigInvalid(
-                f"checkpoint.uri: {self._store.root} holds checkpoints of another job"
+                f"{self._store.field}: {self._store.root} holds checkpoints of another job"
                 f" ({'/'.join(part for part in (owner.namespace, owner.name) if part)}): choose another URI"
             )
         if not self._spec.output.overwrite:
             raise ConfigInvalid(
-                f"checkpoint.uri: {self._store.root} holds checkpoints of a run with another model, data set or"
+                f"{self._store.field}: {self._store.root} holds checkpoints of a run with another model, data set or"
                 " hyperparameters: choose another URI, delete them, or set output.overwrite: true"
             )
 
     def upload(self, folder: Path, step: int) -> None:
         """Send the checkpoint in `folder`; it counts once its manifest is there."""
         began = time.monotonic()
-        checkpoint.save(folder, self._store, step, self._spec.checkpoint.keep, job=self._job)
+        checkpoint.save(
+            folder, self._store, step, self._spec.checkpoint.keep, job=self._job, base_commit=self._base_commit
+        )
         self._on_saved(time.monotonic() - began)
         log.info(f"Checkpoint of step {step} is saved", step=step, uri=str(self._store.root))
 

@@ -49,6 +49,7 @@ class StoreManifest(StatusModel):
     job: JobReference | None = None
     created_at: datetime
     base_model: str | None = None
+    base_commit: str | None = None
     rank: Count | None = None
     step: Count | None = None
     files: Annotated[list[FileRecord], Field(min_length=1)]
