@@ -62,5 +62,6 @@ def work_folder(settings: Settings) -> Iterator[Path]:
 def leave_at_once(reporter: Reporter) -> NoReturn:
     """End the process although something in it still hangs: it was asked to stop, and all is saved."""
     failure = failure_of(Preempted("Asked to stop; what was saved is whole, what was under way is given up"))
+    log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code)
     reporter.failed(failure)
     os._exit(failure.exit_code)
