@@ -1,8 +1,10 @@
-"""Chaos: the operator killed between any two of its API calls, and an API that fails in every way it can.
+"""Chaos: the operator killed between any two of its API calls, an API that fails in every way it can, clocks that step.
 
 The operator's own code runs in this process, Kopf included, against a real API server with the real Job controller,
-through a proxy that does the harm; pods are simulated. A "kill" abandons the operator at once: the proxy lets nothing
-more through, and a new operator starts from nothing.
+through a proxy that does the harm; pods, Kueue and users are simulated. A "kill" abandons the operator at once: the
+proxy lets nothing more through, and a new operator starts from nothing.
+
+`make chaos` (FINETUNE_CHAOS=full) runs the same for longer, with more than 500 faults and kills.
 """
 
 import asyncio
@@ -13,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import pytest
 from kubernetes.aio.client import Configuration
@@ -24,27 +25,24 @@ from finetune_operator.main import Operator
 from finetune_operator.metrics import Metrics
 from finetune_operator.session import Connection
 from finetune_operator.settings import Settings
-from support.api_proxy import ApiProxy
+from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
+from support.chaos import Chaos, Kueue
 from support.cluster import Cluster
-from support.kube import AsyncKube, path_of
-from support.operator_fixtures import manifest
+from support.kube import AsyncKube
 from support.simulated_kubelet import SimulatedKubelet
 
-#: Rounds of all stories in the test of kills; each costs the operator about 40 lives.
-ROUNDS = int(os.environ.get("FINETUNE_CHAOS_ROUNDS", "1"))
-
-FAULTS = 500
-
-#: story -> how its attempts end
-STORIES: dict[str, list[str]] = {
-    "succeed": ["Succeeded"],
-    "fail-65": ["DatasetInvalid"],
-    "fail-69/succeed": ["Unavailable", "Succeeded"],
-    "oom/succeed": ["GpuOutOfMemory", "Succeeded"],
-    "fail-75/fail-75/succeed": ["Preempted", "Preempted", "Succeeded"],
-    "fail-69/oom/fail-69/succeed": ["Unavailable", "GpuOutOfMemory", "Unavailable", "Succeeded"],
-    "oom/fail-91": ["GpuOutOfMemory", "Diverged"],
-}
+FULL = os.environ.get("FINETUNE_CHAOS") == "full"
+#: Rounds of all stories; each costs the operator several dozen lives.
+ROUNDS = 4 if FULL else 1
+#: A life ends at one of its first so many writes.
+WRITES_IN_A_LIFE = 3 if FULL else 5
+KILLS = 200 if FULL else 20
+FAULTS = 600 if FULL else 60
+#: At least so many faults of each kind.
+OF_EACH_KIND = 15 if FULL else 2
+OUTAGE_SECONDS = 30 if FULL else 5
+DAY = 86_400
+CONVERGED_SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -81,105 +79,125 @@ async def living(proxy: ApiProxy, namespace: str, clock: Clock | None = None) ->
         await operator.session.close()
 
 
-class Chaos:
-    """The jobs of one test, and what became of them."""
-
-    def __init__(self, kube: AsyncKube, namespace: str) -> None:
-        self.kube, self.namespace = kube, namespace
-        self.expected: dict[str, list[str]] = {}
-
-    async def create(self, rounds: int) -> None:
-        for _ in range(rounds):
-            for story, ends in STORIES.items():
-                name = f"job-{len(self.expected)}"
-                body = manifest(name, story, recovery={"backoffSeconds": 0, "maxAttempts": 10})
-                await self.kube.request("POST", path_of("FineTuneJob", self.namespace), body)
-                self.expected[name] = ends
-
-    async def statuses(self) -> dict[str, dict[str, Any]]:
-        found = await self.kube.request("GET", path_of("FineTuneJob", self.namespace))
-        return {job["metadata"]["name"]: job.get("status") or {} for job in found["items"]}
-
-    async def unfinished(self) -> list[str]:
-        over = ("Succeeded", "Failed")
-        return [name for name, status in (await self.statuses()).items() if status.get("phase") not in over]
-
-    async def wait_until_over(self, seconds: float) -> float:
-        """Seconds until every job was over."""
-        began = time.monotonic()
-        while left := await self.unfinished():
-            assert time.monotonic() - began < seconds, f"not over after {seconds:g} s: {left}"
-            await asyncio.sleep(0.2)
-        return time.monotonic() - began
-
-    async def assert_nothing_lost_or_doubled(self, kubelet: SimulatedKubelet) -> None:
-        statuses = await self.statuses()
-        told = {name: [a.get("reason") for a in status["attempts"]] for name, status in statuses.items()}
-        assert told == self.expected
-        assert kubelet.violations == [], "two attempts of a job could run at once"
-        twice = {name: uids for name, uids in kubelet.made.items() if len(uids) > 1}
-        assert twice == {}, "an attempt was made twice"
-        assert len(kubelet.made) == sum(map(len, self.expected.values()))
-
-
-def play(cluster: Cluster, namespace: str, act: Callable[[Chaos, SimulatedKubelet], Awaitable[None]]) -> None:
+def play(cluster: Cluster, namespace: str, act: Callable[[Chaos], Awaitable[None]]) -> None:
     async def run() -> None:
         kube = AsyncKube(cluster.access)
         try:
-            async with SimulatedKubelet(kube, namespace) as kubelet:
-                await act(Chaos(kube, namespace), kubelet)
+            async with SimulatedKubelet(kube, namespace) as kubelet, Kueue(kube, namespace):
+                chaos = Chaos(kube, namespace, kubelet)
+                try:
+                    await act(chaos)
+                finally:
+                    await chaos.stop()
         finally:
             await kube.close()
 
     asyncio.run(run())
 
 
-def test_killed_before_and_after_every_write(cluster: Cluster, namespace: str):
-    """Every life of the operator ends at its first, second or third write, before or after the server has done it."""
+async def converge(chaos: Chaos) -> float:
+    """Seconds until every story is at its end, once all harm is over."""
+    began = time.monotonic()
+    while left := await chaos.unfinished():
+        waited = time.monotonic() - began
+        assert waited < CONVERGED_SECONDS, f"not over after {waited:.0f} s: {left}"
+        await asyncio.sleep(0.2)
+    return time.monotonic() - began
 
-    async def act(chaos: Chaos, kubelet: SimulatedKubelet) -> None:
-        await chaos.create(rounds=ROUNDS)
+
+def test_killed_before_and_after_every_write(cluster: Cluster, namespace: str):
+    """Every life of the operator ends at one of its first writes, before or after the server has done it."""
+
+    async def act(chaos: Chaos) -> None:
+        for _ in range(ROUNDS):
+            await chaos.create()
         counts: Counter[str] = Counter()
         lives = 0
         while await chaos.unfinished():
             lives += 1
-            assert lives < 400 * ROUNDS, f"no end in sight: {await chaos.unfinished()}"
+            assert lives < 1000, f"no end in sight: {await chaos.unfinished()}"
             async with ApiProxy(cluster.access, counts=counts) as proxy:
-                proxy.die_at, proxy.dies_after_the_answer = 1 + lives % 3, lives % 2 == 0
+                proxy.die_at, proxy.dies_after_the_answer = 1 + lives % WRITES_IN_A_LIFE, lives % 2 == 0
                 async with living(proxy, chaos.namespace):
                     with suppress(TimeoutError):
                         await asyncio.wait_for(proxy.dead.wait(), 3)
-        await chaos.assert_nothing_lost_or_doubled(kubelet)
-        print(f"kills: {counts.total()} in {lives} lives: {dict(counts)}")
-        assert counts.total() >= 30 * ROUNDS
+        async with ApiProxy(cluster.access) as proxy, living(proxy, chaos.namespace):
+            seconds = await converge(chaos)
+        await chaos.assert_nothing_lost_or_doubled()
+        print(
+            f"{len(chaos.stories)} jobs, {counts.total()} kills {dict(counts)} in {lives} lives; {seconds:.1f} s after"
+        )
+        assert counts.total() >= KILLS
+        assert min(counts.values()) >= KILLS / 3, "before and after"
 
     play(cluster, namespace, act)
 
 
-@pytest.mark.skipif("FINETUNE_CHAOS_ROUNDS" not in os.environ, reason="takes minutes: set FINETUNE_CHAOS_ROUNDS=1")
-def test_an_api_that_fails_in_every_way(cluster: Cluster, namespace: str):
-    """Every third request fails, watches are cut or told 410, the API is away, the clock steps to and fro."""
+class Harm:
+    """What is done to the API and to the clocks, one thing after another, beside requests that fail at random."""
 
-    async def act(chaos: Chaos, kubelet: SimulatedKubelet) -> None:
-        noise = random.Random(7)
-        clock = Clock(lambda: time.time() + noise.choice([0, 0, 0, -3600, 30]))
-        async with ApiProxy(cluster.access) as proxy, living(proxy, chaos.namespace, clock) as operator:
-            rounds = 0
-            proxy.rate = 0.3
-            while proxy.counts.total() < FAULTS:
-                rounds += 1
-                assert rounds < 60, dict(proxy.counts)
-                await chaos.create(rounds=1)
-                await asyncio.sleep(1.0)
-                proxy.cut_watches()
-                if rounds == 3:
-                    proxy.away = True
-                    await asyncio.sleep(30)
-                    proxy.away = False
-            proxy.rate = 0.0
-            seconds = await chaos.wait_until_over(60)
-            assert operator.health.problems() == []
-        print(f"faults: {proxy.counts.total()} {dict(proxy.counts)}; over {seconds:.1f} s after the last")
-        await chaos.assert_nothing_lost_or_doubled(kubelet)
+    def __init__(self, proxy: ApiProxy) -> None:
+        self.proxy = proxy
+        self.wall_off = 0.0
+        self._random = random.Random(7)
+        self._turn = 0
+
+    def wall(self) -> float:
+        """The wall clock of the operator's node."""
+        return time.time() + self.wall_off
+
+    async def next(self) -> None:
+        proxy = self.proxy
+        deeds = [
+            lambda: self.step_wall(DAY),
+            proxy.freeze_watches,
+            proxy.cut_watches,
+            lambda: proxy.expire_watches("410 event"),
+            lambda: self.step_wall(0),
+            lambda: self.step_server(DAY),
+            lambda: proxy.expire_watches("410 status"),
+            lambda: self.step_server(0),
+            lambda: self.step_wall(-3600),
+            proxy.cut_watches,
+            lambda: self.step_wall(0),
+        ]
+        deeds[self._turn % len(deeds)]()
+        self._turn += 1
+        proxy.rate = self._random.choice([0.0, 0.2, 0.7])  # bursts
+        await asyncio.sleep(1.0)
+
+    def step_wall(self, seconds: float) -> None:
+        self.wall_off = seconds
+        self.proxy.counts["wall clock step"] += 1
+
+    def step_server(self, seconds: float) -> None:
+        self.proxy.date_skew = seconds
+        self.proxy.counts["server clock step"] += 1
+
+    def stop(self) -> None:
+        self.proxy.rate = self.proxy.date_skew = self.wall_off = 0.0
+
+
+KINDS = {*OF_WATCHES, *OF_WRITES, "watch cut", "watch frozen", "wall clock step", "server clock step"}
+
+
+def test_an_api_that_fails_in_every_way_and_clocks_that_step(cluster: Cluster, namespace: str):
+    async def act(chaos: Chaos) -> None:
+        async with ApiProxy(cluster.access) as proxy:
+            harm, rounds = Harm(proxy), 0
+            async with living(proxy, chaos.namespace, Clock(harm.wall)) as operator:
+                while proxy.counts.total() < FAULTS or min(proxy.counts[kind] for kind in KINDS) < OF_EACH_KIND:
+                    if rounds % 12 == 0:
+                        await chaos.create()
+                    rounds += 1
+                    assert rounds < 300, dict(proxy.counts)
+                    await harm.next()
+                    if rounds == 9:
+                        await proxy.outage(OUTAGE_SECONDS)
+                harm.stop()
+                seconds = await converge(chaos)
+                assert operator.health.problems() == []
+        print(f"{len(chaos.stories)} jobs, {dict(proxy.counts)}; over {seconds:.1f} s after the last")
+        await chaos.assert_nothing_lost_or_doubled()
 
     play(cluster, namespace, act)

@@ -1,13 +1,14 @@
 """A kubelet that runs nothing: each pod reports Running, then what its job's story says (see simulated_trainer.py).
 
 With the real Job controller it lets hundreds of attempts pass in seconds. It also watches that no two attempts of a job
-could run at once, and counts the Jobs ever made.
+could run or do run at once, and counts the Jobs ever made, by the uid of their owner and by name.
 """
 
 import asyncio
 import contextlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,7 +30,8 @@ class SimulatedKubelet:
         self._kube, self._namespace, self._seconds = kube, namespace, seconds
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stop: dict[str, asyncio.Event] = {}
-        self.made: dict[str, set[str]] = defaultdict(set)
+        self._running: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self.made: dict[tuple[str, str], set[str]] = defaultdict(set)
         self.violations: list[str] = []
 
     async def __aenter__(self) -> "SimulatedKubelet":
@@ -45,7 +47,8 @@ class SimulatedKubelet:
         await asyncio.gather(*self._runs, *self._tasks.values(), return_exceptions=True)
 
     def _job(self, kind: str, job: Object) -> None:
-        self.made[job["metadata"]["name"]].add(job["metadata"]["uid"])
+        owner_uid = (job["metadata"].get("ownerReferences") or [{}])[0].get("uid", "")
+        self.made[owner_uid, job["metadata"]["name"]].add(job["metadata"]["uid"])
         able = defaultdict(list)
         for other in self._jobs.objects.values():
             over = any(
@@ -67,8 +70,14 @@ class SimulatedKubelet:
         if kind != "DELETED" and uid not in self._tasks:
             self._stop[uid] = asyncio.Event()
             self._tasks[uid] = asyncio.create_task(self._lead(pod))
+            self._tasks[uid].add_done_callback(self._ended)
         if pod["metadata"].get("deletionTimestamp") and uid in self._stop:
             self._stop[uid].set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A mistake of this kubelet must not look like a job that takes its time."""
+        if not task.cancelled() and (error := task.exception()):
+            self.violations.append(f"the simulated kubelet: {error!r}")
 
     async def _lead(self, pod: Object) -> None:
         attempt = int(pod["metadata"]["labels"][names.LABEL_ATTEMPT])
@@ -77,7 +86,7 @@ class SimulatedKubelet:
             story = self._story(pod)
             act = story[min(attempt, len(story)) - 1]
             await self._report(pod, "Running", {"running": {"startedAt": _now()}})
-            with contextlib.suppress(TimeoutError):
+            with self._seen_running(pod), contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), None if act == "run" else self._seconds)
             code, message = (75, "saved a checkpoint") if stop.is_set() else self._end(act)
             ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
@@ -86,6 +95,18 @@ class SimulatedKubelet:
             await stop.wait()
             body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
             await self._kube.request("DELETE", path_of("Pod", self._namespace, pod["metadata"]["name"]), body)
+
+    @contextlib.contextmanager
+    def _seen_running(self, pod: Object) -> Iterator[None]:
+        """Note that a pod runs, and whether one of another Job runs for the same FineTuneJob."""
+        name, owner = pod["metadata"]["labels"][names.LABEL_JOB], pod["metadata"]["ownerReferences"][0]["uid"]
+        if others := {job for job, _ in self._running[name] if job != owner}:
+            self.violations.append(f"{name}: a pod of Job {owner} runs beside one of {others}")
+        self._running[name].add((owner, pod["metadata"]["uid"]))
+        try:
+            yield
+        finally:
+            self._running[name].discard((owner, pod["metadata"]["uid"]))
 
     @staticmethod
     def _story(pod: Object) -> list[str]:
