@@ -225,7 +225,7 @@ async def live(cluster: clusters.Cluster, operator: OperatorProcess, namespace: 
         for number in range(LIVES):
             await kube.request("POST", path, manifest(f"life-{number}", "s3://simulated/succeed"))
         async with asyncio.timeout(600):
-            while not await all_succeeded(kube, path):
+            while not await all_succeeded(kube, path):  # noqa: ASYNC110 (another process's state)
                 await asyncio.sleep(1)
     await until(operator, "finetune_operator_events_waiting")
     await kube.close()
