@@ -113,7 +113,9 @@ def test_killed_before_and_after_every_write(cluster: Cluster, namespace: str):
             await chaos.create()
         counts: Counter[str] = Counter()
         lives = 0
-        while await chaos.unfinished():
+        while (left := await chaos.unfinished()) or counts.total() < KILLS:
+            if not left:
+                await chaos.create()
             lives += 1
             assert lives < 1000, f"no end in sight: {await chaos.unfinished()}"
             async with ApiProxy(cluster.access, counts=counts) as proxy:
