@@ -183,6 +183,7 @@ class Harm:
 KINDS = {*OF_WATCHES, *OF_WRITES, "watch cut", "watch frozen", "wall clock step", "server clock step"}
 
 
+@pytest.mark.skipif(not FULL, reason="takes minutes on a machine of its own: make chaos")
 def test_an_api_that_fails_in_every_way_and_clocks_that_step(cluster: Cluster, namespace: str):
     async def act(chaos: Chaos) -> None:
         async with ApiProxy(cluster.access) as proxy:
