@@ -13,31 +13,10 @@ from support import operator_process, simulated_trainer
 from support.chart import find, objects
 from support.cluster import Cluster
 from support.kube import ApiError, Kube, Object, wait_until
+from support.kueue import WORKLOADS
 from support.operator_process import OperatorProcess
 from support.process_node import ProcessNode
 from support.rights import ACCOUNT, about_resources, job, refused, resource_of, rights, used
-
-WORKLOADS = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {
-        "name": "workloads.kueue.x-k8s.io",
-        "annotations": {"api-approved.kubernetes.io": "unapproved, stands for Kueue's own"},
-    },
-    "spec": {
-        "group": "kueue.x-k8s.io",
-        "scope": "Namespaced",
-        "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
-        "versions": [
-            {
-                "name": "v1beta1",
-                "served": True,
-                "storage": True,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}
 
 
 class Place:

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
+from support.kueue import WORKLOADS
 from support.operator_fixtures import Jobs, StartOperator
 from support.process_node import ProcessNode
 
@@ -87,29 +88,6 @@ def test_defaults_of_the_administrator_reach_the_pods(start_operator: StartOpera
     assert pod["tolerations"] == [own, toleration]
     env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
     assert env["FINETUNE_ALLOWED_S3_ENDPOINTS"] == ",".join(endpoints)
-
-
-WORKLOADS = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {
-        "name": "workloads.kueue.x-k8s.io",
-        "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/kueue"},
-    },
-    "spec": {
-        "group": "kueue.x-k8s.io",
-        "scope": "Namespaced",
-        "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
-        "versions": [
-            {
-                "name": "v1beta1",
-                "served": True,
-                "storage": True,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}
 
 
 def test_kueue_has_not_admitted_it_simulated(
