@@ -39,6 +39,8 @@ def filled_bucket(s3: S3Server, tiny_model: Path) -> str:
 
 @pytest.fixture
 def stage(cluster: Cluster, kube: Kube, s3: S3Server, filled_bucket: str, tmp_path: Path) -> Iterator[Stage]:
-    """A namespace with a node; the operator is for the test to start."""
+    """A namespace with a node, and no adapter in the bucket; the operator is for the test to start."""
+    for key in s3.objects(filled_bucket, "adapters/"):
+        s3.client().delete_object(Bucket=filled_bucket, Key=key)
     with ProcessNode(cluster, kube.namespace, tmp_path) as node:
         yield Stage(cluster, kube, node, s3, filled_bucket, tmp_path)
