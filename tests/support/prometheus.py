@@ -77,10 +77,6 @@ class Prometheus:
         """The series of `promql` from `start` to `end`, Unix times, every `step` seconds."""
         return list(self.get("query_range", query=promql, start=start, end=end, step=step)["result"])
 
-    def healthy_targets(self) -> set[str]:
-        """Addresses that the last scrape reached."""
-        return {t["labels"]["instance"] for t in self.get("targets")["activeTargets"] if t["health"] == "up"}
-
 
 @contextmanager
 def start(folder: Path, settings: dict[str, Any]) -> Iterator[Prometheus]:
