@@ -13,10 +13,11 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import structlog
 from kubernetes.aio.client import Configuration
 
 from finetune_operator import logs
@@ -46,9 +47,15 @@ CONVERGED_SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
-def plain_logs() -> None:
+def plain_logs() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     logs.configure("critical")  # structlog's own default draws every traceback, which takes longer than the test
     logging.getLogger("kopf").setLevel(logging.CRITICAL)
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
