@@ -118,6 +118,7 @@ class TrainerProcess:
 
             torch.set_num_threads(1)
             _own_progress_lock()
+            _forget_processes()
             before()
             from finetune_trainer.main import main
 
@@ -171,6 +172,14 @@ def _own_progress_lock() -> None:
         classes += each.__subclasses__()
         if "_lock" in vars(each):
             each._lock = lock
+
+
+def _forget_processes() -> None:
+    """A trainer in the parent may have told accelerate that it is alone; a fork would believe that of itself."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _import_everything() -> None:
