@@ -116,4 +116,6 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     made.persistence.progress_storage = NoProgress()
     made.persistence.diffbase_storage = NoDiffBase()
     made.peering.standalone = True
+    # Kopf kills its process ten minutes after it has ended, sure to be its last. Here it is begun anew.
+    made.process.ultimate_exiting_timeout = None
     return made

@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import os
 import signal
 import sys
+import threading
 import time
 from itertools import islice
 
@@ -33,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 _START_PAUSES = (1, 2, 3, 5, 8, 13, 20)
 BEAT_SECONDS = 10.0
+#: The end of the process takes this long at most, well within the pod's grace period.
+STOP_SECONDS = 20.0
 #: Allocations between two looks for cyclic garbage, of which there is little.
 GC_ALLOCATIONS = 20_000
 
@@ -143,6 +147,7 @@ class Operator:
             await self.recorder.flush(2.0)
         finally:
             self.stop.set()
+            _limit_the_end()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
             await runner.cleanup()
@@ -190,6 +195,20 @@ class Operator:
 def _on_signals(stop: asyncio.Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+
+def _limit_the_end() -> None:
+    """The last resort, in a thread of its own: a task that cannot be cancelled would hold up the loop for ever."""
+    loop = asyncio.get_running_loop()
+
+    def give_up() -> None:
+        names_left = sorted(task.get_name() for task in asyncio.all_tasks(loop))
+        log.error("tasks did not end; the process does", tasks=names_left)
+        os._exit(1)
+
+    timer = threading.Timer(STOP_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
 
 
 def _spare_the_collector() -> None:

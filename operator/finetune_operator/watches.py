@@ -5,6 +5,7 @@ that is told 410 or 404 by the status of the answer, an error in the stream) end
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 import kopf
 import structlog
@@ -14,6 +15,12 @@ log = structlog.get_logger(__name__)
 #: Pauses before Kopf is started again; it begins anew after it has run for a while.
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
 _A_WHILE = 60.0
+#: A watcher can miss that it was cancelled, so it is told again this often.
+_AGAIN_SECONDS = 1.0
+#: What has not ended after this will not: it is left behind, and said so.
+END_SECONDS = 10.0
+#: Kopf's name of a task that holds a watch. A test counts them, so that another name would be noticed.
+_WATCHER = "watcher for "
 
 
 class Watches:
@@ -68,6 +75,26 @@ class Watches:
             if restart not in done:
                 raise RuntimeError("one of its tasks ended by itself")
         finally:
-            for task in (*tasks, restart):
-                task.cancel()
-            await asyncio.gather(*tasks, restart, return_exceptions=True)
+            await _end({*tasks, restart})
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    """End one Kopf. Of its watchers only its orchestrator knows, and that forgets them when one of them has failed; a
+    watcher left behind goes on watching, and cannot be cancelled any more once its helpers were, as at a process's end.
+    """
+    for task in tasks:
+        task.cancel()
+    left, began = tasks | _watchers(), time.monotonic()
+    while left and time.monotonic() - began < END_SECONDS:
+        for watcher in _watchers():
+            watcher.cancel()
+        done, left = await asyncio.wait(left, timeout=_AGAIN_SECONDS)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio would print it
+    if left:
+        log.error("tasks of Kopf do not end; they are left behind", tasks=sorted(task.get_name() for task in left))
+
+
+def _watchers() -> set[asyncio.Task[Any]]:
+    return {task for task in asyncio.all_tasks() if task.get_name().startswith(_WATCHER)}

@@ -13,23 +13,19 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import structlog
-from kubernetes.aio.client import Configuration
 
 from finetune_operator import logs
 from finetune_operator.clock import Clock
-from finetune_operator.main import Operator
-from finetune_operator.metrics import Metrics
-from finetune_operator.session import Connection
-from finetune_operator.settings import Settings
 from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
 from support.chaos import Chaos, Kueue
 from support.cluster import Cluster
 from support.kube import AsyncKube
+from support.operator_inside import living
 from support.simulated_kubelet import SimulatedKubelet
 
 FULL = os.environ.get("FINETUNE_CHAOS") == "full"
@@ -62,28 +58,6 @@ def plain_logs() -> Iterator[None]:
 def needs_the_job_controller(cluster: Cluster) -> None:
     if not cluster.has_job_controller:
         pytest.skip("needs the real Job controller")
-
-
-@asynccontextmanager
-async def living(proxy: ApiProxy, namespace: str, clock: Clock | None = None) -> AsyncIterator[Operator]:
-    """An operator behind the proxy; at the end it is abandoned as it stands."""
-    configuration = Configuration()
-    configuration.host = proxy.url
-    configuration.api_key = {"BearerToken": f"Bearer {proxy.access.token}"}
-    metrics = Metrics()
-    settings = Settings(namespaces=(namespace,), request_timeout_seconds=5, kueue="disabled", start_timeout_seconds=600)
-    operator = Operator(settings, Connection(configuration, metrics), metrics, clock)
-    me = asyncio.current_task()
-    assert me is not None
-    work = asyncio.create_task(operator.work())
-    # When the operator gives up by itself, so does the test.
-    work.add_done_callback(lambda ended: ended.cancelled() or proxy.dead.is_set() or me.cancel(repr(ended.exception())))
-    try:
-        yield operator
-    finally:
-        work.cancel()
-        await asyncio.wait({work}, timeout=5)
-        await operator.session.close()
 
 
 def play(cluster: Cluster, namespace: str, act: Callable[[Chaos], Awaitable[None]]) -> None:

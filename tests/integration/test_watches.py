@@ -3,6 +3,7 @@
 The operator is its own process on a Kubernetes API, behind a proxy that does the harm.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def test_a_frozen_watch_shows_in_its_age_and_is_begun_anew(stage: Stage) -> None
     wait_until(lambda: stage.jobs.children("nli"), "the job is seen all the same")
     mine = {path: count for path, count in asked.items() if "events" not in path}
     wait_until(lambda: all(stage.proxy.watched[path] > count for path, count in mine.items()), "each is begun anew")
+
+
+def test_stopped_while_its_watches_begin_anew_it_ends_at_once(stage: Stage) -> None:
+    """One watch is refused, which ends Kopf but not its other watchers; and objects keep those busy."""
+    wait_until(lambda: len(stage.proxy._watches) >= len(WATCHED), "all watches are open")
+    for resource in WATCHED:
+        stage.jobs.create(f"nli-{resource}")
+        stage.in_proxy(lambda resource=resource: stage.proxy.expire_watches("410 status", f"/{resource}"))
+        wait_until(lambda: "Kopf gave up" in stage.operator.logs(), "Kopf gives up")
+    began = time.monotonic()
+    assert stage.operator.process.stop(30) == 0
+    assert time.monotonic() - began < 8
+
+
+def test_kopf_sets_no_clock_to_kill_the_process() -> None:
+    assert handlers.kopf_settings(Settings()).process.ultimate_exiting_timeout is None
 
 
 def test_with_the_default_settings_that_takes_75_seconds_at_most() -> None:

@@ -1,6 +1,10 @@
 """The operator as a process: what it asks of the API server, what it says of itself, how it starts and stops."""
 
+import os
+import signal
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from support.kube import Access, Kube, wait_until
 from support.operator_fixtures import Jobs, StartOperator
 from support.operator_process import OperatorProcess
 from support.process_node import ProcessNode
+from support.processes import Process, free_port
 
 WRITES = ("create", "patch", "update", "delete")
 
@@ -126,3 +131,37 @@ def test_without_an_api_server_it_says_so_and_gives_up(tmp_path: Path):
     assert operator.process.returncode == 1
     assert "the API server at http://127.0.0.1:9 does not answer" in operator.logs()
     assert "Traceback" not in operator.logs()
+
+
+STUBBORN = """
+import asyncio
+from finetune_operator import main
+
+async def work(self):
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+main.Operator.work = work
+main.STOP_SECONDS = 1
+main.main()
+"""
+
+
+def test_it_ends_even_when_a_task_cannot_be_cancelled(tmp_path: Path):
+    port = free_port()
+    env = os.environ | {
+        "KUBECONFIG": str(Access("http://127.0.0.1:9").write_kubeconfig(tmp_path / "kubeconfig")),
+        "FINETUNE_OPERATOR_HTTP_HOST": "127.0.0.1",
+        "FINETUNE_OPERATOR_HTTP_PORT": str(port),
+    }
+    process = Process([sys.executable, "-c", STUBBORN], tmp_path / "operator.log", env)
+    process.wait_for_url(f"http://127.0.0.1:{port}/healthz")
+    began = time.monotonic()
+    process.signal(signal.SIGTERM)
+    wait_until(lambda: process.returncode is not None, "it ends")
+    assert process.returncode == 1
+    assert time.monotonic() - began < 10
+    assert "tasks did not end; the process does" in process.output()

@@ -105,11 +105,16 @@ class ApiProxy:
         self._no_watches = True
         self.cut_watches(count=False)
 
-    def expire_watches(self, how: str) -> None:
-        """Tell every watch at its next request that its resource version is too old: "410 event" or "410 status"."""
-        self._expired = dict.fromkeys(self.watched, how)
+    def expire_watches(self, how: str, resource: str = "") -> None:
+        """Tell every watch (of that resource) at its next request that its resource version is too old: "410 event" or
+        "410 status"."""
+        self._expired = {path: how for path in self.watched if path.endswith(resource)}
         self._no_watches = False
         self.cut_watches(count=False)
+
+    def open_watches(self) -> Counter[str]:
+        """Watches that are open now, by resource."""
+        return Counter(watch.path.rpartition("/")[2] for watch in self._watches)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         is_write, is_watch = request.method in _WRITES, "watch" in request.query

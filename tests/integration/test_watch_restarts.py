@@ -1,0 +1,75 @@
+"""Kopf begun anew: nothing of the one before lives on beside it, and whatever happened to it, the operator ends soon.
+
+Here the operator's own code runs in the test's process, Kopf included, so that its tasks can be counted.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import kopf
+import pytest
+
+from finetune_operator import watches
+from support.api_proxy import ApiProxy
+from support.cluster import Cluster
+from support.operator_inside import living
+
+WATCHED = ("finetunejobs", "jobs", "pods")
+_KOPF = str(Path(kopf.__file__).parent)
+
+
+def kopfs_tasks() -> Counter[str]:
+    """The tasks that run Kopf's code, by their names without numbers."""
+    codes = {task: getattr(task.get_coro(), "cr_code", None) for task in asyncio.all_tasks()}
+    return Counter(
+        task.get_name().partition("<")[0].partition("-")[0]
+        for task, code in codes.items()
+        if code is not None and code.co_filename.startswith(_KOPF)
+    )
+
+
+async def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.05)
+
+
+def are_open(proxy: ApiProxy) -> bool:
+    found = proxy.open_watches()
+    return all(found[resource] >= 1 for resource in WATCHED)
+
+
+@pytest.mark.parametrize("how", ["410 status", "restart"])
+def test_of_watches_that_begin_anew_the_old_ones_are_gone(
+    how: str, cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One watch is refused, which ends Kopf; it is the others that may stay."""
+    monkeypatch.setattr(watches, "PAUSES", (0.1,))
+
+    async def act() -> None:
+        async with ApiProxy(cluster.access) as proxy, living(proxy, namespace) as operator:
+            await until(lambda: are_open(proxy), "all watches are open")
+            await asyncio.sleep(2)  # the workers of the namespace's first objects have ended
+            before = kopfs_tasks()
+            for turn in range(4):
+                asked = Counter(proxy.watched)
+                if how == "restart":
+                    operator.watches.restart()
+                else:
+                    proxy.expire_watches(how, f"/{WATCHED[turn % len(WATCHED)]}")
+                mine = [path for path in asked if path.endswith(WATCHED)]
+                await until(lambda asked=asked, mine=mine: all(proxy.watched[p] > asked[p] for p in mine), "anew")
+                await until(lambda: are_open(proxy), "all watches are open again")
+            await asyncio.sleep(2)
+            assert kopfs_tasks() == before
+            assert len([name for name in before.elements() if name.startswith("watcher for ")]) == len(WATCHED)
+            assert {resource: proxy.open_watches()[resource] for resource in WATCHED} == dict.fromkeys(WATCHED, 1)
+            ending = time.monotonic()
+        assert time.monotonic() - ending < 5
+        assert not kopfs_tasks()
+
+    asyncio.run(act())
