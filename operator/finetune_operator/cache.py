@@ -69,6 +69,11 @@ class Cache:
         """Whether a watch event in that version only shows what a write of our own has made. Asked once per event."""
         return self._own.pop((kind, version), self) is None
 
+    def is_known(self, kind: str, obj: Raw) -> bool:
+        """Whether an object would tell nothing new."""
+        known = self._views[kind].get(key_of(kind, obj) or "", {}).get(raw.text(obj, "metadata", "uid"))
+        return known is not None and raw.version(obj) <= known.version
+
     def drop(self, kind: str, obj: Raw) -> str | None:
         """Forget a deleted object; its job's key."""
         key, uid = key_of(kind, obj), raw.text(obj, "metadata", "uid")

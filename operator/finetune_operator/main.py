@@ -19,6 +19,7 @@ from finetune_operator import handlers, http, logs
 from finetune_operator.cache import Cache
 from finetune_operator.clock import Clock
 from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
 from finetune_operator.lists import Lists
 from finetune_operator.metrics import Metrics, Readings
@@ -83,7 +84,7 @@ class Operator:
         self.beat = time.monotonic()
         self.health = http.Health(self._signs(), settings, BEAT_SECONDS)
         connection.on_date, connection.on_list = self.clock.hear, self.lists.kopf_listed
-        connection.is_echo = self._is_echo
+        connection.is_echo, connection.is_known = self._is_echo, self._is_known
         metrics.watch(self._readings())
 
     async def _reconcile(self, key: str) -> Result:
@@ -93,6 +94,10 @@ class Operator:
     def _is_echo(self, resource: str, version: int) -> bool:
         kind = handlers.KIND_OF.get(resource)
         return kind is not None and self.cache.is_echo(kind, version)
+
+    def _is_known(self, resource: str, obj: Raw) -> bool:
+        kind = handlers.KIND_OF.get(resource)
+        return kind is not None and self.cache.is_known(kind, obj)
 
     def _done(self, key: str, seconds: float, error: Exception | None) -> None:
         self.metrics.reconciled(seconds, error)

@@ -3,6 +3,7 @@
 import time
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 import kopf
@@ -12,6 +13,7 @@ from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.api_client import ApiClient
 from yarl import URL
 
+from finetune_operator.core.raw import Raw
 from finetune_operator.metrics import Metrics
 
 
@@ -128,8 +130,8 @@ def version_in(line: bytes) -> int:
 
 class Connection:
     """The configuration, and sessions made from it. Each session authenticates every request afresh, so that
-    rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists; events of
-    which `is_echo` says that we know them already are left out of watches."""
+    rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists. What
+    `is_echo` and `is_known` say that we know already is left out of watches and of Kopf's lists."""
 
     def __init__(self, configuration: Configuration, metrics: Metrics) -> None:
         self.configuration = configuration
@@ -137,6 +139,7 @@ class Connection:
         self.on_date: Callable[[str], None] = lambda date: None
         self.on_list: Callable[[str, str], None] = lambda resource, namespace: None
         self.is_echo: Callable[[str, int], bool] = lambda resource, version: False
+        self.is_known: Callable[[str, Raw], bool] = lambda resource, obj: False
         self._metrics = metrics
         self._credentials: dict[str, str] = {}
         self._credentials_due = 0.0
@@ -213,7 +216,8 @@ class Connection:
         connection = self
 
         class Response(aiohttp.ClientResponse):
-            """A response that, when it is a watch, is read through Events."""
+            """A response that, when it is a watch, is read through Events. Kopf alone reads lists by `json`; it would
+            start a task for each object, which is most of the memory a restart takes."""
 
             async def start(self, server: object) -> aiohttp.ClientResponse:
                 await super().start(server)  # type: ignore[arg-type]
@@ -226,5 +230,12 @@ class Connection:
                         lambda line: connection.is_echo(resource, version_in(line)),
                     )
                 return self
+
+            async def json(self, **options: Any) -> Any:
+                found = await super().json(**options)
+                if isinstance(found, dict) and isinstance(items := found.get("items"), list):
+                    resource = resource_of(self.url.path)
+                    found["items"] = [obj for obj in items if not connection.is_known(resource, obj)]
+                return found
 
         return Response

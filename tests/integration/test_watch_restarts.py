@@ -1,4 +1,4 @@
-"""Kopf begun anew: nothing of the one before lives on beside it, and whatever happened to it, the operator ends soon.
+"""Kopf begun anew: nothing of the one before lives on beside it, and nothing that we know is taken in again.
 
 Here the operator's own code runs in the test's process, Kopf included, so that its tasks can be counted.
 """
@@ -8,13 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import kopf
 import pytest
 
-from finetune_operator import watches
+from finetune_operator import handlers, watches
 from support.api_proxy import ApiProxy
 from support.cluster import Cluster
+from support.kube import Kube
+from support.operator_fixtures import Jobs
 from support.operator_inside import living
 
 WATCHED = ("finetunejobs", "jobs", "pods")
@@ -71,5 +74,39 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
             ending = time.monotonic()
         assert time.monotonic() - ending < 5
         assert not kopfs_tasks()
+
+    asyncio.run(act())
+
+
+def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
+    cluster: Cluster, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kopf starts a task for each object it lists, and keeps it there: with thousands, most of the memory there is."""
+    listed: list[Any] = []
+    take = handlers.take
+
+    def noted(cache: Any, kind: str, event: dict[str, Any], enqueue: Any) -> None:
+        listed.extend([event["object"]["metadata"]["name"]] if event["type"] is None else [])
+        take(cache, kind, event, enqueue)
+
+    monkeypatch.setattr(handlers, "take", noted)
+    monkeypatch.setattr(handlers, "PAGE", 3)
+    jobs = Jobs(kube)
+    for number in range(8):
+        jobs.create(f"nli-{number}")
+
+    async def act() -> None:
+        async with ApiProxy(cluster.access) as proxy, living(proxy, str(kube.namespace)) as operator:
+            await until(lambda: are_open(proxy), "all watches are open")
+            await until(lambda: operator.cache.sizes()["Job"] == 8, "the Jobs are made")
+            listed.clear()
+            asked = Counter(proxy.watched)
+            operator.watches.restart()
+            await until(lambda: all(proxy.watched[p] > asked[p] for p in asked if p.endswith(WATCHED)), "anew")
+            await asyncio.sleep(1)
+            assert operator.cache.sizes()["FineTuneJob"] == 8
+            assert listed == []
+            jobs.create("another")
+            await until(lambda: f"{kube.namespace}/another" in operator.cache.job_keys(), "seen")
 
     asyncio.run(act())

@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import pytest
 from aiohttp import web
+from kubernetes.aio.client import Configuration
 
 from finetune_operator import notices
 from finetune_operator.cache import Cache
 from finetune_operator.core.observed import Notice
+from finetune_operator.metrics import Metrics
 from finetune_operator.poller import Poller
-from finetune_operator.session import Events, resource_of, verb_of, version_in
+from finetune_operator.session import Connection, Events, resource_of, verb_of, version_in
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,36 @@ def test_an_event_is_an_echo_when_it_shows_what_we_wrote_and_only_then():
     assert not cache.is_echo("FineTuneJob", 8)
     assert cache.is_echo("FineTuneJob", 7)
     assert not cache.is_echo("FineTuneJob", 7), "once: who watches anew is told again"
+
+
+def test_kopf_is_told_of_its_lists_only_what_is_new_and_we_are_told_that_it_lists():
+    items = [{"metadata": {"name": name, "namespace": "team", "uid": name, "resourceVersion": "7"}} for name in "ab"]
+    heard: list[tuple[str, str]] = []
+
+    async def act() -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response({"items": items, "metadata": {"resourceVersion": "9"}})
+
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        configuration = Configuration()
+        configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        connection = Connection(configuration, Metrics())
+        cache = Cache()
+        cache.put("FineTuneJob", items[0])
+        connection.is_known = lambda resource, obj: resource == "finetunejobs" and cache.is_known("FineTuneJob", obj)
+        connection.on_list = lambda resource, namespace: heard.append((resource, namespace))
+        path = f"{configuration.host}/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs?limit=100"
+        async with connection.kopf_login().aiohttp_session as kopfs, connection.session() as ours:
+            found = await (await kopfs.get(path)).json()
+            await (await kopfs.get(f"{path}&continue=x")).read()
+            await (await ours.get(path)).read()
+        assert [obj["metadata"]["name"] for obj in found["items"]] == ["b"]
+        assert found["metadata"] == {"resourceVersion": "9"}
+        assert heard == [("finetunejobs", "team")], "a list is heard of once, and ours is not Kopf's"
+        await runner.cleanup()
+
+    asyncio.run(act())

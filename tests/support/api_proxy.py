@@ -127,7 +127,10 @@ class ApiProxy:
         fault = self._choose(request.path, is_write, is_watch)
         if fault and fault not in ("late reset",):
             return await self._fail(request, fault)
-        answer = await self._forward(request)
+        try:
+            answer = await self._forward(request)
+        except aiohttp.ClientConnectionError:  # this proxy is being closed
+            return self._reset(request)
         if is_last or fault == "late reset" or self.dead.is_set():
             answer.close()
             return self._die(request) if is_last else self._reset(request)
