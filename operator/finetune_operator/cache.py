@@ -15,8 +15,8 @@ View = JobObject | Child | Pod
 V = TypeVar("V", JobObject, Child, Pod)
 
 KINDS: Final[dict[str, type[JobObject] | type[Child] | type[Pod]]] = {names.KIND: JobObject, "Job": Child, "Pod": Pod}
-#: Deleted pods kept per Job: a pod may be gone before its Job says that it failed, and with it the exit code.
-GHOSTS = 10
+#: Deleted pods kept per rank of a Job: a pod may be gone before its Job says that it failed, and with it the exit code.
+GHOSTS = 3
 _TOMBSTONES = 20_000
 _NOTICES = 10_000
 _ECHOES = 1_000
@@ -89,7 +89,9 @@ class Cache:
         view = self._remove(kind, key, uid)
         self._ghosts.pop(uid, None)
         if isinstance(view, Pod) and (view.exit or view.disruption) and view.owner in self._keys:
-            self._ghosts[view.owner] = [*self._ghosts.get(view.owner, []), view][-GHOSTS:]
+            ghosts = [*self._ghosts.get(view.owner, []), view]
+            spare = [ghost.uid for ghost in ghosts if ghost.index == view.index][:-GHOSTS]
+            self._ghosts[view.owner] = [ghost for ghost in ghosts if ghost.uid not in spare]
         return key
 
     def _remove(self, kind: str, key: str, uid: str) -> View | None:

@@ -146,3 +146,34 @@ def test_only_what_the_user_wants_counts_as_another_wish():
     changed["metadata"]["generation"] = 2
     cache.put("FineTuneJob", changed)
     assert cache.wish(job()) != before
+
+
+def ended(rank: int, uid: str, code: int) -> Object:
+    found = pod(uid, "c1", "Failed")
+    found["metadata"]["labels"] |= {"batch.kubernetes.io/job-completion-index": str(rank)}
+    state = {"terminated": {"exitCode": code, "finishedAt": datetime.now(UTC).isoformat()}}
+    found["status"]["containerStatuses"] = [{"name": "trainer", "state": state}]
+    return found
+
+
+def test_of_deleted_pods_every_rank_is_remembered_until_the_job_says_how_it_ended():
+    """The rank to blame may be any: with many nodes most pods are gone when the Job's end is seen."""
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    cache.put("Job", child())
+    for rank in range(40):
+        cache.drop("Pod", ended(rank, f"p{rank}", code=65 if rank == 0 else 1))
+    observed = cache.observed("team/nli", None)
+    assert observed is not None
+    assert {pod.index: pod.exit.code for pod in observed.pods if pod.exit} == {0: 65} | dict.fromkeys(range(1, 40), 1)
+
+
+def test_a_rank_that_is_replaced_again_and_again_does_not_fill_the_memory():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    cache.put("Job", child())
+    for turn in range(100):
+        cache.drop("Pod", ended(turn % 2, f"p{turn}", code=75))
+    observed = cache.observed("team/nli", None)
+    assert observed is not None
+    assert [pod.uid for pod in observed.pods] == [f"p{turn}" for turn in range(94, 100)]
