@@ -23,6 +23,10 @@ ATTEMPTS: Final = {
         "Somebody deleted the attempt's Job.",
         "It is tried again. To stop a job use `spec.suspend` or delete the FineTuneJob.",
     ),
+    "SpecChanged": Reason(
+        "The spec was changed after the attempt's Job was made and before the attempt was recorded.",
+        "Nothing to do: the next attempt runs the spec as it is now.",
+    ),
     "PodLost": Reason(
         "The Job failed and no pod is left to say why; most often the pod was removed by hand or by a node's cleanup.",
         "It is tried again. Look at `kubectl get events` of that time when it repeats.",

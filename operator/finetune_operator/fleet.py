@@ -29,6 +29,7 @@ REASONS = tuple(
             failure.NODE_LOST,
             failure.POD_LOST,
             failure.REPORT_LOST,
+            failure.SPEC_CHANGED,
             failure.SUSPENDED,
         }
     )

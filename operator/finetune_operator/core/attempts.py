@@ -6,7 +6,7 @@ from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
-from finetune_operator.core import failure, pods, progress
+from finetune_operator.core import failure, pods, progress, revision
 from finetune_operator.core.failure import Ending
 from finetune_operator.core.observed import Child, JobObject, Observed, Pod
 
@@ -62,7 +62,8 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
     """The recorded attempts, brought up to date."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
-        history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at))
+        said = revision.SUPERSEDED if revision.is_superseded(child, status, spec) else None
+        history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=said))
     current: list[Attempt] = []
     story = Story(current)
     for attempt in sorted(history.values(), key=number):
@@ -124,16 +125,32 @@ def _ending(
         if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.looked):
             return _Open(look=late)
         memory = spec.resources.memory
-        return failure.judge(child, told, "" if memory is None else str(memory))
+        return _of_its_spec(attempt, failure.judge(child, told, "" if memory is None else str(memory)))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not child.active and not child.queued)
     if child is not None and not (stopping and is_stopped):
         return _Open()
     if not observed.looked:
         return _Open(look=True)
+    if is_superseded(attempt):
+        return Ending(failure.SPEC_CHANGED, revision.SUPERSEDED, finished_at=now)
     if stopping:
         return Ending(failure.SUSPENDED, "spec.suspend stopped it", finished_at=now)
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
+
+
+def is_superseded(attempt: Attempt) -> bool:
+    """Whether an attempt that is not over runs another spec than the job's."""
+    return attempt.reason is None and attempt.message == revision.SUPERSEDED
+
+
+def _of_its_spec(attempt: Attempt, ending: Ending) -> Ending:
+    """What a superseded attempt ended with says nothing of the spec as it is; but what is published is published."""
+    if not is_superseded(attempt):
+        return ending
+    if ending.reason == failure.SUCCEEDED:
+        return replace(ending, message=f"{ending.message}, but by the spec as it was: {revision.SUPERSEDED}")
+    return Ending(failure.SPEC_CHANGED, revision.SUPERSEDED, ending.exit_code, ending.finished_at)
 
 
 def is_late(child: Child, now: datetime) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
-from finetune_operator.core import attempts, pod, torchrun
+from finetune_operator.core import attempts, pod, revision, torchrun
 from finetune_operator.core.observed import JobObject
 from finetune_operator.settings import Settings
 
@@ -82,10 +82,12 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
     }
     if names.LABEL_KUEUE_QUEUE in job.queue_labels:
         body["suspend"] = True
+    metadata = _metadata(job, name, **labels, **job.queue_labels)
+    metadata["annotations"] = {names.ANNOTATION_REVISION: revision.of(spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, name, **labels, **job.queue_labels),
+        "metadata": metadata,
         "spec": body,
     }
 

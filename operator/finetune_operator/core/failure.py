@@ -19,13 +19,14 @@ OOM_KILLED = REASONS["OOMKilled"].reason
 NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
+SPEC_CHANGED = "SpecChanged"
 POD_LOST = "PodLost"
 REPORT_LOST = "ReportLost"
 CRASHED = "TrainerCrashed"
 
 FINAL = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code and outcome.final)
 #: Endings that are nobody's mistake: they do not count toward recovery.maxAttempts.
-UNCOUNTED = frozenset({PREEMPTED, NODE_LOST, SUSPENDED})
+UNCOUNTED = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED})
 _KNOWN = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code)
 #: Killed from outside: such an exit says nothing when the pod was disrupted anyway.
 _KILLED = (1, 137, 143)

@@ -94,6 +94,8 @@ class Child:
     version: int
     owner: str
     attempt: int
+    revision: str
+    """The spec it was made from (core/revision.py); empty where an older version made it."""
     created_at: datetime | None
     suspended: bool
     queued: bool
@@ -116,6 +118,7 @@ class Child:
             version=raw.version(obj),
             owner=raw.text(raw.controller(obj), "uid"),
             attempt=_number(found.get(names.LABEL_ATTEMPT, "")),
+            revision=raw.text(obj, "metadata", "annotations", names.ANNOTATION_REVISION),
             created_at=raw.moment(obj, "metadata", "creationTimestamp"),
             suspended=raw.flag(obj, "spec", "suspend"),
             queued=names.LABEL_KUEUE_QUEUE in found,

@@ -60,6 +60,8 @@ def _step(view: View) -> Step:
         return Step(conditions.refused(refusal.reason, refusal.message))
     if late := _late(view, after):
         return Step(late)
+    if view.live and attempts.is_superseded(view.live):
+        return _replace(view, view.live)
     if view.spec.suspend:
         return _suspend(view)
     if view.live:
@@ -67,6 +69,12 @@ def _step(view: View) -> Step:
     if after and after.at > view.now:
         return _back_off(view, after)
     return _start(view, after)
+
+
+def _replace(view: View, attempt: Attempt) -> Step:
+    """Stop an attempt that runs another spec; the next one runs the job's."""
+    message = f"waiting for Job {attempt.job_name} and its pods to be gone: {attempt.message}"
+    return Step(conditions.waiting("Stopping", message), delete=tuple(c for c in view.unfinished if not c.deleting))
 
 
 def _suspend(view: View) -> Step:

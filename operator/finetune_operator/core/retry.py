@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt
-from finetune_operator.core.failure import CRASHED, FINAL, OUT_OF_MEMORY, SUSPENDED, UNCOUNTED
+from finetune_operator.core.failure import CRASHED, FINAL, OUT_OF_MEMORY, SPEC_CHANGED, SUSPENDED, UNCOUNTED
 
 MAX_BACKOFF_SECONDS = 600
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -56,13 +56,13 @@ def _fruitless(attempts: Sequence[Attempt]) -> int:
         best = max((earlier.last_step or 0 for earlier in before), default=0)
         if attempt.reason not in UNCOUNTED or (attempt.last_step or 0) > best:
             break
-        count += attempt.reason != SUSPENDED
+        count += attempt.reason not in (SUSPENDED, SPEC_CHANGED)
     return count
 
 
 def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> timedelta:
     """Exponential backoff, ±10 % by a hash, so that every reconcile computes the same moment."""
-    if last.reason in (OUT_OF_MEMORY, SUSPENDED):
+    if last.reason in (OUT_OF_MEMORY, SUSPENDED, SPEC_CHANGED):
         return timedelta(0)
     doublings = min(max(0, failures - 1), 16)
     seconds = min(spec.recovery.backoff_seconds * 2**doublings, MAX_BACKOFF_SECONDS)

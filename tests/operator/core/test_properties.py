@@ -13,7 +13,7 @@ from finetune_api import names
 from support.imagined_cluster import KINDS
 from support.world import World, adapter_report, is_empty
 
-UNCOUNTED = {"Preempted", "NodeLost", "Suspended"}
+UNCOUNTED = {"Preempted", "NodeLost", "Suspended", "SpecChanged"}
 #: Mostly those after which the story goes on.
 CODES = st.sampled_from([69, 75, 90, 3, 137, 143] * 4 + [int(code) for code in names.ExitCode if code])
 
