@@ -31,6 +31,8 @@ KUEUE_GROUP = "kueue.x-k8s.io"
 KUEUE_LABEL = f"{KUEUE_GROUP}/job-uid"
 WATCH_SECONDS = 240
 _RETRY_SECONDS = (1, 2, 5, 10, 30)
+#: Kueue may be installed later: while a job waits in a queue, it is looked for this often.
+KUEUE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,24 @@ class Notices:
                 for selector in EVENT_SELECTORS:
                     where = path("Event", namespace)
                     group.create_task(self._follow(where, {"fieldSelector": selector}, of_event))
-            version = await self._kueue_version() if kueue != "disabled" else None
-            if version is None and kueue == "enabled":
-                log.warning("Kueue is not installed: what a queued job waits for cannot be explained")
-            for namespace in self._namespaces if version else ():
-                part = f"/namespaces/{namespace}" if namespace else ""
+                if kueue != "disabled":
+                    group.create_task(self._follow_kueue(namespace, is_expected=kueue == "enabled"))
+
+    async def _follow_kueue(self, namespace: str | None, is_expected: bool) -> None:
+        """Kueue's Workloads, also when it is installed, upgraded to another version or removed meanwhile."""
+        part = f"/namespaces/{namespace}" if namespace else ""
+        while True:
+            if version := await self._kueue_version():
                 where = f"/apis/{KUEUE_GROUP}/{version}{part}/workloads"
-                group.create_task(self._follow(where, {"labelSelector": KUEUE_LABEL}, of_workload))
+                await self._follow(where, {"labelSelector": KUEUE_LABEL}, of_workload, while_there=True)
+            elif is_expected:
+                log.warning("Kueue is not installed: what a queued job waits for cannot be explained")
+            await asyncio.sleep(KUEUE_SECONDS)
+            while not self._is_asked_for():  # noqa: ASYNC110 (a cluster without Kueue is left in peace)
+                await asyncio.sleep(KUEUE_SECONDS)
+
+    def _is_asked_for(self) -> bool:
+        return any(job.phase == QUEUED for job in self._cache.jobs())
 
     async def _kueue_version(self) -> str | None:
         try:
@@ -110,7 +123,14 @@ class Notices:
             return None
         return raw.text(group, "preferredVersion", "version") or None
 
-    async def _follow(self, where: str, query: dict[str, str], read: Callable[[Raw, bool], Word | None]) -> None:
+    async def _follow(
+        self,
+        where: str,
+        query: dict[str, str],
+        read: Callable[[Raw, bool], Word | None],
+        while_there: bool = False,
+    ) -> None:
+        """For ever; `while_there`: until there is nothing to watch at that path."""
         failures = 0
         while True:
             try:
@@ -119,6 +139,8 @@ class Notices:
                     if event.get("type") in ("ADDED", "MODIFIED", "DELETED"):
                         self._take(read(raw.mapping(event, "object"), event["type"] == "DELETED"))
             except (ApiError, OSError, TimeoutError, ValueError) as error:
+                if while_there and isinstance(error, ApiError) and error.code == 404:
+                    return
                 log.info("a watch of notices broke; it is started again", path=where, error=str(error)[:200])
                 failures += 1
             await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])

@@ -1,11 +1,15 @@
 """Events and Workloads -> what a job waits for, and until when that is said."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from finetune_operator import notices
 from finetune_operator.cache import Cache
+from finetune_operator.cluster import ApiError
 from finetune_operator.core.observed import Notice
 from finetune_operator.notices import EVENT_SELECTORS, Notices, Word, of_event, of_workload
 
@@ -124,3 +128,68 @@ def test_what_cannot_be_read_says_nothing(junk: Object):
 
 def test_a_pod_that_cannot_be_set_up_is_watched_for():
     assert "involvedObject.kind=Pod,reason=FailedCreatePodSandBox" in EVENT_SELECTORS
+
+
+class ClusterWithKueueLater:
+    """Kueue is installed after a few questions, then upgraded: another version, and the old one is gone (simulated)."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.version: str | None = None
+
+    async def request(self, method: str, where: str) -> Object:
+        self.asked.append(where)
+        if self.version is None:
+            raise ApiError(404, "NotFound", "no such group")
+        return {"preferredVersion": {"version": self.version}}
+
+    async def watch(self, where: str, query: dict[str, str], seconds: int) -> AsyncIterator[Object]:
+        if "/workloads" in where:
+            self.asked.append(where)
+            if f"/{self.version}/" not in where:
+                raise ApiError(404, "NotFound", "no such version")
+            said = f"no quota, says {self.version}"
+            yield {"type": "MODIFIED", "object": workload(("QuotaReserved", "False", said))}
+            return
+        await asyncio.sleep(3600)
+        yield {}
+
+
+def test_kueue_is_found_when_it_is_installed_or_upgraded_later(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(notices, "KUEUE_SECONDS", 0.01)
+    monkeypatch.setattr(notices, "_RETRY_SECONDS", (0.01,))
+    known, cluster, news = cache(), ClusterWithKueueLater(), list[str]()
+
+    async def until_said(message: str) -> None:
+        async with asyncio.timeout(5):
+            while said(known).get("c1") != message:  # noqa: ASYNC110 (another task's state)
+                await asyncio.sleep(0.01)
+
+    async def act() -> None:
+        task = asyncio.create_task(Notices(cluster, known, (), news.append).run("auto"))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        assert cluster.asked == [f"/apis/{notices.KUEUE_GROUP}"], "once, for no job waits in a queue"
+        queued = {"name": "nli", "namespace": "team", "uid": "j1", "resourceVersion": "9"}
+        known.put("FineTuneJob", {"metadata": queued, "status": {"phase": "Queued"}})
+        await asyncio.sleep(0.1)
+        assert set(cluster.asked) == {f"/apis/{notices.KUEUE_GROUP}"} and len(cluster.asked) > 2
+        for version in ("v1beta1", "v1beta2"):
+            cluster.version = version
+            await until_said(f"no quota, says {version}")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(act())
+    assert "team/nli" in news
+
+
+def test_kueue_is_not_looked_for_where_it_is_switched_off():
+    cluster = ClusterWithKueueLater()
+
+    async def act() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await Notices(cluster, cache(), (), lambda key: None).run("disabled")  # type: ignore[arg-type]
+
+    asyncio.run(act())
+    assert cluster.asked == []
