@@ -85,23 +85,24 @@ Quantity = Annotated[
     ),
 ]
 
-_MICRO_BATCH_MESSAGE = "must be auto or a number from 1 to 65536"
+
+def _number_or(*words: str, least: int, most: int) -> list[Any]:
+    """What makes a type of a number from `least` to `most`, or one of `words`."""
+    message = f"must be {', '.join(words)} or a number from {least} to {most}"
+
+    def check(value: Any) -> Any:
+        if value not in words and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
+            raise refusal(message)
+        return value
+
+    allowed = ", ".join(f"'{word}'" for word in words)
+    rule = f"type(self) == string ? self in [{allowed}] : (self >= {least} && self <= {most})"
+    return [BeforeValidator(check), _int_or_string(rule, message)]
 
 
-def _check_micro_batch(value: Any) -> Any:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65_536):
-        raise refusal(_MICRO_BATCH_MESSAGE)
-    return value
-
-
-MicroBatchSize = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_check_micro_batch),
-    _int_or_string(
-        "type(self) == string ? self == 'auto' : (self >= 1 && self <= 65536)",
-        _MICRO_BATCH_MESSAGE,
-    ),
-]
+MicroBatchSize = Annotated[int | Literal["auto"], *_number_or("auto", least=1, most=65_536)]
+LayerCount = Annotated[int | Literal["auto"], *_number_or("auto", least=0, most=1024)]
+Checkpointing = Annotated[int | Switch, *_number_or("auto", "enabled", "disabled", least=0, most=1024)]
 
 
 def _without_null_values(value: Any) -> Any:

@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.fields import Fraction, MicroBatchSize, PositiveInt, ReadableUri, Switch, Text
+from finetune_api.fields import (
+    Checkpointing,
+    Fraction,
+    LayerCount,
+    MicroBatchSize,
+    PositiveInt,
+    ReadableUri,
+    Switch,
+    Text,
+)
 
 
 class Quantization(ApiModel):
@@ -19,6 +28,8 @@ class Quantization(ApiModel):
     """Quantize the quantization constants too (saves about 0.4 bit per weight)."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type that weights are dequantized to for matrix products."""
+    cached_layers: LayerCount = "auto"
+    """Decoder layers that keep their 4-bit weights dequantized: same numbers, more speed and memory. auto: what fits."""
 
 
 class Lora(ApiModel):
@@ -70,9 +81,11 @@ class Training(ApiModel):
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
     """Tokens per row; longer rows are cut, and the log says how many were."""
     packing: Switch = "auto"
-    """Lay several rows end to end without padding. Rows never see each other."""
-    gradient_checkpointing: Switch = "auto"
-    """Recompute activations in the backward pass to save memory. auto does so only when it must."""
+    """Lay rows end to end without padding; they never see each other. auto does so where flash attention runs."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Recompute activations to save memory, in all decoder layers or in so many. auto: in as few as it must."""
+    compile: Switch = "auto"
+    """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     """Seed of every random generator."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -113,8 +113,16 @@ class ExecutionPlan(StatusModel):
     """Whether each GPU holds only its part of the base model's weights, for no GPU can hold them all."""
     gradient_checkpointing: bool | None = None
     """Whether activations are recomputed."""
+    checkpointed_layers: Count | None = None
+    """Decoder layers whose activations are recomputed."""
+    cached_layers: Count | None = None
+    """Decoder layers whose 4-bit weights are kept dequantized."""
     packing: bool | None = None
     """Whether rows are laid end to end."""
+    tokens_per_pass: Count | None = None
+    """The most tokens of one forward pass, padding included."""
+    compiled: bool | None = None
+    """Whether the decoder layers are compiled."""
     attention: Annotated[str, Field(max_length=64)] | None = None
     """Attention implementation in use."""
     predicted_peak_memory_bytes: Count | None = None

@@ -1,5 +1,6 @@
 """The plan: always the effective batch asked for, never more memory than there is, and a cure when it cannot be."""
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
-from finetune_trainer.memory import GIB, ModelShape, adapter_weights, predict
+from finetune_trainer.memory import GIB, Layout, ModelShape, adapter_weights, predict
 from finetune_trainer.sizing import Device, make_plan
+from finetune_trainer.speed import cost
 
 CONFIG = {
     "vocab_size": 32768,
@@ -106,11 +109,72 @@ def test_a_plan_keeps_the_effective_batch_and_stays_within_memory(
     assert checkpointing == "auto" or plan.gradient_checkpointing == (checkpointing == "enabled")
 
 
+def _rows_of_325_tokens(micro_batch: int) -> int:
+    return 325 * micro_batch + 60
+
+
 def test_more_memory_buys_speed() -> None:
-    plans = [make_plan(_spec(), _gpu(gib), 1, "sdpa", MISTRAL_7B) for gib in (6, 8, 16, 24, 80)]
-    assert [(plan.micro_batch_size, plan.gradient_checkpointing) for plan in plans] == [
-        (1, True), (8, True), (16, True), (4, False), (16, False),
+    def plan(gib: float) -> ExecutionPlan:
+        return make_plan(_spec(), _gpu(gib), 1, "varlen", MISTRAL_7B, tokens=_rows_of_325_tokens)
+
+    plans = [plan(gib) for gib in (6, 8, 16, 24, 40, 80)]
+    assert [(plan.micro_batch_size, plan.checkpointed_layers, plan.cached_layers) for plan in plans] == [
+        (2, 28, 0), (16, 31, 0), (8, 2, 0), (8, 0, 22), (16, 0, 32), (16, 0, 32),
     ]  # fmt: skip
+    assert all(plan.compiled and plan.packing for plan in plans)
+    costs = [_cost(plan) for plan in plans]
+    assert costs == sorted(costs, reverse=True)
+
+
+def _cost(plan: ExecutionPlan) -> float:
+    assert MISTRAL_7B is not None and plan.micro_batch_size and plan.tokens_per_pass
+    layout = Layout(plan.micro_batch_size, plan.tokens_per_pass, plan.checkpointed_layers or 0, plan.cached_layers or 0)
+    return cost(16, layout, MISTRAL_7B, 4)
+
+
+@pytest.mark.parametrize("gib", [8, 24, 80])
+def test_no_layout_that_fits_is_faster_than_the_one_chosen(gib: float) -> None:
+    chosen = make_plan(_spec(), _gpu(gib), 1, "varlen", MISTRAL_7B, tokens=_rows_of_325_tokens)
+    for micro, recomputed, cached in itertools.product((1, 2, 4, 8, 16), range(0, 33, 4), range(0, 33, 4)):
+        pinned = _spec(
+            training={"microBatchSize": micro, "gradientCheckpointing": recomputed},
+            quantization={"cachedLayers": cached},
+        )
+        try:
+            other = make_plan(pinned, _gpu(gib), 1, "varlen", MISTRAL_7B, tokens=_rows_of_325_tokens)
+        except WontFit:
+            continue
+        assert (other.micro_batch_size, other.checkpointed_layers, other.cached_layers) == (micro, recomputed, cached)
+        assert _cost(chosen) <= _cost(other)
+
+
+@pytest.mark.parametrize(
+    ("sections", "cached"),
+    [({}, 32), ({"quantization": {"cachedLayers": 5}}, 5), ({"quantization": {"cachedLayers": 99}}, 32),
+     ({"quantization": {"cachedLayers": 0}}, 0), ({"quantization": {"computeDtype": "float32"}}, 0),
+     ({"training": {"precision": "fp16"}}, 0), ({"quantization": {"bits": 16}}, None)],
+)  # fmt: skip
+def test_weights_are_kept_dequantized_where_that_changes_no_number(
+    sections: dict[str, Any], cached: int | None
+) -> None:
+    assert make_plan(_spec(**sections), _gpu(140), 1, "sdpa", MISTRAL_7B).cached_layers == cached
+
+
+@pytest.mark.parametrize(
+    ("sections", "attention", "packed", "compiled"),
+    [({}, "varlen", True, True), ({}, "flash_attention_2", True, True), ({}, "sdpa", False, False),
+     ({"training": {"packing": "enabled"}}, "sdpa", True, True),
+     ({"training": {"packing": "disabled"}}, "varlen", False, False),
+     ({"training": {"packing": "disabled", "compile": "enabled"}}, "varlen", False, True),
+     ({"training": {"compile": "disabled"}}, "varlen", True, False),
+     ({"quantization": {"bits": 8}}, "varlen", True, False), ({"lora": {"dora": True}}, "varlen", True, False)],
+)  # fmt: skip
+def test_what_is_packed_and_what_is_compiled(
+    sections: dict[str, Any], attention: str, packed: bool, compiled: bool
+) -> None:
+    plan = make_plan(_spec(**sections), _gpu(140), 1, attention, MISTRAL_7B)
+    assert (plan.packing, plan.compiled) == (packed, compiled)
+    assert not make_plan(_spec(**sections), _gpu(140), 1, attention, MISTRAL_7B, can_compile=False).compiled
 
 
 def test_short_rows_need_less_than_max_length_allows() -> None:
@@ -176,7 +240,7 @@ def test_prediction_is_near_what_was_measured_for_the_plain_recipe() -> None:
     """57.2 GiB on an H200: bf16 base, 16 rows (the longest of a batch about 435 tokens), no checkpointing."""
     assert MISTRAL_7B is not None
     spec = _spec(quantization={"bits": 16})
-    total = predict(MISTRAL_7B, spec, micro_batch=16, length=435, checkpointing=False, attention="sdpa").total
+    total = predict(MISTRAL_7B, spec, Layout(16, 16 * 435), longest=435, attention="sdpa").total
     assert total / GIB == pytest.approx(57.2, rel=0.1)
 
 
@@ -213,7 +277,9 @@ MEASURED: dict[str, tuple[float, dict[str, Any]]] = {
 def test_prediction_is_within_a_tenth_of_what_was_measured(setting: str) -> None:
     measured, sections = MEASURED[setting]
     training = {"microBatchSize": 4, "gradientCheckpointing": "enabled"} | sections.get("training", {})
-    plan = make_plan(_spec(**sections | {"training": training}), _gpu(139.8), 1, "sdpa", MISTRAL_7B, longest=453)
+    quantization = {"cachedLayers": 0} | sections.get("quantization", {})
+    spec = _spec(**sections | {"training": training, "quantization": quantization})
+    plan = make_plan(spec, _gpu(139.8), 1, "sdpa", MISTRAL_7B, longest=453)
     assert plan.predicted_peak_memory_bytes
     assert plan.predicted_peak_memory_bytes / GIB == pytest.approx(measured, rel=0.1)
 

@@ -13,6 +13,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.config import World
 from finetune_trainer.engine import attention as varlen
+from finetune_trainer.engine import layers
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import BaseModel
 from finetune_trainer.processes import PATIENCE, least
@@ -96,6 +97,14 @@ def _attention_problem(name: str, spec: FineTuneJobSpec, base: BaseModel, world:
         return "needs a GPU of compute capability 8.0 or more"
     dtype = torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
     return varlen.why_not(base.config) or varlen.self_check(base.config, device_name(spec, world), dtype)
+
+
+def can_compile(spec: FineTuneJobSpec) -> bool:
+    """Whether what is compiled for this device can be compiled here; why not is logged."""
+    problem = layers.no_compiler() if spec.resources.gpus_per_node else None
+    if problem and spec.training.compile != "disabled":
+        log.warning(f"The decoder layers are not compiled: {problem}; training is slower")
+    return problem is None
 
 
 def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:

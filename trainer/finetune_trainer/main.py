@@ -43,7 +43,8 @@ def run(
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
-    from finetune_trainer.engine import sharding
+    from finetune_trainer.engine import batches, layers, sharding
+    from finetune_trainer.engine.weights import keep_dequantized
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
     from finetune_trainer.resume import Checkpoints
@@ -101,9 +102,16 @@ def run(
     identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
-    longest = max(rows.longest for rows in (train_data, held_out) if rows)
-    shape = sizing.ModelShape.from_config(base.config.to_dict())
-    plan = sizing.make_plan(spec, hardware.device(spec, world), world.size, attention, shape, longest)
+    plan = sizing.make_plan(
+        spec,
+        gpu := hardware.device(spec, world),
+        world.size,
+        attention,
+        sizing.ModelShape.from_config(base.config.to_dict()),
+        longest=max(rows.longest for rows in (train_data, held_out) if rows),
+        tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, sizing.packs(spec, gpu, attention)),
+        can_compile=hardware.can_compile(spec),
+    )
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
     _leave_if_asked(stop, world)
@@ -114,11 +122,10 @@ def run(
     hardware.seed(spec.training.seed)
     device = hardware.device_name(spec, world)
     with weights_must_fit(spec.model.source, spec.quantization.bits):
-        adapted = model.attach_adapter(
-            model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded)),
-            model.lora_config(spec, base_model, model_files.revision),
-            init_from,
-        )
+        loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
+        if plan.cached_layers:
+            keep_dequantized(layers.of(loaded)[: plan.cached_layers])
+        adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
         if plan.sharded:
             sharding.shard(adapted, world, device)
     batch = plan.micro_batch_size or 1

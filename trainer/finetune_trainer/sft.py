@@ -1,7 +1,12 @@
-"""TRL's SFTTrainer, with what a run that must not be lost needs: exact resume, tokens counted, divergence noticed."""
+"""TRL's SFTTrainer, with what a run that must not be lost needs: exact resume, tokens counted, divergence noticed.
+
+Its batches and its loss are the engine's: no row is padded needlessly, and within a step the host never waits for the
+device.
+"""
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,6 +14,7 @@ import torch
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
+from finetune_trainer.engine.batches import Loader
 from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
@@ -29,7 +35,9 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on a model that already wears its adapter, and rows that are already tokenized.
 
     Differences: adapter weights keep the type they came with (TRL rounds them to bfloat16); a resume copies weights
-    into them instead of making new ones of another type; evaluation is ours; RNG states of all ranks are in one place.
+    into them instead of making new ones of another type; evaluation is ours; RNG states of all ranks are in one place;
+    micro-batches come from `loader`, and the loss is the mean over all tokens of a step that are learned, without the
+    figures (entropy, accuracy) that TRL adds.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         model: Any,
         evaluator: Evaluator | None,
         meter: Meter,
+        loader: Loader,
         sharded: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -48,6 +57,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.data = weights[name]
         self._evaluator = evaluator
         self._meter = meter
+        self._loader = loader
+        self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
         self._sharded = sharded
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
@@ -64,11 +75,31 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             return average_gradients(model, self.accelerator)
         return super()._wrap_model(model, *args, **kwargs)
 
+    def get_train_dataloader(self) -> Loader:
+        """The engine's micro-batches of this process."""
+        return self._loader
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step; counts their real tokens."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one optimizer step, and the tokens that all processes learn in it."""
+        batches = list(islice(epoch_iterator, num_batches))
         self._meter.tokens += sum(_real_tokens(batch) for batch in batches)
-        return batches, items
+        learned = torch.full((), sum(len(batch["target_ids"]) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(learned)
+        return batches, learned
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Send a micro-batch to the device without waiting for it."""
+        return {
+            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """This micro-batch's part of the step's loss, which DDP then averages over the processes."""
+        return model(**inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)  # type: ignore[no-any-return]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; remembers, without waiting for the device, where the loss went bad.

@@ -3,26 +3,29 @@
 (spec, device, number of processes, model shape) -> ExecutionPlan, or a sentence that says what to change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
-from finetune_trainer.memory import GIB, ModelShape, predict
+from finetune_trainer.memory import GIB, Layout, ModelShape, predict
+from finetune_trainer.speed import cost
 
-__all__ = ["CPU_MICRO_BATCH", "Device", "ModelShape", "make_plan"]
+__all__ = ["CPU_MICRO_BATCH", "Device", "ModelShape", "make_plan", "packs", "why_not_compile"]
 
 #: Larger micro-batches gain nothing on a CPU.
 CPU_MICRO_BATCH = 8
 #: Nor on a GPU, beyond this many tokens in one pass.
 _ENOUGH_TOKENS = 16_384
-#: Below this many tokens in one pass a GPU idles: recomputing activations costs less than so small a micro-batch.
-_FEW_TOKENS = 2_048
 #: Of the GPU's memory, what a plan may count on; the rest is fragmentation and what PyTorch itself wastes.
 _USABLE = 0.92
 #: The CUDA context and library handles.
 _CONTEXT_BYTES = int(0.6 * GIB)
+#: Attention implementations that take rows laid end to end as they are. auto becomes one of them where a GPU has them.
+_WITHOUT_PADDING = ("auto", "varlen", "flash_attention_2")
+_HALF = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,30 @@ class Device:
     def usable_bytes(self) -> int:
         return max(0, int(self.memory_bytes * _USABLE) - _CONTEXT_BYTES)
 
+    def holds(self, peak: int) -> bool:
+        return not self.memory_bytes or peak <= self.usable_bytes
 
-@dataclass(frozen=True)
-class _Layout:
-    micro_batch: int
-    checkpointing: bool
-    processes: int = 1
-    sharded: bool = False
+
+def packs(spec: FineTuneJobSpec, device: Device, attention: str) -> bool:
+    """Whether rows are laid end to end."""
+    if spec.training.packing == "auto":
+        return device.kind == "cuda" and attention in _WITHOUT_PADDING
+    return spec.training.packing == "enabled"
+
+
+def why_not_compile(spec: FineTuneJobSpec, device: Device, packed: bool) -> str | None:
+    """What of the spec speaks against compiling the decoder layers; None: nothing does."""
+    if spec.training.compile == "disabled":
+        return "training.compile is disabled"
+    if spec.quantization.bits == 8:
+        return "LLM.int8 weights cannot be compiled"
+    if spec.lora.dora:
+        return "DoRA is not compiled"
+    if spec.training.compile == "enabled":
+        return None
+    if device.kind == "cpu":
+        return "it does not pay on a CPU"
+    return None if packed else "rows are padded, each micro-batch to another width"
 
 
 def local_batch(spec: FineTuneJobSpec, world_size: int) -> int:
@@ -62,33 +82,34 @@ def make_plan(
     attention: str,
     shape: ModelShape | None = None,
     longest: int | None = None,
+    tokens: Callable[[int], int] | None = None,
+    can_compile: bool = True,
 ) -> ExecutionPlan:
-    """Choose micro-batch, accumulation, checkpointing and packing; the effective batch is always batchSize.
+    """Choose the fastest layout that fits; the effective batch is always batchSize.
 
-    `longest` is the longest row in tokens (default: training.maxLength). Without `shape` no memory is predicted.
-    Raises ConfigInvalid, and WontFit with the changes that would make it fit.
+    `longest` is the longest row in tokens (default: training.maxLength), `tokens` says for a micro-batch of so many
+    rows how many tokens the largest will have (default: as if all were the longest). Without `shape` no memory is
+    predicted. Raises ConfigInvalid, and WontFit with the changes that would make it fit.
     """
     share = local_batch(spec, world_size)
     length = min(longest or spec.training.max_length, spec.training.max_length)
-    layouts = [replace(layout, processes=world_size) for layout in _layouts(spec, share, device, length)]
-    layout, peak = layouts[0], None
+    packed = packs(spec, device, attention)
+    compiled = can_compile and why_not_compile(spec, device, packed) is None
+    case = _Case(spec, device, shape, attention, length, share, world_size, compiled, tokens)
+    layout, peak = case.default(), None
     if shape and device.kind == "cuda":
-        if can_be_sharded(spec, world_size):  # slower, so only where no layout fits otherwise
-            layouts += [replace(layout, sharded=True) for layout in layouts]
-        peaks = [_peak(shape, spec, each, length, attention) for each in layouts]
-        fitting = [pair for pair in zip(layouts, peaks, strict=True) if _fits(pair[1], device)]
-        if not fitting:
-            raise WontFit(_refusal(shape, spec, device, layouts[-1], length, attention))
-        layout, peak = fitting[0]
-    elif device.kind == "cuda" and spec.training.micro_batch_size == "auto":
-        layout = _Layout(largest_divisor(share, 4), True)  # nothing is known of the model: the recipe's own choice
+        layout, peak = case.fastest(shape)
     return ExecutionPlan(
         micro_batch_size=layout.micro_batch,
         gradient_accumulation_steps=share // layout.micro_batch,
         world_size=world_size,
         sharded=layout.sharded if world_size > 1 else None,
-        gradient_checkpointing=layout.checkpointing,
-        packing=spec.training.packing == "enabled",
+        gradient_checkpointing=layout.recomputed > 0,
+        checkpointed_layers=layout.recomputed if shape else None,
+        cached_layers=layout.cached if spec.quantization.bits == 4 else None,
+        packing=packed,
+        tokens_per_pass=layout.tokens,
+        compiled=layout.compiled,
         attention=attention,
         predicted_peak_memory_bytes=peak,
     )
@@ -104,87 +125,157 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(candidate for candidate in range(min(number, max(1, limit)), 0, -1) if number % candidate == 0)
 
 
-def _layouts(spec: FineTuneJobSpec, share: int, device: Device, length: int) -> Iterator[_Layout]:
-    """What may be tried, best first, most frugal last."""
-    wanted, checkpointing = spec.training.micro_batch_size, spec.training.gradient_checkpointing
-    if wanted != "auto" and share % wanted:
-        raise ConfigInvalid(
-            f"spec.training.microBatchSize: {wanted} must divide {share}, the sequences of each process and step"
-        )
-    if device.kind == "cpu":
-        micro = largest_divisor(share, CPU_MICRO_BATCH) if wanted == "auto" else wanted
-        yield _Layout(micro, checkpointing == "enabled")
-        return
-    most = largest_divisor(share, _ENOUGH_TOKENS // length)
-    sizes = [size for size in range(most, 0, -1) if share % size == 0] if wanted == "auto" else [wanted]
-    busy = [size for size in sizes if size * length >= _FEW_TOKENS]
-    if checkpointing != "enabled":
-        yield from (_Layout(size, False) for size in (sizes if checkpointing == "disabled" else busy or sizes[:1]))
-    if checkpointing != "disabled":
-        yield from (_Layout(size, True) for size in sizes)
+@dataclass(frozen=True)
+class _Case:
+    """What a layout is looked for."""
+
+    spec: FineTuneJobSpec
+    device: Device
+    shape: ModelShape | None
+    attention: str
+    longest: int
+    share: int
+    processes: int
+    compiled: bool
+    tokens: Callable[[int], int] | None
+
+    def layout(self, micro_batch: int, recomputed: int, cached: int = 0, sharded: bool = False) -> Layout:
+        most = micro_batch * self.longest
+        tokens = min(most, self.tokens(micro_batch)) if self.tokens else most
+        compiled = self.compiled and not sharded
+        return Layout(micro_batch, tokens, recomputed, cached, compiled, self.processes, sharded)
+
+    def default(self) -> Layout:
+        """On a CPU, and on a GPU where nothing is known of the model: the recipe's own choice."""
+        layers = self.shape.layers if self.shape else 1
+        wanted, checkpointing = self.spec.training.micro_batch_size, self.spec.training.gradient_checkpointing
+        on_cpu = self.device.kind == "cpu"
+        micro = self._sizes(CPU_MICRO_BATCH if on_cpu else 4)[0]
+        if checkpointing == "auto":
+            checkpointing = "enabled" if not on_cpu and wanted == "auto" else "disabled"
+        recomputed = {"enabled": layers, "disabled": 0}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
+        cached = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
+        return self.layout(micro, recomputed, min(cached, layers) if self._can_cache else 0)
+
+    def fastest(self, shape: ModelShape) -> tuple[Layout, int]:
+        """The fastest layout that fits, and its peak in bytes."""
+        found = self._fitting(shape, sharded=False)
+        if not found and can_be_sharded(self.spec, self.processes):  # slower, so only where nothing else fits
+            found = self._fitting(shape, sharded=True)
+        if not found:
+            raise WontFit(_refusal(self, shape))
+        layout = min(found, key=lambda layout: cost(self.share, layout, shape, self.spec.quantization.bits))
+        return layout, self.peak(shape, layout)
+
+    def peak(self, shape: ModelShape, layout: Layout) -> int:
+        return predict(shape, self.spec, layout, longest=self.longest, attention=self.attention).total
+
+    def frugal(self, shape: ModelShape, sharded: bool = False) -> Layout:
+        """The layout that takes least, of those the spec allows."""
+        cached = self._cached(shape)
+        return self.layout(self._sizes()[-1], max(self._recomputed(shape)), cached or 0, sharded)
+
+    def _fitting(self, shape: ModelShape, sharded: bool) -> list[Layout]:
+        """Of each micro-batch and number of recomputed layers, the layout with the most cached layers that fits."""
+        found = []
+        for micro in self._sizes(max(1, _ENOUGH_TOKENS // self.longest)):
+            for recomputed in self._recomputed(shape):
+                least = self.layout(micro, recomputed, 0, sharded)
+                cached = 0 if sharded else self._most_cached(shape, least)
+                layout = replace(least, cached=cached)
+                if self.device.holds(self.peak(shape, layout)):
+                    found.append(layout)
+        return found
+
+    def _most_cached(self, shape: ModelShape, layout: Layout) -> int:
+        """The most layers whose weights can be kept dequantized: memory grows with each by the same amount."""
+        wanted = self._cached(shape)
+        if wanted is not None or not self.device.memory_bytes:
+            return shape.layers if wanted is None else wanted
+        all_cached = replace(layout, cached=shape.layers)
+        if self.device.holds(self.peak(shape, all_cached)):
+            return shape.layers
+        none, one = (self.peak(shape, replace(layout, cached=count)) for count in (0, 1))
+        return max(0, min(shape.layers - 1, (self.device.usable_bytes - none) // (one - none)))
+
+    @property
+    def _can_cache(self) -> bool:
+        """Only where products are computed in the type that weights are dequantized to anyway."""
+        quantization = self.spec.quantization
+        return quantization.bits == 4 and _HALF.get(quantization.compute_dtype) == self.spec.training.precision
+
+    def _cached(self, shape: ModelShape) -> int | None:
+        """How many layers must be cached; None: any number may."""
+        wanted = self.spec.quantization.cached_layers
+        if not self._can_cache:
+            return 0
+        return None if wanted == "auto" else min(wanted, shape.layers)
+
+    def _sizes(self, most: int = 65_536) -> list[int]:
+        """Micro-batches that may be tried, the largest first."""
+        wanted = self.spec.training.micro_batch_size
+        if wanted == "auto":
+            most = largest_divisor(self.share, most)
+            return [size for size in range(most, 0, -1) if self.share % size == 0]
+        if self.share % wanted:
+            raise ConfigInvalid(
+                f"spec.training.microBatchSize: {wanted} must divide {self.share}, the sequences of each process and"
+                " step"
+            )
+        return [wanted]
+
+    def _recomputed(self, shape: ModelShape) -> list[int]:
+        """Numbers of recomputed layers that may be tried."""
+        wanted = self.spec.training.gradient_checkpointing
+        if isinstance(wanted, int):
+            return [min(wanted, shape.layers)]
+        several = range(0, shape.layers + 1, max(1, shape.layers // 32))
+        return {"enabled": [shape.layers], "disabled": [0]}.get(wanted, sorted({*several, shape.layers}))
 
 
-def _peak(shape: ModelShape, spec: FineTuneJobSpec, layout: _Layout, length: int, attention: str) -> int:
-    memory = predict(
-        shape,
-        spec,
-        micro_batch=layout.micro_batch,
-        length=length,
-        checkpointing=layout.checkpointing,
-        attention=attention,
-        processes=layout.processes,
-        sharded=layout.sharded,
-    )
-    return memory.total
-
-
-def _fits(peak: int, device: Device) -> bool:
-    return not device.memory_bytes or peak <= device.usable_bytes
-
-
-def _refusal(
-    shape: ModelShape, spec: FineTuneJobSpec, device: Device, layout: _Layout, length: int, attention: str
-) -> str:
-    need = (_peak(shape, spec, layout, length, attention) + _CONTEXT_BYTES) / _USABLE
-    cures = list(_cures(shape, spec, device, layout, length, attention))
-    frugal = replace(layout, micro_batch=1, checkpointing=True)
-    if not cures and layout != frugal and _fits(_peak(shape, spec, frugal, length, attention), device):
+def _refusal(case: _Case, shape: ModelShape) -> str:
+    layout = case.frugal(shape, can_be_sharded(case.spec, case.processes))
+    need = (case.peak(shape, layout) + _CONTEXT_BYTES) / _USABLE
+    cures = list(_cures(case, shape, layout))
+    least = replace(case.layout(1, shape.layers), sharded=layout.sharded)
+    if not cures and layout != least and case.device.holds(case.peak(shape, least)):
         cures = ["set training.microBatchSize: 1 and training.gradientCheckpointing: enabled"]
     return (
         f"needs {need / GIB:.1f} GiB of GPU memory at micro-batch {layout.micro_batch}, the GPU has"
-        f" {device.memory_bytes / GIB:.1f}: {', or '.join([*cures, 'take a larger GPU'])}"
+        f" {case.device.memory_bytes / GIB:.1f}: {', or '.join([*cures, 'take a larger GPU'])}"
     )
 
 
-def _cures(
-    shape: ModelShape, spec: FineTuneJobSpec, device: Device, layout: _Layout, length: int, attention: str
-) -> Iterator[str]:
+def _cures(case: _Case, shape: ModelShape, layout: Layout) -> Iterator[str]:
     """Changes each of which alone would do."""
+    spec = case.spec
 
-    def fits(spec: FineTuneJobSpec, layout: _Layout, length: int) -> bool:
-        return _fits(_peak(shape, spec, layout, length, attention), device)
+    def fits(layout: Layout, case: _Case = case) -> bool:
+        return case.device.holds(case.peak(shape, layout))
 
-    if not layout.checkpointing and fits(spec, replace(layout, checkpointing=True), length):
+    if layout.cached and fits(replace(layout, cached=0)):
+        yield "set quantization.cachedLayers: auto"
+    if layout.recomputed < shape.layers and fits(replace(layout, recomputed=shape.layers)):
         yield "set training.gradientCheckpointing: enabled"
     sizes = [size for size in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % size == 0]
-    smaller = next((size for size in sizes if fits(spec, replace(layout, micro_batch=size), length)), None)
+    resized = partial(case.layout, recomputed=layout.recomputed, cached=layout.cached, sharded=layout.sharded)
+    smaller = next((size for size in sizes if fits(resized(size))), None)
     if smaller:
         yield f"set training.microBatchSize: {smaller}"
-    lengths = range(length - 8 - length % 8, length // 8, -8)
-    shorter = next((tokens for tokens in lengths if fits(spec, layout, tokens)), None)
-    if shorter:
-        yield f"set training.maxLength: {shorter} or less"
+    for length in range(case.longest - 8 - case.longest % 8, case.longest // 8, -8):
+        tokens = min(layout.tokens, layout.micro_batch * length)
+        if fits(replace(layout, tokens=tokens), replace(case, longest=length)):
+            yield f"set training.maxLength: {length} or less"
+            break
     for bits in (8, 4):
         quantization = spec.quantization.model_copy(update={"bits": bits})
-        if bits < spec.quantization.bits and fits(
-            spec.model_copy(update={"quantization": quantization}),
-            replace(layout, sharded=layout.sharded and bits != 8),
-            length,
-        ):
+        fewer = replace(case, spec=spec.model_copy(update={"quantization": quantization}))
+        if bits < spec.quantization.bits and fits(replace(layout, sharded=layout.sharded and bits != 8), fewer):
             yield f"set quantization.bits: {bits}"
             break
     more = (size for size in (2, 4, 8, 16) if size > layout.processes and spec.training.batch_size % size == 0)
-    shared = (size for size in more if can_be_sharded(spec, size))
-    enough = next((size for size in shared if fits(spec, _Layout(1, True, processes=size, sharded=True), length)), None)
+    least = replace(case.layout(1, shape.layers), compiled=False, sharded=True)
+    shared = (size for size in more if can_be_sharded(spec, size) and fits(replace(least, processes=size)))
+    enough = next(shared, None)
     if enough:
         yield f"share the weights out over {enough} GPUs (resources.gpusPerNode times resources.nodes)"

@@ -40,7 +40,12 @@ class TokenLists(Sequence[list[int]]):
     @property
     def longest(self) -> int:
         """Tokens of the longest list; 0 when there is none."""
-        return max((end - start for start, end in zip(self._ends, self._ends[1:], strict=False)), default=0)
+        return max(self.lengths, default=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each list."""
+        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
 
     def arrow(self) -> Any:
         """The same as a column for Arrow; the tokens are not copied. Nothing can be appended while it lives."""

@@ -16,6 +16,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.callbacks import RunCallback, Tracker, Upload
 from finetune_trainer.data import Encoded
+from finetune_trainer.engine import batches
+from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches
+from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
@@ -55,6 +58,8 @@ class Training:
         Raises Preempted once the checkpoint is safe, Diverged, and GpuOutOfMemory when no smaller micro-batch is left.
         """
         self.initial = snapshot(self.model)
+        self.plan = put_into_effect(self.plan, self.model, self._loader().example(), self.spec.training.precision)
+        self.reporter.plan(self.plan)
         while True:
             trainer, callback = self._trainer()
             _free_memory()
@@ -116,6 +121,7 @@ class Training:
             model=self.model,
             args=arguments(self.spec, self.plan, self.folder.checkpoints, self.model.device.type),
             train_dataset=self.rows.dataset(),
+            loader=self._loader(),
             eval_dataset=None,
             processing_class=self.tokenizer,
             callbacks=[callback],
@@ -129,6 +135,13 @@ class Training:
         if (self.plan.world_size or 1) == 1:  # several processes can only leave at a step's end, together
             trainer.give_up = lambda: bool(self.stop)
         return trainer, callback
+
+    def _loader(self) -> Loader:
+        plan, lengths = self.plan, self.rows.input_ids.lengths
+        steps = batches.of(self.spec, lengths, plan)
+        rank = torch.distributed.get_rank() if steps.world > 1 else 0
+        collate = Collate(steps.packed, self.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
+        return Loader(self.rows, ProcessBatches(steps, rank), collate, pinned=self.model.device.type == "cuda")
 
     def _smaller(self, error: BaseException) -> ExecutionPlan:
         plan = self.plan
@@ -202,11 +215,9 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: 
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
         tf32=None,
-        gradient_checkpointing=bool(plan.gradient_checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        gradient_checkpointing=False,  # engine.layers does it, layer by layer
         max_length=None,
         packing=False,
-        padding_free=bool(plan.packing),
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_strategy="steps",
         logging_steps=spec.logging.every_steps,

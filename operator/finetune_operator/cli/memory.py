@@ -59,6 +59,10 @@ class Forecast:
             "microBatchSize": plan and plan.micro_batch_size,
             "gradientAccumulationSteps": plan and plan.gradient_accumulation_steps,
             "gradientCheckpointing": plan and plan.gradient_checkpointing,
+            "checkpointedLayers": plan and plan.checkpointed_layers,
+            "cachedLayers": plan and plan.cached_layers,
+            "packing": plan and plan.packing,
+            "compiled": plan and plan.compiled,
             "message": " ".join(self.lines),
         }
 
@@ -124,12 +128,24 @@ def _frugal(spec: FineTuneJobSpec) -> FineTuneJobSpec:
             "enabled" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
         ),
     }
-    return spec.model_copy(update={"training": training.model_copy(update=less)})
+    cached = 0 if spec.quantization.cached_layers == "auto" else spec.quantization.cached_layers
+    return spec.model_copy(
+        update={
+            "training": training.model_copy(update=less),
+            "quantization": spec.quantization.model_copy(update={"cached_layers": cached}),
+        }
+    )
 
 
 def _sentence(plan: ExecutionPlan) -> str:
-    checkpointing = "gradient checkpointing" if plan.gradient_checkpointing else "no gradient checkpointing"
+    count = plan.checkpointed_layers
+    checkpointing = f"gradient checkpointing in {_layers(count)}" if count else "no gradient checkpointing"
+    cached = f", weights kept dequantized in {_layers(plan.cached_layers)}" if plan.cached_layers else ""
     return (
         f"{text.size(plan.predicted_peak_memory_bytes or 0)} at the peak, per GPU, with micro-batch"
-        f" {plan.micro_batch_size} × {plan.gradient_accumulation_steps} accumulated, {checkpointing}"
+        f" {plan.micro_batch_size} × {plan.gradient_accumulation_steps} accumulated, {checkpointing}{cached}"
     )
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"

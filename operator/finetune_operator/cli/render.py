@@ -149,6 +149,14 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
     if plan and plan.micro_batch_size:
         accumulated = f" × {plan.gradient_accumulation_steps}" if plan.gradient_accumulation_steps else ""
         yield "micro-batch", f"{plan.micro_batch_size}{accumulated}"
+    if plan and plan.compiled is not None:
+        engine = [
+            "packed" if plan.packing else "padded",
+            "compiled" if plan.compiled else "not compiled",
+            *([f"{plan.checkpointed_layers} layers recomputed"] if plan.checkpointed_layers else []),
+            *([f"{plan.cached_layers} layers dequantized"] if plan.cached_layers else []),
+        ]
+        yield "layout", ", ".join(engine)
     if plan and (peak := plan.measured_peak_memory_bytes or plan.predicted_peak_memory_bytes):
         yield ("GPU memory" if plan.measured_peak_memory_bytes else "GPU memory (predicted)"), text.size(peak)
 

@@ -52,9 +52,11 @@ def memory(result):
     return " ".join(result.stdout.partition("\nMemory\n")[2].split())
 
 
-def trainers_plan(gib, **training):
+def trainers_plan(gib, cached_layers="auto", **training):
     spec = load_text(MANIFEST, "job.yaml").spec
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
+    quantization = spec.quantization.model_copy(update={"cached_layers": cached_layers})
+    training = spec.training.model_copy(update=training)
+    spec = spec.model_copy(update={"training": training, "quantization": quantization})
     return make_plan(spec, Device("cuda", memory_bytes=gib * GIB), 1, "auto", ModelShape.from_config(MISTRAL))
 
 
@@ -69,9 +71,13 @@ def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
         "microBatchSize": expected.micro_batch_size,
         "gradientAccumulationSteps": expected.gradient_accumulation_steps,
         "gradientCheckpointing": expected.gradient_checkpointing,
+        "checkpointedLayers": expected.checkpointed_layers,
+        "cachedLayers": expected.cached_layers,
+        "packing": True,
+        "compiled": True,
         "message": f"{expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
-        f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing."
-        " It fits a GPU with 24.0 GiB.",
+        f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing,"
+        f" weights kept dequantized in {expected.cached_layers} layers. It fits a GPU with 24.0 GiB.",
     }
 
 
@@ -109,13 +115,14 @@ def test_its_own_advice_is_right(plan, model):
 
 def test_without_a_gpu_size_the_most_and_the_least_are_shown(plan, model):
     result = plan(source=f"file://{model}")
-    most, least = trainers_plan(0), trainers_plan(0, micro_batch_size=1, gradient_checkpointing="enabled")
+    most, least = trainers_plan(0), trainers_plan(0, 0, micro_batch_size=1, gradient_checkpointing="enabled")
     assert result.returncode == 0
     assert f"{most.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak" in memory(result)
     assert f"down to {least.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak" in memory(result)
     assert memory(result).endswith("Add --gpu-memory 24Gi to see whether it fits.")
-    fixed = ["--set", "training.microBatchSize=2", "--set", "training.gradientCheckpointing=enabled"]
-    assert "down to" not in memory(plan(*fixed, source=f"file://{model}"))
+    fixed = {"training.microBatchSize": 2, "training.gradientCheckpointing": "enabled", "quantization.cachedLayers": 0}
+    options = [word for name, value in fixed.items() for word in ("--set", f"{name}={value}")]
+    assert "down to" not in memory(plan(*options, source=f"file://{model}"))
 
 
 def test_a_relative_file_is_found_from_the_manifest(plan, model):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.config import World
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.engine import layers
 
 
 @contextmanager
@@ -40,16 +40,13 @@ def shard(model: Any, world: World, device: str) -> None:
     Raises ConfigInvalid for a model that does not name its layers.
     """
     core = model.get_base_model()
-    names = set(core._no_split_modules or ())
-    layers = [module for module in core.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ConfigInvalid("spec.model.source: the model does not fit one GPU, and does not say how it can be divided")
+    repeated = layers.of(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
-    for layer in layers:
+    for layer in repeated:
         layer.to(device)
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
-    inside = {module for layer in layers for module in layer.modules()}
+    inside = {module for layer in repeated for module in layer.modules()}
     for module in core.modules():
         if module not in inside:
             _move(module, device)

@@ -1,0 +1,226 @@
+"""Layers that are recomputed or compiled train alike; rows laid end to end train as TRL trains them padded."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM
+
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine import layers
+from finetune_trainer.engine.batches import Collate, _order
+from finetune_trainer.model import _keep_weights_trainable, load_adapter_weights, save_adapter
+from support.models import build_model
+from support.trainer_process import job, metrics_lines, train
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("deep"), layers=4)
+
+
+def _adapted(folder: Path) -> Any:
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.config.use_cache = False
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.0, init_lora_weights=False, task_type="CAUSAL_LM"))
+    return model.train()
+
+
+def _plan(**settings: Any) -> ExecutionPlan:
+    return ExecutionPlan(**settings)
+
+
+def _batch(*lengths: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    rows = [torch.randint(4, 300, (length,), generator=generator).tolist() for length in lengths]
+    return Collate(True, 0, rows=4, longest=60)([(row, row) for row in rows])
+
+
+def _loss_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("recomputed", [1, 3, None])
+def test_recomputed_layers_run_twice_and_change_nothing(recomputed: int | None, deep_model: Path) -> None:
+    model = _adapted(deep_model)
+    runs: list[int] = []
+    for index, layer in enumerate(layers.of(model.get_base_model())):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    found = []
+    for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=recomputed)):
+        layers.put_into_effect(plan, model, _batch(5), "fp32")
+        runs.clear()
+        found.append(_loss_and_gradient(model, _batch(20, 31)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert sorted(runs) == sorted([*range(4), *range(4 if recomputed is None else recomputed)])
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_layers_have_the_same_gradient_and_are_compiled_once_for_all_lengths(deep_model: Path) -> None:
+    # Without a mask of tokens x tokens, as on a GPU; what the attention computes is no matter here.
+    model = _adapted(deep_model)
+    model.get_base_model().config._attn_implementation = "one_sequence"
+    batches = [_batch(20, 31), _batch(9, 8, 40), _batch(60)]
+    layers.put_into_effect(_plan(), model, batches[0], "fp32")
+    plain = [_loss_and_gradient(model, batch) for batch in batches]
+
+    plan = layers.put_into_effect(_plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2), model,
+                                  _batch(5, 7), "fp32")  # fmt: skip
+    assert plan.compiled
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for (loss, gradient), batch in zip(plain, batches, strict=True):
+        ours = _loss_and_gradient(model, batch)
+        assert ours[0] == pytest.approx(loss, rel=1e-5)
+        assert float((ours[1] - gradient).norm() / gradient.norm()) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def _one_sequence(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return found.transpose(1, 2), None
+
+
+@pytest.fixture(autouse=True)
+def _attention_without_a_mask() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("one_sequence", _one_sequence)
+    AttentionMaskInterface.register("one_sequence", lambda *args, **kwargs: None)
+
+
+def test_layers_that_cannot_be_compiled_train_as_they_are(
+    deep_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(function: Any, **options: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no compiler today\nand a long story")
+
+        return fail
+
+    model = _adapted(deep_model)
+    layers.put_into_effect(_plan(), model, _batch(5), "fp32")
+    expected = _loss_and_gradient(model, _batch(20, 31))
+    monkeypatch.setattr(torch, "compile", broken)
+    before = torch.get_rng_state()
+    plan = layers.put_into_effect(_plan(compiled=True), model, _batch(5), "fp32")
+    assert plan.compiled is False
+    assert "cannot be compiled and run as they are, slower: RuntimeError: no compiler today" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    found = _loss_and_gradient(model, _batch(20, 31))
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_laid_end_to_end_never_see_each_other(attention: str, deep_model: Path) -> None:
+    model = _adapted(deep_model)
+    model.set_attn_implementation(attention)
+    batch = _batch(20, 31, 9)
+    changed = dict(batch, input_ids=batch["input_ids"].clone())
+    changed["input_ids"][0, 20:51] = 7
+    with torch.no_grad():
+        before, after = (model(**{key: each[key] for key in ("input_ids", "position_ids")}).logits[0]
+                         for each in (batch, changed))  # fmt: skip
+    assert torch.equal(before[:20], after[:20]) and torch.equal(before[51:], after[51:])
+    assert not torch.equal(before[20:51], after[20:51])
+
+
+def test_a_run_has_the_losses_of_trl(tiny_model: Path, tmp_path: Path) -> None:
+    """The same rows in the same order through TRL's own loop: padded, its own loss, transformers' own batches."""
+    steps = 24
+    changes = {
+        "training.maxSteps": steps,
+        "training.precision": "fp32",
+        "training.optimizer": "adamw_torch",
+        "lora.dropout": 0.0,
+        "quantization": {"computeDtype": "float32"},
+        "dataset.eval": None,
+        "checkpoint.everySteps": 1000,
+    }
+    changes |= {"lora.initFrom": f"file://{_first_adapter(tmp_path / 'first', tiny_model)}"}
+    found = {}
+    for packing in ("enabled", "disabled"):
+        config = job(tmp_path / packing, tiny_model, changes | {"training.packing": packing})
+        finished = train(config, tmp_path / packing)
+        assert finished.exit_code == 0, finished.log
+        found[packing] = [line["loss"] for line in metrics_lines(tmp_path / packing / "out") if "loss" in line]
+    expected = _losses_of_trl(tmp_path / "enabled", tiny_model, tmp_path / "first", steps)
+    assert len(expected) == steps and expected[-1] < 0.97 * expected[0]
+    for losses in found.values():
+        assert losses == pytest.approx(expected, rel=2e-4)
+
+
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "task_type": "CAUSAL_LM",
+}
+
+
+def _first_adapter(folder: Path, tiny_model: Path) -> Path:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
+    save_adapter(model, folder)
+    return folder
+
+
+def _losses_of_trl(folder: Path, tiny_model: Path, adapter: Path, steps: int) -> list[float]:
+    import datasets
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = datasets.load_dataset("json", data_files=str(folder / "train.jsonl"), cache_dir=folder / "hf")["train"]
+    ids = tokenizer(list(rows["text"]))["input_ids"]
+    order = [row for epoch in range(steps) for row in _order(len(ids), 42, epoch)]
+    ordered = datasets.Dataset.from_list([{"input_ids": [*ids[row], tokenizer.eos_token_id]} for row in order])
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.float32)
+    _keep_weights_trainable(base)
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=4, learning_rate=0.01,
+        lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.01, max_length=128, logging_steps=1,
+        optim="adamw_torch", use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+
+    class InOrder(SFTTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return SequentialSampler(ordered)
+
+    tokenizer.pad_token = tokenizer.unk_token
+    trainer = InOrder(
+        model=prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), args=arguments,
+        train_dataset=ordered, processing_class=tokenizer, peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL rounds them to bfloat16
+            parameter.data = parameter.data.float()
+    load_adapter_weights(trainer.model, adapter)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -1,0 +1,241 @@
+"""Which rows make a step, how they are dealt out, and how a micro-batch lies in memory.
+
+The rows of a step depend on the seed and the epoch alone: never on the number of GPUs, the size of a micro-batch or
+whether rows are padded. Only how they are dealt out does, and a step's loss is the mean over all its tokens, so it
+trains the same everywhere.
+"""
+
+import functools
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import Any, Final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.data import Encoded
+from finetune_trainer.tokens import IGNORE
+
+#: Rows looked at to learn how many tokens a micro-batch will have.
+_LOOKED_AT: Final = 16_384
+
+
+def deal(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
+    """Indices of `lengths` dealt into `bins` of at most `most` each, their sums as even as may be.
+
+    Longest first, each into the bin that holds least (Graham 1969, LPT). Within a bin the order is that of `lengths`.
+    """
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    heap = [(0, bin_) for bin_ in range(bins)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        held, bin_ = heapq.heappop(heap)
+        dealt[bin_].append(index)
+        if len(dealt[bin_]) < most:
+            heapq.heappush(heap, (held + lengths[index], bin_))
+    return [sorted(indices) for indices in dealt]
+
+
+def deal_by_length(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
+    """Indices of `lengths` dealt into `bins` of at most `most` each, so that those of a bin are about equally long:
+    rows that are padded to the longest of them lose least."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [sorted(order[bin_ * most : (bin_ + 1) * most]) for bin_ in range(bins)]
+
+
+@dataclass
+class Steps:
+    """All micro-batches of a training: steps of `batch_size` rows, each dealt to `world` processes by `accumulation`
+    micro-batches of `micro_batch` rows."""
+
+    lengths: Sequence[int]
+    batch_size: int
+    world: int
+    micro_batch: int
+    accumulation: int
+    seed: int
+    packed: bool
+
+    def epoch(self, number: int) -> Iterator[list[list[list[int]]]]:
+        """For each step, for each of its micro-batches, for each process: indices of rows.
+
+        The rest of an epoch is a step of its own, of fewer rows. A process for which none is left gets an empty list.
+        """
+        order = _order(len(self.lengths), self.seed, number)
+        for first in range(0, len(order), self.batch_size):
+            yield self.dealt(order[first : first + self.batch_size])
+
+    def dealt(self, rows: Sequence[int]) -> list[list[list[int]]]:
+        """The rows of one step, dealt out."""
+        each = self.micro_batch * self.world
+        passes = self.accumulation if len(rows) == self.batch_size else -(-len(rows) // each)
+        lengths = [self.lengths[row] for row in rows]
+        bins = (deal if self.packed else deal_by_length)(lengths, passes * self.world, self.micro_batch)
+        found = [[rows[index] for index in indices] for indices in bins]
+        return [found[first : first + self.world] for first in range(0, len(found), self.world)]
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of each process in one epoch."""
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole * self.accumulation + -(-rest // (self.micro_batch * self.world))
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of any micro-batch, padding included; of a long training, of its first steps."""
+        most, looked_at = 0, 0
+        for step in chain.from_iterable(self.epoch(number) for number in count()):
+            most = max(most, *(self._tokens(rows) for processes in step for rows in processes))
+            looked_at += sum(len(rows) for processes in step for rows in processes)
+            if looked_at >= _LOOKED_AT:
+                break
+        return most
+
+    def _tokens(self, rows: Sequence[int]) -> int:
+        lengths = [self.lengths[row] for row in rows]
+        return sum(lengths) if self.packed else len(lengths) * max(lengths, default=0)
+
+
+def of(spec: FineTuneJobSpec, lengths: Sequence[int], plan: ExecutionPlan) -> Steps:
+    """The steps of a training of rows of `lengths` tokens, laid out as `plan` says."""
+    return Steps(
+        lengths=lengths,
+        batch_size=spec.training.batch_size,
+        world=plan.world_size or 1,
+        micro_batch=plan.micro_batch_size or 1,
+        accumulation=plan.gradient_accumulation_steps or 1,
+        seed=spec.training.seed,
+        packed=bool(plan.packing),
+    )
+
+
+def most_tokens(spec: FineTuneJobSpec, lengths: Sequence[int], world_size: int, packed: bool) -> Callable[[int], int]:
+    """How many tokens the largest micro-batch will have, for sizing: of so many rows of `lengths` tokens."""
+
+    @functools.cache
+    def of_rows(micro_batch: int) -> int:
+        accumulation = spec.training.batch_size // (micro_batch * world_size)
+        return Steps(
+            lengths, spec.training.batch_size, world_size, micro_batch, accumulation, spec.training.seed, packed
+        ).most_tokens
+
+    return of_rows
+
+
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(rows, generator=generator).tolist()  # type: ignore[no-any-return]
+
+
+class ProcessBatches(Sampler[list[int]]):
+    """The micro-batches of process `rank`, in order."""
+
+    def __init__(self, steps: Steps, rank: int) -> None:
+        self.steps, self._rank, self._epoch = steps, rank, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps.epoch(self._epoch):
+            yield from (processes[self._rank] for processes in step)
+
+    def __len__(self) -> int:
+        return self.steps.micro_batches
+
+
+class _Rows(Dataset[tuple[list[int], list[int]]]):
+    def __init__(self, rows: Encoded) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows.input_ids)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self._rows.input_ids[index], self._rows.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        return [self[index] for index in indices]
+
+
+class Loader(DataLoader[dict[str, Any]]):
+    """The micro-batches of one process as tensors."""
+
+    def __init__(self, rows: Encoded, batches: ProcessBatches, collate: "Collate", pinned: bool) -> None:
+        super().__init__(_Rows(rows), batch_sampler=batches, collate_fn=collate, pin_memory=pinned)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def example(self) -> dict[str, Any]:
+        """A small micro-batch, to try things out with."""
+        rows: Any = self.dataset
+        return self.collate_fn([rows[index] for index in range(min(2, len(rows)))])  # type: ignore[no-any-return]
+
+
+@dataclass
+class Collate:
+    """Makes the tensors of a micro-batch: rows end to end when `packed`, else side by side and padded on the right.
+
+    Both hold input_ids, `target_positions` int64 [targets] into the flattened input_ids, and `target_ids` int64
+    [targets], the token that follows each: wherever a label is set, the first of a row excepted. Packed rows come with
+    position_ids [1, tokens] and their starts as transformers' flash attention takes them (cu_seq_lens_*, max_length_*);
+    `rows` and `longest`, the most of any micro-batch, keep shapes the same from pass to pass. A micro-batch without
+    rows becomes one token and no target.
+    """
+
+    packed: bool
+    pad_id: int
+    rows: int = 0
+    longest: int = 0
+    _filler: tuple[list[int], list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._filler = [self.pad_id], [IGNORE]
+
+    def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        rows = rows or [self._filler]
+        return self._end_to_end(rows) if self.packed else self._padded(rows)
+
+    def _end_to_end(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        lengths = [len(ids) for ids, _ in rows]
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        total = starts[-1]
+        # Sequences without tokens fill up: a kernel passes over them, and a compiled one is the same for every pass.
+        ends = torch.tensor(starts + [total] * (self.rows - len(rows)), dtype=torch.int32)
+        longest = max(self.longest, *lengths)
+        return {
+            "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            **_targets([labels for _, labels in rows], starts),
+        }
+
+    def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        width = max(len(ids) for ids, _ in rows)
+        return {
+            "input_ids": torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
+            **_targets([labels for _, labels in rows], [width * row for row in range(len(rows))]),
+        }
+
+
+def _targets(labels: Sequence[Sequence[int]], starts: Sequence[int]) -> dict[str, torch.Tensor]:
+    found = [
+        (start + position, label)
+        for each, start in zip(labels, starts, strict=False)
+        for position, label in enumerate(each[1:])
+        if label != IGNORE
+    ]
+    return {
+        "target_positions": torch.tensor([position for position, _ in found], dtype=torch.int64),
+        "target_ids": torch.tensor([label for _, label in found], dtype=torch.int64),
+    }

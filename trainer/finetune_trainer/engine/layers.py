@@ -1,0 +1,137 @@
+"""How the decoder layers run while they train: compiled, and some of them computed again in the backward pass."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine.loss import answer_with_loss
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.rng import RngState
+
+log = structlog.get_logger(__name__)
+#: Arguments of a layer whose second dimension is that of the tokens.
+_BY_TOKEN: Final = ("position_ids", "attention_mask")
+
+
+def of(model: Any) -> list[Any]:
+    """The layers of a transformers model that repeat, in order. Raises ConfigInvalid when it does not name them."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if names & {each.__name__ for each in type(module).__mro__}]
+    if not layers:
+        raise ConfigInvalid("spec.model.source: this model's code does not name its layers (_no_split_modules)")
+    return layers
+
+
+def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
+    """Let the first `recomputed` of `layers` keep only their input for the backward pass, and compile all of them.
+
+    Both hold while gradients are taken alone: evaluation and generation run the layers as they are. Calling it again
+    takes back what was arranged before.
+    """
+    for index, layer in enumerate(layers):
+        layer.__dict__.pop("forward", None)
+        plain = layer.forward
+        trained = _with_any_number_of_tokens(torch.compile(plain)) if compiled else plain
+        if index < recomputed:
+            trained = functools.partial(checkpoint, trained, use_reentrant=False)
+        if trained is not plain:
+            layer.forward = _while_training(trained, plain)
+
+
+def _while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return forward
+
+
+def _with_any_number_of_tokens(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """One compilation for all micro-batches: without being told, it would begin with one for each number of tokens."""
+
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
+        by_token = [kwargs.get(name) for name in _BY_TOKEN]
+        for tensor in (hidden, *by_token, *(kwargs.get("position_embeddings") or ())):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return compiled(hidden, **kwargs)
+
+    return forward
+
+
+def no_compiler() -> str | None:
+    """Why nothing can be compiled for a GPU on this machine; None: it can."""
+    if not importlib.util.find_spec("triton"):
+        return "the triton package is missing"
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
+        return "no C compiler is installed"
+    return None
+
+
+def keep_compiled_in(folder: Path) -> None:
+    """Let what is compiled be found again by the next run that has the same `folder`: torch's and triton's caches."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any], precision: str) -> ExecutionPlan:
+    """Lay out `model`, which wears its adapter, as `plan` says, and let it answer with its loss.
+
+    Where compiling fails, which a pass over the `example` micro-batch shows, layers run uncompiled: the plan returned
+    says so, and the log why.
+    """
+    core = model.get_base_model()
+    answer_with_loss(core, compiled=bool(plan.compiled))
+    if not plan.compiled and not plan.gradient_checkpointing:
+        return plan
+    repeated = of(core)
+    recomputed = len(repeated) if plan.checkpointed_layers is None else plan.checkpointed_layers
+    recomputed = recomputed if plan.gradient_checkpointing else 0
+    arrange(repeated, recomputed=recomputed, compiled=bool(plan.compiled))
+    if not plan.compiled:
+        return plan
+    log.info("Compiling the decoder layers")
+    began = time.monotonic()
+    problem = _try_out(model, example, precision)
+    if problem is None:
+        log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
+        return plan
+    log.warning(f"The decoder layers cannot be compiled and run as they are, slower: {problem}")
+    arrange(repeated, recomputed=recomputed, compiled=False)
+    answer_with_loss(core)
+    return plan.model_copy(update={"compiled": False})
+
+
+def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
+    """A forward and a backward pass whose results are forgotten: what cannot be compiled shows here, before anything
+    depends on it. Returns what is wrong, None when all went well. Generators stay as they are."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in example.items()
+    }
+    before, was_training = RngState.now(), model.training
+    model.train()
+    try:
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            loss = model(**inputs)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        return None  # no matter of compiling: training itself knows what to do
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first}"
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        before.put_back()
+    return None

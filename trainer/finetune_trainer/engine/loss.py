@@ -1,0 +1,144 @@
+"""Cross-entropy of a frozen head, tile by tile: the logits of all tokens never exist at one time.
+
+The head does not train, so the gradient of its input is all there is to compute, and it is computed along with the
+loss: no logits are kept, and none are computed again (Liger Kernel, arXiv:2410.10989, section 3.2; Cut Cross-Entropy,
+arXiv:2411.09009).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Final
+
+import torch
+
+#: Tokens of one tile.
+TILE: Final = 1024
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model does to the head's product: it is multiplied by `scale`, and then held within ±`cap`, if not 0."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def of(cls, config: Any) -> "Logits":
+        """By transformers' names: Gemma caps, Cohere, Falcon-H1, MiniCPM and Granite scale."""
+        text = config.get_text_config()
+        scales = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+        scale = next((float(scale) for scale in scales if scale is not None), None)
+        divisor = getattr(text, "logits_scaling", None)
+        if scale is None and divisor is not None:
+            scale = float(divisor) if text.model_type == "hyperclovax" else 1 / divisor
+        return cls(1.0 if scale is None else scale, float(getattr(text, "final_logit_softcapping", None) or 0.0))
+
+
+_Tile = Callable[[torch.Tensor, torch.Tensor, Logits, bool], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def _tile(
+    product: torch.Tensor, targets: torch.Tensor, logits: Logits, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summed loss of the head's `product` [tokens, vocabulary] in float32, and its gradient in their type."""
+    full = product.float()
+    if logits.scale != 1.0:
+        full = full * logits.scale
+    if logits.cap:
+        full = torch.tanh(full / logits.cap) * logits.cap
+    normalizer = full.logsumexp(-1, keepdim=True)
+    index = targets[:, None]
+    loss = (normalizer - full.gather(-1, index)).sum()
+    if not with_gradient:
+        return loss, None
+    hit = torch.arange(full.shape[-1], device=full.device)[None] == index
+    gradient = (full - normalizer).exp() - hit.float()
+    if logits.cap:
+        gradient = gradient * (1 - (full / logits.cap).square())
+    if logits.scale != 1.0:
+        gradient = gradient * logits.scale
+    return loss, gradient.to(product.dtype)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        logits: Logits,
+        tile: _Tile,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(targets), TILE):
+            part = slice(first, first + TILE)
+            product = torch.nn.functional.linear(hidden[part], weight, bias)
+            summed, slope = tile(product, targets[part], logits, wanted)
+            loss += summed
+            if gradient is not None and slope is not None:
+                torch.mm(slope, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * slopes[0].to(gradient.dtype), None, None, None, None, None
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    logits: Logits = Logits(),
+    compiled: bool = False,
+) -> torch.Tensor:
+    """The sum over all targets of the loss in nats, a float32 scalar: 0 where there is none.
+
+    `hidden` [rows, tokens, width]; `positions` int64 [targets] into rows x tokens; `targets` int64 [targets]. Computed
+    in the type of `head`'s weight, normalized in float32.
+    """
+    chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
+    if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
+        return _tile(head(chosen), targets, logits, False)[0]
+    tile = _compiled_tile() if compiled else _tile
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SummedCrossEntropy.apply(  # type: ignore[no-any-return]
+            chosen, head.weight, head.bias, targets, logits, tile
+        )
+
+
+@functools.cache
+def _compiled_tile() -> _Tile:
+    return torch.compile(_tile, dynamic=True)
+
+
+def answer_with_loss(core: Any, compiled: bool = False) -> None:
+    """Let `core`, a causal language model of transformers, answer with the summed loss when it is given
+    `target_positions` and `target_ids`, and as ever without. In its forward pass, so that wrappers around it hold."""
+    core.__dict__.pop("forward", None)
+    plain, logits = core.forward, Logits.of(core.config)
+
+    @functools.wraps(type(core).forward)  # generation looks at the signature
+    def forward(
+        self: Any,
+        *args: Any,
+        target_positions: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if target_positions is None or target_ids is None:
+            return plain(*args, **kwargs)
+        kwargs.pop("labels", None)
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        head = self.get_output_embeddings()
+        return summed_cross_entropy(hidden, head, target_positions, target_ids, logits, compiled)
+
+    core.forward = MethodType(forward, core)
