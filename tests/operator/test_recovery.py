@@ -149,3 +149,26 @@ def test_a_child_deleted_by_hand_is_replaced(operator: OperatorProcess, node: Pr
     kube.delete("Job", "nli-1", propagationPolicy="Background")
     assert jobs.wait_over("nli", 90)["status"] == "True"
     assert jobs.reasons("nli") == ["JobDeleted", "Succeeded"]
+
+
+def test_a_pod_whose_node_falls_silent_is_waited_for_and_said_to_be_out_of_reach_simulated(
+    cluster: Cluster, operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    """It was told to stop, and nobody knows whether it did: nothing new starts until Kubernetes gives the pod up, as
+    it does when the node is deleted. Then the attempt goes on in another pod."""
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+    jobs.create("nli", "run")
+    pod = pod_of(kube, "nli-1")
+    jobs.wait("nli", "Training", "True")
+    node.simulate_silence(pod)
+    kube.delete("Pod", pod, gracePeriodSeconds=1)
+    said = jobs.wait("nli", "Scheduled", "False", "NodeUnreachable", seconds=60)
+    assert f"pod {pod} was to stop by" in said["message"] and f"node {node.name}" in said["message"]
+    assert "NodeUnreachable" in [event["reason"] for event in jobs.events("nli")]
+    assert [job["metadata"]["name"] for job in jobs.children("nli")] == ["nli-1"]
+    assert len(kube.list("Pod", labelSelector="finetune.dev/job=nli")) == 1
+    node.simulate_node_loss(pod)
+    wait_until(lambda: (found := pod_of(kube, "nli-1")) != pod and found, "its replacement", 60)
+    jobs.wait("nli", "Training", "True")
+    assert jobs.reasons("nli") == [None]

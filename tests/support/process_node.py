@@ -114,6 +114,10 @@ class ProcessNode:
         """The pod's node is gone: its processes die unseen, and the pod garbage collector fails the pod."""
         self._thread.run(self._lose(self._runner(pod)))
 
+    def simulate_silence(self, pod: str) -> None:
+        """The node of the pod is cut off: whatever becomes of the pod there, the API server hears nothing of it."""
+        self._runner(pod).is_lost = True
+
     def simulate_unschedulable(self, message: str | None) -> None:
         """From now on no pod is scheduled, for this reason; None ends it."""
         self._simulated_unschedulable = message
