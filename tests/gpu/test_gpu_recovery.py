@@ -60,8 +60,8 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(material: Path
 #: Within what the GPU has left at step 2, times this, the run must go on: a real out-of-memory of its own allocator.
 LIMIT = """
 import torch
-from trl import SFTTrainer
-compute_loss = SFTTrainer.compute_loss
+from finetune_trainer.sft import QloraTrainer
+compute_loss = QloraTrainer.compute_loss
 limited = False
 def limit(self, *args, **options):
     global limited
@@ -72,7 +72,7 @@ def limit(self, *args, **options):
         allowed = held + {part} * (peak - held)
         torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     return compute_loss(self, *args, **options)
-SFTTrainer.compute_loss = limit
+QloraTrainer.compute_loss = limit
 """
 
 

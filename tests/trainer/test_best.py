@@ -11,7 +11,7 @@ from support.trainer_process import TrainerProcess, job, metrics_lines, train
 OVERSHOOT: dict[str, Any] = {
     "training.maxSteps": 14,
     "training.scheduler": "constant",
-    "training.learningRate": 0.03,
+    "training.learningRate": 0.1,
     "training.maxGradNorm": 1000,
     "training.optimizer": "adamw_torch",
     "evaluation.everySteps": 1,

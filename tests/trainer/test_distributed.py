@@ -69,16 +69,16 @@ def test_both_stop_at_one_step_and_resume_as_if_never_stopped(tiny_model: Path, 
 def test_the_process_that_knows_why_has_the_last_word(tiny_model: Path, tmp_path: Path) -> None:
     def fail_on_rank_1() -> None:
         import torch
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original = SFTTrainer.compute_loss
+        original = QloraTrainer.compute_loss
 
         def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
             if os.environ["RANK"] == "1" and self.state.global_step == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return original(self, *args, **options)
 
-        SFTTrainer.compute_loss = compute_loss
+        QloraTrainer.compute_loss = compute_loss
 
     (tmp_path / "pair").mkdir()
     pair = Pair(job(tmp_path / "pair", tiny_model, RUN), tmp_path / "pair", before=fail_on_rank_1)

@@ -13,15 +13,15 @@ from support.trainer_process import TrainerProcess, job, metrics_lines
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_ends_the_run_with_the_step(value: str, tiny_model: Path, tmp_path: Path) -> None:
     def inject() -> None:
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original = SFTTrainer.compute_loss
+        original = QloraTrainer.compute_loss
 
         def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
             loss = original(self, *args, **options)
             return loss * float(value) if self.state.global_step == 4 else loss
 
-        SFTTrainer.compute_loss = compute_loss
+        QloraTrainer.compute_loss = compute_loss
 
     config = job(tmp_path, tiny_model, {"checkpoint.everySteps": 1, "logging.everySteps": 10})
     finished = TrainerProcess(config, tmp_path, before=inject).finish()

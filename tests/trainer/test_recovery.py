@@ -17,16 +17,16 @@ def _out_of_memory(at: Callable[[Any], bool]) -> Callable[[], None]:
 
     def inject() -> None:
         import torch
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original = SFTTrainer.compute_loss
+        original = QloraTrainer.compute_loss
 
         def compute_loss(self: Any, model: Any, inputs: Any, **options: Any) -> Any:
             if self.model.training and at(self):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
             return original(self, model, inputs, **options)
 
-        SFTTrainer.compute_loss = compute_loss
+        QloraTrainer.compute_loss = compute_loss
 
     return inject
 
@@ -123,9 +123,9 @@ def test_a_step_that_ran_out_of_memory_leaves_no_trace_in_the_checkpoint(tiny_mo
 
     def inject() -> None:
         import torch
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original = SFTTrainer.compute_loss
+        original = QloraTrainer.compute_loss
 
         def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
             loss = original(self, *args, **options)
@@ -133,7 +133,7 @@ def test_a_step_that_ran_out_of_memory_leaves_no_trace_in_the_checkpoint(tiny_mo
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return loss
 
-        SFTTrainer.compute_loss = compute_loss
+        QloraTrainer.compute_loss = compute_loss
 
     import json
 

@@ -30,9 +30,9 @@ def _stop_in_pass(step: int, number: int, log: Path) -> Callable[[], None]:
     """SIGTERM in the n-th forward pass of `step`. `log` gets a line for each pass from there on."""
 
     def inject() -> None:
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original, passes = SFTTrainer.compute_loss, []
+        original, passes = QloraTrainer.compute_loss, []
 
         def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
             if self.state.global_step + 1 >= step:
@@ -43,7 +43,7 @@ def _stop_in_pass(step: int, number: int, log: Path) -> Callable[[], None]:
                 log.write_text("pass\n" * (len(passes) - number + 1))
             return original(self, *args, **options)
 
-        SFTTrainer.compute_loss = compute_loss
+        QloraTrainer.compute_loss = compute_loss
 
     return inject
 
