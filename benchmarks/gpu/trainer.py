@@ -1,6 +1,8 @@
 """Measure the trainer on one GPU, and on two, beside TRL's own loop, and its memory prediction beside the peak.
 
     python benchmarks/gpu/reference.py build /tmp/mistral7b     # random weights of Mistral-7B-v0.3's shape, 14.5 GB
+    python benchmarks/gpu/trainer.py /tmp/mistral7b engine      # what the trainer chooses for GPUs of several sizes
+    python benchmarks/gpu/trainer.py /tmp/mistral7b losses      # 100 steps of the fast path beside the plain one
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
@@ -15,32 +17,56 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 MODEL = Path(sys.argv[1]).resolve()
 GIB = 2**30
-RECIPE = ["training.microBatchSize=4", "training.gradientCheckpointing=enabled"]
+#: Without the engine: rows padded, layers as transformers runs them, 4-bit weights dequantized in every pass.
+PLAIN = [
+    "training.packing=disabled",
+    "training.compile=disabled",
+    "quantization.cachedLayers=0",
+    "model.attention=sdpa",
+]
+RECIPE = [*PLAIN, "training.microBatchSize=4", "training.gradientCheckpointing=enabled"]
+#: GiB the trainer may believe the GPU to have; 0: what it has. The engine's choices do the rest.
+ENGINE = (0, 80, 40, 24, 8)
 SPEED = {
     "recipe": (RECIPE, {}),
     "batch 16, no checkpointing": (
-        ["training.microBatchSize=16", "training.gradientCheckpointing=disabled"],
+        [*PLAIN, "training.microBatchSize=16", "training.gradientCheckpointing=disabled"],
         {"bs": 16, "ga": 1, "gc": False},
     ),
 }
 MEMORY = {
     "micro-batch 4, checkpointing": RECIPE,
-    "micro-batch 16, checkpointing": ["training.microBatchSize=16", "training.gradientCheckpointing=enabled"],
-    "micro-batch 1": ["training.microBatchSize=1", "training.gradientCheckpointing=disabled"],
-    "micro-batch 4": ["training.microBatchSize=4", "training.gradientCheckpointing=disabled"],
-    "micro-batch 8": ["training.microBatchSize=8", "training.gradientCheckpointing=disabled"],
+    "micro-batch 16, checkpointing": [*PLAIN, "training.microBatchSize=16", "training.gradientCheckpointing=enabled"],
+    "micro-batch 1": [*PLAIN, "training.microBatchSize=1", "training.gradientCheckpointing=disabled"],
+    "micro-batch 4": [*PLAIN, "training.microBatchSize=4", "training.gradientCheckpointing=disabled"],
+    "micro-batch 8": [*PLAIN, "training.microBatchSize=8", "training.gradientCheckpointing=disabled"],
+    "packed, all cached": ["training.microBatchSize=16"],
+    "packed, half cached, a quarter recomputed": [
+        "training.microBatchSize=8",
+        "quantization.cachedLayers=16",
+        "training.gradientCheckpointing=8",
+    ],
+    "packed, nothing cached, checkpointing": [
+        "training.microBatchSize=16",
+        "quantization.cachedLayers=0",
+        "training.gradientCheckpointing=enabled",
+    ],
+    "packed, not compiled": ["training.microBatchSize=8", "training.compile=disabled"],
     "micro-batch 8, 256 tokens": [
+        *PLAIN,
         "training.microBatchSize=8",
         "training.maxLength=256",
         "training.gradientCheckpointing=disabled",
     ],
     "batch 32, checkpointing": [
+        *PLAIN,
         "training.batchSize=32",
         "training.microBatchSize=32",
         "training.gradientCheckpointing=enabled",
@@ -50,6 +76,7 @@ MEMORY = {
     "single quantization": ["quantization.doubleQuant=false", *RECIPE],
     "rank 64, all linear, checkpointing": ["lora.rank=64", "lora.targetModules=[all-linear]", *RECIPE],
     "all linear, micro-batch 2": [
+        *PLAIN,
         "lora.targetModules=[all-linear]",
         "training.microBatchSize=2",
         "training.gradientCheckpointing=disabled",
@@ -57,12 +84,26 @@ MEMORY = {
     "fp32 step, checkpointing": ["training.precision=fp32", *RECIPE],
     "torch AdamW, checkpointing": ["training.optimizer=adamw_torch_fused", *RECIPE],
 }
-TWO_GPUS = ["training.batchSize=32", "training.microBatchSize=8", "training.gradientCheckpointing=disabled"]
+TWO_GPUS = ["training.batchSize=32", "training.microBatchSize=16"]
 #: The trainer, made to believe that no GPU can hold a whole copy of the weights.
 SHARDED = """
 from finetune_trainer import sizing
-peak = sizing._peak
-sizing._peak = lambda shape, spec, layout, *more: peak(shape, spec, layout, *more) if layout.sharded else 1 << 50
+fitting = sizing._Case._fitting
+sizing._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
+from finetune_trainer.main import cli
+cli()
+"""
+
+
+def limited(gib: int) -> str:
+    """The trainer, made to believe that the GPU has `gib` GiB; the whole of it when 0."""
+    if not gib:
+        return ""
+    return f"""
+from dataclasses import replace
+from finetune_trainer import hardware
+device = hardware.device
+hardware.device = lambda *args: replace(device(*args), memory_bytes={gib} << 30)
 from finetune_trainer.main import cli
 cli()
 """
@@ -120,8 +161,11 @@ def train(
     plan = report["executionPlan"]
     measured = plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
+    stamps = {line["stage"]: line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if "stage" in line}
+    began, training = (datetime.fromisoformat(stamps[stage]) for stage in ("CheckingData", "Training"))
     return {
         "setting": name,
+        "seconds_to_training": round((training - began).total_seconds(), 1),
         "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
@@ -129,6 +173,10 @@ def train(
         "prediction_error": round(predicted / measured - 1, 3),
         "plan": plan,
     }
+
+
+def _as_json(line: str) -> dict[str, Any]:
+    return dict(json.loads(line)) if line.startswith("{") else {}
 
 
 def main() -> None:
@@ -140,6 +188,18 @@ def main() -> None:
             for setting, (ours, theirs) in SPEED.items():
                 subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(theirs)], check=False)
                 print("RESULT", json.dumps(train(folder, setting, ours, 16, 4)), flush=True)
+        elif sys.argv[2] == "engine":
+            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
+            write_rows(folder / "eval.jsonl", 32)
+            evaluated = [f"dataset.eval=file://{folder}/eval.jsonl", "evaluation.everySteps=20"]
+            for gib in ENGINE:
+                name = f"{gib} GiB" if gib else "the whole GPU"
+                result = train(folder, name, evaluated, 48, 4, script=limited(gib))
+                print("RESULT", json.dumps(result), flush=True)
+        elif sys.argv[2] == "losses":
+            for name, settings in (("plain", PLAIN), ("engine", [])):
+                once = [*settings, "lora.dropout=0"]
+                print("RESULT", json.dumps(train(folder, name, once, 100, 1)), flush=True)
         elif sys.argv[2] == "two-gpus":
             runs = (("one GPU", 1, ""), ("two GPUs", 2, ""), ("two GPUs, weights shared out", 2, SHARDED))
             results = [train(folder, setting, TWO_GPUS, 16, 4, gpus, script) for setting, gpus, script in runs]

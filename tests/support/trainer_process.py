@@ -3,6 +3,8 @@
 torch and the libraries on it take seconds to import; a fork of a process that has them starts at once.
 """
 
+import functools
+import gc
 import importlib
 import json
 import os
@@ -182,10 +184,15 @@ def _forget_processes() -> None:
     GradientState._reset_state()
 
 
+@functools.cache
 def _import_everything() -> None:
-    """What main.run imports, once for all forks."""
+    """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
     for name in ("artifacts", "inputs", "publish", "resume", "store_folder", "store_s3", "train", "verify"):
         importlib.import_module(f"finetune_trainer.{name}")
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def train(config: Path, folder: Path, **options: Any) -> Finished:

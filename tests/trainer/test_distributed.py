@@ -69,6 +69,7 @@ def test_both_stop_at_one_step_and_resume_as_if_never_stopped(tiny_model: Path, 
 def test_the_process_that_knows_why_has_the_last_word(tiny_model: Path, tmp_path: Path) -> None:
     def fail_on_rank_1() -> None:
         import torch
+
         from finetune_trainer.sft import QloraTrainer
 
         original = QloraTrainer.compute_loss

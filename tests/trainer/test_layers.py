@@ -1,5 +1,6 @@
 """Layers that are recomputed or compiled train alike; rows laid end to end train as TRL trains them padded."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,3 +225,25 @@ def _losses_of_trl(folder: Path, tiny_model: Path, adapter: Path, steps: int) ->
     load_adapter_weights(trainer.model, adapter)
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    layers.keep_compiled_in(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("missing", ["triton", "gcc"])
+def test_without_a_compiler_it_is_said_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("shutil.which", lambda name: None if missing == "gcc" else name)
+    assert (
+        layers.no_compiler()
+        == {
+            "triton": "the triton package is missing",
+            "gcc": "no C compiler is installed",
+        }[missing]
+    )

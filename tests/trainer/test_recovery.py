@@ -17,6 +17,7 @@ def _out_of_memory(at: Callable[[Any], bool]) -> Callable[[], None]:
 
     def inject() -> None:
         import torch
+
         from finetune_trainer.sft import QloraTrainer
 
         original = QloraTrainer.compute_loss
@@ -123,6 +124,7 @@ def test_a_step_that_ran_out_of_memory_leaves_no_trace_in_the_checkpoint(tiny_mo
 
     def inject() -> None:
         import torch
+
         from finetune_trainer.sft import QloraTrainer
 
         original = QloraTrainer.compute_loss

@@ -55,6 +55,7 @@ def run(
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
+    layers.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")

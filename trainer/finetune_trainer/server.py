@@ -25,7 +25,8 @@ def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
         yield None
         return
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
+    # The interval is how long the end of a run waits for the end of the server.
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="http", daemon=True)
     thread.start()
     try:
         yield f"{server.server_address[0]!s}:{server.server_address[1]}"

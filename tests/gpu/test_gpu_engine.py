@@ -1,0 +1,112 @@
+"""The engine on a real GPU: the numbers of the plain path, and the speed asked for. Skipped where there is none."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.gpu import losses, report, start
+from support.gpu_benchmarks import mistral_shaped, results
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PLAIN: dict[str, Any] = {
+    "training__packing": "disabled",
+    "training__compile": "disabled",
+    "quantization__cachedLayers": 0,
+    "model__attention": "sdpa",
+}
+#: What bf16 makes of another order of sums, as a part of the loss.
+TOLERANCE = 1e-2
+
+
+def _train(material: Path, work: Path, prelude: str = "", **settings: Any) -> str:
+    run = start(material, work, prelude, **settings)
+    log, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, log[-3000:]
+    return log
+
+
+def test_losses_are_those_of_the_plain_path_at_every_one_of_100_steps(material: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, settings in (("plain", PLAIN), ("engine", {})):
+        log = _train(material, tmp_path / name, lora__dropout=0.0, training__maxSteps=100, **settings)
+        found[name] = losses(tmp_path / name)
+    plan = report(tmp_path / "engine")["executionPlan"]
+    assert (plan["packing"], plan["compiled"], plan["cachedLayers"]) == (True, True, 4), log[-3000:]
+    assert len(found["engine"]) == 100
+    print("RESULT largest difference:", max(abs(a / b - 1) for a, b in zip(*found.values(), strict=True)))
+    assert found["engine"] == pytest.approx(found["plain"], rel=TOLERANCE)
+
+
+#: Keeps the gradient of the first step.
+KEEP_GRADIENT = """
+import torch
+from finetune_trainer.sft import QloraTrainer
+clip = QloraTrainer._get_grad_norm
+def keep(self, model, *args, **options):
+    if self.state.global_step == 0:
+        torch.save({n: p.grad.cpu() for n, p in self.model.named_parameters() if p.grad is not None}, PATH)
+    return clip(self, model, *args, **options)
+QloraTrainer._get_grad_norm = keep
+"""
+
+
+def test_the_gradient_of_a_step_is_that_of_the_plain_path(material: Path, tmp_path: Path) -> None:
+    gradients = []
+    for name, settings in (("plain", PLAIN), ("engine", {})):
+        prelude = f"PATH = {str(tmp_path / name)!r} + '.pt'" + KEEP_GRADIENT
+        limits = {"training__maxSteps": 1, "training__maxGradNorm": 1_000_000, "lora__dropout": 0.0}
+        _train(material, tmp_path / name, prelude, **limits, **settings)
+        kept = torch.load(f"{tmp_path / name}.pt")
+        gradients.append(torch.cat([kept[name].float().flatten() for name in sorted(kept)]))
+    plain, ours = gradients
+    difference = float((ours - plain).norm() / plain.norm())
+    print("RESULT relative difference of the gradient:", difference)
+    assert difference <= TOLERANCE
+
+
+def test_what_was_compiled_is_found_again(material: Path, tmp_path: Path) -> None:
+    os.environ["FINETUNE_CACHE_DIR"] = str(tmp_path / "cache")
+    try:
+        seconds = []
+        for name in ("cold", "warm"):
+            log = _train(material, tmp_path / name, training__maxSteps=2)
+            (line,) = [line for line in log.splitlines() if "The decoder layers are compiled, after" in line]
+            seconds.append(int(json.loads(line)["event"].rsplit(" ", 2)[1]))
+    finally:
+        del os.environ["FINETUNE_CACHE_DIR"]
+    print("RESULT seconds to compile, cold and warm:", seconds)
+    assert seconds[1] < seconds[0]
+
+
+def test_a_gpu_without_a_compiler_trains_all_the_same(material: Path, tmp_path: Path) -> None:
+    prelude = "import shutil; shutil.which = lambda *args, **options: None"
+    log = _train(material, tmp_path, prelude, training__maxSteps=2)
+    assert "The decoder layers are not compiled: no C compiler is installed" in log
+    assert report(tmp_path)["executionPlan"]["compiled"] is False
+
+
+def test_it_is_as_fast_as_it_should_be_in_whatever_memory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    reference, *ours = results(mistral_shaped(tmp_path_factory), "engine")
+    ratios = {each["setting"]: each["tok_s"] / reference["tok_s"] for each in ours}
+    print("RESULT ratios:", ratios)
+    assert ratios["the whole GPU"] >= 8.8
+    assert ratios["24 GiB"] >= 7.5
+    assert ratios["8 GiB"] >= 3.3
+    for each in ours:
+        limit = int(each["setting"].split()[0]) if each["setting"] != "the whole GPU" else 1000
+        assert each["peak_gib"] <= limit
+        assert abs(each["prediction_error"]) <= 0.1
+
+
+def test_on_the_true_shape_too_losses_are_those_of_the_plain_path(tmp_path_factory: pytest.TempPathFactory) -> None:
+    plain, engine = results(mistral_shaped(tmp_path_factory), "losses")
+    assert len(engine["loss"]) == 100
+    assert engine["loss"] == pytest.approx(plain["loss"], rel=TOLERANCE)
