@@ -3,6 +3,7 @@
     python benchmarks/gpu/reference.py build /tmp/mistral7b     # random weights of Mistral-7B-v0.3's shape, 14.5 GB
     python benchmarks/gpu/trainer.py /tmp/mistral7b engine      # what the trainer chooses for GPUs of several sizes
     python benchmarks/gpu/trainer.py /tmp/mistral7b losses      # 100 steps of the fast path beside the plain one
+    python benchmarks/gpu/trainer.py /tmp/mistral7b fp8         # training.precision: fp8 beside bf16
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
@@ -195,6 +196,11 @@ def main() -> None:
             for gib in ENGINE:
                 name = f"{gib} GiB" if gib else "the whole GPU"
                 result = train(folder, name, evaluated, 48, 4, script=limited(gib))
+                print("RESULT", json.dumps(result), flush=True)
+        elif sys.argv[2] == "fp8":
+            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
+            for precision in ("bf16", "fp8"):
+                result = train(folder, precision, [f"training.precision={precision}", "lora.dropout=0"], 48, 4)
                 print("RESULT", json.dumps(result), flush=True)
         elif sys.argv[2] == "losses":
             for name, settings in (("plain", PLAIN), ("engine", [])):

@@ -29,7 +29,7 @@ class Quantization(ApiModel):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type that weights are dequantized to for matrix products."""
     cached_layers: LayerCount = "auto"
-    """Decoder layers that keep their 4-bit weights dequantized: same numbers, more speed and memory. auto: what fits."""
+    """Decoder layers that keep 4-bit weights dequantized: same numbers, more speed and memory. auto: what fits."""
 
 
 class Lora(ApiModel):
@@ -88,5 +88,5 @@ class Training(ApiModel):
     """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     """Seed of every random generator."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Mixed precision of the training step."""
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
+    """Mixed precision of the step. fp8: bf16, and products with cached base weights in FP8, coarser and faster."""

@@ -123,6 +123,8 @@ class ExecutionPlan(StatusModel):
     """The most tokens of one forward pass, padding included."""
     compiled: bool | None = None
     """Whether the decoder layers are compiled."""
+    fp8: bool | None = None
+    """Whether products with the cached layers' weights are in FP8."""
     attention: Annotated[str, Field(max_length=64)] | None = None
     """Attention implementation in use."""
     predicted_peak_memory_bytes: Count | None = None

@@ -228,12 +228,12 @@ def _losses_of_trl(folder: Path, tiny_model: Path, adapter: Path, steps: int) ->
 
 
 def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     layers.keep_compiled_in(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("missing", ["triton", "gcc"])

@@ -109,6 +109,20 @@ def test_a_plan_keeps_the_effective_batch_and_stays_within_memory(
     assert checkpointing == "auto" or plan.gradient_checkpointing == (checkpointing == "enabled")
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [({}, False), ({"training": {"precision": "fp8"}}, True),
+     ({"training": {"precision": "fp8"}, "quantization": {"bits": 16}}, True),
+     ({"training": {"precision": "fp8"}, "quantization": {"cachedLayers": 0}}, False),
+     ({"training": {"precision": "fp8"}, "quantization": {"bits": 8}}, False)],
+)  # fmt: skip
+def test_products_are_in_fp8_where_it_is_asked_for_and_weights_are_there_to_round(
+    sections: dict[str, Any], expected: bool
+) -> None:
+    assert make_plan(_spec(**sections), _gpu(140), 1, "varlen", MISTRAL_7B).fp8 is expected
+    assert make_plan(_spec(**sections), _gpu(140), 1, "varlen", MISTRAL_7B, has_fp8=False).fp8 is False
+
+
 def _rows_of_325_tokens(micro_batch: int) -> int:
     return 325 * micro_batch + 60
 

@@ -14,6 +14,7 @@ from finetune_trainer.config import World
 from finetune_trainer.data import Encoded, refuse_bad_rows
 from finetune_trainer.formats import Format, Row
 from finetune_trainer.generate import answers
+from finetune_trainer.model import mixed_precision
 from finetune_trainer.processes import Batches
 from finetune_trainer.tokens import Encoder
 
@@ -150,9 +151,8 @@ class Evaluator:
 def _evaluating(model: Any, precision: str) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.no_grad(), mixed_precision(model.device, precision):
             yield
     finally:
         model.train(was_training)

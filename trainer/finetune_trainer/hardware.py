@@ -13,7 +13,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.config import World
 from finetune_trainer.engine import attention as varlen
-from finetune_trainer.engine import layers
+from finetune_trainer.engine import fp8, layers
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import BaseModel
 from finetune_trainer.processes import PATIENCE, least
@@ -105,6 +105,26 @@ def can_compile(spec: FineTuneJobSpec) -> bool:
     if problem and spec.training.compile != "disabled":
         log.warning(f"The decoder layers are not compiled: {problem}; training is slower")
     return problem is None
+
+
+def has_fp8(spec: FineTuneJobSpec, world: World) -> bool:
+    """Whether the products asked for in FP8 can be computed so; where not, it is logged."""
+    if spec.training.precision != "fp8":
+        return False
+    problem = _fp8_problem(spec, world)
+    if problem:
+        log.warning(f"training.precision: fp8 {problem}; going on with bf16")
+    return problem is None
+
+
+def _fp8_problem(spec: FineTuneJobSpec, world: World) -> str | None:
+    if spec.lora.dora:
+        return "does not go with DoRA"
+    if not spec.resources.gpus_per_node:
+        return "needs a GPU"
+    if torch.cuda.get_device_capability(world.local_rank) < fp8.MIN_COMPUTE_CAPABILITY:
+        return "needs a GPU of compute capability 8.9 or more (Ada, Hopper)"
+    return None
 
 
 def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:

@@ -43,7 +43,7 @@ def run(
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
-    from finetune_trainer.engine import batches, layers, sharding
+    from finetune_trainer.engine import batches, fp8, layers, sharding
     from finetune_trainer.engine.weights import keep_dequantized
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
@@ -112,6 +112,7 @@ def run(
         longest=max(rows.longest for rows in (train_data, held_out) if rows),
         tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, sizing.packs(spec, gpu, attention)),
         can_compile=hardware.can_compile(spec),
+        has_fp8=hardware.has_fp8(spec, world),
     )
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
@@ -127,6 +128,9 @@ def run(
         if plan.cached_layers:
             keep_dequantized(layers.of(loaded)[: plan.cached_layers])
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
+        if plan.fp8:
+            repeated = layers.of(loaded)
+            fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             sharding.shard(adapted, world, device)
     batch = plan.micro_batch_size or 1

@@ -84,6 +84,7 @@ def make_plan(
     longest: int | None = None,
     tokens: Callable[[int], int] | None = None,
     can_compile: bool = True,
+    has_fp8: bool = True,
 ) -> ExecutionPlan:
     """Choose the fastest layout that fits; the effective batch is always batchSize.
 
@@ -110,9 +111,15 @@ def make_plan(
         packing=packed,
         tokens_per_pass=layout.tokens,
         compiled=layout.compiled,
+        fp8=_in_fp8(spec, layout) and has_fp8,
         attention=attention,
         predicted_peak_memory_bytes=peak,
     )
+
+
+def _in_fp8(spec: FineTuneJobSpec, layout: Layout) -> bool:
+    plain = layout.cached > 0 if spec.quantization.bits == 4 else spec.quantization.bits == 16
+    return spec.training.precision == "fp8" and plain and not layout.sharded
 
 
 def can_be_sharded(spec: FineTuneJobSpec, world_size: int) -> bool:
@@ -202,7 +209,8 @@ class _Case:
     def _can_cache(self) -> bool:
         """Only where products are computed in the type that weights are dequantized to anyway."""
         quantization = self.spec.quantization
-        return quantization.bits == 4 and _HALF.get(quantization.compute_dtype) == self.spec.training.precision
+        half = _HALF.get(quantization.compute_dtype)
+        return quantization.bits == 4 and half == self.spec.training.precision.replace("fp8", "bf16")
 
     def _cached(self, shape: ModelShape) -> int | None:
         """How many layers must be cached; None: any number may."""

@@ -212,7 +212,7 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: 
         optim=training.optimizer,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
-        bf16=training.precision == "bf16",
+        bf16=training.precision in ("bf16", "fp8"),
         fp16=training.precision == "fp16",
         tf32=None,
         gradient_checkpointing=False,  # engine.layers does it, layer by layer

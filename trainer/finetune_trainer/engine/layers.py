@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model import mixed_precision
 from finetune_trainer.rng import RngState
 
 log = structlog.get_logger(__name__)
@@ -115,14 +116,13 @@ def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any],
 def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
     """A forward and a backward pass whose results are forgotten: what cannot be compiled shows here, before anything
     depends on it. Returns what is wrong, None when all went well. Generators stay as they are."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     inputs = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in example.items()
     }
     before, was_training = RngState.now(), model.training
     model.train()
     try:
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        with mixed_precision(model.device, precision):
             loss = model(**inputs)
         loss.backward()
     except torch.OutOfMemoryError:

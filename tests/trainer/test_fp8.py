@@ -1,0 +1,69 @@
+"""Products in FP8, computed here by their definition; tests/gpu runs the hardware's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_trainer.engine import fp8, layers
+from support.trainer_process import job, train
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_each_row_is_rounded_to_three_bits_of_mantissa_on_its_own_scale(scale: float) -> None:
+    matrix = torch.randn(8, 64) * scale * torch.logspace(-3, 3, 8)[:, None]
+    values, scales = fp8.rounded(matrix)
+    back = values.float() * scales
+    assert values.dtype == torch.float8_e4m3fn and scales.shape == (8, 1)
+    large = matrix.abs() > matrix.abs().amax(-1, keepdim=True) / 1000
+    assert float(((back - matrix).abs() / matrix.abs())[large].max()) <= 2**-4
+    assert torch.allclose(back.abs().amax(-1), matrix.abs().amax(-1))
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    values, scales = fp8.rounded(torch.zeros(2, 16))
+    assert not (values.float() * scales).any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_and_gradient_are_near_those_of_bf16(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96, bias=bias).bfloat16().requires_grad_(False)
+    found = []
+    for layer in (linear, fp8.Fp8Linear(linear)):
+        x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        y = layer(x)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16())
+        found.append((y.detach(), x.grad))
+    for plain, ours in zip(*found, strict=True):
+        assert ours is not None and plain is not None and ours.shape == plain.shape and ours.dtype == plain.dtype
+        assert float((ours - plain).norm() / plain.norm()) < 0.05
+
+
+def test_frozen_layers_alone_are_converted_and_the_adapter_learns(tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fp8.convert(layers.of(base)[:1])
+    converted = {name for name, module in model.named_modules() if isinstance(module, fp8.Fp8Linear)}
+    assert len(converted) == 7 and all(".layers.0." in name for name in converted)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+    ids = torch.randint(4, 300, (1, 30))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({}, "needs a GPU"), ({"lora.dora": True}, "does not go with DoRA")], ids=str
+)
+def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
+    changes: dict[str, Any], reason: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    finished = train(job(tmp_path, tiny_model, changes | {"training.precision": "fp8"}), tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert f"training.precision: fp8 {reason}; going on with bf16" in finished.log
+    assert finished.report["executionPlan"]["fp8"] is False
