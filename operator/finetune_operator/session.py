@@ -117,6 +117,28 @@ class Events:
         return rest
 
 
+#: What a server says in a watch that is too old for it.
+_EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","status":"Failure","reason":"Expired","code":410}}\n'
+
+
+class Expired:
+    """The body of a watch that was answered 410, as if the server had said so in the watch. Kopf then lists anew; at
+    the status it would give up, and all its other watches with it."""
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self._content, self._left = content, _EXPIRED
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._content, name)
+
+    def iter_chunked(self, size: int) -> AsyncStreamIterator[bytes]:
+        return AsyncStreamIterator(self._read)
+
+    async def _read(self) -> bytes:
+        said, self._left = self._left, b""
+        return said
+
+
 _VERSION = b'"resourceVersion":"'
 
 
@@ -221,7 +243,9 @@ class Connection:
 
             async def start(self, server: object) -> aiohttp.ClientResponse:
                 await super().start(server)  # type: ignore[arg-type]
-                if "watch" in self.url.query and self.status == 200:
+                if "watch" in self.url.query and self.status == 410:
+                    self.status, self.content = 200, Expired(self.content)  # type: ignore[assignment]
+                elif "watch" in self.url.query and self.status == 200:
                     url, resource = self.url, resource_of(self.url.path)
                     connection.freshness.note(url)
                     self.content = Events(  # type: ignore[assignment]

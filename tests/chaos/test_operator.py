@@ -21,6 +21,7 @@ import structlog
 
 from finetune_operator import logs
 from finetune_operator.clock import Clock
+from finetune_operator.main import Operator
 from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
 from support.chaos import Chaos, Kueue
 from support.cluster import Cluster
@@ -40,6 +41,8 @@ OF_EACH_KIND = 15 if FULL else 2
 OUTAGE_SECONDS = 30 if FULL else 5
 DAY = 86_400
 CONVERGED_SECONDS = 60
+#: The longest a test may go on, so that it always ends and says where it stood.
+TEST_SECONDS = 1500 if FULL else 300
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,8 @@ def play(cluster: Cluster, namespace: str, act: Callable[[Chaos], Awaitable[None
             async with SimulatedKubelet(kube, namespace) as kubelet, Kueue(kube, namespace):
                 chaos = Chaos(kube, namespace, kubelet)
                 try:
-                    await act(chaos)
+                    async with asyncio.timeout(TEST_SECONDS):
+                        await act(chaos)
                 finally:
                     await chaos.stop()
         finally:
@@ -76,14 +80,24 @@ def play(cluster: Cluster, namespace: str, act: Callable[[Chaos], Awaitable[None
     asyncio.run(run())
 
 
-async def converge(chaos: Chaos) -> float:
+async def converge(chaos: Chaos, operator: Operator) -> float:
     """Seconds until every story is at its end, once all harm is over."""
     began = time.monotonic()
     while left := await chaos.unfinished():
         waited = time.monotonic() - began
-        assert waited < CONVERGED_SECONDS, f"not over after {waited:.0f} s: {left}"
+        if waited > CONVERGED_SECONDS:
+            told = "\n".join(await chaos.explain(left))
+            raise AssertionError(f"not over after {waited:.0f} s; {inside(operator)}:\n{told}")
         await asyncio.sleep(0.2)
     return time.monotonic() - began
+
+
+def inside(operator: Operator) -> str:
+    """Where an operator stands, for one that takes too long."""
+    ages = {what: round(age) for (what, _), age in operator.connection.freshness.ages().items()}
+    queue = operator.queue
+    listed = f"the last list was {operator.lists.age():.0f} s ago"
+    return f"{queue.depth} wait, {queue.delayed} are delayed, seconds since watches were heard: {ages}, {listed}"
 
 
 def test_killed_before_and_after_every_write(cluster: Cluster, namespace: str):
@@ -104,8 +118,8 @@ def test_killed_before_and_after_every_write(cluster: Cluster, namespace: str):
                 async with living(proxy, chaos.namespace):
                     with suppress(TimeoutError):
                         await asyncio.wait_for(proxy.dead.wait(), 3)
-        async with ApiProxy(cluster.access) as proxy, living(proxy, chaos.namespace):
-            seconds = await converge(chaos)
+        async with ApiProxy(cluster.access) as proxy, living(proxy, chaos.namespace) as operator:
+            seconds = await converge(chaos, operator)
         await chaos.assert_nothing_lost_or_doubled()
         print(
             f"{len(chaos.stories)} jobs, {counts.total()} kills {dict(counts)} in {lives} lives; {seconds:.1f} s after"
@@ -158,6 +172,7 @@ class Harm:
         self.proxy.counts["server clock step"] += 1
 
     def stop(self) -> None:
+        self.proxy.thaw_watches()
         self.proxy.rate = self.proxy.date_skew = self.wall_off = 0.0
 
 
@@ -179,7 +194,7 @@ def test_an_api_that_fails_in_every_way_and_clocks_that_step(cluster: Cluster, n
                     if rounds == 9:
                         await proxy.outage(OUTAGE_SECONDS)
                 harm.stop()
-                seconds = await converge(chaos)
+                seconds = await converge(chaos, operator)
                 assert operator.health.problems() == []
         print(f"{len(chaos.stories)} jobs, {dict(proxy.counts)}; over {seconds:.1f} s after the last")
         await chaos.assert_nothing_lost_or_doubled()

@@ -76,7 +76,7 @@ def test_stopped_while_its_watches_begin_anew_it_ends_at_once(stage: Stage) -> N
     wait_until(lambda: len(stage.proxy._watches) >= len(WATCHED), "all watches are open")
     for resource in WATCHED:
         stage.jobs.create(f"nli-{resource}")
-        stage.in_proxy(lambda resource=resource: stage.proxy.expire_watches("410 status", f"/{resource}"))
+        stage.in_proxy(lambda resource=resource: stage.proxy.expire_watches("404", f"/{resource}"))
         wait_until(lambda: "Kopf gave up" in stage.operator.logs(), "Kopf gives up")
     began = time.monotonic()
     assert stage.operator.process.stop(30) == 0

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from support.kube import Access
 
-ERRORS = {409: "Conflict", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
+ERRORS = {404: "NotFound", 409: "Conflict", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
 OF_WATCHES = ("410 event", "410 status", "500", "reset")
 OF_READS = ("429", "500", "503", "reset", "late reset")
 OF_WRITES = (*OF_READS, "409")
@@ -100,6 +100,11 @@ class ApiProxy:
             self.counts["watch frozen"] += 1
         return len(self._watches)
 
+    def thaw_watches(self) -> None:
+        """End that: what was held back comes."""
+        for watch in self._watches:
+            watch.flows.set()
+
     def stop_watches(self) -> None:
         """End every open watch and take no new one, until `expire_watches`."""
         self._no_watches = True
@@ -107,7 +112,7 @@ class ApiProxy:
 
     def expire_watches(self, how: str, resource: str = "") -> None:
         """Tell every watch (of that resource) at its next request that its resource version is too old: "410 event" or
-        "410 status"."""
+        "410 status"; or that there is nothing to watch: "404"."""
         self._expired = {path: how for path in self.watched if path.endswith(resource)}
         self._no_watches = False
         self.cut_watches(count=False)

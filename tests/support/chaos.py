@@ -130,6 +130,11 @@ class Chaos:
             left += [] if is_over else [name]
         return sorted(set(left))
 
+    async def explain(self, left: list[str]) -> list[str]:
+        """What is last said of these jobs, for those that take too long."""
+        statuses = await self.statuses()
+        return [f"{name}: {_said(statuses[name]) if name in statuses else 'is gone'}" for name in left]
+
     async def assert_nothing_lost_or_doubled(self) -> None:
         for task in self._users.values():
             await task
@@ -161,6 +166,14 @@ class Chaos:
         for task in self._users.values():
             task.cancel()
         await asyncio.gather(*self._users.values(), return_exceptions=True)
+
+
+def _said(status: dict[str, Any]) -> str:
+    attempts = [attempt.get("reason") for attempt in status.get("attempts", [])]
+    told = [
+        f"{c['type']}={c['status']} {c['reason']} since {c['lastTransitionTime']}" for c in status.get("conditions", [])
+    ]
+    return f"{status.get('phase')}, attempts {attempts}, {told}"
 
 
 class Kueue:
