@@ -5,6 +5,7 @@ that is told 410 or 404 by the status of the answer, an error in the stream) end
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kopf
@@ -18,9 +19,10 @@ _A_WHILE = 60.0
 #: A watcher can miss that it was cancelled, so it is told again this often.
 _AGAIN_SECONDS = 1.0
 #: What has not ended after this will not: it is left behind, and said so.
-END_SECONDS = 10.0
+END_SECONDS = 7.0
 #: Kopf's name of a task that holds a watch. A test counts them, so that another name would be noticed.
 _WATCHER = "watcher for "
+_KOPF = str(Path(kopf.__file__).parent)
 
 
 class Watches:
@@ -81,20 +83,35 @@ class Watches:
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:
     """End one Kopf. Of its watchers only its orchestrator knows, and that forgets them when one of them has failed; a
     watcher left behind goes on watching, and cannot be cancelled any more once its helpers were, as at a process's end.
+    So watchers go first. Of what Kopf looks up at its start nobody knows: that goes last.
     """
     for task in tasks:
         task.cancel()
-    left, began = tasks | _watchers(), time.monotonic()
-    while left and time.monotonic() - began < END_SECONDS:
-        for watcher in _watchers():
-            watcher.cancel()
-        done, left = await asyncio.wait(left, timeout=_AGAIN_SECONDS)
-        for task in done:
-            if not task.cancelled():
-                task.exception()  # looked at, or asyncio would print it
+    left = await _ended(tasks, _watchers) | await _ended(set(), _kopfs)
     if left:
         log.error("tasks of Kopf do not end; they are left behind", tasks=sorted(task.get_name() for task in left))
 
 
+async def _ended(tasks: set[asyncio.Task[Any]], find: Callable[[], set[asyncio.Task[Any]]]) -> set[asyncio.Task[Any]]:
+    """Wait for `tasks`, and cancel and wait for whatever `find` finds; what has not ended when time is over."""
+    began = time.monotonic()
+    while left := {task for task in tasks if not task.done()} | find():
+        if time.monotonic() - began > END_SECONDS:
+            return left
+        for task in find():
+            task.cancel()
+        done, _ = await asyncio.wait(left, timeout=_AGAIN_SECONDS)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio would print it
+    return set()
+
+
 def _watchers() -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() if task.get_name().startswith(_WATCHER)}
+
+
+def _kopfs() -> set[asyncio.Task[Any]]:
+    """Tasks that run Kopf's code."""
+    codes = {task: getattr(task.get_coro(), "cr_code", None) for task in asyncio.all_tasks()}
+    return {task for task, code in codes.items() if code is not None and code.co_filename.startswith(_KOPF)}

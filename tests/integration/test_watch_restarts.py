@@ -78,6 +78,25 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
     asyncio.run(act())
 
 
+def test_a_kopf_that_is_ended_while_it_looks_around_leaves_nothing(cluster: Cluster, namespace: str) -> None:
+    """At its start it asks for kinds, in tasks that it does not keep; here nobody answers them."""
+
+    def lookups() -> int:
+        return sum(getattr(task.get_coro(), "__name__", "") == "_read_old_api" for task in asyncio.all_tasks())
+
+    async def act() -> None:
+        async with ApiProxy(cluster.access) as proxy, living(proxy, namespace) as operator:
+            await until(lambda: are_open(proxy), "all watches are open")
+            proxy.away = True
+            for _ in range(3):
+                operator.watches.restart()
+                await asyncio.sleep(1)
+                assert lookups() == 1
+        assert not kopfs_tasks()
+
+    asyncio.run(act())
+
+
 def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
     cluster: Cluster, kube: Kube, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from finetune_api.spec import FineTuneJobSpec, Generation
 from finetune_trainer import nli
 from finetune_trainer.config import World
 from finetune_trainer.data import Encoded, refuse_bad_rows
+from finetune_trainer.engine.batches import Collate, on_device
 from finetune_trainer.formats import Format, Row
 from finetune_trainer.generate import answers
 from finetune_trainer.model import mixed_precision
@@ -49,7 +49,8 @@ def questions(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Ge
 
 
 class Evaluator:
-    """Measures a model on the held-out rows. `interrupted` is asked between batches and ends the work early.
+    """Measures a model that answers with its loss (engine.loss) on the held-out rows, `collate.rows` at a time.
+    `interrupted` is asked between batches and ends the work early.
 
     With `sharded` weights every process must call it, also where one alone is asked (`loss_of`).
     """
@@ -61,7 +62,7 @@ class Evaluator:
         to_answer: Sequence[Question],
         tokenizer: Any,
         world: World,
-        batch_size: int,
+        collate: Collate,
         interrupted: Callable[[], bool] = lambda: False,
         sharded: bool = False,
     ) -> None:
@@ -71,7 +72,8 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._world = world
         self._sharded = sharded
-        self._batches = Batches(world, batch_size, interrupted, sharded)
+        self._collate = collate
+        self._batches = Batches(world, collate.rows, interrupted, sharded)
         self._generations = Batches(world, _GENERATION_BATCH, interrupted, sharded)
 
     def __call__(self, model: Any) -> dict[str, float]:
@@ -101,27 +103,9 @@ class Evaluator:
         return total / count
 
     def _sum_of_batch(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
-        ids, mask, labels = self._batch(indices, model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        targets = labels[:, 1:]
-        wanted = targets != -100
-        loss = cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
-        return float(loss), int(wanted.sum())
-
-    def _batch(self, indices: Sequence[int], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-padded input ids, attention mask and labels, each [rows, tokens]."""
-        ids = [self._rows.input_ids[index] for index in indices]
-        labels = [self._rows.labels[index] for index in indices]
-        width = max(map(len, ids))
-
-        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
-
-        return (
-            padded(ids, self._tokenizer.pad_token_id),
-            padded([[1] * len(row) for row in ids], 0),
-            padded(labels, -100),
-        )
+        rows = [(self._rows.input_ids[index], self._rows.labels[index]) for index in indices]
+        batch = on_device(self._collate(rows), model.device)
+        return float(model(**batch)), len(batch["target_ids"])
 
     def _nli(self, model: Any) -> dict[str, float]:
         settings = self._spec.evaluation.generation

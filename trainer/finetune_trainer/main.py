@@ -44,6 +44,7 @@ def run(
     from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
     from finetune_trainer.engine import batches, fp8, layers, sharding
+    from finetune_trainer.engine.loss import answer_with_loss
     from finetune_trainer.engine.weights import keep_dequantized
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
@@ -128,15 +129,16 @@ def run(
         if plan.cached_layers:
             keep_dequantized(layers.of(loaded)[: plan.cached_layers])
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
+        answer_with_loss(adapted.get_base_model())
         if plan.fp8:
             repeated = layers.of(loaded)
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             sharding.shard(adapted, world, device)
-    batch = plan.micro_batch_size or 1
+    collate = batches.Collate(bool(plan.packing), tokenizer.pad_token_id, plan.micro_batch_size or 1)
     evaluator = (
         evaluate.Evaluator(
-            spec, held_out, to_answer, tokenizer, world, batch, lambda: bool(stop), sharded=bool(plan.sharded)
+            spec, held_out, to_answer, tokenizer, world, collate, lambda: bool(stop), sharded=bool(plan.sharded)
         )
         if held_out
         else None
@@ -194,7 +196,7 @@ def run(
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
         if plan.sharded
-        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), batch))
+        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), collate))
     )
     if spec.output.overwrite:  # what is there must not go for an adapter that does not load
         verifier.check(folder.adapter, "hand")

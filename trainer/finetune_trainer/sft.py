@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
-from finetune_trainer.engine.batches import Loader
+from finetune_trainer.engine.batches import Loader, on_device
 from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
@@ -90,10 +90,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Send a micro-batch to the device without waiting for it."""
-        return {
-            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
-        }
+        return on_device(inputs, self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

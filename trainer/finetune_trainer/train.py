@@ -137,8 +137,8 @@ class Training:
         return trainer, callback
 
     def _loader(self) -> Loader:
-        plan, lengths = self.plan, self.rows.input_ids.lengths
-        steps = batches.of(self.spec, lengths, plan)
+        lengths = self.rows.input_ids.lengths
+        steps = batches.of(self.spec, lengths, self.plan)
         rank = torch.distributed.get_rank() if steps.world > 1 else 0
         collate = Collate(steps.packed, self.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
         return Loader(self.rows, ProcessBatches(steps, rank), collate, pinned=self.model.device.type == "cuda")

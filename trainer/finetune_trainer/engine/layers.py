@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import mixed_precision
@@ -116,14 +117,11 @@ def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any],
 def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
     """A forward and a backward pass whose results are forgotten: what cannot be compiled shows here, before anything
     depends on it. Returns what is wrong, None when all went well. Generators stay as they are."""
-    inputs = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in example.items()
-    }
     before, was_training = RngState.now(), model.training
     model.train()
     try:
         with mixed_precision(model.device, precision):
-            loss = model(**inputs)
+            loss = model(**on_device(example, model.device))
         loss.backward()
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do

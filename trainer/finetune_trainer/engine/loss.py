@@ -108,7 +108,7 @@ def summed_cross_entropy(
     chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
     if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
         return _tile(head(chosen), targets, logits, False)[0]
-    tile = _compiled_tile() if compiled else _tile
+    tile = _compiled_tile() if compiled and torch.is_grad_enabled() else _tile
     with torch.autocast(hidden.device.type, enabled=False):
         return _SummedCrossEntropy.apply(  # type: ignore[no-any-return]
             chosen, head.weight, head.bias, targets, logits, tile
