@@ -196,7 +196,7 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
 
             return call
 
-        Evaluator._batch = limited(Evaluator._batch, lambda args: len(args[1]))
+        Evaluator._sum_of_batch = limited(Evaluator._sum_of_batch, lambda args: len(args[2]))
         evaluate.answers = limited(evaluate.answers, lambda args: len(args[2]))
 
     nli = {"evaluation.metrics": ["loss", "nli"], "evaluation.generation": {"maxNewTokens": 4}}

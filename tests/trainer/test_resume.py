@@ -81,7 +81,7 @@ def _stop_in_batch(number: int) -> Callable[[], None]:
     def inject() -> None:
         from finetune_trainer.evaluate import Evaluator
 
-        original, calls = Evaluator._batch, []
+        original, calls = Evaluator._sum_of_batch, []
 
         def batch(self: Any, *args: Any) -> Any:
             calls.append(1)
@@ -89,7 +89,7 @@ def _stop_in_batch(number: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, *args)
 
-        Evaluator._batch = batch
+        Evaluator._sum_of_batch = batch
 
     return inject
 
