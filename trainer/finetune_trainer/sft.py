@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer.engine.batches import Loader, on_device
+from finetune_trainer.engine.optimizer import do_not_wait
 from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
@@ -74,6 +75,12 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         if self._sharded and model is self.model:
             return average_gradients(model, self.accelerator)
         return super()._wrap_model(model, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' optimizer, which does not wait for the device."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        do_not_wait(optimizer)
+        return optimizer
 
     def get_train_dataloader(self) -> Loader:
         """The engine's micro-batches of this process."""

@@ -19,6 +19,7 @@ from finetune_trainer.data import Encoded
 from finetune_trainer.engine import batches
 from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches
 from finetune_trainer.engine.layers import put_into_effect
+from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
@@ -119,7 +120,7 @@ class Training:
         )
         trainer = QloraTrainer(
             model=self.model,
-            args=arguments(self.spec, self.plan, self.folder.checkpoints, self.model.device.type),
+            args=arguments(self.spec, self.plan, self.folder.checkpoints, self.model),
             train_dataset=self.rows.dataset(),
             loader=self._loader(),
             eval_dataset=None,
@@ -196,9 +197,10 @@ def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
                 parameter.copy_(weights[name])
 
 
-def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: str) -> SFTConfig:
-    """transformers' and TRL's arguments for `spec` laid out as `plan` says."""
-    training, on_cpu = spec.training, device == "cpu"
+def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
+    """transformers' and TRL's arguments to train `model` for `spec`, laid out as `plan` says."""
+    training, on_cpu = spec.training, model.device.type == "cpu"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -209,7 +211,7 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, device: 
         lr_scheduler_type=training.scheduler,
         warmup_steps=training.warmup_ratio if training.scheduler != "constant" else 0,
         weight_decay=training.weight_decay,
-        optim=training.optimizer,
+        optim=unpaged(training.optimizer, trained),
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         bf16=training.precision in ("bf16", "fp8"),
