@@ -9,6 +9,7 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
+Words after the table's name pick settings whose name begins with one of them: `engine whole 24`.
 """
 
 import json
@@ -59,6 +60,8 @@ MEMORY = {
         "quantization.cachedLayers=0",
         "training.gradientCheckpointing=enabled",
     ],
+    "packed, every layer": ["training.microBatchSize=8", "lora.targetModules=[all-linear]"],
+    "packed, no dropout": ["training.microBatchSize=8", "lora.dropout=0"],
     "packed, not compiled": ["training.microBatchSize=8", "training.compile=disabled"],
     "micro-batch 8, 256 tokens": [
         *PLAIN,
@@ -102,9 +105,11 @@ def limited(gib: int) -> str:
         return ""
     return f"""
 from dataclasses import replace
+import torch
 from finetune_trainer import hardware
 device = hardware.device
 hardware.device = lambda *args: replace(device(*args), memory_bytes={gib} << 30)
+torch.cuda.set_per_process_memory_fraction(({gib} << 30) / torch.cuda.get_device_properties(0).total_memory)
 from finetune_trainer.main import cli
 cli()
 """
@@ -150,6 +155,7 @@ def train(
             "FINETUNE_SCRATCH_DIR": str(work / "scratch"),
             "FINETUNE_TERMINATION_LOG": str(work / "report.json"),
             "FINETUNE_LISTEN": "127.0.0.1:0",
+            "FINETUNE_CACHE_DIR": str(folder / "cache"),  # what one setting compiles the next one finds
         },
         capture_output=True,
         text=True,
@@ -163,7 +169,9 @@ def train(
     measured = plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
     stamps = {line["stage"]: line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if "stage" in line}
-    began, training = (datetime.fromisoformat(stamps[stage]) for stage in ("CheckingData", "Training"))
+    began, training = (
+        datetime.fromisoformat(stamps.get(stage, "1970-01-01")) for stage in ("CheckingData", "Training")
+    )
     return {
         "setting": name,
         "seconds_to_training": round((training - began).total_seconds(), 1),
@@ -177,7 +185,14 @@ def train(
 
 
 def _as_json(line: str) -> dict[str, Any]:
-    return dict(json.loads(line)) if line.startswith("{") else {}
+    try:
+        return dict(json.loads(line)) if line.startswith("{") else {}
+    except ValueError:  # two processes wrote at once
+        return {}
+
+
+def _wanted(name: str) -> bool:
+    return not sys.argv[3:] or name.startswith(tuple(sys.argv[3:]))
 
 
 def main() -> None:
@@ -194,9 +209,9 @@ def main() -> None:
             write_rows(folder / "eval.jsonl", 32)
             evaluated = [f"dataset.eval=file://{folder}/eval.jsonl", "evaluation.everySteps=20"]
             for gib in ENGINE:
-                name = f"{gib} GiB" if gib else "the whole GPU"
-                result = train(folder, name, evaluated, 48, 4, script=limited(gib))
-                print("RESULT", json.dumps(result), flush=True)
+                name = f"{gib} GiB" if gib else "whole GPU"
+                if _wanted(name):
+                    print("RESULT", json.dumps(train(folder, name, evaluated, 48, 4, script=limited(gib))), flush=True)
         elif sys.argv[2] == "fp8":
             subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
             for precision in ("bf16", "fp8"):
@@ -213,8 +228,9 @@ def main() -> None:
                 result["times_one_gpu"] = round(result.get("tok_s", 0) / results[0].get("tok_s", 1), 2)
                 print("RESULT", json.dumps(result), flush=True)
         else:
+            wanted = {name: settings for name, settings in MEMORY.items() if _wanted(name)}
             with ThreadPoolExecutor(int(os.environ.get("PARALLEL", "1"))) as pool:
-                for result in pool.map(lambda item: train(folder, item[0], item[1], 3, 1), MEMORY.items()):
+                for result in pool.map(lambda item: train(folder, item[0], item[1], 3, 1), wanted.items()):
                     print("RESULT", json.dumps(result), flush=True)
 
 

@@ -15,7 +15,7 @@ GIB = 2**30
 
 def test_a_gpu_that_is_half_taken_halves_the_micro_batch_and_keeps_the_batch(material: Path, tmp_path: Path) -> None:
     free, _ = torch.cuda.mem_get_info()
-    taken = torch.empty(free - 5 * GIB, dtype=torch.uint8, device="cuda")
+    taken = torch.empty(free - 3 * GIB, dtype=torch.uint8, device="cuda")
     run = start(
         material,
         tmp_path,

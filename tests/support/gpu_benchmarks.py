@@ -21,11 +21,16 @@ def mistral_shaped(folders: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def results(model: Path, table: str) -> list[dict[str, Any]]:
-    """The lines of one of the tables, printed too."""
-    answer = subprocess.run(
-        [sys.executable, BENCHMARKS / "trainer.py", model, table], capture_output=True, text=True, check=True
-    )
-    lines = [line for line in answer.stdout.splitlines() if line.startswith("RESULT")]
-    print(*lines, sep="\n")
-    return [json.loads(line.removeprefix("RESULT")) for line in lines]
+def results(model: Path, table: str, *settings: str) -> list[dict[str, Any]]:
+    """The lines of one of the tables, printed as they come. AssertionError with the log of a setting that failed."""
+    command = [sys.executable, str(BENCHMARKS / "trainer.py"), str(model), table, *settings]
+    found = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.startswith("RESULT"):
+                print(line, end="", flush=True)
+                found.append(json.loads(line.removeprefix("RESULT")))
+    assert running.returncode == 0
+    assert not [result for result in found if "why" in result], "its own words say why"
+    return found

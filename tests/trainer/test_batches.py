@@ -107,9 +107,9 @@ def test_rows_side_by_side_are_padded_on_the_right() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_process_without_rows_has_one_token_and_nothing_to_learn(packed: bool) -> None:
+def test_a_process_without_rows_has_two_tokens_and_nothing_to_learn(packed: bool) -> None:
     batch = Collate(packed, pad_id=3, rows=2, longest=4)([])
-    assert batch["input_ids"].tolist() == [[3]]
+    assert batch["input_ids"].tolist() == [[3, 3]]
     assert batch["target_ids"].numel() == 0
 
 

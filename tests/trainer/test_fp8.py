@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune_trainer.engine import fp8, layers
-from support.trainer_process import job, train
+from support.trainer_process import job, metrics_lines, train
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -67,3 +67,40 @@ def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
     assert finished.exit_code == 0, finished.log
     assert f"training.precision: fp8 {reason}; going on with bf16" in finished.log
     assert finished.report["executionPlan"]["fp8"] is False
+
+
+def _as_if_there_were_hardware() -> None:
+    from finetune_trainer import hardware
+
+    hardware.has_fp8 = lambda *_: True
+
+
+@pytest.mark.parametrize("quantization", [{"cachedLayers": 1}, {"bits": 16}], ids=str)
+def test_a_whole_run_with_simulated_hardware_publishes_an_adapter_of_plain_names(
+    quantization: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    changes = {"training.precision": "fp8", "quantization": quantization, "lora.dropout": 0.0}
+    finished = train(job(tmp_path, tiny_model, changes), tmp_path, before=_as_if_there_were_hardware)
+    assert finished.exit_code == 0, finished.log
+    assert finished.report["executionPlan"]["fp8"] is True
+    assert "loaded back with PEFT and has the weights that were trained" in finished.log
+    train(job(tmp_path / "plain", tiny_model, changes | {"training.precision": "bf16"}), tmp_path / "plain")
+    losses = [
+        [line["loss"] for line in metrics_lines(folder / "out") if "loss" in line]
+        for folder in (tmp_path, tmp_path / "plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2)
+    assert losses[0] != losses[1]
+
+
+def test_the_check_at_start_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8.self_check("cpu") is None
+    assert "fails here" in (fp8.self_check("nowhere") or "")
+    product, calls = fp8._product, []
+
+    def wrong(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return product(*args) * (1 if len(calls) < 3 else 1.1)
+
+    monkeypatch.setattr(fp8, "_product", wrong)
+    assert "differs from its definition by 10.0%" in (fp8.self_check("cpu") or "")

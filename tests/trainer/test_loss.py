@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, MistralConfig
 
 from finetune_trainer.engine import loss
+from finetune_trainer.engine.batches import Collate
 from finetune_trainer.engine.loss import answer_with_loss, summed_cross_entropy
 
 SMALL = {
@@ -92,3 +93,23 @@ def test_a_model_answers_with_the_loss_that_transformers_computes(config: Any) -
     gradients = [torch.autograd.grad(each, watched)[0] for each in (theirs, ours)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
     assert model.generate(input_ids=ids, max_new_tokens=2).shape == (2, 13)
+
+
+@pytest.mark.parametrize(("attention", "looks"), [("varlen", 0), ("sdpa", 1)])
+def test_where_sequences_begin_is_not_looked_for_when_attention_is_told(
+    attention: str, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking waits for the GPU. The kernel of varlen is left out."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register("varlen", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
+    AttentionMaskInterface.register("varlen", flash_attention_mask)
+    counted: list[int] = []
+    find = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: counted.append(1) or find(ids))
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL), attn_implementation=attention)
+    answer_with_loss(model)
+    batch = Collate(True, 0, rows=2, longest=9)([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
+    model.train()(**batch)
+    assert len(counted) == looks

@@ -156,7 +156,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.run.evaluation_due = control.should_evaluate  # until it is done, by whichever attempt
         if last:
             control.should_log = True
-        elif self._agreed_to_stop():
+        elif self.trainer.agreed_to_stop():
             self.preempt(state, control)
 
     def preempt(self, state: TrainerState, control: TrainerControl) -> None:
@@ -193,10 +193,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         run.train_seconds = self._before[1] + self.meter.seconds
         run.loss_since_log = self._mean_over_processes(self.trainer._tr_loss)
         run.last_logged_step = self.trainer._globalstep_last_logged
-
-    def _agreed_to_stop(self) -> bool:
-        """Whether any process was asked to stop: all must leave at the same step."""
-        return bool(self._over_processes(int(bool(self.stop))))
 
     def _over_processes(self, value: int) -> int:
         if self.trainer.args.world_size == 1:

@@ -124,7 +124,7 @@ def _fp8_problem(spec: FineTuneJobSpec, world: World) -> str | None:
         return "needs a GPU"
     if torch.cuda.get_device_capability(world.local_rank) < fp8.MIN_COMPUTE_CAPABILITY:
         return "needs a GPU of compute capability 8.9 or more (Ada, Hopper)"
-    return None
+    return fp8.self_check(device_name(spec, world))
 
 
 def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:

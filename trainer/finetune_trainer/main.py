@@ -40,6 +40,8 @@ def run(
     """
     # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Micro-batches have any number of tokens: memory that one has left must serve the next.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
     from finetune_trainer.credentials import Credentials
@@ -195,7 +197,7 @@ def run(
     artifacts.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
-        if plan.sharded
+        if plan.sharded or plan.fp8
         else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), collate))
     )
     if spec.output.overwrite:  # what is there must not go for an adapter that does not load

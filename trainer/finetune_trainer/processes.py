@@ -65,6 +65,24 @@ def least(world: World, value: int) -> int:
     return int(min(values))
 
 
+class Later:
+    """A number on the GPU that is asked for later: it is on its way to the host meanwhile."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._number = number
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def value(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._number)
+
+
 @dataclass
 class Batches:
     """Work through items that are dealt out to all processes, in step: each does as many batches as the others.

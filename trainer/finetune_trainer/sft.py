@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
+from finetune_trainer import processes
 from finetune_trainer.engine.batches import Loader, on_device
 from finetune_trainer.engine.optimizer import do_not_wait
 from finetune_trainer.engine.sharding import average_gradients
@@ -68,11 +69,14 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self.at_step_boundary = True
         #: Called when an evaluation is given up because the process is to stop.
         self.on_interrupted: Callable[[], None] = lambda: None
+        #: Whether this process is to stop; asked at each step.
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self._stop_agreed: processes.Later | None = None
         #: Asked before each micro-batch.
         self.give_up: Callable[[], bool] = lambda: False
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._sharded and model is self.model:
+        if self.args.world_size > 1 and model is self.model:
             return average_gradients(model, self.accelerator)
         return super()._wrap_model(model, *args, **kwargs)
 
@@ -90,10 +94,25 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """The micro-batches of one optimizer step, and the tokens that all processes learn in it."""
         batches = list(islice(epoch_iterator, num_batches))
         self._meter.tokens += sum(_real_tokens(batch) for batch in batches)
-        learned = torch.full((), sum(len(batch["target_ids"]) for batch in batches), device=device)
+        learned = torch.full((2,), sum(len(batch["target_ids"]) for batch in batches), device=device)
         if self.args.world_size > 1:
+            learned[1] = int(self.asked_to_stop())
             torch.distributed.all_reduce(learned)
-        return batches, learned
+            self._stop_agreed = processes.Later(learned[1])
+        return batches, learned[0]
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any process had been asked to stop when this step began: all must leave at the same one.
+
+        Known since then, so that nobody waits for the step itself to end.
+        """
+        if self.args.world_size == 1:
+            return self.asked_to_stop()
+        return self._stop_agreed is not None and bool(self._stop_agreed.value())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: nothing shows it, and counting goes through all parameters."""
+        return 0
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Send a micro-batch to the device without waiting for it."""

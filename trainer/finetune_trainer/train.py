@@ -132,9 +132,10 @@ class Training:
         )
         trainer.remove_callback(PrinterCallback)
         callback.trainer = trainer
+        trainer.asked_to_stop = lambda: bool(self.stop)
         trainer.on_interrupted = lambda: callback.preempt(trainer.state, trainer.control)
         if (self.plan.world_size or 1) == 1:  # several processes can only leave at a step's end, together
-            trainer.give_up = lambda: bool(self.stop)
+            trainer.give_up = trainer.asked_to_stop
         return trainer, callback
 
     def _loader(self) -> Loader:

@@ -171,9 +171,10 @@ class Loader(DataLoader[dict[str, Any]]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
     def example(self) -> dict[str, Any]:
-        """A small micro-batch, to try things out with."""
+        """A micro-batch to try things out with, about as large as others."""
         rows: Any = self.dataset
-        return self.collate_fn([rows[index] for index in range(min(2, len(rows)))])  # type: ignore[no-any-return]
+        size = max(1, self.collate_fn.rows)  # type: ignore[attr-defined]
+        return self.collate_fn([rows[index] for index in range(min(size, len(rows)))])  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Collate:
     [targets], the token that follows each: wherever a label is set, the first of a row excepted. Packed rows come with
     position_ids [1, tokens] and their starts as transformers' flash attention takes them (cu_seq_lens_*, max_length_*);
     `rows` and `longest`, the most of any micro-batch, keep shapes the same from pass to pass. A micro-batch without
-    rows becomes one token and no target.
+    rows becomes two tokens and no target.
     """
 
     packed: bool
@@ -194,7 +195,8 @@ class Collate:
     _filler: tuple[list[int], list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._filler = [self.pad_id], [IGNORE]
+        # Two tokens: of a dimension of one, torch.compile makes a graph of its own.
+        self._filler = [self.pad_id] * 2, [IGNORE] * 2
 
     def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         rows = rows or [self._filler]

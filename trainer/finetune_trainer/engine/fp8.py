@@ -15,10 +15,13 @@ _LARGEST: Final = torch.finfo(E4M3).max
 #: GPUs have it since Ada and Hopper; matrices must divide by this.
 MIN_COMPUTE_CAPABILITY: Final = (8, 9)
 _MULTIPLE: Final = 16
+#: What the order of sums may change, as a part of the whole.
+_TOLERANCE: Final = 1e-2
 
 
 def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`matrix` [rows, columns] in e4m3, and the scale of each row, float32 [rows, 1]: their product is near it."""
+    matrix = matrix.contiguous()
     largest = matrix.abs().amax(-1, keepdim=True).float()
     scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
     return (matrix.float() / scale).clamp(-_LARGEST, _LARGEST).to(E4M3), scale
@@ -76,6 +79,23 @@ class Fp8Linear(torch.nn.Module):
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
 
+def self_check(device: str) -> str | None:
+    """Compare a small product and its gradient with their definition. Returns what is wrong, None when both agree."""
+    linear = torch.nn.Linear(64, 96, bias=False).bfloat16().requires_grad_(False)
+    x, slope = torch.randn(48, 64).bfloat16(), torch.randn(48, 96).bfloat16()
+    results = []
+    try:
+        for where in ("cpu", device):
+            leaf = x.to(where).requires_grad_()
+            y = Fp8Linear(linear).to(where)(leaf)
+            (gradient,) = torch.autograd.grad(y, leaf, slope.to(where))
+            results.append([each.detach().float().cpu() for each in (y, gradient)])
+    except Exception as error:
+        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
+    return None if worst <= _TOLERANCE else f"differs from its definition by {worst:.1%} on this GPU"
+
+
 def convert(layers: Sequence[Any]) -> None:
     """Put an Fp8Linear in the place of each plain frozen linear layer of `layers`, below adapters too; one after
     another, so that never more than one weight lies in memory in both forms."""
@@ -87,5 +107,5 @@ def convert(layers: Sequence[Any]) -> None:
 
 
 def _fits(linear: torch.nn.Linear) -> bool:
-    plain = linear.weight.dtype in (torch.bfloat16, torch.float16) and not linear.weight.requires_grad
+    plain = linear.weight.dtype == torch.bfloat16 and not linear.weight.requires_grad
     return plain and not linear.in_features % _MULTIPLE and not linear.out_features % _MULTIPLE

@@ -21,8 +21,10 @@ from finetune_trainer.model import mixed_precision
 from finetune_trainer.rng import RngState
 
 log = structlog.get_logger(__name__)
-#: Arguments of a layer whose second dimension is that of the tokens.
-_BY_TOKEN: Final = ("position_ids", "attention_mask")
+#: Arguments of a layer beside its input, and which of their dimensions differ from one micro-batch to the next.
+_CHANGING: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_lens_q": (0,), "cu_seq_lens_k": (0,)}
+#: Graphs torch may make of the layers, which are one function to it. Beyond its own limit of 8 it gives up in silence.
+_MOST_GRAPHS: Final = 64
 
 
 def of(model: Any) -> list[Any]:
@@ -40,6 +42,9 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
     Both hold while gradients are taken alone: evaluation and generation run the layers as they are. Calling it again
     takes back what was arranged before.
     """
+    if compiled:
+        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+        torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
     for index, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
         plain = layer.forward
@@ -62,10 +67,14 @@ def _with_any_number_of_tokens(compiled: Callable[..., Any]) -> Callable[..., An
     """One compilation for all micro-batches: without being told, it would begin with one for each number of tokens."""
 
     def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
-        by_token = [kwargs.get(name) for name in _BY_TOKEN]
-        for tensor in (hidden, *by_token, *(kwargs.get("position_embeddings") or ())):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor in (hidden, *(kwargs.get("position_embeddings") or ())):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for name, dimensions in _CHANGING.items():
+            tensor = kwargs.get(name)
+            if isinstance(tensor, torch.Tensor):
+                for dimension in dimensions:
+                    if dimension < tensor.dim() and tensor.shape[dimension] > 1:
+                        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
         return compiled(hidden, **kwargs)
 
     return forward

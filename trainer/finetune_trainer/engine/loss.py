@@ -6,15 +6,19 @@ arXiv:2411.09009).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final
 
 import torch
+from transformers import masking_utils
 
-#: Tokens of one tile.
+#: The most tokens of one tile.
 TILE: Final = 1024
+#: Attention implementations that are told where sequences begin, and need no mask.
+_FOR_SEQUENCES: Final = ("varlen", "flash_attention_2")
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for first in range(0, len(targets), TILE):
-            part = slice(first, first + TILE)
+        tiles = -(-len(targets) // TILE)
+        for number in range(tiles):  # of equal size, but for one token
+            part = slice(number * len(targets) // tiles, (number + 1) * len(targets) // tiles)
             product = torch.nn.functional.linear(hidden[part], weight, bias)
             summed, slope = tile(product, targets[part], logits, wanted)
             loss += summed
@@ -89,7 +94,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * slopes[0].to(gradient.dtype), None, None, None, None, None
+        # In float32: the slope holds fp16's loss scale, which fp16 itself may not.
+        return (gradient.float() * slopes[0]).to(gradient.dtype), None, None, None, None, None
 
 
 def summed_cross_entropy(
@@ -117,7 +123,26 @@ def summed_cross_entropy(
 
 @functools.cache
 def _compiled_tile() -> _Tile:
-    return torch.compile(_tile, dynamic=True)
+    compiled = torch.compile(_tile)
+
+    def tile(product: torch.Tensor, targets: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        for tensor in (product, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(product, targets, *more)
+
+    return tile
+
+
+@contextmanager
+def _sequences_known(known: bool) -> Iterator[None]:
+    """Keep transformers from looking, for a mask it does not make, where sequences begin: it waits for the GPU."""
+    original = masking_utils.find_packed_sequence_indices
+    if known:
+        masking_utils.find_packed_sequence_indices = lambda positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def answer_with_loss(core: Any, compiled: bool = False) -> None:
@@ -137,7 +162,8 @@ def answer_with_loss(core: Any, compiled: bool = False) -> None:
         if target_positions is None or target_ids is None:
             return plain(*args, **kwargs)
         kwargs.pop("labels", None)
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        with _sequences_known("cu_seq_lens_q" in kwargs and self.config._attn_implementation in _FOR_SEQUENCES):
+            hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
         return summed_cross_entropy(hidden, head, target_positions, target_ids, logits, compiled)
 

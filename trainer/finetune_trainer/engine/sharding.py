@@ -66,10 +66,11 @@ def _move(module: Any, device: str) -> None:
 def average_gradients(model: Any, accelerator: Any) -> DistributedDataParallel:
     """`model` for training: in the precision of `accelerator`, the adapter's gradients averaged over the processes.
 
-    accelerate itself refuses to put DDP around sharded weights; it never touches frozen ones, when told which they are.
+    Frozen weights and buffers are the same everywhere, or dealt out: DDP, told which they are, never sends them.
     """
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     on_gpu = accelerator.device.type == "cuda"
-    return DistributedDataParallel(model, device_ids=[accelerator.local_process_index] if on_gpu else None)
+    devices = [accelerator.local_process_index] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
