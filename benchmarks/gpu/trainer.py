@@ -26,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 MODEL = Path(sys.argv[1]).resolve()
 GIB = 2**30
+_NEVER = "1970-01-01T00:00:00Z"
 #: Without the engine: rows padded, layers as transformers runs them, 4-bit weights dequantized in every pass.
 PLAIN = [
     "training.packing=disabled",
@@ -169,9 +170,7 @@ def train(
     measured = plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
     stamps = {line["stage"]: line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if "stage" in line}
-    began, training = (
-        datetime.fromisoformat(stamps.get(stage, "1970-01-01")) for stage in ("CheckingData", "Training")
-    )
+    began, training = (datetime.fromisoformat(stamps.get(stage, _NEVER)) for stage in ("CheckingData", "Training"))
     return {
         "setting": name,
         "seconds_to_training": round((training - began).total_seconds(), 1),
