@@ -228,7 +228,8 @@ def test_a_missing_bucket_is_named(stage: Stage):
     assert "output.uri: bucket no-such-bucket-here does not exist" in found["message"]
 
 
-def test_a_store_out_of_reach_is_retried_then_given_up(stage: Stage):
+def test_a_store_out_of_reach_is_retried_then_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(stage.node.env, names.ENV_STORE_PATIENCE, "2")
     place = f"127.0.0.1:{free_port()}"
     stage.secret(AWS_ENDPOINT_URL=f"http://user:CANARY-password@{place}", **CANARIES)
     found = _fails(stage, "Unavailable")

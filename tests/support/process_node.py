@@ -53,7 +53,7 @@ class ProcessNode:
         self.entry_points: dict[str, list[str]] = {}
         self.simulated_pull_errors: dict[str, str] = {}
         self._simulated_unschedulable: str | None = None
-        self._env = dict(env or {})
+        self.env = dict(env or {})
         self._runners: dict[str, PodRunner] = {}
         self._addresses: dict[tuple[str, str, str], str] = {}
 
@@ -133,7 +133,7 @@ class ProcessNode:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         loopback = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo")
         home = {"HOME": str(files.folder), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        return {"PATH": path, **home, **loopback, **self._env}
+        return {"PATH": path, **home, **loopback, **self.env}
 
     def address_of(self, namespace: str, subdomain: str, host: str) -> str:
         """The loopback address of a host name; made up at the first question."""
