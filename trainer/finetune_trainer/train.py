@@ -150,8 +150,9 @@ class Training:
         micro = plan.micro_batch_size or 1
         world = plan.world_size or 1
         if micro == 1:
+            uncached = " quantization.cachedLayers: 0 or" if plan.cached_layers else ""
             raise GpuOutOfMemory(
-                "The GPU ran out of memory at micro-batch 1: lower training.maxLength, set"
+                f"The GPU ran out of memory at micro-batch 1: lower training.maxLength, set{uncached}"
                 " training.gradientCheckpointing: enabled, or take a larger GPU"
             ) from error
         if self.spec.recovery.on_out_of_memory == "Fail" or world > 1:
@@ -161,6 +162,8 @@ class Training:
         log.warning(f"The GPU ran out of memory at micro-batch {micro}: going on with {smaller}, same effective batch")
         self.on_out_of_memory()
         plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
+        most = batches.of(self.spec, self.rows.input_ids.lengths, plan).most_tokens
+        plan = plan.model_copy(update={"tokens_per_pass": most})
         self.reporter.plan(plan)
         return plan
 

@@ -63,11 +63,21 @@ def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
     return found.model_dump_json(by_alias=True, exclude_none=True)
 
 
+def _frugal(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
+    """Settings of an attempt after GPU memory ran out. The trainer would else fill what a smaller micro-batch frees."""
+    settings = [f"training.microBatchSize={micro_batch}"]
+    if spec.quantization.bits == 4 and spec.quantization.cached_layers == "auto":
+        settings.append("quantization.cachedLayers=0")
+    if spec.training.gradient_checkpointing == "auto":
+        settings.append("training.gradientCheckpointing=enabled")
+    return [word for setting in settings for word in ("--set", setting)]
+
+
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
     name, nodes = attempts.job_name(job, attempt), spec.resources.nodes
     arguments = ["--config", f"{names.CONFIG_DIR}/{names.CONFIG_FILE}"]
     if micro_batch is not None:
-        arguments += ["--set", f"training.microBatchSize={micro_batch}"]
+        arguments += _frugal(spec, micro_batch)
     labels = {names.LABEL_ATTEMPT: str(attempt)}
     template = pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings)
     template["metadata"]["annotations"][names.ANNOTATION_MANIFEST] = resolved(job, spec)

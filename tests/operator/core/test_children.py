@@ -134,9 +134,18 @@ def test_the_configuration_is_read_back_by_the_contract_itself():
     assert volume["downwardAPI"] == {"items": [{"path": names.CONFIG_FILE, "fieldRef": reference}]}
 
 
-def test_a_smaller_micro_batch_is_given_as_an_argument():
-    args = pod_of(made(attempt=3, micro=4))["containers"][0]["args"]
-    assert args == ["--config", "/etc/finetune/job.yaml", "--set", "training.microBatchSize=4"]
+def test_after_memory_ran_out_what_the_trainer_may_choose_is_given_as_frugal_arguments():
+    def settings(**spec):
+        words = pod_of(made(attempt=3, micro=4, **spec))["containers"][0]["args"]
+        assert words[:2] == ["--config", "/etc/finetune/job.yaml"]
+        assert set(words[2::2]) == {"--set"}
+        return words[3::2]
+
+    frugal = ["training.microBatchSize=4", "quantization.cachedLayers=0", "training.gradientCheckpointing=enabled"]
+    assert settings() == frugal
+    assert settings(quantization={"bits": 16}) == [frugal[0], frugal[2]]
+    pinned = {"quantization": {"cachedLayers": 3}, "training": {"gradientCheckpointing": "disabled"}}
+    assert settings(**pinned) == frugal[:1]
     assert env_of(made(attempt=3))[names.ENV_ATTEMPT] == "3"
 
 

@@ -118,7 +118,7 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch_and_keeps_the_effectiv
         world.settle()
         child = world.jobs[world.status["attempts"][-1]["jobName"]]
         arguments = child["spec"]["template"]["spec"]["containers"][0]["args"]
-        sizes.append(arguments[-1])
+        sizes.append(arguments[3])
     assert sizes == [f"training.microBatchSize={size}" for size in (6, 3, 1)]
     world.exit_pods(names.ExitCode.GPU_OUT_OF_MEMORY)
     world.settle()
@@ -136,7 +136,7 @@ def test_the_smaller_micro_batch_outlives_failures_of_another_kind():
         world.start_pods()
         world.settle()
     arguments = world.jobs["nli-3"]["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[-1] == "training.microBatchSize=4"
+    assert arguments[3] == "training.microBatchSize=4"
 
 
 def test_a_crash_without_a_report_tells_exit_code_and_pod():
