@@ -1,6 +1,6 @@
 """The original QLoRA recipe on TRL, measured: the baseline that every speed figure is a ratio to.
 
-reference.py build DIR          random Mistral-7B-v0.3 weights and a stand-in tokenizer, saved to DIR
+reference.py build DIR [SHAPE]  random weights of a SHAPE below and a stand-in tokenizer, saved to DIR
 reference.py run DIR '{json}'   train 16 steps; options and their defaults are the .get() calls below
 """
 
@@ -10,6 +10,10 @@ import sys
 import time
 
 MODEL = sys.argv[2]
+SHAPES = {
+    "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
+    "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
+}
 
 
 def build():
@@ -19,15 +23,13 @@ def build():
 
     t = time.time()
     cfg = MistralConfig(
-        vocab_size=32768,
+        **SHAPES[sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"],
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
         sliding_window=None,
     )
     torch.manual_seed(0)
@@ -55,8 +57,9 @@ def run(v):
     rnd = random.Random(0)
     g = torch.Generator().manual_seed(0)
     rows = []
+    longest = v.get("maxlen", 512)
     for _ in range(v.get("rows", 1200)):
-        n = min(512, max(200, int(rnd.gauss(325, 45))))
+        n = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
         rows.append({"input_ids": torch.randint(10, 32768, (n,), generator=g).tolist()})
     ds = datasets.Dataset.from_list(rows)
     t = time.time()

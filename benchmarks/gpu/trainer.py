@@ -1,9 +1,11 @@
 """Measure the trainer on one GPU, and on two, beside TRL's own loop, and its memory prediction beside the peak.
 
     python benchmarks/gpu/reference.py build /tmp/mistral7b     # random weights of Mistral-7B-v0.3's shape, 14.5 GB
+    python benchmarks/gpu/reference.py build /tmp/llama3 llama-3-8b    # another shape
     python benchmarks/gpu/trainer.py /tmp/mistral7b engine      # what the trainer chooses for GPUs of several sizes
     python benchmarks/gpu/trainer.py /tmp/mistral7b losses      # 100 steps of the fast path beside the plain one
     python benchmarks/gpu/trainer.py /tmp/mistral7b fp8         # training.precision: fp8 beside bf16
+    python benchmarks/gpu/trainer.py /tmp/mistral7b long        # rows of up to 2,048 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
@@ -116,14 +118,14 @@ cli()
 """
 
 
-def write_rows(path: Path, rows: int = 1200) -> None:
-    """The row lengths of reference.py as text: 200 to 512 tokens, 325 on average."""
+def write_rows(path: Path, rows: int = 1200, longest: int = 512) -> None:
+    """The row lengths of reference.py as text: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
     rnd = random.Random(0)
     # t1, t2 and t3 are special tokens, which the tokenizer would find at the start of t123.
     words = [f"t{number}" for number in range(10, 32768) if str(number)[0] not in "123"]
     with path.open("w") as file:
         for _ in range(rows):
-            count = min(512, max(200, int(rnd.gauss(325, 45))))
+            count = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
             file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
 
 
@@ -211,6 +213,11 @@ def main() -> None:
                 name = f"{gib} GiB" if gib else "whole GPU"
                 if _wanted(name):
                     print("RESULT", json.dumps(train(folder, name, evaluated, 48, 4, script=limited(gib))), flush=True)
+        elif sys.argv[2] == "long":
+            best = {"maxlen": 2048, "bs": 16, "ga": 1}
+            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(best)], check=False)
+            write_rows(folder / "train.jsonl", longest=2048)
+            print("RESULT", json.dumps(train(folder, "2,048 tokens", ["training.maxLength=2048"], 24, 4)), flush=True)
         elif sys.argv[2] == "fp8":
             subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
             for precision in ("bf16", "fp8"):
