@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from finetune_api import names
@@ -39,7 +38,8 @@ class Cache:
         self._views: dict[str, dict[str, dict[str, View]]] = {kind: {} for kind in KINDS}
         self._ghosts: dict[str, list[Pod]] = {}
         self._keys: dict[str, str] = {}
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, str] = OrderedDict()
+        """What is known to be deleted; of a Job, the FineTuneJob it was of."""
         self._notices: OrderedDict[str, Notice] = OrderedDict()
         self._listed: dict[tuple[str, str], int] = {}
         self._own: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -82,11 +82,11 @@ class Cache:
 
     def forget(self, kind: str, key: str, uid: str) -> str:
         """Forget the object `uid` for good: a late answer must not bring it back."""
-        self._gone[uid] = None
+        view = self._remove(kind, key, uid)
+        self._gone[uid] = view.owner if isinstance(view, Child) else self._gone.get(uid, "")
         while len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)
         self._notices.pop(uid, None)
-        view = self._remove(kind, key, uid)
         self._ghosts.pop(uid, None)
         if isinstance(view, Pod) and (view.exit or view.disruption) and view.owner in self._keys:
             ghosts = [*self._ghosts.get(view.owner, []), view]
@@ -168,9 +168,8 @@ class Cache:
         children = [child for child in self._all(Child, "Job", key) if child.owner == job.uid]
         owners = {child.uid for child in children} | {job.uid}
         pods = self._all(Pod, "Pod", key)
-        # A pod whose Job is deleted still belongs to its attempt, as long as no other incarnation can have made it.
-        born = job.created_at or datetime.min.replace(tzinfo=UTC)
-        mine = [pod for pod in pods if pod.owner in owners or (pod.owner in self._gone and pod.created_at >= born)]
+        # A pod whose Job is deleted still belongs to its attempt. Were its Job never seen, it could be an earlier job's.
+        mine = [pod for pod in pods if pod.owner in owners or self._gone.get(pod.owner) == job.uid]
         ghosts = [pod for child in children for pod in self._ghosts.get(child.uid, [])]
         others = [child for child in self._all(Child, "Job", key) if child.owner not in ("", job.uid)]
         strays = [f"Job {child.name}" for child in others if not child.finished]

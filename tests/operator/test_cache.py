@@ -80,6 +80,34 @@ def test_what_an_earlier_job_of_the_same_name_still_runs_stands_in_the_way():
     assert strays(cache) == ()
 
 
+def test_a_pod_of_an_earlier_job_is_in_the_way_also_when_its_job_is_gone_and_it_is_as_young_as_the_new_one():
+    """Times are whole seconds: a job that is deleted and created again at once is as old as the pod of the first."""
+    cache = Cache()
+    cache.put("FineTuneJob", job("j1"))
+    cache.put("Job", child("c1", owner="j1"))
+    old = pod("p1", owner="c1")
+    cache.put("Pod", old)
+    cache.drop("FineTuneJob", job("j1"))
+    again = job("j2", version=20)
+    again["metadata"]["creationTimestamp"] = old["metadata"]["creationTimestamp"]
+    cache.put("FineTuneJob", again)
+    assert strays(cache) == ("Job nli-1", "pod nli-1-p1")
+    cache.drop("Job", child("c1", owner="j1", version=21))
+    cache.drop("Job", child("c1", owner="j1", version=21))
+    assert strays(cache) == ("pod nli-1-p1",)
+
+
+def test_a_pod_of_our_own_deleted_job_is_ours():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j1"))
+    cache.put("Job", child("c1", owner="j1"))
+    cache.put("Pod", pod("p1", owner="c1"))
+    cache.drop("Job", child("c1", owner="j1", version=21))
+    observed = cache.observed("team/nli", None)
+    assert observed is not None and [found.uid for found in observed.pods] == ["p1"]
+    assert strays(cache) == ()
+
+
 def test_a_job_that_nobody_controls_is_not_of_an_earlier_one():
     cache = Cache()
     cache.put("FineTuneJob", job("j2", version=20))

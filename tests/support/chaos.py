@@ -147,7 +147,7 @@ class Chaos:
             name: [a.get("reason") for a in statuses[name]["attempts"]] for name, s in staying.items() if s.attempts
         }
         assert told == {name: list(story.attempts) for name, story in staying.items() if story.attempts}
-        assert self.kubelet.violations == [], "two attempts of a job could write at once"
+        assert not self.kubelet.violations, f"two attempts of a job could write at once: {self.kubelet.violations}"
         assert {name: uids for name, uids in self.kubelet.made.items() if len(uids) > 1} == {}, "made twice"
         assert await self._left_running() == [], "something of a job that is over still runs"
 
