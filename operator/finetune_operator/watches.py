@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 #: Pauses before Kopf is started again; it begins anew after it has run for a while.
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
 _A_WHILE = 60.0
+#: How often it is looked whether every watcher is still there.
+LOOK_SECONDS = 5.0
 #: A watcher can miss that it was cancelled, so it is told again this often.
 _AGAIN_SECONDS = 1.0
 #: What has not ended after this will not: it is left behind, and said so.
@@ -69,15 +71,25 @@ class Watches:
             standalone=True,
         )
         self._on_start()
-        restart = asyncio.create_task(self._restart.wait())
+        restart, loss = asyncio.create_task(self._restart.wait()), asyncio.create_task(_lose_a_watcher())
         try:
-            done, _ = await asyncio.wait({*tasks, restart}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*tasks, restart, loss}, return_when=asyncio.FIRST_COMPLETED)
             for ended in done - {restart}:
                 ended.result()
             if restart not in done:
                 raise RuntimeError("one of its tasks ended by itself")
         finally:
-            await _end({*tasks, restart})
+            await _end({*tasks, restart, loss})
+
+
+async def _lose_a_watcher() -> None:
+    """Until one is gone. Kopf cancels a watcher whose watch has been silent for too long, and if that one hands on an
+    event just then, it ends; Kopf's orchestrator takes a cancelled one for none of its business.
+    """
+    most = 0
+    while (found := len(_watchers())) >= most:
+        most = found
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:

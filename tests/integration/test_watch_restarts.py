@@ -46,12 +46,13 @@ def are_open(proxy: ApiProxy) -> bool:
     return all(found[resource] >= 1 for resource in WATCHED)
 
 
-@pytest.mark.parametrize("how", ["404", "410 status", "restart"])
+@pytest.mark.parametrize("how", ["404", "410 status", "restart", "lost"])
 def test_of_watches_that_begin_anew_the_old_ones_are_gone(
     how: str, cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One watch is refused, which may end Kopf; it is the others that may stay."""
     monkeypatch.setattr(watches, "PAUSES", (0.1,))
+    monkeypatch.setattr(watches, "LOOK_SECONDS", 0.2)
 
     async def act() -> None:
         async with ApiProxy(cluster.access) as proxy, living(proxy, namespace) as operator:
@@ -62,6 +63,9 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
                 asked = Counter(proxy.watched)
                 if how == "restart":
                     operator.watches.restart()
+                elif how == "lost":
+                    await asyncio.sleep(1)  # it has been counted
+                    next(task for task in asyncio.all_tasks() if task.get_name().startswith("watcher for ")).cancel()
                 else:
                     proxy.expire_watches(how, f"/{WATCHED[turn % len(WATCHED)]}")
                 mine = [path for path in asked if path.endswith(WATCHED)]
