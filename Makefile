@@ -61,7 +61,7 @@ bench-operator: $(VENV)/.dev ## Measure the operator with 1,000 and 5,000 jobs o
 	$(BIN)/python benchmarks/operator_scale.py --jobs 1000 --jobs 5000 --runs $(or $(RUNS),1)
 
 .PHONY: chaos
-chaos: $(VENV)/.dev ## Break the operator's API 800 times and more: a quarter of an hour, for every night
+chaos: $(VENV)/.dev ## Break the operator's API 800 times and more: five minutes, for every night
 	FINETUNE_CHAOS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/chaos
 
 .PHONY: images

@@ -168,7 +168,7 @@ class Cache:
         children = [child for child in self._all(Child, "Job", key) if child.owner == job.uid]
         owners = {child.uid for child in children} | {job.uid}
         pods = self._all(Pod, "Pod", key)
-        # A pod whose Job is deleted belongs to its attempt still. Were the Job never seen, it could be an earlier job's.
+        # A pod whose Job is deleted still belongs to its attempt; one whose Job we never saw may be an earlier job's.
         mine = [pod for pod in pods if pod.owner in owners or self._gone.get(pod.owner) == job.uid]
         ghosts = [pod for child in children for pod in self._ghosts.get(child.uid, [])]
         others = [child for child in self._all(Child, "Job", key) if child.owner not in ("", job.uid)]
