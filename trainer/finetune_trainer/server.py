@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import structlog
 
 log = structlog.get_logger(__name__)
+#: How long the end of a run waits for one more request.
+LAST_CHANCE_SECONDS = 0.5
 Page = tuple[str, Callable[[], bytes]]
 
 
@@ -18,8 +20,9 @@ def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
     Yields the address in use. A port that cannot be had is a warning, never the end of a run: yields None.
     """
     host, _, port = listen.rpartition(":")
+    asked = threading.Event()
     try:
-        server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(pages))
+        server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(pages, asked))
     except (OSError, ValueError, OverflowError) as error:
         log.warning("Metrics and progress are not served", listen=listen, error=str(error))
         yield None
@@ -31,12 +34,15 @@ def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
     try:
         yield f"{server.server_address[0]!s}:{server.server_address[1]}"
     finally:
+        if asked.is_set():  # whoever has asked may do so again, and hear the last numbers
+            asked.clear()
+            asked.wait(LAST_CHANCE_SECONDS)
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def _handler(pages: dict[str, Page]) -> type[BaseHTTPRequestHandler]:
+def _handler(pages: dict[str, Page], asked: threading.Event) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10
 
@@ -53,6 +59,7 @@ def _handler(pages: dict[str, Page]) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+            asked.set()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
             pass

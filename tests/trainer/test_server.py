@@ -1,0 +1,38 @@
+"""Pages while a run lasts, and a last chance to read them."""
+
+import threading
+import time
+from urllib.request import urlopen
+
+import pytest
+
+from finetune_trainer import server
+
+
+def _read(address: str | None, path: str = "/metrics") -> str:
+    with urlopen(f"http://{address}{path}") as answer:
+        return str(answer.read().decode())
+
+
+def test_who_has_asked_may_hear_the_last_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LAST_CHANCE_SECONDS", 30)
+    numbers, heard = ["first"], []
+    pages = {"/metrics": ("text/plain", lambda: numbers[-1].encode())}
+
+    def ask_again(address: str | None) -> None:
+        time.sleep(0.2)
+        heard.append(_read(address))
+
+    with server.serve("127.0.0.1:0", pages) as address:
+        assert _read(address) == "first"
+        numbers.append("last")
+        asking = threading.Thread(target=ask_again, args=(address,))
+        asking.start()
+    asking.join()
+    assert heard == ["last"]
+
+
+def test_nobody_is_waited_for_who_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LAST_CHANCE_SECONDS", 3600)
+    with server.serve("127.0.0.1:0", {}) as address:
+        assert address
