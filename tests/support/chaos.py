@@ -148,7 +148,8 @@ class Chaos:
         }
         assert told == {name: list(story.attempts) for name, story in staying.items() if story.attempts}
         assert not self.kubelet.violations, f"two attempts of a job could write at once: {self.kubelet.violations}"
-        assert {name: uids for name, uids in self.kubelet.made.items() if len(uids) > 1} == {}, "made twice"
+        twice = {name: uids for name, uids in self.kubelet.made.items() if len(uids) > 1}
+        assert not twice, f"made twice, by owner and name: {twice}; there are {sorted(statuses)}"
         assert await self._left_running() == [], "something of a job that is over still runs"
 
     async def _left_running(self) -> list[str]:
