@@ -61,12 +61,12 @@ def trainers_plan(gib, cached_layers="auto", **training):
 
 
 def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
-    expected = trainers_plan(24)
-    result = plan("--gpu-memory", "24Gi", "-o", "json", source=f"file://{model}")
+    expected = trainers_plan(80)
+    result = plan("--gpu-memory", "80Gi", "-o", "json", source=f"file://{model}")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["memory"] == {
         "predictedPeakBytes": expected.predicted_peak_memory_bytes,
-        "gpuMemoryBytes": 24 * GIB,
+        "gpuMemoryBytes": 80 * GIB,
         "fits": True,
         "microBatchSize": expected.micro_batch_size,
         "gradientAccumulationSteps": expected.gradient_accumulation_steps,
@@ -77,7 +77,7 @@ def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
         "compiled": True,
         "message": f"{expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
         f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing,"
-        f" weights kept dequantized in {expected.cached_layers} layers. It fits a GPU with 24.0 GiB.",
+        f" weights kept dequantized in {expected.cached_layers} layers. It fits a GPU with 80.0 GiB.",
     }
 
 
