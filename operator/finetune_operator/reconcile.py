@@ -46,9 +46,25 @@ class Reconciler:
     ) -> None:
         self._cluster, self._cache, self._poller, self._recorder = cluster, cache, poller, recorder
         self._fleet, self._settings, self._clock = fleet, settings, clock
+        self._in_doubt: set[str] = set()
 
     async def __call__(self, key: str) -> Result:
         """One reconcile. Raises ApiError, Conflict, OSError or TimeoutError; calling again is always right."""
+        if key in self._in_doubt:
+            if observed := self._cache.observed(key, None):
+                await self._refresh(observed.job)
+            self._in_doubt.discard(key)
+        try:
+            return await self._reconcile(key)
+        except Conflict:
+            raise  # it has been looked at anew
+        except Exception:
+            # A write may have been done although its answer was lost, and much may have followed from it: until the
+            # watches tell, making what seems to be missing would make it twice.
+            self._in_doubt.add(key)
+            raise
+
+    async def _reconcile(self, key: str) -> Result:
         observed = self._observe(key)
         if observed is None:
             return Result()

@@ -108,6 +108,20 @@ def test_simulated_api_a_new_job_costs_two_writes_before_its_events(api: Api):
     api.run(act)
 
 
+def test_simulated_api_after_an_answer_that_was_lost_the_job_is_read_again_before_anything_is_made(api: Api):
+    """The status was written, the user deleted all of it, and the watches tell of the children's end first."""
+
+    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+        with pytest.raises(ApiError):
+            await reconcile(KEY)
+        api.cache.forget("Job", KEY, "made")
+        assert await reconcile(KEY) == Result()
+        assert api.calls == ["POST jobs", "PATCH status", "GET nli"]
+
+    api.answer = lambda method, name, body: status(500) if method == "PATCH" else api.well(method, name, body)
+    api.run(act)
+
+
 def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: Api):
     """Each look shows the same version: a webhook or a proxy gone wrong."""
 
