@@ -16,7 +16,7 @@ some_lengths = st.lists(st.integers(1, 512), min_size=1, max_size=64)
 
 
 def _steps(lengths: Sequence[int], **changes: Any) -> Steps:
-    settings = {"batch_size": 16, "world": 1, "micro_batch": 4, "accumulation": 4, "seed": 7, "packed": True}
+    settings = {"batch_size": 16, "world": 1, "micro_batch": 4, "seed": 7, "packed": True}
     return Steps(lengths, **settings | changes)  # type: ignore[arg-type]
 
 
@@ -48,12 +48,12 @@ def test_rows_that_are_padded_lie_beside_rows_of_their_length() -> None:
 )
 def test_a_step_has_the_same_rows_however_it_is_dealt_out(rows: int, world: int, micro: int, packed: bool) -> None:
     lengths = [1 + row * 37 % 90 for row in range(rows)]
-    plain = list(_steps(lengths, micro_batch=16, accumulation=1).epoch(3))
-    steps = _steps(lengths, world=world, micro_batch=micro, accumulation=16 // (world * micro), packed=packed)
+    plain = list(_steps(lengths, micro_batch=16).epoch(3))
+    steps = _steps(lengths, world=world, micro_batch=micro, packed=packed)
     dealt = list(steps.epoch(3))
     assert [_rows(step) for step in dealt] == [_rows(step) for step in plain]
     assert sorted(row for step in dealt for row in _rows(step)) == list(range(rows))
-    assert [len(step) for step in dealt[:-1]] == [steps.accumulation] * (len(dealt) - 1)
+    assert [len(step) for step in dealt[:-1]] == [16 // (world * micro)] * (len(dealt) - 1)
     assert all(len(processes) == world for step in dealt for processes in step)
     assert sum(len(step) for step in dealt) == steps.micro_batches
 

@@ -119,3 +119,8 @@ def _text(error: BaseException) -> str:
     if isinstance(error, TrainerError | ManifestError | StoreError) or not text:
         return text
     return without_userinfo(text.splitlines()[0].rstrip("."))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says; nothing when it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]

@@ -106,9 +106,10 @@ def run(
     identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
+    gpu = hardware.device(spec, world)
     plan = sizing.make_plan(
         spec,
-        gpu := hardware.device(spec, world),
+        gpu,
         world.size,
         attention,
         sizing.ModelShape.from_config(base.config.to_dict()),

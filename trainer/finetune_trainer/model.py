@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import ConfigInvalid, first_line
 
 log = structlog.get_logger(__name__)
 ALL_LINEAR = "all-linear"
@@ -42,7 +42,7 @@ def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
         )
         skeleton = layout(config, spec)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise ConfigInvalid(f"spec.model.source: {source} is no usable causal language model: {reason}") from None
     if getattr(config, "quantization_config", None):
         raise ConfigInvalid(f"spec.model.source: {source} is quantized already; take the original weights")
@@ -149,7 +149,7 @@ def load_base(
                 device_map={"": "cpu" if to_be_sharded else device},
             )
     except OSError as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {reason}") from None
     model.config.use_cache = False
     if device == "cpu":

@@ -49,7 +49,6 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         evaluator: Evaluator | None,
         meter: Meter,
         loader: Loader,
-        sharded: bool = False,
         **kwargs: Any,
     ) -> None:
         weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -61,7 +60,6 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._meter = meter
         self._loader = loader
         self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
-        self._sharded = sharded
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
         self._skipped_steps = 0

@@ -128,7 +128,6 @@ class Training:
             callbacks=[callback],
             evaluator=self.evaluator,
             meter=meter,
-            sharded=bool(self.plan.sharded),
         )
         trainer.remove_callback(PrinterCallback)
         callback.trainer = trainer

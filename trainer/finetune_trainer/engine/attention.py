@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
+from finetune_trainer.errors import first_line
+
 NAME: Final = "varlen"
 #: The kernel's limits (torch.nn.attention.varlen, flash attention 2).
 MAX_HEAD_DIM: Final = 256
@@ -178,7 +180,7 @@ def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
     try:
         worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
     except Exception as error:
-        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return f"fails here: {type(error).__name__}: {first_line(error)}"
     return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
 
 

@@ -8,7 +8,7 @@ trains the same everywhere.
 import functools
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Final
 
@@ -48,14 +48,13 @@ def deal_by_length(lengths: Sequence[int], bins: int, most: int) -> list[list[in
 
 @dataclass
 class Steps:
-    """All micro-batches of a training: steps of `batch_size` rows, each dealt to `world` processes by `accumulation`
-    micro-batches of `micro_batch` rows."""
+    """All micro-batches of a training: steps of `batch_size` rows, each dealt to `world` processes by micro-batches of
+    `micro_batch` rows."""
 
     lengths: Sequence[int]
     batch_size: int
     world: int
     micro_batch: int
-    accumulation: int
     seed: int
     packed: bool
 
@@ -70,18 +69,21 @@ class Steps:
 
     def dealt(self, rows: Sequence[int]) -> list[list[list[int]]]:
         """The rows of one step, dealt out."""
-        each = self.micro_batch * self.world
-        passes = self.accumulation if len(rows) == self.batch_size else -(-len(rows) // each)
         lengths = [self.lengths[row] for row in rows]
-        bins = (deal if self.packed else deal_by_length)(lengths, passes * self.world, self.micro_batch)
-        found = [[rows[index] for index in indices] for indices in bins]
+        bins = self._passes(len(rows)) * self.world
+        dealt = (deal if self.packed else deal_by_length)(lengths, bins, self.micro_batch)
+        found = [[rows[index] for index in indices] for indices in dealt]
         return [found[first : first + self.world] for first in range(0, len(found), self.world)]
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of each process in one epoch."""
         whole, rest = divmod(len(self.lengths), self.batch_size)
-        return whole * self.accumulation + -(-rest // (self.micro_batch * self.world))
+        return whole * self._passes(self.batch_size) + self._passes(rest)
+
+    def _passes(self, rows: int) -> int:
+        """Micro-batches of each process in a step of `rows`."""
+        return -(-rows // (self.micro_batch * self.world))
 
     @property
     def most_tokens(self) -> int:
@@ -106,7 +108,6 @@ def of(spec: FineTuneJobSpec, lengths: Sequence[int], plan: ExecutionPlan) -> St
         batch_size=spec.training.batch_size,
         world=plan.world_size or 1,
         micro_batch=plan.micro_batch_size or 1,
-        accumulation=plan.gradient_accumulation_steps or 1,
         seed=spec.training.seed,
         packed=bool(plan.packing),
     )
@@ -117,10 +118,8 @@ def most_tokens(spec: FineTuneJobSpec, lengths: Sequence[int], world_size: int, 
 
     @functools.cache
     def of_rows(micro_batch: int) -> int:
-        accumulation = spec.training.batch_size // (micro_batch * world_size)
-        return Steps(
-            lengths, spec.training.batch_size, world_size, micro_batch, accumulation, spec.training.seed, packed
-        ).most_tokens
+        plan = ExecutionPlan(micro_batch_size=micro_batch, world_size=world_size, packing=packed)
+        return of(spec, lengths, plan).most_tokens
 
     return of_rows
 
@@ -157,9 +156,6 @@ class _Rows(Dataset[tuple[list[int], list[int]]]):
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         return self._rows.input_ids[index], self._rows.labels[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        return [self[index] for index in indices]
-
 
 class Loader(DataLoader[dict[str, Any]]):
     """The micro-batches of one process as tensors."""
@@ -192,14 +188,10 @@ class Collate:
     pad_id: int
     rows: int = 0
     longest: int = 0
-    _filler: tuple[list[int], list[int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Two tokens: of a dimension of one, torch.compile makes a graph of its own.
-        self._filler = [self.pad_id] * 2, [IGNORE] * 2
 
     def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        rows = rows or [self._filler]
+        # Two tokens: of a dimension of one, torch.compile makes a graph of its own.
+        rows = rows or [([self.pad_id] * 2, [IGNORE] * 2)]
         return self._end_to_end(rows) if self.packed else self._padded(rows)
 
     def _end_to_end(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:

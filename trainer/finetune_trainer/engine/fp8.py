@@ -10,6 +10,9 @@ from typing import Any, Final
 
 import torch
 
+from finetune_trainer.engine.layers import replace
+from finetune_trainer.errors import first_line
+
 E4M3: Final = torch.float8_e4m3fn
 _LARGEST: Final = torch.finfo(E4M3).max
 #: GPUs have it since Ada and Hopper; matrices must divide by this.
@@ -91,21 +94,18 @@ def self_check(device: str) -> str | None:
             (gradient,) = torch.autograd.grad(y, leaf, slope.to(where))
             results.append([each.detach().float().cpu() for each in (y, gradient)])
     except Exception as error:
-        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return f"fails here: {type(error).__name__}: {first_line(error)}"
     worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
     return None if worst <= _TOLERANCE else f"differs from its definition by {worst:.1%} on this GPU"
 
 
 def convert(layers: Sequence[Any]) -> None:
-    """Put an Fp8Linear in the place of each plain frozen linear layer of `layers`, below adapters too; one after
-    another, so that never more than one weight lies in memory in both forms."""
-    for layer in layers:
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear) and _fits(child):
-                    setattr(parent, name, Fp8Linear(child))
+    """Put an Fp8Linear in the place of each plain frozen linear layer of `layers`, below adapters too."""
+    replace(layers, _fits, Fp8Linear)
 
 
-def _fits(linear: torch.nn.Linear) -> bool:
-    plain = linear.weight.dtype == torch.bfloat16 and not linear.weight.requires_grad
-    return plain and not linear.in_features % _MULTIPLE and not linear.out_features % _MULTIPLE
+def _fits(module: Any) -> bool:
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    plain = module.weight.dtype == torch.bfloat16 and not module.weight.requires_grad
+    return plain and not module.in_features % _MULTIPLE and not module.out_features % _MULTIPLE

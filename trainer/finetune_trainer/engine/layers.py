@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import ConfigInvalid, first_line
 from finetune_trainer.model import mixed_precision
 from finetune_trainer.rng import RngState
 
@@ -34,6 +34,16 @@ def of(model: Any) -> list[Any]:
     if not layers:
         raise ConfigInvalid("spec.model.source: this model's code does not name its layers (_no_split_modules)")
     return layers
+
+
+def replace(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable[[Any], Any]) -> None:
+    """Put what `make` makes of it in the place of each module within `layers` that is `wanted`; one after another, so
+    that never more than one weight lies in memory in both forms."""
+    for layer in layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if wanted(child):
+                    setattr(parent, name, make(child))
 
 
 def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
@@ -135,8 +145,7 @@ def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | No
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {first}"
+        return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)

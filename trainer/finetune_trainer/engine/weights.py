@@ -4,17 +4,14 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.engine.layers import replace
+
 
 def keep_dequantized(layers: list[Any]) -> None:
-    """Put a plain linear layer with the same numbers in the place of each 4-bit one of `layers`, one after another,
-    so that never more than one lies in memory twice."""
+    """Put a plain linear layer with the same numbers in the place of each 4-bit one of `layers`."""
     from bitsandbytes.nn import Linear4bit
 
-    for layer in layers:
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, Linear4bit):
-                    setattr(parent, name, dequantized(child))
+    replace(layers, lambda module: isinstance(module, Linear4bit), dequantized)
 
 
 def dequantized(linear: Any) -> torch.nn.Linear:
