@@ -107,8 +107,8 @@ def mixed_precision(device: Any, precision: str) -> Any:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def quantization_config(spec: FineTuneJobSpec) -> Any | None:
-    """bitsandbytes' settings, None for 16 bits."""
+def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False) -> Any | None:
+    """bitsandbytes' settings, None for 16 bits. torch 2.11 shards floating-point weights alone."""
     from transformers import BitsAndBytesConfig
 
     quantization = spec.quantization
@@ -118,6 +118,7 @@ def quantization_config(spec: FineTuneJobSpec) -> Any | None:
             bnb_4bit_quant_type=quantization.type,
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=torch_dtype(quantization.compute_dtype),
+            bnb_4bit_quant_storage="bfloat16" if to_be_sharded else None,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
 
@@ -143,7 +144,7 @@ def load_base(
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=spec.model.trust_remote_code,
-                quantization_config=quantization_config(spec),
+                quantization_config=quantization_config(spec, to_be_sharded),
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
                 device_map={"": "cpu" if to_be_sharded else device},
