@@ -21,14 +21,13 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 MODEL = Path(sys.argv[1]).resolve()
 GIB = 2**30
-_NEVER = "1970-01-01T00:00:00Z"
 #: Without the engine: rows padded, layers as transformers runs them, 4-bit weights dequantized in every pass.
 PLAIN = [
     "training.packing=disabled",
@@ -151,6 +150,7 @@ def train(
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command = [sys.executable, *torchrun, *([work / "script.py"] if script else ["-m", "finetune_trainer.main"])]
     words = [word for setting in (*layout, *settings) for word in ("--set", setting)]
+    started = datetime.now(UTC)
     answer = subprocess.run(
         [*command, "--config", work / "job.yaml", *words],
         env=os.environ
@@ -171,11 +171,11 @@ def train(
     plan = report["executionPlan"]
     measured = plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
-    stamps = {line["stage"]: line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if "stage" in line}
-    began, training = (datetime.fromisoformat(stamps.get(stage, _NEVER)) for stage in ("CheckingData", "Training"))
+    ready = [line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if _is_ready(line)]
+    waited = datetime.fromisoformat(ready[-1]) - started if ready else None
     return {
         "setting": name,
-        "seconds_to_training": round((training - began).total_seconds(), 1),
+        "seconds_to_first_step": round(waited.total_seconds(), 1) if waited else None,
         "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
@@ -183,6 +183,11 @@ def train(
         "prediction_error": round(predicted / measured - 1, 3),
         "plan": plan,
     }
+
+
+def _is_ready(line: dict[str, Any]) -> bool:
+    """Whether training begins after this line of the log."""
+    return line.get("stage") == "Training" or "decoder layers are compiled" in line.get("event", "")
 
 
 def _as_json(line: str) -> dict[str, Any]:

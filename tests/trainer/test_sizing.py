@@ -142,7 +142,13 @@ def test_more_memory_buys_speed() -> None:
 
 def _cost(plan: ExecutionPlan) -> float:
     assert MISTRAL_7B is not None and plan.micro_batch_size and plan.tokens_per_pass
-    layout = Layout(plan.micro_batch_size, plan.tokens_per_pass, plan.checkpointed_layers or 0, plan.cached_layers or 0)
+    layout = Layout(
+        plan.micro_batch_size,
+        plan.tokens_per_pass,
+        plan.checkpointed_layers or 0,
+        plan.cached_layers or 0,
+        bool(plan.compiled),
+    )
     return cost(16, layout, MISTRAL_7B, 4)
 
 

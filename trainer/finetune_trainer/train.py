@@ -17,6 +17,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.callbacks import RunCallback, Tracker, Upload
 from finetune_trainer.data import Encoded
 from finetune_trainer.engine import batches
+from finetune_trainer.engine.adapters import share_inputs
 from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches
 from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.engine.optimizer import unpaged
@@ -59,6 +60,7 @@ class Training:
         Raises Preempted once the checkpoint is safe, Diverged, and GpuOutOfMemory when no smaller micro-batch is left.
         """
         self.initial = snapshot(self.model)
+        share_inputs(self.model)
         self.plan = put_into_effect(self.plan, self.model, self._loader().example(), self.spec.training.precision)
         self.reporter.plan(self.plan)
         while True:

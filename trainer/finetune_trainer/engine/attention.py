@@ -126,19 +126,15 @@ def _kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        if _takes_groups(varlen_attn):
-            options["enable_gqa"] = True
-        else:
-            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    if query.shape[1] != key.shape[1] and _asks_for_groups(varlen_attn):
+        options["enable_gqa"] = True
     starts, longest = layout.starts, layout.longest
     return varlen_attn(query, key, value, starts, starts, longest, longest, **options)  # type: ignore[return-value]
 
 
 @torch.compiler.assume_constant_result
-def _takes_groups(kernel: Callable[..., Any]) -> bool:
-    """Since torch 2.12 the kernel takes fewer heads of keys and values than of queries."""
+def _asks_for_groups(kernel: Callable[..., Any]) -> bool:
+    """Whether it must be told that there are fewer heads of keys and values than of queries, as since torch 2.12."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 

@@ -62,10 +62,12 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
         if index < recomputed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
-            layer.forward = _while_training(trained, plain)
+            layer.forward = while_training(trained, plain)
 
 
-def _while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`trained` while gradients are taken, else `plain`."""
+
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)

@@ -1,0 +1,78 @@
+"""Adapters that read the same input share what they do to it: one dropout mask, and one product for all of their A.
+
+LoRA (arXiv:2106.09685) is base(x) + B A dropout(x) * scaling. PEFT computes it for q, k and v in turn, each with a mask
+of its own: three copies of x are written, read and kept for the backward pass. All that differs from it is which inputs
+are dropped together; without dropout the numbers are the same.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from finetune_trainer.engine.layers import while_training
+from finetune_trainer.memory import SAME_INPUT
+
+_ADAPTER: Final = "default"
+
+
+def share_inputs(model: Any) -> None:
+    """Let the adapters of `model` train this way; evaluation and generation run them as they are. Adapters that are
+    more than A and B (DoRA) stay PEFT's."""
+    for parent in list(model.modules()):
+        for members in _groups(parent):
+            inputs = _Inputs(members)
+            for index, member in enumerate(members):
+                member.__dict__.pop("forward", None)
+                member.forward = while_training(_adapted(member, inputs, index), member.forward)
+
+
+def _groups(parent: Any) -> Iterator[list[Any]]:
+    """The adapters right below `parent`, those of one input together."""
+    left = {name: child for name, child in parent.named_children() if _is_plain(child)}
+    while left:
+        first = next(iter(left))
+        names = next((names for names in SAME_INPUT if first in names), (first,))
+        yield [left.pop(name) for name in names if name in left]
+
+
+def _is_plain(module: Any) -> bool:
+    return (
+        isinstance(module, LoraLayer)
+        and _ADAPTER not in module.lora_variant
+        and isinstance(dict(module.lora_A).get(_ADAPTER), torch.nn.Linear)
+    )
+
+
+def _adapted(member: Any, inputs: "_Inputs", index: int) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        found = member.base_layer(x)
+        return (found + member.lora_B[_ADAPTER](inputs(x, index))).to(found.dtype)  # type: ignore[no-any-return]
+
+    return forward
+
+
+class _Inputs:
+    """A dropout(x) * scaling of each member, computed when the first of them asks."""
+
+    def __init__(self, members: list[Any]) -> None:
+        self._members = members
+        self._x: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        if x is not self._x or index not in self._waiting:
+            self._x, self._waiting = x, dict(enumerate(self._products(x)))
+        found = self._waiting.pop(index)
+        if not self._waiting:
+            self._x = None
+        return found
+
+    def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
+        matrices = [member.lora_A[_ADAPTER].weight for member in self._members]
+        dropped = self._members[0].lora_dropout[_ADAPTER](x)
+        if not torch.is_autocast_enabled(x.device.type):
+            dropped = dropped.to(matrices[0].dtype)
+        found = torch.nn.functional.linear(dropped, torch.cat(matrices)).split([len(each) for each in matrices], -1)
+        return [part * member.scaling[_ADAPTER] for part, member in zip(found, self._members, strict=True)]
