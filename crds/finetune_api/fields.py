@@ -102,7 +102,10 @@ def _number_or(*words: str, least: int, most: int) -> list[Any]:
 
 MicroBatchSize = Annotated[int | Literal["auto"], *_number_or("auto", least=1, most=65_536)]
 LayerCount = Annotated[int | Literal["auto"], *_number_or("auto", least=0, most=1024)]
-Checkpointing = Annotated[int | Switch, *_number_or("auto", "enabled", "disabled", least=0, most=1024)]
+Checkpointing = Annotated[
+    int | Switch | Literal["selective"],
+    *_number_or("auto", "enabled", "disabled", "selective", least=0, most=1024),
+]
 
 
 def _without_null_values(value: Any) -> Any:

@@ -115,6 +115,8 @@ class ExecutionPlan(StatusModel):
     """Whether activations are recomputed."""
     checkpointed_layers: Count | None = None
     """Decoder layers whose activations are recomputed."""
+    selective_checkpointing: bool | None = None
+    """Whether the other layers recompute attention and dropout."""
     cached_layers: Count | None = None
     """Decoder layers whose 4-bit weights are kept dequantized."""
     packing: bool | None = None

@@ -87,6 +87,7 @@ ACCEPTED = [
     _accepted("fractional epochs", {"spec.training.epochs": 0.5}),
     _accepted("steps instead of epochs", {"spec.training.maxSteps": 100}),
     _accepted("pinned micro-batch", {"spec.training.microBatchSize": 4}),
+    _accepted("selective checkpointing", {"spec.training.gradientCheckpointing": "selective"}),
     _accepted(
         "pinned engine",
         {
@@ -169,7 +170,7 @@ REFUSED = [
     _refused("batch that micro-batches cannot fill", {"spec.training.microBatchSize": 5}, "spec.training.batchSize", _MULTIPLE),
     _refused("batch that GPUs cannot share", {"spec.resources.gpusPerNode": 3}, "spec.training.batchSize", _MULTIPLE),
     _refused("batch that nodes cannot share", {"spec.resources.nodes": 5}, "spec.training.batchSize", _MULTIPLE),
-    _refused("checkpointing in words", {"spec.training.gradientCheckpointing": "some"}, "spec.training.gradientCheckpointing", "must be auto, enabled, disabled or a number from 0"),
+    _refused("checkpointing in words", {"spec.training.gradientCheckpointing": "some"}, "spec.training.gradientCheckpointing", "must be auto, enabled, disabled, selective or a number from 0"),
     _refused("checkpointing of less than no layers", {"spec.training.gradientCheckpointing": -1}, "spec.training.gradientCheckpointing", "or a number from 0 to 1024"),
     _refused("cached layers in words", {"spec.quantization.cachedLayers": "enabled"}, "spec.quantization.cachedLayers", "must be auto or a number from 0"),
     _refused("micro-batch of 0", {"spec.training.microBatchSize": 0}, "spec.training.microBatchSize", "must be auto or a number from 1"),

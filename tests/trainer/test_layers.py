@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine import layers
+from finetune_trainer.engine.adapters import share_inputs
 from finetune_trainer.engine.batches import Collate, _order
 from finetune_trainer.model import _keep_weights_trainable, load_adapter_weights, save_adapter
 from support.models import build_model
@@ -247,3 +248,26 @@ def test_without_a_compiler_it_is_said_what_is_missing(missing: str, monkeypatch
             "gcc": "no C compiler is installed",
         }[missing]
     )
+
+
+@pytest.mark.usefixtures("compiler")
+def test_selective_checkpointing_keeps_less_and_changes_nothing(deep_model: Path) -> None:
+    model = _adapted(deep_model)
+    model.get_base_model().config._attn_implementation = "one_sequence"
+    share_inputs(model)
+    found, kept = [], []
+    for selective in (False, True):
+        torch._dynamo.reset()
+        plan = _plan(compiled=True, selective_checkpointing=selective)
+        assert layers.put_into_effect(plan, model, _batch(5, 7), "fp32", budget=0.7).compiled
+        kept.append({})
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = kept[-1]) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(_loss_and_gradient(model, _batch(50, 60)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 1e-5
+    assert sum(kept[1].values()) < 0.9 * sum(kept[0].values())

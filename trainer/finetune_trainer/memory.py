@@ -18,6 +18,8 @@ _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
 _GATHERED_LAYERS = 3
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: So that torch, which counts small things too, need not give up a large one.
+_BUDGET_TO_SPARE = 0.05
 #: Optimizer state, bytes per trained weight. Paged states live in managed memory, which the allocator does not count.
 _OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 0.0,
@@ -109,7 +111,7 @@ class Layout:
 
     `micro_batch` rows of up to `tokens` tokens together; of the decoder layers, `recomputed` keep only their input for
     the backward pass, and `cached` keep 4-bit weights dequantized; `sharded` base weights are shared out over all
-    `processes`.
+    `processes`. Compiled layers are `selective` when they compute attention and dropout again in the backward pass.
     """
 
     micro_batch: int
@@ -117,6 +119,7 @@ class Layout:
     recomputed: int = 0
     cached: int = 0
     compiled: bool = False
+    selective: bool = False
     processes: int = 1
     sharded: bool = False
 
@@ -124,7 +127,7 @@ class Layout:
 def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest: int, attention: str) -> Memory:
     """Memory at the peak of a training step of one process; `longest` is the longest row in tokens."""
     width = 4 if spec.training.precision == "fp32" else 2
-    saved = _saved_when_compiled if layout.compiled else _saved_per_token
+    saved = _saved_when_selective if layout.selective else _saved_when_compiled if layout.compiled else _saved_per_token
     scores = _scores(shape, layout.micro_batch, longest, attention, width)
     layer = layout.tokens * saved(shape, spec, width) + scores
     kept = layout.tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
@@ -197,15 +200,33 @@ def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -
     return others + _adapter_per_token(shape, spec, width)
 
 
+def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
+    """The same where attention and dropout are computed again: what linear layers answer is kept, and the layer's
+    input (Korthikanti et al. 2022, arXiv:2205.05198, section 5)."""
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    return width * (2 * shape.hidden_size + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
+
+
+def selective_budget(shape: ModelShape, spec: FineTuneJobSpec) -> float:
+    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond its input (which torch calls
+    its activation_memory_budget)."""
+    given = shape.hidden_size * 2
+    most, least = (saved(shape, spec, 2) - given for saved in (_saved_when_compiled, _saved_when_selective))
+    return min(1.0, least / most + _BUDGET_TO_SPARE)
+
+
 def _adapter_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
     """Bytes that the adapters of one decoder layer keep per token: what they read, once for all that read the same, the
     mask of dropout that made it, and the product with A."""
-    targets = _targets(shape, spec)
     read = {}
-    for name, (inputs, _) in targets.items():
+    for name, (inputs, _) in _targets(shape, spec).items():
         first = next((names[0] for names in SAME_INPUT if name in names), name)
         read[first] = inputs
-    return sum(read.values()) * (width + bool(spec.lora.dropout)) + len(targets) * spec.lora.rank * width
+    return sum(read.values()) * (width + bool(spec.lora.dropout)) + _ranks(shape, spec) * width
+
+
+def _ranks(shape: ModelShape, spec: FineTuneJobSpec) -> int:
+    return len(_targets(shape, spec)) * spec.lora.rank
 
 
 def _escaped_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:

@@ -3,6 +3,7 @@
 (spec, device, number of processes, model shape) -> ExecutionPlan, or a sentence that says what to change.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,6 +108,7 @@ def make_plan(
         sharded=layout.sharded if world_size > 1 else None,
         gradient_checkpointing=layout.recomputed > 0,
         checkpointed_layers=layout.recomputed if shape else None,
+        selective_checkpointing=layout.selective,
         cached_layers=layout.cached if spec.quantization.bits == 4 else None,
         packing=packed,
         tokens_per_pass=layout.tokens,
@@ -146,11 +148,14 @@ class _Case:
     compiled: bool
     tokens: Callable[[int], int] | None
 
-    def layout(self, micro_batch: int, recomputed: int, cached: int = 0, sharded: bool = False) -> Layout:
+    def layout(
+        self, micro_batch: int, recomputed: int, cached: int = 0, sharded: bool = False, selective: bool = False
+    ) -> Layout:
         most = micro_batch * self.longest
         tokens = min(most, self.tokens(micro_batch)) if self.tokens else most
         compiled = self.compiled and not sharded
-        return Layout(micro_batch, tokens, recomputed, cached, compiled, self.processes, sharded)
+        selective = selective and compiled
+        return Layout(micro_batch, tokens, recomputed, cached, compiled, selective, self.processes, sharded)
 
     def default(self) -> Layout:
         """On a CPU, and on a GPU where nothing is known of the model: the recipe's own choice."""
@@ -160,9 +165,11 @@ class _Case:
         micro = self._sizes(CPU_MICRO_BATCH if on_cpu else 4)[0]
         if checkpointing == "auto":
             checkpointing = "enabled" if not on_cpu and wanted == "auto" else "disabled"
-        recomputed = {"enabled": layers, "disabled": 0}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
+        selective = checkpointing == "selective" and self.compiled
+        in_words = {"enabled": layers, "disabled": 0, "selective": 0 if selective else layers}
+        recomputed = in_words.get(checkpointing, checkpointing)  # type: ignore[call-overload]
         cached = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
-        return self.layout(micro, recomputed, min(cached, layers) if self._can_cache else 0)
+        return self.layout(micro, recomputed, min(cached, layers) if self._can_cache else 0, selective=selective)
 
     def fastest(self, shape: ModelShape) -> tuple[Layout, int]:
         """The fastest layout that fits, and its peak in bytes."""
@@ -179,15 +186,15 @@ class _Case:
 
     def frugal(self, shape: ModelShape, sharded: bool = False) -> Layout:
         """The layout that takes least, of those the spec allows."""
-        cached = self._cached(shape)
-        return self.layout(self._sizes()[-1], max(self._recomputed(shape)), cached or 0, sharded)
+        cached, (recomputed, selective) = self._cached(shape) or 0, max(self._recomputed(shape, sharded))
+        return self.layout(self._sizes()[-1], recomputed, cached, sharded, selective)
 
     def _fitting(self, shape: ModelShape, sharded: bool) -> list[Layout]:
         """Of each micro-batch and number of recomputed layers, the layout with the most cached layers that fits."""
         found = []
         for micro in self._sizes(max(1, _ENOUGH_TOKENS // self.longest)):
-            for recomputed in self._recomputed(shape):
-                least = self.layout(micro, recomputed, 0, sharded)
+            for recomputed, selective in self._recomputed(shape, sharded):
+                least = self.layout(micro, recomputed, 0, sharded, selective)
                 cached = 0 if sharded else self._most_cached(shape, least)
                 layout = replace(least, cached=cached)
                 if self.device.holds(self.peak(shape, layout)):
@@ -232,13 +239,16 @@ class _Case:
             )
         return [wanted]
 
-    def _recomputed(self, shape: ModelShape) -> list[int]:
-        """Numbers of recomputed layers that may be tried."""
-        wanted = self.spec.training.gradient_checkpointing
-        if isinstance(wanted, int):
-            return [min(wanted, shape.layers)]
-        several = range(0, shape.layers + 1, max(1, shape.layers // 32))
-        return {"enabled": [shape.layers], "disabled": [0]}.get(wanted, sorted({*several, shape.layers}))
+    def _recomputed(self, shape: ModelShape, sharded: bool) -> list[tuple[int, bool]]:
+        """Numbers of recomputed layers that may be tried, and whether the others recompute selectively."""
+        wanted, compiled = self.spec.training.gradient_checkpointing, self.compiled and not sharded
+        if wanted in ("enabled", "disabled"):
+            return [(shape.layers if wanted == "enabled" else 0, False)]
+        if wanted == "selective":
+            return [(0, True)] if compiled else [(shape.layers, False)]
+        several = {*range(0, shape.layers + 1, max(1, shape.layers // 32)), shape.layers}
+        numbers = several if wanted == "auto" else {min(wanted, shape.layers)}
+        return sorted(itertools.product(numbers, (False, True) if compiled else (False,)))
 
 
 def _refusal(case: _Case, shape: ModelShape) -> str:

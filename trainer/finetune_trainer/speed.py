@@ -1,21 +1,32 @@
-"""How long a step takes, as far as that decides between layouts: pure arithmetic, importable without torch."""
+"""How long a step takes, as far as that decides between layouts: pure arithmetic, importable without torch.
+
+The unit is the time of one token's forward pass through the linear layers of the model, the backward pass of a frozen
+base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/performance.md).
+"""
 
 from finetune_trainer.memory import Layout, ModelShape
 
-#: The unit is the time of one token's forward pass through the linear layers of the model, the backward pass of a
-#: frozen base taking as long again. What a pass costs whatever its tokens, measured on an H200 as the difference
-#: between passes of 2,048 and of 8,192 tokens.
-_EACH_PASS = 480
-#: The same where layers are not compiled and their many small kernels are started one by one.
-_EACH_PASS_EAGER = 1000
+#: What a pass costs whatever its tokens, on the GPU: products of few rows fill it less well.
+_EACH_PASS = 700
 #: Dequantizing 4-bit weights of all layers once: 2.5 bytes a weight of memory traffic against 2 operations a token.
-_DEQUANTIZING = 230
+_DEQUANTIZING = 310
+#: Attention and dropout once more, as a part of a forward pass.
+_SELECTIVE = 0.08
+#: What the host needs to start the work of one layer, forward or backward: a pass of few tokens waits for it.
+_STARTING_A_LAYER = 100
+#: The same where layers are not compiled and their many small kernels are started one by one.
+_STARTING_A_LAYER_EAGER = 250
+#: And where the weights of its linear layers are dequantized besides.
+_STARTING_TO_DEQUANTIZE = 39
 
 
 def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:
     """Relative time of an optimizer step of `rows` sequences per process; smaller is faster."""
-    passes = rows // layout.micro_batch
-    through = 2 + layout.recomputed / shape.layers
+    recomputed = layout.recomputed / shape.layers
     dequantized = 1 - layout.cached / shape.layers if bits == 4 else 0.0
-    start = _EACH_PASS if layout.compiled else _EACH_PASS_EAGER
-    return passes * (start + through * (layout.tokens + dequantized * _DEQUANTIZING))
+    through = 2 + recomputed + _SELECTIVE * layout.selective
+    on_the_gpu = through * layout.tokens + (2 + recomputed) * dequantized * _DEQUANTIZING
+    each = _STARTING_A_LAYER if layout.compiled else _STARTING_A_LAYER_EAGER
+    on_the_host = (2 + recomputed) * shape.layers * (each + dequantized * _STARTING_TO_DEQUANTIZE)
+    passes = rows // layout.micro_batch
+    return passes * (_EACH_PASS + max(on_the_gpu, on_the_host))

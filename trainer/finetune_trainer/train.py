@@ -23,6 +23,7 @@ from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.memory import ModelShape, selective_budget
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights
 from finetune_trainer.report import Reporter
@@ -61,7 +62,10 @@ class Training:
         """
         self.initial = snapshot(self.model)
         share_inputs(self.model)
-        self.plan = put_into_effect(self.plan, self.model, self._loader().example(), self.spec.training.precision)
+        shape = ModelShape.from_config(self.model.config.to_dict())
+        budget = selective_budget(shape, self.spec) if shape else 1.0
+        example = self._loader().example()
+        self.plan = put_into_effect(self.plan, self.model, example, self.spec.training.precision, budget)
         self.reporter.plan(self.plan)
         while True:
             trainer, callback = self._trainer()

@@ -60,6 +60,7 @@ class Forecast:
             "gradientAccumulationSteps": plan and plan.gradient_accumulation_steps,
             "gradientCheckpointing": plan and plan.gradient_checkpointing,
             "checkpointedLayers": plan and plan.checkpointed_layers,
+            "selectiveCheckpointing": plan and plan.selective_checkpointing,
             "cachedLayers": plan and plan.cached_layers,
             "packing": plan and plan.packing,
             "compiled": plan and plan.compiled,
@@ -140,6 +141,8 @@ def _frugal(spec: FineTuneJobSpec) -> FineTuneJobSpec:
 def _sentence(plan: ExecutionPlan) -> str:
     count = plan.checkpointed_layers
     checkpointing = f"gradient checkpointing in {_layers(count)}" if count else "no gradient checkpointing"
+    if plan.selective_checkpointing:
+        checkpointing = f"{checkpointing}, selective in the rest" if count else "selective gradient checkpointing"
     cached = f", weights kept dequantized in {_layers(plan.cached_layers)}" if plan.cached_layers else ""
     return (
         f"{text.size(plan.predicted_peak_memory_bytes or 0)} at the peak, per GPU, with micro-batch"

@@ -154,6 +154,7 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
             "packed" if plan.packing else "padded",
             "compiled" if plan.compiled else "not compiled",
             *([f"{plan.checkpointed_layers} layers recomputed"] if plan.checkpointed_layers else []),
+            *(["attention recomputed"] if plan.selective_checkpointing else []),
             *([f"{plan.cached_layers} layers dequantized"] if plan.cached_layers else []),
         ]
         yield "layout", ", ".join(engine)

@@ -72,6 +72,7 @@ def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
         "gradientAccumulationSteps": expected.gradient_accumulation_steps,
         "gradientCheckpointing": expected.gradient_checkpointing,
         "checkpointedLayers": expected.checkpointed_layers,
+        "selectiveCheckpointing": expected.selective_checkpointing,
         "cachedLayers": expected.cached_layers,
         "packing": True,
         "compiled": True,

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ from typing import Any, Final
 import structlog
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.batches import on_device
@@ -46,8 +48,9 @@ def replace(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable
                     setattr(parent, name, make(child))
 
 
-def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
+def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: float = 1.0) -> None:
     """Let the first `recomputed` of `layers` keep only their input for the backward pass, and compile all of them.
+    Of what compiled layers would keep beyond their input, they keep the part `budget`, and compute the cheapest again.
 
     Both hold while gradients are taken alone: evaluation and generation run the layers as they are. Calling it again
     takes back what was arranged before.
@@ -55,6 +58,8 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool) -> None:
     if compiled:
         torch._dynamo.config.recompile_limit = _MOST_GRAPHS
         torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
+        torch._functorch.config.activation_memory_budget = budget
+        _tell_cost_of_4_bit_products()
     for index, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
         plain = layer.forward
@@ -73,6 +78,20 @@ def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Ca
         return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
     return forward
+
+
+def _tell_cost_of_4_bit_products() -> None:
+    """Of an operation whose cost torch does not know it thinks that computing it again is free."""
+    try:
+        product = torch.ops.bitsandbytes.gemm_4bit
+    except AttributeError:  # bitsandbytes is not loaded, or an older one
+        return
+    if product not in flop_registry:
+        register_flop_formula(product)(_flops_of_4_bit_product)
+
+
+def _flops_of_4_bit_product(x: Any, weight: Any, shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * shape[0]
 
 
 def _with_any_number_of_tokens(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,8 +126,11 @@ def keep_compiled_in(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any], precision: str) -> ExecutionPlan:
-    """Lay out `model`, which wears its adapter, as `plan` says, and let it answer with its loss.
+def put_into_effect(
+    plan: ExecutionPlan, model: Any, example: Mapping[str, Any], precision: str, budget: float = 1.0
+) -> ExecutionPlan:
+    """Lay out `model`, which wears its adapter, as `plan` says, and let it answer with its loss. `budget` is what
+    selective checkpointing keeps (see `arrange`).
 
     Where compiling fails, which a pass over the `example` micro-batch shows, layers run uncompiled: the plan returned
     says so, and the log why.
@@ -120,7 +142,8 @@ def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any],
     repeated = of(core)
     recomputed = len(repeated) if plan.checkpointed_layers is None else plan.checkpointed_layers
     recomputed = recomputed if plan.gradient_checkpointing else 0
-    arrange(repeated, recomputed=recomputed, compiled=bool(plan.compiled))
+    budget = budget if plan.selective_checkpointing else 1.0
+    arrange(repeated, recomputed=recomputed, compiled=bool(plan.compiled), budget=budget)
     if not plan.compiled:
         return plan
     log.info("Compiling the decoder layers")
@@ -132,7 +155,7 @@ def put_into_effect(plan: ExecutionPlan, model: Any, example: Mapping[str, Any],
     log.warning(f"The decoder layers cannot be compiled and run as they are, slower: {problem}")
     arrange(repeated, recomputed=recomputed, compiled=False)
     answer_with_loss(core)
-    return plan.model_copy(update={"compiled": False})
+    return plan.model_copy(update={"compiled": False, "selective_checkpointing": False})
 
 
 def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:

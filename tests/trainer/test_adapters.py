@@ -1,0 +1,87 @@
+"""Adapters that read the same input and share what they do to it train as PEFT's do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from finetune_trainer.engine.adapters import share_inputs
+from finetune_trainer.engine.loss import answer_with_loss
+
+IDS = torch.arange(4, 44)[None]
+
+
+def _model(folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.config.use_cache = False
+    wanted = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False, "target_modules": "all-linear"} | settings
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **wanted))
+    answer_with_loss(model.get_base_model())
+    return model.train()
+
+
+def _gradient(model: Any, autocast: bool = False) -> torch.Tensor:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=IDS, target_positions=torch.arange(39), target_ids=IDS[0, 1:])
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"use_rslora": True},
+        {"bias": "lora_only"},
+        {"use_dora": True},
+    ],
+)
+def test_without_dropout_the_gradient_is_that_of_peft(settings: dict[str, Any], tiny_model: Path) -> None:
+    model = _model(tiny_model, **settings)
+    expected = _gradient(model), _gradient(model, autocast=True)
+    share_inputs(model)
+    assert _difference(_gradient(model), expected[0]) < 1e-5
+    assert _difference(_gradient(model, autocast=True), expected[1]) < 2e-2
+    share_inputs(model)  # once more changes nothing
+    assert _difference(_gradient(model), expected[0]) < 1e-5
+
+
+def test_one_mask_serves_all_that_read_the_same_input(tiny_model: Path) -> None:
+    model = _model(tiny_model, lora_dropout=0.5)
+    share_inputs(model)
+    masks: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: masks.append(name.split(".lora_dropout")[0]))
+    _gradient(model)
+    layer = "base_model.model.model.layers.0."
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert [name for name in masks if name.startswith(layer)] == [layer + part for part in parts]
+
+
+def test_with_dropout_the_gradient_is_that_of_peft_on_average(tiny_model: Path) -> None:
+    model = _model(tiny_model, lora_dropout=0.1)
+    plain = [torch.stack([_gradient(model) for _ in range(60)]) for _ in range(2)]
+    share_inputs(model)
+    ours = torch.stack([_gradient(model) for _ in range(60)])
+    noise = _difference(plain[1].mean(0), plain[0].mean(0))
+    assert _difference(ours.mean(0), plain[0].mean(0)) < 2 * noise
+    assert _difference(ours[0], ours[1]) > 0.05
+
+
+def test_evaluation_runs_the_adapters_as_they_are(tiny_model: Path) -> None:
+    model = _model(tiny_model).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        share_inputs(model)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
