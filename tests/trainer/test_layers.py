@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine import layers
@@ -26,9 +26,13 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("deep"), layers=4)
 
 
-def _adapted(folder: Path) -> Any:
+def _adapted(folder: Path, bits: int = 16) -> Any:
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=four_bits if bits == 4 else None
+    )
+    _keep_weights_trainable(base)
     base.config.use_cache = False
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.0, init_lora_weights=False, task_type="CAUSAL_LM"))
     return model.train()
@@ -251,23 +255,27 @@ def test_without_a_compiler_it_is_said_what_is_missing(missing: str, monkeypatch
 
 
 @pytest.mark.usefixtures("compiler")
-def test_selective_checkpointing_keeps_less_and_changes_nothing(deep_model: Path) -> None:
-    model = _adapted(deep_model)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_selective_checkpointing_keeps_what_linear_layers_answer(bits: int, deep_model: Path) -> None:
+    model = _adapted(deep_model, bits)
     model.get_base_model().config._attn_implementation = "one_sequence"
     share_inputs(model)
     found, kept = [], []
     for selective in (False, True):
         torch._dynamo.reset()
         plan = _plan(compiled=True, selective_checkpointing=selective)
-        assert layers.put_into_effect(plan, model, _batch(5, 7), "fp32", budget=0.7).compiled
+        assert layers.put_into_effect(plan, model, _batch(5, 7), "fp32", budget=0.75).compiled
         kept.append({})
 
-        def keep(tensor: torch.Tensor, sizes: dict[int, int] = kept[-1]) -> torch.Tensor:
-            sizes[tensor.data_ptr()] = tensor.nbytes
+        def keep(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = kept[-1]) -> torch.Tensor:
+            tensors[tensor.data_ptr()] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             found.append(_loss_and_gradient(model, _batch(50, 60)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 1e-5
-    assert sum(kept[1].values()) < 0.9 * sum(kept[0].values())
+    most, fewer = (sum(tensor.nbytes for tensor in each.values()) for each in kept)
+    assert fewer < 0.9 * most
+    wide = [tensor for tensor in kept[1].values() if tensor.shape[-1] == model.config.intermediate_size]
+    assert len(wide) >= 2 * 4  # gate and up of every layer

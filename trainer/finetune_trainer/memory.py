@@ -182,7 +182,7 @@ def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> in
     """Bytes that one decoder layer keeps per token for its backward pass. The base is frozen: no linear layer's input
     is kept for its own sake, only for the adapter on it."""
     hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
-    norms = 2 * (hidden * 4 + hidden * width)  # the input in float32, and the normalized values
+    norms = 2 * hidden * 4 + hidden * width  # the inputs in float32, and normalized values that no adapter reads
     attention = width * (2 * queries + 2 * shape.kv_heads * shape.head_dim)  # q, k, v and the output
     mlp = 3 * width * shape.intermediate_size  # gate, its activation, up
     return norms + attention + mlp + _adapter_per_token(shape, spec, width) + _escaped_per_token(shape, spec, width)

@@ -59,6 +59,7 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
         torch._dynamo.config.recompile_limit = _MOST_GRAPHS
         torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
         torch._functorch.config.activation_memory_budget = budget
+        torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
         _tell_cost_of_4_bit_products()
     for index, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
