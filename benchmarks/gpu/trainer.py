@@ -62,6 +62,7 @@ MEMORY = {
         "quantization.cachedLayers=0",
         "training.gradientCheckpointing=enabled",
     ],
+    "packed, selective": ["training.microBatchSize=16", "training.gradientCheckpointing=selective"],
     "packed, every layer": ["training.microBatchSize=8", "lora.targetModules=[all-linear]"],
     "packed, no dropout": ["training.microBatchSize=8", "lora.dropout=0"],
     "packed, not compiled": ["training.microBatchSize=8", "training.compile=disabled"],

@@ -40,7 +40,7 @@ class Lora(ApiModel):
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     """Scale: the update is multiplied by alpha / rank."""
     dropout: Fraction = 0.05
-    """Dropout before the first update matrix."""
+    """Dropout before the first update matrix. Adapters of one layer that read the same input drop the same."""
     target_modules: Annotated[list[Text], Field(min_length=1, max_length=64)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     """Names of the linear layers that get an adapter; [all-linear] takes every one but the head."""
     bias: Literal["none", "all", "lora_only"] = "none"

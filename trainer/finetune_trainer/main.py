@@ -120,6 +120,8 @@ def run(
     )
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
+    if not plan.compiled and (reason := sizing.why_not_compile(spec, gpu, bool(plan.packing))):
+        log.info(f"The decoder layers are not compiled: {reason}")
     _leave_if_asked(stop, world)
 
     reporter.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
