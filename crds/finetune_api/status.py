@@ -112,11 +112,11 @@ class ExecutionPlan(StatusModel):
     sharded: bool | None = None
     """Whether each GPU holds only its part of the base model's weights, for no GPU can hold them all."""
     gradient_checkpointing: bool | None = None
-    """Whether activations are recomputed."""
+    """Whether all activations of some decoder layers are recomputed."""
     checkpointed_layers: Count | None = None
     """Decoder layers whose activations are recomputed."""
     selective_checkpointing: bool | None = None
-    """Whether the other layers recompute attention and dropout."""
+    """Whether decoder layers recompute attention and dropout."""
     cached_layers: Count | None = None
     """Decoder layers whose 4-bit weights are kept dequantized."""
     packing: bool | None = None

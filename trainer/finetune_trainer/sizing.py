@@ -165,7 +165,7 @@ class _Case:
         micro = self._sizes(CPU_MICRO_BATCH if on_cpu else 4)[0]
         if checkpointing == "auto":
             checkpointing = "enabled" if not on_cpu and wanted == "auto" else "disabled"
-        selective = checkpointing == "selective" and self.compiled
+        selective = checkpointing == "selective" and self.compiled and self.shape is not None
         in_words = {"enabled": layers, "disabled": 0, "selective": 0 if selective else layers}
         recomputed = in_words.get(checkpointing, checkpointing)  # type: ignore[call-overload]
         cached = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
@@ -273,10 +273,16 @@ def _cures(case: _Case, shape: ModelShape, layout: Layout) -> Iterator[str]:
 
     if layout.cached and fits(replace(layout, cached=0)):
         yield "set quantization.cachedLayers: auto"
-    if layout.recomputed < shape.layers and fits(replace(layout, recomputed=shape.layers)):
+    if layout.recomputed < shape.layers and fits(replace(layout, recomputed=shape.layers, selective=False)):
         yield "set training.gradientCheckpointing: enabled"
     sizes = [size for size in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % size == 0]
-    resized = partial(case.layout, recomputed=layout.recomputed, cached=layout.cached, sharded=layout.sharded)
+    resized = partial(
+        case.layout,
+        recomputed=layout.recomputed,
+        cached=layout.cached,
+        sharded=layout.sharded,
+        selective=layout.selective,
+    )
     smaller = next((size for size in sizes if fits(resized(size))), None)
     if smaller:
         yield f"set training.microBatchSize: {smaller}"

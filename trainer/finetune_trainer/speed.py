@@ -12,6 +12,8 @@ _EACH_PASS = 700
 _DEQUANTIZING = 310
 #: Attention and dropout once more, as a part of a forward pass.
 _SELECTIVE = 0.08
+#: Weights of a decoder layer of Mistral-7B, to which the host's times are relative.
+_WEIGHTS_OF_A_LAYER = 218_000_000
 #: What the host needs to start the work of one layer, forward or backward: a pass of few tokens waits for it.
 _STARTING_A_LAYER = 100
 #: The same where layers are not compiled and their many small kernels are started one by one.
@@ -27,6 +29,7 @@ def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:
     through = 2 + recomputed + _SELECTIVE * layout.selective
     on_the_gpu = through * layout.tokens + (2 + recomputed) * dequantized * _DEQUANTIZING
     each = _STARTING_A_LAYER if layout.compiled else _STARTING_A_LAYER_EAGER
-    on_the_host = (2 + recomputed) * shape.layers * (each + dequantized * _STARTING_TO_DEQUANTIZE)
+    smaller = _WEIGHTS_OF_A_LAYER * shape.layers / shape.linear_weights
+    on_the_host = (2 + recomputed) * shape.layers * (each + dequantized * _STARTING_TO_DEQUANTIZE) * smaller
     passes = rows // layout.micro_batch
     return passes * (_EACH_PASS + max(on_the_gpu, on_the_host))

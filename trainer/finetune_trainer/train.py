@@ -17,7 +17,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.callbacks import RunCallback, Tracker, Upload
 from finetune_trainer.data import Encoded
 from finetune_trainer.engine import batches
-from finetune_trainer.engine.adapters import share_inputs
+from finetune_trainer.engine.adapters import forget, inputs_of, share_inputs
 from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches
 from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.engine.optimizer import unpaged
@@ -69,6 +69,7 @@ class Training:
         self.reporter.plan(self.plan)
         while True:
             trainer, callback = self._trainer()
+            forget(inputs_of(self.model))
             _free_memory()
             try:
                 self._train(trainer, callback, checkpoint)

@@ -5,13 +5,14 @@ of its own: three copies of x are written, read and kept for the backward pass. 
 are dropped together; without dropout the numbers are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Final
 
 import torch
 from peft.tuners.lora import LoraLayer
 
-from finetune_trainer.engine.layers import while_training
 from finetune_trainer.memory import SAME_INPUT
 
 _ADAPTER: Final = "default"
@@ -26,6 +27,44 @@ def share_inputs(model: Any) -> None:
             for index, member in enumerate(members):
                 member.__dict__.pop("forward", None)
                 member.forward = while_training(_adapted(member, inputs, index), member.forward)
+                member.shared_inputs = inputs
+
+
+def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`trained` while gradients are taken, else `plain`."""
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return forward
+
+
+def inputs_of(module: Any) -> list["_Inputs"]:
+    """The shared inputs of all adapters below `module`."""
+    found = (getattr(each, "shared_inputs", None) for each in module.modules())
+    return list(dict.fromkeys(each for each in found if each is not None))
+
+
+@contextmanager
+def masks_drawn(inputs: list["_Inputs"], hidden: torch.Tensor) -> Iterator[None]:
+    """Draw the dropout masks of `inputs`, for as many rows and tokens as `hidden` has, from torch's generator.
+
+    For compiled layers, which otherwise draw in their own way, and draw anew what they compute again in the backward
+    pass: another mask, and a wrong gradient (torch 2.11 and 2.13, activation_memory_budget below 1).
+    """
+    try:
+        for each in inputs:
+            each.draw(hidden)
+        yield
+    finally:
+        forget(inputs)
+
+
+def forget(inputs: list["_Inputs"]) -> None:
+    """Let go of what a pass that did not end well has left."""
+    for each in inputs:
+        each.clear()
 
 
 def _groups(parent: Any) -> Iterator[list[Any]]:
@@ -58,6 +97,8 @@ class _Inputs:
 
     def __init__(self, members: list[Any]) -> None:
         self._members = members
+        self._dropout = members[0].lora_dropout[_ADAPTER]
+        self._mask: torch.Tensor | None = None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -69,9 +110,19 @@ class _Inputs:
             self._x = None
         return found
 
+    def draw(self, hidden: torch.Tensor) -> None:
+        if not isinstance(self._dropout, torch.nn.Dropout) or not self._dropout.training:
+            return
+        shape = (*hidden.shape[:-1], self._members[0].in_features)
+        self._mask = torch.empty(shape, dtype=torch.bool, device=hidden.device).bernoulli_(1 - self._dropout.p)
+        torch._dynamo.maybe_mark_dynamic(self._mask, 1)
+
+    def clear(self) -> None:
+        self._mask, self._x, self._waiting = None, None, {}
+
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
         matrices = [member.lora_A[_ADAPTER].weight for member in self._members]
-        dropped = self._members[0].lora_dropout[_ADAPTER](x)
+        dropped = self._dropout(x) if self._mask is None else x * self._mask * (1 / (1 - self._dropout.p))
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(matrices[0].dtype)
         found = torch.nn.functional.linear(dropped, torch.cat(matrices)).split([len(each) for each in matrices], -1)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine.adapters import forget, inputs_of, masks_drawn, while_training
 from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, first_line
@@ -64,21 +65,11 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
     for index, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
         plain = layer.forward
-        trained = _with_any_number_of_tokens(torch.compile(plain)) if compiled else plain
+        trained = _compiled(plain, inputs_of(layer)) if compiled else plain
         if index < recomputed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
             layer.forward = while_training(trained, plain)
-
-
-def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`trained` while gradients are taken, else `plain`."""
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
-
-    return forward
 
 
 def _tell_cost_of_4_bit_products() -> None:
@@ -95,8 +86,9 @@ def _flops_of_4_bit_product(x: Any, weight: Any, shape: Sequence[int], *args: An
     return 2 * math.prod(x) * shape[0]
 
 
-def _with_any_number_of_tokens(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any]:
     """One compilation for all micro-batches: without being told, it would begin with one for each number of tokens."""
+    compiled = torch.compile(plain)
 
     def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
         for tensor in (hidden, *(kwargs.get("position_embeddings") or ())):
@@ -107,7 +99,8 @@ def _with_any_number_of_tokens(compiled: Callable[..., Any]) -> Callable[..., An
                 for dimension in dimensions:
                     if dimension < tensor.dim() and tensor.shape[dimension] > 1:
                         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        return compiled(hidden, **kwargs)
+        with masks_drawn(inputs, hidden):
+            return compiled(hidden, **kwargs)
 
     return forward
 
@@ -154,9 +147,13 @@ def put_into_effect(
         log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
         return plan
     log.warning(f"The decoder layers cannot be compiled and run as they are, slower: {problem}")
+    if plan.selective_checkpointing:  # memory was to be saved: then by whole layers
+        recomputed = len(repeated)
+        whole = {"gradient_checkpointing": True, "checkpointed_layers": recomputed, "selective_checkpointing": False}
+        plan = plan.model_copy(update=whole)
     arrange(repeated, recomputed=recomputed, compiled=False)
     answer_with_loss(core)
-    return plan.model_copy(update={"compiled": False, "selective_checkpointing": False})
+    return plan.model_copy(update={"compiled": False})
 
 
 def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
@@ -173,6 +170,7 @@ def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | No
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
+        forget(inputs_of(model))
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.put_back()
