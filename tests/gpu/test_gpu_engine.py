@@ -58,18 +58,31 @@ QloraTrainer._get_grad_norm = keep
 """
 
 
+def _gradient(material: Path, work: Path, **settings: Any) -> torch.Tensor:
+    """That of the first step, of all trained weights by name."""
+    prelude = f"PATH = {str(work)!r} + '.pt'" + KEEP_GRADIENT
+    _train(material, work, prelude, training__maxSteps=1, training__maxGradNorm=1_000_000, **settings)
+    kept = torch.load(f"{work}.pt")
+    return torch.cat([kept[name].float().flatten() for name in sorted(kept)])
+
+
 def test_the_gradient_of_a_step_is_that_of_the_plain_path(material: Path, tmp_path: Path) -> None:
-    gradients = []
-    for name, settings in (("plain", PLAIN), ("engine", {})):
-        prelude = f"PATH = {str(tmp_path / name)!r} + '.pt'" + KEEP_GRADIENT
-        limits = {"training__maxSteps": 1, "training__maxGradNorm": 1_000_000, "lora__dropout": 0.0}
-        _train(material, tmp_path / name, prelude, **limits, **settings)
-        kept = torch.load(f"{tmp_path / name}.pt")
-        gradients.append(torch.cat([kept[name].float().flatten() for name in sorted(kept)]))
-    plain, ours = gradients
+    plain = _gradient(material, tmp_path / "plain", lora__dropout=0.0, **PLAIN)
+    ours = _gradient(material, tmp_path / "engine", lora__dropout=0.0)
     difference = float((ours - plain).norm() / plain.norm())
     print("RESULT relative difference of the gradient:", difference)
     assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("cached", [4, 0])
+def test_selective_checkpointing_drops_again_what_it_dropped(cached: int, material: Path, tmp_path: Path) -> None:
+    settings = {"lora__dropout": 0.5, "quantization__cachedLayers": cached}
+    whole, selective = (
+        _gradient(material, tmp_path / name, training__gradientCheckpointing=name, **settings)
+        for name in ("disabled", "selective")
+    )
+    assert report(tmp_path / "selective")["executionPlan"]["selectiveCheckpointing"]
+    assert float((selective - whole).norm() / whole.norm()) <= TOLERANCE
 
 
 def test_what_was_compiled_is_found_again(material: Path, tmp_path: Path) -> None:
