@@ -1,5 +1,6 @@
 """varlen attention equals SDPA. Its kernel needs a GPU and is simulated here; tests/gpu runs the real one."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,12 @@ def _as_in_2_11(
     query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *, scale: Any = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:  # fmt: skip
-    assert query.shape[1] == key.shape[1]
     return _checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+@functools.wraps(_as_in_2_13)
+def _wrong(*args: Any, **options: Any) -> torch.Tensor:
+    return 1.1 * _as_in_2_13(*args, **options)
 
 
 def _checked(query: Any, key: Any, value: Any, q: Any, k: Any, max_q: int, max_k: int, scale: Any, window: Any) -> Any:
@@ -212,7 +217,7 @@ def test_a_kernel_that_fails_the_check_is_not_used(
 ) -> None:
     _simulate_a_gpu(monkeypatch)
     if broken == "wrong":
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *a, **o: 1.1 * _as_in_2_13(*a, **o))
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _wrong)
     assert hardware.attention(_spec("auto"), _base(tiny_model), World()) == "sdpa"
     said = capsys.readouterr().out
     assert "Attention: sdpa (the fastest that runs here)" in said
