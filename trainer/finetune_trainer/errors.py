@@ -124,3 +124,8 @@ def _text(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says; nothing when it says nothing."""
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what `error` says, or its type's name when it says nothing."""
+    return first_line(error) or type(error).__name__

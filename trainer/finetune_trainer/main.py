@@ -107,12 +107,13 @@ def run(
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
     gpu = hardware.device(spec, world)
+    shape = sizing.ModelShape.from_config(base.config.to_dict())
     plan = sizing.make_plan(
         spec,
         gpu,
         world.size,
         attention,
-        sizing.ModelShape.from_config(base.config.to_dict()),
+        shape,
         longest=max(rows.longest for rows in (train_data, held_out) if rows),
         tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, sizing.packs(spec, gpu, attention)),
         can_compile=hardware.can_compile(spec),
@@ -165,6 +166,7 @@ def run(
     training = Training(
         spec=spec,
         plan=plan,
+        shape=shape,
         model=adapted,
         tokenizer=tokenizer,
         rows=train_data,

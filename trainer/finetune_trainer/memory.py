@@ -201,11 +201,10 @@ def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -
 
 
 def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """The same where attention and dropout are computed again: what linear layers answer is kept, the layer's input,
-    and the masks of dropout (Korthikanti et al. 2022, arXiv:2205.05198, section 5)."""
-    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    others = width * (2 * shape.hidden_size + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
-    return others + _masks(shape, spec)
+    """The same where attention's output and what dropout leaves are computed again (Korthikanti et al. 2022,
+    arXiv:2205.05198, section 5)."""
+    again = shape.heads * shape.head_dim + _adapter_inputs(shape, spec)
+    return _saved_when_compiled(shape, spec, width) - width * again
 
 
 def selective_budget(shape: ModelShape, spec: FineTuneJobSpec) -> float:

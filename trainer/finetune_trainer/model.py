@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.errors import ConfigInvalid, first_line
+from finetune_trainer.errors import ConfigInvalid, first_line, reason
 
 log = structlog.get_logger(__name__)
 ALL_LINEAR = "all-linear"
@@ -42,8 +42,9 @@ def inspect(folder: Path, spec: FineTuneJobSpec) -> BaseModel:
         )
         skeleton = layout(config, spec)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        reason = first_line(error) or type(error).__name__
-        raise ConfigInvalid(f"spec.model.source: {source} is no usable causal language model: {reason}") from None
+        raise ConfigInvalid(
+            f"spec.model.source: {source} is no usable causal language model: {reason(error)}"
+        ) from None
     if getattr(config, "quantization_config", None):
         raise ConfigInvalid(f"spec.model.source: {source} is quantized already; take the original weights")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -150,8 +151,8 @@ def load_base(
                 device_map={"": "cpu" if to_be_sharded else device},
             )
     except OSError as error:
-        reason = first_line(error)
-        raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {reason}") from None
+        said = first_line(error)
+        raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     model.config.use_cache = False
     if device == "cpu":
         _keep_weights_trainable(model)

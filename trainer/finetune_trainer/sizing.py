@@ -6,7 +6,6 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
@@ -151,11 +150,15 @@ class _Case:
     def layout(
         self, micro_batch: int, recomputed: int, cached: int = 0, sharded: bool = False, selective: bool = False
     ) -> Layout:
-        most = micro_batch * self.longest
-        tokens = min(most, self.tokens(micro_batch)) if self.tokens else most
         compiled = self.compiled and not sharded
         selective = selective and compiled
+        tokens = self.most_tokens(micro_batch)
         return Layout(micro_batch, tokens, recomputed, cached, compiled, selective, self.processes, sharded)
+
+    def most_tokens(self, micro_batch: int) -> int:
+        """Of any micro-batch of so many rows."""
+        most = micro_batch * self.longest
+        return min(most, self.tokens(micro_batch)) if self.tokens else most
 
     def default(self) -> Layout:
         """On a CPU, and on a GPU where nothing is known of the model: the recipe's own choice."""
@@ -165,9 +168,8 @@ class _Case:
         micro = self._sizes(CPU_MICRO_BATCH if on_cpu else 4)[0]
         if checkpointing == "auto":
             checkpointing = "enabled" if not on_cpu and wanted == "auto" else "disabled"
-        selective = checkpointing == "selective" and self.compiled and self.shape is not None
-        in_words = {"enabled": layers, "disabled": 0, "selective": 0 if selective else layers}
-        recomputed = in_words.get(checkpointing, checkpointing)  # type: ignore[call-overload]
+        known = self.compiled and self.shape is not None
+        recomputed, selective = _fixed(checkpointing, layers, known) or (checkpointing, False)
         cached = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
         return self.layout(micro, recomputed, min(cached, layers) if self._can_cache else 0, selective=selective)
 
@@ -242,13 +244,21 @@ class _Case:
     def _recomputed(self, shape: ModelShape, sharded: bool) -> list[tuple[int, bool]]:
         """Numbers of recomputed layers that may be tried, and whether the others recompute selectively."""
         wanted, compiled = self.spec.training.gradient_checkpointing, self.compiled and not sharded
-        if wanted in ("enabled", "disabled"):
-            return [(shape.layers if wanted == "enabled" else 0, False)]
-        if wanted == "selective":
-            return [(0, True)] if compiled else [(shape.layers, False)]
+        if fixed := _fixed(wanted, shape.layers, compiled):
+            return [fixed]
         several = {*range(0, shape.layers + 1, max(1, shape.layers // 32)), shape.layers}
         numbers = several if wanted == "auto" else {min(wanted, shape.layers)}
         return sorted(itertools.product(numbers, (False, True) if compiled else (False,)))
+
+
+def _fixed(checkpointing: int | str, layers: int, compiled: bool) -> tuple[int, bool] | None:
+    """What training.gradientCheckpointing says in a word: layers recomputed whole, and whether the others recompute
+    selectively, which only compiled ones can. None: it leaves a choice."""
+    if checkpointing == "disabled":
+        return 0, False
+    if checkpointing == "selective" and compiled:
+        return 0, True
+    return (layers, False) if checkpointing in ("enabled", "selective") else None
 
 
 def _refusal(case: _Case, shape: ModelShape) -> str:
@@ -276,16 +286,10 @@ def _cures(case: _Case, shape: ModelShape, layout: Layout) -> Iterator[str]:
     if layout.recomputed < shape.layers and fits(replace(layout, recomputed=shape.layers, selective=False)):
         yield "set training.gradientCheckpointing: enabled"
     sizes = [size for size in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % size == 0]
-    resized = partial(
-        case.layout,
-        recomputed=layout.recomputed,
-        cached=layout.cached,
-        sharded=layout.sharded,
-        selective=layout.selective,
-    )
-    smaller = next((size for size in sizes if fits(resized(size))), None)
+    resized = (replace(layout, micro_batch=size, tokens=case.most_tokens(size)) for size in sizes)
+    smaller = next(filter(fits, resized), None)
     if smaller:
-        yield f"set training.microBatchSize: {smaller}"
+        yield f"set training.microBatchSize: {smaller.micro_batch}"
     for length in range(case.longest - 8 - case.longest % 8, case.longest // 8, -8):
         tokens = min(layout.tokens, layout.micro_batch * length)
         if fits(replace(layout, tokens=tokens), replace(case, longest=length)):

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import structlog
 
-from finetune_trainer.errors import ConfigInvalid, first_line
+from finetune_trainer.errors import ConfigInvalid, reason
 from finetune_trainer.formats import Format
 
 log = structlog.get_logger(__name__)
@@ -48,9 +48,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigInvalid(
-            f"spec.model.source: {source} has no usable tokenizer: {first_line(error) or type(error).__name__}"
-        ) from None
+        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
     tokenizer.padding_side = "right"
@@ -158,9 +156,7 @@ class Encoder:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
         except Exception as error:
             # Templates run as Jinja code: they refuse, for example, roles that do not alternate, with any exception.
-            raise _TemplateError(
-                f"does not fit the chat template: {first_line(error) or type(error).__name__}"
-            ) from None
+            raise _TemplateError(f"does not fit the chat template: {reason(error)}") from None
 
     def _cut(self, ids: list[int], labels: list[int]) -> EncodedRow:
         return EncodedRow(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)

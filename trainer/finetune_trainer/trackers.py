@@ -20,7 +20,7 @@ from finetune_api.spec import FineTuneJob
 from finetune_trainer.artifacts import resolved_job
 from finetune_trainer.config import Settings
 from finetune_trainer.credentials import Credentials
-from finetune_trainer.errors import ConfigInvalid, first_line
+from finetune_trainer.errors import ConfigInvalid, reason
 
 log = structlog.get_logger(__name__)
 Track = Callable[[int, Mapping[str, Any]], None]
@@ -172,7 +172,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _first_line(error: Exception) -> str:
     """The first line of what `error` says, without anything secret that MLflow was given."""
-    line = first_line(error) or type(error).__name__
+    line = reason(error)
     address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
     secrets = (address.rpartition("@")[0], *(os.environ.get(key) for key in _MLFLOW[3:]))
     for secret in filter(None, secrets):

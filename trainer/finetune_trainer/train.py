@@ -40,6 +40,7 @@ class Training:
 
     spec: FineTuneJobSpec
     plan: ExecutionPlan
+    shape: ModelShape | None
     model: Any
     tokenizer: Any
     rows: Encoded
@@ -62,8 +63,7 @@ class Training:
         """
         self.initial = snapshot(self.model)
         share_inputs(self.model)
-        shape = ModelShape.from_config(self.model.config.to_dict())
-        budget = selective_budget(shape, self.spec) if shape else 1.0
+        budget = selective_budget(self.shape, self.spec) if self.shape else 1.0
         example = self._loader().example()
         self.plan = put_into_effect(self.plan, self.model, example, self.spec.training.precision, budget)
         self.reporter.plan(self.plan)
