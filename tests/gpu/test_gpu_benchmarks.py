@@ -48,9 +48,9 @@ def test_two_gpus_train_the_same_batch_almost_twice_as_fast(mistral: Path) -> No
     assert [result["plan"].get("sharded") for result in (one, two, shared)] == [None, False, True]
     assert two["loss"] == pytest.approx(one["loss"], rel=2e-2)
     assert shared["loss"] == pytest.approx(two["loss"], rel=1e-3)
-    assert two["times_one_gpu"] >= 1.9
+    assert two["times_one_gpu"] >= 1.95
     assert shared["peak_gib"] < two["peak_gib"] - 1  # of 3.3 GiB of NF4 weights nearly half, less what is gathered
-    assert abs(shared["prediction_error"]) <= 0.15
+    assert abs(shared["prediction_error"]) <= 0.1
 
 
 def test_a_stop_is_over_in_15_seconds_with_a_7b_adapter(mistral: Path, tmp_path: Path) -> None:

@@ -273,10 +273,23 @@ MEASURED: dict[str, tuple[float, dict[str, Any]]] = {
     "micro-batch 4, checkpointing": (5.044, {}),
     "micro-batch 16, checkpointing": (7.801, {"training": {"microBatchSize": 16}}),
     "batch 32, checkpointing": (11.586, {"training": {"batchSize": 32, "microBatchSize": 32}}),
+    "micro-batch 1": (6.732, {"training": {"microBatchSize": 1, "gradientCheckpointing": "disabled"}}),
+    "micro-batch 4": (15.190, {"training": {"gradientCheckpointing": "disabled"}}),
+    "micro-batch 8, 256 tokens": (
+        15.779,
+        {"training": {"microBatchSize": 8, "maxLength": 256, "gradientCheckpointing": "disabled"}},
+    ),
     "16 bits, checkpointing": (14.633, {"quantization": {"bits": 16}}),
     "8 bits, checkpointing": (12.476, {"quantization": {"bits": 8}}),
     "single quantization": (5.366, {"quantization": {"doubleQuant": False}}),
     "rank 64, all linear, checkpointing": (6.280, {"lora": {"rank": 64, "targetModules": ["all-linear"]}}),
+    "all linear, micro-batch 2": (
+        11.724,
+        {
+            "lora": {"targetModules": ["all-linear"]},
+            "training": {"microBatchSize": 2, "gradientCheckpointing": "disabled"},
+        },
+    ),
     "fp32 step, checkpointing": (6.439, {"training": {"precision": "fp32"}}),
     "torch AdamW, checkpointing": (5.121, {"training": {"optimizer": "adamw_torch_fused"}}),
 }
