@@ -284,5 +284,5 @@ def test_selective_checkpointing_keeps_what_linear_layers_answer(deep_model: Pat
         assert float((gradient - found[0][1]).norm() / found[0][1].norm()) < 1e-5
     most, fewer = (sum(tensor.nbytes for tensor in each.values()) for each in kept[:2])
     assert fewer < 0.9 * most
-    wide = [tensor for tensor in kept[1].values() if tensor.shape[-1] == model.config.intermediate_size]
+    wide = [tensor for tensor in kept[1].values() if tensor.shape[-1:] == (model.config.intermediate_size,)]
     assert len(wide) >= 2 * 4  # gate and up of every layer

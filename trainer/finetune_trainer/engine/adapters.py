@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from finetune_trainer.memory import SAME_INPUT
 
 _ADAPTER: Final = "default"
+_31_BITS: Final = 2**31 - 1
 
 
 def share_inputs(model: Any) -> None:
@@ -47,15 +48,16 @@ def inputs_of(module: Any) -> list["_Inputs"]:
 
 
 @contextmanager
-def masks_drawn(inputs: list["_Inputs"], hidden: torch.Tensor) -> Iterator[None]:
-    """Draw the dropout masks of `inputs`, for as many rows and tokens as `hidden` has, from torch's generator.
+def masks_seeded(inputs: list["_Inputs"], device: torch.device) -> Iterator[None]:
+    """Draw a seed from torch's generator for the dropout mask of each of `inputs`, which is then a function of it.
 
-    For compiled layers, which otherwise draw in their own way, and draw anew what they compute again in the backward
-    pass: another mask, and a wrong gradient (torch 2.11 and 2.13, activation_memory_budget below 1).
+    For compiled layers: such a mask is computed along with what it is applied to, and again in the backward pass rather
+    than kept. By itself torch draws anew where it computes again: another mask, and a wrong gradient (torch 2.11 and
+    2.13, activation_memory_budget below 1).
     """
     try:
         for each in inputs:
-            each.draw(hidden)
+            each.draw_seed(device)
         yield
     finally:
         forget(inputs)
@@ -98,7 +100,7 @@ class _Inputs:
     def __init__(self, members: list[Any]) -> None:
         self._members = members
         self._dropout = members[0].lora_dropout[_ADAPTER]
-        self._mask: torch.Tensor | None = None
+        self._seed: torch.Tensor | None = None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -110,20 +112,33 @@ class _Inputs:
             self._x = None
         return found
 
-    def draw(self, hidden: torch.Tensor) -> None:
-        if not isinstance(self._dropout, torch.nn.Dropout) or not self._dropout.training:
-            return
-        shape = (*hidden.shape[:-1], self._members[0].in_features)
-        self._mask = torch.empty(shape, dtype=torch.bool, device=hidden.device).bernoulli_(1 - self._dropout.p)
-        torch._dynamo.maybe_mark_dynamic(self._mask, 1)
+    def draw_seed(self, device: torch.device) -> None:
+        if isinstance(self._dropout, torch.nn.Dropout) and self._dropout.training:
+            self._seed = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
 
     def clear(self) -> None:
-        self._mask, self._x, self._waiting = None, None, {}
+        self._seed, self._x, self._waiting = None, None, {}
 
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
         matrices = [member.lora_A[_ADAPTER].weight for member in self._members]
-        dropped = self._dropout(x) if self._mask is None else x * self._mask * (1 / (1 - self._dropout.p))
+        dropped = self._dropout(x) if self._seed is None else _dropped(x, self._dropout.p, self._seed)
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(matrices[0].dtype)
         found = torch.nn.functional.linear(dropped, torch.cat(matrices)).split([len(each) for each in matrices], -1)
         return [part * member.scaling[_ADAPTER] for part, member in zip(found, self._members, strict=True)]
+
+
+def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """Dropout whose mask is a function of `seed` (int32 scalar): element by element, so that it costs no memory."""
+    row = torch.arange(x.shape[-2], dtype=torch.int32, device=x.device)[:, None]
+    column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    bits = _mixed(_mixed(_mixed(row) ^ seed) ^ column) & _31_BITS
+    return x * (bits >= round(p * 2**31)) * (1 / (1 - p))
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """A permutation of int32 whose every output bit depends on every input bit (lowbias32 of C. Wellons' Hash
+    Prospector)."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,14 +1,17 @@
-"""torch's own variable-length flash attention as an attention implementation of transformers, called `varlen`.
+"""Variable-length flash attention as an attention implementation of transformers, called `varlen`.
 
 Rows are laid end to end without their padding, so that no mask is built and no padding is computed. It needs no package
-but torch, and a GPU that runs flash attention (compute capability 8), in half precision.
+but torch, and a GPU that runs flash attention (compute capability 8), in half precision: the kernel is torch's own, and
+on Hopper ours, which is made for short rows (triton_attention.py).
 """
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import structlog
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,15 +20,21 @@ from transformers.masking_utils import flash_attention_mask
 
 from finetune_trainer.errors import first_line
 
+log = structlog.get_logger(__name__)
 NAME: Final = "varlen"
 #: The kernel's limits (torch.nn.attention.varlen, flash attention 2).
 MAX_HEAD_DIM: Final = 256
 HEAD_DIM_MULTIPLE: Final = 8
 MIN_COMPUTE_CAPABILITY: Final = (8, 0)
+#: Where our kernels were measured to be the faster ones: on Hopper, with these head sizes.
+_OURS_ARE_FASTER: Final = (9, 0)
+_OUR_HEAD_DIMS: Final = (64, 128)
 #: What two half-precision attentions may differ by, as a part of the largest value.
 TOLERANCE: Final = 2e-2
 #: Of every layer's forward pass the same tensor says how rows lie: reading it waits for the GPU, so once is enough.
 _known: Any = WeakTensorKeyDictionary()
+#: Whether our kernels serve; `self_check` finds out.
+_ours = False
 
 
 @dataclass(frozen=True)
@@ -123,12 +132,15 @@ def _kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None, window: Any
 ) -> torch.Tensor:
     """Causal attention within each sequence; tensors are [tokens, heads, head_dim]."""
+    starts, longest = layout.starts, layout.longest
+    if _ours and window is None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.finetune.attention(query, key, value, starts, longest, scale)[0]  # type: ignore[no-any-return]
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
     if query.shape[1] != key.shape[1] and _asks_for_groups(varlen_attn):
         options["enable_gqa"] = True
-    starts, longest = layout.starts, layout.longest
     return varlen_attn(query, key, value, starts, starts, longest, longest, **options)  # type: ignore[return-value]
 
 
@@ -157,8 +169,7 @@ def register() -> None:
 
 def why_not(config: Any) -> str | None:
     """Why the model of `config` cannot be computed with it; None: nothing speaks against it."""
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text, head_dim = config.get_text_config(), _head_dim(config)
     if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
         return f"takes head sizes up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_MULTIPLE}, the model's is {head_dim}"
     if getattr(text, "attention_dropout", 0):
@@ -169,15 +180,43 @@ def why_not(config: Any) -> str | None:
 
 
 def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
-    """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes.
+    """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes: of our kernels, where
+    they are the faster ones, and where those do not pass, of torch's. Those that pass serve from then on.
 
     Returns what is wrong, None when both agree. Catches everything: a kernel that is missing must not end a run.
     """
+    global _ours
+    _ours = _ours_are_faster(config, device)
+    problem = _problem(config, device, dtype)
+    if problem and _ours:
+        log.warning(f"The attention kernels for short rows cannot be used, torch's are: {problem}")
+        _ours = False
+        problem = _problem(config, device, dtype)
+    return problem
+
+
+def _problem(config: Any, device: str, dtype: torch.dtype) -> str | None:
     try:
+        if _ours:
+            importlib.import_module("finetune_trainer.engine.triton_attention")
         worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
     except Exception as error:
         return f"fails here: {type(error).__name__}: {first_line(error)}"
     return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
+
+
+def _ours_are_faster(config: Any, device: str) -> bool:
+    return (
+        torch.device(device).type == "cuda"
+        and torch.cuda.get_device_capability(device) == _OURS_ARE_FASTER
+        and _head_dim(config) in _OUR_HEAD_DIMS
+        and not getattr(config.get_text_config(), "sliding_window", None)
+    )
+
+
+def _head_dim(config: Any) -> int:
+    text = config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
@@ -185,13 +224,13 @@ def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> f
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_dim = _head_dim(config)
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(2, count, 48, head_dim) for count in (heads, kv_heads, kv_heads)]
+    shapes = [(2, count, 200, head_dim) for count in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
-    real = torch.ones(2, 48, dtype=torch.bool, device=device)
+    real = torch.ones(2, 200, dtype=torch.bool, device=device)
     if padded:
-        real[0, 37:] = False
+        real[0, 137:] = False
     results = []
     for function, mask in ((forward, real if padded else None), (_plain, real)):
         leaves = [each.clone().requires_grad_() for each in inputs]

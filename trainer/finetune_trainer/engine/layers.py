@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.engine.adapters import forget, inputs_of, masks_drawn, while_training
+from finetune_trainer.engine.adapters import forget, inputs_of, masks_seeded, while_training
 from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, first_line
@@ -99,7 +99,7 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
                 for dimension in dimensions:
                     if dimension < tensor.dim() and tensor.shape[dimension] > 1:
                         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        with masks_drawn(inputs, hidden):
+        with masks_seeded(inputs, hidden.device):
             return compiled(hidden, **kwargs)
 
     return forward
