@@ -111,7 +111,7 @@ class Layout:
 
     `micro_batch` rows of up to `tokens` tokens together; of the decoder layers, `recomputed` keep only their input for
     the backward pass, and `cached` keep 4-bit weights dequantized; `sharded` base weights are shared out over all
-    `processes`. Compiled layers are `selective` when they compute attention and dropout again in the backward pass.
+    `processes`. Compiled layers are `selective` when they compute what adapters read again.
     """
 
     micro_batch: int
@@ -190,49 +190,47 @@ def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> in
 
 def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
     """The same of a compiled layer, which computes cheap things anew in the backward pass: norms, the product of gate
-    and up.
-
-    Of Mistral-7B at 5,389 tokens this predicts 33.3 GiB in all where 33.2 were measured on an H100, and without dropout
-    32.0 where 31.9 were (NF4 weights kept dequantized)."""
-    hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
-    attention = 2 * queries + 2 * shape.kv_heads * shape.head_dim
-    others = width * (2 * hidden + attention + 2 * shape.intermediate_size)
-    return others + _adapter_per_token(shape, spec, width)
+    and up, and of the masks of dropout those that do not go into a norm's gradient."""
+    read = _adapter_inputs(shape, spec)
+    masks = sum(read.get(names[0], 0) for names in SAME_INPUT)
+    if not spec.lora.dropout:
+        masks = 0
+        read.pop("o_proj", None)  # attention's output as it is
+    return _saved_when_selective(shape, spec, width) + width * sum(read.values()) + masks
 
 
 def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """The same where attention's output and what dropout leaves are computed again (Korthikanti et al. 2022,
-    arXiv:2205.05198, section 5)."""
-    again = shape.heads * shape.head_dim + _adapter_inputs(shape, spec)
-    return _saved_when_compiled(shape, spec, width) - width * again
+    """The same where what adapters read, the output of norms and of dropout, is computed again too: the cheapest step
+    of selective recomputation (Korthikanti et al. 2022, arXiv:2205.05198)."""
+    hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
+    attention = 2 * queries + 2 * shape.kv_heads * shape.head_dim
+    return width * (2 * hidden + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
 
 
 def selective_budget(shape: ModelShape, spec: FineTuneJobSpec) -> float:
-    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond what it is given, its input
-    and the masks of dropout (which part torch calls the activation_memory_budget)."""
-    given = shape.hidden_size * 2 + _masks(shape, spec)
-    most, least = (saved(shape, spec, 2) - given for saved in (_saved_when_compiled, _saved_when_selective))
+    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond its input (which part torch
+    calls the activation_memory_budget)."""
+    most, least = (
+        saved(shape, spec, 2) - shape.hidden_size * 2 for saved in (_saved_when_compiled, _saved_when_selective)
+    )
     return min(1.0, least / most + _BUDGET_TO_SPARE)
 
 
 def _adapter_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
     """Bytes that the adapters of one decoder layer keep per token: what they read, once for all that read the same, the
     mask of dropout that made it, and the product with A."""
-    return _adapter_inputs(shape, spec) * width + _masks(shape, spec) + _ranks(shape, spec) * width
+    read = sum(_adapter_inputs(shape, spec).values())
+    return read * width + (read if spec.lora.dropout else 0) + _ranks(shape, spec) * width
 
 
-def _adapter_inputs(shape: ModelShape, spec: FineTuneJobSpec) -> int:
-    """Width of all that the adapters of one decoder layer read. DoRA's read each for itself."""
+def _adapter_inputs(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, int]:
+    """Width of all that the adapters of one decoder layer read, by the first that reads it. DoRA's read each for
+    itself."""
     read = {}
     for name, (inputs, _) in _targets(shape, spec).items():
         first = next((names[0] for names in SAME_INPUT if name in names), name)
         read[name if spec.lora.dora else first] = inputs
-    return sum(read.values())
-
-
-def _masks(shape: ModelShape, spec: FineTuneJobSpec) -> int:
-    """Bytes per token of one decoder layer's dropout masks."""
-    return _adapter_inputs(shape, spec) if spec.lora.dropout else 0
+    return read
 
 
 def _ranks(shape: ModelShape, spec: FineTuneJobSpec) -> int:

@@ -10,8 +10,8 @@ from finetune_trainer.memory import Layout, ModelShape
 _EACH_PASS = 700
 #: Dequantizing 4-bit weights of all layers once: 2.5 bytes a weight of memory traffic against 2 operations a token.
 _DEQUANTIZING = 310
-#: Attention and dropout once more, as a part of a forward pass.
-_SELECTIVE = 0.08
+#: What adapters read once more, as a part of a forward pass.
+_SELECTIVE = 0.015
 #: Weights of a decoder layer of Mistral-7B, to which the host's times are relative.
 _WEIGHTS_OF_A_LAYER = 218_000_000
 #: What the host needs to start the work of one layer, forward or backward: a pass of few tokens waits for it.

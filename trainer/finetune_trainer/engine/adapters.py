@@ -88,14 +88,20 @@ def _is_plain(module: Any) -> bool:
 
 def _adapted(member: Any, inputs: "_Inputs", index: int) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        found = member.base_layer(x)
-        return (found + member.lora_B[_ADAPTER](inputs(x, index))).to(found.dtype)  # type: ignore[no-any-return]
+        found, b = member.base_layer(x), member.lora_B[_ADAPTER]
+        if inputs.added_by_kernel and b.bias is None:
+            z, weight = inputs(x, index).to(found.dtype), b.weight.to(found.dtype)
+            return torch.ops.finetune.add_product(found, z, weight)  # type: ignore[no-any-return]
+        return (found + b(inputs(x, index))).to(found.dtype)  # type: ignore[no-any-return]
 
     return forward
 
 
 class _Inputs:
     """A dropout(x) * scaling of each member, computed when the first of them asks."""
+
+    #: Whether triton_lora adds what the members find to their base.
+    added_by_kernel = False
 
     def __init__(self, members: list[Any]) -> None:
         self._members = members

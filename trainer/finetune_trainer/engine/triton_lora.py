@@ -1,0 +1,61 @@
+"""What an adapter adds to its base, in one pass over memory, in Triton: base + z B^T.
+
+B has as many columns as the adapter's rank: as a product of its own this writes, and reads again, as much as the base
+does, for next to no arithmetic. This module needs triton; torch's dispatcher calls it as finetune::add_product.
+"""
+
+# ruff: noqa: N803 - tensors in memory and what is known at compile time have capitals in Triton
+
+import torch
+import triton
+import triton.language as tl
+
+#: Rows and columns of a tile.
+_TILE = {"M": 64, "N": 128, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_product(  # type: ignore[no-untyped-def]
+    BASE, Z, B, OUT, rows, columns, rank, base_row, z_row, b_row,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * M + tl.arange(0, M)
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    r = tl.arange(0, R)
+    z = tl.load(Z + row[:, None] * z_row + r, mask=(row[:, None] < rows) & (r < rank), other=0.0)
+    b = tl.load(B + column[:, None] * b_row + r, mask=(column[:, None] < columns) & (r < rank), other=0.0)
+    inside = (row[:, None] < rows) & (column < columns)
+    base = tl.load(BASE + row[:, None].to(tl.int64) * base_row + column, mask=inside)
+    found = tl.dot(z, tl.trans(b), base.to(tl.float32))
+    tl.store(OUT + row[:, None].to(tl.int64) * columns + column, found.to(OUT.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("finetune::add_product", mutates_args=())
+def add_product(base: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """base + z b^T, summed in float32: `base` [..., columns], `z` [..., rank], `b` [columns, rank], of one type."""
+    flat, z = (each.flatten(0, -2) for each in (base, z))
+    rows, columns = flat.shape
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    rank = b.shape[1]
+    _add_product[triton.cdiv(columns, _TILE["N"]), triton.cdiv(rows, _TILE["M"])](
+        flat, z, b, out, rows, columns, rank, flat.stride(0), z.stride(0), b.stride(0),
+        R=max(16, triton.next_power_of_2(rank)), **_TILE,
+    )  # fmt: skip
+    return out
+
+
+@add_product.register_fake
+def _(base, z, b):  # type: ignore[no-untyped-def]
+    return base.new_empty(base.shape)
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    z, b = ctx.saved_tensors
+    return gradient, gradient @ b, gradient.flatten(0, -2).T @ z.flatten(0, -2)
+
+
+add_product.register_autograd(_backward, setup_context=_keep)
