@@ -1,5 +1,6 @@
 """Adapters that read the same input and share what they do to it train as PEFT's do."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.engine.adapters import share_inputs
+from finetune_trainer.engine.adapters import _dropped, inputs_of, masks_seeded, share_inputs
 from finetune_trainer.engine.loss import answer_with_loss
+from support.triton import interpreted
 
 IDS = torch.arange(4, 44)[None]
 
@@ -85,3 +87,46 @@ def test_evaluation_runs_the_adapters_as_they_are(tiny_model: Path) -> None:
         expected = model(input_ids=IDS).logits
         share_inputs(model)
         assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"bias": "lora_only"}])
+def test_added_by_our_kernel_the_gradient_is_that_of_peft(settings: dict[str, Any], tiny_model: Path) -> None:
+    interpreted("triton_lora")
+    model = _model(tiny_model, **settings)
+    expected = _gradient(model)
+    share_inputs(model)
+    for each in inputs_of(model):
+        each.added_by_kernel = True
+    assert _difference(_gradient(model), expected) < 1e-5
+
+
+def test_a_seed_makes_a_mask() -> None:
+    x = torch.ones(2000, 512, requires_grad=True)
+    seeds = [torch.tensor(seed, dtype=torch.int32) for seed in (-(2**31), -1, 0, 1, 12345)]
+    masks = []
+    for seed in seeds:
+        found = _dropped(x, 0.1, seed)
+        kept = found != 0
+        assert torch.equal(found.detach(), kept / 0.9)
+        assert torch.equal(torch.autograd.grad(found.sum(), x)[0], kept / 0.9)
+        assert torch.equal(_dropped(x, 0.1, seed), found)
+        masks.append(kept.float().detach())
+        for part in (kept.float().mean(0), kept.float().mean(1)):  # of every row and every column as much is kept
+            expected = (0.09 * part.numel() / kept.numel()) ** 0.5
+            assert part.mean().item() == pytest.approx(0.9, abs=0.002)
+            assert part.std().item() == pytest.approx(expected, rel=0.15)
+    neighbors = [(mask[1:], mask[:-1]) for mask in masks] + [(mask[:, 1:], mask[:, :-1]) for mask in masks]
+    for one, other in [*neighbors, *itertools.pairwise(masks)]:
+        assert abs(((one - 0.9) * (other - 0.9)).mean().item() / 0.09) < 0.005
+
+
+def test_masks_of_a_seed_are_drawn_from_the_generator_of_torch(tiny_model: Path) -> None:
+    model = _model(tiny_model, lora_dropout=0.5)
+    share_inputs(model)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with masks_seeded(inputs_of(model), torch.device("cpu")):
+            found.append(_gradient(model))
+    assert torch.equal(found[0], found[1])
+    assert _difference(found[2], found[0]) > 0.05

@@ -1,4 +1,5 @@
-"""varlen attention equals SDPA. Its kernel needs a GPU and is simulated here; tests/gpu runs the real one."""
+"""varlen attention equals SDPA. torch's kernel needs a GPU and is simulated here, ours is run by Triton's interpreter;
+tests/gpu runs the real ones."""
 
 import functools
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from finetune_trainer.config import World
 from finetune_trainer.engine import attention
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import BaseModel
+from support.triton import interpreted
 
 LENGTHS = (7, 12, 1, 5)
 
@@ -58,9 +60,12 @@ def _checked(query: Any, key: Any, value: Any, q: Any, k: Any, max_q: int, max_k
     return _simulated(query, key, value, q, scale, window)
 
 
-@pytest.fixture(params=[_as_in_2_11, _as_in_2_13], ids=["torch 2.11", "torch 2.13"])
+@pytest.fixture(params=[_as_in_2_11, _as_in_2_13, None], ids=["torch 2.11", "torch 2.13", "ours"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param or _as_in_2_13)
+    if request.param is None:
+        interpreted("triton_attention")
+        monkeypatch.setattr(attention, "_ours", True)
 
 
 def _padded(left: bool = False) -> torch.Tensor:
@@ -224,6 +229,41 @@ def test_a_kernel_that_fails_the_check_is_not_used(
     assert ("fails here: NotImplementedError" if broken == "missing" else "differs from SDPA by") in said
     with pytest.raises(ConfigInvalid, match=r"spec.model.attention: varlen (fails here|differs from SDPA)"):
         hardware.attention(_spec("varlen"), _base(tiny_model), World())
+
+
+@pytest.mark.parametrize("broken", ["missing", "wrong"])
+def test_when_our_kernel_fails_the_check_that_of_torch_serves(
+    broken: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> tuple[Any, None]:
+        if broken == "missing":
+            raise RuntimeError("no such instruction")
+        return query * 2, None
+
+    _simulate_a_gpu(monkeypatch)
+    interpreted("triton_attention")
+    monkeypatch.setattr(attention, "_ours_are_faster", lambda config, device: True)
+    monkeypatch.setattr(torch.ops.finetune, "attention", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
+    assert hardware.attention(_spec("auto"), _base(tiny_model), World()) == "varlen"
+    assert not attention._ours
+    said = capsys.readouterr().out
+    assert "The attention kernels for short rows cannot be used, torch's are: " in said
+    assert ("no such instruction" if broken == "missing" else "differs from SDPA by") in said
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "changes", "faster"),
+    [("cuda:0", (9, 0), {"head_dim": 128}, True), ("cuda:0", (9, 0), {"head_dim": 64}, True),
+     ("cuda:0", (9, 0), {"head_dim": 256}, False), ("cuda:0", (8, 0), {"head_dim": 128}, False),
+     ("cuda:0", (9, 0), {"head_dim": 128, "sliding_window": 4096}, False), ("cpu", (9, 0), {"head_dim": 128}, False)],
+)  # fmt: skip
+def test_our_kernels_are_for_hopper_and_rows_seen_whole(
+    device: str, capability: tuple[int, int], changes: dict[str, Any], faster: bool, tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    _simulate_a_gpu(monkeypatch, capability)
+    assert attention._ours_are_faster(_base(tiny_model, **changes).config, device) is faster
 
 
 @pytest.mark.parametrize(

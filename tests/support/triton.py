@@ -1,0 +1,15 @@
+"""Triton kernels without a GPU."""
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+
+def interpreted(name: str) -> ModuleType:
+    """The module `name` of the engine, whose kernels Triton's interpreter runs (tests/trainer/conftest.py)."""
+    pytest.importorskip("triton", reason="Triton exists for Linux alone")
+    if "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("a GPU is here, and tests/gpu runs the kernels on it")
+    return importlib.import_module(f"finetune_trainer.engine.{name}")

@@ -1,0 +1,30 @@
+"""What an adapter finds is added to its base: our kernel, run by Triton's interpreter."""
+
+import pytest
+import torch
+
+from support.triton import interpreted
+
+
+@pytest.mark.parametrize("rank", [4, 16, 24])
+@pytest.mark.parametrize("columns", [64, 200])
+def test_sum_and_gradients_are_those_of_torch(rank: int, columns: int) -> None:
+    add_product = interpreted("triton_lora").add_product
+    torch.manual_seed(0)
+    base = torch.randn(1, 130, columns, requires_grad=True)
+    z = torch.randn(1, 130, 3 * rank).split(rank, -1)[1].requires_grad_()  # a part of a product for q, k and v
+    b = torch.randn(columns, rank, requires_grad=True)
+    slope = torch.randn(1, 130, columns)
+    found, expected = (
+        (result, *torch.autograd.grad(result, (base, z, b), slope))
+        for result in (add_product(base, z, b), base + z @ b.T)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_sums_in_float32() -> None:
+    add_product = interpreted("triton_lora").add_product
+    base, z, b = torch.full((1, 1), 1.0), torch.full((1, 16), 1.0), torch.full((1, 16), 2.0**-12)
+    half = [each.half() for each in (base, z, b)]
+    assert add_product(*half).item() == 1 + 2.0**-8
+    torch.library.opcheck(add_product, [each.requires_grad_() for each in (base, z, b)])
