@@ -1,4 +1,4 @@
-"""torch's varlen flash attention against SDPA on a real GPU. Skipped where there is none."""
+"""varlen attention, by torch's kernel and by ours, against SDPA on a real GPU. Skipped where there is none."""
 
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,17 @@ def _model(name: str, head_dim: int, kv_heads: int, layers: int = 2) -> Any:
 def test_the_check_at_start_passes(head_dim: int, kv_heads: int, dtype: Any) -> None:
     from finetune_trainer.engine import attention
 
-    assert attention.self_check(_model("eager", head_dim, kv_heads, layers=1).config, "cuda", dtype) is None
+    config = _model("eager", head_dim, kv_heads, layers=1).config
+    assert attention.self_check(config, "cuda", dtype) is None
+    assert attention._ours == (head_dim in (64, 128) and torch.cuda.get_device_capability() == (9, 0))
 
 
+@pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_logits_and_gradients_are_those_of_sdpa(packed: bool) -> None:
+def test_logits_and_gradients_are_those_of_sdpa(packed: bool, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.engine import attention, triton_attention  # noqa: F401 - its operation is called by name
+
+    monkeypatch.setattr(attention, "_ours", ours)
     lengths = [200, 512, 325, 17]
     if packed:
         ids = torch.randint(4, 500, (1, sum(lengths)), device="cuda")
@@ -56,8 +62,8 @@ def test_logits_and_gradients_are_those_of_sdpa(packed: bool) -> None:
         logits = model(input_ids=ids, use_cache=False, **inputs).logits[real].float()
         logits.square().mean().backward()
         found.append([logits.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.float()])
-    for theirs, ours in zip(*found, strict=True):
-        assert torch.nn.functional.cosine_similarity(theirs.flatten(), ours.flatten(), dim=0) > 0.999
+    for theirs, here in zip(*found, strict=True):
+        assert torch.nn.functional.cosine_similarity(theirs.flatten(), here.flatten(), dim=0) > 0.999
         assert float((theirs - ours).abs().max() / theirs.abs().max()) < 5e-2
 
 

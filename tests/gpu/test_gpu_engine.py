@@ -1,6 +1,5 @@
 """The engine on a real GPU: the numbers of the plain path, and the speed asked for. Skipped where there is none."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -88,15 +87,17 @@ def test_selective_checkpointing_drops_again_what_it_dropped(cached: int, materi
 def test_what_was_compiled_is_found_again(material: Path, tmp_path: Path) -> None:
     os.environ["FINETUNE_CACHE_DIR"] = str(tmp_path / "cache")
     try:
-        seconds = []
+        found = []
         for name in ("cold", "warm"):
             log = _train(material, tmp_path / name, training__maxSteps=2)
-            (line,) = [line for line in log.splitlines() if "The decoder layers are compiled, after" in line]
-            seconds.append(int(json.loads(line)["event"].rsplit(" ", 2)[1]))
+            print(
+                "RESULT", name, [line for line in log.splitlines() if "The decoder layers are compiled, after" in line]
+            )
+            found.append({path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".cubin", ".so")})
     finally:
         del os.environ["FINETUNE_CACHE_DIR"]
-    print("RESULT seconds to compile, cold and warm:", seconds)
-    assert seconds[1] < seconds[0]
+    assert found[0]
+    assert found[1] == found[0]
 
 
 def test_a_gpu_without_a_compiler_trains_all_the_same(material: Path, tmp_path: Path) -> None:

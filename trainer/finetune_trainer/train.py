@@ -243,6 +243,7 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, model: A
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and (plan.world_size or 1) > 1 else None,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are the same everywhere, and never change
         dataloader_pin_memory=not on_cpu,
     )
 
