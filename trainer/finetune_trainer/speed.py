@@ -9,9 +9,9 @@ from finetune_trainer.memory import Layout, ModelShape
 #: What a pass costs whatever its tokens, on the GPU: products of few rows fill it less well.
 _EACH_PASS = 700
 #: Dequantizing 4-bit weights of all layers once: 2.5 bytes a weight of memory traffic against 2 operations a token.
-_DEQUANTIZING = 310
+_DEQUANTIZING = 500
 #: What adapters read once more, as a part of a forward pass.
-_SELECTIVE = 0.015
+_SELECTIVE = 0.002
 #: Weights of a decoder layer of Mistral-7B, to which the host's times are relative.
 _WEIGHTS_OF_A_LAYER = 218_000_000
 #: What the host needs to start the work of one layer, forward or backward: a pass of few tokens waits for it.
