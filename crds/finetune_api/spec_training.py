@@ -83,7 +83,7 @@ class Training(ApiModel):
     packing: Switch = "auto"
     """Lay rows end to end without padding; they never see each other. auto does so where flash attention runs."""
     gradient_checkpointing: Checkpointing = "auto"
-    """Recompute activations to save memory: those of all decoder layers (enabled), of so many, or only attention and
+    """Recompute activations to save memory: those of all decoder layers (enabled), of so many, or only norms and
     dropout (selective, where layers are compiled). auto as few as it must; a number leaves it free to be selective."""
     compile: Switch = "auto"
     """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed."""

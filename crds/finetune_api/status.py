@@ -116,7 +116,7 @@ class ExecutionPlan(StatusModel):
     checkpointed_layers: Count | None = None
     """Decoder layers whose activations are recomputed."""
     selective_checkpointing: bool | None = None
-    """Whether decoder layers recompute attention and dropout."""
+    """Whether decoder layers recompute what adapters read: norms and dropout."""
     cached_layers: Count | None = None
     """Decoder layers whose 4-bit weights are kept dequantized."""
     packing: bool | None = None

@@ -306,22 +306,32 @@ def test_prediction_is_within_a_tenth_of_what_was_measured(setting: str) -> None
     assert plan.predicted_peak_memory_bytes / GIB == pytest.approx(measured, rel=0.1)
 
 
+LLAMA_3_8B = ModelShape.from_config(CONFIG | {"vocab_size": 128256})
+NO_DROPOUT: dict[str, Any] = {"lora": {"dropout": 0.0}}
+EVERY_LAYER: dict[str, Any] = {"lora": {"targetModules": ["all-linear"]}}
 #: GiB at the peak on an H100, of runs whose largest micro-batch had up to so many tokens.
-LAID_OUT: dict[str, tuple[float, Layout, float]] = {
-    "all layers kept dequantized": (33.883, Layout(16, 5929, 0, 32, compiled=True), 0.05),
-    "all layers kept dequantized, no dropout": (31.183, Layout(16, 5929, 0, 32, compiled=True), 0.0),
-    "two passes, 20 layers dequantized": (20.094, Layout(8, 2987, 0, 20, compiled=True), 0.05),
-    "8 layers recomputed": (19.625, Layout(16, 5929, 8, 1, compiled=True), 0.05),
-    "two passes, 28 layers recomputed": (6.124, Layout(8, 2987, 28, 0, compiled=True), 0.05),
-    "not compiled, padded, no dropout": (39.536, Layout(16, 7248), 0.0),
+LAID_OUT: dict[str, tuple[float, ModelShape | None, Layout, dict[str, Any]]] = {
+    "all dequantized": (33.22, MISTRAL_7B, Layout(16, 5929, 0, 32, compiled=True), {}),
+    "all dequantized, selective": (29.47, MISTRAL_7B, Layout(16, 5929, 0, 32, compiled=True, selective=True), {}),
+    "1 dequantized, selective": (20.07, MISTRAL_7B, Layout(16, 5929, 0, 1, compiled=True, selective=True), {}),
+    "31 recomputed, selective": (6.27, MISTRAL_7B, Layout(16, 5929, 31, 0, compiled=True, selective=True), {}),
+    "all recomputed": (6.30, MISTRAL_7B, Layout(16, 5929, 32, 0, compiled=True), {}),
+    "8 recomputed, half dequantized": (16.33, MISTRAL_7B, Layout(8, 2987, 8, 16, compiled=True), {}),
+    "no dropout": (22.30, MISTRAL_7B, Layout(8, 2987, 0, 32, compiled=True), NO_DROPOUT),
+    "every linear layer": (26.94, MISTRAL_7B, Layout(8, 2987, 0, 32, compiled=True), EVERY_LAYER),
+    "2,048 tokens": (52.15, MISTRAL_7B, Layout(8, 11730, 0, 32, compiled=True), {}),
+    "Llama-3-8B": (34.64, LLAMA_3_8B, Layout(16, 5929, 0, 32, compiled=True), {}),
+    "not compiled": (27.67, MISTRAL_7B, Layout(8, 2987, 0, 32), {}),
+    "not compiled, padded": (22.10, MISTRAL_7B, Layout(8, 3624), {}),
+    "not compiled, padded, no dropout": (39.54, MISTRAL_7B, Layout(16, 7248), NO_DROPOUT),
 }
 
 
 @pytest.mark.parametrize("setting", LAID_OUT)
 def test_prediction_of_a_layout_is_within_a_tenth_of_what_was_measured(setting: str) -> None:
-    measured, layout, dropout = LAID_OUT[setting]
-    assert MISTRAL_7B is not None
-    memory = predict(MISTRAL_7B, _spec(lora={"dropout": dropout}), layout, longest=453, attention="sdpa")
+    measured, shape, layout, sections = LAID_OUT[setting]
+    assert shape is not None
+    memory = predict(shape, _spec(**sections), layout, longest=453, attention="sdpa")
     assert memory.total / GIB == pytest.approx(measured, rel=0.1)
 
 
