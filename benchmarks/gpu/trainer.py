@@ -218,7 +218,7 @@ def main() -> None:
             for gib in ENGINE:
                 name = f"{gib} GiB" if gib else "whole GPU"
                 if _wanted(name):
-                    print("RESULT", json.dumps(train(folder, name, evaluated, 48, 4, script=limited(gib))), flush=True)
+                    print("RESULT", json.dumps(train(folder, name, evaluated, 60, 10, script=limited(gib))), flush=True)
         elif sys.argv[2] == "long":
             best = {"maxlen": 2048, "bs": 16, "ga": 1}
             subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(best)], check=False)
@@ -227,7 +227,7 @@ def main() -> None:
         elif sys.argv[2] == "fp8":
             subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
             for precision in ("bf16", "fp8"):
-                result = train(folder, precision, [f"training.precision={precision}", "lora.dropout=0"], 48, 4)
+                result = train(folder, precision, [f"training.precision={precision}"], 60, 10)
                 print("RESULT", json.dumps(result), flush=True)
         elif sys.argv[2] == "losses":
             for name, settings in (("plain", PLAIN), ("engine", [])):
