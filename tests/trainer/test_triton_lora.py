@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from finetune_trainer.engine.layers import _has_kernels
 from support.triton import interpreted
 
 
@@ -28,3 +29,28 @@ def test_it_sums_in_float32() -> None:
     half = [each.half() for each in (base, z, b)]
     assert add_product(*half).item() == 1 + 2.0**-8
     torch.library.opcheck(add_product, [each.requires_grad_() for each in (base, z, b)])
+
+
+def test_the_check_at_start_passes_and_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = interpreted("triton_lora")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)  # which the interpreter computes
+    assert module.self_check(torch.device("cpu")) is None
+    plain = module.add_product
+    monkeypatch.setattr(module, "add_product", lambda base, z, b: plain(base, z, b) * 1.1)
+    assert str(module.self_check(torch.device("cpu"))).startswith("differ from torch's by 2")
+    monkeypatch.setattr(module, "add_product", lambda base, z, b: None)
+    assert (
+        module.self_check(torch.device("cpu"))
+        == "fail here: AttributeError: 'NoneType' object has no attribute 'float'"
+    )
+
+
+@pytest.mark.parametrize("problem", [None, "fail here"])
+def test_on_hopper_it_serves_if_it_passes(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = interpreted("triton_lora")
+    monkeypatch.setattr(module, "self_check", lambda device: problem)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _has_kernels(torch.device("cuda:0")) is (problem is None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not _has_kernels(torch.device("cuda:0"))
+    assert not _has_kernels(torch.device("cpu"))

@@ -63,12 +63,12 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
         torch._functorch.config.activation_memory_budget = budget
         torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
         _tell_cost_of_4_bit_products()
-    has_kernels = _has_kernels(layers)
+    has_kernels = compiled and _has_kernels(next(layers[0].parameters()).device)
     for index, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
         plain = layer.forward
         for inputs in inputs_of(layer):
-            inputs.added_by_kernel = compiled and has_kernels
+            inputs.added_by_kernel = has_kernels
         trained = _compiled(plain, inputs_of(layer)) if compiled else plain
         if index < recomputed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
@@ -76,13 +76,14 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
             layer.forward = while_training(trained, plain)
 
 
-def _has_kernels(layers: Sequence[Any]) -> bool:
+def _has_kernels(device: torch.device) -> bool:
     """Whether what adapters add is added by our own kernel: on Hopper, where that was measured to be faster."""
-    device = next(layers[0].parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    importlib.import_module("finetune_trainer.engine.triton_lora")
-    return True
+    problem = importlib.import_module("finetune_trainer.engine.triton_lora").self_check(device)
+    if problem:
+        log.warning(f"The kernels that add what adapters find cannot be used, torch's are: they {problem}")
+    return not problem
 
 
 def _tell_cost_of_4_bit_products() -> None:

@@ -10,6 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from finetune_trainer.errors import first_line
+
+#: What half precision may differ by, as a part of the result's norm.
+_TOLERANCE = 1e-2
 #: Rows and columns of a tile.
 _TILE = {"M": 64, "N": 128, "num_warps": 4}
 
@@ -59,3 +63,21 @@ def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
 
 
 add_product.register_autograd(_backward, setup_context=_keep)
+
+
+def self_check(device: torch.device) -> str | None:
+    """Compare a small sum and its gradients with torch's. Returns what is wrong, None when both agree."""
+    shapes = ((1, 70, 200), (1, 70, 16), (200, 16))
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        drawn = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        inputs = [each.bfloat16().requires_grad_() for each in drawn]
+        base, z, b = inputs
+        results = [
+            [found, *torch.autograd.grad(found.float().square().sum(), inputs)]
+            for found in (add_product(base, z, b), base + z @ b.T)
+        ]
+    except Exception as error:
+        return f"fail here: {type(error).__name__}: {first_line(error)}"
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    return None if worst <= _TOLERANCE else f"differ from torch's by {worst:.1%} on this GPU"
