@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from finetune_trainer.engine import adapters
 from finetune_trainer.engine.adapters import _dropped, inputs_of, masks_seeded, share_inputs
 from finetune_trainer.engine.loss import answer_with_loss
 from support.triton import interpreted
@@ -90,8 +91,11 @@ def test_evaluation_runs_the_adapters_as_they_are(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"bias": "lora_only"}])
-def test_added_by_our_kernel_the_gradient_is_that_of_peft(settings: dict[str, Any], tiny_model: Path) -> None:
+def test_added_by_our_kernel_the_gradient_is_that_of_peft(
+    settings: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interpreted("triton_lora")
+    monkeypatch.setattr(adapters, "_HALF", (torch.float32,))  # which the interpreter does not round
     model = _model(tiny_model, **settings)
     expected = _gradient(model)
     share_inputs(model)
@@ -118,6 +122,34 @@ def test_a_seed_makes_a_mask() -> None:
     neighbors = [(mask[1:], mask[:-1]) for mask in masks] + [(mask[:, 1:], mask[:, :-1]) for mask in masks]
     for one, other in [*neighbors, *itertools.pairwise(masks)]:
         assert abs(((one - 0.9) * (other - 0.9)).mean().item() / 0.09) < 0.005
+
+
+def test_rows_side_by_side_have_masks_of_their_own() -> None:
+    found = _dropped(torch.ones(3, 16, 64), 0.5, torch.tensor(7, dtype=torch.int32))
+    assert len({tuple(row.flatten().tolist()) for row in found.flatten(0, 1)}) == 3 * 16
+
+
+def test_processes_drop_different_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(tiny_model, lora_dropout=0.5)
+    share_inputs(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(1)
+        with masks_seeded(inputs_of(model), torch.device("cpu")):
+            found.append(_gradient(model))
+    assert _difference(found[1], found[0]) > 0.05
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(8, torch.float32), (512, torch.bfloat16)])
+def test_what_our_kernel_does_not_add_well_torch_adds(rank: int, dtype: torch.dtype, tiny_model: Path) -> None:
+    model = _model(tiny_model, r=rank, target_modules=["q_proj"]).to(dtype)
+    expected = _gradient(model)
+    share_inputs(model)
+    for each in inputs_of(model):
+        each.added_by_kernel = True  # the operation itself need not even be there
+    assert _difference(_gradient(model), expected) < 2e-2
 
 
 def test_masks_of_a_seed_are_drawn_from_the_generator_of_torch(tiny_model: Path) -> None:

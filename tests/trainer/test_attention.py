@@ -66,6 +66,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param is None:
         interpreted("triton_attention")
         monkeypatch.setattr(attention, "_ours", True)
+        monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))  # the tiny model's
 
 
 def _padded(left: bool = False) -> torch.Tensor:
@@ -243,6 +244,7 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
     _simulate_a_gpu(monkeypatch)
     interpreted("triton_attention")
     monkeypatch.setattr(attention, "_ours_are_faster", lambda config, device: True)
+    monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr(torch.ops.finetune, "attention", kernel)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
     assert hardware.attention(_spec("auto"), _base(tiny_model), World()) == "varlen"
@@ -250,6 +252,18 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
     said = capsys.readouterr().out
     assert "The attention kernels for short rows cannot be used, torch's are: " in said
     assert ("no such instruction" if broken == "missing" else "differs from SDPA by") in said
+
+
+@pytest.mark.parametrize("sizes", [(16, 8), (24, 24)])
+def test_heads_of_other_sizes_than_the_configuration_says_are_for_the_kernel_of_torch(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_ours", True)
+    monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
+    query, value = (torch.randn(12, 2, size) for size in sizes)
+    layout = attention.Layout(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
+    assert attention._kernel(query, query, value, layout, None, None).shape == (12, 2, sizes[1])
 
 
 @pytest.mark.parametrize(

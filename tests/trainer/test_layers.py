@@ -237,8 +237,22 @@ def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     layers.keep_compiled_in(tmp_path)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    inductor = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert (inductor.name, inductor.parent.parent) == ("inductor", tmp_path)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    layers.keep_compiled_in(tmp_path)
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == inductor  # as long as the engine is the same
+
+    another = tmp_path / "engine/layers.py"
+    another.parent.mkdir()
+    another.write_text("another version")
+    monkeypatch.setattr(layers, "__file__", str(another))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    layers.keep_compiled_in(tmp_path)
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent != inductor.parent
 
 
 @pytest.mark.parametrize("missing", ["triton", "gcc"])

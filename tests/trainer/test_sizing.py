@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
-from finetune_trainer.memory import GIB, Layout, ModelShape, adapter_weights, predict
+from finetune_trainer.memory import GIB, Layout, ModelShape, adapter_weights, predict, selective_budget
 from finetune_trainer.sizing import Device, make_plan
 from finetune_trainer.speed import cost
 
@@ -333,6 +333,17 @@ def test_prediction_of_a_layout_is_within_a_tenth_of_what_was_measured(setting: 
     assert shape is not None
     memory = predict(shape, _spec(**sections), layout, longest=453, attention="sdpa")
     assert memory.total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_the_budget_of_selective_recomputation_counts_what_does_not_grow_with_tokens() -> None:
+    assert MISTRAL_7B is not None
+    assert selective_budget(MISTRAL_7B, _spec(), 5000) == pytest.approx(0.86, abs=0.01)
+    for sections in (
+        {"lora": {"rank": 256, "targetModules": ["all-linear"]}},
+        {"quantization": {"bits": 16, "computeDtype": "float32"}},
+    ):
+        spec = _spec(**sections)
+        assert selective_budget(MISTRAL_7B, spec, 50_000) + 0.02 < selective_budget(MISTRAL_7B, spec, 600) <= 1
 
 
 def test_importing_it_imports_no_torch() -> None:

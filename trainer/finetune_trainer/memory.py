@@ -207,12 +207,14 @@ def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) 
     return width * (2 * hidden + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
 
 
-def selective_budget(shape: ModelShape, spec: FineTuneJobSpec) -> float:
-    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond its input (which part torch
-    calls the activation_memory_budget)."""
-    most, least = (
-        saved(shape, spec, 2) - shape.hidden_size * 2 for saved in (_saved_when_compiled, _saved_when_selective)
-    )
+def selective_budget(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> float:
+    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond its input in a pass of
+    `tokens` tokens (which part torch calls the activation_memory_budget)."""
+    cast = adapter_weights(shape, spec)  # to half precision, and kept
+    if spec.quantization.bits == 16 and spec.quantization.compute_dtype == "float32":
+        cast += shape.linear_weights
+    others = 2 * cast / shape.layers / max(tokens, 1) - 2 * shape.hidden_size
+    most, least = (saved(shape, spec, 2) + others for saved in (_saved_when_compiled, _saved_when_selective))
     return min(1.0, least / most + _BUDGET_TO_SPARE)
 
 

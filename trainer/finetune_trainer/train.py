@@ -63,7 +63,7 @@ class Training:
         """
         self.initial = snapshot(self.model)
         share_inputs(self.model)
-        budget = selective_budget(self.shape, self.spec) if self.shape else 1.0
+        budget = selective_budget(self.shape, self.spec, self.plan.tokens_per_pass or 1) if self.shape else 1.0
         example = self._loader().example()
         self.plan = put_into_effect(self.plan, self.model, example, self.spec.training.precision, budget)
         self.reporter.plan(self.plan)
@@ -243,7 +243,7 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, model: A
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and (plan.world_size or 1) > 1 else None,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they are the same everywhere, and never change
+        ddp_broadcast_buffers=False,  # each process computes its own, of its own tokens
         dataloader_pin_memory=not on_cpu,
     )
 

@@ -5,6 +5,7 @@ of its own: three copies of x are written, read and kept for the backward pass. 
 are dropped together; without dropout the numbers are the same.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,6 +18,11 @@ from finetune_trainer.memory import SAME_INPUT
 
 _ADAPTER: Final = "default"
 _31_BITS: Final = 2**31 - 1
+#: What triton_lora adds: products of float32 would be rounded, and a tile of a larger rank does not fit.
+_HALF: Final = (torch.bfloat16, torch.float16)
+_LARGEST_RANK: Final = 256
+#: So that processes, whose generators all start alike, drop different tokens. Odd, about 2^32 times the golden ratio.
+_OF_A_PROCESS: Final = 0x9E3779B9 - 2**32
 
 
 def share_inputs(model: Any) -> None:
@@ -89,7 +95,7 @@ def _is_plain(module: Any) -> bool:
 def _adapted(member: Any, inputs: "_Inputs", index: int) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
         found, b = member.base_layer(x), member.lora_B[_ADAPTER]
-        if inputs.added_by_kernel and b.bias is None:
+        if inputs.added_by_kernel and b.bias is None and found.dtype in _HALF and b.in_features <= _LARGEST_RANK:
             z, weight = inputs(x, index).to(found.dtype), b.weight.to(found.dtype)
             return torch.ops.finetune.add_product(found, z, weight)  # type: ignore[no-any-return]
         return (found + b(inputs(x, index))).to(found.dtype)  # type: ignore[no-any-return]
@@ -120,7 +126,9 @@ class _Inputs:
 
     def draw_seed(self, device: torch.device) -> None:
         if isinstance(self._dropout, torch.nn.Dropout) and self._dropout.training:
-            self._seed = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            drawn = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
+            self._seed = drawn + rank * _OF_A_PROCESS if rank else drawn
 
     def clear(self) -> None:
         self._seed, self._x, self._waiting = None, None, {}
@@ -136,10 +144,11 @@ class _Inputs:
 
 def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Dropout whose mask is a function of `seed` (int32 scalar): element by element, so that it costs no memory."""
-    row = torch.arange(x.shape[-2], dtype=torch.int32, device=x.device)[:, None]
+    rows = math.prod(x.shape[:-1])
+    row = torch.arange(rows, dtype=torch.int32, device=x.device).view(*x.shape[:-1], 1)
     column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
     bits = _mixed(_mixed(_mixed(row) ^ seed) ^ column) & _31_BITS
-    return x * (bits >= round(p * 2**31)) * (1 / (1 - p))
+    return x * (bits >= min(round(p * 2**31), _31_BITS)) * (1 / (1 - p))
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

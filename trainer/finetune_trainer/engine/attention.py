@@ -133,7 +133,7 @@ def _kernel(
 ) -> torch.Tensor:
     """Causal attention within each sequence; tensors are [tokens, heads, head_dim]."""
     starts, longest = layout.starts, layout.longest
-    if _ours and window is None:
+    if _ours and window is None and query.shape[-1] == value.shape[-1] and query.shape[-1] in _OUR_HEAD_DIMS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.finetune.attention(query, key, value, starts, longest, scale)[0]  # type: ignore[no-any-return]
     from torch.nn.attention.varlen import varlen_attn

@@ -1,6 +1,7 @@
 """How the decoder layers run while they train: compiled, and some of them computed again in the backward pass."""
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -80,7 +81,10 @@ def _has_kernels(device: torch.device) -> bool:
     """Whether what adapters add is added by our own kernel: on Hopper, where that was measured to be faster."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    problem = importlib.import_module("finetune_trainer.engine.triton_lora").self_check(device)
+    try:
+        problem = importlib.import_module("finetune_trainer.engine.triton_lora").self_check(device)
+    except Exception as error:
+        problem = f"fail here: {type(error).__name__}: {first_line(error)}"
     if problem:
         log.warning(f"The kernels that add what adapters find cannot be used, torch's are: they {problem}")
     return not problem
@@ -129,7 +133,13 @@ def no_compiler() -> str | None:
 
 
 def keep_compiled_in(folder: Path) -> None:
-    """Let what is compiled be found again by the next run that has the same `folder`: torch's and triton's caches."""
+    """Let what is compiled be found again by the next run that has the same `folder`: torch's and triton's caches.
+
+    By the same version of the engine: torch keeps how gradients of our own operations are computed, and does not see
+    when that changes.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    folder = folder / hashlib.sha256(sources).hexdigest()[:12]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 

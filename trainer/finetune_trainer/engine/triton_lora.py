@@ -37,7 +37,8 @@ def _add_product(  # type: ignore[no-untyped-def]
 @torch.library.custom_op("finetune::add_product", mutates_args=())
 def add_product(base: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """base + z b^T, summed in float32: `base` [..., columns], `z` [..., rank], `b` [columns, rank], of one type."""
-    flat, z = (each.flatten(0, -2) for each in (base, z))
+    flat, z, b = (each if each.stride(-1) == 1 else each.contiguous() for each in (base, z, b))
+    flat, z = (each.flatten(0, -2) for each in (flat, z))
     rows, columns = flat.shape
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     rank = b.shape[1]
