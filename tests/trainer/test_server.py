@@ -32,6 +32,31 @@ def test_who_has_asked_may_hear_the_last_numbers(monkeypatch: pytest.MonkeyPatch
     assert heard == ["last"]
 
 
+def test_an_answer_under_way_as_the_run_ends_is_not_taken_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LAST_CHANCE_SECONDS", 30)
+    begun, ended = threading.Event(), threading.Event()
+
+    def slowly() -> bytes:
+        first = not begun.is_set()
+        begun.set()
+        ended.wait(30)
+        return b"first" if first else b"last"
+
+    heard: list[str] = []
+
+    def ask(address: str | None) -> None:
+        heard.append(_read(address))
+        heard.append(_read(address))
+
+    with server.serve("127.0.0.1:0", {"/metrics": ("text/plain", slowly)}) as address:
+        asking = threading.Thread(target=ask, args=(address,))
+        asking.start()
+        assert begun.wait(30)
+        threading.Timer(0.2, ended.set).start()
+    asking.join()
+    assert heard == ["first", "last"]
+
+
 def test_nobody_is_waited_for_who_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "LAST_CHANCE_SECONDS", 3600)
     with server.serve("127.0.0.1:0", {}) as address:

@@ -20,9 +20,9 @@ def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
     Yields the address in use. A port that cannot be had is a warning, never the end of a run: yields None.
     """
     host, _, port = listen.rpartition(":")
-    asked = threading.Event()
+    audience = _Audience()
     try:
-        server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(pages, asked))
+        server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(pages, audience))
     except (OSError, ValueError, OverflowError) as error:
         log.warning("Metrics and progress are not served", listen=listen, error=str(error))
         yield None
@@ -34,15 +34,22 @@ def serve(listen: str, pages: dict[str, Page]) -> Iterator[str | None]:
     try:
         yield f"{server.server_address[0]!s}:{server.server_address[1]}"
     finally:
-        if asked.is_set():  # whoever has asked may do so again, and hear the last numbers
-            asked.clear()
-            asked.wait(LAST_CHANCE_SECONDS)
+        if audience.asked.is_set():  # whoever has asked may do so again, and hear the last numbers
+            audience.ending.set()
+            audience.served.wait(LAST_CHANCE_SECONDS)
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def _handler(pages: dict[str, Page], asked: threading.Event) -> type[BaseHTTPRequestHandler]:
+class _Audience:
+    """Whether anybody has asked, whether the end is near, and whether anybody who asked since then was answered."""
+
+    def __init__(self) -> None:
+        self.asked, self.ending, self.served = threading.Event(), threading.Event(), threading.Event()
+
+
+def _handler(pages: dict[str, Page], audience: _Audience) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10
 
@@ -51,6 +58,8 @@ def _handler(pages: dict[str, Page], asked: threading.Event) -> type[BaseHTTPReq
             if page is None:
                 self.send_error(404)
                 return
+            audience.asked.set()
+            last = audience.ending.is_set()
             content_type, body_of = page
             body = body_of()
             with suppress(ConnectionError):  # who asked may have hung up
@@ -59,7 +68,8 @@ def _handler(pages: dict[str, Page], asked: threading.Event) -> type[BaseHTTPReq
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-            asked.set()
+            if last:
+                audience.served.set()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
             pass
