@@ -90,9 +90,8 @@ def test_what_was_compiled_is_found_again(material: Path, tmp_path: Path) -> Non
         found = []
         for name in ("cold", "warm"):
             log = _train(material, tmp_path / name, training__maxSteps=2)
-            print(
-                "RESULT", name, [line for line in log.splitlines() if "The decoder layers are compiled, after" in line]
-            )
+            (line,) = [line for line in log.splitlines() if "The decoder layers are compiled, after" in line]
+            print("RESULT", name, line)
             found.append({path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".cubin", ".so")})
     finally:
         del os.environ["FINETUNE_CACHE_DIR"]

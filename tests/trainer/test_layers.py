@@ -274,7 +274,6 @@ def test_selective_checkpointing_keeps_what_linear_layers_answer(deep_model: Pat
     """And it drops, when it computes again, what it dropped before."""
     model = _adapted(deep_model, bits=4, dropout=0.5)
     model.get_base_model().config._attn_implementation = "one_sequence"
-    model.enable_input_require_grads()  # so that the first layer is compiled along with the others
     share_inputs(model)
     found, kept = [], []
     for selective, recomputed in ((False, 0), (True, 0), (True, 2)):

@@ -129,3 +129,8 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """The first line of what `error` says, or its type's name when it says nothing."""
     return first_line(error) or type(error).__name__
+
+
+def type_and_reason(error: BaseException) -> str:
+    """The name of the type of `error`, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -213,7 +213,7 @@ def selective_budget(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> f
     cast = adapter_weights(shape, spec)  # to half precision, and kept
     if spec.quantization.bits == 16 and spec.quantization.compute_dtype == "float32":
         cast += shape.linear_weights
-    others = 2 * cast / shape.layers / max(tokens, 1) - 2 * shape.hidden_size
+    others = 2 * cast / shape.layers / tokens - 2 * shape.hidden_size
     most, least = (saved(shape, spec, 2) + others for saved in (_saved_when_compiled, _saved_when_selective))
     return min(1.0, least / most + _BUDGET_TO_SPARE)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from finetune_trainer.errors import first_line
+from finetune_trainer.errors import type_and_reason
 
 log = structlog.get_logger(__name__)
 NAME: Final = "varlen"
@@ -26,8 +26,8 @@ NAME: Final = "varlen"
 MAX_HEAD_DIM: Final = 256
 HEAD_DIM_MULTIPLE: Final = 8
 MIN_COMPUTE_CAPABILITY: Final = (8, 0)
-#: Where our kernels were measured to be the faster ones: on Hopper, with these head sizes.
-_OURS_ARE_FASTER: Final = (9, 0)
+#: Where kernels of ours were measured to be the faster ones: on Hopper; of attention, with these head sizes.
+HOPPER: Final = (9, 0)
 _OUR_HEAD_DIMS: Final = (64, 128)
 #: What two half-precision attentions may differ by, as a part of the largest value.
 TOLERANCE: Final = 2e-2
@@ -201,14 +201,14 @@ def _problem(config: Any, device: str, dtype: torch.dtype) -> str | None:
             importlib.import_module("finetune_trainer.engine.triton_attention")
         worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
     except Exception as error:
-        return f"fails here: {type(error).__name__}: {first_line(error)}"
+        return f"fails here: {type_and_reason(error)}"
     return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
 
 
 def _ours_are_faster(config: Any, device: str) -> bool:
     return (
         torch.device(device).type == "cuda"
-        and torch.cuda.get_device_capability(device) == _OURS_ARE_FASTER
+        and torch.cuda.get_device_capability(device) == HOPPER
         and _head_dim(config) in _OUR_HEAD_DIMS
         and not getattr(config.get_text_config(), "sliding_window", None)
     )

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from finetune_trainer.engine.layers import replace
-from finetune_trainer.errors import first_line
+from finetune_trainer.errors import type_and_reason
 
 E4M3: Final = torch.float8_e4m3fn
 _LARGEST: Final = torch.finfo(E4M3).max
@@ -94,7 +94,7 @@ def self_check(device: str) -> str | None:
             (gradient,) = torch.autograd.grad(y, leaf, slope.to(where))
             results.append([each.detach().float().cpu() for each in (y, gradient)])
     except Exception as error:
-        return f"fails here: {type(error).__name__}: {first_line(error)}"
+        return f"fails here: {type_and_reason(error)}"
     worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
     return None if worst <= _TOLERANCE else f"differs from its definition by {worst:.1%} on this GPU"
 

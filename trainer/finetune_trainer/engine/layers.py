@@ -19,9 +19,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.adapters import forget, inputs_of, masks_seeded, while_training
+from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
-from finetune_trainer.errors import ConfigInvalid, first_line
+from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model import mixed_precision
 from finetune_trainer.rng import RngState
 
@@ -79,12 +80,12 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
 
 def _has_kernels(device: torch.device) -> bool:
     """Whether what adapters add is added by our own kernel: on Hopper, where that was measured to be faster."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return False
     try:
         problem = importlib.import_module("finetune_trainer.engine.triton_lora").self_check(device)
     except Exception as error:
-        problem = f"fail here: {type(error).__name__}: {first_line(error)}"
+        problem = f"fail here: {type_and_reason(error)}"
     if problem:
         log.warning(f"The kernels that add what adapters find cannot be used, torch's are: they {problem}")
     return not problem
@@ -192,7 +193,7 @@ def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | No
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        return type_and_reason(error)
     finally:
         forget(inputs_of(model))
         model.zero_grad(set_to_none=True)

@@ -23,6 +23,13 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _bounds(STARTS, sequence):  # type: ignore[no-untyped-def]
+    """Where a sequence begins among all tokens, and how many it has."""
+    start = tl.load(STARTS + sequence).to(tl.int64)
+    return start, (tl.load(STARTS + sequence + 1) - start).to(tl.int32)
+
+
+@triton.jit
 def _load(BASE, rows, stride, length, D: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows of one head; where they may be CUT, zero from `length` on."""
     at = BASE + rows[:, None] * stride + tl.arange(0, D)
@@ -43,8 +50,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A tile of queries of one head: its output, and log2 of its softmax's denominator. Longest tiles come first."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
-    start = tl.load(STARTS + sequence).to(tl.int64)
-    length = (tl.load(STARTS + sequence + 1) - start).to(tl.int32)
+    start, length = _bounds(STARTS, sequence)
     first = tile * M
     if first >= length:
         return
@@ -84,8 +90,7 @@ def _backward_of_queries(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A tile of queries of one head: their gradient, and DELTA, the sum of OUT * DOUT, for the keys' part."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
-    start = tl.load(STARTS + sequence).to(tl.int64)
-    length = (tl.load(STARTS + sequence + 1) - start).to(tl.int32)
+    start, length = _bounds(STARTS, sequence)
     first = tile * M
     if first >= length:
         return
@@ -124,8 +129,7 @@ def _backward_of_keys(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A tile of keys and values of one head: their gradients, from all GROUP heads of queries that read them."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(STARTS + sequence).to(tl.int64)
-    length = (tl.load(STARTS + sequence + 1) - start).to(tl.int32)
+    start, length = _bounds(STARTS, sequence)
     first = tile * N
     if first >= length:
         return

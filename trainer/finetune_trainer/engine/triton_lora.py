@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from finetune_trainer.errors import first_line
+from finetune_trainer.errors import type_and_reason
 
 #: What half precision may differ by, as a part of the result's norm.
 _TOLERANCE = 1e-2
@@ -79,6 +79,6 @@ def self_check(device: torch.device) -> str | None:
             for found in (add_product(base, z, b), base + z @ b.T)
         ]
     except Exception as error:
-        return f"fail here: {type(error).__name__}: {first_line(error)}"
+        return f"fail here: {type_and_reason(error)}"
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
     return None if worst <= _TOLERANCE else f"differ from torch's by {worst:.1%} on this GPU"
