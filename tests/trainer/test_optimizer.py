@@ -1,10 +1,14 @@
 """bitsandbytes' optimizers without waits make the same updates."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.optim import AdamW, AdamW8bit, PagedAdamW8bit
 
-from finetune_trainer.engine.optimizer import do_not_wait, unpaged
+from finetune_trainer.engine.optimizer import hasten, unpaged
 
 
 def _parameters() -> list[torch.nn.Parameter]:
@@ -30,13 +34,62 @@ def test_it_waits_only_for_paged_state_and_changes_no_update(
     counted: list[int] = []
     monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda tensor: counted.append(1))
     optimizer = kind(ours, lr=0.01)
-    do_not_wait(optimizer)
+    hasten(optimizer)
     _train(optimizer, ours)
     assert isinstance(optimizer, kind)
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     assert len(counted) == waits
     other = kind(_parameters(), lr=0.01)
     other.load_state_dict(optimizer.state_dict())
+
+
+def _counting_updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of weights of each update from now on."""
+    sizes: list[int] = []
+    update = functional.optimizer_update_8bit_blockwise
+
+    def counting(name: str, gradient: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(gradient.numel())
+        update(name, gradient, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", counting)
+    return sizes
+
+
+def test_matrices_are_updated_at_once_but_those_that_would_share_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = []
+    for treat in (lambda optimizer: None, hasten):
+        parameters = [*_parameters(), torch.nn.Parameter(torch.ones(64, 65)), torch.nn.Parameter(torch.ones(4))]
+        optimizer = AdamW8bit(parameters, lr=0.01, weight_decay=0.1)
+        treat(optimizer)
+        with monkeypatch.context() as patch:
+            sizes = _counting_updates(patch)
+            _train(optimizer, parameters)
+        updates.append((sizes, [parameter.detach() for parameter in parameters]))
+    (plain, expected), (ours, found) = updates
+    assert plain == [6144, 6144, 6144, 4160] * 4
+    assert ours == [6144, 6144, 6144, 4160] + [3 * 6144, 4160] * 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("change", ["state is loaded", "weights are put elsewhere", "one has no gradient"])
+def test_updates_stay_right_when(change: str) -> None:
+    found = []
+    for treat in (lambda optimizer: None, hasten):
+        parameters = _parameters()
+        optimizer = AdamW8bit(parameters, lr=0.01)
+        treat(optimizer)
+        _train(optimizer, parameters)
+        if change == "state is loaded":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif change == "weights are put elsewhere":
+            parameters[1].data = parameters[1].data.clone()
+        else:
+            parameters[2].grad = None
+            optimizer.step()
+        _train(optimizer, parameters)
+        found.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_small_state_is_not_paged() -> None:

@@ -47,7 +47,7 @@ def run(
     from finetune_trainer.credentials import Credentials
     from finetune_trainer.engine import batches, fp8, layers, sharding
     from finetune_trainer.engine.loss import answer_with_loss
-    from finetune_trainer.engine.weights import keep_dequantized
+    from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
     from finetune_trainer.inputs import Inputs, served_name
     from finetune_trainer.publish import check_target, publish
     from finetune_trainer.resume import Checkpoints
@@ -134,6 +134,8 @@ def run(
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
             keep_dequantized(layers.of(loaded)[: plan.cached_layers])
+        if spec.quantization.bits == 4 and not plan.sharded:
+            dequantize_in_one_pass(loaded)
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
         answer_with_loss(adapted.get_base_model())
         if plan.fp8:

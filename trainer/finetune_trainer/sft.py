@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from finetune_trainer import processes
 from finetune_trainer.engine.batches import Loader, on_device
-from finetune_trainer.engine.optimizer import do_not_wait
+from finetune_trainer.engine.optimizer import hasten
 from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
@@ -81,7 +81,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' optimizer, which does not wait for the device."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        do_not_wait(optimizer)
+        hasten(optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> Loader:

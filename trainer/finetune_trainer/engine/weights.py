@@ -1,10 +1,16 @@
-"""4-bit weights kept dequantized where memory allows: the same numbers, without computing them in every pass."""
+"""4-bit weights kept dequantized where memory allows, else dequantized in one pass over memory: the same numbers."""
 
+import importlib
 from typing import Any
 
+import structlog
 import torch
 
+from finetune_trainer.engine.adapters import while_training
 from finetune_trainer.engine.layers import replace
+from finetune_trainer.errors import type_and_reason
+
+log = structlog.get_logger(__name__)
 
 
 def keep_dequantized(layers: list[Any]) -> None:
@@ -25,6 +31,58 @@ def dequantized(linear: Any) -> torch.nn.Linear:
     if linear.bias is not None:
         plain.bias = torch.nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
     return plain.train(linear.training)
+
+
+def dequantize_in_one_pass(model: Any) -> None:
+    """Let the 4-bit linear layers of `model`, on a GPU, dequantize by our own kernel while they train. Where it fails
+    or finds other numbers than bitsandbytes they stay as they are, and the log says why."""
+    found = [module for module in model.modules() if _is_plain(module)]
+    if not found or found[0].weight.device.type != "cuda":
+        return
+    try:
+        problem = _try_kernel_on(found[0])
+    except Exception as error:
+        problem = f"fails here: {type_and_reason(error)}"
+    if problem:
+        log.warning(f"The kernel that dequantizes 4-bit weights cannot be used, bitsandbytes' are: it {problem}")
+        return
+    for linear in found:
+        multiply_by_kernel(linear)
+
+
+def multiply_by_kernel(linear: Any) -> None:
+    """Let a 4-bit `linear` layer multiply with weights that our own kernel dequantizes, while it trains."""
+    product = importlib.import_module("finetune_trainer.engine.triton_4bit").product
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        state = linear.weight.quant_state
+        found = product(x.to(state.dtype), linear.weight.data, _scales(state), state.code, list(state.shape))
+        return found.to(x.dtype)  # type: ignore[no-any-return]
+
+    linear.forward = while_training(forward, linear.forward)
+
+
+def _try_kernel_on(linear: Any) -> str | None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state, kernel = linear.weight.quant_state, importlib.import_module("finetune_trainer.engine.triton_4bit")
+    found = kernel.dequantize(linear.weight.data, _scales(state), state.code, list(state.shape), state.dtype)
+    return None if torch.equal(found, dequantize_4bit(linear.weight.data, state)) else "finds other numbers on this GPU"
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it is a 4-bit layer that computes in the type of its weights: whole blocks of them, and no bias."""
+    from bitsandbytes.nn import Linear4bit
+
+    if not isinstance(module, Linear4bit) or module.bias is not None or module.weight.dtype != torch.uint8:
+        return False
+    state = module.weight.quant_state
+    whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
+    return whole and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
+
+
+def _scales(state: Any) -> list[torch.Tensor]:
+    return [state.absmax, state.state2.code, state.state2.absmax, state.offset] if state.nested else [state.absmax]
 
 
 class _Linear(torch.nn.Linear):

@@ -1,0 +1,77 @@
+"""4-bit weights are dequantized by our kernel, run by Triton's interpreter: the numbers of bitsandbytes."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from finetune_trainer.engine import weights
+from support.triton import interpreted
+
+
+def _linear(
+    kind: str = "nf4", twice: bool = True, block: int = 64, bias: bool = False, inputs: int = 256
+) -> Linear4bit:
+    """A layer of more than 256 blocks, whose number does not fill a program's tile; fp16, which the interpreter
+    computes."""
+    torch.manual_seed(0)
+    linear = Linear4bit(inputs, 104, bias=bias, compute_dtype=torch.float16, quant_type=kind).half()
+    plain = torch.randn(104, inputs, dtype=torch.float16)
+    linear.weight.data, state = quantize_4bit(plain, blocksize=block, compress_statistics=twice, quant_type=kind)
+    linear.weight.quant_state, linear.weight.bnb_quantized = state, True
+    return linear
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+def test_weights_are_bit_equal(kind: str, twice: bool, block: int) -> None:
+    dequantize = interpreted("triton_4bit").dequantize
+    linear = _linear(kind, twice, block)
+    state = linear.weight.quant_state
+    for dtype in (torch.float16, torch.float32):
+        state.dtype = dtype
+        found = dequantize(linear.weight.data, weights._scales(state), state.code, list(state.shape), dtype)
+        assert torch.equal(found, dequantize_4bit(linear.weight.data, state))
+    assert weights._try_kernel_on(_linear(kind, twice, block)) is None
+
+
+def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() -> None:
+    product = interpreted("triton_4bit").product
+    plain, ours = _linear(), _linear()
+    weights.multiply_by_kernel(ours)
+    found = []
+    for linear in (plain, ours):
+        x = torch.randn(2, 5, 256, dtype=torch.float16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        linear(x).square().sum().backward()
+        found.append((linear(x).detach(), x.grad))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+    state = ours.weight.quant_state
+    x = torch.randn(3, 256, dtype=torch.float16).requires_grad_()
+    inputs = (x, ours.weight.data, weights._scales(state), state.code, list(state.shape))
+    torch.library.opcheck(product, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_layer_that_does_not_train_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = interpreted("triton_4bit")
+    linear = _linear()
+    weights.multiply_by_kernel(linear)
+    monkeypatch.setattr(module, "_dequantize", None)
+    with torch.no_grad():
+        linear(torch.randn(2, 256, dtype=torch.float16))
+
+
+def test_layers_that_compute_otherwise_are_left_alone() -> None:
+    assert weights._is_plain(_linear())
+    assert not weights._is_plain(_linear(bias=True))
+    assert not weights._is_plain(_linear(inputs=196))  # the last block is not whole
+    assert not weights._is_plain(torch.nn.Linear(2, 2))
+    other = _linear()
+    other.compute_dtype = torch.float32
+    assert not weights._is_plain(other)
+
+
+def test_other_numbers_than_those_of_bitsandbytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = interpreted("triton_4bit")
+    monkeypatch.setattr(module, "dequantize", lambda packed, scales, code, shape, dtype: torch.zeros(shape))
+    assert weights._try_kernel_on(_linear()) == "finds other numbers on this GPU"

@@ -1,0 +1,98 @@
+"""Products with 4-bit weights (QLoRA, arXiv:2305.14314), dequantized in one pass over memory, in Triton.
+
+bitsandbytes dequantizes the scales of double quantization by two kernels of their own, and then the weights. The
+numbers here are the same, bit for bit. This module needs triton; torch's dispatcher calls it as finetune::product_4bit.
+"""
+
+# ruff: noqa: N803 - tensors in memory and what is known at compile time have capitals in Triton
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
+
+#: Scales of one block of doubly quantized ones (bitsandbytes knows no other).
+_SCALES_OF_A_BLOCK = 256
+#: Blocks of weights of one program.
+_TILE = {"BLOCKS": 32, "num_warps": 4}
+
+
+@triton.jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    PACKED, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, CODE, OUT, blocks,
+    BYTES: tl.constexpr, TWICE: tl.constexpr, SCALES_OF_A_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < blocks
+    scale = tl.load(SCALES + block, mask=inside, other=0)
+    if TWICE:
+        scale = tl.load(SCALE_CODE + scale.to(tl.int32))
+        scale = scale * tl.load(SCALE_SCALES + block // SCALES_OF_A_BLOCK, mask=inside, other=0) + tl.load(OFFSET)
+    byte = block[:, None].to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    packed = tl.load(PACKED + byte, mask=inside[:, None], other=0).to(tl.int32)
+    both = tl.interleave(tl.load(CODE + (packed >> 4)), tl.load(CODE + (packed & 15))) * scale[:, None]
+    index = block[:, None].to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    tl.store(OUT + index, both.to(OUT.dtype.element_ty), mask=inside[:, None])
+
+
+@torch.library.custom_op("finetune::dequantize_4bit", mutates_args=())
+def dequantize(
+    packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The weights [outputs, inputs] in `dtype` of two in each byte of `packed`, which are indices into `code` [16].
+
+    `scales`: one for each block of weights, float32; or, quantized once more, uint8 indices, the values they stand for
+    [256], a scale for each 256 of them, and the number to add to all (a scalar).
+    """
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    blocks = scales[0].numel()
+    twice = len(scales) > 1
+    _dequantize[(triton.cdiv(blocks, _TILE["BLOCKS"]),)](
+        packed, *(scales if twice else scales * 4), code, out, blocks,
+        BYTES=out.numel() // blocks // 2, TWICE=twice, SCALES_OF_A_BLOCK=_SCALES_OF_A_BLOCK,
+        enable_fp_fusion=False,  # a fused multiplication and addition rounds once, bitsandbytes twice
+        **_TILE,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("finetune::product_4bit", mutates_args=())
+def product(
+    x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int]
+) -> torch.Tensor:
+    """x W^T [..., outputs] of `x` [..., inputs] and the weights W that `dequantize` makes, in the type of `x`. W does
+    not outlive it: the backward pass dequantizes again."""
+    return torch.nn.functional.linear(x, dequantize(packed, scales, code, shape, x.dtype))
+
+
+@dequantize.register_fake
+def _(packed, scales, code, shape, dtype):  # type: ignore[no-untyped-def]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@product.register_fake
+def _(x, packed, scales, code, shape):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, packed, scales, code, ctx.shape = inputs
+    ctx.save_for_backward(packed, code, *scales)
+
+
+def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    packed, code, *scales = ctx.saved_tensors
+    weights = dequantize(packed, scales, code, ctx.shape, gradient.dtype)
+    return gradient @ weights, None, [None] * len(scales), None, None
+
+
+product.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.finetune.product_4bit)
+def _flops(x: Sequence[int], packed: Any, scales: Any, code: Any, shape: Sequence[int], **_: Any) -> int:
+    return 2 * math.prod(x) * shape[0]
