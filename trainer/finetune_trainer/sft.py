@@ -59,6 +59,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluator = evaluator
         self._meter = meter
         self._loader = loader
+        self._iterator: Iterator[Any] | None = None
+        self._ahead: list[Any] = []  # micro-batches of the next step
         self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
@@ -90,7 +92,10 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step, and the tokens that all processes learn in it."""
-        batches = list(islice(epoch_iterator, num_batches))
+        if epoch_iterator is not self._iterator:
+            self._iterator, self._ahead = epoch_iterator, []
+        batches = [*self._ahead, *islice(epoch_iterator, num_batches - len(self._ahead))]
+        self._ahead = []
         self._meter.tokens += sum(_real_tokens(batch) for batch in batches)
         learned = torch.full((2,), sum(len(batch["target_ids"]) for batch in batches), device=device)
         if self.args.world_size > 1:
@@ -122,16 +127,22 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """This micro-batch's part of the step's loss, which DDP then averages over the processes."""
         return model(**inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)  # type: ignore[no-any-return]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; remembers, without waiting for the device, where the loss went bad.
 
         Raises GivenUp.
         """
         if self.give_up():
             raise GivenUp
-        loss = super().training_step(*args, **kwargs)
-        self._note(loss, self.state.global_step + 1)
-        return loss
+        if not model.training:
+            model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        self._note(loss.detach(), self.state.global_step + 1)
+        if self.accelerator.sync_gradients and self._iterator is not None:
+            self._ahead = list(islice(self._iterator, 1))  # while the device works: at a log line it waits for the host
+        return loss.detach()
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._gradient_norm = super()._get_grad_norm(*args, **kwargs)

@@ -62,8 +62,13 @@ def masks_seeded(inputs: list["_Inputs"], device: torch.device) -> Iterator[None
     2.13, activation_memory_budget below 1).
     """
     try:
-        for each in inputs:
-            each.draw_seed(device)
+        drawing = [each for each in inputs if each.drops]
+        if drawing:
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            seeds = torch.randint(-(2**31), 2**31, (len(drawing),), dtype=torch.int32, device=device)
+            seeds = seeds + rank * _OF_A_PROCESS if rank else seeds
+            for place, each in enumerate(drawing):
+                each.seeds, each.place = seeds, place
         yield
     finally:
         forget(inputs)
@@ -94,17 +99,17 @@ def _is_plain(module: Any) -> bool:
 
 def _adapted(member: Any, inputs: "_Inputs", index: int) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        found, b = member.base_layer(x), member.lora_B[_ADAPTER]
+        found, b, scaling = member.base_layer(x), member.lora_B[_ADAPTER], member.scaling[_ADAPTER]
         if inputs.added_by_kernel and b.bias is None and found.dtype in _HALF and b.in_features <= _LARGEST_RANK:
-            z, weight = inputs(x, index).to(found.dtype), b.weight.to(found.dtype)
+            z, weight = inputs(x, index).to(found.dtype), (b.weight * scaling).to(found.dtype)
             return torch.ops.finetune.add_product(found, z, weight)  # type: ignore[no-any-return]
-        return (found + b(inputs(x, index))).to(found.dtype)  # type: ignore[no-any-return]
+        return (found + b(inputs(x, index) * scaling)).to(found.dtype)  # type: ignore[no-any-return]
 
     return forward
 
 
 class _Inputs:
-    """A dropout(x) * scaling of each member, computed when the first of them asks."""
+    """A dropout(x) of each member, computed when the first of them asks."""
 
     #: Whether triton_lora adds what the members find to their base.
     added_by_kernel = False
@@ -112,7 +117,8 @@ class _Inputs:
     def __init__(self, members: list[Any]) -> None:
         self._members = members
         self._dropout = members[0].lora_dropout[_ADAPTER]
-        self._seed: torch.Tensor | None = None
+        self.seeds: torch.Tensor | None = None  # of all inputs of a layer; ours is the one at `place`
+        self.place = 0
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -124,22 +130,20 @@ class _Inputs:
             self._x = None
         return found
 
-    def draw_seed(self, device: torch.device) -> None:
-        if isinstance(self._dropout, torch.nn.Dropout) and self._dropout.training:
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            drawn = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
-            self._seed = drawn + rank * _OF_A_PROCESS if rank else drawn
+    @property
+    def drops(self) -> bool:
+        return isinstance(self._dropout, torch.nn.Dropout) and self._dropout.training
 
     def clear(self) -> None:
-        self._seed, self._x, self._waiting = None, None, {}
+        self.seeds, self._x, self._waiting = None, None, {}
 
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
         matrices = [member.lora_A[_ADAPTER].weight for member in self._members]
-        dropped = self._dropout(x) if self._seed is None else _dropped(x, self._dropout.p, self._seed)
+        dropped = self._dropout(x) if self.seeds is None else _dropped(x, self._dropout.p, self.seeds[self.place])
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(matrices[0].dtype)
-        found = torch.nn.functional.linear(dropped, torch.cat(matrices)).split([len(each) for each in matrices], -1)
-        return [part * member.scaling[_ADAPTER] for part, member in zip(found, self._members, strict=True)]
+        found = torch.nn.functional.linear(dropped, torch.cat(matrices))
+        return list(found.split([len(each) for each in matrices], -1))
 
 
 def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
