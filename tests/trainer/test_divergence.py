@@ -39,16 +39,16 @@ def _after_backward(change: Callable[[Any], None]) -> Callable[[], None]:
     """Call `change` (trainer) after every forward and backward pass: the loss is what it was."""
 
     def inject() -> None:
-        from trl import SFTTrainer
+        from finetune_trainer.sft import QloraTrainer
 
-        original = SFTTrainer.training_step
+        original = QloraTrainer.training_step
 
         def training_step(self: Any, *args: Any, **options: Any) -> Any:
             loss = original(self, *args, **options)
             change(self)
             return loss
 
-        SFTTrainer.training_step = training_step
+        QloraTrainer.training_step = training_step
 
     return inject
 

@@ -133,10 +133,9 @@ def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest
     kept = layout.tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
     # The first layers are recomputed, and their backward pass comes last: what the others keep is gone by then.
     whole = max(shape.layers - layout.recomputed, min(layout.recomputed, 1))
-    averaged = 4 if layout.processes > 1 else 0  # DDP's own copy of the gradients
     return Memory(
         weights=_weights(shape, spec, layout),
-        adapter=int(adapter_weights(shape, spec) * (4 + 4 + averaged + _OPTIMIZER_BYTES[spec.training.optimizer])),
+        adapter=int(adapter_weights(shape, spec) * (4 + 4 + _OPTIMIZER_BYTES[spec.training.optimizer])),
         activations=int(layout.recomputed * kept + whole * layer),
         workspace=_workspace(shape, spec, layout),
     )

@@ -6,6 +6,7 @@ device.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,8 @@ from trl import SFTTrainer
 
 from finetune_trainer import processes
 from finetune_trainer.engine.batches import Loader, on_device
+from finetune_trainer.engine.gradients import Summed
 from finetune_trainer.engine.optimizer import hasten
-from finetune_trainer.engine.sharding import average_gradients
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
@@ -59,6 +60,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluator = evaluator
         self._meter = meter
         self._loader = loader
+        self._summed: Summed | None = None
         self._iterator: Iterator[Any] | None = None
         self._ahead: list[Any] = []  # micro-batches of the next step
         self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
@@ -77,7 +79,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.world_size > 1 and model is self.model:
-            return average_gradients(model, self.accelerator)
+            self._summed = Summed(each for each in model.parameters() if each.requires_grad)
+            return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # without DDP
         return super()._wrap_model(model, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,8 +127,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """This micro-batch's part of the step's loss, which DDP then averages over the processes."""
-        return model(**inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)  # type: ignore[no-any-return]
+        """This micro-batch's part of the step's loss, a mean over the tokens of all processes."""
+        return model(**inputs) / num_items_in_batch.clamp(min=1)  # type: ignore[no-any-return]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; remembers, without waiting for the device, where the loss went bad.
@@ -138,11 +141,14 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             model.train()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
-        self._note(loss.detach(), self.state.global_step + 1)
-        if self.accelerator.sync_gradients and self._iterator is not None:
+        is_last = self.accelerator.sync_gradients
+        with self._summed.last_pass() if self._summed and is_last else nullcontext():
+            self.accelerator.backward(loss)
+        loss = loss.detach()
+        self._note(loss, self.state.global_step + 1)
+        if is_last and self._iterator is not None:
             self._ahead = list(islice(self._iterator, 1))  # while the device works: at a log line it waits for the host
-        return loss.detach()
+        return loss * self.args.world_size  # the Trainer logs the mean over the processes
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._gradient_norm = super()._get_grad_norm(*args, **kwargs)

@@ -242,8 +242,6 @@ def arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path, model: A
         disable_tqdm=True,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and (plan.world_size or 1) > 1 else None,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # each process computes its own, of its own tokens
         dataloader_pin_memory=not on_cpu,
     )
 

@@ -1,8 +1,8 @@
 """FSDP-QLoRA: the frozen weights of the decoder layers dealt out over the processes, where no GPU can hold them all.
 
 torch's fully_shard gathers a layer while it computes, also in 4 bits, and lets go of it afterwards. What is trained,
-and embeddings and head, stay whole on every process: the adapter's gradients are averaged as without sharding (DDP),
-and optimizers, checkpoints and losses are the same, bit for bit.
+and embeddings and head, stay whole on every process: the adapter's gradients are summed as without sharding, and
+optimizers, checkpoints and losses are the same, bit for bit.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.config import World
 from finetune_trainer.engine import layers
@@ -61,16 +60,3 @@ def _move(module: Any, device: str) -> None:
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device)
-
-
-def average_gradients(model: Any, accelerator: Any) -> DistributedDataParallel:
-    """`model` for training: in the precision of `accelerator`, the adapter's gradients averaged over the processes.
-
-    Frozen weights and buffers are the same everywhere, or dealt out: DDP, told which they are, never sends them.
-    """
-    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    on_gpu = accelerator.device.type == "cuda"
-    devices = [accelerator.local_process_index] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
