@@ -135,6 +135,31 @@ def test_products_in_fp8_are_those_of_the_definition() -> None:
         assert float((ours - expected).norm() / expected.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_products_with_4_bit_weights_are_those_of_bitsandbytes(kind: str, twice: bool) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from finetune_trainer.engine.weights import dequantize_in_one_pass
+
+    settings = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": kind, "compress_statistics": twice}
+    torch.manual_seed(0)
+    plain = Linear4bit(1024, 1000, **settings).bfloat16().cuda()
+    ours = torch.nn.Sequential(plain)
+    x = torch.randn(300, 1024, device="cuda").bfloat16()
+    found = []
+    for layer in (plain, ours):
+        if layer is ours:
+            dequantize_in_one_pass(ours)
+            assert "forward" in vars(plain), "the check at the start failed"
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(torch.ones_like(y))
+        found.append((y.detach(), given.grad))
+    assert torch.equal(found[1][1], found[0][1])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-2, atol=2e-2)  # one may be summed in another order
+
+
 #: FP8 rounds to 3 bits of mantissa: so far may a loss be from that of bf16.
 FP8_TOLERANCE = 3e-2
 

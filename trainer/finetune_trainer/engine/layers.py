@@ -65,7 +65,8 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
         torch._functorch.config.activation_memory_budget = budget
         torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
         torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
-        torch._inductor.config.coordinate_descent_tuning = True  # sizes of tiles are tried out, not guessed
+        torch._inductor.config.coordinate_descent_tuning = True  # sizes of tiles are tried out, not guessed,
+        torch._inductor.config.triton.multi_kernel = 1  # and whether a norm reads its row once or twice
         _tell_cost_of_4_bit_products()
     has_kernels = compiled and _has_kernels(next(layers[0].parameters()).device)
     for index, layer in enumerate(layers):

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 #: Scales of one block of doubly quantized ones (bitsandbytes knows no other).
 _SCALES_OF_A_BLOCK = 256
 #: Blocks of weights of one program.
-_TILE = {"BLOCKS": 32, "num_warps": 4}
+_TILE = {"BLOCKS": 32, "num_warps": 2}
 
 
 @triton.jit
