@@ -13,8 +13,10 @@ import pytest
 from finetune_api.names import ExitCode
 from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
 
-#: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines.
+#: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines; matrices large
+#: enough for 8-bit state, and others.
 RUN = {
+    "lora.rank": 64,
     "training.maxSteps": None,
     "training.epochs": 2,
     "training.batchSize": 4,
