@@ -1,5 +1,6 @@
 """Gradients of two processes are summed, bucket by bucket, in the last pass of a step."""
 
+import functools
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import distributed
 
 from finetune_trainer.engine import gradients
-from finetune_trainer.engine.gradients import Summed
+from finetune_trainer.engine.gradients import GradientReducer
 
 
 def _work(rank: int, store: str, task: Callable[[int], Any], queue: Any) -> None:
@@ -35,16 +36,16 @@ def _in_two(tmp_path: Path, task: Callable[[int], Any]) -> list[Any]:
 
 
 def _parameters(rank: int) -> list[torch.nn.Parameter]:
-    """Four matrices and one in half precision, in buckets of two: not the same on both processes."""
+    """Matrices of two types, in buckets of two: not the same numbers on both processes."""
     gradients._BUCKET = 2 * 6 * 4
     generator = torch.Generator().manual_seed(rank)
-    kinds = [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    kinds = [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32]
     return [torch.nn.Parameter(torch.randn(2, 3, generator=generator).to(kind)) for kind in kinds]
 
 
-def _step(rank: int) -> Any:
+def _step(rank: int, overlapped: bool = True) -> Any:
     parameters = _parameters(rank)
-    summed = Summed(parameters)
+    reducer = GradientReducer(parameters, overlapped=overlapped)
     begun = [each.detach().float().clone() for each in parameters]
     used = parameters[:-1] if rank == 0 else parameters[1:-1]  # the first by one process alone, the last by none
     for last in (False, True):
@@ -53,15 +54,17 @@ def _step(rank: int) -> Any:
             loss.backward()
             passed = [None if each.grad is None else each.grad.float().clone() for each in parameters]
             continue
-        with summed.last_pass():
+        with reducer.synchronized():
             loss.backward()
     again = [each.grad.float().clone() for each in parameters if each.grad is not None]
-    return begun, passed, again, [len(bucket) for bucket in summed._buckets]
+    return begun, passed, again, [len(bucket) for bucket in reducer._buckets]
 
 
-def test_two_processes_begin_alike_and_end_a_step_with_the_sum(tmp_path: Path) -> None:
-    (begun, passed, found, buckets), (begun_1, passed_1, found_1, _) = _in_two(tmp_path, _step)
-    assert buckets == [2, 1, 2]
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_two_processes_begin_alike_and_end_a_step_with_the_sum(overlapped: bool, tmp_path: Path) -> None:
+    step = functools.partial(_step, overlapped=overlapped)
+    (begun, passed, found, buckets), (begun_1, passed_1, found_1, _) = _in_two(tmp_path, step)
+    assert buckets == [2, 2, 1]
     for one, other in zip(begun, begun_1, strict=True):
         assert torch.equal(one, other)
     assert passed[1].eq(1).all() and passed_1[1].eq(2).all()  # before the last pass each has its own
@@ -72,12 +75,12 @@ def test_two_processes_begin_alike_and_end_a_step_with_the_sum(tmp_path: Path) -
 
 def _fail_then_step(rank: int) -> Any:
     parameters = [torch.nn.Parameter(torch.ones(3))]
-    summed = Summed(parameters)
-    with pytest.raises(RuntimeError), summed.last_pass():
+    reducer = GradientReducer(parameters)
+    with pytest.raises(RuntimeError), reducer.synchronized():
         raise RuntimeError("out of memory")
-    parameters[0].sum().backward()  # no last pass: nothing is sent
+    parameters[0].sum().backward()  # not synchronized: nothing is sent
     alone = parameters[0].grad.clone()  # type: ignore[union-attr]
-    with summed.last_pass():
+    with reducer.synchronized():
         parameters[0].sum().backward()
     return alone, parameters[0].grad
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers without waits make the same updates."""
+"""bitsandbytes' optimizers make the same updates by fewer launches and without waits."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW, AdamW8bit, PagedAdamW8bit
 
-from finetune_trainer.engine.optimizer import hasten, unpaged
+from finetune_trainer.engine.optimizer import fuse_updates, unpaged
 
 
 def _parameters() -> list[torch.nn.Parameter]:
@@ -34,7 +34,7 @@ def test_it_waits_only_for_paged_state_and_changes_no_update(
     counted: list[int] = []
     monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda tensor: counted.append(1))
     optimizer = kind(ours, lr=0.01)
-    hasten(optimizer)
+    fuse_updates(optimizer)
     _train(optimizer, ours)
     assert isinstance(optimizer, kind)
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
@@ -58,7 +58,7 @@ def _counting_updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_matrices_are_updated_at_once_but_those_that_would_share_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = []
-    for treat in (lambda optimizer: None, hasten):
+    for treat in (lambda optimizer: None, fuse_updates):
         parameters = [*_parameters(), torch.nn.Parameter(torch.ones(64, 65)), torch.nn.Parameter(torch.ones(4))]
         optimizer = AdamW8bit(parameters, lr=0.01, weight_decay=0.1)
         treat(optimizer)
@@ -72,10 +72,20 @@ def test_matrices_are_updated_at_once_but_those_that_would_share_a_scale(monkeyp
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def test_no_launch_has_more_weights_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.engine.optimizer._MOST_WEIGHTS", 2 * 6144)
+    parameters = _parameters()
+    optimizer = AdamW8bit(parameters, lr=0.01)
+    fuse_updates(optimizer)
+    sizes = _counting_updates(monkeypatch)
+    _train(optimizer, parameters)
+    assert sizes[3:] == [2 * 6144, 6144] * 3
+
+
 @pytest.mark.parametrize("change", ["state is loaded", "weights are put elsewhere", "one has no gradient"])
 def test_updates_stay_right_when(change: str) -> None:
     found = []
-    for treat in (lambda optimizer: None, hasten):
+    for treat in (lambda optimizer: None, fuse_updates):
         parameters = _parameters()
         optimizer = AdamW8bit(parameters, lr=0.01)
         treat(optimizer)

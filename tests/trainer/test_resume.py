@@ -273,3 +273,28 @@ def test_checkpoints_of_another_run_are_neither_used_nor_deleted(tiny_model: Pat
 def _steps_trained(finished: Finished) -> list[int]:
     steps = [event["event"] for event in finished.events if event["event"].startswith("Step ")]
     return [int(event.removeprefix("Step ")) for event in steps]
+
+
+def test_layers_are_in_training_mode_from_the_first_step_of_every_attempt(tiny_model: Path, tmp_path: Path) -> None:
+    def note_modes() -> None:
+        from finetune_trainer.sft import QloraTrainer
+
+        original = QloraTrainer.compute_loss
+
+        def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
+            modes = {module.training for module in self.model.modules()}
+            with (tmp_path / "modes").open("a") as file:
+                file.write(f"{self.state.global_step} {sorted(modes)}\n")
+            return original(self, *args, **options)
+
+        QloraTrainer.compute_loss = compute_loss
+
+    config = _job(tmp_path, tiny_model, {"evaluation.onStart": False, "evaluation.everySteps": 8})
+    first = TrainerProcess(config, tmp_path, before=note_modes)
+    first.wait_for('"event": "Step 2"')
+    first.send(signal.SIGTERM)
+    assert first.finish().exit_code == ExitCode.PREEMPTED
+    assert TrainerProcess(config, tmp_path, before=note_modes).finish().exit_code == 0
+    steps, modes = zip(*(line.split(maxsplit=1) for line in (tmp_path / "modes").read_text().splitlines()), strict=True)
+    assert set(map(int, steps)) == set(range(STEPS))
+    assert set(modes) == {"[True]"}

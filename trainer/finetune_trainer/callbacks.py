@@ -60,6 +60,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     # Reporting
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.model.train()  # once, for it goes through all modules; what leaves the mode also comes back to it
         # Steps since the last log line belong to the next one's average, also across a restart.
         if state.global_step:
             self.trainer._tr_loss += self.run.loss_since_log

@@ -134,7 +134,7 @@ def run(
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
             keep_dequantized(layers.of(loaded)[: plan.cached_layers])
-        if spec.quantization.bits == 4 and not plan.sharded:
+        if spec.quantization.bits == 4 and plan.compiled:
             dequantize_in_one_pass(loaded)
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
         answer_with_loss(adapted.get_base_model())

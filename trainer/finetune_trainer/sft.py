@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer import processes
 from finetune_trainer.engine.batches import Loader, on_device
-from finetune_trainer.engine.gradients import Summed
-from finetune_trainer.engine.optimizer import hasten
+from finetune_trainer.engine.gradients import GradientReducer
+from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
@@ -60,9 +61,9 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluator = evaluator
         self._meter = meter
         self._loader = loader
-        self._summed: Summed | None = None
+        self._reducer: GradientReducer | None = None
         self._iterator: Iterator[Any] | None = None
-        self._ahead: list[Any] = []  # micro-batches of the next step
+        self._prefetched: list[Any] = []  # micro-batches of the next step
         self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
@@ -79,14 +80,16 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.world_size > 1 and model is self.model:
-            self._summed = Summed(each for each in model.parameters() if each.requires_grad)
+            sharded = any(isinstance(each, DTensor) for each in model.parameters())
+            trained = [each for each in model.parameters() if each.requires_grad]
+            self._reducer = GradientReducer(trained, overlapped=not sharded)
             return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # without DDP
         return super()._wrap_model(model, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' optimizer, which does not wait for the device."""
+        """Transformers' optimizer, with one launch for many matrices and no wait for the device."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        hasten(optimizer)
+        fuse_updates(optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> Loader:
@@ -96,9 +99,9 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step, and the tokens that all processes learn in it."""
         if epoch_iterator is not self._iterator:
-            self._iterator, self._ahead = epoch_iterator, []
-        batches = [*self._ahead, *islice(epoch_iterator, num_batches - len(self._ahead))]
-        self._ahead = []
+            self._iterator, self._prefetched = epoch_iterator, []
+        batches = [*self._prefetched, *islice(epoch_iterator, num_batches - len(self._prefetched))]
+        self._prefetched = []
         self._meter.tokens += sum(_real_tokens(batch) for batch in batches)
         learned = torch.full((2,), sum(len(batch["target_ids"]) for batch in batches), device=device)
         if self.args.world_size > 1:
@@ -137,17 +140,17 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.give_up():
             raise GivenUp
-        if not model.training:
-            model.train()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         is_last = self.accelerator.sync_gradients
-        with self._summed.last_pass() if self._summed and is_last else nullcontext():
+        with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
             self.accelerator.backward(loss)
         loss = loss.detach()
         self._note(loss, self.state.global_step + 1)
         if is_last and self._iterator is not None:
-            self._ahead = list(islice(self._iterator, 1))  # while the device works: at a log line it waits for the host
+            self._prefetched = list(
+                islice(self._iterator, 1)
+            )  # while the device works: at a log line it waits for the host
         return loss * self.args.world_size  # the Trainer logs the mean over the processes
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:

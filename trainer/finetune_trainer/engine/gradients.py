@@ -1,5 +1,7 @@
-"""Gradients summed over all processes while the backward pass goes on, as DistributedDataParallel does (Li et al. 2020,
-arXiv:2006.15704). It copies each matrix to and fro; adapters have hundreds of small ones: here a bucket is one copy.
+"""Gradients summed over all processes, while the backward pass goes on, in buckets (Li et al. 2020, arXiv:2006.15704).
+
+torch's DistributedDataParallel, which averages, copies each matrix into its bucket and back. An adapter has hundreds of
+small ones: here filling a bucket is one copy, and gradients stay in it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,48 +15,53 @@ from torch import distributed
 _BUCKET: Final = 32 << 20
 
 
-class Summed:
-    """The gradients of `parameters`, which begin as those of process 0 and are the same types on all processes."""
+class GradientReducer:
+    """Sums the gradients of `parameters`, which begin as those of process 0, in the same order and of the same types on
+    all processes.
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    Where the backward pass itself communicates (FSDP), it must not be `overlapped`: processes that use other parameters
+    would send in another order, and wait for each other forever.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], *, overlapped: bool = True) -> None:
         self._buckets: list[list[torch.nn.Parameter]] = []
-        self._missing: list[int] = []  # gradients that each bucket waits for, only in the last pass of a step
-        self._sent: list[tuple[torch.Tensor, Any]] = []
+        self._pending: list[int] = []  # gradients that each bucket waits for, while synchronized
+        self._sent: list[Any] = []
         for parameter in reversed(list(parameters)):  # about as the backward pass finds them
             distributed.broadcast(parameter.data, src=0)
             number = self._bucket_for(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))  # type: ignore[misc]
+            if overlapped:
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))  # type: ignore[misc]
 
     @contextmanager
-    def last_pass(self) -> Iterator[None]:
+    def synchronized(self) -> Iterator[None]:
         """The backward pass within it is the last of a step: after it every gradient is the sum over all processes,
         and zero where none has found one."""
-        self._missing = [len(bucket) for bucket in self._buckets]
+        self._pending = [len(bucket) for bucket in self._buckets]
         try:
             yield
             while len(self._sent) < len(self._buckets):
                 self._send()
-            for bucket, (vector, work) in zip(self._buckets, self._sent, strict=True):
+            for work in self._sent:
                 work.wait()
-                for parameter, part in zip(bucket, vector.split([each.numel() for each in bucket]), strict=True):
-                    parameter.grad = part.view_as(parameter)
         finally:
-            self._missing, self._sent = [], []
+            self._pending, self._sent = [], []
 
     def _bucket_for(self, parameter: torch.nn.Parameter) -> int:
-        last = self._buckets[-1] if self._buckets else []
-        size = sum(each.numel() * each.element_size() for each in last)
-        if last and size < _BUCKET and last[0].dtype == parameter.dtype:
-            last.append(parameter)
-        else:
-            self._buckets.append([parameter])
+        for number, bucket in reversed(list(enumerate(self._buckets))):
+            if bucket[0].dtype == parameter.dtype:
+                if sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET:
+                    break
+                bucket.append(parameter)
+                return number
+        self._buckets.append([parameter])
         return len(self._buckets) - 1
 
     def _arrived(self, number: int) -> None:
-        if not self._missing:
+        if not self._pending:
             return
-        self._missing[number] -= 1
-        while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+        self._pending[number] -= 1
+        while len(self._sent) < len(self._buckets) and not self._pending[len(self._sent)]:
             self._send()
 
     def _send(self) -> None:
@@ -62,4 +69,6 @@ class Summed:
         bucket = self._buckets[len(self._sent)]
         gradients = (torch.zeros_like(each) if each.grad is None else each.grad for each in bucket)
         vector = torch.cat([each.flatten() for each in gradients])
-        self._sent.append((vector, distributed.all_reduce(vector, async_op=True)))
+        for parameter, part in zip(bucket, vector.split([each.numel() for each in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._sent.append(distributed.all_reduce(vector, async_op=True))

@@ -64,9 +64,10 @@ def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: f
         torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
         torch._functorch.config.activation_memory_budget = budget
         torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
+        torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
         torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
-        torch._inductor.config.coordinate_descent_tuning = True  # sizes of tiles are tried out, not guessed,
-        torch._inductor.config.triton.multi_kernel = 1  # and whether a norm reads its row once or twice
+        torch._inductor.config.coordinate_descent_tuning = True  # tiles that change no number are tried out
+        torch._inductor.config.triton.multi_kernel = 2  # a norm reads its row once
         _tell_cost_of_4_bit_products()
     has_kernels = compiled and _has_kernels(next(layers[0].parameters()).device)
     for index, layer in enumerate(layers):

@@ -13,6 +13,8 @@ _UNPAGED: Final = {"paged_adamw_8bit": (2, "adamw_8bit")}
 #: Weights that share a scale of their 8-bit state (Dettmers et al. 2022, arXiv:2110.02861), and that state.
 _BLOCK: Final = 256
 _STATE: Final = ("state1", "state2", "absmax1", "absmax2")
+#: Weights of one launch: bitsandbytes counts them in 32 bits, and their gradients are copied.
+_MOST_WEIGHTS: Final = 64 << 20
 
 
 def unpaged(name: str, trained: int) -> str:
@@ -22,21 +24,22 @@ def unpaged(name: str, trained: int) -> str:
     return other if trained * each <= _SMALL else name
 
 
-def hasten(optimizer: Any) -> None:
-    """Let an optimizer of bitsandbytes update all matrices at once, and not wait for the GPU after each of them (0.50,
-    Optimizer8bit.step), which only paged state may need: all else is in order on the stream. The updates and what is
-    saved of it are the same; paged and other optimizers are left alone."""
+def fuse_updates(optimizer: Any) -> None:
+    """Let an optimizer of bitsandbytes update many matrices by one launch, and not wait for the GPU after each of them
+    (0.50, Optimizer8bit.step), which only paged state may need: all else is in order on the stream. The updates and
+    what is saved of it are the same; paged and other optimizers are left alone. Settings for single matrices
+    (GlobalOptimManager) would not be heard."""
     with suppress(ImportError):
         from bitsandbytes.optim.optimizer import Optimizer8bit
 
         if isinstance(optimizer, Optimizer8bit) and not optimizer.is_paged:
             kind = type(optimizer)
-            optimizer.__class__ = type(kind.__name__, (_AtOnce, kind), {})
-            optimizer.joined = {}
+            optimizer.__class__ = type(kind.__name__, (_FusedStep, kind), {})
+            optimizer.fused = {}
 
 
 @dataclass
-class _Joined:
+class _FlatParameters:
     """Matrices that follow one another in memory, as do the parts of their state."""
 
     members: list[torch.Tensor]
@@ -44,46 +47,52 @@ class _Joined:
     state: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, members: list[torch.Tensor], states: list[dict[str, Any]]) -> "_Joined":
-        weights, places = _joined([each.data for each in members])
-        for member, place in zip(members, places, strict=True):
-            member.data = place
+    def of(cls, members: list[torch.Tensor], states: list[dict[str, Any]]) -> "_FlatParameters":
+        weights, views = _flat([each.data for each in members])
+        for member, view in zip(members, views, strict=True):
+            member.data = view
         state = {}
         for key in _STATE:
-            state[key], places = _joined([each[key] for each in states])
-            for each, place in zip(states, places, strict=True):
-                each[key] = place
+            state[key], views = _flat([each[key] for each in states])
+            for each, view in zip(states, views, strict=True):
+                each[key] = view
         return cls(members, weights, state)
 
     def holds(self, members: list[torch.Tensor]) -> bool:
         """Whether it is of just these `members`, and their weights still lie where they were put."""
-        places = self.weights.data_ptr() + 4 * torch.tensor([0, *(each.numel() for each in members)]).cumsum(0)
+        views = self.weights.split([each.numel() for each in self.members])
         return len(self.members) == len(members) and all(
-            mine is each and each.data_ptr() == place
-            for mine, each, place in zip(self.members, members, places.tolist(), strict=False)
+            mine is each and each.data_ptr() == view.data_ptr()
+            for mine, each, view in zip(self.members, members, views, strict=True)
         )
 
 
-def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One vector of all `parts`, and each of them as its place there."""
+def _flat(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One vector of all `parts`, and views of it in their shapes."""
     vector = torch.cat([part.flatten() for part in parts])
-    places = vector.split([part.numel() for part in parts])
-    return vector, [place.view(part.shape) for place, part in zip(places, parts, strict=True)]
+    views = vector.split([part.numel() for part in parts])
+    return vector, [view.view(part.shape) for view, part in zip(views, parts, strict=True)]
 
 
-class _AtOnce:
+class _FusedStep:
     """What an optimizer of bitsandbytes becomes. The first update of a matrix, which makes its state, is its own."""
 
-    joined: dict[int, _Joined]
+    fused: dict[tuple[int, int], _FlatParameters]
 
     def step(self, closure: Any = None) -> Any:
         from bitsandbytes.optim import optimizer as module
 
         wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
         done: list[tuple[torch.Tensor, torch.Tensor]] = []
+        before, self.fused = self.fused, {}
         try:
             for index, group in enumerate(self.param_groups):  # type: ignore[attr-defined]
-                done += self._update_at_once(index, group)
+                for number, members in enumerate(self._fusible(group)):
+                    flat = before.get((index, number))
+                    if flat is None or not flat.holds(members):
+                        flat = _FlatParameters.of(members, [self.state[each] for each in members])  # type: ignore[attr-defined]
+                    self.fused[index, number] = flat
+                    done += self._update(flat, index, group)
             for parameter, _ in done:
                 parameter.grad = None
             return super().step(closure)  # type: ignore[misc]
@@ -93,33 +102,38 @@ class _AtOnce:
                 parameter.grad = gradient
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.joined.clear()
+        self.fused.clear()
         super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
+    def _fusible(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
+        """Matrices of `group` to be updated together: with 8-bit state, of whole blocks (else a scale would be shared
+        with another matrix), after as many steps."""
+        runs: list[list[torch.Tensor]] = []
+        size, steps = 0, None
+        for each in group["params"]:
+            state = self.state.get(each, {})  # type: ignore[attr-defined]
+            whole = each.dtype == torch.float32 and each.numel() % _BLOCK == 0
+            if each.grad is None or not whole or any(key not in state for key in _STATE):
+                continue
+            if not runs or state["step"] != steps or size + each.numel() > _MOST_WEIGHTS:
+                runs.append([])
+                size, steps = 0, state["step"]
+            runs[-1].append(each)
+            size += each.numel()
+        return runs
+
     @torch.no_grad()
-    def _update_at_once(self, index: int, group: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Update those of a `group` that can be; returns them and their gradients."""
+    def _update(self, flat: _FlatParameters, index: int, group: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """Update the members of `flat`, of the group `index`, by one launch; returns them and their gradients."""
         state = self.state  # type: ignore[attr-defined]
-        members = [each for each in group["params"] if each.grad is not None and _is_joinable(each, state.get(each))]
-        states = [state[each] for each in members]
-        if len({each["step"] for each in states}) != 1:
-            return []
-        if index not in self.joined or not self.joined[index].holds(members):
-            self.joined[index] = _Joined.of(members, states)
-        joined = self.joined[index]
-        joined.weights.grad = torch.cat([each.grad.flatten() for each in members])
-        state[joined.weights] = states[0] | joined.state
+        gradients = [each.grad for each in flat.members]
+        flat.weights.grad = torch.cat([each.flatten() for each in gradients])  # type: ignore[union-attr]
+        state[flat.weights] = state[flat.members[0]] | flat.state
         try:
-            self.update_step(group, joined.weights, index, 0)  # type: ignore[attr-defined]
+            self.update_step(group, flat.weights, index, 0)  # type: ignore[attr-defined]
         finally:
-            del state[joined.weights]
-            joined.weights.grad = None
-        for each in states:
-            each["step"] += 1
-        return [(each, each.grad) for each in members]
-
-
-def _is_joinable(parameter: torch.Tensor, state: dict[str, Any] | None) -> bool:
-    """Whether it has 8-bit state, of whole blocks: else a scale would be shared with another matrix."""
-    has_state = state is not None and all(key in state for key in _STATE)
-    return has_state and parameter.dtype == torch.float32 and parameter.numel() % _BLOCK == 0
+            del state[flat.weights]
+            flat.weights.grad = None
+        for each in flat.members:
+            state[each]["step"] += 1
+        return list(zip(flat.members, gradients, strict=True))

@@ -34,9 +34,12 @@ def dequantized(linear: Any) -> torch.nn.Linear:
 
 
 def dequantize_in_one_pass(model: Any) -> None:
-    """Let the 4-bit linear layers of `model`, on a GPU, dequantize by our own kernel while they train. Where it fails
-    or finds other numbers than bitsandbytes they stay as they are, and the log says why."""
-    found = [module for module in model.modules() if _is_plain(module)]
+    """Let the 4-bit linear layers of `model`, on a GPU, dequantize by our own kernel while they train. Where it fails,
+    or finds other numbers than bitsandbytes for the first of them, all stay as they are, and the log says why.
+
+    For layers to be compiled: to start it takes the host longer than bitsandbytes' product, which else decides.
+    """
+    found = [module for module in model.modules() if _is_supported(module)]
     if not found or found[0].weight.device.type != "cuda":
         return
     try:
@@ -70,7 +73,7 @@ def _try_kernel_on(linear: Any) -> str | None:
     return None if torch.equal(found, dequantize_4bit(linear.weight.data, state)) else "finds other numbers on this GPU"
 
 
-def _is_plain(module: Any) -> bool:
+def _is_supported(module: Any) -> bool:
     """Whether it is a 4-bit layer that computes in the type of its weights: whole blocks of them, and no bias."""
     from bitsandbytes.nn import Linear4bit
 
