@@ -147,10 +147,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             self.accelerator.backward(loss)
         loss = loss.detach()
         self._note(loss, self.state.global_step + 1)
-        if is_last and self._iterator is not None:
-            self._prefetched = list(
-                islice(self._iterator, 1)
-            )  # while the device works: at a log line it waits for the host
+        if is_last and self._iterator is not None:  # while the device works: at a log line it waits for the host
+            self._prefetched = list(islice(self._iterator, 1))
         return loss * self.args.world_size  # the Trainer logs the mean over the processes
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
