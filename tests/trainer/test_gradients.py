@@ -1,6 +1,7 @@
 """Gradients of two processes are summed, bucket by bucket, in the last pass of a step."""
 
 import functools
+import pickle
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,19 +17,19 @@ from finetune_trainer.engine.gradients import GradientReducer
 
 def _work(rank: int, store: str, task: Callable[[int], Any], queue: Any) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    queue.put((rank, task(rank)))
+    queue.put((rank, pickle.dumps(task(rank))))  # as bytes: a tensor would be shared, and gone with this process
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def _in_two(tmp_path: Path, task: Callable[[int], Any]) -> list[Any]:
     """What `task` (rank) returns in each of two processes."""
-    context = get_context("spawn")
+    context = get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=_work, args=(rank, str(tmp_path / "store"), task, queue)) for rank in (0, 1)]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=60) for _ in processes)
+    found = {rank: pickle.loads(result) for rank, result in (queue.get(timeout=60) for _ in processes)}
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
