@@ -64,7 +64,6 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self._reducer: GradientReducer | None = None
         self._iterator: Iterator[Any] | None = None
         self._prefetched: list[Any] = []  # micro-batches of the next step
-        self.model_accepts_loss_kwargs = True  # the loss is the mean over a whole step's tokens already
         self._first_bad_step: torch.Tensor | None = None
         self._gradient_norm: Any = None
         self._skipped_steps = 0
@@ -123,10 +122,6 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """Not counted: nothing shows it, and counting goes through all parameters."""
         return 0
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Send a micro-batch to the device without waiting for it."""
-        return on_device(inputs, self.args.device)
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -140,8 +135,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.give_up():
             raise GivenUp
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        inputs = on_device(inputs, self.args.device)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         is_last = self.accelerator.sync_gradients
         with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
             self.accelerator.backward(loss)

@@ -11,6 +11,8 @@ from typing import Any, Final
 import torch
 from torch import distributed
 
+from finetune_trainer.engine.flat import flattened
+
 #: Bytes of gradients that are worth a message of their own.
 _BUCKET: Final = 32 << 20
 
@@ -24,14 +26,14 @@ class GradientReducer:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, overlapped: bool = True) -> None:
-        self._buckets: list[list[torch.nn.Parameter]] = []
+        self._buckets = _buckets(reversed(list(parameters)))  # about as the backward pass finds them
         self._pending: list[int] = []  # gradients that each bucket waits for, while synchronized
         self._sent: list[Any] = []
-        for parameter in reversed(list(parameters)):  # about as the backward pass finds them
-            distributed.broadcast(parameter.data, src=0)
-            number = self._bucket_for(parameter)
-            if overlapped:
-                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))  # type: ignore[misc]
+        for number, bucket in enumerate(self._buckets):
+            for parameter in bucket:
+                distributed.broadcast(parameter.data, src=0)
+                if overlapped:
+                    parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))  # type: ignore[misc]
 
     @contextmanager
     def synchronized(self) -> Iterator[None]:
@@ -47,16 +49,6 @@ class GradientReducer:
         finally:
             self._pending, self._sent = [], []
 
-    def _bucket_for(self, parameter: torch.nn.Parameter) -> int:
-        for number, bucket in reversed(list(enumerate(self._buckets))):
-            if bucket[0].dtype == parameter.dtype:
-                if sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET:
-                    break
-                bucket.append(parameter)
-                return number
-        self._buckets.append([parameter])
-        return len(self._buckets) - 1
-
     def _arrived(self, number: int) -> None:
         if not self._pending:
             return
@@ -67,8 +59,20 @@ class GradientReducer:
     def _send(self) -> None:
         """The next bucket: in the same order everywhere, or processes would add what does not belong together."""
         bucket = self._buckets[len(self._sent)]
-        gradients = (torch.zeros_like(each) if each.grad is None else each.grad for each in bucket)
-        vector = torch.cat([each.flatten() for each in gradients])
-        for parameter, part in zip(bucket, vector.split([each.numel() for each in bucket]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        vector, views = flattened([torch.zeros_like(each) if each.grad is None else each.grad for each in bucket])
+        for parameter, view in zip(bucket, views, strict=True):
+            parameter.grad = view
         self._sent.append(distributed.all_reduce(vector, async_op=True))
+
+
+def _buckets(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Buckets of one type each, in the order in which they were begun."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    last: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        bucket = last.get(parameter.dtype)
+        if bucket is None or sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET:
+            bucket = last[parameter.dtype] = []
+            buckets.append(bucket)
+        bucket.append(parameter)
+    return buckets

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import torch
 
+from finetune_trainer.engine.flat import flattened
+
 #: Paging moves an optimizer's state to host memory in need; a state this small (bytes) is not worth it.
 _SMALL: Final = 256 << 20
 #: Bytes of state for each trained weight, and the same algorithm without paging.
@@ -48,12 +50,12 @@ class _FlatParameters:
 
     @classmethod
     def of(cls, members: list[torch.Tensor], states: list[dict[str, Any]]) -> "_FlatParameters":
-        weights, views = _flat([each.data for each in members])
+        weights, views = flattened([each.data for each in members])
         for member, view in zip(members, views, strict=True):
             member.data = view
         state = {}
         for key in _STATE:
-            state[key], views = _flat([each[key] for each in states])
+            state[key], views = flattened([each[key] for each in states])
             for each, view in zip(states, views, strict=True):
                 each[key] = view
         return cls(members, weights, state)
@@ -65,13 +67,6 @@ class _FlatParameters:
             mine is each and each.data_ptr() == view.data_ptr()
             for mine, each, view in zip(self.members, members, views, strict=True)
         )
-
-
-def _flat(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One vector of all `parts`, and views of it in their shapes."""
-    vector = torch.cat([part.flatten() for part in parts])
-    views = vector.split([part.numel() for part in parts])
-    return vector, [view.view(part.shape) for view, part in zip(views, parts, strict=True)]
 
 
 class _FusedStep:
@@ -127,7 +122,7 @@ class _FusedStep:
         """Update the members of `flat`, of the group `index`, by one launch; returns them and their gradients."""
         state = self.state  # type: ignore[attr-defined]
         gradients = [each.grad for each in flat.members]
-        flat.weights.grad = torch.cat([each.flatten() for each in gradients])  # type: ignore[union-attr]
+        flat.weights.grad, _ = flattened(gradients)  # type: ignore[arg-type]
         state[flat.weights] = state[flat.members[0]] | flat.state
         try:
             self.update_step(group, flat.weights, index, 0)  # type: ignore[attr-defined]

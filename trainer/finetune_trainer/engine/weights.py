@@ -58,9 +58,7 @@ def multiply_by_kernel(linear: Any) -> None:
     product = importlib.import_module("finetune_trainer.engine.triton_4bit").product
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        state = linear.weight.quant_state
-        found = product(x.to(state.dtype), linear.weight.data, _scales(state), state.code, list(state.shape))
-        return found.to(x.dtype)  # type: ignore[no-any-return]
+        return product(x.to(linear.compute_dtype), *_packed(linear)).to(x.dtype)  # type: ignore[no-any-return]
 
     linear.forward = while_training(forward, linear.forward)
 
@@ -68,9 +66,10 @@ def multiply_by_kernel(linear: Any) -> None:
 def _try_kernel_on(linear: Any) -> str | None:
     from bitsandbytes.functional import dequantize_4bit
 
-    state, kernel = linear.weight.quant_state, importlib.import_module("finetune_trainer.engine.triton_4bit")
-    found = kernel.dequantize(linear.weight.data, _scales(state), state.code, list(state.shape), state.dtype)
-    return None if torch.equal(found, dequantize_4bit(linear.weight.data, state)) else "finds other numbers on this GPU"
+    dequantize = importlib.import_module("finetune_trainer.engine.triton_4bit").dequantize
+    found = dequantize(*_packed(linear), linear.compute_dtype)
+    expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    return None if torch.equal(found, expected) else "finds other numbers on this GPU"
 
 
 def _is_supported(module: Any) -> bool:
@@ -82,6 +81,12 @@ def _is_supported(module: Any) -> bool:
     state = module.weight.quant_state
     whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
     return whole and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
+
+
+def _packed(linear: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[int]]:
+    """The weights of a 4-bit `linear` layer as triton_4bit takes them."""
+    state = linear.weight.quant_state
+    return linear.weight.data, _scales(state), state.code, list(state.shape)
 
 
 def _scales(state: Any) -> list[torch.Tensor]:
