@@ -27,6 +27,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder: Path = tmp_path_factory.mktemp("dashboards")
     with cluster.namespace("dashboards") as namespace, scene(cluster, namespace, folder, gpus=4) as live:
         give_data(live)
+        live.unseen.add("broken")
         (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
         waiting, broken = job("waiting", batchSize=8), job("broken")
         waiting["spec"]["resources"] = {"gpusPerNode": 8}

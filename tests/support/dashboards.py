@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,8 @@ class Scene:
     namespace: str
     began: float
     """Unix time."""
+    unseen: set[str] = field(default_factory=set)
+    """Jobs that Prometheus never hears of: a short one may end before the first scrape, or after it."""
 
     def refresh(self) -> None:
         def meta(namespace: str, pod: str, labels: Mapping[str, str], port: str) -> dict[str, str]:
@@ -142,6 +144,8 @@ class Scene:
         address = self.operator.url.removeprefix("http://")
         found = [{"targets": [address], "labels": meta("system", "operator-0", self.operator_labels, "http")}]
         for pod in self.kube.list("Pod", self.namespace):
+            if pod["metadata"]["name"].partition("-")[0] in self.unseen:
+                continue
             if (pod.get("status") or {}).get("phase") == "Running" and pod["status"].get("podIP"):
                 (port,) = pod["spec"]["containers"][0]["ports"]
                 labels = meta(self.namespace, pod["metadata"]["name"], pod["metadata"]["labels"], port["name"])
