@@ -1,10 +1,12 @@
-"""The original QLoRA recipe on TRL, measured: the baseline that every speed figure is a ratio to.
+"""The original QLoRA recipe on TRL, measured: the baseline that every speed figure is a ratio to. And on Unsloth.
 
-reference.py build DIR [SHAPE]  random weights of a SHAPE below and a stand-in tokenizer, saved to DIR
-reference.py run DIR '{json}'   train 16 steps; options and their defaults are the .get() calls below
+reference.py build DIR [SHAPE]    random weights of a SHAPE below and a stand-in tokenizer, saved to DIR
+reference.py run DIR '{json}'     train 16 steps; options and their defaults are the .get() calls below
+reference.py unsloth DIR '{json}' the same rows and steps on Unsloth, which must be installed (with its own older TRL)
 """
 
 import json
+import os
 import random
 import sys
 import time
@@ -14,6 +16,7 @@ SHAPES = {
     "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
 }
+LORA = {"r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 def build():
@@ -46,23 +49,12 @@ def build():
     print("built", round(time.time() - t, 1), "s", sum(p.numel() for p in m.parameters()) / 1e9, "B")
 
 
-def run(v):
-    import datasets
+def trl(v):
+    """The model, its tokenizer, and the arguments by which TRL's trainer completes the recipe."""
     import torch
     from peft import LoraConfig, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    datasets.disable_progress_bars()
-    rnd = random.Random(0)
-    g = torch.Generator().manual_seed(0)
-    rows = []
-    longest = v.get("maxlen", 512)
-    for _ in range(v.get("rows", 1200)):
-        n = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
-        rows.append({"input_ids": torch.randint(10, 32768, (n,), generator=g).tolist()})
-    ds = datasets.Dataset.from_list(rows)
-    t = time.time()
     q = (
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -80,42 +72,81 @@ def run(v):
         attn_implementation=v.get("attn", "sdpa"),
         dtype=torch.bfloat16,
     )
-    load = time.time() - t
     if v.get("prep", True) and q:
         m = prepare_model_for_kbit_training(m, use_gradient_checkpointing=v.get("gc", True))
-    tok = AutoTokenizer.from_pretrained(MODEL)
-    lora = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=v.get("dropout", 0.05),
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        bias="none",
-        task_type="CAUSAL_LM",
+    lora = LoraConfig(**LORA, lora_dropout=v.get("dropout", 0.05), task_type="CAUSAL_LM")
+    args = {
+        "optim": v.get("optim", "paged_adamw_8bit"),
+        "gradient_checkpointing": v.get("gc", True),
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "use_liger_kernel": v.get("liger", False),
+        "torch_compile": v.get("compile", False),
+    }
+    return m, AutoTokenizer.from_pretrained(MODEL), {"peft_config": lora}, args
+
+
+def unsloth(v):
+    """The same from Unsloth, with the optimizer that its own notebooks use."""
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    import torch
+    from unsloth import FastLanguageModel
+
+    m, tok = FastLanguageModel.from_pretrained(
+        MODEL,
+        max_seq_length=v.get("maxlen", 512),
+        dtype=torch.bfloat16,
+        load_in_4bit=v.get("quant", True),
+        local_files_only=True,
     )
+    m = FastLanguageModel.get_peft_model(
+        m,
+        **LORA,
+        lora_dropout=v.get("dropout", 0.05),
+        use_gradient_checkpointing=v.get("gc", "unsloth"),
+        random_state=0,
+    )
+    return m, tok, {}, {"optim": v.get("optim", "adamw_8bit")}
+
+
+def run(made_by, v):
+    t = time.time()
+    m, tok, more, options = made_by(v)  # first, for Unsloth changes TRL when imported
+    load = time.time() - t
+
+    import datasets
+    import torch
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    rnd = random.Random(0)
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    longest = v.get("maxlen", 512)
+    for _ in range(v.get("rows", 1200)):
+        n = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
+        rows.append({"input_ids": torch.randint(10, 32768, (n,), generator=g).tolist()})
+    ds = datasets.Dataset.from_list(rows)
     args = SFTConfig(
         output_dir="/tmp/out",
         max_steps=v.get("steps", 16),
         per_device_train_batch_size=v.get("bs", 4),
         gradient_accumulation_steps=v.get("ga", 4),
         learning_rate=2e-4,
-        optim=v.get("optim", "paged_adamw_8bit"),
         lr_scheduler_type="cosine",
         warmup_steps=2,
         weight_decay=0.01,
-        max_length=v.get("maxlen", 512),
+        max_length=longest,
         bf16=True,
-        gradient_checkpointing=v.get("gc", True),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=4,
         report_to="none",
         save_strategy="no",
         packing=v.get("packing", False),
-        use_liger_kernel=v.get("liger", False),
         dataloader_num_workers=v.get("workers", 0),
-        torch_compile=v.get("compile", False),
         remove_unused_columns=True,
+        **options,
     )
-    tr = SFTTrainer(model=m, processing_class=tok, args=args, train_dataset=ds, peft_config=lora)
+    tr = SFTTrainer(model=m, processing_class=tok, args=args, train_dataset=ds, **more)
     st = {"tok": 0, "slots": 0, "t": [], "n": []}
     cl = tr.compute_loss
 
@@ -146,6 +177,7 @@ def run(v):
         "RESULT",
         json.dumps(
             {
+                "on": made_by.__name__,
                 "v": v,
                 "tok_s": round(tk / dt),
                 "slots_s": round(sl / dt),
@@ -160,4 +192,7 @@ def run(v):
 
 
 if __name__ == "__main__":
-    build() if sys.argv[1] == "build" else run(json.loads(sys.argv[3]))
+    if sys.argv[1] == "build":
+        build()
+    else:
+        run(unsloth if sys.argv[1] == "unsloth" else trl, json.loads(sys.argv[3]))
