@@ -5,13 +5,16 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b engine      # what the trainer chooses for GPUs of several sizes
     python benchmarks/gpu/trainer.py /tmp/mistral7b losses      # 100 steps of the fast path beside the plain one
     python benchmarks/gpu/trainer.py /tmp/mistral7b fp8         # training.precision: fp8 beside bf16
-    python benchmarks/gpu/trainer.py /tmp/mistral7b long        # rows of up to 2,048 tokens
+    python benchmarks/gpu/trainer.py /tmp/mistral7b peers       # beside TRL and Unsloth, each at its fastest
+    python benchmarks/gpu/trainer.py /tmp/mistral7b long        # the same with rows of up to 2,048 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
 Words after the table's name pick settings whose name begins with one of them: `engine whole 24`.
+Unsloth wants an older TRL than ours: install it in an environment of its own, and name its interpreter in
+UNSLOTH_PYTHON; without, `peers` and `long` pass over it.
 """
 
 import json
@@ -45,6 +48,9 @@ SPEED = {
         {"bs": 16, "ga": 1, "gc": False},
     ),
 }
+#: At their fastest: without checkpointing, which TRL cannot do without for rows of 2,048 tokens.
+PEERS = {512: {"bs": 16, "ga": 1, "gc": False}, 2048: {"bs": 16, "ga": 1}}
+UNSLOTH = ({"bs": 16, "ga": 1, "gc": False}, {"bs": 16, "ga": 1, "gc": False, "dropout": 0})
 MEMORY = {
     "micro-batch 4, checkpointing": RECIPE,
     "micro-batch 16, checkpointing": [*PLAIN, "training.microBatchSize=16", "training.gradientCheckpointing=enabled"],
@@ -107,7 +113,10 @@ def limited(gib: int) -> str:
     if not gib:
         return ""
     return f"""
+import os
 from dataclasses import replace
+# As the trainer, which is too late here.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from finetune_trainer import hardware
 device = hardware.device
@@ -127,6 +136,11 @@ def write_rows(path: Path, rows: int = 1200, longest: int = 512) -> None:
         for _ in range(rows):
             count = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
             file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
+
+
+def reference(options: dict[str, Any], on: str = "run", python: str = sys.executable) -> None:
+    """Let reference.py measure the same rows, and print what it found, `on` TRL or Unsloth."""
+    subprocess.run([python, HERE / "reference.py", on, MODEL, json.dumps(options)], check=False)
 
 
 def train(
@@ -209,23 +223,27 @@ def main() -> None:
         write_rows(folder / "train.jsonl")
         if sys.argv[2] == "speed":
             for setting, (ours, theirs) in SPEED.items():
-                subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(theirs)], check=False)
+                reference(theirs)
                 print("RESULT", json.dumps(train(folder, setting, ours, 16, 4)), flush=True)
         elif sys.argv[2] == "engine":
-            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
+            reference({})
             write_rows(folder / "eval.jsonl", 32)
             evaluated = [f"dataset.eval=file://{folder}/eval.jsonl", "evaluation.everySteps=20"]
             for gib in ENGINE:
                 name = f"{gib} GiB" if gib else "whole GPU"
                 if _wanted(name):
                     print("RESULT", json.dumps(train(folder, name, evaluated, 60, 10, script=limited(gib))), flush=True)
-        elif sys.argv[2] == "long":
-            best = {"maxlen": 2048, "bs": 16, "ga": 1}
-            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, json.dumps(best)], check=False)
-            write_rows(folder / "train.jsonl", longest=2048)
-            print("RESULT", json.dumps(train(folder, "2,048 tokens", ["training.maxLength=2048"], 24, 4)), flush=True)
+        elif sys.argv[2] in ("peers", "long"):
+            longest = 512 if sys.argv[2] == "peers" else 2048
+            write_rows(folder / "train.jsonl", longest=longest)
+            ours = train(folder, f"{longest} tokens", [f"training.maxLength={longest}"], 40, 5)
+            print("RESULT", json.dumps(ours), flush=True)
+            reference({"maxlen": longest} | PEERS[longest])
+            if python := os.environ.get("UNSLOTH_PYTHON"):
+                for options in UNSLOTH:
+                    reference({"maxlen": longest} | options, "unsloth", python)
         elif sys.argv[2] == "fp8":
-            subprocess.run([sys.executable, HERE / "reference.py", "run", MODEL, "{}"], check=False)
+            reference({})
             for precision in ("bf16", "fp8"):
                 result = train(folder, precision, [f"training.precision={precision}"], 60, 10)
                 print("RESULT", json.dumps(result), flush=True)
