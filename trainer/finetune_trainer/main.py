@@ -23,7 +23,7 @@ from finetune_trainer.digest import Digest
 from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.report import Reporter
 from finetune_trainer.signals import StopFlag, stop_on_signals
-from finetune_trainer.surroundings import leave_at_once, show, work_folder
+from finetune_trainer.surroundings import imported_for_good, leave_at_once, show, work_folder
 from finetune_trainer.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
@@ -43,18 +43,19 @@ def run(
     # Micro-batches have any number of tokens: memory that one has left must serve the next.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
-    from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
-    from finetune_trainer.credentials import Credentials
-    from finetune_trainer.engine import batches, fp8, layers, sharding
-    from finetune_trainer.engine.loss import answer_with_loss
-    from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
-    from finetune_trainer.inputs import Inputs, served_name
-    from finetune_trainer.publish import check_target, publish
-    from finetune_trainer.resume import Checkpoints
-    from finetune_trainer.state import RunFolder, fingerprint
-    from finetune_trainer.store import open_store
-    from finetune_trainer.train import Training
-    from finetune_trainer.verify import ShardedVerifier, Verifier, load_back
+    with imported_for_good():
+        from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
+        from finetune_trainer.credentials import Credentials
+        from finetune_trainer.engine import batches, fp8, layers, sharding
+        from finetune_trainer.engine.loss import answer_with_loss
+        from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
+        from finetune_trainer.inputs import Inputs, served_name
+        from finetune_trainer.publish import check_target, publish
+        from finetune_trainer.resume import Checkpoints
+        from finetune_trainer.state import RunFolder, fingerprint
+        from finetune_trainer.store import open_store
+        from finetune_trainer.train import Training
+        from finetune_trainer.verify import ShardedVerifier, Verifier, load_back
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)

@@ -1,5 +1,6 @@
-"""What surrounds a run in its process: the pages it serves, its bar, its folder, and a way out that is sure."""
+"""What surrounds a run in its process: imports, the pages it serves, its bar, its folder, and an end that is sure."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,6 +21,18 @@ from finetune_trainer.server import serve
 from finetune_trainer.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
+
+
+@contextmanager
+def imported_for_good() -> Iterator[None]:
+    """Import within it what stays to the end: the garbage collector, which would go through all of it again and again
+    (half a million objects of torch and transformers), passes over it for ever."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
