@@ -50,7 +50,7 @@ def build():
 
 
 def trl(v):
-    """The model, its tokenizer, and the arguments by which TRL's trainer completes the recipe."""
+    """The model and its tokenizer, and what else SFTTrainer and SFTConfig take for the recipe."""
     import torch
     from peft import LoraConfig, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -109,9 +109,7 @@ def unsloth(v):
 
 
 def run(made_by, v):
-    t = time.time()
     m, tok, more, options = made_by(v)  # first, for Unsloth changes TRL when imported
-    load = time.time() - t
 
     import datasets
     import torch
@@ -183,7 +181,6 @@ def run(made_by, v):
                 "slots_s": round(sl / dt),
                 "step_s": round(dt / (len(st["t"]) - w), 3),
                 "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "load_s": round(load, 1),
                 "loss": loss,
             }
         ),

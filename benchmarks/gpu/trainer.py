@@ -41,16 +41,18 @@ PLAIN = [
 RECIPE = [*PLAIN, "training.microBatchSize=4", "training.gradientCheckpointing=enabled"]
 #: GiB the trainer may believe the GPU to have; 0: what it has. The engine's choices do the rest.
 ENGINE = (0, 80, 40, 24, 8)
+#: What TRL and Unsloth are fastest with: all rows at once, nothing recomputed.
+FASTEST = {"bs": 16, "ga": 1, "gc": False}
 SPEED = {
     "recipe": (RECIPE, {}),
     "batch 16, no checkpointing": (
         [*PLAIN, "training.microBatchSize=16", "training.gradientCheckpointing=disabled"],
-        {"bs": 16, "ga": 1, "gc": False},
+        FASTEST,
     ),
 }
-#: At their fastest: without checkpointing, which TRL cannot do without for rows of 2,048 tokens.
-PEERS = {512: {"bs": 16, "ga": 1, "gc": False}, 2048: {"bs": 16, "ga": 1}}
-UNSLOTH = ({"bs": 16, "ga": 1, "gc": False}, {"bs": 16, "ga": 1, "gc": False, "dropout": 0})
+#: By length of rows; those of 2,048 tokens would take TRL more memory than there is.
+TRL = {512: FASTEST, 2048: FASTEST | {"gc": True}}
+UNSLOTH = (FASTEST, FASTEST | {"dropout": 0})
 MEMORY = {
     "micro-batch 4, checkpointing": RECIPE,
     "micro-batch 16, checkpointing": [*PLAIN, "training.microBatchSize=16", "training.gradientCheckpointing=enabled"],
@@ -138,9 +140,9 @@ def write_rows(path: Path, rows: int = 1200, longest: int = 512) -> None:
             file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
 
 
-def reference(options: dict[str, Any], on: str = "run", python: str = sys.executable) -> None:
-    """Let reference.py measure the same rows, and print what it found, `on` TRL or Unsloth."""
-    subprocess.run([python, HERE / "reference.py", on, MODEL, json.dumps(options)], check=False)
+def reference(options: dict[str, Any], command: str = "run", python: str = sys.executable) -> None:
+    """Let reference.py measure the same rows on TRL (`run`) or on Unsloth, and print what it found."""
+    subprocess.run([python, HERE / "reference.py", command, MODEL, json.dumps(options)], check=False)
 
 
 def train(
@@ -238,7 +240,7 @@ def main() -> None:
             write_rows(folder / "train.jsonl", longest=longest)
             ours = train(folder, f"{longest} tokens", [f"training.maxLength={longest}"], 40, 5)
             print("RESULT", json.dumps(ours), flush=True)
-            reference({"maxlen": longest} | PEERS[longest])
+            reference({"maxlen": longest} | TRL[longest])
             if python := os.environ.get("UNSLOTH_PYTHON"):
                 for options in UNSLOTH:
                     reference({"maxlen": longest} | options, "unsloth", python)

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from finetune_api import names
+from finetune_trainer.surroundings import imported_for_good
 from support.models import nli_rows, write_jsonl
 
 
@@ -187,12 +188,12 @@ def _forget_processes() -> None:
 @functools.cache
 def _import_everything() -> None:
     """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
-    for name in ("artifacts", "inputs", "publish", "resume", "store_folder", "store_s3", "train", "verify"):
-        importlib.import_module(f"finetune_trainer.{name}")
-    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
-        importlib.import_module(name)
     gc.collect()
-    gc.freeze()
+    with imported_for_good():
+        for name in ("artifacts", "inputs", "publish", "resume", "store_folder", "store_s3", "train", "verify"):
+            importlib.import_module(f"finetune_trainer.{name}")
+        for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+            importlib.import_module(name)
 
 
 def train(config: Path, folder: Path, **options: Any) -> Finished:

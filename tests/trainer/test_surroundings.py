@@ -5,14 +5,11 @@ from finetune_trainer.surroundings import imported_for_good
 
 def test_the_garbage_collector_passes_over_what_is_imported_for_good_and_works_on() -> None:
     gc.collect()
-    try:
-        with imported_for_good():
-            assert not gc.isenabled()
-            kept = {"name": []}
-        assert gc.isenabled()
-        made_later = {"name": []}
-        seen = {id(each) for each in gc.get_objects()}
-        assert id(made_later) in seen
-        assert id(kept) not in seen
-    finally:
-        gc.unfreeze()
+    with imported_for_good():
+        assert not gc.isenabled()
+        kept = {"name": []}
+    assert gc.isenabled()
+    made_later = {"name": []}
+    seen = {id(each) for each in gc.get_objects()}
+    assert id(made_later) in seen
+    assert id(kept) not in seen

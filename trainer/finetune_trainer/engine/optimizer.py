@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from finetune_trainer.engine.flat import flattened
+from finetune_trainer.engine.flat import end_to_end, flattened
 
 #: Paging moves an optimizer's state to host memory in need; a state this small (bytes) is not worth it.
 _SMALL: Final = 256 << 20
@@ -122,7 +122,7 @@ class _FusedStep:
         """Update the members of `flat`, of the group `index`, by one launch; returns them and their gradients."""
         state = self.state  # type: ignore[attr-defined]
         gradients = [each.grad for each in flat.members]
-        flat.weights.grad, _ = flattened(gradients)  # type: ignore[arg-type]
+        flat.weights.grad = end_to_end(gradients)  # type: ignore[arg-type]
         state[flat.weights] = state[flat.members[0]] | flat.state
         try:
             self.update_step(group, flat.weights, index, 0)  # type: ignore[attr-defined]
