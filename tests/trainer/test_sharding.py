@@ -23,11 +23,11 @@ RUN: dict[str, Any] = {
 
 
 def _shard() -> None:
-    from finetune_trainer import sizing
     from finetune_trainer.engine import sharding
+    from finetune_trainer.planning import planner
 
-    original, shard = sizing.make_plan, sharding.shard
-    sizing.make_plan = lambda *args, **options: original(*args, **options).model_copy(update={"sharded": True})
+    original, shard = planner.make_plan, sharding.shard
+    planner.make_plan = lambda *args, **options: original(*args, **options).model_copy(update={"sharded": True})
 
     def announced(model: Any, *args: Any) -> None:
         shard(model, *args)

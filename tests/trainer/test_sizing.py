@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
-from finetune_trainer.memory import GIB, Layout, ModelShape, adapter_weights, predict, selective_budget
-from finetune_trainer.sizing import Device, make_plan
-from finetune_trainer.speed import cost
+from finetune_trainer.planning.cost import cost
+from finetune_trainer.planning.memory import (
+    GIB,
+    Layout,
+    ModelShape,
+    adapter_weights,
+    predict,
+    selective_budget,
+)
+from finetune_trainer.planning.planner import Device, make_plan
 
 CONFIG = {
     "vocab_size": 32768,
@@ -352,7 +359,5 @@ def test_the_budget_of_selective_recomputation_counts_what_does_not_grow_with_to
 
 
 def test_importing_it_imports_no_torch() -> None:
-    code = (
-        "import sys, finetune_trainer.sizing; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
-    )
+    code = "import sys, finetune_trainer.planning.planner; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -44,12 +44,22 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
-        from finetune_trainer import artifacts, data, evaluate, hardware, model, processes, sizing, tokens, trackers
+        from finetune_trainer import (
+            artifacts,
+            data,
+            evaluate,
+            hardware,
+            model,
+            processes,
+            tokens,
+            trackers,
+        )
         from finetune_trainer.credentials import Credentials
         from finetune_trainer.engine import batches, fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.inputs import Inputs, served_name
+        from finetune_trainer.planning import planner
         from finetune_trainer.publish import check_target, publish
         from finetune_trainer.resume import Checkpoints
         from finetune_trainer.state import RunFolder, fingerprint
@@ -108,21 +118,21 @@ def run(
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
     gpu = hardware.device(spec, world)
-    shape = sizing.ModelShape.from_config(base.config.to_dict())
-    plan = sizing.make_plan(
+    shape = planner.ModelShape.from_config(base.config.to_dict())
+    plan = planner.make_plan(
         spec,
         gpu,
         world.size,
         attention,
         shape,
         longest=max(rows.longest for rows in (train_data, held_out) if rows),
-        tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, sizing.packs(spec, gpu, attention)),
+        tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)),
         can_compile=hardware.can_compile(spec),
         has_fp8=hardware.has_fp8(spec, world),
     )
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
-    if not plan.compiled and (reason := sizing.why_not_compile(spec, gpu, bool(plan.packing))):
+    if not plan.compiled and (reason := planner.why_not_compile(spec, gpu, bool(plan.packing))):
         log.info(f"The decoder layers are not compiled: {reason}")
     _leave_if_asked(stop, world)
 

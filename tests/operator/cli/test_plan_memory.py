@@ -7,7 +7,7 @@ import pytest
 
 from finetune_api.manifest import load_text
 from finetune_operator.cli.memory import forecast
-from finetune_trainer.sizing import Device, ModelShape, make_plan
+from finetune_trainer.planning.planner import Device, ModelShape, make_plan
 from support.cli import MANIFEST, finetune, no_traceback
 
 #: Where nothing listens.

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from peft.tuners.lora import LoraLayer
 
-from finetune_trainer.memory import SAME_INPUT
+from finetune_trainer.planning.memory import SAME_INPUT
 
 _ADAPTER: Final = "default"
 _31_BITS: Final = 2**31 - 1

@@ -4,7 +4,7 @@ The unit is the time of one token's forward pass through the linear layers of th
 base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/performance.md).
 """
 
-from finetune_trainer.memory import Layout, ModelShape
+from finetune_trainer.planning.memory import Layout, ModelShape
 
 #: What a pass costs whatever its tokens, on the GPU: products of few rows fill it less well.
 _EACH_PASS = 700

@@ -10,8 +10,13 @@ from dataclasses import dataclass, replace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
-from finetune_trainer.memory import GIB, Layout, ModelShape, predict
-from finetune_trainer.speed import cost
+from finetune_trainer.planning.cost import cost
+from finetune_trainer.planning.memory import (
+    GIB,
+    Layout,
+    ModelShape,
+    predict,
+)
 
 __all__ = ["CPU_MICRO_BATCH", "Device", "ModelShape", "make_plan", "packs", "why_not_compile"]
 
