@@ -41,7 +41,7 @@ def worker(job: dict[str, Any]) -> None:
 
 def _ours(job: dict[str, Any]) -> Any:
     from finetune_api.uri import parse
-    from finetune_trainer.store import Credentials, open_store
+    from finetune_trainer.stores.base import Credentials, open_store
 
     store = open_store(parse(f"s3://{job['bucket']}"), Credentials("output", job["env"]))
     store.exists(job["key"])
@@ -108,7 +108,7 @@ def measure(
     mib: int, rounds: int, kind: str, contestants: Sequence[str] = ("ours", "rclone", "boto3")
 ) -> dict[str, Any]:
     """Seconds and memory of every contestant, each direction, `rounds` times in turn."""
-    from finetune_trainer.digest import digest_file
+    from finetune_trainer.stores.digest import digest_file
 
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name, server(kind, Path(name, "served")) as running:

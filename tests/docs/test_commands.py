@@ -19,9 +19,9 @@ from finetune_api import names
 from finetune_api.manifest import load_text
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
-from finetune_trainer.credentials import Credentials
 from finetune_trainer.publish import publish
-from finetune_trainer.store import open_store
+from finetune_trainer.stores.base import open_store
+from finetune_trainer.stores.credentials import Credentials
 from support import cluster as clusters
 from support import helm_command, operator_process, simulated_trainer
 from support.documents import ROOT, blocks

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune_api import names
-from finetune_trainer.credentials import Credentials, origin, without_userinfo
 from finetune_trainer.errors import failure_of
+from finetune_trainer.stores.credentials import Credentials, origin, without_userinfo
 
 ENV = {"AWS_ACCESS_KEY_ID": "env-id", "AWS_SECRET_ACCESS_KEY": "env-secret", "AWS_SESSION_TOKEN": "env-token"}
 

@@ -14,7 +14,7 @@ from tenacity import Future, RetryCallState
 
 from finetune_api import names
 from finetune_api.names import ExitCode
-from finetune_trainer import s3_retry
+from finetune_trainer.stores.s3 import retry
 from support.faults import Faults, faulty
 from support.s3 import S3Server
 from support.trainer_process import TrainerProcess, job, metrics_lines, train
@@ -25,7 +25,7 @@ ATTEMPTS = 8
 
 def _hurry() -> None:
     """As many retries as in production, with shorter waits."""
-    s3_retry.MAX_WAIT = 0.05
+    retry.MAX_WAIT = 0.05
 
 
 def _put(s3: S3Server, bucket: str, prefix: str, folder: Path) -> str:
@@ -88,7 +88,7 @@ def _whole_or_absent(objects: dict[str, bytes]) -> bool:
 
 def test_waits_between_tries_are_random_below_a_bound_that_grows() -> None:
     """So that many trainers that lost the store at one moment do not all come back at another."""
-    policy = s3_retry.insist(20)
+    policy = retry.insist(20)
 
     def waits(attempt: int) -> list[float]:
         state = RetryCallState(policy, None, (), {})
@@ -96,24 +96,24 @@ def test_waits_between_tries_are_random_below_a_bound_that_grows() -> None:
         state.outcome = Future.construct(attempt, ConnectionError(), has_exception=True)
         return [float(policy.wait(state)) for _ in range(200)]
 
-    bounds = [min(0.1 * 2**attempt, s3_retry.MAX_WAIT) for attempt in range(8)]
+    bounds = [min(0.1 * 2**attempt, retry.MAX_WAIT) for attempt in range(8)]
     for attempt, bound in enumerate(bounds, start=1):
         drawn = waits(attempt)
         assert 0 <= min(drawn) < bound / 10
         assert bound * 0.8 < max(drawn) <= bound
         assert len(set(drawn)) > 190
-    assert bounds[-1] == s3_retry.MAX_WAIT
+    assert bounds[-1] == retry.MAX_WAIT
 
 
 def test_an_outage_is_insisted_on_for_the_patience_given_and_garbled_bytes_for_a_few_tries() -> None:
-    for error, patience, expected in ((ConnectionError(), 0.0, 1), (ValueError("garbled"), 0.0, s3_retry.ATTEMPTS)):
+    for error, patience, expected in ((ConnectionError(), 0.0, 1), (ValueError("garbled"), 0.0, retry.ATTEMPTS)):
         tries: list[int] = []
 
         def fail(error: Exception = error, tries: list[int] = tries) -> None:
             tries.append(1)
             raise error
 
-        policy = s3_retry.insist(patience)
+        policy = retry.insist(patience)
         policy.sleep = lambda seconds: None
         with pytest.raises(type(error)):
             policy(fail)

@@ -23,11 +23,18 @@ from finetune_api import names
 from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint, s3_client, s3_retry
-from finetune_trainer.digest import digest_file
+from finetune_trainer import checkpoint
 from finetune_trainer.publish import check_target, publish
-from finetune_trainer.sources import fetch
-from finetune_trainer.store import Credentials, Store, StoreError, StoreUnavailable, open_store
+from finetune_trainer.stores.base import (
+    Credentials,
+    Store,
+    StoreError,
+    StoreUnavailable,
+    open_store,
+)
+from finetune_trainer.stores.digest import digest_file
+from finetune_trainer.stores.fetch import fetch
+from finetune_trainer.stores.s3 import client, retry
 from support.faults import Faults, Request, faulty
 from support.s3 import S3Server
 
@@ -94,8 +101,8 @@ class Bench:
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many retries as in production, with shorter waits."""
-    monkeypatch.setattr(s3_retry, "MAX_WAIT", 0.05)
-    monkeypatch.setattr(s3_retry, "PATIENCE", 2.0)
+    monkeypatch.setattr(retry, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(retry, "PATIENCE", 2.0)
 
 
 @pytest.fixture
@@ -184,9 +191,9 @@ def test_hundreds_of_faults_make_no_corrupt_publication_and_no_false_success(ben
 
 
 def test_parts_of_a_large_file_survive_faults(bench: Bench, monkeypatch) -> None:
-    monkeypatch.setattr(s3_client, "MULTIPART_BYTES", 6 << 20)
-    monkeypatch.setattr(s3_client, "PART_BYTES", 5 << 20)
-    monkeypatch.setattr(s3_retry, "ATTEMPTS", 30)  # most of these faults break the whole transfer: see it through
+    monkeypatch.setattr(client, "MULTIPART_BYTES", 6 << 20)
+    monkeypatch.setattr(client, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(retry, "ATTEMPTS", 30)  # most of these faults break the whole transfer: see it through
     local, copy = bench.folder / "weights", bench.folder / "copy"
     local.write_bytes(os.urandom(17 << 20))
     expected = digest_file(local)
@@ -207,8 +214,8 @@ def test_parts_of_a_large_file_survive_faults(bench: Bench, monkeypatch) -> None
 
 
 def test_a_large_upload_that_fails_for_good_leaves_no_parts(bench: Bench, monkeypatch) -> None:
-    monkeypatch.setattr(s3_client, "MULTIPART_BYTES", 6 << 20)
-    monkeypatch.setattr(s3_client, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(client, "MULTIPART_BYTES", 6 << 20)
+    monkeypatch.setattr(client, "PART_BYTES", 5 << 20)
     local = bench.folder / "weights"
     local.write_bytes(os.urandom(11 << 20))
     second_part = Faults(rate=1, kinds=("500",), only=lambda request: "partNumber=2" in request.query)
@@ -264,7 +271,7 @@ from pathlib import Path
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
 from finetune_trainer.publish import publish
-from finetune_trainer.store import Credentials, open_store
+from finetune_trainer.stores.base import Credentials, open_store
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")
 publish(Path(sys.argv[1]), store, job=job, base_model="org/base", rank=8, metrics={}, overwrite=False)

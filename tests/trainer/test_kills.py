@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.store_manifest import StoreManifest
+from finetune_trainer.stores.manifest import StoreManifest
 from support.faults import Faults, faulty
 from support.models import nli_rows, write_jsonl
 from support.s3 import S3Server

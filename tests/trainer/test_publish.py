@@ -11,9 +11,16 @@ import pytest
 from finetune_api import names
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.digest import Digest
 from finetune_trainer.publish import check_target, publish
-from finetune_trainer.store import AlreadyExists, BucketNotFound, Credentials, Store, StoreAccessDenied, open_store
+from finetune_trainer.stores.base import (
+    AlreadyExists,
+    BucketNotFound,
+    Credentials,
+    Store,
+    StoreAccessDenied,
+    open_store,
+)
+from finetune_trainer.stores.digest import Digest
 from support.s3 import S3Server
 
 JOB = Metadata(name="nli", namespace="team", uid="1111")

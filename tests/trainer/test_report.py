@@ -9,7 +9,7 @@ import pytest
 from finetune_api.status import TrainerReport
 from finetune_trainer.report import Reporter, termination_message
 from finetune_trainer.state import RunFolder, RunState
-from finetune_trainer.store_manifest import FileRecord, StoreManifest
+from finetune_trainer.stores.manifest import FileRecord, StoreManifest
 
 NO_NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "negative": float("-inf")}
 

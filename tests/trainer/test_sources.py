@@ -9,8 +9,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer.sources import fetch
-from finetune_trainer.store import (
+from finetune_trainer.stores.base import (
     BucketNotFound,
     Credentials,
     StoreAccessDenied,
@@ -18,6 +17,7 @@ from finetune_trainer.store import (
     StoreNotFound,
     StoreUnavailable,
 )
+from finetune_trainer.stores.fetch import fetch
 from support.faults import Faults, Request, faulty
 from support.hub import Hub
 from support.s3 import S3Server
@@ -110,8 +110,8 @@ _FETCHER = """
 import sys
 from pathlib import Path
 from finetune_api.uri import parse
-from finetune_trainer.sources import fetch
-from finetune_trainer.store import Credentials
+from finetune_trainer.stores.fetch import fetch
+from finetune_trainer.stores.base import Credentials
 moved = []
 folder = fetch(parse(sys.argv[1]), Credentials.for_role("model"), Path(sys.argv[2]), moved.append)
 print(sum(moved), folder)
@@ -204,7 +204,7 @@ def hub_credentials(hub: Hub, **values: str) -> Credentials:
 def _no_token_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr("finetune_trainer.sources_hub.ATTEMPTS", 1)
+    monkeypatch.setattr("finetune_trainer.stores.hub.ATTEMPTS", 1)
 
 
 def test_a_hub_model_becomes_a_folder(hub: Hub, folder_model: Path, tmp_path: Path) -> None:

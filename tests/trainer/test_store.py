@@ -10,9 +10,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer import s3_client, s3_etag, s3_retry
-from finetune_trainer.digest import digest_bytes, digest_file
-from finetune_trainer.store import (
+from finetune_trainer.stores.base import (
     AlreadyExists,
     BucketNotFound,
     Credentials,
@@ -24,7 +22,11 @@ from finetune_trainer.store import (
     StoreUnavailable,
     open_store,
 )
-from finetune_trainer.store_folder import FolderStore
+from finetune_trainer.stores.digest import digest_bytes, digest_file
+from finetune_trainer.stores.folder import FolderStore
+from finetune_trainer.stores.s3 import client as s3_client
+from finetune_trainer.stores.s3 import etag as s3_etag
+from finetune_trainer.stores.s3 import retry
 from support.faults import Fault, Faults, faulty
 from support.s3 import S3Server, rclone_server
 
@@ -146,7 +148,7 @@ def test_of_many_writers_that_create_one_wins(exclusive_store: Store) -> None:
 def test_a_download_with_another_digest_is_refused_and_leaves_nothing(
     store: Store, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.s3_retry.ATTEMPTS", 2)
+    monkeypatch.setattr("finetune_trainer.stores.s3.retry.ATTEMPTS", 2)
     store.write_bytes("data", b"changed since")
     with pytest.raises(StoreCorrupted, match="SHA-256"):
         store.download("data", tmp_path / "copy", sha256="0" * 64)
@@ -315,8 +317,8 @@ def test_a_store_that_never_answers_is_unavailable(monkeypatch) -> None:
 @pytest.mark.parametrize("seconds", [s3_client.CONNECT_TIMEOUT, s3_client.CONTROL_READ_TIMEOUT])
 def test_the_time_to_report_an_unreachable_store_is_well_under_a_minute(seconds: float) -> None:
     one_round = s3_client.TRIES * seconds + 1 + 2  # botocore's own waits, at most
-    rounds = 1 if one_round >= s3_retry.PATIENCE else 2
-    assert one_round * rounds + s3_retry.MAX_WAIT <= 45
+    rounds = 1 if one_round >= retry.PATIENCE else 2
+    assert one_round * rounds + retry.MAX_WAIT <= 45
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset"])

@@ -16,12 +16,17 @@ from typing import Final
 import structlog
 
 from finetune_api import names
-from finetune_trainer import store_manifest
-from finetune_trainer.digest import digest_file
 from finetune_trainer.publish import Job
-from finetune_trainer.store import OnProgress, Store
-from finetune_trainer.store_errors import StoreCorrupted, StoreError, StoreNotFound, on_local_disk
-from finetune_trainer.store_manifest import JobReference, StoreManifest
+from finetune_trainer.stores import manifest as store_manifest
+from finetune_trainer.stores.base import OnProgress, Store
+from finetune_trainer.stores.digest import digest_file
+from finetune_trainer.stores.errors import (
+    StoreCorrupted,
+    StoreError,
+    StoreNotFound,
+    on_local_disk,
+)
+from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 log = structlog.get_logger(__name__)
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from finetune_api.manifest import ManifestError
 from finetune_api.names import OUTCOMES, ExitCode
-from finetune_trainer.credentials import without_userinfo
-from finetune_trainer.store_errors import StoreError
+from finetune_trainer.stores.credentials import without_userinfo
+from finetune_trainer.stores.errors import StoreError
 
 #: Exit code of a failure nobody foresaw, and its reason.
 UNEXPECTED = 1

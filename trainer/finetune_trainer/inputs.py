@@ -10,12 +10,12 @@ import structlog
 from finetune_api.uri import Uri, parse
 from finetune_trainer import splits
 from finetune_trainer.config import Settings
-from finetune_trainer.credentials import Credentials
 from finetune_trainer.data import Shard
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.formats import is_data_file
-from finetune_trainer.sources import fetch
-from finetune_trainer.store_errors import BucketNotFound, StoreNotFound
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import BucketNotFound, StoreNotFound
+from finetune_trainer.stores.fetch import fetch
 
 log = structlog.get_logger(__name__)
 #: Weights in formats that can run code when they are read, and copies for other frameworks.

@@ -19,10 +19,10 @@ from finetune_api.status import Adapter
 from finetune_api.uri import parse
 from finetune_trainer import arguments, config, logs
 from finetune_trainer.config import Place, Settings, World
-from finetune_trainer.digest import Digest
 from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.report import Reporter
 from finetune_trainer.signals import StopFlag, stop_on_signals
+from finetune_trainer.stores.digest import Digest
 from finetune_trainer.surroundings import imported_for_good, leave_at_once, show, work_folder
 from finetune_trainer.telemetry import Telemetry
 
@@ -54,7 +54,6 @@ def run(
             tokens,
             trackers,
         )
-        from finetune_trainer.credentials import Credentials
         from finetune_trainer.engine import batches, fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
@@ -63,7 +62,8 @@ def run(
         from finetune_trainer.publish import check_target, publish
         from finetune_trainer.resume import Checkpoints
         from finetune_trainer.state import RunFolder, fingerprint
-        from finetune_trainer.store import open_store
+        from finetune_trainer.stores.base import open_store
+        from finetune_trainer.stores.credentials import Credentials
         from finetune_trainer.train import Training
         from finetune_trainer.verify import ShardedVerifier, Verifier, load_back
 

@@ -18,11 +18,11 @@ from typing import Final, Protocol
 
 from finetune_api import names
 from finetune_api.status import Adapter
-from finetune_trainer import store_manifest
-from finetune_trainer.digest import Digest, digest_file
-from finetune_trainer.store import OnProgress, Store
-from finetune_trainer.store_errors import AlreadyExists, StoreCorrupted
-from finetune_trainer.store_manifest import JobReference, StoreManifest
+from finetune_trainer.stores import manifest as store_manifest
+from finetune_trainer.stores.base import OnProgress, Store
+from finetune_trainer.stores.digest import Digest, digest_file
+from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
+from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 #: Without these no one can load the adapter.
 REQUIRED: Final = (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE)

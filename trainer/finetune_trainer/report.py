@@ -13,7 +13,7 @@ import structlog
 from finetune_api import names
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
-from finetune_trainer.finite import finite
+from finetune_trainer.stores.json_numbers import finite
 
 log = structlog.get_logger(__name__)
 _PREEMPTED = names.OUTCOMES[names.ExitCode.PREEMPTED].reason

@@ -10,11 +10,11 @@ from finetune_api import names
 from finetune_api.uri import parse
 from finetune_trainer import checkpoint, processes
 from finetune_trainer.config import Settings
-from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.state import RunFolder, RunState
-from finetune_trainer.store import Store, open_store
-from finetune_trainer.store_manifest import JobReference, StoreManifest
+from finetune_trainer.stores.base import Store, open_store
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 log = structlog.get_logger(__name__)
 

@@ -15,9 +15,20 @@ from filelock import FileLock
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer import durable, store_manifest
-from finetune_trainer.store import Credentials, Entry, OnProgress, Store, open_store
-from finetune_trainer.store_errors import StoreCorrupted, StoreNotFound, StoreUnavailable, on_local_disk
+from finetune_trainer.stores import fsync, manifest
+from finetune_trainer.stores.base import (
+    Credentials,
+    Entry,
+    OnProgress,
+    Store,
+    open_store,
+)
+from finetune_trainer.stores.errors import (
+    StoreCorrupted,
+    StoreNotFound,
+    StoreUnavailable,
+    on_local_disk,
+)
 
 _FILES_AT_ONCE: Final = 4
 
@@ -43,7 +54,7 @@ def fetch(
     Raises StoreNotFound, StoreUnavailable (a full disk, too), StoreAccessDenied, StoreCorrupted.
     """
     if uri.scheme == "hf":
-        from finetune_trainer.sources_hub import fetch_from_hub
+        from finetune_trainer.stores.hub import fetch_from_hub
 
         return fetch_from_hub(
             uri, credentials, dest / "hub", on_progress, revision=revision, ignore=ignore, field=field
@@ -57,7 +68,7 @@ def fetch(
 
 
 def _in_place(store: Store) -> Path:
-    from finetune_trainer.store_folder import FolderStore
+    from finetune_trainer.stores.folder import FolderStore
 
     assert isinstance(store, FolderStore)
     if not store.exists("") and not store.folder.is_dir():
@@ -73,7 +84,7 @@ def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
         found = "only files that are not used here" if listed else "neither an object nor a prefix"
         raise StoreNotFound(f"{store.field}: {store.root} is {found}")
     for entry in entries:
-        if not store_manifest.is_safe(entry.path):
+        if not manifest.is_safe(entry.path):
             raise StoreNotFound(f"{store.field}: {store.root} holds a key that is no safe file name: {entry.path!r}")
     return entries
 
@@ -117,7 +128,7 @@ def _known_digests(store: Store, entries: list[Entry]) -> dict[str, str]:
     if not any(entry.path == names.MANIFEST_FILE for entry in entries):
         return {}
     try:
-        found = store_manifest.read(store)
+        found = manifest.read(store)
     except StoreCorrupted:  # somebody else's manifest.json
         return {}
     return {file.path: file.sha256 for file in found[0].files} if found else {}
@@ -148,10 +159,10 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _place(partial: Path, target: Path) -> None:
-    durable.sync_folders(partial)
+    fsync.sync_folders(partial)
     try:
         partial.rename(target)
-        durable.sync_folder(target.parent)
+        fsync.sync_folder(target.parent)
     except OSError:
         if not target.is_dir():
             raise

@@ -9,9 +9,9 @@ from typing import Final
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer.credentials import Credentials
-from finetune_trainer.digest import Digest
-from finetune_trainer.store_errors import (
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.errors import (
     AlreadyExists,
     BucketNotFound,
     StoreAccessDenied,
@@ -134,10 +134,10 @@ def open_store(
     """
     field = field or _FIELD_OF_ROLE.get(credentials.role, f"{credentials.role} URI")
     if uri.scheme == "s3":
-        from finetune_trainer.store_s3 import S3Store
+        from finetune_trainer.stores.s3.store import S3Store
 
         return S3Store(uri, credentials, field)
-    from finetune_trainer.store_folder import FolderStore, local_path
+    from finetune_trainer.stores.folder import FolderStore, local_path
 
     env = os.environ if env is None else env
     pvc_root = Path(env.get(names.ENV_PVC_ROOT) or names.PVC_ROOT)

@@ -12,10 +12,10 @@ from botocore.exceptions import InvalidRegionError, PartialCredentialsError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from finetune_trainer import s3_download
-from finetune_trainer.credentials import Credentials, origin
-from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks
-from finetune_trainer.store import OnProgress
+from finetune_trainer.stores.base import OnProgress
+from finetune_trainer.stores.credentials import Credentials, origin
+from finetune_trainer.stores.digest import CHUNK_BYTES, Digest, digest_chunks
+from finetune_trainer.stores.s3 import download
 
 MIB: Final = 1 << 20
 #: Files from this size on travel in parts of PART_BYTES, THREADS at a time.
@@ -55,7 +55,7 @@ class Clients:
         version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
         get = partial(self.data.get_object, Bucket=bucket, Key=key, **version)
         if int(head["ContentLength"]) >= MULTIPART_BYTES:
-            return s3_download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
+            return download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
         with local.open("wb") as file:
 
             def keep(chunk: bytes) -> None:

@@ -9,7 +9,7 @@ from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import RetriesExceededError
 from urllib3.exceptions import HTTPError as Urllib3Error
 
-from finetune_trainer.store_errors import (
+from finetune_trainer.stores.errors import (
     BucketNotFound,
     StoreAccessDenied,
     StoreError,

@@ -14,9 +14,9 @@ from typing import Any, Final
 from botocore.exceptions import IncompleteReadError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from finetune_trainer.digest import Digest, digest_chunks
-from finetune_trainer.s3_retry import is_garbled
-from finetune_trainer.store import OnProgress
+from finetune_trainer.stores.base import OnProgress
+from finetune_trainer.stores.digest import Digest, digest_chunks
+from finetune_trainer.stores.s3.retry import is_garbled
 
 #: Bytes read and written at once, per thread.
 CHUNK_BYTES: Final = 512 * 1024

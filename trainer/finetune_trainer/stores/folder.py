@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import IO, Final
 
 from finetune_api.uri import Uri
-from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_chunks, digest_file
-from finetune_trainer.durable import sync_folder
-from finetune_trainer.store import Entry, OnProgress, Store
-from finetune_trainer.store_errors import (
+from finetune_trainer.stores.base import Entry, OnProgress, Store
+from finetune_trainer.stores.digest import (
+    CHUNK_BYTES,
+    Digest,
+    digest_chunks,
+    digest_file,
+)
+from finetune_trainer.stores.errors import (
     AlreadyExists,
     BucketNotFound,
     StoreAccessDenied,
@@ -22,6 +26,7 @@ from finetune_trainer.store_errors import (
     StoreNotFound,
     StoreUnavailable,
 )
+from finetune_trainer.stores.fsync import sync_folder
 
 _PARTIAL: Final = re.compile(r"^\..+\.[0-9a-f]{32}\.partial$")
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from finetune_trainer.digest import CHUNK_BYTES
+from finetune_trainer.stores.digest import CHUNK_BYTES
 
 _ETAG: Final = re.compile(r'"?([0-9a-f]{32})(?:-(\d+))?"?')
 

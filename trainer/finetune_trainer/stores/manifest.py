@@ -8,10 +8,10 @@ from pydantic import Field, ValidationError, field_validator
 
 from finetune_api import names
 from finetune_api.status import Count, StatusModel
-from finetune_trainer.digest import Digest
-from finetune_trainer.finite import finite
-from finetune_trainer.store import Store
-from finetune_trainer.store_errors import StoreCorrupted, StoreNotFound
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound
+from finetune_trainer.stores.json_numbers import finite
 
 SCHEMA_VERSION: Final = 1
 #: Reads before content counts as wrong: from a server that reports no checksum it may have changed on the way.

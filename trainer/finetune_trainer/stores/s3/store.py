@@ -18,16 +18,30 @@ from botocore.exceptions import ClientError
 
 from finetune_api import names
 from finetune_api.uri import Uri
-from finetune_trainer import durable, s3_client, s3_errors, s3_etag, s3_retry
-from finetune_trainer.credentials import Credentials
-from finetune_trainer.digest import CHUNK_BYTES, Digest, digest_bytes, digest_chunks, digest_file
-from finetune_trainer.store import Entry, OnProgress, Store
-from finetune_trainer.store_errors import (
+from finetune_trainer.stores import fsync
+from finetune_trainer.stores.base import Entry, OnProgress, Store
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.digest import (
+    CHUNK_BYTES,
+    Digest,
+    digest_bytes,
+    digest_chunks,
+    digest_file,
+)
+from finetune_trainer.stores.errors import (
     AlreadyExists,
     StoreCorrupted,
     StoreMisconfigured,
     StoreNotFound,
     on_local_disk,
+)
+from finetune_trainer.stores.s3 import (
+    client as s3_client,
+)
+from finetune_trainer.stores.s3 import (
+    errors,
+    etag,
+    retry,
 )
 
 _DELETE_THREADS: Final = 8
@@ -46,7 +60,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._clients: s3_client.Clients | None = None
         self._bucket_seen = False
-        self._patience = self._seconds(names.ENV_STORE_PATIENCE, s3_retry.PATIENCE)
+        self._patience = self._seconds(names.ENV_STORE_PATIENCE, retry.PATIENCE)
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
@@ -91,7 +105,7 @@ class S3Store(Store):
             try:
                 self._put(path, data, digest, **condition)
             except ClientError as error:
-                if s3_errors.status_of(error) != 412:
+                if errors.status_of(error) != 412:
                     raise
                 # Perhaps our own first try got through and only its answer was lost.
                 if self.read_bytes(path) != data:
@@ -128,7 +142,7 @@ class S3Store(Store):
             head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
             got = self._s3.fetch(self._bucket, self._key(path), partial, head, on_progress)
             self._compare(path, got, head, sha256)
-            durable.replace(partial, local)
+            fsync.replace(partial, local)
 
         with on_local_disk(self._place(path).what, local.parent):
             try:
@@ -182,7 +196,7 @@ class S3Store(Store):
     def _abort_leftovers(self, path: str) -> None:
         """Parts of an upload whose process was killed are invisible, yet paid for; there is one writer to a path."""
         client, key = self._s3.control, self._key(path)
-        with suppress(*s3_errors.S3_ERRORS):  # not every server can, not every key may
+        with suppress(*errors.S3_ERRORS):  # not every server can, not every key may
             for upload in client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", []):
                 if upload["Key"] == key:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload["UploadId"])
@@ -192,7 +206,7 @@ class S3Store(Store):
             try:
                 return dict(self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path)))
             except ClientError as error:
-                if not s3_errors.is_missing_object(error):
+                if not errors.is_missing_object(error):
                     raise
                 self._require_bucket(path)
                 return None
@@ -206,9 +220,9 @@ class S3Store(Store):
         try:
             self._s3.control.head_bucket(Bucket=self._bucket)
         except ClientError as error:
-            if s3_errors.status_of(error) == 404:
-                raise s3_errors.missing_bucket(self._place(path)) from None
-            if s3_errors.status_of(error) != 403:  # allowed to read objects but not the bucket: it is there
+            if errors.status_of(error) == 404:
+                raise errors.missing_bucket(self._place(path)) from None
+            if errors.status_of(error) != 403:  # allowed to read objects but not the bucket: it is there
                 raise
         self._bucket_seen = True
 
@@ -224,7 +238,7 @@ class S3Store(Store):
             if head["ChecksumCRC32"] != expected.crc32_base64:
                 raise self._corrupted(path, "has another checksum than the file sent")
             return
-        if local is not None and s3_etag.vouches_for(head.get("ETag", ""), local, s3_client.PART_BYTES):
+        if local is not None and etag.vouches_for(head.get("ETag", ""), local, s3_client.PART_BYTES):
             return
         if self._read_through(path) != expected:
             raise self._corrupted(path, "does not hold the bytes sent")
@@ -248,29 +262,29 @@ class S3Store(Store):
     def _corrupted(self, path: str, how: str) -> StoreCorrupted:
         return StoreCorrupted(f"{self._place(path).what} {how}")
 
-    def _place(self, path: str) -> s3_errors.Place:
+    def _place(self, path: str) -> errors.Place:
         try:
             endpoint = s3_client.shown_endpoint(self._credentials)
         except s3_client.BadSetting as error:
             raise self._misconfigured(error) from None
-        return s3_errors.Place(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
+        return errors.Place(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
 
     def _misconfigured(self, error: Exception) -> StoreMisconfigured:
-        return s3_errors.bad_setting(error, self.field, self._credentials.secret_field)
+        return errors.bad_setting(error, self.field, self._credentials.secret_field)
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
         try:
             yield
-        except s3_errors.S3_ERRORS as error:
-            if s3_errors.is_missing_object(error):
-                with suppress(*s3_errors.S3_ERRORS):
+        except errors.S3_ERRORS as error:
+            if errors.is_missing_object(error):
+                with suppress(*errors.S3_ERRORS):
                     self._require_bucket(path)
-            raise s3_errors.explain(error, self._place(path)) from error
+            raise errors.explain(error, self._place(path)) from error
 
     def _repeat(self, path: str, run: Callable[[], T]) -> T:
         """Run; again when bytes were lost or changed on the way; errors in the store's words."""
-        policy = s3_retry.insist(self._patience)
+        policy = retry.insist(self._patience)
         with self._explained(path):
             return policy(run)
 

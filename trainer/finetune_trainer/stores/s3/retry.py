@@ -11,8 +11,8 @@ from s3transfer.exceptions import RetriesExceededError
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 from urllib3.exceptions import HTTPError as Urllib3Error
 
-from finetune_trainer.s3_errors import code_of, status_of
-from finetune_trainer.store_errors import StoreCorrupted
+from finetune_trainer.stores.errors import StoreCorrupted
+from finetune_trainer.stores.s3.errors import code_of, status_of
 
 #: Seconds to go on when the store is out of reach or overloaded. FINETUNE_STORE_PATIENCE sets another value.
 PATIENCE: Final = 20.0

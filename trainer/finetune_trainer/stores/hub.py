@@ -11,9 +11,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm.auto import tqdm
 
 from finetune_api.uri import Uri
-from finetune_trainer.credentials import Credentials, origin
-from finetune_trainer.store import OnProgress
-from finetune_trainer.store_errors import (
+from finetune_trainer.stores.base import OnProgress
+from finetune_trainer.stores.credentials import Credentials, origin
+from finetune_trainer.stores.errors import (
     StoreAccessDenied,
     StoreError,
     StoreMisconfigured,
