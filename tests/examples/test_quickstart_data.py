@@ -177,7 +177,7 @@ def tokenizer():
 
 def test_the_tokenizer_gives_every_row_back_and_marks_begin_and_end_once(rows, tokenizer):
     from finetune_api.manifest import load_file
-    from finetune_trainer.tokens import Encoder
+    from finetune_trainer.data.encoding import Encoder
 
     spec = load_file(QUICKSTART / "finetunejob.yaml").spec
     encoder = Encoder(tokenizer, spec.training.max_length)

@@ -8,9 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.data import Encoded
-from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches, Steps, deal, deal_by_length
-from finetune_trainer.tokens import IGNORE
+from finetune_trainer.data.batching import (
+    Collate,
+    Loader,
+    ProcessBatches,
+    Steps,
+    deal,
+    deal_by_length,
+)
+from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.encoding import IGNORE
 
 some_lengths = st.lists(st.integers(1, 512), min_size=1, max_size=64)
 

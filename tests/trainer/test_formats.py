@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import structlog
 
-from finetune_trainer import formats, token_lists
-from finetune_trainer.data import Shard, encode, load_rows
+from finetune_trainer.data import formats, ragged
+from finetune_trainer.data.dataset import Shard, encode, load_rows
+from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.errors import DatasetInvalid
-from finetune_trainer.tokens import Encoder
 
 ROWS = [{"text": "one"}, {"text": 'two\nlines, "quoted"'}, {"text": "drei · 三"}]
 
@@ -110,11 +110,11 @@ def test_what_lies_beside_the_data_is_no_shard(name: str) -> None:
 
 
 def test_token_lists_are_lists_in_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_lists, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(ragged, "_CHUNK_ROWS", 2)
     lists = [[1, 2, 3], [], [70_000], [-100, 4]]
-    kept = token_lists.TokenLists()
+    kept = ragged.TokenLists()
     assert (len(kept), kept.tokens, kept.longest, kept.arrow().to_pylist()) == (0, 0, 0, [])
-    kept = token_lists.TokenLists()
+    kept = ragged.TokenLists()
     for ids in lists:
         kept.append(ids)
     assert (list(kept), kept[1:3], kept[-1], kept.arrow().to_pylist()) == (lists, lists[1:3], lists[-1], lists)

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, MistralConfig
 
+from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine import loss
-from finetune_trainer.engine.batches import Collate
 from finetune_trainer.engine.loss import answer_with_loss, summed_cross_entropy
 
 SMALL = {

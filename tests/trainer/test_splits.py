@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer import splits
 from finetune_trainer.config import Place, World, load
+from finetune_trainer.data import hub_splits
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import Inputs
 from support.hub import Hub
@@ -38,8 +38,8 @@ LAYOUTS: dict[str, tuple[list[str], list[str], list[str]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_are_told_by_the_names_of_files_and_folders(layout: str) -> None:
     paths, train, held_out = LAYOUTS[layout]
-    assert splits.choose(paths, TRAIN, URI) == train
-    assert splits.choose(paths, EVAL, URI) == held_out
+    assert hub_splits.choose(paths, TRAIN, URI) == train
+    assert hub_splits.choose(paths, EVAL, URI) == held_out
 
 
 @pytest.mark.parametrize("layout", ["names", "validation before test", "folders", "shards"])
@@ -71,15 +71,15 @@ UNCLEAR: list[tuple[list[str], tuple[str, ...], str]] = [
 @pytest.mark.parametrize(("paths", "wanted", "sentence"), UNCLEAR)
 def test_what_is_not_clear_is_for_the_user_to_say(paths: list[str], wanted: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
-        splits.choose(paths, wanted, URI)
+        hub_splits.choose(paths, wanted, URI)
     assert sentence in str(caught.value)
 
 
 def test_a_split_can_be_named() -> None:
-    assert splits.named(SFT, "train_sft", URI) == SFT[:1]
-    assert splits.named(["dev.csv", "train.csv"], "validation", URI) == ["dev.csv"]
+    assert hub_splits.named(SFT, "train_sft", URI) == SFT[:1]
+    assert hub_splits.named(["dev.csv", "train.csv"], "validation", URI) == ["dev.csv"]
     with pytest.raises(ValueError, match=rf"{URI} has neither a path nor a split 'trian'; its splits are: test, train"):
-        splits.named(["test.csv", "train.csv"], "trian", URI)
+        hub_splits.named(["test.csv", "train.csv"], "trian", URI)
 
 
 @pytest.fixture

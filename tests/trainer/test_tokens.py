@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import structlog
 
-from finetune_trainer.data import encode
+from finetune_trainer.data.dataset import encode
+from finetune_trainer.data.encoding import (
+    Encoder,
+    check_vocabulary,
+    choose_pad_token,
+    load_tokenizer,
+)
+from finetune_trainer.data.formats import Row
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
-from finetune_trainer.formats import Row
-from finetune_trainer.tokens import Encoder, check_vocabulary, choose_pad_token, load_tokenizer
 
 TEXT = {"text": "[INST] Premise: anna has tea. [/INST] yes"}
 CHAT = {"messages": [{"role": "user", "content": "anna has tea"}, {"role": "assistant", "content": "bruno has none"}]}

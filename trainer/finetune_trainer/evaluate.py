@@ -10,13 +10,13 @@ import torch
 from finetune_api.spec import FineTuneJobSpec, Generation
 from finetune_trainer import nli
 from finetune_trainer.config import World
-from finetune_trainer.data import Encoded, refuse_bad_rows
-from finetune_trainer.engine.batches import Collate, on_device
-from finetune_trainer.formats import Format, Row
+from finetune_trainer.data.batching import Collate, on_device
+from finetune_trainer.data.dataset import Encoded, refuse_bad_rows
+from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.formats import Format, Row
 from finetune_trainer.generate import answers
 from finetune_trainer.model import mixed_precision
 from finetune_trainer.processes import Batches
-from finetune_trainer.tokens import Encoder
 
 _GENERATION_BATCH = 32
 

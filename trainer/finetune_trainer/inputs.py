@@ -8,11 +8,11 @@ from typing import Final
 import structlog
 
 from finetune_api.uri import Uri, parse
-from finetune_trainer import splits
 from finetune_trainer.config import Settings
-from finetune_trainer.data import Shard
+from finetune_trainer.data import hub_splits
+from finetune_trainer.data.dataset import Shard
+from finetune_trainer.data.formats import is_data_file
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
-from finetune_trainer.formats import is_data_file
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import BucketNotFound, StoreNotFound
 from finetune_trainer.stores.fetch import fetch
@@ -132,7 +132,9 @@ class Inputs:
 def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
     """Those of `paths` that are of `split`; '' stands for the one that suits the field."""
     try:
-        chosen = splits.named(paths, split, str(uri)) if split else splits.choose(paths, _SPLITS[field], str(uri))
+        chosen = (
+            hub_splits.named(paths, split, str(uri)) if split else hub_splits.choose(paths, _SPLITS[field], str(uri))
+        )
     except ValueError as error:
         raise DatasetInvalid(f"{field}: {error}") from None
     if len(chosen) < len(paths):

@@ -46,15 +46,14 @@ def run(
     with imported_for_good():
         from finetune_trainer import (
             artifacts,
-            data,
             evaluate,
             hardware,
             model,
             processes,
-            tokens,
             trackers,
         )
-        from finetune_trainer.engine import batches, fp8, layers, sharding
+        from finetune_trainer.data import batching, dataset, encoding
+        from finetune_trainer.engine import fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.inputs import Inputs, served_name
@@ -88,22 +87,22 @@ def run(
         return
     inputs = Inputs(settings)
     model_files = inputs.model_config_and_tokenizer(checkpoints.pinned_commit())
-    train_rows, train_format = data.load_rows(
+    train_rows, train_format = dataset.load_rows(
         inputs.shards(spec.dataset.train, "spec.dataset.train"), spec.dataset.format, spec.dataset.text_field
     )
     eval_rows, eval_format = train_rows[:0], train_format
     if spec.dataset.eval:
-        eval_rows, eval_format = data.load_rows(
+        eval_rows, eval_format = dataset.load_rows(
             inputs.shards(spec.dataset.eval, "spec.dataset.eval"), spec.dataset.format, spec.dataset.text_field
         )
-    tokenizer = tokens.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
+    tokenizer = encoding.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
     base = model.inspect(model_files.folder, spec)
     attention = hardware.attention(spec, base, world)
-    tokens.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
+    encoding.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
     model.check_target_modules(spec.lora.target_modules, base.linear_layers)
-    encoder = tokens.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
-    train_data = data.encode(train_rows, train_format, encoder, "training")
-    held_out = data.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
+    encoder = encoding.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
+    train_data = dataset.encode(train_rows, train_format, encoder, "training")
+    held_out = dataset.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
     to_answer = (
         evaluate.questions(eval_rows, eval_format, encoder, spec.evaluation.generation)
         if "nli" in spec.evaluation.metrics
@@ -126,7 +125,9 @@ def run(
         attention,
         shape,
         longest=max(rows.longest for rows in (train_data, held_out) if rows),
-        tokens=batches.most_tokens(spec, train_data.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)),
+        tokens=batching.most_tokens(
+            spec, train_data.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)
+        ),
         can_compile=hardware.can_compile(spec),
         has_fp8=hardware.has_fp8(spec, world),
     )
@@ -154,7 +155,7 @@ def run(
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             sharding.shard(adapted, world, device)
-    collate = batches.Collate(bool(plan.packing), tokenizer.pad_token_id, plan.micro_batch_size or 1)
+    collate = batching.Collate(bool(plan.packing), tokenizer.pad_token_id, plan.micro_batch_size or 1)
     evaluator = (
         evaluate.Evaluator(
             spec, held_out, to_answer, tokenizer, world, collate, lambda: bool(stop), sharded=bool(plan.sharded)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.formats import Format
+from finetune_trainer.data.formats import Format
 
 Label = Hashable
 #: Largest label set whose confusion matrix goes into the flat metrics.

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer import processes
-from finetune_trainer.engine.batches import Loader, on_device
+from finetune_trainer.data.batching import Loader, on_device
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged

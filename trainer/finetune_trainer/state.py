@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.data import Encoded
+from finetune_trainer.data.dataset import Encoded
 from finetune_trainer.stores.json_numbers import finite
 
 STATE_FILE = "finetune_state.json"

@@ -15,10 +15,10 @@ from trl import SFTConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.callbacks import RunCallback, Tracker, Upload
-from finetune_trainer.data import Encoded
-from finetune_trainer.engine import batches
+from finetune_trainer.data import batching
+from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
+from finetune_trainer.data.dataset import Encoded
 from finetune_trainer.engine.adapters import forget, inputs_of, share_inputs
-from finetune_trainer.engine.batches import Collate, Loader, ProcessBatches
 from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
@@ -146,7 +146,7 @@ class Training:
 
     def _loader(self) -> Loader:
         lengths = self.rows.input_ids.lengths
-        steps = batches.of(self.spec, lengths, self.plan)
+        steps = batching.of(self.spec, lengths, self.plan)
         rank = torch.distributed.get_rank() if steps.world > 1 else 0
         collate = Collate(steps.packed, self.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
         return Loader(self.rows, ProcessBatches(steps, rank), collate, pinned=self.model.device.type == "cuda")
@@ -168,7 +168,7 @@ class Training:
         log.warning(f"The GPU ran out of memory at micro-batch {micro}: going on with {smaller}, same effective batch")
         self.on_out_of_memory()
         plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
-        most = batches.of(self.spec, self.rows.input_ids.lengths, plan).most_tokens
+        most = batching.of(self.spec, self.rows.input_ids.lengths, plan).most_tokens
         plan = plan.model_copy(update={"tokens_per_pass": most})
         self.reporter.plan(plan)
         return plan

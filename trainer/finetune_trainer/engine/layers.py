@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
+from finetune_trainer.data.batching import on_device
 from finetune_trainer.engine.adapters import forget, inputs_of, masks_seeded, while_training
 from finetune_trainer.engine.attention import HOPPER
-from finetune_trainer.engine.batches import on_device
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model import mixed_precision

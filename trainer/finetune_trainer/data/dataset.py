@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import structlog
 
-from finetune_trainer import formats
+from finetune_trainer.data import formats
+from finetune_trainer.data.encoding import IGNORE, Encoder, RowProblem
+from finetune_trainer.data.formats import Format, Row
+from finetune_trainer.data.ragged import TokenLists
 from finetune_trainer.errors import DatasetInvalid
-from finetune_trainer.formats import Format, Row
-from finetune_trainer.token_lists import TokenLists
-from finetune_trainer.tokens import IGNORE, Encoder, RowProblem
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import structlog
 
+from finetune_trainer.data.formats import Format
 from finetune_trainer.errors import ConfigInvalid, reason
-from finetune_trainer.formats import Format
 
 log = structlog.get_logger(__name__)
 IGNORE = -100

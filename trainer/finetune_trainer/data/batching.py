@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data import Encoded
-from finetune_trainer.tokens import IGNORE
+from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.encoding import IGNORE
 
 #: Rows looked at to learn how many tokens a micro-batch will have.
 _LOOKED_AT: Final = 16_384
