@@ -70,9 +70,9 @@ def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
 
 
 def _as_if_there_were_hardware() -> None:
-    from finetune_trainer import hardware
+    from finetune_trainer.runtime import device
 
-    hardware.has_fp8 = lambda *_: True
+    device.has_fp8 = lambda *_: True
 
 
 @pytest.mark.parametrize("quantization", [{"cachedLayers": 1}, {"bits": 16}], ids=str)

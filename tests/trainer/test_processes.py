@@ -6,9 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer import processes
 from finetune_trainer.config import World
-from finetune_trainer.processes import Batches, Interrupted, any_of, on_main
+from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.distributed import (
+    Batches,
+    Interrupted,
+    any_of,
+    on_main,
+)
 
 
 class _Refused(Exception):
@@ -65,7 +70,7 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
             passes[rank] += 1
             return len(batch)
 
-        monkeypatch.setattr(processes, "any_of", counted)
+        monkeypatch.setattr(distributed, "any_of", counted)
         for batch, length in Batches(World(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
             assert len(batch) == length
             kept += batch
@@ -76,7 +81,7 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
 
 def test_a_simulated_process_halves_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[True, False], [False, False], [False, False]])
-    monkeypatch.setattr(processes, "any_of", lambda world, *flags: next(answers))
+    monkeypatch.setattr(distributed, "any_of", lambda world, *flags: next(answers))
     results = Batches(World(1, 1, 2), 4).run(range(8), sum)
     assert results == [(range(1, 5, 2), 4), (range(5, 9, 2), 12)]
 
@@ -87,6 +92,6 @@ def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> N
 
 
 def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
-    sent = processes._portable(_Refused("output.uri", "is taken"))
+    sent = distributed._portable(_Refused("output.uri", "is taken"))
     assert (type(sent), str(sent)) == (RuntimeError, "output.uri: is taken")
-    assert isinstance(processes._portable(KeyError("x")), KeyError)
+    assert isinstance(distributed._portable(KeyError("x")), KeyError)

@@ -155,7 +155,7 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
             pool.submit(time.sleep, 1000).result()
 
     def inject() -> None:
-        from finetune_trainer import signals
+        from finetune_trainer.runtime import signals
 
         signals.PATIENCE = 0.2
         _stop_in("model.load_base", wait_for_a_thread)()

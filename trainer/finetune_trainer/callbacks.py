@@ -16,8 +16,8 @@ from finetune_trainer.errors import Diverged
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import save_adapter
 from finetune_trainer.report import Reporter
-from finetune_trainer.rng import RngState
-from finetune_trainer.signals import StopFlag
+from finetune_trainer.runtime.rng import RngState
+from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.state import RunFolder, RunState
 
 log = structlog.get_logger(__name__)

@@ -16,7 +16,7 @@ from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.formats import Format, Row
 from finetune_trainer.generate import answers
 from finetune_trainer.model import mixed_precision
-from finetune_trainer.processes import Batches
+from finetune_trainer.runtime.distributed import Batches
 
 _GENERATION_BATCH = 32
 

@@ -21,7 +21,7 @@ from finetune_trainer import arguments, config, logs
 from finetune_trainer.config import Place, Settings, World
 from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.report import Reporter
-from finetune_trainer.signals import StopFlag, stop_on_signals
+from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
 from finetune_trainer.stores.digest import Digest
 from finetune_trainer.surroundings import imported_for_good, leave_at_once, show, work_folder
 from finetune_trainer.telemetry import Telemetry
@@ -47,9 +47,7 @@ def run(
         from finetune_trainer import (
             artifacts,
             evaluate,
-            hardware,
             model,
-            processes,
             trackers,
         )
         from finetune_trainer.data import batching, dataset, encoding
@@ -60,6 +58,8 @@ def run(
         from finetune_trainer.planning import planner
         from finetune_trainer.publish import check_target, publish
         from finetune_trainer.resume import Checkpoints
+        from finetune_trainer.runtime import device as hardware
+        from finetune_trainer.runtime import distributed
         from finetune_trainer.state import RunFolder, fingerprint
         from finetune_trainer.stores.base import open_store
         from finetune_trainer.stores.credentials import Credentials
@@ -76,9 +76,9 @@ def run(
         parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
     )
     checkpoints = Checkpoints(settings, on_saved=telemetry.checkpoint_saved)
-    already = processes.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
+    already = distributed.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
     if already:
-        found = processes.on_main(world, lambda: load_back(output, work / "published"))
+        found = distributed.on_main(world, lambda: load_back(output, work / "published"))
         reporter.metrics(found.metrics or {})
         reporter.progress(step=found.step or 0, total_steps=found.step)
         if world.is_main and not spec.output.keep_checkpoints:
@@ -170,7 +170,7 @@ def run(
         reporter.stage("Evaluating", "Measuring the base model before training")
         try:
             state.before = evaluator(adapted)
-        except processes.Interrupted:
+        except distributed.Interrupted:
             raise _asked_to_stop(stop) from None
         reporter.metrics(state.metrics_before())
         track(0, state.metrics_before())
@@ -272,9 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _leave_if_asked(stop: StopFlag, world: World) -> None:
     """Raise Preempted on every process when any was asked to stop: none may wait for one that has left."""
-    from finetune_trainer import processes
+    from finetune_trainer.runtime import distributed
 
-    (stopping,) = processes.any_of(world, bool(stop))
+    (stopping,) = distributed.any_of(world, bool(stop))
     if stopping:
         raise _asked_to_stop(stop)
 

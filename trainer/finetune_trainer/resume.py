@@ -8,9 +8,10 @@ import structlog
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint, processes
+from finetune_trainer import checkpoint
 from finetune_trainer.config import Settings
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.runtime import distributed
 from finetune_trainer.state import RunFolder, RunState
 from finetune_trainer.stores.base import Store, open_store
 from finetune_trainer.stores.credentials import Credentials
@@ -47,7 +48,7 @@ class Checkpoints:
         Later attempts keep to it: a branch may have moved since, be it by a word in the README, and a run that is
         preempted for the tenth time must not end for that. None for a first attempt.
         """
-        manifest = processes.on_main(self._world, lambda: checkpoint.newest(self._store))
+        manifest = distributed.on_main(self._world, lambda: checkpoint.newest(self._store))
         is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
         return manifest.base_commit if manifest and is_ours and self._job.uid else None
 
@@ -59,7 +60,7 @@ class Checkpoints:
         are another run's, unless output.overwrite says to drop them.
         """
         self._base_commit = base_commit
-        found, state = processes.on_main(self._world, lambda: self._newest(folder, fingerprint))
+        found, state = distributed.on_main(self._world, lambda: self._newest(folder, fingerprint))
         if found is None or self._world.is_main:
             return found, state
         local = folder.checkpoint(state.step)

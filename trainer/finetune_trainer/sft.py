@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
-from finetune_trainer import processes
 from finetune_trainer.data.batching import Loader, on_device
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
@@ -24,7 +23,8 @@ from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights, save_adapter
-from finetune_trainer.processes import Interrupted
+from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.distributed import Interrupted
 
 #: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
 #: and the gradients are infinite whatever the scale.
@@ -73,7 +73,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self.on_interrupted: Callable[[], None] = lambda: None
         #: Whether this process is to stop; asked at each step.
         self.asked_to_stop: Callable[[], bool] = lambda: False
-        self._stop_agreed: processes.Later | None = None
+        self._stop_agreed: distributed.Later | None = None
         #: Asked before each micro-batch.
         self.give_up: Callable[[], bool] = lambda: False
 
@@ -106,7 +106,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         if self.args.world_size > 1:
             learned[1] = int(self.asked_to_stop())
             torch.distributed.all_reduce(learned)
-            self._stop_agreed = processes.Later(learned[1])
+            self._stop_agreed = distributed.Later(learned[1])
         return batches, learned[0]
 
     def agreed_to_stop(self) -> bool:

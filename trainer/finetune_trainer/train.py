@@ -27,8 +27,8 @@ from finetune_trainer.meter import Meter
 from finetune_trainer.model import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.report import Reporter
+from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.sft import GivenUp, QloraTrainer
-from finetune_trainer.signals import StopFlag
 from finetune_trainer.state import RunFolder, RunState
 
 log = structlog.get_logger(__name__)

@@ -24,7 +24,7 @@ from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model import mixed_precision
-from finetune_trainer.rng import RngState
+from finetune_trainer.runtime.rng import RngState
 
 log = structlog.get_logger(__name__)
 #: Arguments of a layer beside its input, and which of their dimensions differ from one micro-batch to the next.

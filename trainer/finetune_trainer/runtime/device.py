@@ -17,7 +17,7 @@ from finetune_trainer.engine import fp8, layers
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model import BaseModel
 from finetune_trainer.planning.planner import Device
-from finetune_trainer.processes import PATIENCE, least
+from finetune_trainer.runtime.distributed import PATIENCE, least
 
 log = structlog.get_logger(__name__)
 
