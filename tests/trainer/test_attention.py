@@ -14,7 +14,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.config import World
 from finetune_trainer.engine import attention
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.model import BaseModel
+from finetune_trainer.model.base import BaseModel
 from finetune_trainer.runtime import device as hardware
 from support.triton import interpreted
 

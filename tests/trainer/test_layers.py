@@ -16,7 +16,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate, _order
 from finetune_trainer.engine import layers
 from finetune_trainer.engine.adapters import share_inputs
-from finetune_trainer.model import _keep_weights_trainable, load_adapter_weights, save_adapter
+from finetune_trainer.model.base import _keep_weights_trainable, load_adapter_weights, save_adapter
 from support.models import build_model
 from support.trainer_process import job, metrics_lines, train
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer import model
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model import base as model
 
 
 def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:

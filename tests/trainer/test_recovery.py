@@ -105,7 +105,7 @@ def test_weights_that_do_not_fit_are_no_matter_of_the_micro_batch(tiny_model: Pa
     def inject() -> None:
         import torch
 
-        from finetune_trainer import model
+        from finetune_trainer.model import base as model
 
         def load_base(*args: Any, **options: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")

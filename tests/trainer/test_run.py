@@ -187,7 +187,7 @@ def test_an_adapter_is_not_replaced_by_one_that_does_not_load(tiny_model: Path, 
     def spoil_what_is_saved() -> None:
         from safetensors.torch import load_file, save_file
 
-        from finetune_trainer import model
+        from finetune_trainer.model import base as model
 
         original = model.save_adapter
 

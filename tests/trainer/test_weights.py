@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_trainer.engine import layers
 from finetune_trainer.engine.weights import dequantized, keep_dequantized
-from finetune_trainer.model import _keep_weights_trainable
+from finetune_trainer.model.base import _keep_weights_trainable
 from support.trainer_process import job, metrics_lines, train
 
 

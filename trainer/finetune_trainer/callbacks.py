@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import Diverged
 from finetune_trainer.meter import Meter
-from finetune_trainer.model import save_adapter
+from finetune_trainer.model.base import save_adapter
 from finetune_trainer.report import Reporter
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.signals import StopFlag

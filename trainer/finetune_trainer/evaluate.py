@@ -15,7 +15,7 @@ from finetune_trainer.data.dataset import Encoded, refuse_bad_rows
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.formats import Format, Row
 from finetune_trainer.generate import answers
-from finetune_trainer.model import mixed_precision
+from finetune_trainer.model.base import mixed_precision
 from finetune_trainer.runtime.distributed import Batches
 
 _GENERATION_BATCH = 32

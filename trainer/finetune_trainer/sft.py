@@ -22,7 +22,7 @@ from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
-from finetune_trainer.model import load_adapter_weights, save_adapter
+from finetune_trainer.model.base import load_adapter_weights, save_adapter
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.distributed import Interrupted
 

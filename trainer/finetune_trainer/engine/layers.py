@@ -23,7 +23,7 @@ from finetune_trainer.engine.adapters import forget, inputs_of, masks_seeded, wh
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
-from finetune_trainer.model import mixed_precision
+from finetune_trainer.model.base import mixed_precision
 from finetune_trainer.runtime.rng import RngState
 
 log = structlog.get_logger(__name__)

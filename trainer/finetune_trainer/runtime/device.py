@@ -15,7 +15,7 @@ from finetune_trainer.config import World
 from finetune_trainer.engine import attention as varlen
 from finetune_trainer.engine import fp8, layers
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.model import BaseModel
+from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.planner import Device
 from finetune_trainer.runtime.distributed import PATIENCE, least
 
