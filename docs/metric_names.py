@@ -43,8 +43,8 @@ def operator() -> list[Metric]:
 def trainer() -> list[Metric]:
     """The trainer's metrics, with every value known."""
     from finetune_api.status import ExecutionPlan, Progress, TrainerReport
-    from finetune_trainer import gpu_metrics
-    from finetune_trainer.telemetry import Telemetry
+    from finetune_trainer.reporting import gpu
+    from finetune_trainer.reporting.prometheus import Telemetry
 
     telemetry = Telemetry()
     progress = Progress(
@@ -68,7 +68,7 @@ def trainer() -> list[Metric]:
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=0),
         NVMLError_NotSupported=RuntimeError,
     )
-    known = {metric.name: metric for metric in gpu_metrics.GpuCollector(nvml).collect()}
+    known = {metric.name: metric for metric in gpu.GpuCollector(nvml).collect()}
     known |= {metric.name: metric for metric in _collected(telemetry.registry)}
     return list(known.values())
 

@@ -11,10 +11,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_memory_and_utilization_of_every_gpu_are_scraped() -> None:
-    from finetune_trainer import gpu_metrics
+    from finetune_trainer.reporting import gpu
 
     registry = CollectorRegistry()
-    assert gpu_metrics.register(registry)
+    assert gpu.register(registry)
     held = torch.ones(2**30, dtype=torch.bfloat16, device="cuda")  # 2 GiB
     square = held[: 2**26].view(2**13, 2**13)
     end = time.monotonic() + 3

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from finetune_api import names
-from finetune_trainer.surroundings import imported_for_good
+from finetune_trainer.reporting.setup import imported_for_good
 from support.models import nli_rows, write_jsonl
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_api.status import ExecutionPlan, Progress, TrainerReport
-from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.reporting.prometheus import Telemetry
 
 
 def scrape(telemetry: Telemetry) -> dict[str, float]:

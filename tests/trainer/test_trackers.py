@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_api.names import ExitCode
-from finetune_trainer import trackers
+from finetune_trainer.reporting import trackers
 from support.trainer_pair import Pair
 from support.trainer_process import TrainerProcess, job, metrics_lines, train
 
@@ -147,7 +147,7 @@ def test_of_two_processes_one_alone_opens_a_run(tiny_model: Path, tmp_path: Path
 
 def test_a_tracker_that_fails_midway_is_a_warning(tiny_model: Path, tmp_path: Path) -> None:
     def break_telemetry() -> None:
-        from finetune_trainer.telemetry import Telemetry
+        from finetune_trainer.reporting.prometheus import Telemetry
 
         def track(self: Any, step: int, values: Any) -> None:
             raise RuntimeError("no more")

@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import Diverged
 from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import save_adapter
-from finetune_trainer.report import Reporter
+from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.state import RunFolder, RunState

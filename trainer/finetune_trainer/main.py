@@ -17,14 +17,20 @@ from rich.console import Console
 from finetune_api.manifest import ManifestError
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer import arguments, config, logs
+from finetune_trainer import arguments, config
 from finetune_trainer.config import Place, Settings, World
 from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
-from finetune_trainer.report import Reporter
+from finetune_trainer.reporting import logs
+from finetune_trainer.reporting.prometheus import Telemetry
+from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.reporting.setup import (
+    imported_for_good,
+    leave_at_once,
+    show,
+    work_folder,
+)
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
 from finetune_trainer.stores.digest import Digest
-from finetune_trainer.surroundings import imported_for_good, leave_at_once, show, work_folder
-from finetune_trainer.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +50,7 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
-        from finetune_trainer import artifacts, evaluate, trackers
+        from finetune_trainer import artifacts, evaluate
         from finetune_trainer.data import batching, dataset, encoding
         from finetune_trainer.engine import fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
@@ -53,6 +59,7 @@ def run(
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner
         from finetune_trainer.publish import check_target, publish
+        from finetune_trainer.reporting import trackers
         from finetune_trainer.resume import Checkpoints
         from finetune_trainer.runtime import device as hardware
         from finetune_trainer.runtime import distributed

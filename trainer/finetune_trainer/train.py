@@ -26,7 +26,7 @@ from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget
-from finetune_trainer.report import Reporter
+from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.sft import GivenUp, QloraTrainer
 from finetune_trainer.state import RunFolder, RunState

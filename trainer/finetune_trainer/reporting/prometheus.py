@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from finetune_api.status import Stage, TrainerReport
-from finetune_trainer import gpu_metrics
+from finetune_trainer.reporting import gpu
 
 _CHECKPOINT_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300)
 
@@ -34,7 +34,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        gpu_metrics.register(self.registry)
+        gpu.register(self.registry)
         self._gauges: dict[str, Gauge] = {}
         self._stages = _Stages(
             Gauge(

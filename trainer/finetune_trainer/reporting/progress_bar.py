@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from finetune_api.status import TrainerReport
-from finetune_trainer.report import Reporter
+from finetune_trainer.reporting.report import Reporter
 
 
 @contextmanager
