@@ -102,7 +102,7 @@ def test_an_early_stop_that_a_given_up_evaluation_would_have_brought_comes_witho
     last = whole.report["progress"]["step"]
 
     def stop_in_the_last() -> None:
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         original, calls = Evaluator._loss, []
 

@@ -165,7 +165,7 @@ def test_what_rank_0_finds_wrong_ends_all_with_its_reason(s3: S3Server, tiny_mod
 
 def test_one_that_is_stopped_in_the_first_evaluation_stops_all(tiny_model: Path, tmp_path: Path) -> None:
     def slow_evaluation() -> None:
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         original = Evaluator._sum_of_batch
 

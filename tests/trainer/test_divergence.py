@@ -141,7 +141,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny_model: Path, tmp_path:
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_held_out_loss_that_is_no_number_is_divergence(value: str, tiny_model: Path, tmp_path: Path) -> None:
     def inject() -> None:
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         original, calls = Evaluator._loss, []
 
@@ -160,7 +160,7 @@ def test_a_held_out_loss_that_is_no_number_is_divergence(value: str, tiny_model:
 
 def test_an_adapter_whose_loss_is_no_number_is_not_published(tiny_model: Path, tmp_path: Path) -> None:
     def inject() -> None:
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         Evaluator.loss_of = lambda *args, **options: float("nan")
 

@@ -2,7 +2,13 @@
 
 import pytest
 
-from finetune_trainer.nli import Answer, first_object, read_answer, score, split_row
+from finetune_trainer.evaluation.nli import (
+    Answer,
+    first_object,
+    read_answer,
+    score,
+    split_row,
+)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_an_evaluation_that_ran_out_of_memory_is_done_after_all(tiny_model: Path
     def inject() -> None:
         import torch
 
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         original, raised = Evaluator._loss, []
 
@@ -185,8 +185,8 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
     def inject() -> None:
         import torch
 
-        from finetune_trainer import evaluate
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation import evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         def limited(original: Any, size: Any) -> Any:
             def call(*args: Any, **options: Any) -> Any:
@@ -197,7 +197,7 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
             return call
 
         Evaluator._sum_of_batch = limited(Evaluator._sum_of_batch, lambda args: len(args[2]))
-        evaluate.answers = limited(evaluate.answers, lambda args: len(args[2]))
+        evaluator.answers = limited(evaluator.answers, lambda args: len(args[2]))
 
     nli = {"evaluation.metrics": ["loss", "nli"], "evaluation.generation": {"maxNewTokens": 4}}
     plain = train(job(tmp_path / "plain", tiny_model, RUN | nli), tmp_path / "plain")

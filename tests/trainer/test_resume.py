@@ -81,7 +81,7 @@ def _stop_in_batch(number: int) -> Callable[[], None]:
     """SIGTERM in the n-th batch of held-out rows; each evaluation takes five, and the first is before training."""
 
     def inject() -> None:
-        from finetune_trainer.evaluate import Evaluator
+        from finetune_trainer.evaluation.evaluator import Evaluator
 
         original, calls = Evaluator._sum_of_batch, []
 

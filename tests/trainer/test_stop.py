@@ -83,9 +83,9 @@ def test_an_answer_being_generated_is_given_up(tiny_model: Path, tmp_path: Path)
     log = tmp_path / "tokens"
 
     def stop_at_a_token() -> None:
-        from finetune_trainer import generate
+        from finetune_trainer.evaluation import generation
 
-        original, tokens = generate._FirstObject.__call__, []
+        original, tokens = generation._FirstObject.__call__, []
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             tokens.append(1)
@@ -95,7 +95,7 @@ def test_an_answer_being_generated_is_given_up(tiny_model: Path, tmp_path: Path)
                 log.write_text("token\n" * (len(tokens) - 4))
             return original(self, *args, **options)
 
-        generate._FirstObject.__call__ = call
+        generation._FirstObject.__call__ = call
 
     answers = {"evaluation.generation": {"maxNewTokens": 200}, "evaluation.onStart": False}
     config = job(tmp_path, tiny_model, RUN | {"evaluation.metrics": ["loss", "nli"]} | answers)

@@ -50,11 +50,12 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
-        from finetune_trainer import artifacts, evaluate
+        from finetune_trainer import artifacts
         from finetune_trainer.data import batching, dataset, encoding
         from finetune_trainer.engine import fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
+        from finetune_trainer.evaluation import evaluator as evaluate
         from finetune_trainer.inputs import Inputs, served_name
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner

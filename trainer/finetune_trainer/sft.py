@@ -20,7 +20,7 @@ from finetune_trainer.data.batching import Loader, on_device
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged
-from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import load_adapter_weights, save_adapter
 from finetune_trainer.runtime import distributed

@@ -22,7 +22,7 @@ from finetune_trainer.engine.adapters import forget, inputs_of, share_inputs
 from finetune_trainer.engine.layers import put_into_effect
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
-from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget

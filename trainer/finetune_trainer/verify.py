@@ -13,7 +13,7 @@ from peft.utils import load_peft_weights
 
 from finetune_api import names
 from finetune_trainer.errors import Diverged
-from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest

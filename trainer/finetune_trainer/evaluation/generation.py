@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from finetune_trainer.nli import first_object
+from finetune_trainer.evaluation.nli import first_object
 
 
 class _FirstObject(StoppingCriteria):
