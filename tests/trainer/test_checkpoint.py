@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint
+from finetune_trainer.checkpoints import remote
 from finetune_trainer.stores.base import (
     Credentials,
     Store,
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def save(store: Store, tmp_path: Path, step: int, keep: int = 10, job: Metadata | None = None) -> dict[str, bytes]:
     folder = make_state(tmp_path / f"state-{step}", step)
-    checkpoint.save(folder, store, step, keep, job=job)
+    remote.save(folder, store, step, keep, job=job)
     return contents(folder)
 
 
@@ -61,13 +61,13 @@ def paths(store: Store) -> set[str]:
 
 def resume(store: Store, folder: Path) -> int | None:
     """The step of the checkpoint that is now in `folder`; None when there was none."""
-    manifest = checkpoint.resume(store, lambda step: folder)
+    manifest = remote.resume(store, lambda step: folder)
     return manifest.step if manifest else None
 
 
 def test_what_is_saved_is_restored(store: Store, tmp_path: Path) -> None:
     saved = save(store, tmp_path, 500)
-    checkpoint.restore(store, 500, tmp_path / "restored")
+    remote.restore(store, 500, tmp_path / "restored")
     assert contents(tmp_path / "restored") == saved
     assert "step-00000500/manifest.json" in paths(store)
 
@@ -75,7 +75,7 @@ def test_what_is_saved_is_restored(store: Store, tmp_path: Path) -> None:
 def test_there_is_nothing_to_resume_at_first(store: Store, tmp_path: Path) -> None:
     assert resume(store, tmp_path / "restored") is None
     with pytest.raises(StoreNotFound, match="no whole checkpoint"):
-        checkpoint.restore(store, 500, tmp_path / "restored")
+        remote.restore(store, 500, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
 
 
@@ -114,7 +114,7 @@ def test_restoring_a_broken_checkpoint_leaves_the_folder_alone(store: Store, tmp
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "precious").write_text("kept")
     with pytest.raises(StoreCorrupted):
-        checkpoint.restore(store, 500, tmp_path / "work")
+        remote.restore(store, 500, tmp_path / "work")
     assert contents(tmp_path / "work") == {"precious": b"kept"}
     assert not (tmp_path / ".work.partial").exists()
 
@@ -148,14 +148,14 @@ def test_other_things_below_the_checkpoints_are_not_touched(store: Store, tmp_pa
     save(store, tmp_path, 100, keep=1)
     save(store, tmp_path, 200, keep=1)
     assert {"notes/readme.txt", "step-final/x"} <= paths(store)
-    checkpoint.delete_all(store)
+    remote.delete_all(store)
     assert paths(store) == {"notes/readme.txt", "step-final/x"}
 
 
 def test_saving_a_step_again_replaces_it(store: Store, tmp_path: Path) -> None:
     save(store, tmp_path, 500)
     again = save(store, tmp_path, 500)
-    checkpoint.restore(store, 500, tmp_path / "restored")
+    remote.restore(store, 500, tmp_path / "restored")
     assert contents(tmp_path / "restored") == again
 
 
@@ -163,7 +163,7 @@ def test_deleting_leaves_what_another_job_has_there(store: Store, tmp_path: Path
     save(store, tmp_path, 500, job=JOB)
     save(store, tmp_path, 600, job=JOB.model_copy(update={"name": "other"}))
     store.write_bytes("step-00000700/adapter.safetensors", b"half of one")
-    checkpoint.delete_all(store, JOB.model_copy(update={"uid": "of the same job, created anew"}))
+    remote.delete_all(store, JOB.model_copy(update={"uid": "of the same job, created anew"}))
     assert {path.split("/")[0] for path in paths(store)} == {"step-00000600"}
 
 

@@ -129,8 +129,9 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
     s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     def announce() -> None:
-        from finetune_trainer import checkpoint, publish
-        from finetune_trainer.resume import Checkpoints
+        from finetune_trainer import publish
+        from finetune_trainer.checkpoints import remote
+        from finetune_trainer.checkpoints.manager import Checkpoints
 
         def announced(name: str, original: Any) -> Any:
             def call(*args: Any, **options: Any) -> Any:
@@ -140,7 +141,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
             return call
 
         publish.check_target = announced("check_target", publish.check_target)
-        checkpoint.resume = announced("resume", checkpoint.resume)
+        remote.resume = announced("resume", remote.resume)
         Checkpoints.delete = announced("delete", Checkpoints.delete)
 
     changes = RUN | {"output.uri": f"s3://{bucket}/x", "training.maxSteps": 1, "output.keepCheckpoints": True}

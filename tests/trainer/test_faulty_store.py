@@ -23,7 +23,7 @@ from finetune_api import names
 from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint
+from finetune_trainer.checkpoints import remote
 from finetune_trainer.publish import check_target, publish
 from finetune_trainer.stores.base import (
     Credentials,
@@ -150,14 +150,14 @@ def restore_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
         store = bench.store(prefix, endpoint)
         try:
             for step, folder in states.items():
-                checkpoint.save(folder, store, step, keep=2)
+                remote.save(folder, store, step, keep=2)
                 saved.append(step)
             outcome = "saved"
         except StoreError as error:
             outcome = f"save: {type(error).__name__}"
         restored = bench.folder / f"{prefix}-restored"
         try:
-            manifest = checkpoint.resume(bench.store(prefix, endpoint), lambda step: restored)
+            manifest = remote.resume(bench.store(prefix, endpoint), lambda step: restored)
             outcome += ", resumed" if manifest else ", nothing to resume"
         except StoreError as error:
             manifest, outcome = None, f"{outcome}, resume: {type(error).__name__}"
@@ -167,7 +167,7 @@ def restore_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
             broken.append(f"{prefix}: restored something else than was saved")
         if manifest is None and "nothing" in outcome and saved:
             broken.append(f"{prefix}: {saved} were saved, then said not to be there")
-    found = checkpoint.resume(bench.store(prefix), lambda step: bench.folder / f"{prefix}-direct")
+    found = remote.resume(bench.store(prefix), lambda step: bench.folder / f"{prefix}-direct")
     newest = found.step or 0 if found else 0
     if saved and newest < max(saved):
         broken.append(f"{prefix}: save({max(saved)}) succeeded, yet the newest whole one is {newest}")

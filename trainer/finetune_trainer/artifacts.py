@@ -13,7 +13,7 @@ import yaml
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
 from finetune_trainer import card
-from finetune_trainer.state import RunFolder
+from finetune_trainer.checkpoints.state import RunFolder
 
 _PACKAGES = (
     "finetune-operator",

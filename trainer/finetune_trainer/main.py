@@ -51,6 +51,8 @@ def run(
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
         from finetune_trainer import artifacts
+        from finetune_trainer.checkpoints.manager import Checkpoints
+        from finetune_trainer.checkpoints.state import RunFolder, fingerprint
         from finetune_trainer.data import batching, dataset, encoding
         from finetune_trainer.engine import fp8, layers, sharding
         from finetune_trainer.engine.loss import answer_with_loss
@@ -61,10 +63,8 @@ def run(
         from finetune_trainer.planning import planner
         from finetune_trainer.publish import check_target, publish
         from finetune_trainer.reporting import trackers
-        from finetune_trainer.resume import Checkpoints
         from finetune_trainer.runtime import device as hardware
         from finetune_trainer.runtime import distributed
-        from finetune_trainer.state import RunFolder, fingerprint
         from finetune_trainer.stores.base import open_store
         from finetune_trainer.stores.credentials import Credentials
         from finetune_trainer.train import Training

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.callbacks import RunCallback, Tracker, Upload
+from finetune_trainer.checkpoints.state import RunFolder, RunState
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
 from finetune_trainer.data.dataset import Encoded
@@ -29,7 +30,6 @@ from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.sft import GivenUp, QloraTrainer
-from finetune_trainer.state import RunFolder, RunState
 
 log = structlog.get_logger(__name__)
 

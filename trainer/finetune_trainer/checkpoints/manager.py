@@ -8,11 +8,11 @@ import structlog
 
 from finetune_api import names
 from finetune_api.uri import parse
-from finetune_trainer import checkpoint
+from finetune_trainer.checkpoints import remote
+from finetune_trainer.checkpoints.state import RunFolder, RunState
 from finetune_trainer.config import Settings
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.runtime import distributed
-from finetune_trainer.state import RunFolder, RunState
 from finetune_trainer.stores.base import Store, open_store
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.manifest import JobReference, StoreManifest
@@ -48,7 +48,7 @@ class Checkpoints:
         Later attempts keep to it: a branch may have moved since, be it by a word in the README, and a run that is
         preempted for the tenth time must not end for that. None for a first attempt.
         """
-        manifest = distributed.on_main(self._world, lambda: checkpoint.newest(self._store))
+        manifest = distributed.on_main(self._world, lambda: remote.newest(self._store))
         is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
         return manifest.base_commit if manifest and is_ours and self._job.uid else None
 
@@ -64,12 +64,12 @@ class Checkpoints:
         if found is None or self._world.is_main:
             return found, state
         local = folder.checkpoint(state.step)
-        checkpoint.restore(self._store, state.step, local)
+        remote.restore(self._store, state.step, local)
         return local, folder.take_from_checkpoint(local)
 
     def _newest(self, folder: RunFolder, fingerprint: str) -> tuple[Path | None, RunState]:
         fresh = RunState(fingerprint=fingerprint)
-        manifest = checkpoint.resume(self._store, folder.checkpoint)
+        manifest = remote.resume(self._store, folder.checkpoint)
         if manifest is None:
             return None, fresh
         local = folder.checkpoint(manifest.step or 0)
@@ -84,7 +84,7 @@ class Checkpoints:
         return None, fresh
 
     def _refuse_unless_ours_to_drop(self, manifest: StoreManifest) -> None:
-        if checkpoint.belongs_to_another(manifest, self._job):
+        if remote.belongs_to_another(manifest, self._job):
             owner = manifest.job or JobReference()
             raise ConfigInvalid(
                 f"{self._store.field}: {self._store.root} holds checkpoints of another job"
@@ -99,12 +99,10 @@ class Checkpoints:
     def upload(self, folder: Path, step: int) -> None:
         """Send the checkpoint in `folder`; it counts once its manifest is there."""
         began = time.monotonic()
-        checkpoint.save(
-            folder, self._store, step, self._spec.checkpoint.keep, job=self._job, base_commit=self._base_commit
-        )
+        remote.save(folder, self._store, step, self._spec.checkpoint.keep, job=self._job, base_commit=self._base_commit)
         self._on_saved(time.monotonic() - began)
         log.info(f"Checkpoint of step {step} is saved", step=step, uri=str(self._store.root))
 
     def delete(self) -> None:
         """Remove this job's checkpoints, and nothing else that lies beside them."""
-        checkpoint.delete_all(self._store, self._job)
+        remote.delete_all(self._store, self._job)
