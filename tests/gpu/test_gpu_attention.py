@@ -44,7 +44,8 @@ def test_the_check_at_start_passes(head_dim: int, kv_heads: int, dtype: Any) -> 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_logits_and_gradients_are_those_of_sdpa(packed: bool, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.engine import attention, triton_attention  # noqa: F401 - its operation is called by name
+    from finetune_trainer.engine import attention
+    from finetune_trainer.engine.kernels import attention as triton_attention  # noqa: F401 - its operation is called by name
 
     monkeypatch.setattr(attention, "_ours", ours)
     lengths = [200, 512, 325, 17]

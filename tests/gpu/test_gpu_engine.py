@@ -140,7 +140,7 @@ def test_products_in_fp8_are_those_of_the_definition() -> None:
 def test_products_with_4_bit_weights_are_those_of_bitsandbytes(kind: str, twice: bool) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    from finetune_trainer.engine.weights import dequantize_in_one_pass
+    from finetune_trainer.engine.dequantize import dequantize_in_one_pass
 
     settings = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": kind, "compress_statistics": twice}
     torch.manual_seed(0)

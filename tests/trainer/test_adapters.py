@@ -9,8 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.engine import adapters
-from finetune_trainer.engine.adapters import _dropped, inputs_of, masks_seeded, share_inputs
+from finetune_trainer.engine import lora
+from finetune_trainer.engine.lora import (
+    _dropped,
+    inputs_of,
+    masks_seeded,
+    share_inputs,
+)
 from finetune_trainer.engine.loss import answer_with_loss
 from support.triton import interpreted
 
@@ -95,7 +100,7 @@ def test_added_by_our_kernel_the_gradient_is_that_of_peft(
     settings: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreted("triton_lora")
-    monkeypatch.setattr(adapters, "_HALF", (torch.float32,))  # which the interpreter does not round
+    monkeypatch.setattr(lora, "_HALF", (torch.float32,))  # which the interpreter does not round
     model = _model(tiny_model, **settings)
     expected = _gradient(model)
     share_inputs(model)

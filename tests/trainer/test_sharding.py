@@ -23,10 +23,10 @@ RUN: dict[str, Any] = {
 
 
 def _shard() -> None:
-    from finetune_trainer.engine import sharding
+    from finetune_trainer.engine import fsdp
     from finetune_trainer.planning import planner
 
-    original, shard = planner.make_plan, sharding.shard
+    original, shard = planner.make_plan, fsdp.shard
     planner.make_plan = lambda *args, **options: original(*args, **options).model_copy(update={"sharded": True})
 
     def announced(model: Any, *args: Any) -> None:
@@ -34,7 +34,7 @@ def _shard() -> None:
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
         print(f"HOLDS {held} of {sum(p.numel() for p in model.parameters())}")
 
-    sharding.shard = announced
+    fsdp.shard = announced
 
 
 def _train(folder: Path, model: Path, changes: dict[str, Any], sharded: bool) -> list[Finished]:

@@ -6,7 +6,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune_trainer.engine import weights
+from finetune_trainer.engine import dequantize as weights
 from support.triton import interpreted
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune_trainer.engine.layers import _has_kernels
+from finetune_trainer.engine.compile import _has_kernels
 from support.triton import interpreted
 
 

@@ -54,9 +54,9 @@ def run(
         from finetune_trainer.checkpoints.manager import Checkpoints
         from finetune_trainer.checkpoints.state import RunFolder, fingerprint
         from finetune_trainer.data import batching, dataset, encoding
-        from finetune_trainer.engine import fp8, layers, sharding
+        from finetune_trainer.engine import compile, fp8, fsdp
+        from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.engine.loss import answer_with_loss
-        from finetune_trainer.engine.weights import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.evaluation import evaluator as evaluate
         from finetune_trainer.inputs import Inputs, served_name
         from finetune_trainer.model import base as model
@@ -72,7 +72,7 @@ def run(
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
-    layers.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
+    compile.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
@@ -149,16 +149,16 @@ def run(
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
-            keep_dequantized(layers.of(loaded)[: plan.cached_layers])
+            keep_dequantized(compile.of(loaded)[: plan.cached_layers])
         if spec.quantization.bits == 4 and plan.compiled:
             dequantize_in_one_pass(loaded)
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
         answer_with_loss(adapted.get_base_model())
         if plan.fp8:
-            repeated = layers.of(loaded)
+            repeated = compile.of(loaded)
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
-            sharding.shard(adapted, world, device)
+            fsdp.shard(adapted, world, device)
     collate = batching.Collate(bool(plan.packing), tokenizer.pad_token_id, plan.micro_batch_size or 1)
     evaluator = (
         evaluate.Evaluator(

@@ -198,7 +198,7 @@ def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
 def _problem(config: Any, device: str, dtype: torch.dtype) -> str | None:
     try:
         if _ours:
-            importlib.import_module("finetune_trainer.engine.triton_attention")
+            importlib.import_module("finetune_trainer.engine.kernels.attention")
         worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
     except Exception as error:
         return f"fails here: {type_and_reason(error)}"

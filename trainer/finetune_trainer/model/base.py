@@ -134,7 +134,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    from finetune_trainer.engine.sharding import quantizing_on
+    from finetune_trainer.engine.fsdp import quantizing_on
 
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
     try:

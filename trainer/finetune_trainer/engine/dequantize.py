@@ -6,8 +6,8 @@ from typing import Any
 import structlog
 import torch
 
-from finetune_trainer.engine.adapters import while_training
-from finetune_trainer.engine.layers import replace
+from finetune_trainer.engine.compile import replace
+from finetune_trainer.engine.lora import while_training
 from finetune_trainer.errors import type_and_reason
 
 log = structlog.get_logger(__name__)
@@ -55,7 +55,7 @@ def dequantize_in_one_pass(model: Any) -> None:
 
 def multiply_by_kernel(linear: Any) -> None:
     """Let a 4-bit `linear` layer multiply with weights that our own kernel dequantizes, while it trains."""
-    product = importlib.import_module("finetune_trainer.engine.triton_4bit").product
+    product = importlib.import_module("finetune_trainer.engine.kernels.dequantize").product
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return product(x.to(linear.compute_dtype), *_packed(linear)).to(x.dtype)  # type: ignore[no-any-return]
@@ -66,7 +66,7 @@ def multiply_by_kernel(linear: Any) -> None:
 def _try_kernel_on(linear: Any) -> str | None:
     from bitsandbytes.functional import dequantize_4bit
 
-    dequantize = importlib.import_module("finetune_trainer.engine.triton_4bit").dequantize
+    dequantize = importlib.import_module("finetune_trainer.engine.kernels.dequantize").dequantize
     found = dequantize(*_packed(linear), linear.compute_dtype)
     expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
     return None if torch.equal(found, expected) else "finds other numbers on this GPU"

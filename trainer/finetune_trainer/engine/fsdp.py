@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune_trainer.config import World
-from finetune_trainer.engine import layers
+from finetune_trainer.engine import compile
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def shard(model: Any, world: World, device: str) -> None:
     Raises ConfigInvalid for a model that does not name its layers.
     """
     core = model.get_base_model()
-    repeated = layers.of(core)
+    repeated = compile.of(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
     for layer in repeated:

@@ -19,8 +19,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import on_device
-from finetune_trainer.engine.adapters import forget, inputs_of, masks_seeded, while_training
 from finetune_trainer.engine.attention import HOPPER
+from finetune_trainer.engine.lora import (
+    forget,
+    inputs_of,
+    masks_seeded,
+    while_training,
+)
 from finetune_trainer.engine.loss import answer_with_loss
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model.base import mixed_precision
@@ -87,7 +92,7 @@ def _has_kernels(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return False
     try:
-        problem = importlib.import_module("finetune_trainer.engine.triton_lora").self_check(device)
+        problem = importlib.import_module("finetune_trainer.engine.kernels.lora").self_check(device)
     except Exception as error:
         problem = f"fail here: {type_and_reason(error)}"
     if problem:
