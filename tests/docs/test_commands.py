@@ -19,7 +19,7 @@ from finetune_api import names
 from finetune_api.manifest import load_text
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
-from finetune_trainer.publish import publish
+from finetune_trainer.publishing.publish import publish
 from finetune_trainer.stores.base import open_store
 from finetune_trainer.stores.credentials import Credentials
 from support import cluster as clusters

@@ -129,9 +129,9 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
     s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     def announce() -> None:
-        from finetune_trainer import publish
         from finetune_trainer.checkpoints import remote
         from finetune_trainer.checkpoints.manager import Checkpoints
+        from finetune_trainer.publishing import publish
 
         def announced(name: str, original: Any) -> Any:
             def call(*args: Any, **options: Any) -> Any:

@@ -122,7 +122,7 @@ def test_the_first_bad_rows_are_listed_and_the_rest_counted(tiny_model: Path, tm
 
 def test_an_unexpected_error_leaves_its_traceback_in_the_log_alone(tiny_model: Path, tmp_path: Path) -> None:
     def sabotage() -> None:
-        from finetune_trainer import verify
+        from finetune_trainer.publishing import verify
 
         verify.PeftModel = None
 

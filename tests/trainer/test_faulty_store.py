@@ -24,7 +24,7 @@ from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
-from finetune_trainer.publish import check_target, publish
+from finetune_trainer.publishing.publish import check_target, publish
 from finetune_trainer.stores.base import (
     Credentials,
     Store,
@@ -270,7 +270,7 @@ import sys
 from pathlib import Path
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.publish import publish
+from finetune_trainer.publishing.publish import publish
 from finetune_trainer.stores.base import Credentials, open_store
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")

@@ -11,7 +11,7 @@ import pytest
 from finetune_api import names
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.publish import check_target, publish
+from finetune_trainer.publishing.publish import check_target, publish
 from finetune_trainer.stores.base import (
     AlreadyExists,
     BucketNotFound,

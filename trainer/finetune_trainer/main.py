@@ -50,7 +50,6 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
-        from finetune_trainer import artifacts
         from finetune_trainer.checkpoints.manager import Checkpoints
         from finetune_trainer.checkpoints.state import RunFolder, fingerprint
         from finetune_trainer.data import batching, dataset, encoding
@@ -61,14 +60,15 @@ def run(
         from finetune_trainer.inputs import Inputs, served_name
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner
-        from finetune_trainer.publish import check_target, publish
+        from finetune_trainer.publishing import bundle
+        from finetune_trainer.publishing.publish import check_target, publish
+        from finetune_trainer.publishing.verify import ShardedVerifier, Verifier, load_back
         from finetune_trainer.reporting import trackers
         from finetune_trainer.runtime import device as hardware
         from finetune_trainer.runtime import distributed
         from finetune_trainer.stores.base import open_store
         from finetune_trainer.stores.credentials import Credentials
         from finetune_trainer.train import Training
-        from finetune_trainer.verify import ShardedVerifier, Verifier, load_back
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
@@ -217,7 +217,7 @@ def run(
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
         model.load_adapter_weights(adapted, folder.best)
     model.save_adapter(adapted, folder.adapter)
-    artifacts.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
+    bundle.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
         if plan.sharded or plan.fp8

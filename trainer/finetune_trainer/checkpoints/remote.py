@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from finetune_api import names
-from finetune_trainer.publish import Job
+from finetune_trainer.publishing.publish import Job
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
 from finetune_trainer.stores.digest import digest_file

@@ -12,8 +12,8 @@ import yaml
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
-from finetune_trainer import card
 from finetune_trainer.checkpoints.state import RunFolder
+from finetune_trainer.publishing import model_card
 
 _PACKAGES = (
     "finetune-operator",
@@ -47,7 +47,7 @@ def write(
     if log_file.exists():
         shutil.copy2(log_file, training / "log.txt")
     plot_loss(read_metrics(folder.metrics_file), training / "loss.png")
-    (folder.adapter / "README.md").write_text(card.render(job, metrics, base_model))
+    (folder.adapter / "README.md").write_text(model_card.render(job, metrics, base_model))
 
 
 def resolved_job(job: FineTuneJob) -> dict[str, Any]:
