@@ -47,7 +47,7 @@ def test_losses_are_those_of_the_plain_path_at_every_one_of_100_steps(material: 
 #: Keeps the gradient of the first step.
 KEEP_GRADIENT = """
 import torch
-from finetune_trainer.sft import QloraTrainer
+from finetune_trainer.training.loop import QloraTrainer
 clip = QloraTrainer._get_grad_norm
 def keep(self, model, *args, **options):
     if self.state.global_step == 0:

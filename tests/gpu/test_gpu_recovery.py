@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(material: Path
 #: Within what the GPU has left at step 2, times this, the run must go on: a real out-of-memory of its own allocator.
 LIMIT = """
 import torch
-from finetune_trainer.sft import QloraTrainer
+from finetune_trainer.training.loop import QloraTrainer
 compute_loss = QloraTrainer.compute_loss
 limited = False
 def limit(self, *args, **options):

@@ -76,7 +76,7 @@ def test_the_process_that_knows_why_has_the_last_word(tiny_model: Path, tmp_path
     def fail_on_rank_1() -> None:
         import torch
 
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.compute_loss
 

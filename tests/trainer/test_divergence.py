@@ -13,7 +13,7 @@ from support.trainer_process import TrainerProcess, job, metrics_lines
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_ends_the_run_with_the_step(value: str, tiny_model: Path, tmp_path: Path) -> None:
     def inject() -> None:
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.compute_loss
 
@@ -39,7 +39,7 @@ def _after_backward(change: Callable[[Any], None]) -> Callable[[], None]:
     """Call `change` (trainer) after every forward and backward pass: the loss is what it was."""
 
     def inject() -> None:
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.training_step
 
@@ -79,7 +79,7 @@ def _with_loss_scale(then: Callable[[], None]) -> Callable[[], None]:
     def inject() -> None:
         import torch
 
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.__init__
 
@@ -119,7 +119,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny_model: Path, tmp_path:
     def inject() -> None:
         import torch
 
-        from finetune_trainer.callbacks import RunCallback
+        from finetune_trainer.training.hooks import RunCallback
 
         original = RunCallback.on_step_end
 

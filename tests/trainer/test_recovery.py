@@ -18,7 +18,7 @@ def _out_of_memory(at: Callable[[Any], bool]) -> Callable[[], None]:
     def inject() -> None:
         import torch
 
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.compute_loss
 
@@ -80,7 +80,7 @@ def test_a_simulated_oom_inside_the_optimizer_goes_back_to_a_whole_state(
         import torch
         from transformers import TrainerCallback
 
-        from finetune_trainer.callbacks import RunCallback
+        from finetune_trainer.training.hooks import RunCallback
 
         original, raised = RunCallback.on_pre_optimizer_step, []
 
@@ -125,7 +125,7 @@ def test_a_step_that_ran_out_of_memory_leaves_no_trace_in_the_checkpoint(tiny_mo
     def inject() -> None:
         import torch
 
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.compute_loss
 

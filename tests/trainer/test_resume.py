@@ -277,7 +277,7 @@ def _steps_trained(finished: Finished) -> list[int]:
 
 def test_layers_are_in_training_mode_from_the_first_step_of_every_attempt(tiny_model: Path, tmp_path: Path) -> None:
     def note_modes() -> None:
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original = QloraTrainer.compute_loss
 

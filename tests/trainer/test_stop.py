@@ -30,7 +30,7 @@ def _stop_in_pass(step: int, number: int, log: Path) -> Callable[[], None]:
     """SIGTERM in the n-th forward pass of `step`. `log` gets a line for each pass from there on."""
 
     def inject() -> None:
-        from finetune_trainer.sft import QloraTrainer
+        from finetune_trainer.training.loop import QloraTrainer
 
         original, passes = QloraTrainer.compute_loss, []
 

@@ -68,7 +68,7 @@ def run(
         from finetune_trainer.runtime import distributed
         from finetune_trainer.stores.base import open_store
         from finetune_trainer.stores.credentials import Credentials
-        from finetune_trainer.train import Training
+        from finetune_trainer.training.session import Training
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)

@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 def prepare(spec: FineTuneJobSpec, world: World) -> None:
     """Quiet the libraries, check that the GPUs asked for are there, seed. Raises ConfigInvalid."""
-    from finetune_trainer.sft import quiet_libraries
+    from finetune_trainer.training.loop import quiet_libraries
 
     quiet_libraries()
     wanted = spec.resources.gpus_per_node

@@ -21,10 +21,10 @@ from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
-from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import load_adapter_weights, save_adapter
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.distributed import Interrupted
+from finetune_trainer.training.throughput import Meter
 
 #: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
 #: and the gradients are infinite whatever the scale.

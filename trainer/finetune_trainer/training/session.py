@@ -14,7 +14,6 @@ from trl import SFTConfig
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.callbacks import RunCallback, Tracker, Upload
 from finetune_trainer.checkpoints.state import RunFolder, RunState
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
@@ -24,12 +23,13 @@ from finetune_trainer.engine.lora import forget, inputs_of, share_inputs
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
-from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag
-from finetune_trainer.sft import GivenUp, QloraTrainer
+from finetune_trainer.training.hooks import RunCallback, Tracker, Upload
+from finetune_trainer.training.loop import GivenUp, QloraTrainer
+from finetune_trainer.training.throughput import Meter
 
 log = structlog.get_logger(__name__)
 

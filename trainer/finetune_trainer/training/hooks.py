@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.checkpoints.state import RunFolder, RunState
 from finetune_trainer.errors import Diverged
-from finetune_trainer.meter import Meter
 from finetune_trainer.model.base import save_adapter
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.training.throughput import Meter
 
 log = structlog.get_logger(__name__)
 #: Sends a saved checkpoint to the store: (folder, step).
