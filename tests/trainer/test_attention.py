@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.config import World
 from finetune_trainer.engine import attention
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.runtime import device as hardware
+from finetune_trainer.settings import World
 from support.triton import interpreted
 
 LENGTHS = (7, 12, 1, 5)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.config import World
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.distributed import (
     Batches,
@@ -14,6 +13,7 @@ from finetune_trainer.runtime.distributed import (
     any_of,
     on_main,
 )
+from finetune_trainer.settings import World
 
 
 class _Refused(Exception):

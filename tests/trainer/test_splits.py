@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import Place, World, load
 from finetune_trainer.data import hub_splits
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.settings import Place, World, load
 from support.hub import Hub
 from support.trainer_process import job
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from finetune_api.manifest import ManifestError
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer import arguments, config
-from finetune_trainer.config import Place, Settings, World
+from finetune_trainer import arguments
+from finetune_trainer import settings as config
 from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.reporting import logs
 from finetune_trainer.reporting.prometheus import Telemetry
@@ -30,6 +30,7 @@ from finetune_trainer.reporting.setup import (
     work_folder,
 )
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
+from finetune_trainer.settings import Place, Settings, World
 from finetune_trainer.stores.digest import Digest
 
 log = structlog.get_logger(__name__)

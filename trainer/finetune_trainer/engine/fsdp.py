@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune_trainer.config import World
 from finetune_trainer.engine import compile
+from finetune_trainer.settings import World
 
 
 @contextmanager

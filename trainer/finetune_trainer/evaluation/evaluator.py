@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from finetune_api.spec import FineTuneJobSpec, Generation
-from finetune_trainer.config import World
 from finetune_trainer.data.batching import Collate, on_device
 from finetune_trainer.data.dataset import Encoded, refuse_bad_rows
 from finetune_trainer.data.encoding import Encoder
@@ -17,6 +16,7 @@ from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.generation import answers
 from finetune_trainer.model.base import mixed_precision
 from finetune_trainer.runtime.distributed import Batches
+from finetune_trainer.settings import World
 
 _GENERATION_BATCH = 32
 

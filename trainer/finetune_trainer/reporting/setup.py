@@ -13,12 +13,12 @@ import structlog
 from rich.console import Console
 
 from finetune_api import names
-from finetune_trainer.config import Settings
 from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of
 from finetune_trainer.reporting.http import serve
 from finetune_trainer.reporting.progress_bar import live_progress
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.settings import Settings
 
 log = structlog.get_logger(__name__)
 

@@ -11,13 +11,13 @@ from accelerate import PartialState
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.config import World
 from finetune_trainer.engine import attention as varlen
 from finetune_trainer.engine import compile, fp8
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.planner import Device
 from finetune_trainer.runtime.distributed import PATIENCE, least
+from finetune_trainer.settings import World
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch import distributed
 
-from finetune_trainer.config import World
+from finetune_trainer.settings import World
 
 log = structlog.get_logger(__name__)
 #: How long a process waits for the others: one may still download weights, or send a checkpoint.
