@@ -11,7 +11,7 @@ import kopf
 
 from finetune_api import names
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import PAGE
+from finetune_operator.kube.client import PAGE
 from finetune_operator.settings import Settings
 
 #: Group, version and plural of each kind.

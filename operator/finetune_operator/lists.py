@@ -11,8 +11,8 @@ import structlog
 
 from finetune_api import names
 from finetune_operator.cache import KINDS, Cache
-from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.core import raw
+from finetune_operator.kube.client import ApiError, Cluster
 
 log = structlog.get_logger(__name__)
 

@@ -18,9 +18,10 @@ from finetune_api import names
 from finetune_operator import handlers, http, logs
 from finetune_operator.cache import Cache
 from finetune_operator.clock import Clock
-from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
+from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.session import Connection
 from finetune_operator.lists import Lists
 from finetune_operator.metrics import Metrics, Readings
 from finetune_operator.notices import Notices
@@ -28,7 +29,6 @@ from finetune_operator.poller import Poller
 from finetune_operator.queue import Queue, Result
 from finetune_operator.reconcile import Conflict, Reconciler
 from finetune_operator.recorder import Recorder
-from finetune_operator.session import Connection
 from finetune_operator.settings import Settings
 from finetune_operator.watches import Watches
 

@@ -8,13 +8,18 @@ import structlog
 
 from finetune_api import names
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import ApiError, Cluster, Refused, Terminating
 from finetune_operator.core import raw
 from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
 from finetune_operator.core.raw import Raw
 from finetune_operator.core.steps import Plan
 from finetune_operator.fleet import Fleet
+from finetune_operator.kube.client import (
+    ApiError,
+    Cluster,
+    Refused,
+    Terminating,
+)
 from finetune_operator.poller import Poller
 from finetune_operator.queue import Result
 from finetune_operator.recorder import Recorder

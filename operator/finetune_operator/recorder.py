@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 import structlog
 
 from finetune_api import names
-from finetune_operator.cluster import ApiError, Cluster, path
 from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
+from finetune_operator.kube.client import ApiError, Cluster, path
 from finetune_operator.metrics import Metrics
 
 log = structlog.get_logger(__name__)

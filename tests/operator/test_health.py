@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from finetune_operator import http
 from finetune_operator.http import Health, Signs
+from finetune_operator.kube.session import Reach
 from finetune_operator.queue import Queue, Result
-from finetune_operator.session import Reach
 from finetune_operator.settings import Settings
 
 WELL = Signs(
@@ -100,7 +100,7 @@ def test_an_api_server_that_is_away_is_no_reason_to_restart():
 
 def test_the_reach_of_the_api_server_is_counted_from_its_last_failure(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
-    monkeypatch.setattr("finetune_operator.session.time.monotonic", lambda: now)
+    monkeypatch.setattr("finetune_operator.kube.session.time.monotonic", lambda: now)
     reach = Reach()
     assert reach.seconds() == 0
     reach.answered(200)

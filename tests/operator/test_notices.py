@@ -9,8 +9,8 @@ import pytest
 
 from finetune_operator import notices
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import ApiError
 from finetune_operator.core.observed import Notice
+from finetune_operator.kube.client import ApiError
 from finetune_operator.notices import EVENT_SELECTORS, Notices, Word, of_event, of_workload
 
 Object = dict[str, Any]

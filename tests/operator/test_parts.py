@@ -11,9 +11,15 @@ from kubernetes.aio.client import Configuration
 from finetune_operator import notices
 from finetune_operator.cache import Cache
 from finetune_operator.core.observed import Notice
+from finetune_operator.kube.session import (
+    Connection,
+    Events,
+    resource_of,
+    verb_of,
+    version_in,
+)
 from finetune_operator.metrics import Metrics
 from finetune_operator.poller import Poller
-from finetune_operator.session import Connection, Events, resource_of, verb_of, version_in
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,16 @@ from aiohttp import web
 
 from finetune_api import names
 from finetune_operator.cache import Cache
-from finetune_operator.cluster import ApiError, Cluster, Refused, encoded
 from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
+from finetune_operator.kube.client import (
+    ApiError,
+    Cluster,
+    Refused,
+    encoded,
+)
 from finetune_operator.metrics import Metrics
 from finetune_operator.poller import Poller
 from finetune_operator.queue import Backoff, Queue, Result
