@@ -15,22 +15,23 @@ from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_operator import handlers, http, logs
-from finetune_operator.cache import Cache
+from finetune_operator import http, logs
 from finetune_operator.clock import Clock
 from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.kube.session import Connection
-from finetune_operator.lists import Lists
 from finetune_operator.metrics import Metrics, Readings
-from finetune_operator.notices import Notices
-from finetune_operator.poller import Poller
 from finetune_operator.queue import Queue, Result
 from finetune_operator.reconcile import Conflict, Reconciler
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import Settings
-from finetune_operator.watches import Watches
+from finetune_operator.watch import kopf_handlers
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.kopf_runner import Watches
+from finetune_operator.watch.progress import Poller
+from finetune_operator.watch.relist import Lists
+from finetune_operator.watch.wait_reasons import Notices
 
 log = structlog.get_logger(__name__)
 
@@ -75,8 +76,8 @@ class Operator:
         )
         self.stop = asyncio.Event()
         self.watches = Watches(
-            lambda: handlers.registry(self.cache, self.queue.add, connection.kopf_login),
-            lambda: handlers.kopf_settings(settings),
+            lambda: kopf_handlers.registry(self.cache, self.queue.add, connection.kopf_login),
+            lambda: kopf_handlers.kopf_settings(settings),
             settings.namespaces,
             on_start=lambda: _on_signals(self.stop),
             on_end=self._kopf_ended,
@@ -92,11 +93,11 @@ class Operator:
         return await self.reconciler(key) if self.lists.serves(key) else Result()
 
     def _is_echo(self, resource: str, version: int) -> bool:
-        kind = handlers.KIND_OF.get(resource)
+        kind = kopf_handlers.KIND_OF.get(resource)
         return kind is not None and self.cache.is_echo(kind, version)
 
     def _is_known(self, resource: str, obj: Raw) -> bool:
-        kind = handlers.KIND_OF.get(resource)
+        kind = kopf_handlers.KIND_OF.get(resource)
         return kind is not None and self.cache.is_known(kind, obj)
 
     def _done(self, key: str, seconds: float, error: Exception | None) -> None:

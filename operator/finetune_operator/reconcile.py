@@ -7,7 +7,6 @@ from datetime import datetime
 import structlog
 
 from finetune_api import names
-from finetune_operator.cache import Cache
 from finetune_operator.core import raw
 from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
@@ -20,10 +19,11 @@ from finetune_operator.kube.client import (
     Refused,
     Terminating,
 )
-from finetune_operator.poller import Poller
 from finetune_operator.queue import Result
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import Settings
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.progress import Poller
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import kopf
 import pytest
 
-from finetune_operator import handlers, watches
+from finetune_operator.watch import kopf_handlers, kopf_runner
 from support.api_proxy import ApiProxy
 from support.cluster import Cluster
 from support.kube import Kube
@@ -51,8 +51,8 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
     how: str, cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One watch is refused, which may end Kopf; it is the others that may stay."""
-    monkeypatch.setattr(watches, "PAUSES", (0.1,))
-    monkeypatch.setattr(watches, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(kopf_runner, "PAUSES", (0.1,))
+    monkeypatch.setattr(kopf_runner, "LOOK_SECONDS", 0.2)
 
     async def act() -> None:
         async with ApiProxy(cluster.access) as proxy, living(proxy, namespace) as operator:
@@ -106,14 +106,14 @@ def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
 ) -> None:
     """Kopf starts a task for each object it lists, and keeps it there: with thousands, most of the memory there is."""
     listed: list[Any] = []
-    take = handlers.take
+    take = kopf_handlers.take
 
     def noted(cache: Any, kind: str, event: dict[str, Any], enqueue: Any) -> None:
         listed.extend([event["object"]["metadata"]["name"]] if event["type"] is None else [])
         take(cache, kind, event, enqueue)
 
-    monkeypatch.setattr(handlers, "take", noted)
-    monkeypatch.setattr(handlers, "PAGE", 3)
+    monkeypatch.setattr(kopf_handlers, "take", noted)
+    monkeypatch.setattr(kopf_handlers, "PAGE", 3)
     jobs = Jobs(kube)
     for number in range(8):
         jobs.create(f"nli-{number}")

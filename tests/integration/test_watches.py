@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator import handlers
 from finetune_operator.settings import Settings
+from finetune_operator.watch import kopf_handlers
 from support import simulated_trainer
 from support.api_proxy import ApiProxy
 from support.background import LoopThread
@@ -81,11 +81,11 @@ def test_stopped_while_its_watches_begin_anew_it_ends_at_once(stage: Stage) -> N
 
 
 def test_kopf_sets_no_clock_to_kill_the_process() -> None:
-    assert handlers.kopf_settings(Settings()).process.ultimate_exiting_timeout is None
+    assert kopf_handlers.kopf_settings(Settings()).process.ultimate_exiting_timeout is None
 
 
 def test_with_the_default_settings_that_takes_75_seconds_at_most() -> None:
-    watching = handlers.kopf_settings(Settings()).watching
+    watching = kopf_handlers.kopf_settings(Settings()).watching
     assert watching.inactivity_timeout + watching.reconnect_backoff <= 75
 
 

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.cache import Cache
+from finetune_operator.watch.cache import Cache
 
 Object = dict[str, Any]
 

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
-from finetune_operator import notices
-from finetune_operator.cache import Cache
 from finetune_operator.core.observed import Notice
 from finetune_operator.kube.client import ApiError
-from finetune_operator.notices import EVENT_SELECTORS, Notices, Word, of_event, of_workload
+from finetune_operator.watch import wait_reasons as notices
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.wait_reasons import (
+    EVENT_SELECTORS,
+    Notices,
+    Word,
+    of_event,
+    of_workload,
+)
 
 Object = dict[str, Any]
 LABELS = {"finetune.dev/job": "nli", "finetune.dev/attempt": "1"}

@@ -8,8 +8,6 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
-from finetune_operator import notices
-from finetune_operator.cache import Cache
 from finetune_operator.core.observed import Notice
 from finetune_operator.kube.session import (
     Connection,
@@ -19,7 +17,9 @@ from finetune_operator.kube.session import (
     version_in,
 )
 from finetune_operator.metrics import Metrics
-from finetune_operator.poller import Poller
+from finetune_operator.watch import wait_reasons
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.progress import Poller
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def test_api_calls_are_counted_under_their_names(method: str, path: str, verb: s
 def test_notices_come_from_events_and_workloads():
     about = {"uid": "p1", "kind": "Pod"}
     event = {"involvedObject": about, "reason": "FailedMount", "message": 'secret "x" not found'}
-    assert notices.of_event(event) == notices.Word("p1", Notice("FailedMount", 'secret "x" not found'))
+    assert wait_reasons.of_event(event) == wait_reasons.Word("p1", Notice("FailedMount", 'secret "x" not found'))
     condition = {"type": "QuotaReserved", "status": "False", "message": "no quota"}
     workload = {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "c1"}}, "status": {"conditions": [condition]}}
-    assert notices.of_workload(workload) == notices.Word("c1", Notice("Queued", "no quota"))
-    assert notices.of_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
+    assert wait_reasons.of_workload(workload) == wait_reasons.Word("c1", Notice("Queued", "no quota"))
+    assert wait_reasons.of_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
 
 
 @pytest.mark.parametrize(

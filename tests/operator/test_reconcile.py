@@ -12,7 +12,6 @@ import pytest
 from aiohttp import web
 
 from finetune_api import names
-from finetune_operator.cache import Cache
 from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
@@ -24,11 +23,12 @@ from finetune_operator.kube.client import (
     encoded,
 )
 from finetune_operator.metrics import Metrics
-from finetune_operator.poller import Poller
 from finetune_operator.queue import Backoff, Queue, Result
 from finetune_operator.reconcile import Conflict, Reconciler
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import Settings
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.progress import Poller
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
 KEY = "team/nli"

@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import names
 from finetune_api.status import TrainerReport
-from finetune_operator.cache import Cache
 from finetune_operator.core import raw
 from finetune_operator.core.events import Event
 from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster, path
 from finetune_operator.reconcile import Reconciler
+from finetune_operator.watch.cache import Cache
 from support.imagined_cluster import KINDS
 from support.world import World, merged
 

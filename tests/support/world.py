@@ -14,11 +14,11 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.status import FineTuneJobStatus, TrainerReport
-from finetune_operator.cache import Cache
 from finetune_operator.core.observed import Observed
 from finetune_operator.core.plan import plan
 from finetune_operator.core.steps import Plan
 from finetune_operator.settings import Settings
+from finetune_operator.watch.cache import Cache
 from support.imagined_cluster import KINDS, START, ImaginedCluster, stamp
 
 __all__ = ["START", "World", "adapter_report", "is_empty", "merged", "stamp"]

@@ -10,9 +10,9 @@ from typing import Any
 import kopf
 
 from finetune_api import names
-from finetune_operator.cache import Cache
 from finetune_operator.kube.client import PAGE
 from finetune_operator.settings import Settings
+from finetune_operator.watch.cache import Cache
 
 #: Group, version and plural of each kind.
 RESOURCES = {

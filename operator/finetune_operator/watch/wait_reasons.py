@@ -11,12 +11,12 @@ from datetime import datetime
 
 import structlog
 
-from finetune_operator.cache import Cache
 from finetune_operator.core import raw
 from finetune_operator.core.observed import Notice
 from finetune_operator.core.raw import Raw
 from finetune_operator.core.waiting import QUEUED
 from finetune_operator.kube.client import ApiError, Cluster, path
+from finetune_operator.watch.cache import Cache
 
 log = structlog.get_logger(__name__)
 

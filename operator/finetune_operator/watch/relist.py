@@ -10,9 +10,9 @@ from collections.abc import Callable
 import structlog
 
 from finetune_api import names
-from finetune_operator.cache import KINDS, Cache
 from finetune_operator.core import raw
 from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.watch.cache import KINDS, Cache
 
 log = structlog.get_logger(__name__)
 
