@@ -16,15 +16,15 @@ from pydantic import ValidationError
 
 from finetune_api import names
 from finetune_operator import http, logs
-from finetune_operator.clock import Clock
 from finetune_operator.core.raw import Raw
 from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.kube.session import Connection
 from finetune_operator.metrics import Metrics, Readings
-from finetune_operator.queue import Queue, Result
-from finetune_operator.reconcile import Conflict, Reconciler
-from finetune_operator.recorder import Recorder
+from finetune_operator.reconcile.clock import Clock
+from finetune_operator.reconcile.event_recorder import Recorder
+from finetune_operator.reconcile.reconciler import Conflict, Reconciler
+from finetune_operator.reconcile.work_queue import Queue, Result
 from finetune_operator.settings import Settings
 from finetune_operator.watch import kopf_handlers
 from finetune_operator.watch.cache import Cache

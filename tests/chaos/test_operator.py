@@ -20,8 +20,8 @@ import pytest
 import structlog
 
 from finetune_operator import logs
-from finetune_operator.clock import Clock
 from finetune_operator.main import Operator
+from finetune_operator.reconcile.clock import Clock
 from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
 from support.chaos import Chaos, Kueue
 from support.cluster import Cluster

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
-from finetune_operator.clock import Clock
+from finetune_operator.reconcile.clock import Clock
 
 DAY = 86400.0
 START = datetime(2026, 11, 1, 12, tzinfo=UTC)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from finetune_operator.queue import Backoff, Queue, Result
+from finetune_operator.reconcile.work_queue import Backoff, Queue, Result
 
 
 async def run_queue(queue: Queue, act: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -23,9 +23,9 @@ from finetune_operator.kube.client import (
     encoded,
 )
 from finetune_operator.metrics import Metrics
-from finetune_operator.queue import Backoff, Queue, Result
-from finetune_operator.reconcile import Conflict, Reconciler
-from finetune_operator.recorder import Recorder
+from finetune_operator.reconcile.event_recorder import Recorder
+from finetune_operator.reconcile.reconciler import Conflict, Reconciler
+from finetune_operator.reconcile.work_queue import Backoff, Queue, Result
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.progress import Poller
@@ -217,7 +217,7 @@ def test_numbers_that_json_has_not_never_reach_the_api_server():
 
 
 def test_simulated_api_events_wait_while_jobs_do_but_not_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("finetune_operator.recorder.YIELD_SECONDS", 0.5)
+    monkeypatch.setattr("finetune_operator.reconcile.event_recorder.YIELD_SECONDS", 0.5)
 
     async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
         busy = True

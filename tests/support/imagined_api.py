@@ -18,7 +18,7 @@ from finetune_operator.core import raw
 from finetune_operator.core.events import Event
 from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster, path
-from finetune_operator.reconcile import Reconciler
+from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache
 from support.imagined_cluster import KINDS
 from support.world import World, merged

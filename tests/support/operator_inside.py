@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 
 from kubernetes.aio.client import Configuration
 
-from finetune_operator.clock import Clock
 from finetune_operator.kube.session import Connection
 from finetune_operator.main import Operator
 from finetune_operator.metrics import Metrics
+from finetune_operator.reconcile.clock import Clock
 from finetune_operator.settings import Settings
 from support.api_proxy import ApiProxy
 

@@ -17,7 +17,7 @@ from finetune_api import names
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
 from finetune_operator.kube.client import ApiError
-from finetune_operator.reconcile import Conflict
+from finetune_operator.reconcile.reconciler import Conflict
 from support.imagined_api import OneOperator, check_status
 from support.world import START, World, adapter_report, merged
 

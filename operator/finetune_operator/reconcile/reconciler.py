@@ -19,8 +19,8 @@ from finetune_operator.kube.client import (
     Refused,
     Terminating,
 )
-from finetune_operator.queue import Result
-from finetune_operator.recorder import Recorder
+from finetune_operator.reconcile.event_recorder import Recorder
+from finetune_operator.reconcile.work_queue import Result
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.progress import Poller
