@@ -19,9 +19,9 @@ _CELLS = str.maketrans({"|": "\\|", "\n": " "})
 def operator() -> list[Metric]:
     """The operator's metrics. Its gauges are read through Operator's own wiring, over empty parts."""
     from finetune_api.status import Progress
-    from finetune_operator.fleet import Fleet
     from finetune_operator.main import Operator
-    from finetune_operator.metrics import Metrics
+    from finetune_operator.observability.job_metrics import Fleet
+    from finetune_operator.observability.metrics import Metrics
 
     metrics = Metrics()
     job: Any = SimpleNamespace(namespace="", name="", phase="Pending", gpus=0, attempts=0, waiting_since=None)

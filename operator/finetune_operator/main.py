@@ -15,12 +15,12 @@ from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_operator import http, logs
 from finetune_operator.core.raw import Raw
-from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.kube.session import Connection
-from finetune_operator.metrics import Metrics, Readings
+from finetune_operator.observability import health, logs
+from finetune_operator.observability.job_metrics import Fleet
+from finetune_operator.observability.metrics import Metrics, Readings
 from finetune_operator.reconcile.clock import Clock
 from finetune_operator.reconcile.event_recorder import Recorder
 from finetune_operator.reconcile.reconciler import Conflict, Reconciler
@@ -83,7 +83,7 @@ class Operator:
             on_end=self._kopf_ended,
         )
         self.beat = time.monotonic()
-        self.health = http.Health(self._signs(), settings, BEAT_SECONDS)
+        self.health = health.Health(self._signs(), settings, BEAT_SECONDS)
         connection.on_date, connection.on_list = self.clock.hear, self.lists.kopf_listed
         connection.is_echo, connection.is_known = self._is_echo, self._is_known
         metrics.watch(self._readings())
@@ -111,8 +111,8 @@ class Operator:
         self.metrics.failed(error)
         self.lists.ask()
 
-    def _signs(self) -> http.Signs:
-        return http.Signs(
+    def _signs(self) -> health.Signs:
+        return health.Signs(
             longest_wait=self.queue.longest_wait_seconds,
             longest_run=self.queue.longest_run_seconds,
             beat_age=lambda: time.monotonic() - self.beat,
@@ -141,7 +141,9 @@ class Operator:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises SystemExit with a sentence when it cannot start."""
         _on_signals(self.stop)
-        runner = await http.serve(self.settings.http_host, self.settings.http_port, self.health, self.metrics.registry)
+        runner = await health.serve(
+            self.settings.http_host, self.settings.http_port, self.health, self.metrics.registry
+        )
         log.info("serving /healthz, /readyz and /metrics", addresses=[f"{a[0]}:{a[1]}" for a in runner.addresses])
         work = asyncio.create_task(self.work())
         stopping = asyncio.create_task(self.stop.wait())

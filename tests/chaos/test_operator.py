@@ -19,8 +19,8 @@ from contextlib import suppress
 import pytest
 import structlog
 
-from finetune_operator import logs
 from finetune_operator.main import Operator
+from finetune_operator.observability import logs
 from finetune_operator.reconcile.clock import Clock
 from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
 from support.chaos import Chaos, Kueue

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.metrics import PHASES
+from finetune_operator.observability.metrics import PHASES
 from support.chart import ROOT, find, objects, values_of
 from support.dashboards import FOLDER, filled, load, panels
 from support.kube import Object

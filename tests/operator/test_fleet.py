@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api import names
 from finetune_operator.core.observed import JobObject
-from finetune_operator.fleet import REASONS, Fleet
+from finetune_operator.observability.job_metrics import REASONS, Fleet
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 11, 1, tzinfo=UTC)

@@ -8,9 +8,9 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from finetune_operator import http
-from finetune_operator.http import Health, Signs
 from finetune_operator.kube.session import Reach
+from finetune_operator.observability import health as http
+from finetune_operator.observability.health import Health, Signs
 from finetune_operator.reconcile.work_queue import Queue, Result
 from finetune_operator.settings import Settings
 

@@ -16,7 +16,7 @@ from finetune_operator.kube.session import (
     verb_of,
     version_in,
 )
-from finetune_operator.metrics import Metrics
+from finetune_operator.observability.metrics import Metrics
 from finetune_operator.watch import wait_reasons
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.progress import Poller

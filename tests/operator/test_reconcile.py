@@ -15,14 +15,14 @@ from finetune_api import names
 from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
-from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import (
     ApiError,
     Cluster,
     Refused,
     encoded,
 )
-from finetune_operator.metrics import Metrics
+from finetune_operator.observability.job_metrics import Fleet
+from finetune_operator.observability.metrics import Metrics
 from finetune_operator.reconcile.event_recorder import Recorder
 from finetune_operator.reconcile.reconciler import Conflict, Reconciler
 from finetune_operator.reconcile.work_queue import Backoff, Queue, Result

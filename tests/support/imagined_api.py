@@ -16,8 +16,8 @@ from finetune_api import names
 from finetune_api.status import TrainerReport
 from finetune_operator.core import raw
 from finetune_operator.core.events import Event
-from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import ApiError, Cluster, path
+from finetune_operator.observability.job_metrics import Fleet
 from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache
 from support.imagined_cluster import KINDS

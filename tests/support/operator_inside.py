@@ -10,7 +10,7 @@ from kubernetes.aio.client import Configuration
 
 from finetune_operator.kube.session import Connection
 from finetune_operator.main import Operator
-from finetune_operator.metrics import Metrics
+from finetune_operator.observability.metrics import Metrics
 from finetune_operator.reconcile.clock import Clock
 from finetune_operator.settings import Settings
 from support.api_proxy import ApiProxy

@@ -14,7 +14,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from yarl import URL
 
 from finetune_operator.core.raw import Raw
-from finetune_operator.metrics import Metrics
+from finetune_operator.observability.metrics import Metrics
 
 
 def resource_of(path: str) -> str:

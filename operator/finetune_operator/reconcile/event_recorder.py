@@ -14,7 +14,7 @@ from finetune_operator.core.events import Event
 from finetune_operator.core.observed import JobObject
 from finetune_operator.core.raw import Raw
 from finetune_operator.kube.client import ApiError, Cluster, path
-from finetune_operator.metrics import Metrics
+from finetune_operator.observability.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 

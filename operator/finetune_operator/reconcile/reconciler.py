@@ -12,13 +12,13 @@ from finetune_operator.core.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.plan import plan
 from finetune_operator.core.raw import Raw
 from finetune_operator.core.steps import Plan
-from finetune_operator.fleet import Fleet
 from finetune_operator.kube.client import (
     ApiError,
     Cluster,
     Refused,
     Terminating,
 )
+from finetune_operator.observability.job_metrics import Fleet
 from finetune_operator.reconcile.event_recorder import Recorder
 from finetune_operator.reconcile.work_queue import Result
 from finetune_operator.settings import Settings

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from finetune_api import names
 from finetune_operator.core import failure, statuses
 from finetune_operator.core.observed import WAITING_PHASES, JobObject
-from finetune_operator.metrics import PHASES, PREFIX, gauge
+from finetune_operator.observability.metrics import PHASES, PREFIX, gauge
 
 OVER = ("Succeeded", "Failed")
 #: Phases in which the job's pods hold their GPUs.
