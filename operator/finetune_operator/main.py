@@ -15,7 +15,7 @@ from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.kube.session import Connection
 from finetune_operator.observability import health, logs

@@ -7,8 +7,8 @@ import helm_python
 import pytest
 
 from finetune_api import manifest, names
-from finetune_operator.core import children
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.builders import job as children
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 from support import cluster as clusters
 from support.chart import CHART, RELEASE, objects, values_of

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api import names
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.observability.job_metrics import REASONS, Fleet
 
 ROOT = Path(__file__).resolve().parents[2]

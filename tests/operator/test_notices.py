@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.core.observed import Notice
+from finetune_operator.core.objects.observed import Notice
 from finetune_operator.kube.client import ApiError
 from finetune_operator.watch import wait_reasons as notices
 from finetune_operator.watch.cache import Cache

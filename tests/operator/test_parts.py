@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
-from finetune_operator.core.observed import Notice
+from finetune_operator.core.objects.observed import Notice
 from finetune_operator.kube.session import (
     Connection,
     Events,

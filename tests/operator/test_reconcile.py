@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from finetune_api import names
-from finetune_operator.core.events import Event
-from finetune_operator.core.observed import JobObject
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects.observed import JobObject
+from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.status.events import Event
 from finetune_operator.kube.client import (
     ApiError,
     Cluster,

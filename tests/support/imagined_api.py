@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import names
 from finetune_api.status import TrainerReport
-from finetune_operator.core import raw
-from finetune_operator.core.events import Event
+from finetune_operator.core.objects import raw
+from finetune_operator.core.status.events import Event
 from finetune_operator.kube.client import ApiError, Cluster, path
 from finetune_operator.observability.job_metrics import Fleet
 from finetune_operator.reconcile.reconciler import Reconciler

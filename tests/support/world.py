@@ -14,9 +14,9 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.status import FineTuneJobStatus, TrainerReport
-from finetune_operator.core.observed import Observed
+from finetune_operator.core.objects.observed import Observed
 from finetune_operator.core.plan import plan
-from finetune_operator.core.steps import Plan
+from finetune_operator.core.types import Plan
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 from support.imagined_cluster import KINDS, START, ImaginedCluster, stamp

@@ -5,24 +5,25 @@ from datetime import datetime
 
 from finetune_api import names
 from finetune_api.status import Attempt
-from finetune_operator.core import (
-    attempts,
-    children,
-    conclude,
+from finetune_operator.core import finish, policy
+from finetune_operator.core.attempts import (
+    failure,
+    history,
+    pod_set,
+    retry,
+)
+from finetune_operator.core.attempts.retry import Retry, Stop
+from finetune_operator.core.builders import job
+from finetune_operator.core.objects import status_io
+from finetune_operator.core.objects.observed import Child, Observed, Pod
+from finetune_operator.core.status import (
     conditions,
     deadlines,
-    failure,
-    pods,
-    progress,
-    retry,
-    rules,
-    statuses,
-    waiting,
+    training,
+    wait_reason,
 )
-from finetune_operator.core.conditions import Scene
-from finetune_operator.core.observed import Child, Observed, Pod
-from finetune_operator.core.retry import Retry, Stop
-from finetune_operator.core.steps import Plan, Step, View
+from finetune_operator.core.status.conditions import Scene
+from finetune_operator.core.types import Plan, Step, View
 from finetune_operator.settings import Settings
 
 #: How often the pods of a Job that is over are looked at while one is said to live.
@@ -32,18 +33,18 @@ LOOK_SECONDS = 10.0
 def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     """What the job needs now. `now` has a zone; sub-second parts are dropped, for statuses hold whole seconds."""
     now = now.replace(microsecond=0)
-    status = statuses.read(observed.job.status)
+    status = status_io.read(observed.job.status)
     if observed.job.deleting:
         return Plan()
-    if statuses.is_over(status):
-        return conclude.after_the_end(observed, status, now)
-    spec = rules.read_spec(observed.job)
-    if isinstance(spec, rules.Refusal):
-        return conclude.conclude(observed, status, Step(conditions.refused(spec.reason, spec.message)), now)
-    story = attempts.update(observed, status, spec, now)
-    merged = progress.merge(status.progress, story.report, now)
+    if status_io.is_over(status):
+        return finish.after_the_end(observed, status, now)
+    spec = policy.read_spec(observed.job)
+    if isinstance(spec, policy.Refusal):
+        return finish.conclude(observed, status, Step(conditions.refused(spec.reason, spec.message)), now)
+    story = history.update(observed, status, spec, now)
+    merged = training.merge(status.progress, story.report, now)
     view = View(observed, status, spec, story.history, story.ending, story.report, merged, settings, now)
-    return replace(conclude.conclude(observed, status, _step(view), now, view), look=story.look)
+    return replace(finish.conclude(observed, status, _step(view), now, view), look=story.look)
 
 
 def _step(view: View) -> Step:
@@ -56,11 +57,11 @@ def _step(view: View) -> Step:
         if isinstance(verdict, Stop):
             return Step(conditions.failed(verdict.reason, verdict.message))
         after = verdict
-    if not view.history and (refusal := rules.refuse(view.observed.job, view.spec, view.settings)):
+    if not view.history and (refusal := policy.refuse(view.observed.job, view.spec, view.settings)):
         return Step(conditions.refused(refusal.reason, refusal.message))
     if late := _late(view, after):
         return Step(late)
-    if view.live and attempts.is_superseded(view.live):
+    if view.live and history.is_superseded(view.live):
         return _replace(view, view.live)
     if view.spec.suspend:
         return _suspend(view)
@@ -82,33 +83,35 @@ def _suspend(view: View) -> Step:
     if view.live is None:
         return Step(conditions.suspended("Suspended", "spec.suspend is true"), delete=view.unfinished)
     mine = _pods(view, view.live)
-    lost = pods.out_of_reach(mine, view.now)
-    message = waiting.out_of_reach(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
+    lost = pod_set.out_of_reach(mine, view.now)
+    message = (
+        wait_reason.out_of_reach(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
+    )
     # Kueue would unsuspend an admitted Job, so a queued one is deleted; its pods get the same grace.
     ours = tuple(child for child in view.unfinished if not child.queued and not child.suspended)
     queued = tuple(child for child in view.unfinished if child.queued and not child.deleting)
-    again = (_until(pods.reach_ends(mine), view.now), _deadline_falls(view))
+    again = (_until(pod_set.reach_ends(mine), view.now), _deadline_falls(view))
     return Step(conditions.suspended("Suspending", message), suspend=ours, delete=queued, check_again=again)
 
 
 def _watch(view: View, attempt: Attempt) -> Step:
     """An attempt is under way: say why it waits, or what it does."""
-    child, mine = attempts.child_of(view.observed, attempt.job_name), _pods(view, attempt)
+    child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
     scene, due = _under_way(view, attempt, child, mine)
-    again = (due, _pending_left(view), _deadline_falls(view), _until(pods.reach_ends(mine), view.now))
+    again = (due, _pending_left(view), _deadline_falls(view), _until(pod_set.reach_ends(mine), view.now))
     return Step(scene, check_again=again)
 
 
 def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod]) -> tuple[Scene, float | None]:
     """Where an attempt stands, and the seconds after which that is to be looked at again."""
     nodes = view.spec.resources.nodes
-    if lost := pods.out_of_reach(mine, view.now):
-        notice = waiting.out_of_reach(lost)
+    if lost := pod_set.out_of_reach(mine, view.now):
+        notice = wait_reason.out_of_reach(lost)
         return conditions.waiting(notice.reason, notice.message), None
     if child is None or child.deleting:
         return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
     if child.finished:
-        if view.status.conditions and not attempts.is_late(child, view.now):
+        if view.status.conditions and not history.is_late(child, view.now):
             return conditions.recorded(view.status), 1.0  # its pods' last words are on their way
         again = LOOK_SECONDS if any(pod.live for pod in mine) else 1.0
         return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), again
@@ -118,21 +121,21 @@ def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod
     # A pod that was told to stop and did is about to be replaced: only one that ended by itself has done its part.
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
-        notice = waiting.explain(view.observed, child, mine, nodes)
+        notice = wait_reason.explain(view.observed, child, mine, nodes)
         return conditions.waiting(notice.reason, notice.message), None
     if done == nodes and view.status.conditions:
         return conditions.recorded(view.status), None  # the Job's own verdict follows in a moment
     if any(pod.exit and pod.index == 0 for pod in mine):
-        return conditions.running("Finishing", progress.finishing()), None
-    stalled_at = progress.stall_deadline(attempt, pods.running_since(mine), view.settings.stalled_seconds)
-    said = progress.training(view.report, stalled_at, view.now)
+        return conditions.running("Finishing", training.finishing()), None
+    stalled_at = training.stall_deadline(attempt, pod_set.running_since(mine), view.settings.stalled_seconds)
+    said = training.training(view.report, stalled_at, view.now)
     return conditions.running(said.reason, said), _until(stalled_at, view.now)
 
 
 def _back_off(view: View, retry: Retry) -> Step:
     at = retry.at.isoformat(timespec="seconds").replace("+00:00", "Z")
     last = f": {view.last.message}" if view.last and view.last.message else ""
-    message = f"attempt {attempts.next_number(view.history, view.observed)} starts at {at}, after {retry.after}{last}"
+    message = f"attempt {history.next_number(view.history, view.observed)} starts at {at}, after {retry.after}{last}"
     left = (retry.at - view.now).total_seconds()
     return Step(conditions.waiting("BackingOff", message), delete=view.unfinished, check_again=(left,))
 
@@ -149,13 +152,13 @@ def _start(view: View, after: Retry | None) -> Step:
     if observed.obstacle:
         scene = conditions.waiting(observed.obstacle.reason, observed.obstacle.message)
         return Step(scene, check_again=(_pending_left(view, after),))
-    number, micro = attempts.next_number(view.history, observed), retry.micro_batch(view.history, view.spec)
-    name = attempts.job_name(observed.job, number)
+    number, micro = history.next_number(view.history, observed), retry.micro_batch(view.history, view.spec)
+    name = history.job_name(observed.job, number)
     queued = names.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(
-        conditions.waiting(reason, message or waiting.starting(name, view.spec.resources.nodes)),
-        create=tuple(children.build(observed.job, view.spec, number, micro, view.settings)),
+        conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),
+        create=tuple(job.build(observed.job, view.spec, number, micro, view.settings)),
         starts=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
         check_again=(view.spec.pending_deadline_seconds,),
     )
@@ -168,7 +171,7 @@ def _late(view: View, after: Retry | None) -> Scene | None:
         limit = view.spec.active_deadline_seconds
         return conditions.failed(deadlines.ACTIVE, f"its attempts ran longer than activeDeadlineSeconds ({limit} s)")
     if pending is not None and pending <= 0:
-        why = statuses.condition(view.status, "Scheduled")
+        why = status_io.condition(view.status, "Scheduled")
         tail = f"; it waited for: {why.reason}: {why.message}" if why and why.status == "False" else ""
         limit = view.spec.pending_deadline_seconds
         return conditions.failed(deadlines.PENDING, f"not running after pendingDeadlineSeconds ({limit} s){tail}")
@@ -176,11 +179,11 @@ def _late(view: View, after: Retry | None) -> Scene | None:
 
 
 def _pods(view: View, attempt: Attempt) -> list[Pod]:
-    return pods.current(attempts.pods_of(view.observed, attempt.job_name))
+    return pod_set.current(history.pods_of(view.observed, attempt.job_name))
 
 
 def _running_since(view: View) -> datetime | None:
-    return pods.running_since(_pods(view, view.live)) if view.live else None
+    return pod_set.running_since(_pods(view, view.live)) if view.live else None
 
 
 def _active_left(view: View) -> float | None:
@@ -206,5 +209,5 @@ def _until(moment: datetime | None, now: datetime) -> float | None:
 
 
 def _is_suspended(view: View) -> bool:
-    known = statuses.condition(view.status, "Suspended")
+    known = status_io.condition(view.status, "Suspended")
     return known is not None and known.status == "True"

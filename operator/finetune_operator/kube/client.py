@@ -11,8 +11,8 @@ from pydantic_core import from_json, to_json
 from yarl import URL
 
 from finetune_api import names
-from finetune_operator.core import raw
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.raw import Raw
 
 MERGE_PATCH = "application/merge-patch+json"
 #: Objects a page: small, because a page is tens of times larger in memory than on the wire.

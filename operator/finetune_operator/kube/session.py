@@ -13,7 +13,7 @@ from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.api_client import ApiClient
 from yarl import URL
 
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects.raw import Raw
 from finetune_operator.observability.metrics import Metrics
 
 

@@ -12,8 +12,9 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from finetune_api import names
-from finetune_operator.core import failure, statuses
-from finetune_operator.core.observed import WAITING_PHASES, JobObject
+from finetune_operator.core.attempts import failure
+from finetune_operator.core.objects import status_io
+from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
 from finetune_operator.observability.metrics import PHASES, PREFIX, gauge
 
 OVER = ("Succeeded", "Failed")
@@ -64,7 +65,7 @@ class Fleet(Collector):
     def changed(self, before: JobObject, after: JobObject) -> None:
         """Count what happened between two statuses of one job."""
         self._show_zeros(after.namespace)
-        old, new = statuses.read(before.status), statuses.read(after.status)
+        old, new = status_io.read(before.status), status_io.read(after.status)
         ended = {attempt.job_name for attempt in old.attempts if attempt.reason}
         for attempt in new.attempts:
             if attempt.reason and attempt.job_name not in ended:

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 import structlog
 
 from finetune_api import names
-from finetune_operator.core.events import Event
-from finetune_operator.core.observed import JobObject
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects.observed import JobObject
+from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.status.events import Event
 from finetune_operator.kube.client import ApiError, Cluster, path
 from finetune_operator.observability.metrics import Metrics
 

@@ -7,11 +7,11 @@ from datetime import datetime
 import structlog
 
 from finetune_api import names
-from finetune_operator.core import raw
-from finetune_operator.core.observed import JobObject, Observed, Obstacle
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.observed import JobObject, Observed, Obstacle
+from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.plan import plan
-from finetune_operator.core.raw import Raw
-from finetune_operator.core.steps import Plan
+from finetune_operator.core.types import Plan
 from finetune_operator.kube.client import (
     ApiError,
     Cluster,

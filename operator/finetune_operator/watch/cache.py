@@ -6,9 +6,15 @@ from typing import Final, TypeVar
 
 from finetune_api import names
 from finetune_api.status import TrainerReport
-from finetune_operator.core import raw
-from finetune_operator.core.observed import Child, JobObject, Notice, Observed, Pod
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.observed import (
+    Child,
+    JobObject,
+    Notice,
+    Observed,
+    Pod,
+)
+from finetune_operator.core.objects.raw import Raw
 
 View = JobObject | Child | Pod
 V = TypeVar("V", JobObject, Child, Pod)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 
 from finetune_api import names
-from finetune_operator.core import raw
+from finetune_operator.core.objects import raw
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.watch.cache import KINDS, Cache
 

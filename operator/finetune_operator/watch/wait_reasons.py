@@ -11,10 +11,10 @@ from datetime import datetime
 
 import structlog
 
-from finetune_operator.core import raw
-from finetune_operator.core.observed import Notice
-from finetune_operator.core.raw import Raw
-from finetune_operator.core.waiting import QUEUED
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.observed import Notice
+from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.status.wait_reason import QUEUED
 from finetune_operator.kube.client import ApiError, Cluster, path
 from finetune_operator.watch.cache import Cache
 

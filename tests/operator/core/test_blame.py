@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune_api import names
-from finetune_operator.core import failure
+from finetune_operator.core.attempts import failure
 from support.world import World, stamp
 
 OUT_OF_MEMORY = {"stage": "Failed", "reason": "GpuOutOfMemory", "message": "x", "executionPlan": {"microBatchSize": 8}}

@@ -7,9 +7,9 @@ import kubernetes_validate
 import pytest
 
 from finetune_api import manifest, names
-from finetune_operator.core import children
-from finetune_operator.core.observed import JobObject
-from finetune_operator.core.rules import Refusal, read_spec
+from finetune_operator.core.builders import job as children
+from finetune_operator.core.objects.observed import JobObject
+from finetune_operator.core.policy import Refusal, read_spec
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.core import rules
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core import policy
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -24,10 +24,10 @@ def said(spec: Object, settings: Object, namespace: str = "research") -> str:
         "output": {"uri": "s3://team-adapters/nli"},
     }
     job = JobObject.of({"metadata": {"name": "nli", "namespace": namespace}, "spec": {**base, **spec}})
-    read = rules.read_spec(job)
-    assert not isinstance(read, rules.Refusal), read
-    found = rules.refuse(job, read, Settings.model_construct(**settings))
-    assert found is None or found.reason == rules.REFUSED
+    read = policy.read_spec(job)
+    assert not isinstance(read, policy.Refusal), read
+    found = policy.refuse(job, read, Settings.model_construct(**settings))
+    assert found is None or found.reason == policy.REFUSED
     return found.message if found else ""
 
 
@@ -76,7 +76,7 @@ def test_what_no_rule_forbids_may_run(spec: Object, settings: Object) -> None:
 
 
 def test_every_rule_is_tried() -> None:
-    assert {rule for rule, _, _ in REFUSED} == {rule.__name__.removeprefix("_") for rule in rules._RULES}
+    assert {rule for rule, _, _ in REFUSED} == {rule.__name__.removeprefix("_") for rule in policy._RULES}
 
 
 def test_the_sentence_says_what_is_allowed() -> None:

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from finetune_api import names
-from finetune_operator.core.observed import Notice
+from finetune_operator.core.objects.observed import Notice
 from support.world import START, World, stamp
 
 QUEUE = {names.LABEL_KUEUE_QUEUE: "gpu"}

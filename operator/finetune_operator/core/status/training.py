@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from finetune_api.status import Attempt, Progress, TrainerReport
-from finetune_operator.core.conditions import Said
+from finetune_operator.core.status.conditions import Said
 
 STALLED = "Stalled"
 _OVER = ("Succeeded", "Failed")

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from finetune_api.names import OUTCOMES, REASONS, ExitCode, outcome_of
 from finetune_api.status import TrainerReport
-from finetune_operator.core import raw
-from finetune_operator.core.observed import Child, Pod
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.observed import Child, Pod
 
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 PREEMPTED = OUTCOMES[ExitCode.PREEMPTED].reason

@@ -5,8 +5,9 @@ from datetime import datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus
-from finetune_operator.core import pods, statuses
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.attempts import pod_set
+from finetune_operator.core.objects import status_io
+from finetune_operator.core.objects.observed import JobObject
 
 ACTIVE = "DeadlineExceeded"
 PENDING = "PendingDeadlineExceeded"
@@ -18,7 +19,7 @@ def active_left(
     """Seconds that all attempts together may still run; None without a deadline."""
     if spec.active_deadline_seconds is None:
         return None
-    return spec.active_deadline_seconds - pods.run_seconds(history, running_since, now)
+    return spec.active_deadline_seconds - pod_set.run_seconds(history, running_since, now)
 
 
 def pending_left(spec: FineTuneJobSpec, since: datetime | None, now: datetime) -> float | None:
@@ -37,7 +38,7 @@ def pending_since(
     last = history[-1] if history else None
     if last and last.reason is None:
         return last.started_at
-    suspended = statuses.condition(status, "Suspended")
+    suspended = status_io.condition(status, "Suspended")
     marks = [job.created_at, due, suspended.last_transition_time if suspended else None]
     return max((mark for mark in marks if mark), default=None)
 

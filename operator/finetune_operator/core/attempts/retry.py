@@ -7,7 +7,14 @@ from datetime import UTC, datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt
-from finetune_operator.core.failure import CRASHED, FINAL, OUT_OF_MEMORY, SPEC_CHANGED, SUSPENDED, UNCOUNTED
+from finetune_operator.core.attempts.failure import (
+    CRASHED,
+    FINAL,
+    OUT_OF_MEMORY,
+    SPEC_CHANGED,
+    SUSPENDED,
+    UNCOUNTED,
+)
 
 MAX_BACKOFF_SECONDS = 600
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)

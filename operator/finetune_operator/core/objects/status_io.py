@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.status import Condition, FineTuneJobStatus
-from finetune_operator.core import raw
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.raw import Raw
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).isoformat()
 _KINDS = ("Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded")

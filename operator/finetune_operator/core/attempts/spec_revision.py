@@ -7,7 +7,7 @@ import json
 
 from finetune_api.spec import IMMUTABLE, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.core.observed import Child
+from finetune_operator.core.objects.observed import Child
 
 #: Kept as the attempt's message, so that after another status, too, it is known for what it is.
 SUPERSEDED = "the spec was changed before this attempt was recorded"

@@ -4,8 +4,8 @@ from typing import Any
 
 from finetune_api import names, uri
 from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.core import torchrun
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.builders import torchrun
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]

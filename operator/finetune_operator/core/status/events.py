@@ -6,9 +6,9 @@ from datetime import timedelta
 from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
-from finetune_operator.core import statuses
-from finetune_operator.core.failure import SUCCEEDED, UNCOUNTED
-from finetune_operator.core.progress import STALLED
+from finetune_operator.core.attempts.failure import SUCCEEDED, UNCOUNTED
+from finetune_operator.core.objects import status_io
+from finetune_operator.core.status.training import STALLED
 
 Kind = Literal["Normal", "Warning"]
 LONG_WAIT = timedelta(seconds=60)
@@ -36,7 +36,7 @@ def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]:
             continue
         about = f"{condition.type}/{condition.status}/{condition.reason}/{len(new.attempts)}"
         event = _trouble(condition, about)
-        if event is None and not statuses.is_over(new):
+        if event is None and not status_io.is_over(new):
             event = _progress(known, condition, about)
         if event:
             yield event

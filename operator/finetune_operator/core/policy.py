@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api import manifest, names, uri
 from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
 INVALID = "ConfigInvalid"

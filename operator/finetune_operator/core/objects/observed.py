@@ -11,8 +11,8 @@ from pydantic_core import to_json
 
 from finetune_api import names
 from finetune_api.status import TrainerReport
-from finetune_operator.core import raw
-from finetune_operator.core.raw import Raw
+from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.raw import Raw
 
 _KUEUE_LABELS = (names.LABEL_KUEUE_QUEUE, names.LABEL_KUEUE_PRIORITY)
 _INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"

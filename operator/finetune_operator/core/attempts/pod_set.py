@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from finetune_api.status import Attempt
-from finetune_operator.core.observed import Pod
+from finetune_operator.core.objects.observed import Pod
 
 #: How far the clocks of nodes, API server and operator may differ without meaning anything.
 SKEW = timedelta(seconds=30)

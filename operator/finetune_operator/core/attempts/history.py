@@ -6,9 +6,15 @@ from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
-from finetune_operator.core import failure, pods, progress, revision
-from finetune_operator.core.failure import Ending
-from finetune_operator.core.observed import Child, JobObject, Observed, Pod
+from finetune_operator.core.attempts import failure, pod_set, spec_revision
+from finetune_operator.core.attempts.failure import Ending
+from finetune_operator.core.objects.observed import (
+    Child,
+    JobObject,
+    Observed,
+    Pod,
+)
+from finetune_operator.core.status import training
 
 #: Attempts that count are kept for good (there are at most 100); of the others the latest few.
 KEPT_UNCOUNTED = 10
@@ -62,7 +68,7 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
     """The recorded attempts, brought up to date."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
-        said = revision.SUPERSEDED if revision.is_superseded(child, status, spec) else None
+        said = spec_revision.SUPERSEDED if spec_revision.is_superseded(child, status, spec) else None
         history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=said))
     current: list[Attempt] = []
     story = Story(current)
@@ -99,8 +105,8 @@ def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None
         starts = [pod.started_at for pod in mine if pod.started_at]
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
     # The time of a pod that ended by itself is added up with the attempt's end, in the same write.
-    attempt = pods.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
-    return progress.heard(attempt, report, now) if report else attempt
+    attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
+    return training.heard(attempt, report, now) if report else attempt
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def _ending(
     if any(pod.live for pod in mine):
         return _Open(look=late and not observed.looked)
     if child and child.finished:
-        told = pods.current(mine)
+        told = pod_set.current(mine)
         if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.looked):
             return _Open(look=late)
         memory = spec.resources.memory
@@ -133,7 +139,7 @@ def _ending(
     if not observed.looked:
         return _Open(look=True)
     if is_superseded(attempt):
-        return Ending(failure.SPEC_CHANGED, revision.SUPERSEDED, finished_at=now)
+        return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, finished_at=now)
     if stopping:
         return Ending(failure.SUSPENDED, "spec.suspend stopped it", finished_at=now)
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
@@ -141,7 +147,7 @@ def _ending(
 
 def is_superseded(attempt: Attempt) -> bool:
     """Whether an attempt that is not over runs another spec than the job's."""
-    return attempt.reason is None and attempt.message == revision.SUPERSEDED
+    return attempt.reason is None and attempt.message == spec_revision.SUPERSEDED
 
 
 def _of_its_spec(attempt: Attempt, ending: Ending) -> Ending:
@@ -149,8 +155,8 @@ def _of_its_spec(attempt: Attempt, ending: Ending) -> Ending:
     if not is_superseded(attempt):
         return ending
     if ending.reason == failure.SUCCEEDED:
-        return replace(ending, message=f"{ending.message}, but by the spec as it was: {revision.SUPERSEDED}")
-    return Ending(failure.SPEC_CHANGED, revision.SUPERSEDED, ending.exit_code, ending.finished_at)
+        return replace(ending, message=f"{ending.message}, but by the spec as it was: {spec_revision.SUPERSEDED}")
+    return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, ending.exit_code, ending.finished_at)
 
 
 def is_late(child: Child, now: datetime) -> bool:
@@ -173,7 +179,7 @@ def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -
             "exit_code": ending.exit_code,
             "finished_at": end,
             "last_step": report.progress.step if report else attempt.last_step,
-            "run_seconds": pods.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),
+            "run_seconds": pod_set.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),
             "micro_batch_size": plan.micro_batch_size if plan and plan.micro_batch_size else attempt.micro_batch_size,
         }
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
-from finetune_operator.core import attempts, pod, revision, torchrun
-from finetune_operator.core.observed import JobObject
+from finetune_operator.core.attempts import history, spec_revision
+from finetune_operator.core.builders import pod, torchrun
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -74,7 +75,7 @@ def _frugal(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
 
 
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
-    name, nodes = attempts.job_name(job, attempt), spec.resources.nodes
+    name, nodes = history.job_name(job, attempt), spec.resources.nodes
     arguments = ["--config", f"{names.CONFIG_DIR}/{names.CONFIG_FILE}"]
     if micro_batch is not None:
         arguments += _frugal(spec, micro_batch)
@@ -93,7 +94,7 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
     if names.LABEL_KUEUE_QUEUE in job.queue_labels:
         body["suspend"] = True
     metadata = _metadata(job, name, **labels, **job.queue_labels)
-    metadata["annotations"] = {names.ANNOTATION_REVISION: revision.of(spec)}
+    metadata["annotations"] = {names.ANNOTATION_REVISION: spec_revision.of(spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

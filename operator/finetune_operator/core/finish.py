@@ -7,9 +7,22 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.status import FineTuneJobStatus, Progress
-from finetune_operator.core import attempts, conditions, deadlines, events, failure, progress, raw, statuses
-from finetune_operator.core.observed import Child, Observed
-from finetune_operator.core.steps import Plan, Step, Target, View
+from finetune_operator.core.attempts import failure
+from finetune_operator.core.attempts import history as attempts
+from finetune_operator.core.objects import raw, status_io
+from finetune_operator.core.objects.observed import Child, Observed
+from finetune_operator.core.status import (
+    conditions,
+    deadlines,
+    events,
+    training,
+)
+from finetune_operator.core.types import (
+    Plan,
+    Step,
+    Target,
+    View,
+)
 
 
 def after_the_end(observed: Observed, status: FineTuneJobStatus, now: datetime) -> Plan:
@@ -30,8 +43,8 @@ def conclude(
 ) -> Plan:
     """The plan that follows from `step`: status, events and clean-up."""
     new = _new_status(observed, status, step, now, view)
-    patch = statuses.merge_patch(json.loads(observed.job.status), new.manifest())
-    over = statuses.is_over(new)
+    patch = status_io.merge_patch(json.loads(observed.job.status), new.manifest())
+    over = status_io.is_over(new)
     again = [seconds for seconds in step.check_again if seconds is not None and seconds > 0]
     return Plan(
         create=step.create,
@@ -60,21 +73,21 @@ def _new_status(
             changed |= {"metrics": view.ending.report.metrics or status.metrics}
             changed |= {"adapter": view.ending.report.adapter} if view.ending.reason == failure.SUCCEEDED else {}
     new = status.model_copy(update=changed)
-    return _over(observed, new, step, now) if statuses.is_over(new) else new
+    return _over(observed, new, step, now) if status_io.is_over(new) else new
 
 
 def _pace(view: View, step: Step) -> Progress | None:
     """The progress, with what to expect of it only while the trainer goes on."""
-    goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != progress.STALLED
+    goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != training.STALLED
     is_over = step.scene.succeeded.status != "Unknown"
-    return view.progress if goes_on or is_over else progress.at_rest(view.progress)
+    return view.progress if goes_on or is_over else training.at_rest(view.progress)
 
 
 def _over(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
     """The last status: nothing is expected any more, and an attempt that still runs ends with the job."""
     ending = failure.Ending(step.scene.succeeded.reason, step.scene.succeeded.message, finished_at=now)
     closed = [each if each.reason else attempts.close(each, observed, ending, now) for each in status.attempts]
-    changed = {"completion_time": now, "progress": progress.finished(status.progress), "attempts": closed}
+    changed = {"completion_time": now, "progress": training.finished(status.progress), "attempts": closed}
     return status.model_copy(update=changed)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, Progress, TrainerReport
-from finetune_operator.core.conditions import Scene
-from finetune_operator.core.events import Event
-from finetune_operator.core.failure import Ending
-from finetune_operator.core.observed import Child, Observed
+from finetune_operator.core.attempts.failure import Ending
+from finetune_operator.core.objects.observed import Child, Observed
+from finetune_operator.core.status.conditions import Scene
+from finetune_operator.core.status.events import Event
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 from finetune_api import names
-from finetune_operator.core.observed import Child, JobObject, Notice, Observed, Pod
+from finetune_operator.core.objects.observed import (
+    Child,
+    JobObject,
+    Notice,
+    Observed,
+    Pod,
+)
 
 PENDING = "Pending"
 QUEUED = "Queued"
