@@ -50,7 +50,7 @@ def bare(tmp_path):
     path = [site, *(Path(package.__path__[0]).parent for package in (finetune_api, finetune_operator))]
 
     def run(*arguments):
-        code = "import sys; from finetune_operator.cli.app import main; sys.exit(main())"
+        code = "import sys; from finetune_cli.app import main; sys.exit(main())"
         return subprocess.run(
             [sys.executable, "-S", "-c", code, *arguments],
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": ":".join(map(str, path))},
@@ -91,7 +91,7 @@ def test_help_needs_nothing_heavy():
     code = f"""
 import sys
 sys.argv = ["finetune", "--help"]
-from finetune_operator.cli.app import main
+from finetune_cli.app import main
 assert main() == 0
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
 assert not heavy, heavy

@@ -6,7 +6,7 @@ import sys
 #: Its finalizer is where the signal arrives: whatever is raised there, Python drops.
 PROGRAM = """
 import os, signal, sys, time
-from finetune_operator.cli.interrupts import insistent_interrupts
+from finetune_cli.interrupts import insistent_interrupts
 
 signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
 

@@ -4,8 +4,8 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
-
-from finetune_operator.cli import history, logs, text
+from finetune_cli.commands import logs
+from finetune_cli.output import format, loss_history
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from finetune_operator.cli import history, logs, text
     ],
 )
 def test_durations(seconds, words):
-    assert text.duration(seconds) == words
+    assert format.duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,20 @@ def test_durations(seconds, words):
     [(0.42134, "0.4213"), (2e-5, "2e-05"), (18004.4, "18,004"), (2.0, "2"), (0.0, "0"), (12.345, "12.35")],
 )
 def test_numbers(value, words):
-    assert text.number(value) == words
+    assert format.number(value) == words
 
 
 def test_sizes_and_shares_and_ages():
-    assert [text.size(count) for count in (512, 27_300_000, 3 * 2**30)] == ["512 B", "26.0 MiB", "3.0 GiB"]
-    assert [text.percent(share) for share in (0, 0.005, 0.48, 0.995, 1)] == ["0 %", "0.5 %", "48 %", "99.5 %", "100 %"]
+    assert [format.size(count) for count in (512, 27_300_000, 3 * 2**30)] == ["512 B", "26.0 MiB", "3.0 GiB"]
+    assert [format.percent(share) for share in (0, 0.005, 0.48, 0.995, 1)] == [
+        "0 %",
+        "0.5 %",
+        "48 %",
+        "99.5 %",
+        "100 %",
+    ]
     now = datetime.now(UTC)
-    assert [text.age(now - timedelta(seconds=s), now) for s in (45, 119, 120, 7200, 180_000)] == [
+    assert [format.age(now - timedelta(seconds=s), now) for s in (45, 119, 120, 7200, 180_000)] == [
         "45s",
         "119s",
         "2m",
@@ -46,24 +52,24 @@ def test_sizes_and_shares_and_ages():
 
 
 def test_a_sparkline_spans_its_values_and_never_its_width():
-    assert text.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
-    assert text.sparkline([5, 5, 5], 8) == "▁▁▁"
-    assert len(text.sparkline(list(range(1000)), 40)) == 40
-    assert text.sparkline([1, float("nan"), float("inf"), 2], 8) == "▁█"
-    assert text.sparkline([], 8) == ""
+    assert format.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
+    assert format.sparkline([5, 5, 5], 8) == "▁▁▁"
+    assert len(format.sparkline(list(range(1000)), 40)) == 40
+    assert format.sparkline([1, float("nan"), float("inf"), 2], 8) == "▁█"
+    assert format.sparkline([], 8) == ""
 
 
 def test_losses_are_read_from_logs_and_metrics_alike():
     metrics = [json.dumps({"step": s, "loss": 3 - s / 10}) for s in (10, 20)]
     log = [json.dumps({"event": f"Step {s}", "loss": f"{3 - s / 10:.6g}", "level": "info"}) for s in (10, 20)]
-    assert history.losses(metrics) == history.losses(log) == [2.0, 1.0]
+    assert loss_history.losses(metrics) == loss_history.losses(log) == [2.0, 1.0]
     noise = ["not JSON", "{broken", "[1]", json.dumps({"event": "Step 5"}), json.dumps({"step": 7, "evalLoss": 1.0})]
-    assert history.losses(noise) == []
+    assert loss_history.losses(noise) == []
 
 
 def test_a_step_done_again_after_a_resume_counts_once():
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 3.0), (2, 2.0), (1, 2.5), (3, 1.0))]
-    assert history.losses(lines) == [2.5, 2.0, 1.0]
+    assert loss_history.losses(lines) == [2.5, 2.0, 1.0]
 
 
 def test_json_log_lines_are_shown_for_people_and_others_as_they_are():

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.kube import Cluster
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.kube.client import Cluster
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 

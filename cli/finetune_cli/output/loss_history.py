@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import names
-from finetune_operator.cli.errors import CliError
+from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
-    from finetune_operator.cli.kube import Cluster
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.client import Cluster
+    from finetune_cli.output.job_view import View
 
 _STEP = re.compile(r"^Step ([0-9]+)$")
 TAIL_LINES = 3000
@@ -35,7 +35,7 @@ def loss_history(cluster: Cluster, view: View) -> list[float]:
 
 def published(address: str) -> list[str]:
     """Lines of training/metrics.jsonl below an adapter's URI. Raises CliError."""
-    from finetune_operator.cli.stores import open_remote
+    from finetune_cli.stores import open_remote
 
     remote = open_remote(address, seconds=STORE_SECONDS, tries=1)
     return remote.read(names.METRICS_FILE).decode(errors="replace").splitlines()

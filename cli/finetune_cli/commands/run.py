@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_api import names
-from finetune_operator.cli.documents import STDIN_NAME
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.options import ManifestFile, Overrides
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.manifests import STDIN_NAME
+from finetune_cli.options import ManifestFile, Overrides
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
     from finetune_api.status import TrainerReport
-    from finetune_operator.cli.documents import Source
+    from finetune_cli.manifests import Source
 
 #: Packages of the trainer extra whose absence is the likeliest; one of each kind is enough to tell.
 TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -210,8 +210,8 @@ def run(
         91   the loss became NaN or infinite
     """
     from finetune_api import manifest
-    from finetune_operator.cli import summary
-    from finetune_operator.cli.documents import refused, the_job
+    from finetune_cli.manifests import refused, the_job
+    from finetune_cli.output import run_summary
 
     source, document = the_job(file)
     try:
@@ -225,9 +225,9 @@ def run(
         env = environment(os.environ, Path(folder))
         started = time.monotonic()
         code = supervise([*launcher(job, trainer), *trainer_arguments(source, job, overrides or (), Path(folder))], env)
-        report = summary.read_report(Path(env[names.ENV_TERMINATION_LOG]))
+        report = run_summary.read_report(Path(env[names.ENV_TERMINATION_LOG]))
         code = trainers_code(code, report)
     if not quiet:
-        summary.show(job, report, code, seconds=time.monotonic() - started, file=file)
+        run_summary.show(job, report, code, seconds=time.monotonic() - started, file=file)
     if code != Exit.OK:
         raise CliError("", code=code)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_api import names
-from finetune_operator.cli import console
-from finetune_operator.cli.errors import CliError
-from finetune_operator.cli.options import (
+from finetune_cli.errors import CliError
+from finetune_cli.options import (
     Context,
     JobName,
     Kubeconfig,
@@ -20,10 +19,11 @@ from finetune_operator.cli.options import (
     Overrides,
     same_place,
 )
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
-    from finetune_operator.cli.kube import Object
+    from finetune_cli.kube.client import Object
 
 
 def submit(
@@ -51,8 +51,8 @@ def submit(
         finetune submit job.yaml --name nli-rank32 --set lora.rank=32 --set output.uri=s3://adapters/nli-rank32
     """
     from finetune_api import manifest
-    from finetune_operator.cli.connection import connect
-    from finetune_operator.cli.documents import refused, the_job
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.manifests import refused, the_job
 
     _, document = the_job(file)
     if name and isinstance(document.data, dict) and isinstance(document.data.get("metadata"), dict):
@@ -71,7 +71,7 @@ def submit(
     if not output:
         console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
     if watch and not dry_run:
-        from finetune_operator.cli.status import watch_job
+        from finetune_cli.commands.status import watch_job
 
         watch_job(cluster, metadata["name"], timeout=None, output=output)
     elif output:
@@ -104,7 +104,7 @@ def list_jobs(
         finetune list -A -l team=nlp
         finetune list -o json | jq '.items[].status.metrics.evalLoss'
     """
-    from finetune_operator.cli.connection import connect
+    from finetune_cli.kube.connect import connect
 
     cluster = connect(namespace, context, kubeconfig)
     found = cluster.jobs(everywhere=everywhere, selector=selector)
@@ -115,8 +115,8 @@ def list_jobs(
     if not found:
         console.note("No FineTuneJobs" + ("." if everywhere else f" in namespace {cluster.namespace}."))
         return
-    from finetune_operator.cli.render import job_table
-    from finetune_operator.cli.view import View
+    from finetune_cli.output.job_view import View
+    from finetune_cli.output.pages import job_table
 
     console.page(
         job_table([View.of(job) for job in found], datetime.now(UTC), namespaces=everywhere), console.PIPED_TABLE_WIDTH
@@ -166,8 +166,8 @@ def resume(
 
 def _set_suspend(name: str, value: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
     """The job with spec.suspend at `value`."""
-    from finetune_operator.cli.connection import connect
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.output.job_view import View
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get(name)
@@ -194,8 +194,8 @@ def delete(
     Examples:
         finetune delete nli
     """
-    from finetune_operator.cli.connection import connect
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.output.job_view import View
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get(name)

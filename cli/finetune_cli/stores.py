@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import uri
-from finetune_operator.cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit
 
 CHUNK_BYTES = 1 << 20
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401")

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_api import names
-from finetune_operator.cli import console
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.interrupts import insistent_interrupts
-from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.interrupts import insistent_interrupts
+from finetune_cli.options import (
+    Context,
+    JobName,
+    Kubeconfig,
+    Namespace,
+)
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
-    from finetune_operator.cli.kube import Cluster, Object
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.client import Cluster, Object
+    from finetune_cli.output.job_view import View
 
 LOG_FILE = f"{names.TRAINING_DIR}/log.txt"
 _LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
@@ -54,9 +59,9 @@ def logs(
         finetune logs nli --attempt 1 --tail 20
         finetune logs nli --raw | jq .event
     """
-    from finetune_operator.cli import kube
-    from finetune_operator.cli.connection import connect
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube import client
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.output.job_view import View
 
     cluster = connect(namespace, context, kubeconfig)
     view = View.of(cluster.get(name))
@@ -64,7 +69,7 @@ def logs(
         with insistent_interrupts():
             _follow(cluster, name, tail=tail, raw=raw)
         return
-    pods = [pod for pod in cluster.pods(name) if attempt is None or kube.attempt_of(pod) == attempt]
+    pods = [pod for pod in cluster.pods(name) if attempt is None or client.attempt_of(pod) == attempt]
     if pods and _has_started(pods[0]):
         _print(cluster.log(pods[0]["metadata"]["name"], tail=tail), raw=raw)
         return
@@ -86,7 +91,7 @@ def _has_started(pod: Object) -> bool:
 
 def _stored(view: View) -> list[str] | None:
     """The log published with the adapter; None when there is none."""
-    from finetune_operator.cli.stores import MissingError, open_remote
+    from finetune_cli.stores import MissingError, open_remote
 
     if view.status.adapter is None:
         return None
@@ -109,7 +114,7 @@ def _why_nothing(view: View, pods: list[Any], attempt: int | None) -> str:
 
 def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool) -> None:
     """Print the log of one attempt after the other until the job is over."""
-    from finetune_operator.cli.view import View
+    from finetune_cli.output.job_view import View
 
     finished: set[str] = set()
     shown = Shown()

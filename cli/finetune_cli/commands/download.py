@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_api import names
-from finetune_operator.cli import console, text
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.options import Context, Kubeconfig, Namespace, Output, complete_job
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.options import (
+    Context,
+    Kubeconfig,
+    Namespace,
+    Output,
+    complete_job,
+)
+from finetune_cli.output import console, format
 
 if TYPE_CHECKING:
-    from finetune_operator.cli.stores import Remote
+    from finetune_cli.stores import Remote
 
 #: Files fetched at the same time.
 PARALLEL = 4
@@ -57,7 +63,7 @@ def download(
         finetune download nli ./nli
         finetune download s3://adapters/nli ./nli
     """
-    from finetune_operator.cli.stores import open_remote
+    from finetune_cli.stores import open_remote
 
     address, digest = (source, None) if "://" in source else _of_job(source, namespace, context, kubeconfig)
     remote = open_remote(address)
@@ -80,15 +86,15 @@ def download(
         ]
         console.structured({"uri": address, "folder": str(folder), "files": listed}, output)
         return
-    total = text.size(sum(file.size for file in files))
+    total = format.size(sum(file.size for file in files))
     kept = f", {len(files) - len(missing)} of them were here already" if len(missing) < len(files) else ""
     console.done(f"{len(files)} files, {total}, in {folder}: every digest is right{kept}")
 
 
 def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: Path | None) -> tuple[str, str]:
     """URI and manifest digest of a job's adapter."""
-    from finetune_operator.cli.connection import connect
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.output.job_view import View
 
     view = View.of(connect(namespace, context, kubeconfig).get(name))
     if view.status.adapter is None:
@@ -101,7 +107,7 @@ def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: P
 
 
 def _manifest(remote: Remote, address: str) -> bytes:
-    from finetune_operator.cli.stores import MissingError
+    from finetune_cli.stores import MissingError
 
     try:
         return remote.read(names.MANIFEST_FILE)

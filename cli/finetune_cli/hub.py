@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 
 from finetune_api import uri
-from finetune_operator.cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 #: Whoever plans is waiting.

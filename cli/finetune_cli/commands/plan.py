@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_operator.cli import console
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.options import ManifestFile, Output, Overrides
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.options import ManifestFile, Output, Overrides
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.base import ApiModel
@@ -115,8 +115,8 @@ def plan(
         3    it cannot be told whether it fits: the model's config.json is out of reach, or of an unknown kind
     """
     from finetune_api import manifest
-    from finetune_operator.cli import memory
-    from finetune_operator.cli.documents import refused, the_job
+    from finetune_cli import forecast as memory
+    from finetune_cli.manifests import refused, the_job
 
     room = memory.parse_size(gpu_memory) if gpu_memory else None
     source, document = the_job(file)

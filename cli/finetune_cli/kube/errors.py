@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from finetune_api import names
-from finetune_operator.cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit
 
 
 @contextmanager

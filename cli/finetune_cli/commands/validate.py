@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_operator.cli.errors import CliError
+from finetune_cli.errors import CliError
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Tally:
 def check(file: str, tally: Tally) -> None:
     """Validate every document of `file` into `tally`."""
     from finetune_api import manifest
-    from finetune_operator.cli.documents import documents, foreign_kind, read
+    from finetune_cli.manifests import documents, foreign_kind, read
 
     try:
         source = read(file)
@@ -64,7 +64,7 @@ def validate(
         finetune validate experiments/*.yaml
         kubectl kustomize overlays/rank32 | finetune validate -
     """
-    from finetune_operator.cli import console
+    from finetune_cli.output import console
 
     tally = Tally()
     for file in files:

@@ -13,10 +13,18 @@ from typing import Annotated
 
 import typer
 
-from finetune_operator.cli import download, jobs, logs, plan, run, status, validate
-from finetune_operator.cli.console import ReaderGoneError, complain
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.help import Command, Group
+from finetune_cli.commands import (
+    download,
+    jobs,
+    logs,
+    plan,
+    run,
+    status,
+    validate,
+)
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.output.console import ReaderGoneError, complain
+from finetune_cli.output.help import Command, Group
 
 LOCAL = "On this machine"
 CLUSTER = "In the cluster"

@@ -58,7 +58,7 @@ def _section(screen: Any, title: str, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from finetune_operator.cli import console
+    from finetune_cli.output import console
 
     if not rows:
         return
@@ -83,7 +83,7 @@ def show(command: Any, context: Any) -> None:
     """Print the help of `command` to stdout."""
     from rich.text import Text
 
-    from finetune_operator.cli import console
+    from finetune_cli.output import console
 
     screen = console.out()
     screen.width = min(screen.width, MAX_WIDTH)

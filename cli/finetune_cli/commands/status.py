@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_operator.cli import console
-from finetune_operator.cli.errors import CliError, Exit
-from finetune_operator.cli.interrupts import insistent_interrupts
-from finetune_operator.cli.options import Context, JobName, Kubeconfig, Namespace, Output, OutputFormat, same_place
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.interrupts import insistent_interrupts
+from finetune_cli.options import (
+    Context,
+    JobName,
+    Kubeconfig,
+    Namespace,
+    Output,
+    OutputFormat,
+    same_place,
+)
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
-    from finetune_operator.cli.kube import Cluster, Object
-    from finetune_operator.cli.view import View
+    from finetune_cli.kube.client import Cluster, Object
+    from finetune_cli.output.job_view import View
 
 
 def status(
@@ -32,16 +40,16 @@ def status(
         finetune status nli
         finetune status nli -o json | jq -r .status.adapter.uri
     """
-    from finetune_operator.cli.connection import connect
+    from finetune_cli.kube.connect import connect
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get(name)
     if output:
         console.structured_job(job, output)
         return
-    from finetune_operator.cli.history import loss_history
-    from finetune_operator.cli.render import status_page
-    from finetune_operator.cli.view import View
+    from finetune_cli.output.job_view import View
+    from finetune_cli.output.loss_history import loss_history
+    from finetune_cli.output.pages import status_page
 
     view = View.of(job)
     console.page(status_page(view, datetime.now(UTC), loss_history(cluster, view)), console.PIPED_TABLE_WIDTH)
@@ -88,7 +96,7 @@ def watch(
         4    the wait timed out
         130  interrupted; the job goes on
     """
-    from finetune_operator.cli.connection import connect
+    from finetune_cli.kube.connect import connect
 
     watch_job(connect(namespace, context, kubeconfig), name, timeout, output)
 
@@ -111,7 +119,7 @@ def watch_job(cluster: Cluster, name: str, timeout: float | None, output: Output
 
 def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
     """A line for each change."""
-    from finetune_operator.cli.render import change_line
+    from finetune_cli.output.pages import change_line
 
     said = ""
     with insistent_interrupts():
@@ -141,8 +149,8 @@ def _follow_live(cluster: Cluster, name: str, timeout: float | None) -> View:
     """The status page, redrawn: times move on between changes too."""
     from rich.live import Live
 
-    from finetune_operator.cli.history import loss_history
-    from finetune_operator.cli.render import status_page
+    from finetune_cli.output.loss_history import loss_history
+    from finetune_cli.output.pages import status_page
 
     losses: list[float] = []
     shown: list[View] = []
@@ -179,7 +187,7 @@ def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]
 
 
 def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, View]]:
-    from finetune_operator.cli.view import View
+    from finetune_cli.output.job_view import View
 
     deadline = time.monotonic() + timeout if timeout else None
     for job in cluster.follow(name, deadline):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from finetune_api import names
-from finetune_operator.cli.errors import CliError
+from finetune_cli.errors import CliError
 
 CLUSTER_PANEL = "Cluster"
 
@@ -21,7 +21,7 @@ class OutputFormat(StrEnum):
 
 def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of the cluster's jobs, for the shell; none when it is out of reach."""
-    from finetune_operator.cli.connection import connect
+    from finetune_cli.kube.connect import connect
 
     given = ctx.params
     try:

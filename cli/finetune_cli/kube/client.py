@@ -11,8 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from finetune_api import names
-from finetune_operator.cli.errors import CliError
-from finetune_operator.cli.kube_errors import explained
+from finetune_cli.errors import CliError
+from finetune_cli.kube.errors import explained
 
 Object = dict[str, Any]
 

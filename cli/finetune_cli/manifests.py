@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_api import names
-from finetune_operator.cli.errors import CliError
+from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document, ManifestError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import uri
-from finetune_operator.cli.errors import CliError
+from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
     from finetune_api.spec_io import Model
@@ -29,11 +29,11 @@ def fetch(model: Model) -> dict[str, Any]:
     """The configuration of a job's base model, from the hub, a bucket or this machine. Raises CliError."""
     source = uri.parse(model.source)
     if source.scheme == "hf":
-        from finetune_operator.cli import hub
+        from finetune_cli import hub
 
         data = hub.read(source, model.revision or "main", CONFIG_FILE)
     else:
-        from finetune_operator.cli.stores import open_remote
+        from finetune_cli.stores import open_remote
 
         data = open_remote(str(source), seconds=_SECONDS, tries=1).read(CONFIG_FILE)
     return _parsed(data, str(source.join(CONFIG_FILE)))
