@@ -26,7 +26,7 @@ import aiohttp
 import psutil
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.kube.client import METADATA_ONLY
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ class Seen:
     def _note(self, kind: str, line: bytes) -> None:
         if kind == "Job" and (found := JOB_LABEL.search(line)):
             self.jobs.setdefault(found[1].decode(), time.monotonic())
-        elif kind == names.KIND and b'"conditions":[' in line and (found := NAME.search(line)):
+        elif kind == constants.KIND and b'"conditions":[' in line and (found := NAME.search(line)):
             self.statuses.setdefault(found[1].decode(), time.monotonic())
         self.changed.set()
 
@@ -111,7 +111,7 @@ class Seen:
 async def create(access: Access, namespace: str, jobs: list[str]) -> None:
     """Create them as fast as the server takes them."""
     waiting = iter(jobs)
-    url = access.server + path_of(names.KIND, namespace)
+    url = access.server + path_of(constants.KIND, namespace)
     headers = {"Content-Type": "application/json", "Accept": METADATA_ONLY}
 
     async def work(session: aiohttp.ClientSession) -> None:
@@ -155,7 +155,7 @@ async def measure(cluster: clusters.Cluster, operator: OperatorProcess, namespac
     kube = AsyncKube(cluster.access)
     process = psutil.Process(operator.process.pid)
     seen = Seen(cluster.access, namespace)
-    followers = [asyncio.create_task(seen.follow(kind)) for kind in (names.KIND, "Job")]
+    followers = [asyncio.create_task(seen.follow(kind)) for kind in (constants.KIND, "Job")]
     await asyncio.sleep(1)
     latencies = []
     for number in range(LATENCY_SAMPLES):

@@ -10,7 +10,7 @@ from typing import Any
 import metric_names
 import operator_reasons
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.crd import crd
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def _rows(node: dict[str, Any], path: str) -> Iterator[str]:
 def api_page() -> str:
     """Every field of spec and status: type, bounds, default, meaning."""
     schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    page = [NOTE + f"# {names.KIND} reference\n\n`{names.API_VERSION}`, short name `{names.SHORT_NAME}`.\n"]
+    page = [NOTE + f"# {constants.KIND} reference\n\n`{constants.API_VERSION}`, short name `{constants.SHORT_NAME}`.\n"]
     for part, intro in (
         ("spec", "What you write. Only `model.source`, `dataset.train` and `output.uri` are needed."),
         ("status", "What the operator answers."),
@@ -80,7 +80,7 @@ def _outcomes() -> list[str]:
     ]
     table += [
         f"| {int(each.code)} | `{each.reason}` | {'no' if each.final else 'yes'} | {each.cause} | {each.cure} |"
-        for each in sorted(names.REASONS.values(), key=lambda outcome: outcome.code)
+        for each in sorted(constants.REASONS.values(), key=lambda outcome: outcome.code)
     ]
     return table
 

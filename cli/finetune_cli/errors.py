@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes, for scripts. `finetune run` instead passes on the trainer's code (finetune_api.names.ExitCode)."""
+    """Exit codes, for scripts. `finetune run` instead passes on the trainer's code (finetune_api.constants.ExitCode)."""
 
     OK = 0
     INVALID = 1

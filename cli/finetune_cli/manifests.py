@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def foreign_kind(document: Document) -> str | None:
     if document.is_job or not isinstance(document.data, dict):
         return None
     kind, version = document.data.get("kind"), document.data.get("apiVersion")
-    return kind if isinstance(kind, str) and not str(version).startswith(f"{names.GROUP}/") else None
+    return kind if isinstance(kind, str) and not str(version).startswith(f"{constants.GROUP}/") else None
 
 
 def documents(source: Source) -> list[Document]:
@@ -66,7 +66,7 @@ def documents(source: Source) -> list[Document]:
     found = parse(source.text, source.name)
     if not found:
         raise CliError(
-            f"{source.name}: is empty: a manifest needs apiVersion: {names.API_VERSION} and kind: {names.KIND}"
+            f"{source.name}: is empty: a manifest needs apiVersion: {constants.API_VERSION} and kind: {constants.KIND}"
         )
     return found
 
@@ -81,6 +81,6 @@ def the_job(name: str) -> tuple[Source, Document]:
     except ManifestError as error:
         raise refused(error) from None
     if len(ours) != 1:
-        count = f"no {names.KIND}" if not ours else f"{len(ours)} {names.KIND}s"
+        count = f"no {constants.KIND}" if not ours else f"{len(ours)} {constants.KIND}s"
         raise CliError(f"{source.name}: holds {count}, this command takes one")
     return source, ours[0]

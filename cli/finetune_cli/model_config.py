@@ -10,7 +10,7 @@ from finetune_api import uri
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
-    from finetune_api.spec_io import Model
+    from finetune_api.spec_data import Model
 
 CONFIG_FILE = "config.json"
 #: Patience with a store, for whoever plans is waiting.

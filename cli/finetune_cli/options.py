@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError
 
 CLUSTER_PANEL = "Cluster"
@@ -51,8 +51,8 @@ def job_name(value: str) -> str:
     """A name that a FineTuneJob can have; anything else would ask the cluster for something else."""
     import re
 
-    if not re.fullmatch(names.NAME_PATTERN, value):
-        raise CliError(f"{value!r} is no name of a {names.KIND}: it {names.NAME_RULE}")
+    if not re.fullmatch(constants.NAME_PATTERN, value):
+        raise CliError(f"{value!r} is no name of a {constants.KIND}: it {constants.NAME_RULE}")
     return value
 
 

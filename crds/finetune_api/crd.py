@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.base import ApiModel
 from finetune_api.patterns import JOB_NAME
 from finetune_api.spec import IMMUTABLE, FineTuneJobSpec
@@ -144,7 +144,7 @@ def crd() -> dict[str, Any]:
         "x-kubernetes-validations": _root_rules(),
     }
     version = {
-        "name": names.VERSION,
+        "name": constants.VERSION,
         "served": True,
         "storage": True,
         "schema": {"openAPIV3Schema": schema},
@@ -158,16 +158,16 @@ def crd() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "metadata": {"name": f"{constants.PLURAL}.{constants.GROUP}"},
         "spec": {
-            "group": names.GROUP,
+            "group": constants.GROUP,
             "scope": "Namespaced",
             "names": {
-                "kind": names.KIND,
-                "listKind": f"{names.KIND}List",
-                "plural": names.PLURAL,
-                "singular": names.KIND.lower(),
-                "shortNames": [names.SHORT_NAME],
+                "kind": constants.KIND,
+                "listKind": f"{constants.KIND}List",
+                "plural": constants.PLURAL,
+                "singular": constants.KIND.lower(),
+                "shortNames": [constants.SHORT_NAME],
                 "categories": ["all"],
             },
             "versions": [version],

@@ -12,10 +12,18 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api import names, uri
+from finetune_api import constants, uri
 from finetune_api.crd import model_of
-from finetune_api.documents import SET, Document, ManifestError, Path_, Problem, dotted, parse
 from finetune_api.spec import FineTuneJob
+from finetune_api.yaml_documents import (
+    SET,
+    Document,
+    ManifestError,
+    Path_,
+    Problem,
+    dotted,
+    parse,
+)
 
 __all__ = ["Document", "ManifestError", "Problem", "check", "load_file", "load_text", "parse"]
 
@@ -117,7 +125,7 @@ def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
 def check(document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
     """Turn a document into a FineTuneJob. `base` is the folder that file://./ starts from. Raises ManifestError."""
     if not isinstance(document.data, dict):
-        raise ManifestError([document.problem((), f"is no {names.KIND}: a manifest is a YAML mapping")])
+        raise ManifestError([document.problem((), f"is no {constants.KIND}: a manifest is a YAML mapping")])
     _override(document, overrides)
     data = dict(document.data)
     data.pop("status", None)
@@ -135,7 +143,7 @@ def load_text(text: str, source: str, base: Path | None = None, overrides: Seque
     jobs = [document for document in documents if document.is_job] or documents
     if len(jobs) != 1:
         found = "nothing" if not jobs else f"{len(jobs)}"
-        raise ManifestError([Problem("", f"one {names.KIND} is expected, {found} found", source=source)])
+        raise ManifestError([Problem("", f"one {constants.KIND} is expected, {found} found", source=source)])
     return check(jobs[0], base, overrides)
 
 

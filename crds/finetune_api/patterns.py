@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from finetune_api import names
+from finetune_api import constants
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TextRule:
         return {"rule": self.cel, "message": self.message}
 
 
-JOB_NAME = TextRule(names.NAME_PATTERN, names.NAME_RULE)
+JOB_NAME = TextRule(constants.NAME_PATTERN, constants.NAME_RULE)
 NAME = TextRule(
     r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
     "must be the name of a Kubernetes object: lowercase letters, digits, dots and dashes, a letter or digit first and"

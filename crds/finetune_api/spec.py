@@ -10,9 +10,19 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, Rule
 from finetune_api.fields import Image, JobName, Seconds
+from finetune_api.spec_data import (
+    Cache,
+    Dataset,
+    Model,
+    Output,
+)
 from finetune_api.spec_evaluation import Evaluation, Generation
-from finetune_api.spec_io import Cache, Dataset, Model, Output
-from finetune_api.spec_run import Checkpoint, Logging, Recovery, Resources
+from finetune_api.spec_runtime import (
+    Checkpoint,
+    Logging,
+    Recovery,
+    Resources,
+)
 from finetune_api.spec_training import Lora, Quantization, Training
 
 __all__ = ["IMMUTABLE", "FineTuneJob", "FineTuneJobSpec", "Generation", "Metadata"]

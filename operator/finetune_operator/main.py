@@ -14,7 +14,7 @@ import uvloop
 from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.kube.session import Connection
@@ -183,7 +183,9 @@ class Operator:
                 if await self.cluster.serves_finetunejobs():
                     await self.lists.once()
                     return
-                problem = f"the CustomResourceDefinition {names.PLURAL}.{names.GROUP} is not installed: apply crds/"
+                problem = (
+                    f"the CustomResourceDefinition {constants.PLURAL}.{constants.GROUP} is not installed: apply crds/"
+                )
             except ApiError as error:
                 problem = f"the API server refuses: {error.message or error}"
             except (OSError, TimeoutError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from api.manifests import ACCEPTED, MINIMAL, REFUSED, Case
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.manifest import Document, check
 from finetune_api.spec import IMMUTABLE
 from support.cluster import Cluster
@@ -71,10 +71,10 @@ def test_refused_with_the_field_and_what_is_allowed(server: Kube, case: Case):
     "case", [case for case in REFUSED if "metadata.name" not in case.changes], ids=lambda case: case.id
 )
 def test_a_refused_change_leaves_the_object_as_it_was(server: Kube, case: Case):
-    before = server.get(names.KIND, "nli")
+    before = server.get(constants.KIND, "nli")
     with pytest.raises(ApiError):
         server.replace(case.manifest() | {"metadata": before["metadata"]}, fieldValidation="Strict")
-    assert server.get(names.KIND, "nli") == before
+    assert server.get(constants.KIND, "nli") == before
 
 
 def test_defaults_are_the_models_defaults(either: Kube):
@@ -113,14 +113,14 @@ def _job(kube: Kube, *, started: bool) -> Object:
     stored = kube.create(_within(kube.namespace, MINIMAL))
     if started:
         status = {"attempts": [{"jobName": "nli-1"}]}
-        stored = kube.patch(names.KIND, "nli", {"status": status}, subresource="status")
+        stored = kube.patch(constants.KIND, "nli", {"status": status}, subresource="status")
     return stored
 
 
 @pytest.mark.parametrize("section", IMMUTABLE)
 def test_a_section_may_change_until_an_attempt_exists(either: Kube, section: str):
     _job(either, started=False)
-    changed = either.patch(names.KIND, "nli", {"spec": {section: _CHANGES[section]}})
+    changed = either.patch(constants.KIND, "nli", {"spec": {section: _CHANGES[section]}})
     assert _is_within(_CHANGES[section], changed["spec"][section])
     assert changed["metadata"]["generation"] == 2
 
@@ -129,7 +129,7 @@ def test_a_section_may_change_until_an_attempt_exists(either: Kube, section: str
 def test_a_section_may_not_change_once_an_attempt_exists(either: Kube, section: str):
     _job(either, started=True)
     with pytest.raises(ApiError) as refusal:
-        either.patch(names.KIND, "nli", {"spec": {section: _CHANGES[section]}})
+        either.patch(constants.KIND, "nli", {"spec": {section: _CHANGES[section]}})
     assert refusal.value.code == 422
     sentence = "cannot change once an attempt exists: delete the job and create it again"
     assert section in refusal.value.message
@@ -147,18 +147,18 @@ def test_a_section_may_not_change_once_an_attempt_exists(either: Kube, section: 
 )
 def test_what_may_change_at_any_time(either: Kube, field: str, value: Any):
     _job(either, started=True)
-    changed = either.patch(names.KIND, "nli", {"spec": {field: value}})
+    changed = either.patch(constants.KIND, "nli", {"spec": {field: value}})
     assert _is_within(value, changed["spec"][field])
 
 
 def test_status_and_spec_never_change_each_other(either: Kube):
     _job(either, started=False)
     by_status = either.patch(
-        names.KIND, "nli", {"spec": {"suspend": True}, "status": {"phase": "Training"}}, subresource="status"
+        constants.KIND, "nli", {"spec": {"suspend": True}, "status": {"phase": "Training"}}, subresource="status"
     )
     assert (by_status["spec"]["suspend"], by_status["status"]["phase"]) == (False, "Training")
     assert by_status["metadata"]["generation"] == 1
-    by_spec = either.patch(names.KIND, "nli", {"spec": {"suspend": True}, "status": {"phase": "Failed"}})
+    by_spec = either.patch(constants.KIND, "nli", {"spec": {"suspend": True}, "status": {"phase": "Failed"}})
     assert (by_spec["spec"]["suspend"], by_spec["status"]["phase"]) == (True, "Training")
     assert by_spec["metadata"]["generation"] == 2
 
@@ -167,5 +167,5 @@ def test_a_wrong_status_is_refused(either: Kube):
     _job(either, started=False)
     condition = {"type": "Accepted", "status": "Perhaps", "reason": "X", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     with pytest.raises(ApiError) as refusal:
-        either.patch(names.KIND, "nli", {"status": {"conditions": [condition]}}, subresource="status")
+        either.patch(constants.KIND, "nli", {"status": {"conditions": [condition]}}, subresource="status")
     assert "status.conditions[0].status" in refusal.value.message

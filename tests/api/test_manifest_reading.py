@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from api.manifests import MINIMAL
+from finetune_api.constants import ExitCode
 from finetune_api.manifest import ManifestError, check, load_file, load_text, parse
-from finetune_api.names import ExitCode
 from finetune_trainer.errors import failure_of
 
 TEXT = """\

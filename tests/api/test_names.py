@@ -2,7 +2,13 @@
 
 import pytest
 
-from finetune_api.names import FINAL_EXIT_CODES, OUTCOMES, REASONS, ExitCode, outcome_of
+from finetune_api.constants import (
+    FINAL_EXIT_CODES,
+    OUTCOMES,
+    REASONS,
+    ExitCode,
+    outcome_of,
+)
 
 
 def test_every_exit_code_says_something_by_itself_and_every_reason_belongs_to_one():

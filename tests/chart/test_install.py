@@ -6,7 +6,7 @@ from typing import Any
 import helm_python
 import pytest
 
-from finetune_api import manifest, names
+from finetune_api import constants, manifest
 from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
@@ -31,7 +31,7 @@ PLURALS = {
     "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
     "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions"),
 }
-CRD = f"{names.PLURAL}.{names.GROUP}"
+CRD = f"{constants.PLURAL}.{constants.GROUP}"
 
 
 def made(rendered: list[Object]) -> list[Object]:
@@ -76,7 +76,7 @@ class Installation:
 
     def serves_jobs(self) -> bool:
         try:
-            self.kube.request("GET", f"/apis/{names.API_VERSION}/{names.PLURAL}")
+            self.kube.request("GET", f"/apis/{constants.API_VERSION}/{constants.PLURAL}")
         except ApiError:
             return False
         return True
@@ -110,7 +110,7 @@ def job(name: str) -> Object:
         "dataset": {"train": "s3://data/train.jsonl"},
         "output": {"uri": f"s3://adapters/{name}"},
     }
-    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+    return {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": {"name": name}, "spec": spec}
 
 
 def test_a_release_from_install_to_uninstall(installation: Installation, fresh_cluster: Cluster) -> None:
@@ -142,7 +142,7 @@ def test_a_release_from_install_to_uninstall(installation: Installation, fresh_c
     helm.uninstall(RELEASE)
     everything = {(o["kind"], o["metadata"]["name"]) for o in made(first)}
     assert everything - installation.missing(first) == {("CustomResourceDefinition", CRD)}
-    assert installation.kube.get(names.KIND, "kept")["spec"]["model"]["source"] == "hf://example/model"
+    assert installation.kube.get(constants.KIND, "kept")["spec"]["model"]["source"] == "hf://example/model"
 
 
 def test_what_was_kept_is_taken_up_by_the_next_install(installation: Installation) -> None:
@@ -153,7 +153,7 @@ def test_what_was_kept_is_taken_up_by_the_next_install(installation: Installatio
     helm.uninstall(RELEASE)
     helm.install(CHART, RELEASE, namespace=here)
     assert installation.missing(objects(namespace=here)) == set()
-    assert installation.kube.get(names.KIND, "kept")
+    assert installation.kube.get(constants.KIND, "kept")
 
 
 def test_a_definition_that_may_go_goes(installation: Installation) -> None:

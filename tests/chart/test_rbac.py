@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from support import operator_process, simulated_trainer
 from support.chart import find, objects
 from support.cluster import Cluster
@@ -28,7 +28,7 @@ class Place:
         """What was audited while the operator lived through everything, and nobody else acted as its account."""
 
     def condition(self, name: str, kind: str) -> Object:
-        found = (self.kube.find(names.KIND, name) or {}).get("status", {}).get("conditions", [])
+        found = (self.kube.find(constants.KIND, name) or {}).get("status", {}).get("conditions", [])
         return next((c for c in found if c["type"] == kind), {})
 
     def until(self, name: str, kind: str, status: str, reason: str | None = None) -> None:
@@ -97,30 +97,30 @@ def live_a_life(place: Place) -> None:
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "taken-1"}, "spec": {**taken, "suspend": True}}
     )
     kube.create(job("taken", "succeed"))
-    wait_until(lambda: kube.find(names.KIND, "good") is None, "the finished job is gone after its TTL", 90)
+    wait_until(lambda: kube.find(constants.KIND, "good") is None, "the finished job is gone after its TTL", 90)
     place.until("paused", "Training", "True")
-    kube.patch(names.KIND, "paused", {"spec": {"suspend": True}})
+    kube.patch(constants.KIND, "paused", {"spec": {"suspend": True}})
     place.until("deleted", "Training", "True")
-    kube.delete(names.KIND, "deleted", propagationPolicy="Background")
+    kube.delete(constants.KIND, "deleted", propagationPolicy="Background")
     place.until("hopeless", "Succeeded", "False", "DatasetInvalid")
     place.until("retried", "Succeeded", "True")
     place.until("nodes", "Succeeded", "True")
     place.until("late", "Succeeded", "False")
     place.until("taken", "Scheduled", "False", "NameConflict")
     place.until("paused", "Suspended", "True")
-    kube.patch(names.KIND, "paused", {"spec": {"suspend": False}})
+    kube.patch(constants.KIND, "paused", {"spec": {"suspend": False}})
     place.until("paused", "Succeeded", "True")
     meet_conflicts(place)
 
 
 def meet_conflicts(place: Place) -> None:
     """Somebody else writes to jobs all the time, until the operator has had to look at one again."""
-    right = (names.GROUP, names.PLURAL, "get")
+    right = (constants.GROUP, constants.PLURAL, "get")
     for number in range(20):
         name = f"contested-{number}"
         place.kube.create(job(name, "succeed"))
         for turn in range(200):
-            place.kube.patch(names.KIND, name, {"metadata": {"annotations": {"turn": str(turn)}}})
+            place.kube.patch(constants.KIND, name, {"metadata": {"annotations": {"turn": str(turn)}}})
             if place.condition(name, "Succeeded").get("status") == "True":
                 break
         if right in used(place.audited()):

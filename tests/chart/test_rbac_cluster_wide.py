@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from support import operator_process, simulated_trainer
 from support.chart import find, objects
 from support.cluster import Cluster
@@ -35,7 +35,7 @@ def test_jobs_of_two_namespaces_run_and_nothing_is_refused(cluster: Cluster, tmp
                 kube.create(job("good", "succeed") | {"metadata": {"name": "good", "namespace": namespace}})
 
             def done(namespace: str) -> bool:
-                return (kube.get(names.KIND, "good", namespace).get("status") or {}).get("phase") == "Succeeded"
+                return (kube.get(constants.KIND, "good", namespace).get("status") or {}).get("phase") == "Succeeded"
 
             for namespace in (first, second):
                 wait_until(lambda namespace=namespace: done(namespace), f"the job in {namespace} succeeds", 60)

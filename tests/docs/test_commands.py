@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.manifest import load_text
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
@@ -97,8 +97,8 @@ def test_the_quickstart_runs_as_its_page_says_and_keeps_its_promise(checkout: Pa
 def publish_an_adapter(job: FineTuneJob, s3: S3Server, folder: Path) -> str:
     """Publish what the simulated trainer says it has made; the digest of its manifest."""
     (folder / "made").mkdir()
-    (folder / "made" / names.ADAPTER_CONFIG_FILE).write_text("{}")
-    (folder / "made" / names.ADAPTER_WEIGHTS_FILE).write_bytes(b"weights")
+    (folder / "made" / constants.ADAPTER_CONFIG_FILE).write_text("{}")
+    (folder / "made" / constants.ADAPTER_WEIGHTS_FILE).write_bytes(b"weights")
     uri = parse(job.spec.output.uri)
     s3.client().create_bucket(Bucket=uri.authority)
     store = open_store(uri, Credentials.for_role("output", env=s3.env), field="output.uri")
@@ -110,7 +110,7 @@ def publish_an_adapter(job: FineTuneJob, s3: S3Server, folder: Path) -> str:
 def cluster() -> Iterator[clusters.Cluster]:
     """A cluster of this test's own: the chart brings the definition that other tests want to keep."""
     with clusters.start() as running:
-        definition = f"{names.PLURAL}.{names.GROUP}"
+        definition = f"{constants.PLURAL}.{constants.GROUP}"
         running.kube.delete("CustomResourceDefinition", definition)
         yield running
 
@@ -122,7 +122,7 @@ def test_the_readmes_commands_install_run_and_download(
     programs = tmp_path / "bin"
     path = simulated_trainer.install(programs)
     helm_command.install(programs)
-    (manifest,) = (body for body in blocks(README, "yaml") if names.KIND in body)
+    (manifest,) = (body for body in blocks(README, "yaml") if constants.KIND in body)
     (checkout / "finetunejob.yaml").write_text(manifest)
     small_base = "import prepare, rich.console as c; prepare.build(prepare.BUILD, c.Console(), 64)"
     subprocess.run([sys.executable, "-c", small_base], cwd=checkout / "examples/quickstart", check=True)
@@ -141,7 +141,7 @@ def test_the_readmes_commands_install_run_and_download(
     ):
         page = shell([*script[first + 1 : applied], *script[:first], *script[applied:]], checkout, env)
     assert "condition met" in page
-    assert (checkout / "adapter" / names.ADAPTER_WEIGHTS_FILE).read_bytes() == b"weights"
+    assert (checkout / "adapter" / constants.ADAPTER_WEIGHTS_FILE).read_bytes() == b"weights"
 
 
 def as_the_charts_account(cluster: clusters.Cluster, folder: Path) -> Path:

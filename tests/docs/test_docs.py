@@ -15,7 +15,7 @@ import typer
 import yaml
 from finetune_cli.app import app
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.crd import crd
 from finetune_api.manifest import load_text
 from finetune_api.status import Condition, Stage
@@ -105,7 +105,7 @@ def test_every_make_target_and_script_exists_with_its_options(path: Path) -> Non
 def test_every_job_shown_is_valid(path: Path, tmp_path: Path) -> None:
     for body in blocks(path, "yaml"):
         for document in re.split(r"^---$", body, flags=re.MULTILINE):
-            if f"kind: {names.KIND}\n" in document:
+            if f"kind: {constants.KIND}\n" in document:
                 load_text(document, path.name, base=tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_every_job_shown_is_valid(path: Path, tmp_path: Path) -> None:
 def test_every_setting_named_exists(path: Path) -> None:
     text = path.read_text()
     known = {f"FINETUNE_OPERATOR_{field.upper()}" for field in Settings.model_fields}
-    known |= {value for name, value in vars(names).items() if name.startswith("ENV_")}
+    known |= {value for name, value in vars(constants).items() if name.startswith("ENV_")}
     assert set(re.findall(r"\bFINETUNE_[A-Z0-9_]*[A-Z]", text)) <= known | {"FINETUNE_OPERATOR"}
 
 
@@ -235,7 +235,7 @@ NO_REASONS |= {"Failed", *get_args(Condition.model_fields["type"].annotation)} -
 def test_every_reason_has_a_cause_and_a_cure() -> None:
     page = (DOCS / "troubleshooting.md").read_text()
     told = set(re.findall(r"^\| (?:\d+ \| )?`(\w+)`", page, re.MULTILINE))
-    outcomes = set(names.REASONS)
+    outcomes = set(constants.REASONS)
     assert reasons_in_code() - NO_REASONS - told == set(), "tell of them in docs/operator_reasons.py"
     assert outcomes - told == set()
     assert told - outcomes - reasons_in_code() == set(), "no longer in the code"

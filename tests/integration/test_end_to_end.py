@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus
 from support.canaries import CANARIES, check_that_no_secret_shows
 from support.cluster import ROOT
@@ -32,7 +32,7 @@ class Recorder(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        for event in self._kube.watch(names.KIND, seconds=300, fieldSelector=f"metadata.name={self._name}"):
+        for event in self._kube.watch(constants.KIND, seconds=300, fieldSelector=f"metadata.name={self._name}"):
             status = event["object"].get("status")
             if status:
                 self.statuses.append(status)
@@ -115,7 +115,7 @@ def _load_with_peft(stage: Stage, folder: Path) -> None:
 
 
 def _check_events(stage: Stage) -> None:
-    events = stage.kube.list("Event", fieldSelector=f"involvedObject.kind={names.KIND},involvedObject.name=nli")
+    events = stage.kube.list("Event", fieldSelector=f"involvedObject.kind={constants.KIND},involvedObject.name=nli")
     assert any("Succeeded" in event["reason"] for event in events), [event["reason"] for event in events]
 
 
@@ -166,13 +166,13 @@ def test_deletion_with_the_operator_down_stops_the_trainer_and_removes_every_chi
         operator.process.kill()
     assert not stage.get()["metadata"].get("finalizers")
     assert stage.children()
-    stage.kube.delete(names.KIND, "nli")
-    wait_until(lambda: not stage.kube.find(names.KIND, "nli"), "the job is gone")
+    stage.kube.delete(constants.KIND, "nli")
+    wait_until(lambda: not stage.kube.find(constants.KIND, "nli"), "the job is gone")
     wait_until(lambda: not stage.children(), "every child is gone", 60)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     checkpoints = stage.s3.objects(stage.bucket, "adapters/nli/checkpoints/")
-    assert any(key.endswith(names.MANIFEST_FILE) for key in checkpoints), "it saved a checkpoint on its way out"
+    assert any(key.endswith(constants.MANIFEST_FILE) for key in checkpoints), "it saved a checkpoint on its way out"
 
 
 def _fails(stage: Stage, reason: str, **sections: object) -> Object:
@@ -188,8 +188,8 @@ def _fails(stage: Stage, reason: str, **sections: object) -> Object:
     assert "adapter" not in status
     assert status["attempts"][-1]["reason"] == reason
     published = stage.s3.objects(stage.bucket, "adapters/nli/")
-    assert f"adapters/nli/{names.MANIFEST_FILE}" not in published
-    assert f"adapters/nli/{names.ADAPTER_WEIGHTS_FILE}" not in published
+    assert f"adapters/nli/{constants.MANIFEST_FILE}" not in published
+    assert f"adapters/nli/{constants.ADAPTER_WEIGHTS_FILE}" not in published
     return found
 
 
@@ -229,7 +229,7 @@ def test_a_missing_bucket_is_named(stage: Stage):
 
 
 def test_a_store_out_of_reach_is_retried_then_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(stage.node.env, names.ENV_STORE_PATIENCE, "2")
+    monkeypatch.setitem(stage.node.env, constants.ENV_STORE_PATIENCE, "2")
     place = f"127.0.0.1:{free_port()}"
     stage.secret(AWS_ENDPOINT_URL=f"http://user:CANARY-password@{place}", **CANARIES)
     found = _fails(stage, "Unavailable")
@@ -243,7 +243,7 @@ def test_a_key_under_the_wrong_name_is_not_told(stage: Stage):
     stage.secret(AWS_ENDPOINT_URL="CANARY/K7MDENG/bPxRfiCYEXAMPLEKEY")
     found = _fails(stage, "ConfigInvalid")
     assert "AWS_ENDPOINT_URL must be http://host:port or https://host" in found["message"]
-    assert "CANARY" not in str([stage.kube.list(kind) for kind in (names.KIND, "Pod", "Event")])
+    assert "CANARY" not in str([stage.kube.list(kind) for kind in (constants.KIND, "Pod", "Event")])
     assert "CANARY" not in stage.node.all_logs()
 
 
@@ -265,7 +265,7 @@ def test_a_missing_secret_shows_in_status_and_mends_itself(stage: Stage):
 
 def test_an_adapter_that_is_there_already_is_not_overwritten(stage: Stage):
     stage.secret()
-    key = f"adapters/nli/{names.MANIFEST_FILE}"
+    key = f"adapters/nli/{constants.MANIFEST_FILE}"
     weights = b'{"path":"adapter_model.safetensors","sizeBytes":1,"sha256":"' + b"0" * 64 + b'"}'
     body = (
         b'{"schemaVersion":1,"kind":"Adapter","job":{"namespace":"n","name":"other","uid":"u"},'

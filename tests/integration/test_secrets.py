@@ -5,7 +5,7 @@ import base64
 import pytest
 import requests
 
-from finetune_api import names
+from finetune_api import constants
 from support.canaries import CANARIES, check_that_no_secret_shows, forms
 from support.hub import Hub
 from support.kube import wait_until
@@ -40,7 +40,7 @@ _PATHS = ("/metrics", "/progress")
 
 def _served(pod: dict, path: str) -> str | None:
     """The page as the operator or Prometheus would get it, once it has something to tell."""
-    url = f"http://{pod['status']['podIP']}:{names.TRAINER_PORT}{path}"
+    url = f"http://{pod['status']['podIP']}:{constants.TRAINER_PORT}{path}"
     try:
         return requests.get(url, timeout=5).text
     except requests.ConnectionError:

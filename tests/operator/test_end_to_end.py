@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 from support.kube import Kube, wait_until
 from support.operator_fixtures import Jobs
 from support.operator_process import OperatorProcess
@@ -31,7 +31,7 @@ def test_a_job_goes_from_its_manifest_to_an_adapter(operator: OperatorProcess, n
 def test_the_trainer_reads_exactly_the_resolved_manifest(operator: OperatorProcess, kube: Kube, jobs: Jobs):
     made = jobs.create("nli")
     job = wait_until(lambda: kube.find("Job", "nli-1"), "the Job")
-    resolved = yaml.safe_load(job["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_MANIFEST])
+    resolved = yaml.safe_load(job["spec"]["template"]["metadata"]["annotations"][constants.ANNOTATION_MANIFEST])
     assert resolved["metadata"]["uid"] == made["metadata"]["uid"]
     assert resolved["spec"]["lora"]["rank"] == 16, "defaults are written out"
 
@@ -49,13 +49,13 @@ def test_events_tell_each_step_once(operator: OperatorProcess, node: ProcessNode
     )
 
 
-@pytest.mark.parametrize("code", names.FINAL_EXIT_CODES)
+@pytest.mark.parametrize("code", constants.FINAL_EXIT_CODES)
 def test_a_users_mistake_ends_the_job_with_its_reason(
     code: int, operator: OperatorProcess, node: ProcessNode, jobs: Jobs
 ):
     jobs.create("nli", f"fail-{code}")
     over = jobs.wait_over("nli")
-    assert (over["status"], over["reason"]) == ("False", names.OUTCOMES[code].reason)
+    assert (over["status"], over["reason"]) == ("False", constants.OUTCOMES[code].reason)
     assert over["message"] == f"simulated exit {code}"
     assert jobs.status("nli")["attempts"][0]["exitCode"] == code
 

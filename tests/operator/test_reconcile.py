@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.events import Event
@@ -45,9 +45,9 @@ def job(uid: str = "j1", version: int = 5, **spec: Any) -> Raw:
     return {"metadata": metadata | {"creationTimestamp": "2026-11-01T12:00:00Z"}, "spec": SPEC | spec}
 
 
-def child(owner: str = "j1", kind: str = names.KIND, uid: str = "c1") -> Raw:
+def child(owner: str = "j1", kind: str = constants.KIND, uid: str = "c1") -> Raw:
     controller = {"uid": owner, "controller": True, "kind": kind, "name": "nli"}
-    labels = {names.LABEL_JOB: "nli", names.LABEL_ATTEMPT: "1"}
+    labels = {constants.LABEL_JOB: "nli", constants.LABEL_ATTEMPT: "1"}
     metadata = {"name": "nli-1", "namespace": "team", "uid": uid, "resourceVersion": "6", "labels": labels}
     return {"metadata": metadata | {"ownerReferences": [controller]}, "spec": {}}
 
@@ -99,7 +99,7 @@ class Api:
 @pytest.fixture
 def api() -> Api:
     api = Api()
-    api.cache.put(names.KIND, job())
+    api.cache.put(constants.KIND, job())
     return api
 
 
@@ -165,7 +165,7 @@ def test_simulated_api_what_the_server_says_is_gone_is_forgotten(api: Api):
     """The watch has missed the deletion of the Job of a job that is over."""
     over = [{"type": "Succeeded", "status": "False", "reason": "x", "lastTransitionTime": "2026-11-01T12:00:00Z"}]
     api.cache.put(
-        names.KIND, job(version=9) | {"status": {"conditions": over, "completionTime": "2026-11-01T12:00:00Z"}}
+        constants.KIND, job(version=9) | {"status": {"conditions": over, "completionTime": "2026-11-01T12:00:00Z"}}
     )
     api.cache.put("Job", child())
 
@@ -194,7 +194,7 @@ def test_simulated_api_a_conflict_alone_does_not_mean_that_a_job_is_gone(call: s
 @pytest.mark.parametrize(
     ("kind", "reason", "words"),
     [
-        (names.KIND, "Stopping", "waiting for the earlier job's Job nli-1 to be gone"),
+        (constants.KIND, "Stopping", "waiting for the earlier job's Job nli-1 to be gone"),
         ("CronJob", "NameConflict", "belongs to CronJob nli: delete or rename it"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
 from support.operator_fixtures import Jobs
@@ -35,5 +35,5 @@ def test_an_edit_while_a_quota_refuses_the_job_reaches_the_trainer(
     jobs.change("nli", training={"epochs": 7})
     kube.delete("ResourceQuota", "none")
     job = wait_until(lambda: kube.find("Job", "nli-1"), "the Job", 60)
-    read = json.loads(job["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_MANIFEST])
+    read = json.loads(job["spec"]["template"]["metadata"]["annotations"][constants.ANNOTATION_MANIFEST])
     assert read["spec"]["training"]["epochs"] == 7

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from support.cluster import Cluster
 from support.kube import Kube, wait_until
 from support.operator_fixtures import Jobs
@@ -99,7 +99,7 @@ def test_kueue_admits_and_evicts_and_admits_again_simulated(
 ):
     if not cluster.has_job_controller:
         pytest.skip("needs the real Job controller")
-    jobs.create("nli", "run", labels={names.LABEL_KUEUE_QUEUE: "gpu"}, activeDeadlineSeconds=3600)
+    jobs.create("nli", "run", labels={constants.LABEL_KUEUE_QUEUE: "gpu"}, activeDeadlineSeconds=3600)
 
     def is_allowed(yes: bool) -> None:
         kube.patch("Job", "nli-1", {"spec": {"suspend": not yes}})

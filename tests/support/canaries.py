@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterable, Iterator
 from urllib.parse import quote, urlsplit
 
-from finetune_api import names
+from finetune_api import constants
 from support.kube import Kube
 from support.stage import Stage
 
@@ -12,7 +12,7 @@ from support.stage import Stage
 CANARIES = {"HF_TOKEN": "hf_CANARYzQ7pLmX2vRk9", "WANDB_API_KEY": "0123456789abcdef0123456789abcdefCANARY"}
 _PUBLIC = ("AWS_REGION", "AWS_EC2_METADATA_DISABLED", "HF_ENDPOINT")
 #: Every kind that the operator, the trainer or Kubernetes may write to on behalf of a job.
-_KINDS = (names.KIND, "ConfigMap", "Job", "Pod", "Service", "Event")
+_KINDS = (constants.KIND, "ConfigMap", "Job", "Pod", "Service", "Event")
 
 
 def check_that_no_secret_shows(stage: Stage, *texts: str) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import aiohttp
 
-from finetune_api import names
+from finetune_api import constants
 from support.background import Reflector
 from support.kube import MERGE, ApiError, AsyncKube, Object, path_of
 from support.operator_fixtures import manifest
 from support.simulated_kubelet import SimulatedKubelet
 
-QUEUE = {names.LABEL_KUEUE_QUEUE: "gpus"}
+QUEUE = {constants.LABEL_KUEUE_QUEUE: "gpus"}
 HALF_A_DAY = 12 * 3600
 OVER = ("Succeeded", "Failed")
 
@@ -94,7 +94,7 @@ class Chaos:
         body = manifest(name, story.act, story.labels, recovery=recovery, **story.spec)
         while True:
             try:
-                await self.kube.request("POST", path_of(names.KIND, self.namespace), body)
+                await self.kube.request("POST", path_of(constants.KIND, self.namespace), body)
                 return
             except ApiError as error:
                 if error.code != 409:  # the one before it is not quite gone
@@ -102,11 +102,11 @@ class Chaos:
                 await asyncio.sleep(0.2)
 
     async def change(self, name: str, spec: Object) -> None:
-        await self.kube.request("PATCH", path_of(names.KIND, self.namespace, name), {"spec": spec}, None, MERGE)
+        await self.kube.request("PATCH", path_of(constants.KIND, self.namespace, name), {"spec": spec}, None, MERGE)
 
     async def delete(self, name: str) -> None:
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
-        await self.kube.request("DELETE", path_of(names.KIND, self.namespace, name), body)
+        await self.kube.request("DELETE", path_of(constants.KIND, self.namespace, name), body)
 
     async def wait_for(self, name: str, kind: str, reason: str) -> None:
         """Until a condition is True for that reason."""
@@ -118,7 +118,7 @@ class Chaos:
             await asyncio.sleep(0.2)
 
     async def statuses(self) -> dict[str, dict[str, Any]]:
-        found = await self.kube.request("GET", path_of(names.KIND, self.namespace))
+        found = await self.kube.request("GET", path_of(constants.KIND, self.namespace))
         return {job["metadata"]["name"]: job.get("status") or {} for job in found["items"]}
 
     async def unfinished(self) -> list[str]:
@@ -197,7 +197,7 @@ class Kueue:
 
     def _job(self, kind: str, job: Object) -> None:
         uid, labels = job["metadata"]["uid"], job["metadata"].get("labels") or {}
-        if kind != "DELETED" and names.LABEL_KUEUE_QUEUE in labels and uid not in self._tasks:
+        if kind != "DELETED" and constants.LABEL_KUEUE_QUEUE in labels and uid not in self._tasks:
             self._tasks[uid] = asyncio.create_task(self._admit(job))
 
     async def _admit(self, job: Object) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from finetune_api import names
+from finetune_api import constants
 from support import operator_process
 from support import prometheus as servers
 from support.api_proxy import ApiProxy
@@ -182,7 +182,7 @@ def _safe(label: str) -> str:
 def _environment(folder: Path) -> dict[str, str]:
     """Of every container. The simulated GPU is found before the real trainer and NVIDIA's library."""
     folder.mkdir()
-    script = folder / names.TRAINER_COMMAND
+    script = folder / constants.TRAINER_COMMAND
     script.write_text(SIMULATED_GPU)
     script.chmod(0o755)
     (folder / "pynvml.py").write_text(SIMULATED_NVML)

@@ -12,7 +12,7 @@ import jsonschema
 import yaml
 from prometheus_client import CollectorRegistry
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
 from finetune_operator.core.status.events import Event
@@ -73,9 +73,9 @@ class ImaginedApi(Cluster):
         if method == "DELETE":
             del self.objects[where]
             return {}
-        kind = names.KIND if where.endswith("/status") else "Job"
+        kind = constants.KIND if where.endswith("/status") else "Job"
         changed = merged(found, {key: value for key, value in body.items() if key != "metadata"})
-        if kind == names.KIND:
+        if kind == constants.KIND:
             check_status(changed["status"])
         return self.put(kind, changed)
 
@@ -139,12 +139,12 @@ class OneOperator:
     def show(self, world: World) -> None:
         """The objects of `world` are what there is, and every watch shows them. A status once written stays."""
         assert world.job is not None
-        place = path(names.KIND, "team", "nli")
+        place = path(constants.KIND, "team", "nli")
         written = self.api.objects.get(place, {}).get("status")
         for kind, objects in zip(KINDS, ([world.job], world.jobs.values(), world.pods.values()), strict=True):
             for obj in objects:
                 shown = copy.deepcopy(obj)
-                if kind == names.KIND and written is not None:
+                if kind == constants.KIND and written is not None:
                     shown["status"] = written
                 self.cache.put(kind, self.api.put(kind, shown))
 

@@ -8,11 +8,11 @@ from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 
 Object = dict[str, Any]
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-KINDS = (names.KIND, "Job", "Pod")
+KINDS = (constants.KIND, "Job", "Pod")
 GRACE_SECONDS = 120
 
 
@@ -39,7 +39,7 @@ class ImaginedCluster:
         metadata = {"name": "nli", "namespace": "team", "uid": self._uid(), "generation": 1, "labels": labels or {}}
         metadata["creationTimestamp"] = stamp(self.now)
         self.job: Object | None = {"metadata": metadata, "spec": minimal | spec}
-        self.changed(names.KIND, self.job)
+        self.changed(constants.KIND, self.job)
 
     def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
@@ -48,11 +48,11 @@ class ImaginedCluster:
         assert self.job is not None
         self.job["spec"] |= spec
         self.job["metadata"]["generation"] += 1
-        self.changed(names.KIND, self.job)
+        self.changed(constants.KIND, self.job)
 
     def delete_job(self) -> None:
         assert self.job is not None
-        self._gone(names.KIND, self.job)
+        self._gone(constants.KIND, self.job)
         self.job = None
         for name in list(self.jobs):
             self.delete_child(name)
@@ -81,7 +81,7 @@ class ImaginedCluster:
 
     @staticmethod
     def _is_queued(child: Object) -> bool:
-        return names.LABEL_KUEUE_QUEUE in child["metadata"]["labels"]
+        return constants.LABEL_KUEUE_QUEUE in child["metadata"]["labels"]
 
     def runnable(self) -> list[str]:
         """Jobs whose pods Kubernetes would start."""

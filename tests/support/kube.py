@@ -15,7 +15,7 @@ import aiohttp
 import requests
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[str, str, bool]] = {
     "ClusterRole": ("rbac.authorization.k8s.io/v1", "clusterroles", False),
     "ClusterRoleBinding": ("rbac.authorization.k8s.io/v1", "clusterrolebindings", False),
     "CustomResourceDefinition": ("apiextensions.k8s.io/v1", "customresourcedefinitions", False),
-    names.KIND: (names.API_VERSION, names.PLURAL, True),
+    constants.KIND: (constants.API_VERSION, constants.PLURAL, True),
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from support.cluster import Cluster
 from support.kube import Object
 
@@ -26,8 +26,8 @@ def rights(rules: list[Object]) -> set[Right]:
 def job(name: str, story: str, **spec: Any) -> Object:
     """A FineTuneJob for simulated_trainer, which plays `story`."""
     return {
-        "apiVersion": names.API_VERSION,
-        "kind": names.KIND,
+        "apiVersion": constants.API_VERSION,
+        "kind": constants.KIND,
         "metadata": {"name": name},
         "spec": {
             "model": {"source": "hf://example/model"},

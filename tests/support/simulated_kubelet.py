@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from support.background import Reflector
 from support.kube import MERGE, ApiError, AsyncKube, path_of
 
@@ -55,7 +55,7 @@ class SimulatedKubelet:
                 c["type"] in ("Complete", "Failed") and c["status"] == "True"
                 for c in (other.get("status") or {}).get("conditions") or []
             )
-            owner = other["metadata"]["labels"].get(names.LABEL_JOB)
+            owner = other["metadata"]["labels"].get(constants.LABEL_JOB)
             if (
                 owner
                 and not over
@@ -80,7 +80,7 @@ class SimulatedKubelet:
             self.violations.append(f"the simulated kubelet: {error!r}")
 
     async def _lead(self, pod: Object) -> None:
-        attempt = int(pod["metadata"]["labels"][names.LABEL_ATTEMPT])
+        attempt = int(pod["metadata"]["labels"][constants.LABEL_ATTEMPT])
         stop = self._stop[pod["metadata"]["uid"]]
         with contextlib.suppress(ApiError):
             story = self._story(pod)
@@ -99,7 +99,7 @@ class SimulatedKubelet:
     @contextlib.contextmanager
     def _seen_running(self, pod: Object) -> Iterator[None]:
         """Note that a pod runs, and whether one of another Job runs for the same FineTuneJob."""
-        name, owner = pod["metadata"]["labels"][names.LABEL_JOB], pod["metadata"]["ownerReferences"][0]["uid"]
+        name, owner = pod["metadata"]["labels"][constants.LABEL_JOB], pod["metadata"]["ownerReferences"][0]["uid"]
         if others := {job for job, _ in self._running[name] if job != owner}:
             self.violations.append(f"{name}: a pod of Job {owner} runs beside one of {others}")
         self._running[name].add((owner, pod["metadata"]["uid"]))
@@ -110,7 +110,7 @@ class SimulatedKubelet:
 
     @staticmethod
     def _story(pod: Object) -> list[str]:
-        spec = json.loads(pod["metadata"]["annotations"][names.ANNOTATION_MANIFEST])["spec"]
+        spec = json.loads(pod["metadata"]["annotations"][constants.ANNOTATION_MANIFEST])["spec"]
         train: str = spec["dataset"]["train"]
         return train.removeprefix("s3://simulated/").split("/")
 
@@ -122,11 +122,17 @@ class SimulatedKubelet:
             return 0, json.dumps({"stage": "Succeeded", "reason": "Succeeded", "adapter": adapter})
         code = {"oom": 90}.get(act) or int(act.partition("-")[2])
         plan = {"microBatchSize": 8}
-        reason = names.OUTCOMES[code].reason
+        reason = constants.OUTCOMES[code].reason
         return code, json.dumps({"stage": "Failed", "reason": reason, "message": act, "executionPlan": plan})
 
     async def _report(self, pod: Object, phase: str, state: Object) -> None:
-        container = {"name": names.TRAINER_CONTAINER, "image": "x", "imageID": "", "restartCount": 0, "state": state}
+        container = {
+            "name": constants.TRAINER_CONTAINER,
+            "image": "x",
+            "imageID": "",
+            "restartCount": 0,
+            "state": state,
+        }
         container |= {"ready": phase == "Running", "lastState": {}}
         status = {"phase": phase, "containerStatuses": [container]}
         body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": status}

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 
 #: Digest of the manifest that a test has published beforehand, for a job whose adapter is really downloaded.
 ENV_DIGEST = "SIMULATED_MANIFEST_DIGEST"
@@ -33,7 +33,7 @@ class Trainer:
 
     def __init__(self, manifest: dict[str, Any], overrides: list[str]) -> None:
         self.spec = manifest["spec"]
-        self.attempt = int(os.environ[names.ENV_ATTEMPT])
+        self.attempt = int(os.environ[constants.ENV_ATTEMPT])
         story = self.spec["dataset"]["train"].removeprefix("s3://simulated/").split("/")
         self.act, _, self.argument = story[min(self.attempt, len(story)) - 1].partition("-")
         micro = [o.partition("=")[2] for o in overrides if o.startswith("training.microBatchSize=")]
@@ -50,8 +50,8 @@ class Trainer:
 
     def finish(self, code: int, message: str = "", **more: Any) -> int:
         self.stage = "Failed" if code else "Succeeded"
-        body = self.report(reason=names.OUTCOMES[code].reason, message=message, **more)
-        Path(os.environ[names.ENV_TERMINATION_LOG]).write_text(json.dumps(body))
+        body = self.report(reason=constants.OUTCOMES[code].reason, message=message, **more)
+        Path(os.environ[constants.ENV_TERMINATION_LOG]).write_text(json.dumps(body))
         return code
 
     def run(self) -> int:
@@ -62,10 +62,10 @@ class Trainer:
         self.stage = "Training"
         while self.act in ("run", "hang") or self.step < TOTAL_STEPS:
             if self.stopped.wait(STEP_SECONDS):
-                return self.finish(names.ExitCode.PREEMPTED, f"saved a checkpoint at step {self.step}")
+                return self.finish(constants.ExitCode.PREEMPTED, f"saved a checkpoint at step {self.step}")
             self.step = 1 if self.act == "hang" else self.step + 1
             if self.act == "oom" and self.step == 3:
-                return self.finish(names.ExitCode.GPU_OUT_OF_MEMORY, "CUDA out of memory")
+                return self.finish(constants.ExitCode.GPU_OUT_OF_MEMORY, "CUDA out of memory")
         adapter = {
             "uri": self.spec["output"]["uri"],
             "manifestDigest": os.environ.get(ENV_DIGEST, "sha256:" + "0" * 64),
@@ -88,7 +88,7 @@ def serve(trainer: Trainer) -> None:
         def log_message(self, *args: Any) -> None:
             pass
 
-    host, _, port = os.environ[names.ENV_LISTEN].rpartition(":")
+    host, _, port = os.environ[constants.ENV_LISTEN].rpartition(":")
     server = ThreadingHTTPServer((host, int(port)), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
 def install(folder: Path) -> str:
     """Put this trainer into `folder` under the real one's name; the PATH that finds it first."""
     folder.mkdir(parents=True, exist_ok=True)
-    script = folder / names.TRAINER_COMMAND
+    script = folder / constants.TRAINER_COMMAND
     script.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({__file__!r}, run_name='__main__')\n")
     script.chmod(0o755)
     python = Path(sys.executable).parent

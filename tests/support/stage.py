@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from support import operator_process
 from support.cluster import Cluster
 from support.kube import Kube, Object, wait_until
@@ -67,10 +67,10 @@ class Stage:
         for section, change in sections.items():
             spec[section] = {**spec[section], **change} if isinstance(change, dict) else change
         metadata = {"name": name, "namespace": self.kube.namespace}
-        return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": spec}
+        return {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}
 
     def get(self, name: str = "nli") -> Object:
-        return self.kube.get(names.KIND, name)
+        return self.kube.get(constants.KIND, name)
 
     def condition(self, kind: str, name: str = "nli") -> Object:
         return condition_of(self.get(name), kind)
@@ -91,7 +91,7 @@ class Stage:
             raise AssertionError(f"{error}\n{self.get(name).get('status')}\n{self.node.all_logs()[-3000:]}") from None
 
     def pods(self, name: str = "nli") -> list[Object]:
-        return self.kube.list("Pod", labelSelector=f"{names.LABEL_JOB}={name}")
+        return self.kube.list("Pod", labelSelector=f"{constants.LABEL_JOB}={name}")
 
     def children(self) -> list[str]:
         """Everything in the namespace that the operator and Kubernetes made for jobs, as Kind/name."""
@@ -120,14 +120,16 @@ def fill_bucket(s3: S3Server, bucket: str, model: Path) -> None:
 
 def verify_digests(files: dict[str, bytes], manifest_digest: str) -> Object:
     """Check every file of a published prefix against its manifest.json, and that against `manifest_digest`."""
-    raw = files[names.MANIFEST_FILE]
+    raw = files[constants.MANIFEST_FILE]
     assert manifest_digest == "sha256:" + hashlib.sha256(raw).hexdigest()
     manifest: Object = json.loads(raw)
     listed = {entry["path"]: entry for entry in manifest["files"]}
-    assert {names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE, "README.md", names.METRICS_FILE} <= set(listed)
+    assert {constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE, "README.md", constants.METRICS_FILE} <= set(
+        listed
+    )
     for path, entry in listed.items():
         assert len(files[path]) == entry["sizeBytes"], path
         assert hashlib.sha256(files[path]).hexdigest() == entry["sha256"], path
-    unlisted = {path for path in files if not path.startswith(f"{names.CHECKPOINTS_DIR}/")} - set(listed)
-    assert unlisted == {names.MANIFEST_FILE}
+    unlisted = {path for path in files if not path.startswith(f"{constants.CHECKPOINTS_DIR}/")} - set(listed)
+    assert unlisted == {constants.MANIFEST_FILE}
     return manifest

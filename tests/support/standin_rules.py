@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune_api import manifest, names
+from finetune_api import constants, manifest
 from finetune_api.spec import IMMUTABLE
 from support import standin_schema
 from support.standin_schema import Cause
@@ -166,7 +166,7 @@ def refusals(resource: Resource, new: Object, old: Object | None) -> list[Cause]
 def _custom_refusals(resource: Resource, new: Object, old: Object | None) -> list[Cause]:
     body = {key: value for key, value in new.items() if key not in ("apiVersion", "kind", "metadata")}
     causes = list(standin_schema.problems(body, resource.schema or {}))
-    if causes or (resource.group, resource.kind) != (names.GROUP, names.KIND):
+    if causes or (resource.group, resource.kind) != (constants.GROUP, constants.KIND):
         return causes
     return [*_rule_refusals(new, resource.schema or {}), *(_immutability_refusals(new, old) if old else [])]
 

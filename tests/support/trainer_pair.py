@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from support.trainer_process import Finished, TrainerProcess
 
@@ -26,7 +26,7 @@ class Pair:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        shared[names.ENV_TERMINATION_LOG] = str(folder / "termination.json")
+        shared[constants.ENV_TERMINATION_LOG] = str(folder / "termination.json")
         self.ranks = [
             TrainerProcess(
                 config,
@@ -47,9 +47,9 @@ class Torchrun:
     def __init__(self, config: Path, folder: Path, env: dict[str, str] | None = None) -> None:
         self._termination, self._log = folder / "termination.json", folder / "torchrun.log"
         settings = {
-            names.ENV_SCRATCH_DIR: str(folder / "scratch"),
-            names.ENV_TERMINATION_LOG: str(self._termination),
-            names.ENV_LISTEN: "127.0.0.1:0",
+            constants.ENV_SCRATCH_DIR: str(folder / "scratch"),
+            constants.ENV_TERMINATION_LOG: str(self._termination),
+            constants.ENV_LISTEN: "127.0.0.1:0",
             "OMP_NUM_THREADS": "1",
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

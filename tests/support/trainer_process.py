@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_trainer.reporting.setup import imported_for_good
 from support.models import nli_rows, write_jsonl
 
@@ -55,7 +55,7 @@ def job(folder: Path, model: Path, changes: dict[str, Any] | None = None, *, uid
             target.pop(last, None)
         else:
             target[last] = value
-    manifest = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": spec}
+    manifest = {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(manifest))
     return path
@@ -98,10 +98,10 @@ class TrainerProcess:
         self._termination.unlink(missing_ok=True)
         self._log.unlink(missing_ok=True)
         settings = {
-            names.ENV_SCRATCH_DIR: str(folder / "scratch"),
-            names.ENV_TERMINATION_LOG: str(self._termination),
-            names.ENV_LISTEN: "127.0.0.1:0",
-            names.ENV_SECRETS_DIR: str(folder / "secrets"),
+            constants.ENV_SCRATCH_DIR: str(folder / "scratch"),
+            constants.ENV_TERMINATION_LOG: str(self._termination),
+            constants.ENV_LISTEN: "127.0.0.1:0",
+            constants.ENV_SECRETS_DIR: str(folder / "secrets"),
             **(env or {}),
         }
         self._status: int | None = None
@@ -203,5 +203,5 @@ def train(config: Path, folder: Path, **options: Any) -> Finished:
 
 def metrics_lines(out: Path) -> list[dict[str, Any]]:
     """training/metrics.jsonl of a published adapter, without the times."""
-    lines = [json.loads(line) for line in (out / names.METRICS_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / constants.METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("time", "tokensPerSecond")} for line in lines]

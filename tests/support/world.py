@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, TrainerReport
 from finetune_operator.core.objects.observed import Observed
 from finetune_operator.core.plan import plan
@@ -124,7 +124,7 @@ class World(ImaginedCluster):
         self.report, self.asked = None, ""
         for stream in self.streams.values():
             stream.clear()
-        for kind, objects in ((names.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
+        for kind, objects in ((constants.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
             for obj in objects:
                 if obj is not None:
                     self.cache.put(kind, copy.deepcopy(obj))
@@ -171,12 +171,12 @@ class World(ImaginedCluster):
     def _write_status(self, patch: Object) -> bool:
         seen = self.cache.job(_KEY)
         if self.job is None or seen is None or str(seen.version) != self.job["metadata"]["resourceVersion"]:
-            self.deliver(names.KIND)  # a conflict: the operator reads the job again
+            self.deliver(constants.KIND)  # a conflict: the operator reads the job again
             return False
         self.job["status"] = merged(self.job.get("status"), json.loads(json.dumps(patch, allow_nan=False)))
         FineTuneJobStatus.model_validate(self.job["status"])
-        self.changed(names.KIND, self.job)
-        self.cache.put(names.KIND, copy.deepcopy(self.job))
+        self.changed(constants.KIND, self.job)
+        self.cache.put(constants.KIND, copy.deepcopy(self.job))
         return True
 
     def _suspend(self, name: str) -> bool:
@@ -186,7 +186,7 @@ class World(ImaginedCluster):
         return True
 
     def _delete(self, kind: str, name: str, uid: str) -> bool:
-        if kind == names.KIND:
+        if kind == constants.KIND:
             if self.job is not None and self.job["metadata"]["uid"] == uid:
                 self.delete_job()
         elif name in self.jobs and self.jobs[name]["metadata"]["uid"] == uid:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_trainer.errors import failure_of
 from finetune_trainer.stores.credentials import Credentials, origin, without_userinfo
 
@@ -52,7 +52,7 @@ def test_roles_do_not_see_each_others_secrets(tmp_path: Path) -> None:
 
 def test_the_folder_comes_from_the_environment(tmp_path: Path) -> None:
     secret(tmp_path, "wandb", WANDB_API_KEY="w")
-    credentials = Credentials.for_role("wandb", {names.ENV_SECRETS_DIR: str(tmp_path)})
+    credentials = Credentials.for_role("wandb", {constants.ENV_SECRETS_DIR: str(tmp_path)})
     assert credentials.get("WANDB_API_KEY") == "w"
     assert credentials.secret_field == "logging.wandb.secretRef"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api import names
-from finetune_api.names import ExitCode
+from finetune_api import constants
+from finetune_api.constants import ExitCode
 from support.s3 import S3Server
 from support.trainer_pair import Pair, Torchrun
 from support.trainer_process import job, metrics_lines, train
@@ -116,8 +116,8 @@ def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_m
     stopped = run.finish()
     assert stopped.reason == "Preempted", run.log[-3000:]
     assert run.process.returncode != 0
-    saved = [key for key in s3.objects(bucket) if "/step-" in key and key.endswith(names.MANIFEST_FILE)]
-    assert saved == [f"nli/checkpoints/step-{stopped.progress.step:08}/{names.MANIFEST_FILE}"]
+    saved = [key for key in s3.objects(bucket) if "/step-" in key and key.endswith(constants.MANIFEST_FILE)]
+    assert saved == [f"nli/checkpoints/step-{stopped.progress.step:08}/{constants.MANIFEST_FILE}"]
     resumed = Torchrun(config, tmp_path, s3.env)
     report = resumed.finish()
     assert (report.reason, resumed.process.returncode) == ("Succeeded", 0), resumed.log[-3000:]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.trainer_process import TrainerProcess, job, metrics_lines
 
 

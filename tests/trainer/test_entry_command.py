@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from support.trainer_process import job
 
 CONTAINERFILE = Path(__file__).resolve().parents[2] / "images" / "trainer" / "Containerfile"
@@ -36,8 +36,8 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """As `docker run --volume folder:/job image …`: the image's environment, and those variables that a user gives."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    given = {"HOME": str(scratch), names.ENV_SCRATCH_DIR: str(scratch), names.ENV_LISTEN: "127.0.0.1:0"}
-    given |= {names.ENV_TERMINATION_LOG: str(scratch / "report.json"), "OMP_NUM_THREADS": "1"}
+    given = {"HOME": str(scratch), constants.ENV_SCRATCH_DIR: str(scratch), constants.ENV_LISTEN: "127.0.0.1:0"}
+    given |= {constants.ENV_TERMINATION_LOG: str(scratch / "report.json"), "OMP_NUM_THREADS": "1"}
     command = [*_entry_command(), *arguments]
     return subprocess.run(command, cwd=scratch, env=_environment() | given, capture_output=True, text=True, timeout=300)
 
@@ -51,7 +51,7 @@ def test_the_images_entry_command_trains_from_a_manifest_and_overrides(tiny_mode
     assert plan["microBatchSize"] * plan["gradientAccumulationSteps"] == 8
     assert report["stage"] == "Succeeded"
     out = tmp_path / "out"
-    assert {"adapter_model.safetensors", "README.md", names.MANIFEST_FILE} <= {path.name for path in out.iterdir()}
+    assert {"adapter_model.safetensors", "README.md", constants.MANIFEST_FILE} <= {path.name for path in out.iterdir()}
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
     _check_with_peft(tiny_model, out)
     assert not list((tmp_path / "scratch").glob("tiny-*")), "the working folder is gone"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from finetune_trainer.reporting.report import termination_message
 from support.models import nli_rows, write_jsonl
 from support.trainer_process import TrainerProcess, job, train

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tenacity import Future, RetryCallState
 
-from finetune_api import names
-from finetune_api.names import ExitCode
+from finetune_api import constants
+from finetune_api.constants import ExitCode
 from finetune_trainer.stores.s3 import retry
 from support.faults import Faults, faulty
 from support.s3 import S3Server
@@ -56,7 +56,7 @@ def test_a_run_through_faults_publishes_what_a_run_without_them_does(
     ends: Counter[int] = Counter()
     # The proxy refuses a manifest that does not match its signed digest, as S3 does with all bodies and moto with none.
     with faulty(s3.endpoint, faults, checks_payload=lambda path: path.endswith("manifest.json")) as endpoint:
-        env = s3.env | {"AWS_ENDPOINT_URL": endpoint, names.ENV_STORE_PATIENCE: "2"}
+        env = s3.env | {"AWS_ENDPOINT_URL": endpoint, constants.ENV_STORE_PATIENCE: "2"}
         env["FINETUNE_CACHE_DIR"] = str(tmp_path / "cache")
         while not ends[0]:
             ended = TrainerProcess(config, tmp_path / "run", env=env, before=_hurry).finish()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
@@ -46,8 +46,8 @@ RUNS_AT_ONCE = 6
 def make_adapter(folder: Path, seed: int, weights_bytes: int = 40_000) -> Path:
     draw = random.Random(seed)
     (folder / "training").mkdir(parents=True)
-    (folder / names.ADAPTER_CONFIG_FILE).write_text(json.dumps({"seed": seed}))
-    (folder / names.ADAPTER_WEIGHTS_FILE).write_bytes(draw.randbytes(weights_bytes))
+    (folder / constants.ADAPTER_CONFIG_FILE).write_text(json.dumps({"seed": seed}))
+    (folder / constants.ADAPTER_WEIGHTS_FILE).write_bytes(draw.randbytes(weights_bytes))
     (folder / "tokenizer.json").write_bytes(draw.randbytes(3000))
     (folder / "training" / "metrics.jsonl").write_bytes(draw.randbytes(500))
     return folder
@@ -290,7 +290,7 @@ def test_a_publisher_killed_in_mid_air_is_mended_by_the_next_attempt(bench: Benc
 
     faults = Faults(crash_at=at_request, on_crash=kill)
     with faulty(bench.s3.endpoint, faults) as endpoint:
-        env = os.environ | bench.s3.env | {"AWS_ENDPOINT_URL": endpoint, names.ENV_SECRETS_DIR: "/nonexistent"}
+        env = os.environ | bench.s3.env | {"AWS_ENDPOINT_URL": endpoint, constants.ENV_SECRETS_DIR: "/nonexistent"}
         command = [sys.executable, "-c", _PUBLISHER, str(adapter), f"s3://{bench.bucket}/killed"]
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=120)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
 from finetune_trainer.publishing.publish import check_target, publish
@@ -43,8 +43,8 @@ def adapter(tmp_path: Path) -> Path:
 
 def make_adapter(folder: Path, text: str) -> Path:
     (folder / "training").mkdir(parents=True)
-    (folder / names.ADAPTER_CONFIG_FILE).write_text(json.dumps({"text": text}))
-    (folder / names.ADAPTER_WEIGHTS_FILE).write_bytes(text.encode() * 1000)
+    (folder / constants.ADAPTER_CONFIG_FILE).write_text(json.dumps({"text": text}))
+    (folder / constants.ADAPTER_WEIGHTS_FILE).write_bytes(text.encode() * 1000)
     (folder / "training" / f"{text}.txt").write_text(text)
     return folder
 
@@ -57,7 +57,7 @@ def put(store: Store, folder: Path, job: Metadata = JOB, overwrite: bool = False
 
 def test_the_manifest_names_every_file_with_its_digest(store: Store, adapter: Path) -> None:
     result = put(store, adapter)
-    data = store.read_bytes(names.MANIFEST_FILE)
+    data = store.read_bytes(constants.MANIFEST_FILE)
     manifest = json.loads(data)
     assert result.manifest_digest == "sha256:" + hashlib.sha256(data).hexdigest()
     assert {file["path"] for file in manifest["files"]} == {
@@ -76,18 +76,18 @@ def test_what_does_not_load_gets_no_manifest(store: Store, adapter: Path) -> Non
 
     with pytest.raises(RuntimeError, match="does not load"):
         publish(adapter, store, job=JOB, base_model="b", rank=8, metrics={}, overwrite=False, load_back=load_back)
-    assert not store.exists(names.MANIFEST_FILE)
+    assert not store.exists(constants.MANIFEST_FILE)
     assert check_target(store, JOB.uid, overwrite=False) is None
 
 
 def test_another_jobs_adapter_is_never_touched(store: Store, adapter: Path, tmp_path: Path) -> None:
     put(store, adapter, OTHER)
-    before = store.read_bytes(names.MANIFEST_FILE)
+    before = store.read_bytes(constants.MANIFEST_FILE)
     with pytest.raises(AlreadyExists, match="already holds an adapter \\(of team/other"):
         check_target(store, JOB.uid, overwrite=False)
     with pytest.raises(AlreadyExists):
         put(store, make_adapter(tmp_path / "mine", "two"))
-    assert store.read_bytes(names.MANIFEST_FILE) == before
+    assert store.read_bytes(constants.MANIFEST_FILE) == before
     assert store.exists("training/one.txt")
 
 
@@ -123,10 +123,10 @@ def test_a_run_without_a_uid_owns_nothing(store: Store, adapter: Path) -> None:
 
 def test_its_own_adapter_is_published_again_when_it_is_broken(store: Store, adapter: Path) -> None:
     put(store, adapter)
-    store.write_bytes(names.ADAPTER_WEIGHTS_FILE, b"damaged")
+    store.write_bytes(constants.ADAPTER_WEIGHTS_FILE, b"damaged")
     assert check_target(store, JOB.uid, overwrite=False) is None
     put(store, adapter)
-    assert store.read_bytes(names.ADAPTER_WEIGHTS_FILE) == (adapter / names.ADAPTER_WEIGHTS_FILE).read_bytes()
+    assert store.read_bytes(constants.ADAPTER_WEIGHTS_FILE) == (adapter / constants.ADAPTER_WEIGHTS_FILE).read_bytes()
     assert check_target(store, JOB.uid, overwrite=False) is not None
 
 
@@ -143,11 +143,11 @@ def test_overwriting_replaces_everything_and_only_what_was_published(
         "adapter_config.json", "adapter_model.safetensors", "training/two.txt", "manifest.json",
         "notes.txt", "checkpoints/step-00000001/manifest.json",
     }  # fmt: skip
-    assert store.read_bytes(names.ADAPTER_WEIGHTS_FILE) == b"two" * 1000
+    assert store.read_bytes(constants.ADAPTER_WEIGHTS_FILE) == b"two" * 1000
 
 
 def test_a_foreign_manifest_is_only_overwritten_when_told_to(store: Store, adapter: Path) -> None:
-    store.write_bytes(names.MANIFEST_FILE, b'{"name": "a browser extension"}')
+    store.write_bytes(constants.MANIFEST_FILE, b'{"name": "a browser extension"}')
     with pytest.raises(AlreadyExists, match=r"no manifest of ours: .*output\.overwrite"):
         check_target(store, JOB.uid, overwrite=False)
     with pytest.raises(AlreadyExists):
@@ -177,7 +177,7 @@ def test_a_job_that_publishes_meanwhile_wins(store: Store, adapter: Path, tmp_pa
     assert check_target(store, OTHER.uid, overwrite=False) is not None, "the other's adapter is whole"
 
 
-@pytest.mark.parametrize("missing", [names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE])
+@pytest.mark.parametrize("missing", [constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE])
 def test_a_folder_without_an_adapter_is_not_published(store: Store, adapter: Path, missing: str) -> None:
     (adapter / missing).unlink()
     with pytest.raises(ValueError, match=missing):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.trainer_process import TrainerProcess, job, metrics_lines, train
 
 RUN = {"training.batchSize": 8, "lora.dropout": 0.0, "evaluation.onStart": False}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.hub import Hub
 from support.models import nli_rows, write_jsonl
 from support.s3 import Keys, S3Server

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
 
 #: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines; matrices large

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
 
@@ -48,7 +48,7 @@ def test_training_lowers_the_held_out_loss(run: tuple[Finished, Path]) -> None:
 
 def test_all_files_of_an_adapter_are_there(run: tuple[Finished, Path]) -> None:
     out = run[1] / "out"
-    manifest = json.loads((out / names.MANIFEST_FILE).read_text())
+    manifest = json.loads((out / constants.MANIFEST_FILE).read_text())
     assert {file["path"] for file in manifest["files"]} == {
         "README.md",
         "adapter_config.json",
@@ -114,7 +114,7 @@ def test_the_same_job_again_finds_its_adapter_and_another_is_refused(
     assert again.exit_code == 0
     assert again.report["adapter"] == run[0].report["adapter"]
     other = train(job(folder, tiny_model, uid="other"), tmp_path / "other")
-    assert other.exit_code == names.ExitCode.CONFIG_INVALID
+    assert other.exit_code == constants.ExitCode.CONFIG_INVALID
     assert "already holds an adapter (of team/tiny" in other.message
     assert "LoadingModel" not in other.log
 
@@ -143,7 +143,7 @@ def test_metrics_and_progress_are_served_while_it_runs(tiny_model: Path, tmp_pat
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(samples["finetune_trainer_steps"]) == 400
     assert float(samples["finetune_trainer_tokens_per_second"]) > 0
-    assert finished.exit_code == names.ExitCode.PREEMPTED
+    assert finished.exit_code == constants.ExitCode.PREEMPTED
 
 
 def _events(log: str) -> list[dict[str, Any]]:
@@ -193,8 +193,8 @@ def test_an_adapter_is_not_replaced_by_one_that_does_not_load(tiny_model: Path, 
 
         def save_adapter(adapted: Any, folder: Path) -> None:
             original(adapted, folder)
-            weights = load_file(folder / names.ADAPTER_WEIGHTS_FILE)
-            save_file({name: weight + 0.5 for name, weight in weights.items()}, folder / names.ADAPTER_WEIGHTS_FILE)
+            weights = load_file(folder / constants.ADAPTER_WEIGHTS_FILE)
+            save_file({name: weight + 0.5 for name, weight in weights.items()}, folder / constants.ADAPTER_WEIGHTS_FILE)
 
         model.save_adapter = save_adapter
 

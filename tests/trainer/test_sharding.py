@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.trainer_pair import Pair
 from support.trainer_process import Finished, job, metrics_lines
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.stores.base import (
     BucketNotFound,
@@ -64,7 +64,7 @@ def test_ignored_files_stay_behind(s3: S3Server, s3_model: str, tmp_path: Path) 
 
 
 def test_volumes_and_folders_are_used_where_they_are(folder_model: Path, tmp_path: Path) -> None:
-    env = {names.ENV_PVC_ROOT: str(tmp_path / "claims")}
+    env = {constants.ENV_PVC_ROOT: str(tmp_path / "claims")}
     assert fetch(parse("pvc://models/mini"), Credentials("model", {}), tmp_path / "cache", env=env) == folder_model
     file = folder_model / "config.json"
     assert fetch(parse(f"file://{file}"), Credentials("dataset", {}), tmp_path / "cache") == file
@@ -82,7 +82,7 @@ def test_what_is_missing_is_named(s3: S3Server, bucket: str, tmp_path: Path) -> 
     with pytest.raises(StoreNotFound, match=r"dataset\.eval: file:///no/such does not exist"):
         fetch(parse("file:///no/such"), credentials, tmp_path, field="dataset.eval")
     with pytest.raises(BucketNotFound, match="claim data is not mounted"):
-        fetch(parse("pvc://data/x"), credentials, tmp_path, env={names.ENV_PVC_ROOT: str(tmp_path)})
+        fetch(parse("pvc://data/x"), credentials, tmp_path, env={constants.ENV_PVC_ROOT: str(tmp_path)})
 
 
 @pytest.mark.parametrize("key", ["../../escape", "a/../../../escape", "/absolute", "a//b", "./dot", "back\\slash"])
@@ -119,7 +119,7 @@ print(sum(moved), folder)
 
 
 def test_two_jobs_with_one_cache_download_once(s3: S3Server, s3_model: str, tmp_path: Path) -> None:
-    env = os.environ | s3.env | {names.ENV_SECRETS_DIR: "/nonexistent"}
+    env = os.environ | s3.env | {constants.ENV_SECRETS_DIR: "/nonexistent"}
     command = [sys.executable, "-c", _FETCHER, s3_model, str(tmp_path)]
     jobs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = [job.communicate(timeout=120)[0].split(maxsplit=1) for job in jobs]
@@ -134,7 +134,7 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(s3: S3Server, s3_model: s
 
     weights = Faults(rate=1, kinds=("reset",), only=is_weights)
     with faulty(s3.endpoint, weights) as endpoint, pytest.raises(StoreUnavailable):
-        env = s3.env | {"AWS_ENDPOINT_URL": endpoint, names.ENV_STORE_PATIENCE: "0"}
+        env = s3.env | {"AWS_ENDPOINT_URL": endpoint, constants.ENV_STORE_PATIENCE: "0"}
         fetch(parse(s3_model), Credentials("model", env), tmp_path)
     assert list((tmp_path / "s3").glob("*.partial")) and not list((tmp_path / "s3").glob("*/mini/*.safetensors"))
     gets: list[str] = []
@@ -278,7 +278,11 @@ def test_a_password_in_the_hubs_endpoint_is_not_shown(tmp_path: Path) -> None:
 
 def test_two_jobs_fetch_the_same_hub_model_into_one_cache(hub: Hub, folder_model: Path, tmp_path: Path) -> None:
     hub.add("org/mini", folder_model)
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", names.ENV_SECRETS_DIR: "/nonexistent"}
+    settings = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        constants.ENV_SECRETS_DIR: "/nonexistent",
+    }
     command = [sys.executable, "-c", _FETCHER, "hf://org/mini", str(tmp_path / "cache")]
     jobs = [subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [job.communicate(timeout=120)[0].split(maxsplit=1) for job in jobs]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.stores.base import (
     AlreadyExists,
@@ -60,7 +60,7 @@ def open_kind(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Stor
     if kind == "file":
         return open_store(parse(f"file://{tmp_path}/root"), Credentials("output", {}))
     (tmp_path / "claim").mkdir()
-    env = {names.ENV_PVC_ROOT: str(tmp_path)}
+    env = {constants.ENV_PVC_ROOT: str(tmp_path)}
     return open_store(parse("pvc://claim/root"), Credentials("output", {}), env=env)
 
 
@@ -255,7 +255,7 @@ def test_half_a_pair_of_keys_is_told_like_none(s3: S3Server, bucket: str) -> Non
         open_store(parse(f"s3://{bucket}/x"), Credentials("output", env)).list()
 
 
-IMPATIENT = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", names.ENV_STORE_PATIENCE: "0"}
+IMPATIENT = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", constants.ENV_STORE_PATIENCE: "0"}
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
@@ -277,7 +277,7 @@ UNUSABLE = [
     ("AWS_REGION", "CANARY/x y", "the name of a region, such as us-east-1"),
     ("AWS_CA_BUNDLE", "/nowhere/CANARY", "the path of a file with certificates"),
     ("AWS_REQUEST_CHECKSUM_CALCULATION", "CANARY", "when_supported or when_required"),
-    (names.ENV_STORE_PATIENCE, "CANARY", "a number of seconds"),
+    (constants.ENV_STORE_PATIENCE, "CANARY", "a number of seconds"),
 ]
 
 
@@ -287,7 +287,7 @@ def test_a_setting_that_cannot_work_is_named_and_its_value_never_shown(
     key: str, value: str, allowed: str, endpoints: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be a secret key that was put under the wrong name."""
-    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, endpoints)
+    monkeypatch.setenv(constants.ENV_ALLOWED_S3_ENDPOINTS, endpoints)
     env = IMPATIENT | {"AWS_ENDPOINT_URL": "https://127.0.0.1:9"} | {key: value}
     with pytest.raises(StoreMisconfigured) as caught:
         open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
@@ -341,7 +341,7 @@ def test_parts_left_by_a_killed_upload_are_cleared_by_the_next(s3: S3Server, buc
 
 
 def test_a_claim_that_is_not_mounted_is_named(tmp_path: Path) -> None:
-    store = open_store(parse("pvc://data/x"), Credentials("output", {}), env={names.ENV_PVC_ROOT: str(tmp_path)})
+    store = open_store(parse("pvc://data/x"), Credentials("output", {}), env={constants.ENV_PVC_ROOT: str(tmp_path)})
     with pytest.raises(BucketNotFound, match=r"claim data is not mounted .* PersistentVolumeClaim"):
         store.list()
 
@@ -378,10 +378,10 @@ def test_an_endpoint_outside_the_administrators_list_is_refused_before_anything_
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3.make_bucket()
-    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "https://s3.example.com, https://*.internal")
+    monkeypatch.setenv(constants.ENV_ALLOWED_S3_ENDPOINTS, "https://s3.example.com, https://*.internal")
     with pytest.raises(StoreMisconfigured, match=r"not allowed here; allowed: .*allowed_s3_endpoints"):
         s3_store(s3, bucket).exists("a")
-    secret = {names.ENV_ALLOWED_S3_ENDPOINTS: "*"}
+    secret = {constants.ENV_ALLOWED_S3_ENDPOINTS: "*"}
     with pytest.raises(StoreMisconfigured):
         s3_store(s3, bucket, **secret).exists("a")
     for trick in (
@@ -391,5 +391,5 @@ def test_an_endpoint_outside_the_administrators_list_is_refused_before_anything_
     ):
         with pytest.raises(StoreMisconfigured, match=r"at https://evil\.example: this endpoint is not allowed here"):
             s3_store(s3, bucket, AWS_ENDPOINT_URL=trick).exists("a")
-    monkeypatch.setenv(names.ENV_ALLOWED_S3_ENDPOINTS, "http://127.0.0.1:*/")
+    monkeypatch.setenv(constants.ENV_ALLOWED_S3_ENDPOINTS, "http://127.0.0.1:*/")
     assert not s3_store(s3, bucket).exists("a")

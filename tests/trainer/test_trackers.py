@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from finetune_trainer.reporting import trackers
 from support.trainer_pair import Pair
 from support.trainer_process import TrainerProcess, job, metrics_lines, train

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from finetune_api.names import ExitCode
+from finetune_api.constants import ExitCode
 from support.trainer_process import Finished, job, metrics_lines, train
 
 TWO_STEPS: dict[str, Any] = {

@@ -3,35 +3,38 @@
 import argparse
 from pathlib import Path
 
-from finetune_api import names
+from finetune_api import constants
 
 
 def parser() -> argparse.ArgumentParser:
     """--config and --set; the help also explains environment variables and exit codes."""
     codes = "\n".join(
         f"  {outcome.code:>3}  {outcome.reason:<16} {outcome.cause}"
-        for outcome in sorted(names.REASONS.values(), key=lambda outcome: outcome.code)
+        for outcome in sorted(constants.REASONS.values(), key=lambda outcome: outcome.code)
     )
     environment = "\n".join(
         f"  {name:<26} {text}"
         for name, text in (
-            (names.ENV_SCRATCH_DIR, f"folder for temporary files (default {names.SCRATCH_DIR})"),
-            (names.ENV_CACHE_DIR, "folder for downloaded models, may be shared by jobs"),
-            (names.ENV_SECRETS_DIR, f"folder with {', '.join(names.SECRET_ROLES)} (default {names.SECRETS_DIR})"),
-            (names.ENV_PVC_ROOT, f"where pvc:// claims are mounted (default {names.PVC_ROOT})"),
-            (names.ENV_LISTEN, f"address of /metrics and /progress (default 0.0.0.0:{names.TRAINER_PORT})"),
+            (constants.ENV_SCRATCH_DIR, f"folder for temporary files (default {constants.SCRATCH_DIR})"),
+            (constants.ENV_CACHE_DIR, "folder for downloaded models, may be shared by jobs"),
+            (
+                constants.ENV_SECRETS_DIR,
+                f"folder with {', '.join(constants.SECRET_ROLES)} (default {constants.SECRETS_DIR})",
+            ),
+            (constants.ENV_PVC_ROOT, f"where pvc:// claims are mounted (default {constants.PVC_ROOT})"),
+            (constants.ENV_LISTEN, f"address of /metrics and /progress (default 0.0.0.0:{constants.TRAINER_PORT})"),
             ("MLFLOW_TRACKING_URI", "an MLflow server to send every metric to; its other variables hold, too"),
-            (names.ENV_TERMINATION_LOG, f"file for the final report (default {names.TERMINATION_LOG})"),
+            (constants.ENV_TERMINATION_LOG, f"file for the final report (default {constants.TERMINATION_LOG})"),
         )
     )
     result = argparse.ArgumentParser(
-        prog=names.TRAINER_COMMAND,
+        prog=constants.TRAINER_COMMAND,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a LoRA adapter as a FineTuneJob manifest says, publish it, and load it back to be sure.\n"
         "Credentials come from the environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …) or from the secrets folder.",
         epilog=f"examples:\n"
-        f"  {names.TRAINER_COMMAND} --config job.yaml\n"
-        f"  {names.TRAINER_COMMAND} --config job.yaml --set training.learningRate=1e-4 --set resources.gpusPerNode=0\n"
+        f"  {constants.TRAINER_COMMAND} --config job.yaml\n"
+        f"  {constants.TRAINER_COMMAND} --config job.yaml --set training.learningRate=1e-4 --set resources.gpusPerNode=0\n"
         f"  torchrun --nproc-per-node 2 -m finetune_trainer.main --config job.yaml\n\n"
         f"environment:\n{environment}\n\n"
         f"exit codes:\n{codes}\n    1  Error            Anything else; the log has the traceback.\n",

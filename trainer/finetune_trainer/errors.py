@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finetune_api.constants import OUTCOMES, ExitCode
 from finetune_api.manifest import ManifestError
-from finetune_api.names import OUTCOMES, ExitCode
 from finetune_trainer.stores.credentials import without_userinfo
 from finetune_trainer.stores.errors import StoreError
 

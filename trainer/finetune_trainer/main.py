@@ -2,7 +2,7 @@
 
 `finetune-trainer --config job.yaml` is the whole interface: in a pod, under `docker run`, under torchrun, and for
 `finetune run`, which starts this as a subprocess on the same terminal with FINETUNE_TERMINATION_LOG set to a file of
-its own. The exit code says how it went (finetune_api.names.ExitCode); that file holds the final TrainerReport as JSON.
+its own. The exit code says how it went (finetune_api.constants.ExitCode); that file holds the final TrainerReport as JSON.
 """
 
 import os

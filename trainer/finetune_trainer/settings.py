@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.manifest import load_file
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the process's environment says; every default is the pod's (finetune_api.names)."""
+    """What the process's environment says; every default is the pod's (finetune_api.constants)."""
 
     scratch: Path
     cache: Path | None
@@ -24,15 +24,15 @@ class Place:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
-        cache = env.get(names.ENV_CACHE_DIR)
-        attempt = env.get(names.ENV_ATTEMPT, "1")
+        cache = env.get(constants.ENV_CACHE_DIR)
+        attempt = env.get(constants.ENV_ATTEMPT, "1")
         return cls(
-            scratch=Path(env.get(names.ENV_SCRATCH_DIR, names.SCRATCH_DIR)),
+            scratch=Path(env.get(constants.ENV_SCRATCH_DIR, constants.SCRATCH_DIR)),
             cache=Path(cache) if cache else None,
-            secrets=Path(env.get(names.ENV_SECRETS_DIR, names.SECRETS_DIR)),
-            pvc_root=Path(env.get(names.ENV_PVC_ROOT, names.PVC_ROOT)),
-            termination_log=Path(env.get(names.ENV_TERMINATION_LOG, names.TERMINATION_LOG)),
-            listen=env.get(names.ENV_LISTEN, f"0.0.0.0:{names.TRAINER_PORT}"),
+            secrets=Path(env.get(constants.ENV_SECRETS_DIR, constants.SECRETS_DIR)),
+            pvc_root=Path(env.get(constants.ENV_PVC_ROOT, constants.PVC_ROOT)),
+            termination_log=Path(env.get(constants.ENV_TERMINATION_LOG, constants.TERMINATION_LOG)),
+            listen=env.get(constants.ENV_LISTEN, f"0.0.0.0:{constants.TRAINER_PORT}"),
             attempt=int(attempt) if attempt.isdigit() else 1,
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.options import (
     Context,
@@ -70,7 +70,7 @@ def download(
     data = _manifest(remote, address)
     if digest and digest != f"sha256:{hashlib.sha256(data).hexdigest()}":
         raise CliError(
-            f"{address} no longer holds what {source} published: the digest of {names.MANIFEST_FILE} differs",
+            f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
             hint=f"to take what is there now: finetune download {address} {folder}",
             code=Exit.CORRUPT,
         )
@@ -78,7 +78,7 @@ def download(
     _prepare(folder, data, overwrite)
     missing = [file for file in files if not _is_here(folder / file.path, file)]
     _fetch_all(remote, missing, folder)
-    (folder / names.MANIFEST_FILE).write_bytes(data)
+    (folder / constants.MANIFEST_FILE).write_bytes(data)
     if output:
         fetched = {file.path for file in missing}
         listed = [
@@ -110,10 +110,10 @@ def _manifest(remote: Remote, address: str) -> bytes:
     from finetune_cli.stores import MissingError
 
     try:
-        return remote.read(names.MANIFEST_FILE)
+        return remote.read(constants.MANIFEST_FILE)
     except MissingError:
         raise CliError(
-            f"there is no whole adapter at {address}: {names.MANIFEST_FILE}, which is written last, is missing"
+            f"there is no whole adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
         ) from None
 
 
@@ -136,13 +136,15 @@ def parse_manifest(data: bytes, address: str) -> list[File]:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "JSON"
         raise CliError(
-            f"{address}: {names.MANIFEST_FILE} is damaged: {field}: {first['msg']}", code=Exit.CORRUPT
+            f"{address}: {constants.MANIFEST_FILE} is damaged: {field}: {first['msg']}", code=Exit.CORRUPT
         ) from None
     if manifest.kind != "Adapter":
         raise CliError(f"{address} holds a {manifest.kind}, not an adapter")
     for record in manifest.files:
         if not is_safe(record.path):
-            raise CliError(f"{address}: {names.MANIFEST_FILE} names a path outside: {record.path!r}", code=Exit.CORRUPT)
+            raise CliError(
+                f"{address}: {constants.MANIFEST_FILE} names a path outside: {record.path!r}", code=Exit.CORRUPT
+            )
     return [File(record.path, record.sizeBytes, record.sha256) for record in manifest.files]
 
 
@@ -150,12 +152,12 @@ def is_safe(path: str) -> bool:
     """Whether `path` stays below the folder it is joined to, and leaves the manifest alone. Pure."""
     parts = path.split("/")
     strange = "\\" in path or "\0" in path or PurePosixPath(path).is_absolute()
-    return not strange and all(part not in ("", ".", "..") for part in parts) and path != names.MANIFEST_FILE
+    return not strange and all(part not in ("", ".", "..") for part in parts) and path != constants.MANIFEST_FILE
 
 
 def _prepare(folder: Path, data: bytes, overwrite: bool) -> None:
     """Make the folder; refuse one that holds another adapter. From here until the end it holds no manifest."""
-    here = folder / names.MANIFEST_FILE
+    here = folder / constants.MANIFEST_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if here.exists() and here.read_bytes() != data and not overwrite:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError
 from finetune_cli.options import (
     Context,
@@ -110,7 +110,9 @@ def list_jobs(
     found = cluster.jobs(everywhere=everywhere, selector=selector)
     found.sort(key=lambda job: job["metadata"].get("creationTimestamp", ""), reverse=True)
     if output:
-        console.structured({"apiVersion": names.API_VERSION, "kind": f"{names.KIND}List", "items": found}, output)
+        console.structured(
+            {"apiVersion": constants.API_VERSION, "kind": f"{constants.KIND}List", "items": found}, output
+        )
         return
     if not found:
         console.note("No FineTuneJobs" + ("." if everywhere else f" in namespace {cluster.namespace}."))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.interrupts import insistent_interrupts
 from finetune_cli.options import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from finetune_cli.kube.client import Cluster, Object
     from finetune_cli.output.job_view import View
 
-LOG_FILE = f"{names.TRAINING_DIR}/log.txt"
+LOG_FILE = f"{constants.TRAINING_DIR}/log.txt"
 _LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
 _HIDDEN = ("event", "level", "timestamp", "logger")
 
@@ -85,7 +85,7 @@ def _has_started(pod: Object) -> bool:
     return any(
         "running" in (state.get("state") or {}) or "terminated" in (state.get("state") or {})
         for state in states
-        if state.get("name") == names.TRAINER_CONTAINER
+        if state.get("name") == constants.TRAINER_CONTAINER
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.manifests import STDIN_NAME
 from finetune_cli.options import ManifestFile, Overrides
@@ -35,8 +35,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def trainer_command() -> str:
     """Path of finetune-trainer: beside this Python first, then on PATH. Raises CliError when it is not installed."""
-    beside = Path(sys.executable).with_name(names.TRAINER_COMMAND)
-    command = str(beside) if beside.exists() else shutil.which(names.TRAINER_COMMAND)
+    beside = Path(sys.executable).with_name(constants.TRAINER_COMMAND)
+    command = str(beside) if beside.exists() else shutil.which(constants.TRAINER_COMMAND)
     missing = [package for package in TRAINER_PACKAGES if importlib.util.find_spec(package) is None]
     if command is None or missing:
         lacking = f" ({', '.join(missing)} missing)" if missing else ""
@@ -63,13 +63,13 @@ def free_address() -> str:
 def environment(env: Mapping[str, str], temporary: Path) -> dict[str, str]:
     """The trainer's environment: the user's, and where it leaves a path open, one of this user instead of a pod's."""
     defaults = {
-        names.ENV_SCRATCH_DIR: str(temporary / "scratch"),
-        names.ENV_CACHE_DIR: str(cache_folder(env)),
-        names.ENV_LISTEN: free_address(),
-        names.ENV_TERMINATION_LOG: str(temporary / "termination-log"),
+        constants.ENV_SCRATCH_DIR: str(temporary / "scratch"),
+        constants.ENV_CACHE_DIR: str(cache_folder(env)),
+        constants.ENV_LISTEN: free_address(),
+        constants.ENV_TERMINATION_LOG: str(temporary / "termination-log"),
     }
     merged = defaults | dict(env)
-    for folder in (names.ENV_SCRATCH_DIR, names.ENV_CACHE_DIR):
+    for folder in (constants.ENV_SCRATCH_DIR, constants.ENV_CACHE_DIR):
         try:
             Path(merged[folder]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -109,10 +109,10 @@ def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
         "output.uri": spec.output.uri,
     }
     for field, uri in sources.items():
-        if uri and uri.startswith("pvc://") and names.ENV_PVC_ROOT not in env:
+        if uri and uri.startswith("pvc://") and constants.ENV_PVC_ROOT not in env:
             raise CliError(
                 f"spec.{field} is {uri}, a volume of a cluster",
-                hint=f"set {names.ENV_PVC_ROOT}=DIR to read pvc://claim/path from DIR/claim/path,"
+                hint=f"set {constants.ENV_PVC_ROOT}=DIR to read pvc://claim/path from DIR/claim/path,"
                 f" or add --set {field}=file://./…",
             )
 
@@ -139,14 +139,14 @@ def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str]
         return ["--config", source.name, *(part for override in overrides for part in ("--set", override))]
     import yaml
 
-    config = temporary / names.CONFIG_FILE
+    config = temporary / constants.CONFIG_FILE
     config.write_text(yaml.safe_dump(job.manifest(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return ["--config", str(config)]
 
 
 def trainers_code(code: int, report: TrainerReport | None) -> int:
     """The trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
-    outcome = names.REASONS.get(report.reason or "") if code == 1 and report else None
+    outcome = constants.REASONS.get(report.reason or "") if code == 1 and report else None
     return int(outcome.code) if outcome else code
 
 
@@ -225,7 +225,7 @@ def run(
         env = environment(os.environ, Path(folder))
         started = time.monotonic()
         code = supervise([*launcher(job, trainer), *trainer_arguments(source, job, overrides or (), Path(folder))], env)
-        report = run_summary.read_report(Path(env[names.ENV_TERMINATION_LOG]))
+        report = run_summary.read_report(Path(env[constants.ENV_TERMINATION_LOG]))
         code = trainers_code(code, report)
     if not quiet:
         run_summary.show(job, report, code, seconds=time.monotonic() - started, file=file)

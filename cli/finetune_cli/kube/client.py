@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube.errors import explained
 
@@ -148,7 +148,7 @@ class Cluster:
         with explained(self.server, self.namespace, what="Pod"):
             answer = client.CoreV1Api(self.api).list_namespaced_pod(
                 self.namespace,
-                label_selector=f"{names.LABEL_JOB}={job}",
+                label_selector=f"{constants.LABEL_JOB}={job}",
                 _preload_content=False,
                 _request_timeout=self.timeout,
             )
@@ -164,7 +164,7 @@ class Cluster:
             answer = client.CoreV1Api(self.api).read_namespaced_pod_log(
                 pod,
                 self.namespace,
-                container=names.TRAINER_CONTAINER,
+                container=constants.TRAINER_CONTAINER,
                 follow=follow,
                 _preload_content=False,
                 _request_timeout=(self.timeout[0], SILENCE_SECONDS) if follow else self.timeout,
@@ -183,7 +183,7 @@ class Cluster:
         return client.CustomObjectsApi(self.api)
 
     def _place(self) -> tuple[str, str, str, str]:
-        return names.GROUP, names.VERSION, self.namespace, names.PLURAL
+        return constants.GROUP, constants.VERSION, self.namespace, constants.PLURAL
 
 
 def _checked(answer: Any) -> Any:
@@ -203,7 +203,7 @@ def _watch_seconds(deadline: float | None, poll: bool) -> int:
 
 def attempt_of(pod: Object) -> int:
     """The attempt a pod belongs to; 0 when it does not say."""
-    label = str((pod["metadata"].get("labels") or {}).get(names.LABEL_ATTEMPT, ""))
+    label = str((pod["metadata"].get("labels") or {}).get(constants.LABEL_ATTEMPT, ""))
     return int(label) if label.isdigit() else 0
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 
 
 @contextmanager
-def explained(server: str, namespace: str, name: str = "", what: str = names.KIND) -> Iterator[None]:
+def explained(server: str, namespace: str, name: str = "", what: str = constants.KIND) -> Iterator[None]:
     """Turn whatever the client raises inside the block into a CliError about object `name` of kind `what`."""
     import urllib3
     from kubernetes.client.exceptions import ApiException
@@ -72,7 +72,7 @@ def _not_found(status: dict[str, Any], server: str, where: str, name: str, what:
     if missing.get("kind") == "namespaces":
         return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
     return CliError(
-        f"{names.KIND}s are not installed in the cluster at {server}",
+        f"{constants.KIND}s are not installed in the cluster at {server}",
         hint="install the operator's chart, or at least: kubectl apply -f crds/finetunejobs.yaml",
         code=Exit.UNREACHABLE,
     )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def published(address: str) -> list[str]:
     from finetune_cli.stores import open_remote
 
     remote = open_remote(address, seconds=STORE_SECONDS, tries=1)
-    return remote.read(names.METRICS_FILE).decode(errors="replace").splitlines()
+    return remote.read(constants.METRICS_FILE).decode(errors="replace").splitlines()
 
 
 def losses(lines: Iterable[str]) -> list[float]:

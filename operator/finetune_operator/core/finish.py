@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, Progress
 from finetune_operator.core.attempts import failure
 from finetune_operator.core.attempts import history as attempts
@@ -29,7 +29,7 @@ def after_the_end(observed: Observed, status: FineTuneJobStatus, now: datetime) 
     """Stop what still runs, and delete the FineTuneJob (never the adapter) when its time has come."""
     left = _ttl_left(observed, status, now)
     if left is not None and left <= 0:
-        return Plan(delete=(Target(names.KIND, observed.job.name, observed.job.uid),))
+        return Plan(delete=(Target(constants.KIND, observed.job.name, observed.job.uid),))
     return Plan(delete=_targets(_stoppable(observed)), requeue_after=left)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import datetime
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import Attempt
 from finetune_operator.core import finish, policy
 from finetune_operator.core.attempts import (
@@ -154,7 +154,7 @@ def _start(view: View, after: Retry | None) -> Step:
         return Step(scene, check_again=(_pending_left(view, after),))
     number, micro = history.next_number(view.history, observed), retry.micro_batch(view.history, view.spec)
     name = history.job_name(observed.job, number)
-    queued = names.LABEL_KUEUE_QUEUE in observed.job.queue_labels
+    queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(
         conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),

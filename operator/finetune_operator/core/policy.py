@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from finetune_api import manifest, names, uri
+from finetune_api import constants, manifest, uri
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
@@ -27,8 +27,8 @@ class Refusal:
 def read_spec(job: JobObject) -> FineTuneJobSpec | Refusal:
     """The spec with its defaults, or the sentences that say what is wrong (older schema, no CRD validation)."""
     data = {
-        "apiVersion": names.API_VERSION,
-        "kind": names.KIND,
+        "apiVersion": constants.API_VERSION,
+        "kind": constants.KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
         "spec": json.loads(job.spec),
     }

@@ -10,7 +10,7 @@ import aiohttp
 from pydantic_core import from_json, to_json
 from yarl import URL
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.raw import Raw
 
@@ -23,11 +23,11 @@ SILENCE_SECONDS = 70
 _JSON = "application/json"
 #: Answers of which we need nothing more are asked for without spec, data and status.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
-_OWNED = {"fieldManager": names.FIELD_MANAGER}
+_OWNED = {"fieldManager": constants.FIELD_MANAGER}
 
 #: Kind -> collection path; {} is the namespace part, empty for all namespaces.
 PATHS: dict[str, str] = {
-    names.KIND: f"/apis/{names.API_VERSION}{{}}/{names.PLURAL}",
+    constants.KIND: f"/apis/{constants.API_VERSION}{{}}/{constants.PLURAL}",
     "Job": "/apis/batch/v1{}/jobs",
     "Pod": "/api/v1{}/pods",
     "Service": "/api/v1{}/services",
@@ -118,12 +118,12 @@ class Cluster:
     async def serves_finetunejobs(self) -> bool:
         """Whether the CRD is installed. Discovery needs no permission of its own."""
         try:
-            found = await self.request("GET", f"/apis/{names.API_VERSION}")
+            found = await self.request("GET", f"/apis/{constants.API_VERSION}")
         except ApiError as error:
             if error.code == 404:
                 return False
             raise
-        return any(entry.get("name") == names.PLURAL for entry in raw.entries(found, "resources"))
+        return any(entry.get("name") == constants.PLURAL for entry in raw.entries(found, "resources"))
 
     async def get(self, kind: str, namespace: str, name: str) -> Raw | None:
         """The object, or None where there is none."""
@@ -157,7 +157,7 @@ class Cluster:
             raise Refused("Stopping", f"{kind} {name} has just been deleted")
         owner = raw.controller(found)
         if raw.text(owner, "uid") != owner_uid:
-            if raw.text(owner, "kind") == names.KIND:  # an earlier one of this name: no other makes these names
+            if raw.text(owner, "kind") == constants.KIND:  # an earlier one of this name: no other makes these names
                 raise Refused("Stopping", f"waiting for the earlier job's {kind} {name} to be gone")
             who = f"{raw.text(owner, 'kind')} {raw.text(owner, 'name')}" if owner else "no controller"
             raise Refused("NameConflict", f"{kind} {name} exists already and belongs to {who}: delete or rename it")
@@ -168,7 +168,7 @@ class Cluster:
     async def patch_status(self, namespace: str, name: str, status: Raw, uid: str, version: int) -> Raw:
         """Merge-patch the status of that very FineTuneJob in that very version; 409 when it has moved on."""
         body = {"metadata": {"uid": uid, "resourceVersion": str(version)}, "status": status}
-        where = path(names.KIND, namespace, name, "status")
+        where = path(constants.KIND, namespace, name, "status")
         return await self.request("PATCH", where, body, _OWNED, MERGE_PATCH)
 
     async def suspend(self, namespace: str, name: str, uid: str) -> Raw | None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.settings import Settings
 
 #: What Kopf watches; explanations (events, Workloads) are watched beside it, and nothing depends on them.
-WATCHED = (names.PLURAL, "jobs", "pods")
+WATCHED = (constants.PLURAL, "jobs", "pods")
 
 #: A heartbeat, a full list or a watch is late when it has missed this many turns.
 MISSED = 3

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.events import Event
@@ -48,8 +48,8 @@ def manifest(waiting: Waiting) -> Raw:
         "kind": "Event",
         "metadata": {"name": f"{waiting.name}.{digest}", "namespace": waiting.namespace},
         "involvedObject": {
-            "apiVersion": names.API_VERSION,
-            "kind": names.KIND,
+            "apiVersion": constants.API_VERSION,
+            "kind": constants.KIND,
             "name": waiting.name,
             "namespace": waiting.namespace,
             "uid": waiting.uid,
@@ -57,9 +57,9 @@ def manifest(waiting: Waiting) -> Raw:
         "type": event.type,
         "reason": event.reason,
         "message": event.message[:MAX_MESSAGE],
-        "source": {"component": names.FIELD_MANAGER},
-        "reportingComponent": names.FIELD_MANAGER,
-        "reportingInstance": names.FIELD_MANAGER,
+        "source": {"component": constants.FIELD_MANAGER},
+        "reportingComponent": constants.FIELD_MANAGER,
+        "reportingInstance": constants.FIELD_MANAGER,
         "firstTimestamp": stamp,
         "lastTimestamp": stamp,
         "count": 1,

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import JobObject, Observed, Obstacle
 from finetune_operator.core.objects.raw import Raw
@@ -110,7 +110,7 @@ class Reconciler:
     async def _look(self, job: JobObject) -> None:
         """Read the job's pods: their watch may be behind that of Jobs."""
         uids, version = [], 0
-        async for page in self._cluster.pages("Pod", job.namespace, f"{names.LABEL_JOB}={job.name}"):
+        async for page in self._cluster.pages("Pod", job.namespace, f"{constants.LABEL_JOB}={job.name}"):
             version = page.version
             for pod in page.items:
                 self._cache.put("Pod", pod)
@@ -141,17 +141,17 @@ class Reconciler:
                 raise
             await self._refresh(job)
             raise Conflict(str(error)) from error
-        self._cache.wrote(names.KIND, stored)
+        self._cache.wrote(constants.KIND, stored)
         self._fleet.changed(job, JobObject.of(stored))
 
     async def _refresh(self, job: JobObject) -> None:
         """Look at the job itself: its watch is behind, or has missed its end."""
-        found = await self._cluster.get(names.KIND, job.namespace, job.name)
+        found = await self._cluster.get(constants.KIND, job.namespace, job.name)
         uid = found["metadata"]["uid"] if found else None
         if uid != job.uid:
-            self._cache.forget(names.KIND, job.key, job.uid)
+            self._cache.forget(constants.KIND, job.key, job.uid)
         if found:
-            self._cache.put(names.KIND, found)
+            self._cache.put(constants.KIND, found)
 
     async def _take_away(self, job: JobObject, made: Plan) -> bool:
         """Suspend and delete; False when something was gone already, for then another plan is needed."""

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Final, TypeVar
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import (
@@ -19,7 +19,11 @@ from finetune_operator.core.objects.raw import Raw
 View = JobObject | Child | Pod
 V = TypeVar("V", JobObject, Child, Pod)
 
-KINDS: Final[dict[str, type[JobObject] | type[Child] | type[Pod]]] = {names.KIND: JobObject, "Job": Child, "Pod": Pod}
+KINDS: Final[dict[str, type[JobObject] | type[Child] | type[Pod]]] = {
+    constants.KIND: JobObject,
+    "Job": Child,
+    "Pod": Pod,
+}
 #: Deleted pods kept per rank of a Job: a pod may be gone before its Job says that it failed, and with it the exit code.
 GHOSTS = 3
 _TOMBSTONES = 20_000
@@ -29,7 +33,7 @@ _ECHOES = 1_000
 
 def key_of(kind: str, obj: Raw) -> str | None:
     """namespace/name of the FineTuneJob that an object is or belongs to; None when it belongs to none."""
-    name = raw.text(obj, "metadata", "name") if kind == names.KIND else raw.labels(obj).get(names.LABEL_JOB, "")
+    name = raw.text(obj, "metadata", "name") if kind == constants.KIND else raw.labels(obj).get(constants.LABEL_JOB, "")
     namespace = raw.text(obj, "metadata", "namespace")
     return f"{namespace}/{name}" if name and namespace else None
 
@@ -151,16 +155,16 @@ class Cache:
 
     def wish(self, obj: Raw) -> tuple[str, int, bool] | None:
         """What tells one wish of the user from another, of the FineTuneJob of that name: uid, generation, deletion."""
-        job = self.job(key_of(names.KIND, obj) or "")
+        job = self.job(key_of(constants.KIND, obj) or "")
         return (job.uid, job.generation, job.deleting) if job else None
 
     def job_keys(self) -> list[str]:
         """Every FineTuneJob."""
-        return list(self._views[names.KIND])
+        return list(self._views[constants.KIND])
 
     def job(self, key: str) -> JobObject | None:
         """The FineTuneJob of that name; the youngest, should an earlier one not be gone yet."""
-        found = self._all(JobObject, names.KIND, key)
+        found = self._all(JobObject, constants.KIND, key)
         return max(found, key=lambda job: job.version, default=None)
 
     def _all(self, view: type[V], kind: str, key: str) -> list[V]:
@@ -217,7 +221,7 @@ class Cache:
 
     def jobs(self) -> Iterator[JobObject]:
         """Every FineTuneJob there is."""
-        return (job for key in self._views[names.KIND] if (job := self.job(key)) is not None)
+        return (job for key in self._views[constants.KIND] if (job := self.job(key)) is not None)
 
     def sizes(self) -> dict[str, int]:
         """Objects held, by kind."""

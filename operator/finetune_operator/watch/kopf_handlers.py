@@ -9,14 +9,14 @@ from typing import Any
 
 import kopf
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.kube.client import PAGE
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 
 #: Group, version and plural of each kind.
 RESOURCES = {
-    names.KIND: (names.GROUP, names.VERSION, names.PLURAL),
+    constants.KIND: (constants.GROUP, constants.VERSION, constants.PLURAL),
     "Job": ("batch", "v1", "jobs"),
     "Pod": ("", "v1", "pods"),
 }
@@ -57,10 +57,10 @@ def registry(cache: Cache, enqueue: Enqueue, login: Callable[[], Any]) -> kopf.O
 def take(cache: Cache, kind: str, event: dict[str, Any], enqueue: Enqueue) -> None:
     """Take one watch event in; echoes of our own writes tell nothing new and queue nothing."""
     obj = dict(event.get("object") or {})
-    before = cache.wish(obj) if kind == names.KIND else None
+    before = cache.wish(obj) if kind == constants.KIND else None
     key = cache.drop(kind, obj) if event.get("type") == "DELETED" else cache.put(kind, obj)
     if key is not None:
-        enqueue(key, kind == names.KIND and cache.wish(obj) != before)
+        enqueue(key, kind == constants.KIND and cache.wish(obj) != before)
 
 
 class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]
@@ -105,14 +105,14 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     made.watching.chunk_size = PAGE
     made.watching.reconnect_backoff = 0.5
     for kind in ("Job", "Pod"):
-        made.watching.label_selectors[RESOURCES[kind]] = names.LABEL_JOB
+        made.watching.label_selectors[RESOURCES[kind]] = constants.LABEL_JOB
     made.networking.request_timeout = settings.request_timeout_seconds
     made.networking.error_backoffs = Endless()
     # worker_limit stays unset: workers keep their slot while idle, so a limit throttles instead of protecting.
     made.queueing.idle_timeout = 1.0
     made.scanning.disabled = True
     made.posting.enabled = False
-    made.persistence.finalizer = f"{names.GROUP}/finalizer"
+    made.persistence.finalizer = f"{constants.GROUP}/finalizer"
     made.persistence.progress_storage = NoProgress()
     made.persistence.diffbase_storage = NoDiffBase()
     made.peering.standalone = True

@@ -9,7 +9,7 @@ import aiohttp
 import structlog
 from pydantic import ValidationError
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 
 log = structlog.get_logger(__name__)
@@ -36,7 +36,7 @@ class Poller:
         self._interval, self._timeout = interval, aiohttp.ClientTimeout(total=timeout)
         self._slots = asyncio.Semaphore(concurrency)
         self._on_news = on_news
-        self._port = port or names.TRAINER_PORT
+        self._port = port or constants.TRAINER_PORT
         self._trainers: dict[str, _Trainer] = {}
         self._due: list[tuple[float, str, str]] = []
         self._wake = asyncio.Event()

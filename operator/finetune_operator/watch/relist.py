@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects import raw
 from finetune_operator.kube.client import ApiError, Cluster
 from finetune_operator.watch.cache import KINDS, Cache
@@ -120,7 +120,9 @@ class Lists:
         for kind in KINDS:
             uids: list[str] = []
             version, is_back = 0, False
-            async for page in self._cluster.pages(kind, namespace, "" if kind == names.KIND else names.LABEL_JOB):
+            async for page in self._cluster.pages(
+                kind, namespace, "" if kind == constants.KIND else constants.LABEL_JOB
+            ):
                 if not uids and (is_back := self._cache.is_newer_than(kind, namespace, page.version)):
                     log.warning("the API server has gone back in time; believing it", kind=kind, version=page.version)
                     self._on_restored()

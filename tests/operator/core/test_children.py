@@ -6,7 +6,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from finetune_api import manifest, names
+from finetune_api import constants, manifest
 from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.policy import Refusal, read_spec
@@ -68,8 +68,8 @@ def test_exit_codes_that_end_a_job_are_the_contracts():
     ignore, final = made()[-1]["spec"]["podFailurePolicy"]["rules"]
     assert ignore["action"] == "Ignore"
     assert ignore["onPodConditions"][0]["type"] == "DisruptionTarget"
-    assert tuple(final["onExitCodes"]["values"]) == names.FINAL_EXIT_CODES
-    retried = {code for code, outcome in names.OUTCOMES.items() if code and not outcome.final}
+    assert tuple(final["onExitCodes"]["values"]) == constants.FINAL_EXIT_CODES
+    retried = {code for code, outcome in constants.OUTCOMES.items() if code and not outcome.final}
     assert not retried & set(final["onExitCodes"]["values"])
 
 
@@ -84,16 +84,16 @@ def test_secrets_are_mounted_by_role_and_never_read():
     mounts = {mount["mountPath"]: by_volume[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
     found = {path: secret["secretName"] for path, secret in mounts.items() if secret}
     wanted = {"model": "hub", "dataset": "data", "output": "store", "wandb": "wandb"}
-    assert found == {f"{names.SECRETS_DIR}/{role}": name for role, name in wanted.items()}
+    assert found == {f"{constants.SECRETS_DIR}/{role}": name for role, name in wanted.items()}
     assert not [obj for obj in objects if obj["kind"] == "Secret"]
 
 
 def test_a_claim_that_is_only_read_is_mounted_read_only_and_each_claim_once():
     pod = pod_of(made(**FULL))
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in pod["containers"][0]["volumeMounts"]}
-    assert mounts[f"{names.PVC_ROOT}/models"] is True
-    assert mounts[f"{names.PVC_ROOT}/data"] is False, "it is read and written"
-    assert names.CACHE_DIR in mounts
+    assert mounts[f"{constants.PVC_ROOT}/models"] is True
+    assert mounts[f"{constants.PVC_ROOT}/data"] is False, "it is read and written"
+    assert constants.CACHE_DIR in mounts
 
 
 def test_gpus_are_requested_and_limited_and_none_means_none():
@@ -124,14 +124,14 @@ def test_shared_memory_is_a_memory_volume_of_the_size_asked_for():
 
 def test_the_configuration_is_read_back_by_the_contract_itself():
     objects = made(**FULL)
-    config = objects[-1]["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_MANIFEST]
+    config = objects[-1]["spec"]["template"]["metadata"]["annotations"][constants.ANNOTATION_MANIFEST]
     job = manifest.load_text(config, "job.yaml", overrides=["training.microBatchSize=2"])
     assert job.metadata.uid == "u-1"
     assert job.spec.training.micro_batch_size == 2
     assert json.loads(config)["spec"]["resources"]["nodes"] == 2
     (volume,) = [volume for volume in pod_of(objects)["volumes"] if volume["name"] == "config"]
-    reference = {"fieldPath": f"metadata.annotations['{names.ANNOTATION_MANIFEST}']"}
-    assert volume["downwardAPI"] == {"items": [{"path": names.CONFIG_FILE, "fieldRef": reference}]}
+    reference = {"fieldPath": f"metadata.annotations['{constants.ANNOTATION_MANIFEST}']"}
+    assert volume["downwardAPI"] == {"items": [{"path": constants.CONFIG_FILE, "fieldRef": reference}]}
 
 
 def test_after_memory_ran_out_what_the_trainer_may_choose_is_given_as_frugal_arguments():
@@ -146,7 +146,7 @@ def test_after_memory_ran_out_what_the_trainer_may_choose_is_given_as_frugal_arg
     assert settings(quantization={"bits": 16}) == [frugal[0], frugal[2]]
     pinned = {"quantization": {"cachedLayers": 3}, "training": {"gradientCheckpointing": "disabled"}}
     assert settings(**pinned) == frugal[:1]
-    assert env_of(made(attempt=3))[names.ENV_ATTEMPT] == "3"
+    assert env_of(made(attempt=3))[constants.ENV_ATTEMPT] == "3"
 
 
 def test_owner_references_control_but_do_not_block():

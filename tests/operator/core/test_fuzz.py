@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
 from finetune_operator.kube.client import ApiError
@@ -76,7 +76,7 @@ def mutated(obj: dict[str, Any], noise: random.Random, junk: tuple[Any, ...] = J
 def worlds() -> dict[str, World]:
     """A job in each part of its life."""
     found = {name: World() for name in ("fresh", "pending", "waiting", "running", "suspended", "failed", "over")}
-    found |= {"two": World(resources={"nodes": 2}), "queued": World(labels={names.LABEL_KUEUE_QUEUE: "gpu"})}
+    found |= {"two": World(resources={"nodes": 2}), "queued": World(labels={constants.LABEL_KUEUE_QUEUE: "gpu"})}
     for name, world in found.items():
         if name != "fresh":
             world.settle()
@@ -90,7 +90,7 @@ def worlds() -> dict[str, World]:
     pod["status"] = {"phase": "Pending", "containerStatuses": [{"name": "trainer", "state": stuck}]}
     found["queued"].kueue_evicts()
     found["suspended"].change_spec(suspend=True)
-    found["failed"].exit_pods(names.ExitCode.UNAVAILABLE, {"stage": "Failed", "reason": "Unavailable"})
+    found["failed"].exit_pods(constants.ExitCode.UNAVAILABLE, {"stage": "Failed", "reason": "Unavailable"})
     found["over"].exit_pods(0, adapter_report())
     for name in ("queued", "suspended", "over"):
         found[name].settle()
@@ -206,7 +206,7 @@ def test_a_spec_of_another_schema_is_refused_with_a_sentence(spec: Any):
     world = World()
     assert world.job is not None
     world.job["spec"] = spec
-    world.changed(names.KIND, world.job)
+    world.changed(constants.KIND, world.job)
     world.settle()
     assert world.condition("Accepted")["reason"] == "ConfigInvalid"
     assert world.condition("Accepted")["message"].startswith("spec")

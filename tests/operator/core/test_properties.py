@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune_api import names
+from finetune_api import constants
 from support.imagined_cluster import KINDS
 from support.world import World, adapter_report, is_empty
 
 UNCOUNTED = {"Preempted", "NodeLost", "Suspended", "SpecChanged"}
 #: Mostly those after which the story goes on.
-CODES = st.sampled_from([69, 75, 90, 3, 137, 143] * 4 + [int(code) for code in names.ExitCode if code])
+CODES = st.sampled_from([69, 75, 90, 3, 137, 143] * 4 + [int(code) for code in constants.ExitCode if code])
 
 
 class Life(RuleBasedStateMachine):
@@ -55,7 +55,7 @@ class Life(RuleBasedStateMachine):
             "ttlSecondsAfterFinished": ttl,
         }
         spec |= {key: value for key, value in optional.items() if value is not None}
-        labels = {names.LABEL_KUEUE_QUEUE: "gpu"} if queued else {}
+        labels = {constants.LABEL_KUEUE_QUEUE: "gpu"} if queued else {}
         self.world = World(labels=labels, lag=lag, skew=skew, **spec)
         self.max_attempts = max_attempts
         self.final: tuple[str, dict[str, Any]] | None = None
@@ -124,7 +124,7 @@ class Life(RuleBasedStateMachine):
         self.world.settle()
         self.world.kueue_evicts()
         if stopped:
-            self.world.exit_pods(names.ExitCode.PREEMPTED)
+            self.world.exit_pods(constants.ExitCode.PREEMPTED)
         self.world.settle()
         if admitted:
             self.world.kueue_admits()
@@ -154,7 +154,7 @@ class Life(RuleBasedStateMachine):
     def user_pauses(self) -> None:
         self.world.change_spec(suspend=True)
         self.world.settle()
-        self.world.exit_pods(names.ExitCode.PREEMPTED)
+        self.world.exit_pods(constants.ExitCode.PREEMPTED)
         self.world.settle()
         if self.world.job is not None:
             self.world.change_spec(suspend=False)
@@ -174,7 +174,7 @@ class Life(RuleBasedStateMachine):
             case "are paused" if self.world.job is not None:
                 self.world.change_spec(suspend=True)
         for seconds in (1, 7, 700):
-            self.world.deliver(names.KIND)
+            self.world.deliver(constants.KIND)
             self.world.deliver("Job")
             self.world.reconcile()
             self.at_most_one_attempt_can_write()
@@ -232,7 +232,7 @@ class Life(RuleBasedStateMachine):
     def at_most_one_attempt_can_write(self) -> None:
         able = set(self.world.runnable())
         for pod in self.world.live_pods():
-            able.add(f"nli-{self.world.pods[pod]['metadata']['labels'][names.LABEL_ATTEMPT]}")
+            able.add(f"nli-{self.world.pods[pod]['metadata']['labels'][constants.LABEL_ATTEMPT]}")
         assert len(able) <= 1, able
 
     @alive
@@ -296,7 +296,7 @@ class Life(RuleBasedStateMachine):
         lost = {each["jobName"] for each in self.world.status.get("attempts", []) if each.get("reason") == "ReportLost"}
         for pod in self.world.pods.values():
             ended = pod["status"]["containerStatuses"][0]["state"].get("terminated", {})
-            attempt = f"nli-{pod['metadata']['labels'][names.LABEL_ATTEMPT]}"
+            attempt = f"nli-{pod['metadata']['labels'][constants.LABEL_ATTEMPT]}"
             assert not (attempt in lost and "manifestDigest" in ended.get("message", "") and ended["exitCode"] == 0)
 
     def teardown(self) -> None:

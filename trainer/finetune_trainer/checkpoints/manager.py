@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.state import RunFolder, RunState
@@ -32,7 +32,11 @@ class Checkpoints:
     def __init__(self, settings: Settings, on_saved: Callable[[float], None] = lambda _: None) -> None:
         """`on_saved` is told of each checkpoint in the store, with the seconds that saving it took."""
         spec = settings.spec
-        uri = parse(spec.checkpoint.uri) if spec.checkpoint.uri else parse(spec.output.uri).join(names.CHECKPOINTS_DIR)
+        uri = (
+            parse(spec.checkpoint.uri)
+            if spec.checkpoint.uri
+            else parse(spec.output.uri).join(constants.CHECKPOINTS_DIR)
+        )
         credentials = Credentials.for_role("output", secrets_dir=settings.place.secrets)
         field = "checkpoint.uri" if spec.checkpoint.uri else "output.uri"
         self._store: Store = open_store(uri, credentials, field=field)

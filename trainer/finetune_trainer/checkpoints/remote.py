@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_trainer.publishing.publish import Job
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
@@ -200,7 +200,7 @@ def _prune(store: Store, newest: int, keep: int) -> None:
 
 def _delete(store: Store, step: int) -> None:
     """Manifest first: from then on nobody takes the rest for a checkpoint."""
-    store.delete(f"{folder_of(step)}/{names.MANIFEST_FILE}")
+    store.delete(f"{folder_of(step)}/{constants.MANIFEST_FILE}")
     store.delete_prefix(folder_of(step))
 
 

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.dataset import Encoded
 from finetune_trainer.stores.json_numbers import finite
 
 STATE_FILE = "finetune_state.json"
 BEST_DIR = "best"
-_METRICS = Path(names.METRICS_FILE).name
+_METRICS = Path(constants.METRICS_FILE).name
 
 
 @dataclass
@@ -71,7 +71,7 @@ class RunFolder:
 
     @property
     def training(self) -> Path:
-        return self.root / "adapter" / names.TRAINING_DIR
+        return self.root / "adapter" / constants.TRAINING_DIR
 
     @property
     def adapter(self) -> Path:
@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        return self.root / "adapter" / names.METRICS_FILE
+        return self.root / "adapter" / constants.METRICS_FILE
 
     @property
     def best(self) -> Path:

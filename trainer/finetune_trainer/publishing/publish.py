@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import Adapter
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
@@ -25,8 +25,8 @@ from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
 from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 #: Without these no one can load the adapter.
-REQUIRED: Final = (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE)
-_PROBE: Final = f"{names.TRAINING_DIR}/.write-check"
+REQUIRED: Final = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
+_PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
 
 
 class Job(Protocol):
@@ -47,7 +47,7 @@ def check_target(store: Store, job_uid: str | None, overwrite: bool) -> Adapter 
     AlreadyExists for somebody else's (unless `overwrite`), and whatever store error a first contact brings: a missing
     bucket, wrong keys, or keys that may only read show here (a small object is written and deleted).
     """
-    store.list(names.TRAINING_DIR)
+    store.list(constants.TRAINING_DIR)
     found = _found(store, overwrite)
     if found is not None:
         manifest, data = found
@@ -89,9 +89,9 @@ def publish(
             return _adapter(store, manifest, data)
         if not ours and not overwrite:
             raise _taken(store, manifest)
-    store_has_manifest = existing is not None or (overwrite and store.exists(names.MANIFEST_FILE))
+    store_has_manifest = existing is not None or (overwrite and store.exists(constants.MANIFEST_FILE))
     if store_has_manifest:
-        store.delete(names.MANIFEST_FILE)
+        store.delete(constants.MANIFEST_FILE)
 
     manifest = StoreManifest(
         kind="Adapter",
@@ -110,7 +110,7 @@ def publish(
     _require_listed(store, digests)
     load_back(digests)
     data = manifest.to_bytes()
-    store.write_bytes(names.MANIFEST_FILE, data, if_none_match=not overwrite)
+    store.write_bytes(constants.MANIFEST_FILE, data, if_none_match=not overwrite)
     _confirm(store, manifest, data)
     if existing is not None:
         _delete_stale(store, old=existing[0], new=manifest)
@@ -119,7 +119,7 @@ def publish(
 
 def _digests(folder: Path) -> dict[str, Digest]:
     """Every file to publish with its digest, by path; the heavy weights last, so that small troubles show early."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / names.MANIFEST_FILE]
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / constants.MANIFEST_FILE]
     missing = [name for name in REQUIRED if folder / name not in files]
     if missing:
         raise ValueError(f"{folder} holds no adapter: {' and '.join(missing)} missing")
@@ -176,12 +176,12 @@ def _require_listed(store: Store, digests: Mapping[str, Digest]) -> None:
 def _confirm(store: Store, manifest: StoreManifest, data: bytes) -> None:
     """Read everything back; a publication that proves broken is withdrawn, if it is still ours."""
     try:
-        if not any(store.read_bytes(names.MANIFEST_FILE) == data for _ in range(store_manifest.READS)):
+        if not any(store.read_bytes(constants.MANIFEST_FILE) == data for _ in range(store_manifest.READS)):
             raise StoreCorrupted(f"{store.field}: another job has published at {store.root} at the same time")
         store_manifest.verify(store, manifest)
     except StoreCorrupted:
-        if store.exists(names.MANIFEST_FILE) and store.read_bytes(names.MANIFEST_FILE) == data:
-            store.delete(names.MANIFEST_FILE)
+        if store.exists(constants.MANIFEST_FILE) and store.read_bytes(constants.MANIFEST_FILE) == data:
+            store.delete(constants.MANIFEST_FILE)
         raise
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.stores import manifest as store_manifest
@@ -23,7 +23,7 @@ from finetune_trainer.stores.manifest import StoreManifest
 log = structlog.get_logger(__name__)
 #: The same weights on the same base differ by rounding alone.
 TOLERANCE = 1e-3
-_FILES = (names.ADAPTER_CONFIG_FILE, names.ADAPTER_WEIGHTS_FILE)
+_FILES = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
 
 
 class VerificationFailed(Exception):

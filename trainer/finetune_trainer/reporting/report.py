@@ -10,13 +10,13 @@ from typing import Any
 
 import structlog
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import finite
 
 log = structlog.get_logger(__name__)
-_PREEMPTED = names.OUTCOMES[names.ExitCode.PREEMPTED].reason
+_PREEMPTED = constants.OUTCOMES[constants.ExitCode.PREEMPTED].reason
 #: Bytes that a message too long for the termination log keeps before metrics are left out for it.
 _LEAST_MESSAGE_BYTES = 256
 Listener = Callable[[TrainerReport], None]
@@ -105,7 +105,7 @@ def _cause_is_told(termination_log: Path | None) -> bool:
     return told is not None and told.stage == "Failed" and told.reason not in (_PREEMPTED, UNEXPECTED_REASON)
 
 
-def termination_message(report: TrainerReport, limit: int = names.TERMINATION_LOG_MAX_BYTES) -> bytes:
+def termination_message(report: TrainerReport, limit: int = constants.TERMINATION_LOG_MAX_BYTES) -> bytes:
     """`report` as JSON of at most `limit` bytes.
 
     The message is shortened first; where too little of it would be left, the confusion matrix goes, then all metrics.

@@ -12,7 +12,7 @@ from typing import NoReturn
 import structlog
 from rich.console import Console
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of
 from finetune_trainer.reporting.http import serve
 from finetune_trainer.reporting.progress_bar import live_progress
@@ -65,7 +65,7 @@ def work_folder(settings: Settings) -> Iterator[Path]:
         scratch.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{settings.job_name}-", dir=scratch))
     except OSError as error:
-        raise ConfigInvalid(f"{names.ENV_SCRATCH_DIR}: {scratch} cannot be written: {error.strerror}") from None
+        raise ConfigInvalid(f"{constants.ENV_SCRATCH_DIR}: {scratch} cannot be written: {error.strerror}") from None
     try:
         yield work
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest
@@ -140,5 +140,5 @@ def open_store(
     from finetune_trainer.stores.folder import FolderStore, local_path
 
     env = os.environ if env is None else env
-    pvc_root = Path(env.get(names.ENV_PVC_ROOT) or names.PVC_ROOT)
+    pvc_root = Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT)
     return FolderStore(uri, local_path(uri, pvc_root), field, mount=pvc_root / uri.authority if uri.authority else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-from finetune_api import names
+from finetune_api import constants
 
 #: Keys that only mean something together: never take one from the Secret and another from the environment.
 _AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -32,7 +32,7 @@ class Credentials:
         `secrets_dir` defaults to $FINETUNE_SECRETS_DIR, else names.SECRETS_DIR. A missing folder holds nothing.
         """
         env = os.environ if env is None else env
-        folder = Path(secrets_dir or env.get(names.ENV_SECRETS_DIR) or names.SECRETS_DIR) / role
+        folder = Path(secrets_dir or env.get(constants.ENV_SECRETS_DIR) or constants.SECRETS_DIR) / role
         secret = _read_secret(folder)
         inherited = dict(env)
         if any(key in secret for key in _AWS_IDENTITY[:2]):

@@ -13,7 +13,7 @@ from typing import Final
 
 from filelock import FileLock
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores import fsync, manifest
 from finetune_trainer.stores.base import (
@@ -125,7 +125,7 @@ def _download(store: Store, entries: list[Entry], target: Path, on_progress: OnP
 
 def _known_digests(store: Store, entries: list[Entry]) -> dict[str, str]:
     """SHA-256 by path, where the prefix is a publication of ours."""
-    if not any(entry.path == names.MANIFEST_FILE for entry in entries):
+    if not any(entry.path == constants.MANIFEST_FILE for entry in entries):
         return {}
     try:
         found = manifest.read(store)

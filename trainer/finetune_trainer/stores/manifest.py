@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import Count, StatusModel
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
@@ -28,7 +28,7 @@ class FileRecord(StatusModel):
     @field_validator("path")
     @classmethod
     def _stay_inside(cls, path: str) -> str:
-        if not is_safe(path) or path == names.MANIFEST_FILE:
+        if not is_safe(path) or path == constants.MANIFEST_FILE:
             raise ValueError(f"{path!r} is no path below the manifest's folder")
         return path
 
@@ -102,7 +102,7 @@ def read(store: Store, folder: str = "") -> tuple[StoreManifest, bytes] | None:
 
 def manifest_path(folder: str) -> str:
     """Where `folder`'s manifest is."""
-    return str(PurePosixPath(folder, names.MANIFEST_FILE))
+    return str(PurePosixPath(folder, constants.MANIFEST_FILE))
 
 
 def verify(store: Store, manifest: StoreManifest, folder: str = "") -> None:

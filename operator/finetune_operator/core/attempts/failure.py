@@ -7,7 +7,12 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from finetune_api.names import OUTCOMES, REASONS, ExitCode, outcome_of
+from finetune_api.constants import (
+    OUTCOMES,
+    REASONS,
+    ExitCode,
+    outcome_of,
+)
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import Child, Pod

@@ -6,7 +6,7 @@ is to do are one object, made at once, and no attempt can ever read what was mea
 
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core.attempts import history, spec_revision
 from finetune_operator.core.builders import pod, torchrun
@@ -32,8 +32,8 @@ def build(
 
 def _metadata(job: JobObject, name: str, **labels: str) -> Object:
     owner = {
-        "apiVersion": names.API_VERSION,
-        "kind": names.KIND,
+        "apiVersion": constants.API_VERSION,
+        "kind": constants.KIND,
         "name": job.name,
         "uid": job.uid,
         "controller": True,
@@ -50,10 +50,10 @@ def _metadata(job: JobObject, name: str, **labels: str) -> Object:
 
 def _labels(job: JobObject) -> dict[str, str]:
     return {
-        "app.kubernetes.io/name": names.TRAINER_COMMAND,
+        "app.kubernetes.io/name": constants.TRAINER_COMMAND,
         "app.kubernetes.io/component": "trainer",
-        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
-        names.LABEL_JOB: job.name,
+        constants.LABEL_MANAGED_BY: constants.FIELD_MANAGER,
+        constants.LABEL_JOB: job.name,
     }
 
 
@@ -76,12 +76,12 @@ def _frugal(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
 
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
     name, nodes = history.job_name(job, attempt), spec.resources.nodes
-    arguments = ["--config", f"{names.CONFIG_DIR}/{names.CONFIG_FILE}"]
+    arguments = ["--config", f"{constants.CONFIG_DIR}/{constants.CONFIG_FILE}"]
     if micro_batch is not None:
         arguments += _frugal(spec, micro_batch)
-    labels = {names.LABEL_ATTEMPT: str(attempt)}
+    labels = {constants.LABEL_ATTEMPT: str(attempt)}
     template = pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings)
-    template["metadata"]["annotations"][names.ANNOTATION_MANIFEST] = resolved(job, spec)
+    template["metadata"]["annotations"][constants.ANNOTATION_MANIFEST] = resolved(job, spec)
     body: Object = {
         "backoffLimit": 0,
         "completions": nodes,
@@ -91,10 +91,10 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
         "podFailurePolicy": {"rules": _failure_rules(nodes)},
         "template": template,
     }
-    if names.LABEL_KUEUE_QUEUE in job.queue_labels:
+    if constants.LABEL_KUEUE_QUEUE in job.queue_labels:
         body["suspend"] = True
     metadata = _metadata(job, name, **labels, **job.queue_labels)
-    metadata["annotations"] = {names.ANNOTATION_REVISION: spec_revision.of(spec)}
+    metadata["annotations"] = {constants.ANNOTATION_REVISION: spec_revision.of(spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -116,9 +116,9 @@ def _failure_rules(nodes: int) -> list[Object]:
         {
             "action": "FailJob",
             "onExitCodes": {
-                "containerName": names.TRAINER_CONTAINER,
+                "containerName": constants.TRAINER_CONTAINER,
                 "operator": "In",
-                "values": list(names.FINAL_EXIT_CODES),
+                "values": list(constants.FINAL_EXIT_CODES),
             },
         },
     ]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api import names, uri
+from finetune_api import constants, uri
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.core.builders import torchrun
 from finetune_operator.core.objects.observed import JobObject
@@ -27,16 +27,16 @@ def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str,
         "securityContext": _pod_security(settings),
         "containers": [
             {
-                "name": names.TRAINER_CONTAINER,
+                "name": constants.TRAINER_CONTAINER,
                 "image": spec.image or settings.trainer_image,
                 "imagePullPolicy": settings.image_pull_policy,
                 "command": torchrun.command(spec),
                 "args": arguments,
                 "env": _env(spec, name, attempt, settings),
-                "ports": [{"name": METRICS_PORT, "containerPort": names.TRAINER_PORT, "protocol": "TCP"}],
+                "ports": [{"name": METRICS_PORT, "containerPort": constants.TRAINER_PORT, "protocol": "TCP"}],
                 "resources": _resources(spec),
                 "volumeMounts": mounts,
-                "terminationMessagePath": names.TERMINATION_LOG,
+                "terminationMessagePath": constants.TERMINATION_LOG,
                 # A crash before the report, such as a failed import, shows its last lines. Logs never hold a secret.
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "securityContext": {
@@ -56,7 +56,7 @@ def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str,
         pod["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
     if spec.resources.nodes > 1:
         pod["subdomain"] = torchrun.service_name(job.name)
-    annotations = {"kubectl.kubernetes.io/default-container": names.TRAINER_CONTAINER, **settings.pod_annotations}
+    annotations = {"kubectl.kubernetes.io/default-container": constants.TRAINER_CONTAINER, **settings.pod_annotations}
     return {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod}
 
 
@@ -98,19 +98,19 @@ def _resources(spec: FineTuneJobSpec) -> Object:
 
 def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> list[Object]:
     values = {
-        names.ENV_SECRETS_DIR: names.SECRETS_DIR,
-        names.ENV_PVC_ROOT: names.PVC_ROOT,
-        names.ENV_CACHE_DIR: names.CACHE_DIR if spec.cache else f"{names.SCRATCH_DIR}/cache",
-        names.ENV_SCRATCH_DIR: names.SCRATCH_DIR,
-        names.ENV_TERMINATION_LOG: names.TERMINATION_LOG,
-        names.ENV_LISTEN: f"0.0.0.0:{names.TRAINER_PORT}",
-        names.ENV_ATTEMPT: str(attempt),
-        "HOME": names.SCRATCH_DIR,
+        constants.ENV_SECRETS_DIR: constants.SECRETS_DIR,
+        constants.ENV_PVC_ROOT: constants.PVC_ROOT,
+        constants.ENV_CACHE_DIR: constants.CACHE_DIR if spec.cache else f"{constants.SCRATCH_DIR}/cache",
+        constants.ENV_SCRATCH_DIR: constants.SCRATCH_DIR,
+        constants.ENV_TERMINATION_LOG: constants.TERMINATION_LOG,
+        constants.ENV_LISTEN: f"0.0.0.0:{constants.TRAINER_PORT}",
+        constants.ENV_ATTEMPT: str(attempt),
+        "HOME": constants.SCRATCH_DIR,
         "TMPDIR": TEMP_DIR,
         **settings.trainer_env,
     }
     if settings.allowed_s3_endpoints:
-        values[names.ENV_ALLOWED_S3_ENDPOINTS] = ",".join(settings.allowed_s3_endpoints)
+        values[constants.ENV_ALLOWED_S3_ENDPOINTS] = ",".join(settings.allowed_s3_endpoints)
     plain = [{"name": key, "value": value} for key, value in values.items()]
     return plain + torchrun.env(spec, name, settings.termination_grace_seconds)
 
@@ -125,20 +125,20 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
         mounts.append({"name": volume, "mountPath": path, **({"readOnly": True} if read_only else {})})
 
     scratch = {"sizeLimit": settings.scratch_size_limit} if settings.scratch_size_limit else {}
-    field = {"fieldPath": f"metadata.annotations['{names.ANNOTATION_MANIFEST}']"}
-    manifest = {"items": [{"path": names.CONFIG_FILE, "fieldRef": field}]}
-    mount("config", names.CONFIG_DIR, {"downwardAPI": manifest}, True)
-    mount("scratch", names.SCRATCH_DIR, {"emptyDir": scratch})
+    field = {"fieldPath": f"metadata.annotations['{constants.ANNOTATION_MANIFEST}']"}
+    manifest = {"items": [{"path": constants.CONFIG_FILE, "fieldRef": field}]}
+    mount("config", constants.CONFIG_DIR, {"downwardAPI": manifest}, True)
+    mount("scratch", constants.SCRATCH_DIR, {"emptyDir": scratch})
     mount("tmp", TEMP_DIR, {"emptyDir": {}})
     mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
     for role, secret in secrets(spec).items():
         source = {"secret": {"secretName": secret, "optional": False, "defaultMode": _SECRET_MODE}}
-        mount(f"secret-{role}", f"{names.SECRETS_DIR}/{role}", source, True)
+        mount(f"secret-{role}", f"{constants.SECRETS_DIR}/{role}", source, True)
     for index, (claim, read_only) in enumerate(sorted(claims(spec).items())):
         source = {"persistentVolumeClaim": {"claimName": claim, **({"readOnly": True} if read_only else {})}}
-        mount(f"pvc-{index}", f"{names.PVC_ROOT}/{claim}", source, read_only)
+        mount(f"pvc-{index}", f"{constants.PVC_ROOT}/{claim}", source, read_only)
     if spec.cache:
-        mount("cache", names.CACHE_DIR, {"persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
+        mount("cache", constants.CACHE_DIR, {"persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
     return volumes, mounts
 
 
@@ -151,7 +151,7 @@ def secrets(spec: FineTuneJobSpec) -> dict[str, str]:
         "output": spec.output.secret_ref,
         "wandb": wandb.secret_ref if wandb else None,
     }
-    return {role: found[role].name for role in names.SECRET_ROLES if found[role]}  # type: ignore[union-attr]
+    return {role: found[role].name for role in constants.SECRET_ROLES if found[role]}  # type: ignore[union-attr]
 
 
 def claims(spec: FineTuneJobSpec) -> dict[str, bool]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.spec import FineTuneJobSpec
 
 Object = dict[str, Any]
@@ -17,7 +17,9 @@ def is_distributed(spec: FineTuneJobSpec) -> bool:
 
 def command(spec: FineTuneJobSpec) -> list[str]:
     """The container's command; its arguments are the trainer's."""
-    return ["torchrun", "--no-python", names.TRAINER_COMMAND] if is_distributed(spec) else [names.TRAINER_COMMAND]
+    return (
+        ["torchrun", "--no-python", constants.TRAINER_COMMAND] if is_distributed(spec) else [constants.TRAINER_COMMAND]
+    )
 
 
 def service_name(job_name: str) -> str:
@@ -59,7 +61,7 @@ def service(job_name: str, metadata: Object) -> Object:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {names.LABEL_JOB: job_name},
+            "selector": {constants.LABEL_JOB: job_name},
             "ports": [{"name": "rendezvous", "port": PORT, "protocol": "TCP"}],
         },
     }

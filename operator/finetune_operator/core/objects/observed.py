@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.raw import Raw
 
-_KUEUE_LABELS = (names.LABEL_KUEUE_QUEUE, names.LABEL_KUEUE_PRIORITY)
+_KUEUE_LABELS = (constants.LABEL_KUEUE_QUEUE, constants.LABEL_KUEUE_PRIORITY)
 _INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 _JOB_FINISHED = ("Complete", "Failed")
 WAITING_PHASES = ("Pending", "Queued")
@@ -117,11 +117,11 @@ class Child:
             uid=raw.text(obj, "metadata", "uid"),
             version=raw.version(obj),
             owner=raw.text(raw.controller(obj), "uid"),
-            attempt=_number(found.get(names.LABEL_ATTEMPT, "")),
-            revision=raw.text(obj, "metadata", "annotations", names.ANNOTATION_REVISION),
+            attempt=_number(found.get(constants.LABEL_ATTEMPT, "")),
+            revision=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_REVISION),
             created_at=raw.moment(obj, "metadata", "creationTimestamp"),
             suspended=raw.flag(obj, "spec", "suspend"),
-            queued=names.LABEL_KUEUE_QUEUE in found,
+            queued=constants.LABEL_KUEUE_QUEUE in found,
             active=raw.integer(obj, "status", "active"),
             finished=kind,
             finished_at=raw.moment(obj, "status", "completionTime") or raw.moment(end, "lastTransitionTime"),
@@ -181,7 +181,7 @@ class Pod:
     @classmethod
     def of(cls, obj: Raw) -> "Pod":
         statuses = raw.entries(obj, "status", "containerStatuses")
-        trainer = next((s for s in statuses if s.get("name") == names.TRAINER_CONTAINER), {})
+        trainer = next((s for s in statuses if s.get("name") == constants.TRAINER_CONTAINER), {})
         ended = raw.mapping(trainer, "state", "terminated")
         waiting = raw.mapping(trainer, "state", "waiting")
         disrupted = raw.condition(obj, "DisruptionTarget")
@@ -193,7 +193,7 @@ class Pod:
             uid=raw.text(obj, "metadata", "uid"),
             version=raw.version(obj),
             owner=raw.text(raw.controller(obj), "uid"),
-            attempt=_number(raw.labels(obj).get(names.LABEL_ATTEMPT, "")),
+            attempt=_number(raw.labels(obj).get(constants.LABEL_ATTEMPT, "")),
             index=_number(index),
             created_at=raw.moment(obj, "metadata", "creationTimestamp") or _LONG_AGO,
             phase=raw.text(obj, "status", "phase"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_operator.core.objects.observed import (
     Child,
     JobObject,
@@ -72,7 +72,7 @@ def _queued(job: JobObject, child: Child, notices: dict[str, Notice]) -> Notice:
     said = notices.get(child.uid)
     if not child.queued:
         return Notice(QUEUED, f"Job {child.name} was suspended by someone else")
-    queue = job.queue_labels.get(names.LABEL_KUEUE_QUEUE, "")
+    queue = job.queue_labels.get(constants.LABEL_KUEUE_QUEUE, "")
     where = f"queue {queue}" if queue else "its queue"
     if said is None or said.reason != QUEUED:
         return Notice(QUEUED, f"waiting for Kueue to admit it to {where}")

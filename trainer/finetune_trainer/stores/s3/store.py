@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from botocore.exceptions import ClientError
 
-from finetune_api import names
+from finetune_api import constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores import fsync
 from finetune_trainer.stores.base import Entry, OnProgress, Store
@@ -60,7 +60,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._clients: s3_client.Clients | None = None
         self._bucket_seen = False
-        self._patience = self._seconds(names.ENV_STORE_PATIENCE, retry.PATIENCE)
+        self._patience = self._seconds(constants.ENV_STORE_PATIENCE, retry.PATIENCE)
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
@@ -164,7 +164,7 @@ class S3Store(Store):
             if self._clients is None:
                 self._place("")  # explains an endpoint that is no URL
                 # From the pod's environment alone: a Secret is the user's, and could name itself allowed.
-                allowed = os.environ.get(names.ENV_ALLOWED_S3_ENDPOINTS, "")
+                allowed = os.environ.get(constants.ENV_ALLOWED_S3_ENDPOINTS, "")
                 if not s3_client.is_allowed(self._credentials, allowed):
                     raise StoreMisconfigured(
                         f"{self._place('').what}: this endpoint is not allowed here; allowed: {allowed}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import names
+from finetune_api import constants
 
 Path_ = tuple[str | int, ...]
 #: Where a value given on the command line is said to be from.
@@ -53,7 +53,7 @@ class Document:
 
     @property
     def is_job(self) -> bool:
-        return isinstance(self.data, dict) and self.data.get("kind") == names.KIND
+        return isinstance(self.data, dict) and self.data.get("kind") == constants.KIND
 
     def place(self, path: Path_) -> tuple[str, int | None]:
         """Source and line of `path`, or of the nearest parent that is in the file."""
@@ -171,7 +171,7 @@ def _key(node: yaml.Node, path: Path_, source: str) -> str:
 def _unlisted(document: Document) -> Iterator[Document]:
     """The objects of a List (as `kubectl get -o yaml` prints several), or the document itself."""
     data = document.data
-    is_list = isinstance(data, dict) and data.get("kind") in ("List", f"{names.KIND}List")
+    is_list = isinstance(data, dict) and data.get("kind") in ("List", f"{constants.KIND}List")
     if not is_list or not isinstance(data.get("items"), list):
         yield document
         return

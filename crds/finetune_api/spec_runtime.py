@@ -6,7 +6,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.fields import ExtendedResource, Name, NodeLabels, PositiveInt, Quantity, Text, WritableUri
-from finetune_api.spec_io import SecretRef
+from finetune_api.spec_data import SecretRef
 
 
 class Checkpoint(ApiModel):
