@@ -32,10 +32,10 @@ from finetune_operator.kube.client import METADATA_ONLY
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support import cluster as clusters  # noqa: E402
-from support.kube import Access, AsyncKube, path_of  # noqa: E402
-from support.operator_process import OperatorProcess, running  # noqa: E402
-from support.simulated_kubelet import SimulatedKubelet  # noqa: E402
+from support.node.fake_kubelet import SimulatedKubelet  # noqa: E402
+from support.operator.process import OperatorProcess, running  # noqa: E402
+from support.server import server as clusters  # noqa: E402
+from support.server.client import Access, AsyncKube, path_of  # noqa: E402
 
 RANGESPEC = Path(__file__).with_name("rangespec.yaml")
 CREATORS = 32

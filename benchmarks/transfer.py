@@ -74,7 +74,7 @@ def run_python(job: dict[str, Any]) -> dict[str, float]:
 
 def run_rclone(job: dict[str, Any]) -> dict[str, float]:
     """The same with `rclone copyto`, its start (about 0.05 s) included; as many parts at once as ours."""
-    from support.s3 import rclone_binary
+    from support.stores.s3 import rclone_binary
 
     env = job["env"]
     remote = (
@@ -97,7 +97,7 @@ def run_rclone(job: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def server(kind: str, folder: Path) -> Iterator[Any]:
-    from support.s3 import moto_server, rclone_server
+    from support.stores.s3 import moto_server, rclone_server
 
     folder.mkdir()
     with rclone_server(folder) if kind == "rclone" else moto_server() as running:

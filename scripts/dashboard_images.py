@@ -21,8 +21,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
 
-from support import cluster as clusters  # noqa: E402
-from support.dashboards import Scene, give_data, job, load, scene  # noqa: E402
+from support.docs.dashboards import (
+    Scene,
+    give_data,
+    job,
+    load,
+    scene,
+)  # noqa: E402
+from support.server import server as clusters  # noqa: E402
 
 
 def tell(live: Scene, minutes: float) -> float:

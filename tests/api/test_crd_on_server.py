@@ -14,8 +14,8 @@ from api.manifests import ACCEPTED, MINIMAL, REFUSED, Case
 from finetune_api import constants
 from finetune_api.manifest import Document, check
 from finetune_api.spec import IMMUTABLE
-from support.cluster import Cluster
-from support.kube import ApiError, Kube, Object
+from support.server.client import ApiError, Kube, Object
+from support.server.server import Cluster
 
 
 @pytest.fixture(scope="module")

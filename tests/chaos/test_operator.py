@@ -22,12 +22,12 @@ import structlog
 from finetune_operator.main import Operator
 from finetune_operator.observability import logs
 from finetune_operator.reconcile.clock import Clock
-from support.api_proxy import OF_WATCHES, OF_WRITES, ApiProxy
-from support.chaos import Chaos, Kueue
-from support.cluster import Cluster
-from support.kube import AsyncKube
-from support.operator_inside import living
-from support.simulated_kubelet import SimulatedKubelet
+from support.node.fake_kubelet import SimulatedKubelet
+from support.operator.in_process import living
+from support.server.client import AsyncKube
+from support.server.fault_proxy import OF_WATCHES, OF_WRITES, ApiProxy
+from support.server.server import Cluster
+from support.simulation.stories import Chaos, Kueue
 
 FULL = os.environ.get("FINETUNE_CHAOS") == "full"
 #: Rounds of all stories; each costs the operator several dozen lives.

@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.chart import CHART, find, objects, render, values_of
-from support.prometheus import by_file, needs_prometheus, promtool, trial_config
+from support.docs.chart import (
+    CHART,
+    find,
+    objects,
+    render,
+    values_of,
+)
+from support.docs.prometheus import (
+    by_file,
+    needs_prometheus,
+    promtool,
+    trial_config,
+)
 
 RULES = CHART / "files" / "alerts.yaml"
 CASES = Path(__file__).with_name("alerts.test.yaml")

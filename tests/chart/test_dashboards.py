@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 
 from finetune_operator.observability.metrics import PHASES
-from support.chart import ROOT, find, objects, values_of
-from support.dashboards import FOLDER, filled, load, panels
-from support.kube import Object
+from support.docs.chart import (
+    ROOT,
+    find,
+    objects,
+    values_of,
+)
+from support.docs.dashboards import (
+    FOLDER,
+    filled,
+    load,
+    panels,
+)
+from support.server.client import Object
 
 NAMES = ("fleet", "job")
 EVERY_DASHBOARD = pytest.mark.parametrize("name", NAMES)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from support.chart import ROOT
-from support.dashboards import load, panels
+from support.docs.chart import ROOT
+from support.docs.dashboards import load, panels
 
 EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job"])
 #: Longest labels one meets: a pod's name is cut to 63 characters.

@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from support.cluster import Cluster
-from support.dashboards import Scene, filled, give_data, job, load, panels, scene
-from support.kube import Object
-from support.prometheus import needs_prometheus
+from support.docs.dashboards import (
+    Scene,
+    filled,
+    give_data,
+    job,
+    load,
+    panels,
+    scene,
+)
+from support.docs.prometheus import needs_prometheus
+from support.server.client import Object
+from support.server.server import Cluster
 
 pytestmark = needs_prometheus
 #: Of the jobs that train on: their adapters are still to be published.

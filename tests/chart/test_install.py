@@ -10,10 +10,20 @@ from finetune_api import constants, manifest
 from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
-from support import cluster as clusters
-from support.chart import CHART, RELEASE, objects, values_of
-from support.cluster import Cluster
-from support.kube import ApiError, Kube, Object, wait_until
+from support.docs.chart import (
+    CHART,
+    RELEASE,
+    objects,
+    values_of,
+)
+from support.server import server as clusters
+from support.server.client import (
+    ApiError,
+    Kube,
+    Object,
+    wait_until,
+)
+from support.server.server import Cluster
 
 #: Kind -> (path prefix, plural) of everything the chart makes that the API server knows by itself.
 PLURALS = {

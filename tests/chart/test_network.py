@@ -8,7 +8,14 @@ import helm_python
 import pytest
 import yaml
 
-from support.chart import CHART, NAMESPACE, find, objects, render, values_of
+from support.docs.chart import (
+    CHART,
+    NAMESPACE,
+    find,
+    objects,
+    render,
+    values_of,
+)
 
 Object = dict[str, Any]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

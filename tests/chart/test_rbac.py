@@ -9,14 +9,28 @@ from pathlib import Path
 import pytest
 
 from finetune_api import constants
-from support import operator_process, simulated_trainer
-from support.chart import find, objects
-from support.cluster import Cluster
-from support.kube import ApiError, Kube, Object, wait_until
-from support.kueue import WORKLOADS
-from support.operator_process import OperatorProcess
-from support.process_node import ProcessNode
-from support.rights import ACCOUNT, about_resources, job, refused, resource_of, rights, used
+from support.docs.chart import find, objects
+from support.node import fake_trainer
+from support.node.node import ProcessNode
+from support.operator import process
+from support.operator.process import OperatorProcess
+from support.server.audit_log import (
+    ACCOUNT,
+    about_resources,
+    job,
+    refused,
+    resource_of,
+    rights,
+    used,
+)
+from support.server.client import (
+    ApiError,
+    Kube,
+    Object,
+    wait_until,
+)
+from support.server.kueue import WORKLOADS
+from support.server.server import Cluster
 
 
 class Place:
@@ -57,12 +71,12 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             kube.create(find(found, kind))
         access = cluster.access_of_service_account(namespace, ACCOUNT)
         kubeconfig = access.write_kubeconfig(folder / "kubeconfig")
-        path = {"PATH": simulated_trainer.install(folder / "bin")}
+        path = {"PATH": fake_trainer.install(folder / "bin")}
         settings = {"namespaces": [namespace], "stalled_seconds": 5, "termination_grace_seconds": 5}
         account = Kube(access, namespace)
         with (
             ProcessNode(cluster, namespace, folder, env=path) as node,
-            operator_process.running(kubeconfig, folder / "operator", settings) as operator,
+            process.running(kubeconfig, folder / "operator", settings) as operator,
         ):
             del node
             place = Place(cluster, kube, operator, account, find(found, "Role"))

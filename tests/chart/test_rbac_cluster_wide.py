@@ -5,12 +5,20 @@ from pathlib import Path
 import pytest
 
 from finetune_api import constants
-from support import operator_process, simulated_trainer
-from support.chart import find, objects
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.process_node import ProcessNode
-from support.rights import ACCOUNT, about_resources, job, refused, rights, used
+from support.docs.chart import find, objects
+from support.node import fake_trainer
+from support.node.node import ProcessNode
+from support.operator import process
+from support.server.audit_log import (
+    ACCOUNT,
+    about_resources,
+    job,
+    refused,
+    rights,
+    used,
+)
+from support.server.client import Kube, wait_until
+from support.server.server import Cluster
 
 VALUES = {"watch": {"allNamespaces": True}}
 
@@ -18,7 +26,7 @@ VALUES = {"watch": {"allNamespaces": True}}
 def test_jobs_of_two_namespaces_run_and_nothing_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     if not cluster.is_real:
         pytest.skip("the stand-in API server has no RBAC: `make envtest` fetches the real one")
-    path = {"PATH": simulated_trainer.install(tmp_path / "bin")}
+    path = {"PATH": fake_trainer.install(tmp_path / "bin")}
     with cluster.namespace("system") as system, cluster.namespace("a") as first, cluster.namespace("b") as second:
         found = objects(VALUES, system)
         kube = Kube(cluster.access, system)
@@ -29,7 +37,7 @@ def test_jobs_of_two_namespaces_run_and_nothing_is_refused(cluster: Cluster, tmp
         with (
             ProcessNode(cluster, first, tmp_path / "first", env=path),
             ProcessNode(cluster, second, tmp_path / "second", env=path),
-            operator_process.running(kubeconfig, tmp_path / "operator", {"namespaces": []}),
+            process.running(kubeconfig, tmp_path / "operator", {"namespaces": []}),
         ):
             for namespace in (first, second):
                 kube.create(job("good", "succeed") | {"metadata": {"name": "good", "namespace": namespace}})

@@ -7,7 +7,14 @@ from typing import Any
 import helm_python
 import pytest
 
-from support.chart import CHART, NAMESPACE, find, objects, render, values_of
+from support.docs.chart import (
+    CHART,
+    NAMESPACE,
+    find,
+    objects,
+    render,
+    values_of,
+)
 
 Object = dict[str, Any]
 

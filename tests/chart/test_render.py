@@ -11,7 +11,17 @@ import pytest
 import yaml
 
 from finetune_api.crd import crd
-from support.chart import CHART, NAMESPACE, ROOT, VALUES_FILES, find, load_all, objects, render, values_of
+from support.docs.chart import (
+    CHART,
+    NAMESPACE,
+    ROOT,
+    VALUES_FILES,
+    find,
+    load_all,
+    objects,
+    render,
+    values_of,
+)
 
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 Object = dict[str, Any]

@@ -8,10 +8,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from support import operator_process
-from support.chart import find, objects, values_of
-from support.cluster import Cluster
-from support.processes import Process, free_port
+from support.common.processes import Process, free_port
+from support.docs.chart import find, objects, values_of
+from support.operator import process as operator_process
+from support.server.server import Cluster
 
 
 @pytest.fixture

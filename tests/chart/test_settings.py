@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 
 from finetune_operator.settings import Settings
-from support.chart import NAMESPACE, find, objects, values_of
+from support.docs.chart import (
+    NAMESPACE,
+    find,
+    objects,
+    values_of,
+)
 
 PREFIX = "FINETUNE_OPERATOR_"
 #: What the chart decides or leaves to its default: the address, and what only makes sense outside a cluster.

@@ -9,7 +9,12 @@ import helm_python
 import pytest
 import yaml
 
-from support.chart import CHART, VALUES_FILES, render, values_of
+from support.docs.chart import (
+    CHART,
+    VALUES_FILES,
+    render,
+    values_of,
+)
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())

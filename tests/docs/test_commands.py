@@ -22,11 +22,13 @@ from finetune_api.uri import parse
 from finetune_trainer.publishing.publish import publish
 from finetune_trainer.stores.base import open_store
 from finetune_trainer.stores.credentials import Credentials
-from support import cluster as clusters
-from support import helm_command, operator_process, simulated_trainer
-from support.documents import ROOT, blocks
-from support.process_node import ProcessNode
-from support.s3 import S3Server
+from support.docs import helm_command
+from support.docs.markdown import ROOT, blocks
+from support.node import fake_trainer
+from support.node.node import ProcessNode
+from support.operator import process
+from support.server import server as clusters
+from support.stores.s3 import S3Server
 
 README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 #: What a block shows and this test leaves out, and why.
@@ -120,7 +122,7 @@ def test_the_readmes_commands_install_run_and_download(
     checkout: Path, cluster: clusters.Cluster, s3: S3Server, tmp_path: Path
 ) -> None:
     programs = tmp_path / "bin"
-    path = simulated_trainer.install(programs)
+    path = fake_trainer.install(programs)
     helm_command.install(programs)
     (manifest,) = (body for body in blocks(README, "yaml") if constants.KIND in body)
     (checkout / "finetunejob.yaml").write_text(manifest)
@@ -136,8 +138,8 @@ def test_the_readmes_commands_install_run_and_download(
     # The README begins with what the installation, further down, makes possible.
     shell(script[first : first + 1], checkout, env)
     with (
-        ProcessNode(cluster, NAMESPACE, tmp_path, env={"PATH": path, simulated_trainer.ENV_DIGEST: published}),
-        operator_process.running(as_the_charts_account(cluster, tmp_path), tmp_path, {"namespaces": [NAMESPACE]}),
+        ProcessNode(cluster, NAMESPACE, tmp_path, env={"PATH": path, fake_trainer.ENV_DIGEST: published}),
+        process.running(as_the_charts_account(cluster, tmp_path), tmp_path, {"namespaces": [NAMESPACE]}),
     ):
         page = shell([*script[first + 1 : applied], *script[:first], *script[applied:]], checkout, env)
     assert "condition met" in page

@@ -20,8 +20,8 @@ from finetune_api.crd import crd
 from finetune_api.manifest import load_text
 from finetune_api.status import Condition, Stage
 from finetune_operator.settings import Settings
-from support import chart
-from support.documents import FENCE, ROOT, blocks
+from support.docs import chart
+from support.docs.markdown import FENCE, ROOT, blocks
 
 DOCS = ROOT / "docs"
 FINETUNE = Path(sys.executable).with_name("finetune")

@@ -17,7 +17,7 @@ import prose
 import pytest
 import world
 
-from support.possible_worlds import Taxonomies, follows
+from support.examples.possible_worlds import Taxonomies, follows
 
 QUICKSTART = Path(prepare.__file__).parent
 TABLES = Taxonomies(world.KINDS.parent, world.PLACES.parent, world.COLORS.parent)

@@ -8,6 +8,6 @@ import pytest
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model, and rows of about 500 tokens."""
-    from support.gpu import make_material
+    from support.trainer.gpu import make_material
 
     return make_material(tmp_path_factory.mktemp("material"))

@@ -69,7 +69,7 @@ def test_logits_and_gradients_are_those_of_sdpa(packed: bool, ours: bool, monkey
 
 
 def test_a_run_has_the_losses_of_sdpa(material: Path, tmp_path: Path) -> None:
-    from support.gpu import losses, start
+    from support.trainer.gpu import losses, start
 
     found = {}
     for name in ("sdpa", "varlen"):

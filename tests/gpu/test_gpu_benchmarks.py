@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.gpu import make_rows, report, start
-from support.gpu_benchmarks import mistral_shaped, results
+from support.trainer.gpu import make_rows, report, start
+from support.trainer.gpu_benchmarks import mistral_shaped, results
 
 torch = pytest.importorskip("torch")
 pytestmark = [

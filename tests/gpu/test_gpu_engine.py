@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from support.gpu import losses, report, start
-from support.gpu_benchmarks import mistral_shaped, results
+from support.trainer.gpu import losses, report, start
+from support.trainer.gpu_benchmarks import mistral_shaped, results
 
 torch = pytest.importorskip("torch")
 pytestmark = [

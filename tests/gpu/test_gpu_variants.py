@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.gpu import losses, report, start
+from support.trainer.gpu import losses, report, start
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

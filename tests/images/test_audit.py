@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.chart import ROOT
-from support.processes import free_port
+from support.common.processes import free_port
+from support.docs.chart import ROOT
 
 Versions = dict[tuple[str, str], str]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.chart import ROOT, find, objects
+from support.docs.chart import ROOT, find, objects
 
 #: Writes each call down, a line of JSON, and prints the list that a real image would.
 ENGINE = """#!/usr/bin/env python3

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from support.chart import CHART, ROOT, find, objects
+from support.docs.chart import (
+    CHART,
+    ROOT,
+    find,
+    objects,
+)
 
 IMAGES = ("operator", "trainer")
 EACH = pytest.mark.parametrize("image", IMAGES)

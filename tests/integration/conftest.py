@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from support.cluster import Cluster
-from support.kube import Kube
-from support.process_node import ProcessNode
-from support.s3 import S3Server
-from support.stage import Stage, fill_bucket
+from support.installation.installation import Stage, fill_bucket
+from support.node.node import ProcessNode
+from support.server.client import Kube
+from support.server.server import Cluster
+from support.stores.s3 import S3Server
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def node(every_cluster: Cluster, everywhere: Kube, tmp_path: Path) -> Iterator[P
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mistral of two layers and its tokenizer."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    from support.models import build_model
+    from support.trainer.tiny_model import build_model
 
     return build_model(tmp_path_factory.mktemp("model"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.cli import finetune, no_traceback
-from support.stage import Stage, verify_digests
+from support.cli.run import finetune, no_traceback
+from support.installation.installation import Stage, verify_digests
 
 
 @pytest.fixture

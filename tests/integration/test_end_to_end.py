@@ -13,11 +13,11 @@ import yaml
 
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus
-from support.canaries import CANARIES, check_that_no_secret_shows
-from support.cluster import ROOT
-from support.kube import Kube, Object, wait_until
-from support.processes import free_port
-from support.stage import SECRET, Stage, verify_digests
+from support.common.processes import free_port
+from support.installation.installation import SECRET, Stage, verify_digests
+from support.installation.secret_scanner import CANARIES, check_that_no_secret_shows
+from support.server.client import Kube, Object, wait_until
+from support.server.server import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart" / "finetunejob.yaml"
 

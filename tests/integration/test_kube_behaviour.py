@@ -15,8 +15,22 @@ from typing import Any
 
 import pytest
 
-from support.cluster import STANDIN, Cluster, assets, start
-from support.kube import APPLY, JSON_PATCH, STRATEGIC, Access, ApiError, Kube, Object, wait_until
+from support.server.client import (
+    APPLY,
+    JSON_PATCH,
+    STRATEGIC,
+    Access,
+    ApiError,
+    Kube,
+    Object,
+    wait_until,
+)
+from support.server.server import (
+    STANDIN,
+    Cluster,
+    assets,
+    start,
+)
 
 CONFIG = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "data": {"a": "1"}}
 TINY: Object = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from support.chart import find, objects
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import running
-from support.rights import ACCOUNT
+from support.docs.chart import find, objects
+from support.operator.fixtures import Jobs
+from support.operator.process import running
+from support.server.audit_log import ACCOUNT
+from support.server.client import Kube, wait_until
+from support.server.server import Cluster
 
 REFUSED = "finetune_operator_namespace_refused"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from support.cluster import Cluster
-from support.kube import Kube, Object, wait_until
-from support.process_node import ProcessNode
+from support.node.node import ProcessNode
+from support.server.client import Kube, Object, wait_until
+from support.server.server import Cluster
 
 SHELL = ["/bin/sh", "-c"]
 

@@ -6,10 +6,10 @@ import pytest
 import requests
 
 from finetune_api import constants
-from support.canaries import CANARIES, check_that_no_secret_shows, forms
-from support.hub import Hub
-from support.kube import wait_until
-from support.stage import SECRET, Stage
+from support.installation.installation import SECRET, Stage
+from support.installation.secret_scanner import CANARIES, check_that_no_secret_shows, forms
+from support.server.client import wait_until
+from support.stores.hub import Hub
 
 
 def test_tokens_and_keys_in_use_show_nowhere(stage: Stage, hub: Hub, tiny_model):

@@ -14,11 +14,11 @@ import kopf
 import pytest
 
 from finetune_operator.watch import kopf_handlers, kopf_runner
-from support.api_proxy import ApiProxy
-from support.cluster import Cluster
-from support.kube import Kube
-from support.operator_fixtures import Jobs
-from support.operator_inside import living
+from support.operator.fixtures import Jobs
+from support.operator.in_process import living
+from support.server.client import Kube
+from support.server.fault_proxy import ApiProxy
+from support.server.server import Cluster
 
 WATCHED = ("finetunejobs", "jobs", "pods")
 _KOPF = str(Path(kopf.__file__).parent)

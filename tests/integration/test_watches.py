@@ -10,14 +10,14 @@ import pytest
 
 from finetune_operator.settings import Settings
 from finetune_operator.watch import kopf_handlers
-from support import simulated_trainer
-from support.api_proxy import ApiProxy
-from support.background import LoopThread
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import OperatorProcess, running
-from support.process_node import ProcessNode
+from support.node import fake_trainer
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs
+from support.operator.process import OperatorProcess, running
+from support.server.client import Kube, wait_until
+from support.server.fault_proxy import ApiProxy
+from support.server.loop_thread import LoopThread
+from support.server.server import Cluster
 
 WATCHED = ("finetunejobs", "jobs", "pods")
 
@@ -94,7 +94,7 @@ def test_what_ended_while_a_watch_was_away_is_seen_after_a_410(
     how: str, cluster: Cluster, stage: Stage, tmp_path: Path
 ) -> None:
     """Kopf lists again and tells of no deletion, so the old pod seems to live and holds up the new job."""
-    path = simulated_trainer.install(tmp_path / "bin")
+    path = fake_trainer.install(tmp_path / "bin")
     with ProcessNode(cluster, str(stage.kube.namespace), tmp_path, env={"PATH": path}):
         stage.jobs.create("nli", "run")
         stage.jobs.wait("nli", "Training", "True")

@@ -1,5 +1,11 @@
 """Fixtures of the operator's tests."""
 
-from support.operator_fixtures import jobs, node, operator, own_operator, start_operator
+from support.operator.fixtures import (
+    jobs,
+    node,
+    operator,
+    own_operator,
+    start_operator,
+)
 
 __all__ = ["jobs", "node", "operator", "own_operator", "start_operator"]

@@ -1,9 +1,9 @@
 """Several nodes: torchrun's real rendezvous between two pods of the process node (the trainer itself simulated)."""
 
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import OperatorProcess
-from support.process_node import ProcessNode
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs
+from support.operator.process import OperatorProcess
+from support.server.client import Kube, wait_until
 
 TWO_NODES = {"nodes": 2, "gpusPerNode": 0}
 

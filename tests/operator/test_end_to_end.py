@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from finetune_api import constants
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import OperatorProcess
-from support.process_node import ProcessNode
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs
+from support.operator.process import OperatorProcess
+from support.server.client import Kube, wait_until
 
 
 def test_a_job_goes_from_its_manifest_to_an_adapter(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from support.kube import Access, Kube, wait_until
-from support.operator_fixtures import Jobs, StartOperator
-from support.operator_process import OperatorProcess
-from support.process_node import ProcessNode
-from support.processes import Process, free_port
+from support.common.processes import Process, free_port
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs, StartOperator
+from support.operator.process import OperatorProcess
+from support.server.client import Access, Kube, wait_until
 
 WRITES = ("create", "patch", "update", "delete")
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import OperatorProcess
-from support.process_node import ProcessNode
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs
+from support.operator.process import OperatorProcess
+from support.server.client import Kube, wait_until
+from support.server.server import Cluster
 
 
 def pod_of(kube: Kube, job: str, index: int = 0) -> str:

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from finetune_api import constants
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.operator_fixtures import Jobs
-from support.operator_process import OperatorProcess
+from support.operator.fixtures import Jobs
+from support.operator.process import OperatorProcess
+from support.server.client import Kube, wait_until
+from support.server.server import Cluster
 
 QUOTA = {
     "apiVersion": "v1",

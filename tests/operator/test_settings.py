@@ -5,11 +5,11 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.cluster import Cluster
-from support.kube import Kube, wait_until
-from support.kueue import WORKLOADS
-from support.operator_fixtures import Jobs, StartOperator
-from support.process_node import ProcessNode
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs, StartOperator
+from support.server.client import Kube, wait_until
+from support.server.kueue import WORKLOADS
+from support.server.server import Cluster
 
 
 def test_a_trainer_that_stands_still_is_flagged(

@@ -15,6 +15,6 @@ if not Path("/dev/nvidiactl").exists():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mistral of two layers and its tokenizer."""
-    from support.models import build_model
+    from support.trainer.tiny_model import build_model
 
     return build_model(tmp_path_factory.mktemp("model"))

@@ -17,7 +17,7 @@ from finetune_trainer.engine.lora import (
     share_inputs,
 )
 from finetune_trainer.engine.loss import answer_with_loss
-from support.triton import interpreted
+from support.trainer.triton import interpreted
 
 IDS = torch.arange(4, 44)[None]
 

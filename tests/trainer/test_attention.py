@@ -16,7 +16,7 @@ from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.runtime import device as hardware
 from finetune_trainer.settings import World
-from support.triton import interpreted
+from support.trainer.triton import interpreted
 
 LENGTHS = (7, 12, 1, 5)
 

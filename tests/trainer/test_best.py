@@ -5,7 +5,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from support.trainer_process import TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 #: A rate that overshoots after a few steps: the held-out loss falls first and then rises.
 OVERSHOOT: dict[str, Any] = {

@@ -17,8 +17,8 @@ from finetune_trainer.stores.base import (
     StoreUnavailable,
     open_store,
 )
-from support.faults import Faults, faulty
-from support.s3 import S3Server
+from support.stores.fault_proxy import Faults, faulty
+from support.stores.s3 import S3Server
 
 JOB = Metadata(name="nli", namespace="team", uid="1111")
 

@@ -10,9 +10,9 @@ import pytest
 
 from finetune_api import constants
 from finetune_api.constants import ExitCode
-from support.s3 import S3Server
-from support.trainer_pair import Pair, Torchrun
-from support.trainer_process import job, metrics_lines, train
+from support.stores.s3 import S3Server
+from support.trainer.process import job, metrics_lines, train
+from support.trainer.two_ranks import Pair, Torchrun
 
 RUN: dict[str, Any] = {
     "resources.nodes": 2,

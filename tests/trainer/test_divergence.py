@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.trainer_process import TrainerProcess, job, metrics_lines
+from support.trainer.process import TrainerProcess, job, metrics_lines
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api import constants
-from support.trainer_process import job
+from support.trainer.process import job
 
 CONTAINERFILE = Path(__file__).resolve().parents[2] / "images" / "trainer" / "Containerfile"
 

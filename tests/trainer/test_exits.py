@@ -12,8 +12,8 @@ import pytest
 
 from finetune_api.constants import ExitCode
 from finetune_trainer.reporting.report import termination_message
-from support.models import nli_rows, write_jsonl
-from support.trainer_process import TrainerProcess, job, train
+from support.trainer.process import TrainerProcess, job, train
+from support.trainer.tiny_model import nli_rows, write_jsonl
 
 
 def _rows(folder: Path, *lines: str, name: str = "train.jsonl") -> None:

@@ -15,9 +15,14 @@ from tenacity import Future, RetryCallState
 from finetune_api import constants
 from finetune_api.constants import ExitCode
 from finetune_trainer.stores.s3 import retry
-from support.faults import Faults, faulty
-from support.s3 import S3Server
-from support.trainer_process import TrainerProcess, job, metrics_lines, train
+from support.stores.fault_proxy import Faults, faulty
+from support.stores.s3 import S3Server
+from support.trainer.process import (
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 RUN: dict[str, Any] = {"lora.dropout": 0.1, "checkpoint.everySteps": 1, "evaluation.everySteps": 2}
 ATTEMPTS = 8

@@ -35,8 +35,8 @@ from finetune_trainer.stores.base import (
 from finetune_trainer.stores.digest import digest_file
 from finetune_trainer.stores.fetch import fetch
 from finetune_trainer.stores.s3 import client, retry
-from support.faults import Faults, Request, faulty
-from support.s3 import S3Server
+from support.stores.fault_proxy import Faults, Request, faulty
+from support.stores.s3 import S3Server
 
 JOB = Metadata(name="nli", namespace="team", uid="1111")
 OTHER = Metadata(name="other", namespace="team", uid="2222")

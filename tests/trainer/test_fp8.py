@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune_trainer.engine import compile, fp8
-from support.trainer_process import job, metrics_lines, train
+from support.trainer.process import job, metrics_lines, train
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])

@@ -17,10 +17,16 @@ from typing import Any
 import pytest
 
 from finetune_trainer.stores.manifest import StoreManifest
-from support.faults import Faults, faulty
-from support.models import nli_rows, write_jsonl
-from support.s3 import S3Server
-from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+from support.stores.fault_proxy import Faults, faulty
+from support.stores.s3 import S3Server
+from support.trainer.process import (
+    Finished,
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
+from support.trainer.tiny_model import nli_rows, write_jsonl
 
 KILLS = int(os.environ.get("FINETUNE_TEST_KILLS", "20"))
 #: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines.

@@ -17,8 +17,8 @@ from finetune_trainer.data.batching import Collate, _order
 from finetune_trainer.engine import compile
 from finetune_trainer.engine.lora import share_inputs
 from finetune_trainer.model.base import _keep_weights_trainable, load_adapter_weights, save_adapter
-from support.models import build_model
-from support.trainer_process import job, metrics_lines, train
+from support.trainer.process import job, metrics_lines, train
+from support.trainer.tiny_model import build_model
 
 
 @pytest.fixture(scope="module")

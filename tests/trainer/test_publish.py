@@ -21,7 +21,7 @@ from finetune_trainer.stores.base import (
     open_store,
 )
 from finetune_trainer.stores.digest import Digest
-from support.s3 import S3Server
+from support.stores.s3 import S3Server
 
 JOB = Metadata(name="nli", namespace="team", uid="1111")
 OTHER = Metadata(name="other", namespace="team", uid="2222")

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.trainer_process import TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 RUN = {"training.batchSize": 8, "lora.dropout": 0.0, "evaluation.onStart": False}
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.hub import Hub
-from support.models import nli_rows, write_jsonl
-from support.s3 import Keys, S3Server
-from support.trainer_process import TrainerProcess, job, train
+from support.stores.hub import Hub
+from support.stores.s3 import Keys, S3Server
+from support.trainer.process import TrainerProcess, job, train
+from support.trainer.tiny_model import nli_rows, write_jsonl
 
 TOKEN = "hf_0123456789"
 SHORT: dict[str, Any] = {

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    Finished,
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 #: Dropout, shuffling, an uneven last batch, evaluations and checkpoints at other steps than log lines; matrices large
 #: enough for 8-bit state, and others.
@@ -30,7 +36,7 @@ STEPS = 16  # 30 rows in batches of 4, twice
 
 
 def _job(folder: Path, model: Path, changes: dict[str, Any] | None = None, *, uid: str | None = None) -> Path:
-    from support.models import nli_rows, write_jsonl
+    from support.trainer.tiny_model import nli_rows, write_jsonl
 
     folder.mkdir(exist_ok=True)
     write_jsonl(folder / "train.jsonl", nli_rows(30))
@@ -225,7 +231,7 @@ def test_a_job_created_anew_publishes_what_the_old_one_had_finished(
 
 
 def test_a_job_with_other_data_at_the_same_uri_never_publishes_the_old_one(tiny_model: Path, tmp_path: Path) -> None:
-    from support.models import nli_rows, write_jsonl
+    from support.trainer.tiny_model import nli_rows, write_jsonl
 
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
     first = _job(tmp_path, tiny_model, shared, uid="old")

@@ -10,7 +10,13 @@ import yaml
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
-from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    Finished,
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 
 @pytest.fixture(scope="module")

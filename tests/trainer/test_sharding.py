@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.trainer_pair import Pair
-from support.trainer_process import Finished, job, metrics_lines
+from support.trainer.process import Finished, job, metrics_lines
+from support.trainer.two_ranks import Pair
 
 RUN: dict[str, Any] = {
     "resources.nodes": 2,

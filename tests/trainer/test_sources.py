@@ -18,9 +18,9 @@ from finetune_trainer.stores.base import (
     StoreUnavailable,
 )
 from finetune_trainer.stores.fetch import fetch
-from support.faults import Faults, Request, faulty
-from support.hub import Hub
-from support.s3 import S3Server
+from support.stores.fault_proxy import Faults, Request, faulty
+from support.stores.hub import Hub
+from support.stores.s3 import S3Server
 
 MODEL = {"config.json": b"{}", "model-1.safetensors": os.urandom(300_000), "nested/tokenizer.json": b"tokens"}
 

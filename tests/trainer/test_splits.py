@@ -10,8 +10,8 @@ from finetune_trainer.data import hub_splits
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Place, World, load
-from support.hub import Hub
-from support.trainer_process import job
+from support.stores.hub import Hub
+from support.trainer.process import job
 
 URI = "hf://datasets/org/rows"
 TRAIN, EVAL = ("train",), ("validation", "test")

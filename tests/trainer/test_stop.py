@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from finetune_api.constants import ExitCode
-from support.trainer_process import Finished, TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    Finished,
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
 
 #: Eight rows a step in eight passes, over two epochs of five steps.
 RUN: dict[str, Any] = {

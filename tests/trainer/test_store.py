@@ -27,8 +27,8 @@ from finetune_trainer.stores.folder import FolderStore
 from finetune_trainer.stores.s3 import client as s3_client
 from finetune_trainer.stores.s3 import etag as s3_etag
 from finetune_trainer.stores.s3 import retry
-from support.faults import Fault, Faults, faulty
-from support.s3 import S3Server, rclone_server
+from support.stores.fault_proxy import Fault, Faults, faulty
+from support.stores.s3 import S3Server, rclone_server
 
 BIG = s3_client.MULTIPART_BYTES + s3_client.PART_BYTES + 12345
 

@@ -115,7 +115,7 @@ class TestPadToken:
     """The pad token is one whose loss may be masked by id without losing EOS."""
 
     def test_the_models_own_is_kept(self, tiny_model: Path, tmp_path: Path) -> None:
-        from support.models import build_model
+        from support.trainer.tiny_model import build_model
 
         folder = build_model(tmp_path / "padded", pad_token="<pad>")
         assert load_tokenizer(folder, "x").pad_token == "<pad>"

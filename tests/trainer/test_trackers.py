@@ -11,8 +11,13 @@ import pytest
 
 from finetune_api.constants import ExitCode
 from finetune_trainer.reporting import trackers
-from support.trainer_pair import Pair
-from support.trainer_process import TrainerProcess, job, metrics_lines, train
+from support.trainer.process import (
+    TrainerProcess,
+    job,
+    metrics_lines,
+    train,
+)
+from support.trainer.two_ranks import Pair
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 RUN: dict[str, Any] = {"training.maxSteps": 3, "evaluation.everySteps": 3, "evaluation.onStart": False}

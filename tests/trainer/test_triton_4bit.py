@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.engine import dequantize as weights
-from support.triton import interpreted
+from support.trainer.triton import interpreted
 
 
 def _linear(

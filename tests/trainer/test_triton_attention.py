@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.triton import interpreted
+from support.trainer.triton import interpreted
 
 #: Shorter than a tile, as long as one, empty, of a single token, and of many tiles.
 LENGTHS = (37, 64, 0, 1, 200, 129)

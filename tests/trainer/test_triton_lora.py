@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune_trainer.engine.compile import _has_kernels
-from support.triton import interpreted
+from support.trainer.triton import interpreted
 
 
 @pytest.mark.parametrize("rank", [4, 16, 24])

@@ -10,7 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune_api.constants import ExitCode
-from support.trainer_process import Finished, job, metrics_lines, train
+from support.trainer.process import (
+    Finished,
+    job,
+    metrics_lines,
+    train,
+)
 
 TWO_STEPS: dict[str, Any] = {
     "training.maxSteps": 2,
@@ -195,7 +200,7 @@ def test_rows_without_padding_have_the_losses_of_padded_rows(tiny_model: Path, t
 
 @pytest.mark.parametrize("shape", ["prompt-completion", "messages"])
 def test_other_shapes_of_rows_train_and_are_answered(shape: str, tiny_model: Path, tmp_path: Path) -> None:
-    from support.models import nli_rows, write_jsonl
+    from support.trainer.tiny_model import nli_rows, write_jsonl
 
     for name, seed in (("train", 0), ("eval", 5)):
         parts = [row["text"].removeprefix("[INST] ").split(" [/INST] ") for row in nli_rows(12, seed)]

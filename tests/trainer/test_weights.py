@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from finetune_trainer.engine import compile
 from finetune_trainer.engine.dequantize import dequantized, keep_dequantized
 from finetune_trainer.model.base import _keep_weights_trainable
-from support.trainer_process import job, metrics_lines, train
+from support.trainer.process import job, metrics_lines, train
 
 
 def _quantized(tiny_model: Path, **settings: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.cli import finetune, no_traceback
+from support.cli.run import finetune, no_traceback
 
 
 @pytest.fixture

@@ -10,7 +10,12 @@ import pytest
 
 import finetune_api
 import finetune_operator
-from support.cli import FINETUNE, MANIFEST, finetune, no_traceback
+from support.cli.run import (
+    FINETUNE,
+    MANIFEST,
+    finetune,
+    no_traceback,
+)
 
 COMMANDS = (
     *("validate", "plan", "run"),

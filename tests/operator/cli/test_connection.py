@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from support.cli import finetune, no_traceback
-from support.cluster import CRD_FILE
-from support.kube import Access
+from support.cli.run import finetune, no_traceback
+from support.server.client import Access
+from support.server.server import CRD_FILE
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_no_kubeconfig_at_all(tmp_path):
 
 
 def test_the_shell_completes_names_of_jobs_and_stays_silent_without_a_cluster(cluster, namespace, kube):
-    from support import job_states as states
+    from support.simulation import job_states as states
 
     kube.create(states.job("nli-small"))
     words = f"finetune status -n {namespace} nli"

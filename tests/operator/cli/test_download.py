@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support import job_states as states
-from support.cli import finetune, no_traceback
+from support.cli.run import finetune, no_traceback
+from support.simulation import job_states as states
 
 FILES = {
     "adapter_config.json": b'{"r": 16}',

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from support import job_states as states
-from support.cli import MANIFEST
+from support.cli.run import MANIFEST
+from support.simulation import job_states as states
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from support import job_states as states
-from support.cli import FINETUNE
-from support.kube import wait_until
-from support.process_node import ProcessNode
-from support.processes import Process
+from support.cli.run import FINETUNE
+from support.common.processes import Process
+from support.node.node import ProcessNode
+from support.server.client import wait_until
+from support.simulation import job_states as states
 
 #: Prints what the trainer prints, waits for a file named "go", and ends.
 PROGRAM = """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.cli import MANIFEST, finetune, no_traceback
+from support.cli.run import MANIFEST, finetune, no_traceback
 
 #: Where nothing listens.
 NOBODY = "http://127.0.0.1:9"

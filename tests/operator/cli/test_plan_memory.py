@@ -8,7 +8,7 @@ from finetune_cli.forecast import forecast
 
 from finetune_api.manifest import load_text
 from finetune_trainer.planning.planner import Device, ModelShape, make_plan
-from support.cli import MANIFEST, finetune, no_traceback
+from support.cli.run import MANIFEST, finetune, no_traceback
 
 #: Where nothing listens.
 NOBODY = "http://127.0.0.1:9"

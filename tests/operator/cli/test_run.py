@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.cli import FINETUNE, MANIFEST, finetune, no_traceback, on_a_terminal, read_until
-from support.kube import wait_until
-from support.models import build_model, nli_rows, write_jsonl
+from support.cli.run import (
+    FINETUNE,
+    MANIFEST,
+    finetune,
+    no_traceback,
+    on_a_terminal,
+    read_until,
+)
+from support.server.client import wait_until
+from support.trainer.tiny_model import build_model, nli_rows, write_jsonl
 
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

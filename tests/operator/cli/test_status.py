@@ -8,9 +8,14 @@ import subprocess
 import pytest
 import yaml
 
-from support import job_states as states
-from support.cli import FINETUNE, MANIFEST, on_a_terminal, read_until
-from support.kube import wait_until
+from support.cli.run import (
+    FINETUNE,
+    MANIFEST,
+    on_a_terminal,
+    read_until,
+)
+from support.server.client import wait_until
+from support.simulation import job_states as states
 
 
 def test_a_running_job_shows_progress_attempts_and_conditions(ctl, put):

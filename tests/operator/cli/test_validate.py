@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.cli import MANIFEST, finetune, no_traceback
+from support.cli.run import MANIFEST, finetune, no_traceback
 
 #: Each line holds the one before ten times: a gigabyte of nothing, were it written out.
 LAUGHS = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join(['*a' + str(n - 1)] * 10)}]" for n in range(1, 10))]

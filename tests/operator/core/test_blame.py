@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api import constants
 from finetune_operator.core.attempts import failure
-from support.world import World, stamp
+from support.simulation.world import World, stamp
 
 OUT_OF_MEMORY = {"stage": "Failed", "reason": "GpuOutOfMemory", "message": "x", "executionPlan": {"microBatchSize": 8}}
 

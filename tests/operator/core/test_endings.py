@@ -7,7 +7,7 @@ import pytest
 
 from finetune_api import constants
 from finetune_operator.core.plan import plan
-from support.world import World, adapter_report
+from support.simulation.world import World, adapter_report
 
 
 def started(**more: Any) -> World:

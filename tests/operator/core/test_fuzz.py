@@ -18,8 +18,13 @@ from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
 from finetune_operator.kube.client import ApiError
 from finetune_operator.reconcile.reconciler import Conflict
-from support.imagined_api import OneOperator, check_status
-from support.world import START, World, adapter_report, merged
+from support.simulation.api import OneOperator, check_status
+from support.simulation.world import (
+    START,
+    World,
+    adapter_report,
+    merged,
+)
 
 MUTATIONS, WORDS, RECONCILES = 12_000, 2_000, 4_000
 JUNK: tuple[Any, ...] = (

@@ -5,7 +5,7 @@ import pytest
 from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.settings import Settings
-from support.world import World, adapter_report
+from support.simulation.world import World, adapter_report
 
 REASONS = {code: outcome.reason for code, outcome in constants.OUTCOMES.items()}
 

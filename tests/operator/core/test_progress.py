@@ -7,7 +7,7 @@ import pytest
 from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
-from support.world import World, is_empty, stamp
+from support.simulation.world import World, is_empty, stamp
 
 
 def started(**spec: object) -> World:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune_api import constants
-from support.imagined_cluster import KINDS
-from support.world import World, adapter_report, is_empty
+from support.simulation.cluster import KINDS
+from support.simulation.world import World, adapter_report, is_empty
 
 UNCOUNTED = {"Preempted", "NodeLost", "Suspended", "SpecChanged"}
 #: Mostly those after which the story goes on.

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from finetune_api import constants
-from support.world import World, adapter_report
+from support.simulation.world import World, adapter_report
 
 OTHER = {"maxLength": 1024}
 

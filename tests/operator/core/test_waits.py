@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api import constants
 from finetune_operator.core.objects.observed import Notice
-from support.world import START, World, stamp
+from support.simulation.world import START, World, stamp
 
 QUEUE = {constants.LABEL_KUEUE_QUEUE: "gpu"}
 NO_QUOTA = Notice("Queued", "couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu")

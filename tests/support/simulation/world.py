@@ -1,0 +1,242 @@
+"""A simulated cluster for one FineTuneJob, in memory: plans are carried out as the API server would, and the test plays
+user, Job controller, Kueue and kubelet. For thousands of stories a second; the real API server tells fewer and slower.
+
+What the operator sees goes through its own cache, so that reading API objects is part of what is tried. With `lag` each
+kind's watch is a stream of its own, which shows what happened only when the test delivers it.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from finetune_api import constants
+from finetune_api.status import FineTuneJobStatus, TrainerReport
+from finetune_operator.core.objects.observed import Observed
+from finetune_operator.core.plan import plan
+from finetune_operator.core.types import Plan
+from finetune_operator.settings import Settings
+from finetune_operator.watch.cache import Cache
+from support.simulation.cluster import (
+    KINDS,
+    START,
+    ImaginedCluster,
+    stamp,
+)
+
+__all__ = ["START", "World", "adapter_report", "is_empty", "merged", "stamp"]
+
+Object = dict[str, Any]
+_KEY = "team/nli"
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """RFC 7396, as the API server does it."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+def is_empty(made: Plan) -> bool:
+    """Whether the plan asks for nothing."""
+    return not (made.create or made.status or made.suspend or made.delete or made.look)
+
+
+class World(ImaginedCluster):
+    """One FineTuneJob, its children, and the operator. `skew` is how many seconds its clock is ahead of all others."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        labels: dict[str, str] | None = None,
+        lag: bool = False,
+        skew: float = 0,
+        **spec: Any,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.lag, self.skew = lag, skew
+        self.cache = Cache()
+        self.report: TrainerReport | None = None
+        self.asked = ""
+        self.events: list[str] = []
+        super().__init__(labels, **spec)
+
+    def _show(self, kind: str, what: str, obj: Object) -> None:
+        super()._show(kind, what, obj)
+        if not self.lag:
+            self.deliver(kind)
+
+    # What the operator does
+
+    def observed(self) -> Observed | None:
+        """What the operator's cache holds; the trainer's report is that of the rank-0 pod it asks."""
+        observed = self.cache.observed(_KEY, None)
+        if observed is None:
+            return None
+        leaders = [pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit]
+        leader = max(leaders, key=lambda pod: (pod.attempt, pod.created_at)).uid if leaders else ""
+        if leader != self.asked:
+            self.asked, self.report = leader, None
+        return replace(observed, report=self.report)
+
+    def plan(self) -> Plan:
+        now = self.now + timedelta(seconds=self.skew)
+        observed = self.observed()
+        made = plan(observed, self.settings, now) if observed else Plan()
+        if made.look:
+            self._look()
+            observed = self.observed()
+            made = plan(replace(observed, looked=True), self.settings, now) if observed else Plan()
+        return made
+
+    def _look(self) -> None:
+        """A list of the job's pods."""
+        for pod in self.pods.values():
+            self.cache.put("Pod", copy.deepcopy(pod))
+        self.cache.keep_only("Pod", [pod["metadata"]["uid"] for pod in self.pods.values()], self.version, only=_KEY)
+
+    def reconcile(self, crash_after: int | None = None) -> Plan:
+        """Plan and carry out; `crash_after` that many API calls the operator is killed and starts anew."""
+        made = self.plan()
+        for number, call in enumerate(self._calls(made)):
+            if crash_after is not None and number >= crash_after:
+                self.restart()
+                break
+            if not call():
+                break
+        return made
+
+    def settle(self, most: int = 8) -> None:
+        """Deliver and reconcile until nothing changes."""
+        for _ in range(most):
+            self.deliver_all()
+            made = self.reconcile()
+            if is_empty(made) and not any(self.streams.values()):
+                return
+        raise AssertionError("the plan never comes to rest")
+
+    def restart(self) -> None:
+        """A new operator with nothing in memory but what the API server holds."""
+        self.cache = Cache()
+        self.report, self.asked = None, ""
+        for stream in self.streams.values():
+            stream.clear()
+        for kind, objects in ((constants.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
+            for obj in objects:
+                if obj is not None:
+                    self.cache.put(kind, copy.deepcopy(obj))
+
+    def deliver(self, kind: str, most: int = 10**6) -> None:
+        """The watch of that kind shows what it has not shown yet, at most so many events."""
+        stream = self.streams[kind]
+        while stream and most > 0:
+            what, obj = stream.popleft()
+            most -= 1
+            if what == "DELETED":
+                self.cache.drop(kind, obj)
+            else:
+                self.cache.put(kind, obj)
+
+    def deliver_all(self) -> None:
+        for kind in KINDS:
+            self.deliver(kind)
+
+    def _calls(self, made: Plan) -> Iterator[Callable[[], bool]]:
+        """The API calls of a plan; one that returns False ends it, for the job has moved on."""
+        for obj in made.create:
+            yield lambda obj=obj: self._create(copy.deepcopy(obj))
+        if made.status is not None:
+            yield lambda: self._write_status(made.status)
+        for target in made.suspend:
+            yield lambda name=target.name: self._suspend(name)
+        for target in made.delete:
+            yield lambda target=target: self._delete(target.kind, target.name, target.uid)
+        self.events += [event.reason for event in made.events]
+
+    def _create(self, obj: Object) -> bool:
+        name = obj["metadata"]["name"]
+        kept = self.jobs if obj["kind"] == "Job" else self.others
+        if name not in kept:  # else AlreadyExists, and ours
+            obj["metadata"] |= {"uid": self._uid(), "creationTimestamp": stamp(self.now)}
+            kept[name] = obj
+            if obj["kind"] == "Job":
+                self.changed("Job", obj)
+        if obj["kind"] == "Job":
+            self.cache.put("Job", copy.deepcopy(kept[name]))
+        return True
+
+    def _write_status(self, patch: Object) -> bool:
+        seen = self.cache.job(_KEY)
+        if self.job is None or seen is None or str(seen.version) != self.job["metadata"]["resourceVersion"]:
+            self.deliver(constants.KIND)  # a conflict: the operator reads the job again
+            return False
+        self.job["status"] = merged(self.job.get("status"), json.loads(json.dumps(patch, allow_nan=False)))
+        FineTuneJobStatus.model_validate(self.job["status"])
+        self.changed(constants.KIND, self.job)
+        self.cache.put(constants.KIND, copy.deepcopy(self.job))
+        return True
+
+    def _suspend(self, name: str) -> bool:
+        if name in self.jobs:
+            self.suspend_child(name)
+            self.cache.put("Job", copy.deepcopy(self.jobs[name]))
+        return True
+
+    def _delete(self, kind: str, name: str, uid: str) -> bool:
+        if kind == constants.KIND:
+            if self.job is not None and self.job["metadata"]["uid"] == uid:
+                self.delete_job()
+        elif name in self.jobs and self.jobs[name]["metadata"]["uid"] == uid:
+            self.delete_child(name)
+        return True
+
+    # What the status says
+
+    @property
+    def status(self) -> Object:
+        return (self.job or {}).get("status") or {}
+
+    def condition(self, kind: str) -> Object:
+        return next((c for c in self.status.get("conditions", []) if c["type"] == kind), {})
+
+    @property
+    def outcome(self) -> str:
+        """True, False or Unknown."""
+        return self.condition("Succeeded").get("status", "Unknown")
+
+    @property
+    def reasons(self) -> list[str | None]:
+        """How each attempt ended."""
+        return [attempt.get("reason") for attempt in self.status.get("attempts", [])]
+
+    def hears(self, stage: str = "Training", **progress: Any) -> None:
+        """The trainer that is asked, if one is, reports this."""
+        self.observed()
+        if self.asked:
+            self.report = TrainerReport.model_validate({"stage": stage, "progress": progress})
+
+    def says(self, stage: str = "Training", **progress: Any) -> None:
+        """The same, and the operator acts on it."""
+        self.hears(stage, **progress)
+        self.settle()
+
+
+def adapter_report(step: int = 100, **more: Any) -> Object:
+    """The termination message of a trainer that published."""
+    adapter = {
+        "uri": "s3://adapters/nli",
+        "manifestDigest": "sha256:" + "a" * 64,
+        "sizeBytes": 1,
+        "baseModel": "m",
+        "rank": 16,
+    }
+    progress = {"step": step, "totalSteps": 100, "loss": 0.4}
+    return {"stage": "Succeeded", "reason": "Succeeded", "adapter": adapter, "progress": progress} | more
