@@ -28,7 +28,7 @@ test: lint ## Run every check and every test
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy crds operator
+	$(BIN)/mypy crds operator cli
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/*/Containerfile
 	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }

@@ -27,7 +27,7 @@ from support.docs.dashboards import (
     job,
     load,
     scene,
-)  # noqa: E402
+)
 from support.server import server as clusters  # noqa: E402
 
 

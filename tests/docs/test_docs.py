@@ -13,12 +13,12 @@ from typing import Any, get_args
 import pytest
 import typer
 import yaml
-from finetune_cli.app import app
 
 from finetune_api import constants
 from finetune_api.crd import crd
 from finetune_api.manifest import load_text
 from finetune_api.status import Condition, Stage
+from finetune_cli.app import app
 from finetune_operator.settings import Settings
 from support.docs import chart
 from support.docs.markdown import FENCE, ROOT, blocks

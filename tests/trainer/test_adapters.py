@@ -99,7 +99,7 @@ def test_evaluation_runs_the_adapters_as_they_are(tiny_model: Path) -> None:
 def test_added_by_our_kernel_the_gradient_is_that_of_peft(
     settings: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interpreted("triton_lora")
+    interpreted("lora")
     monkeypatch.setattr(lora, "_HALF", (torch.float32,))  # which the interpreter does not round
     model = _model(tiny_model, **settings)
     expected = _gradient(model)

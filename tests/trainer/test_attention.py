@@ -64,7 +64,7 @@ def _checked(query: Any, key: Any, value: Any, q: Any, k: Any, max_q: int, max_k
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param or _as_in_2_13)
     if request.param is None:
-        interpreted("triton_attention")
+        interpreted("attention")
         monkeypatch.setattr(attention, "_ours", True)
         monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))  # the tiny model's
 
@@ -242,7 +242,7 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
         return query + 0 * (key.sum() + value.sum()), None
 
     _simulate_a_gpu(monkeypatch)
-    interpreted("triton_attention")
+    interpreted("attention")
     monkeypatch.setattr(attention, "_ours_are_faster", lambda config, device: True)
     monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr(torch.ops.finetune, "attention", kernel)

@@ -138,11 +138,11 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
 
 
 def _die_in(target: str) -> Callable[[], None]:
-    """SIGKILL where the trainer would call `module.name`, or `module.Class.name`."""
+    """SIGKILL where the trainer would call `room.module.name`, or `room.module.Class.name`."""
 
     def inject() -> None:
-        module, *path, name = target.split(".")
-        owner: Any = importlib.import_module(f"finetune_trainer.{module}")
+        room, module, *path, name = target.split(".")
+        owner: Any = importlib.import_module(f"finetune_trainer.{room}.{module}")
         for part in path:
             owner = getattr(owner, part)
         setattr(owner, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
@@ -154,7 +154,7 @@ def test_killed_between_training_and_publishing_it_only_publishes(
     unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = _job(tmp_path, tiny_model)
-    killed = TrainerProcess(config, tmp_path, before=_die_in("publish.publish")).finish()
+    killed = TrainerProcess(config, tmp_path, before=_die_in("publishing.publish.publish")).finish()
     assert killed.exit_code == -signal.SIGKILL
     finished = train(config, tmp_path)
     assert finished.exit_code == 0, finished.log
@@ -166,7 +166,7 @@ def test_killed_before_the_adapter_was_loaded_back_nothing_is_published(
     unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = _job(tmp_path, tiny_model, uid="1234")
-    killed = TrainerProcess(config, tmp_path, before=_die_in("verify.PeftModel.from_pretrained")).finish()
+    killed = TrainerProcess(config, tmp_path, before=_die_in("publishing.verify.PeftModel.from_pretrained")).finish()
     assert killed.exit_code == -signal.SIGKILL
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     assert not (tmp_path / "out/manifest.json").exists()
@@ -181,7 +181,7 @@ def test_killed_after_publishing_the_next_attempt_loads_it_back_and_reports_it(
 ) -> None:
     whole = train(_job(tmp_path / "whole", tiny_model, uid="1234"), tmp_path / "whole")
     config = _job(tmp_path, tiny_model, uid="1234")
-    killed = TrainerProcess(config, tmp_path, before=_die_in("resume.Checkpoints.delete")).finish()
+    killed = TrainerProcess(config, tmp_path, before=_die_in("checkpoints.manager.Checkpoints.delete")).finish()
     assert killed.exit_code == -signal.SIGKILL
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
     finished = train(config, tmp_path)
@@ -222,7 +222,10 @@ def test_a_job_created_anew_publishes_what_the_old_one_had_finished(
 ) -> None:
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
     first = _job(tmp_path, tiny_model, shared, uid="old")
-    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    assert (
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        == -signal.SIGKILL
+    )
     anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
     finished = train(anew, tmp_path)
     assert finished.exit_code == 0, finished.log
@@ -235,7 +238,10 @@ def test_a_job_with_other_data_at_the_same_uri_never_publishes_the_old_one(tiny_
 
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
     first = _job(tmp_path, tiny_model, shared, uid="old")
-    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    assert (
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        == -signal.SIGKILL
+    )
     anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
     write_jsonl(tmp_path / "train.jsonl", nli_rows(30, seed=77))
     refused = train(anew, tmp_path)
@@ -254,7 +260,10 @@ def test_checkpoints_of_a_job_with_another_name_are_not_dropped_for_an_overwrite
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared", "output.overwrite": True}
     first = _job(tmp_path, tiny_model, shared)
     first.write_text(first.read_text().replace("name: tiny", "name: busy"))
-    assert TrainerProcess(first, tmp_path, before=_die_in("publish.publish")).finish().exit_code == -signal.SIGKILL
+    assert (
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        == -signal.SIGKILL
+    )
     refused = train(_job(tmp_path, tiny_model, shared | {"training.seed": 7}), tmp_path)
     assert refused.exit_code == ExitCode.CONFIG_INVALID, refused.log
     assert "holds checkpoints of another job (team/busy): choose another URI" in refused.message

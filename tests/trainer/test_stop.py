@@ -119,7 +119,7 @@ def _stop_in(target: str, hang: Callable[[], None]) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGTERM)
             hang()
 
-        module, name = target.split(".")
+        module, _, name = target.rpartition(".")
         setattr(import_module(f"finetune_trainer.{module}"), name, work)
 
     return inject
@@ -134,7 +134,10 @@ def _long() -> None:
             continue
 
 
-@pytest.mark.parametrize("target", ["data.load_rows", "data.encode", "publish.check_target", "model.load_base"])
+@pytest.mark.parametrize(
+    "target",
+    ["data.dataset.load_rows", "data.dataset.encode", "publishing.publish.check_target", "model.base.load_base"],
+)
 def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: Path, tmp_path: Path) -> None:
     config = job(tmp_path, tiny_model, RUN)
     stopped = TrainerProcess(config, tmp_path, before=_stop_in(target, _long)).finish()
@@ -142,13 +145,15 @@ def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: P
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("target", ["artifacts.write", "publish._confirm", "verify._fetch"])
+@pytest.mark.parametrize(
+    "target", ["publishing.bundle.write", "publishing.publish._confirm", "publishing.verify._fetch"]
+)
 def test_after_training_the_next_attempt_publishes(
     target: str, unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = job(tmp_path, tiny_model, RUN, uid="1234")
     _assert_stopped(TrainerProcess(config, tmp_path, before=_stop_in(target, _long)).finish())
-    assert (tmp_path / "out/manifest.json").exists() == (target == "publish._confirm")
+    assert (tmp_path / "out/manifest.json").exists() == (target == "publishing.publish._confirm")
     finished = train(config, tmp_path)
     assert finished.exit_code == 0, finished.log
     assert '"event": "Step ' not in finished.log
@@ -164,7 +169,7 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
         from finetune_trainer.runtime import signals
 
         signals.PATIENCE = 0.2
-        _stop_in("model.load_base", wait_for_a_thread)()
+        _stop_in("model.base.load_base", wait_for_a_thread)()
 
     _assert_stopped(TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish())
 

@@ -27,7 +27,7 @@ def _linear(
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("block", [64, 128])
 def test_weights_are_bit_equal(kind: str, twice: bool, block: int) -> None:
-    dequantize = interpreted("triton_4bit").dequantize
+    dequantize = interpreted("dequantize").dequantize
     linear = _linear(kind, twice, block)
     state = linear.weight.quant_state
     for dtype in (torch.float16, torch.float32):
@@ -38,7 +38,7 @@ def test_weights_are_bit_equal(kind: str, twice: bool, block: int) -> None:
 
 
 def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() -> None:
-    product = interpreted("triton_4bit").product
+    product = interpreted("dequantize").product
     plain, ours = _linear(), _linear()
     weights.multiply_by_kernel(ours)
     found = []
@@ -57,7 +57,7 @@ def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() 
 
 
 def test_a_layer_that_does_not_train_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = interpreted("triton_4bit")
+    module = interpreted("dequantize")
     linear = _linear()
     weights.multiply_by_kernel(linear)
     monkeypatch.setattr(module, "_dequantize", None)
@@ -76,6 +76,6 @@ def test_layers_that_compute_otherwise_are_left_alone() -> None:
 
 
 def test_other_numbers_than_those_of_bitsandbytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = interpreted("triton_4bit")
+    module = interpreted("dequantize")
     monkeypatch.setattr(module, "dequantize", lambda packed, scales, code, shape, dtype: torch.zeros(shape))
     assert weights._try_kernel_on(_linear()) == "finds other numbers on this GPU"

@@ -51,7 +51,7 @@ def _with_gradients(function: Any, inputs: tuple[torch.Tensor, ...]) -> list[tor
 def test_output_and_gradients_are_those_of_sdpa(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    attention = interpreted("triton_attention").attention
+    attention = interpreted("attention").attention
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     inputs = _inputs(heads, kv_heads, head_dim, dtype)
     found = _with_gradients(lambda *each: attention(*each, starts, max(LENGTHS), 0.1)[0], inputs)
@@ -62,7 +62,7 @@ def test_output_and_gradients_are_those_of_sdpa(
 
 
 def test_longest_may_be_more_than_any_sequence_has() -> None:
-    attention = interpreted("triton_attention").attention
+    attention = interpreted("attention").attention
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     inputs = _inputs(2, 1, 64, torch.float32)
     exact, more = (
@@ -72,7 +72,7 @@ def test_longest_may_be_more_than_any_sequence_has() -> None:
 
 
 def test_a_compiled_graph_holds_it_as_one_operation() -> None:
-    module = interpreted("triton_attention")
+    module = interpreted("attention")
     query, key, value = _inputs(4, 2, 64, torch.float32)
     torch.library.opcheck(
         module.attention,

@@ -10,7 +10,7 @@ from support.trainer.triton import interpreted
 @pytest.mark.parametrize("rank", [4, 16, 24])
 @pytest.mark.parametrize("columns", [64, 200])
 def test_sum_and_gradients_are_those_of_torch(rank: int, columns: int) -> None:
-    add_product = interpreted("triton_lora").add_product
+    add_product = interpreted("lora").add_product
     torch.manual_seed(0)
     base = torch.randn(1, 130, columns, requires_grad=True)
     z = torch.randn(1, 130, 3 * rank).split(rank, -1)[1].requires_grad_()  # a part of a product for q, k and v
@@ -24,7 +24,7 @@ def test_sum_and_gradients_are_those_of_torch(rank: int, columns: int) -> None:
 
 
 def test_it_sums_in_float32() -> None:
-    add_product = interpreted("triton_lora").add_product
+    add_product = interpreted("lora").add_product
     base, z, b = torch.full((1, 1), 1.0), torch.full((1, 16), 1.0), torch.full((1, 16), 2.0**-12)
     half = [each.half() for each in (base, z, b)]
     assert add_product(*half).item() == 1 + 2.0**-8
@@ -32,7 +32,7 @@ def test_it_sums_in_float32() -> None:
 
 
 def test_the_check_at_start_passes_and_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = interpreted("triton_lora")
+    module = interpreted("lora")
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)  # which the interpreter computes
     assert module.self_check(torch.device("cpu")) is None
     plain = module.add_product
@@ -47,7 +47,7 @@ def test_the_check_at_start_passes_and_names_what_is_wrong(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("problem", [None, "fail here"])
 def test_on_hopper_it_serves_if_it_passes(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = interpreted("triton_lora")
+    module = interpreted("lora")
     monkeypatch.setattr(module, "self_check", lambda device: problem)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert _has_kernels(torch.device("cuda:0")) is (problem is None)

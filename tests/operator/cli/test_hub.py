@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from finetune_cli import hub
-from finetune_cli.errors import CliError
 
 from finetune_api import uri
+from finetune_cli import hub
+from finetune_cli.errors import CliError
 
 SOURCE = uri.parse("hf://me/model/sub")
 

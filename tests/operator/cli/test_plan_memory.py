@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from finetune_cli.forecast import forecast
 
 from finetune_api.manifest import load_text
+from finetune_cli.forecast import forecast
 from finetune_trainer.planning.planner import Device, ModelShape, make_plan
 from support.cli.run import MANIFEST, finetune, no_traceback
 

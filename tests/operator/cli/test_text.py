@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from finetune_cli.commands import logs
 from finetune_cli.output import format, loss_history
 

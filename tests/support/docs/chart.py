@@ -6,7 +6,7 @@ from typing import Any
 import helm_python
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "charts" / "finetune-operator"
 RELEASE = "tune"
 NAMESPACE = "finetune"

@@ -32,7 +32,7 @@ from support.server.client import (
 )
 from support.server.garbage_collector import GarbageCollector
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CRD_FILE = ROOT / "crds" / "finetunejobs.yaml"
 CONTROLLERS, APISERVER, STANDIN = KINDS = ("controllers", "apiserver", "standin")
 _NEEDED = {CONTROLLERS: ("etcd", "kube-apiserver", "kube-controller-manager"), APISERVER: ("etcd", "kube-apiserver")}

@@ -24,7 +24,7 @@ from support.simulation.cluster import KINDS
 from support.simulation.world import World, merged
 
 Object = dict[str, Any]
-CRD = yaml.safe_load((Path(__file__).parents[2] / "crds/finetunejobs.yaml").read_text())
+CRD = yaml.safe_load((Path(__file__).parents[3] / "crds/finetunejobs.yaml").read_text())
 _SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
 _STATUS = jsonschema.Draft202012Validator(_SCHEMA)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks/gpu"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks/gpu"
 
 
 def mistral_shaped(folders: pytest.TempPathFactory) -> Path:

@@ -190,7 +190,16 @@ def _import_everything() -> None:
     """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
     gc.collect()
     with imported_for_good():
-        for name in ("artifacts", "inputs", "publish", "resume", "store_folder", "store_s3", "train", "verify"):
+        for name in (
+            "publishing.bundle",
+            "inputs",
+            "publishing.publish",
+            "checkpoints.manager",
+            "stores.folder",
+            "stores.s3.store",
+            "training.session",
+            "publishing.verify",
+        ):
             importlib.import_module(f"finetune_trainer.{name}")
         for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
             importlib.import_module(name)

@@ -148,7 +148,7 @@ def keep_compiled_in(folder: Path) -> None:
     By the same version of the engine: torch keeps how gradients of our own operations are computed, and does not see
     when that changes.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     folder = folder / hashlib.sha256(sources).hexdigest()[:12]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
