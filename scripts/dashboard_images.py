@@ -21,13 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
 
-from support.docs.dashboards import (
-    Scene,
-    give_data,
-    job,
-    load,
-    scene,
-)
+from support.docs.dashboards import Scene, give_data, job, load, scene  # noqa: E402
 from support.server import server as clusters  # noqa: E402
 
 

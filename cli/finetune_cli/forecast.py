@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_cli import model_config
 from finetune_cli.errors import CliError
-from finetune_cli.output import format
+from finetune_cli.output import formatting
 from finetune_trainer.planning import planner
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def _with_memory(spec: FineTuneJobSpec, shape: planner.ModelShape, gpu_memory: i
         if not hasattr(error, "exit_code"):
             raise
         return Forecast(None, gpu_memory, False, (f"Does not fit: {error}",))
-    return Forecast(plan, gpu_memory, True, (f"{_sentence(plan)}.", f"It fits a GPU with {format.size(gpu_memory)}."))
+    return Forecast(
+        plan, gpu_memory, True, (f"{_sentence(plan)}.", f"It fits a GPU with {formatting.size(gpu_memory)}.")
+    )
 
 
 def _without_memory(spec: FineTuneJobSpec, shape: planner.ModelShape) -> Forecast:
@@ -146,7 +148,7 @@ def _sentence(plan: ExecutionPlan) -> str:
         checkpointing = f"{checkpointing}, selective in the rest" if count else "selective gradient checkpointing"
     cached = f", weights kept dequantized in {_layers(plan.cached_layers)}" if plan.cached_layers else ""
     return (
-        f"{format.size(plan.predicted_peak_memory_bytes or 0)} at the peak, per GPU, with micro-batch"
+        f"{formatting.size(plan.predicted_peak_memory_bytes or 0)} at the peak, per GPU, with micro-batch"
         f" {plan.micro_batch_size} × {plan.gradient_accumulation_steps} accumulated, {checkpointing}{cached}"
     )
 

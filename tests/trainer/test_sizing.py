@@ -359,5 +359,8 @@ def test_the_budget_of_selective_recomputation_counts_what_does_not_grow_with_to
 
 
 def test_importing_it_imports_no_torch() -> None:
-    code = "import sys, finetune_trainer.planning.planner; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    code = (
+        "import sys, finetune_trainer.planning.planner;"
+        " sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune_trainer.engine.compile import _has_kernels
+from finetune_trainer.engine.compilation import _has_kernels
 from support.trainer.triton import interpreted
 
 

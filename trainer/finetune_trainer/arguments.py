@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "Credentials come from the environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …) or from the secrets folder.",
         epilog=f"examples:\n"
         f"  {constants.TRAINER_COMMAND} --config job.yaml\n"
-        f"  {constants.TRAINER_COMMAND} --config job.yaml --set training.learningRate=1e-4 --set resources.gpusPerNode=0\n"
+        f"  {constants.TRAINER_COMMAND} --config job.yaml --set training.learningRate=1e-4"
+        f" --set resources.gpusPerNode=0\n"
         f"  torchrun --nproc-per-node 2 -m finetune_trainer.main --config job.yaml\n\n"
         f"environment:\n{environment}\n\n"
         f"exit codes:\n{codes}\n    1  Error            Anything else; the log has the traceback.\n",

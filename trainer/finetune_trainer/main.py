@@ -2,7 +2,8 @@
 
 `finetune-trainer --config job.yaml` is the whole interface: in a pod, under `docker run`, under torchrun, and for
 `finetune run`, which starts this as a subprocess on the same terminal with FINETUNE_TERMINATION_LOG set to a file of
-its own. The exit code says how it went (finetune_api.constants.ExitCode); that file holds the final TrainerReport as JSON.
+its own. The exit code (finetune_api.constants.ExitCode) says how it went; that file holds the final TrainerReport as
+JSON.
 """
 
 import os
@@ -54,7 +55,7 @@ def run(
         from finetune_trainer.checkpoints.manager import Checkpoints
         from finetune_trainer.checkpoints.state import RunFolder, fingerprint
         from finetune_trainer.data import batching, dataset, encoding
-        from finetune_trainer.engine import compile, fp8, fsdp
+        from finetune_trainer.engine import compilation, fp8, fsdp
         from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.evaluation import evaluator as evaluate
@@ -73,7 +74,7 @@ def run(
 
     job, spec, world = settings.job, settings.spec, settings.world
     hardware.prepare(spec, world)
-    compile.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
+    compilation.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
@@ -150,13 +151,13 @@ def run(
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
-            keep_dequantized(compile.of(loaded)[: plan.cached_layers])
+            keep_dequantized(compilation.of(loaded)[: plan.cached_layers])
         if spec.quantization.bits == 4 and plan.compiled:
             dequantize_in_one_pass(loaded)
         adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
         answer_with_loss(adapted.get_base_model())
         if plan.fp8:
-            repeated = compile.of(loaded)
+            repeated = compilation.of(loaded)
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             fsdp.shard(adapted, world, device)

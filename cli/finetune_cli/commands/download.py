@@ -20,7 +20,7 @@ from finetune_cli.options import (
     Output,
     complete_job,
 )
-from finetune_cli.output import console, format
+from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
     from finetune_cli.stores import Remote
@@ -86,7 +86,7 @@ def download(
         ]
         console.structured({"uri": address, "folder": str(folder), "files": listed}, output)
         return
-    total = format.size(sum(file.size for file in files))
+    total = formatting.size(sum(file.size for file in files))
     kept = f", {len(files) - len(missing)} of them were here already" if len(missing) < len(files) else ""
     console.done(f"{len(files)} files, {total}, in {folder}: every digest is right{kept}")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.status import Attempt
-from finetune_cli.output import format
+from finetune_cli.output import formatting
 from finetune_cli.output.job_view import View
 from finetune_cli.output.run_summary import gains, local_path
 
@@ -35,7 +35,7 @@ def job_table(views: Sequence[View], now: datetime, *, namespaces: bool) -> Tabl
         ("STEP", [view.status.progress.summary if view.status.progress else "" for view in views]),
         ("LOSS", [_loss(view) for view in views]),
         ("LEFT", [_left(view, now) for view in views]),
-        ("AGE", [format.age(view.created, now) for view in views]),
+        ("AGE", [formatting.age(view.created, now) for view in views]),
     ]
     # What is empty in every row is left out, for the reasons need the room.
     shown = [(title, cells) for title, cells in columns if any(map(str, cells))]
@@ -51,7 +51,7 @@ def job_table(views: Sequence[View], now: datetime, *, namespaces: bool) -> Tabl
 
 def _loss(view: View) -> str:
     progress = view.status.progress
-    return format.loss(progress.loss) if progress and progress.loss is not None else ""
+    return formatting.loss(progress.loss) if progress and progress.loss is not None else ""
 
 
 def _why_or_adapter(view: View) -> Text:
@@ -62,7 +62,7 @@ def _why_or_adapter(view: View) -> Text:
 
 def _left(view: View, now: datetime) -> str:
     done = view.status.progress.estimated_completion_time if view.status.progress else None
-    return format.duration((done - now).total_seconds()) if done and done > now and not view.is_over else ""
+    return formatting.duration((done - now).total_seconds()) if done and done > now and not view.is_over else ""
 
 
 def status_page(view: View, now: datetime, losses: Sequence[float] = ()) -> RenderableType:
@@ -92,9 +92,9 @@ def _headline(view: View, now: datetime) -> Text:
     allowed = (view.spec.get("recovery") or {}).get("maxAttempts")
     parts = [f"attempt {attempts}" + (f" of {allowed}" if allowed else "")] if attempts and not view.is_over else []
     if view.seconds is not None:
-        parts.append(f"after {format.duration(view.seconds)}")
+        parts.append(f"after {formatting.duration(view.seconds)}")
     elif view.created:
-        parts.append(f"{format.duration((now - view.created).total_seconds())} old")
+        parts.append(f"{formatting.duration((now - view.created).total_seconds())} old")
     return Text.assemble(
         (view.name, "bold"),
         (f"  {view.namespace}  ", "dim"),
@@ -122,8 +122,8 @@ def _progress(view: View, now: datetime, losses: Sequence[float]) -> Iterator[Re
         share = progress.step / progress.total_steps
         left = _left(view, now)
         yield Text.assemble(
-            ("  " + format.bar(share, BAR_WIDTH), STYLES[view.state]),
-            (f"  {progress.step:,}/{progress.total_steps:,} steps  {format.percent(share)}", "bold"),
+            ("  " + formatting.bar(share, BAR_WIDTH), STYLES[view.state]),
+            (f"  {progress.step:,}/{progress.total_steps:,} steps  {formatting.percent(share)}", "bold"),
             (f"  {left} left" if left else "", ""),
         )
     if len(losses) >= MIN_HISTORY:
@@ -131,7 +131,7 @@ def _progress(view: View, now: datetime, losses: Sequence[float]) -> Iterator[Re
     pairs = [Text.assemble((f"{title} ", "dim"), value, no_wrap=True) for title, value in _numbers(view)]
     yield Padding(Columns(pairs, padding=(0, 3, 0, 0)), (0, 0, 0, 2))
     if progress.updated_at and view.state == "running" and (now - progress.updated_at).total_seconds() > 120:
-        yield Text(f"  last heard of {format.age(progress.updated_at, now)} ago", style="yellow")
+        yield Text(f"  last heard of {formatting.age(progress.updated_at, now)} ago", style="yellow")
 
 
 def _numbers(view: View) -> Iterator[tuple[str, str]]:
@@ -145,7 +145,7 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
             ("epoch", progress.epoch),
         ):
             if value is not None:
-                yield title, (format.loss if title.endswith("loss") else format.number)(value)
+                yield title, (formatting.loss if title.endswith("loss") else formatting.number)(value)
     if plan and plan.micro_batch_size:
         accumulated = f" × {plan.gradient_accumulation_steps}" if plan.gradient_accumulation_steps else ""
         yield "micro-batch", f"{plan.micro_batch_size}{accumulated}"
@@ -159,12 +159,12 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
         ]
         yield "layout", ", ".join(engine)
     if plan and (peak := plan.measured_peak_memory_bytes or plan.predicted_peak_memory_bytes):
-        yield ("GPU memory" if plan.measured_peak_memory_bytes else "GPU memory (predicted)"), format.size(peak)
+        yield ("GPU memory" if plan.measured_peak_memory_bytes else "GPU memory (predicted)"), formatting.size(peak)
 
 
 def _loss_line(losses: Sequence[float]) -> Text:
-    line = format.sparkline(losses, SPARK_WIDTH)
-    ends = f"  {format.loss(losses[0])} → {format.loss(losses[-1])}"
+    line = formatting.sparkline(losses, SPARK_WIDTH)
+    ends = f"  {formatting.loss(losses[0])} → {formatting.loss(losses[-1])}"
     return Text.assemble(("  loss ", "dim"), (line, "cyan"), (ends, "dim"))
 
 
@@ -196,14 +196,14 @@ def _results(view: View) -> Table:
     grid.add_column(overflow="fold")
     if adapter := view.status.adapter:
         grid.add_row("Adapter", Text(local_path(adapter.uri), style="green"))
-        grid.add_row("", Text(f"rank {adapter.rank} for {adapter.base_model}, {format.size(adapter.size_bytes)}"))
+        grid.add_row("", Text(f"rank {adapter.rank} for {adapter.base_model}, {formatting.size(adapter.size_bytes)}"))
         grid.add_row("Digest", Text(adapter.manifest_digest, style="dim"))
     if view.is_over:
         for title, value in gains(view.status.metrics or {}):
             grid.add_row(title, value)
         speed = (view.status.metrics or {}).get("tokensPerSecond")
         if speed:
-            grid.add_row("Speed", f"{format.number(speed)} tokens/s")
+            grid.add_row("Speed", f"{formatting.number(speed)} tokens/s")
     return grid
 
 
@@ -221,7 +221,7 @@ def _attempts(attempts: Sequence[Attempt], now: datetime) -> Table:
             "" if attempt.exit_code is None else str(attempt.exit_code),
             "" if attempt.last_step is None else f"{attempt.last_step:,}",
             "" if attempt.micro_batch_size is None else str(attempt.micro_batch_size),
-            format.duration((end - attempt.started_at).total_seconds()) if attempt.started_at else "",
+            formatting.duration((end - attempt.started_at).total_seconds()) if attempt.started_at else "",
         )
     return table
 
@@ -240,7 +240,7 @@ def _conditions(view: View, now: datetime) -> Table:
             Text(mark, style=style),
             each.type,
             Text(each.reason, style="dim"),
-            Text(format.age(each.last_transition_time, now), style="dim"),
+            Text(formatting.age(each.last_transition_time, now), style="dim"),
             # What the page has said above is not said again.
             "" if each.message == view.why else each.message,
         )
@@ -254,7 +254,7 @@ def change_line(view: View, now: datetime) -> str:
     if progress and progress.summary:
         parts.append(progress.summary)
     if progress and progress.loss is not None:
-        parts.append(f"loss {format.loss(progress.loss)}")
+        parts.append(f"loss {formatting.loss(progress.loss)}")
     if view.why:
         parts.append(view.why)
     return "  ".join(parts)

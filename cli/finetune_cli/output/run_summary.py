@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from finetune_api import constants, uri
 from finetune_cli.errors import Exit
 from finetune_cli.manifests import STDIN
-from finetune_cli.output import console, format
+from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
@@ -43,7 +43,7 @@ def gains(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         after, before = metrics.get(key), metrics.get(f"{key}Before")
         if after is None:
             continue
-        show = format.loss if key == "evalLoss" else format.percent
+        show = formatting.loss if key == "evalLoss" else formatting.percent
         rows.append((title, show(after) if before is None else f"{show(before)} → {show(after)}"))
     return rows
 
@@ -90,14 +90,14 @@ def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float
     target = adapter.uri if adapter else job.spec.output.uri
     rows = [("Adapter", local_path(target))]
     if adapter:
-        rows.append(("", f"rank {adapter.rank}, {format.size(adapter.size_bytes)}, verified"))
+        rows.append(("", f"rank {adapter.rank}, {formatting.size(adapter.size_bytes)}, verified"))
     rows += gains(metrics)
     if report and report.progress.step:
         speed = metrics.get("tokensPerSecond")
         rows.append(
-            ("Training", f"{report.progress.step} steps" + (f", {format.number(speed)} tokens/s" if speed else ""))
+            ("Training", f"{report.progress.step} steps" + (f", {formatting.number(speed)} tokens/s" if speed else ""))
         )
-    rows.append(("Time", format.duration(seconds)))
+    rows.append(("Time", formatting.duration(seconds)))
 
     table = Table.grid(padding=(0, 2))
     for title, value in rows:
@@ -131,7 +131,7 @@ def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, sec
     said = report.message if report and report.message else outcome.cause if outcome else ""
     console.err().print()
     console.complain(
-        f"{job.metadata.name}: {reason} after {format.duration(seconds)} (exit code {code})"
+        f"{job.metadata.name}: {reason} after {formatting.duration(seconds)} (exit code {code})"
         + (f": {said}" if said else "")
     )
     if code == constants.ExitCode.PREEMPTED:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from finetune_cli.commands import logs
-from finetune_cli.output import format, loss_history
+from finetune_cli.output import formatting, loss_history
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from finetune_cli.output import format, loss_history
     ],
 )
 def test_durations(seconds, words):
-    assert format.duration(seconds) == words
+    assert formatting.duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ def test_durations(seconds, words):
     [(0.42134, "0.4213"), (2e-5, "2e-05"), (18004.4, "18,004"), (2.0, "2"), (0.0, "0"), (12.345, "12.35")],
 )
 def test_numbers(value, words):
-    assert format.number(value) == words
+    assert formatting.number(value) == words
 
 
 def test_sizes_and_shares_and_ages():
-    assert [format.size(count) for count in (512, 27_300_000, 3 * 2**30)] == ["512 B", "26.0 MiB", "3.0 GiB"]
-    assert [format.percent(share) for share in (0, 0.005, 0.48, 0.995, 1)] == [
+    assert [formatting.size(count) for count in (512, 27_300_000, 3 * 2**30)] == ["512 B", "26.0 MiB", "3.0 GiB"]
+    assert [formatting.percent(share) for share in (0, 0.005, 0.48, 0.995, 1)] == [
         "0 %",
         "0.5 %",
         "48 %",
@@ -43,7 +43,7 @@ def test_sizes_and_shares_and_ages():
         "100 %",
     ]
     now = datetime.now(UTC)
-    assert [format.age(now - timedelta(seconds=s), now) for s in (45, 119, 120, 7200, 180_000)] == [
+    assert [formatting.age(now - timedelta(seconds=s), now) for s in (45, 119, 120, 7200, 180_000)] == [
         "45s",
         "119s",
         "2m",
@@ -53,11 +53,11 @@ def test_sizes_and_shares_and_ages():
 
 
 def test_a_sparkline_spans_its_values_and_never_its_width():
-    assert format.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
-    assert format.sparkline([5, 5, 5], 8) == "▁▁▁"
-    assert len(format.sparkline(list(range(1000)), 40)) == 40
-    assert format.sparkline([1, float("nan"), float("inf"), 2], 8) == "▁█"
-    assert format.sparkline([], 8) == ""
+    assert formatting.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
+    assert formatting.sparkline([5, 5, 5], 8) == "▁▁▁"
+    assert len(formatting.sparkline(list(range(1000)), 40)) == 40
+    assert formatting.sparkline([1, float("nan"), float("inf"), 2], 8) == "▁█"
+    assert formatting.sparkline([], 8) == ""
 
 
 def test_losses_are_read_from_logs_and_metrics_alike():

@@ -1,4 +1,6 @@
-"""A stand-in for the Kubernetes API server, for machines without its binaries: `python -m support.standin.server --port 8001`.
+"""A stand-in for the Kubernetes API server, for machines without its binaries.
+
+Start it with `python -m support.standin.server --port 8001`.
 
 It speaks enough of the API for the official clients, Kopf, kubectl and Helm: discovery, create, read, update, delete,
 the four patch types, watches with resource versions and bookmarks, the status subresource, selectors, dry run, and

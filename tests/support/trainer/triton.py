@@ -8,7 +8,7 @@ import pytest
 
 
 def interpreted(name: str) -> ModuleType:
-    """The module `name` of the engine's kernels, whose kernels Triton's interpreter runs (tests/trainer/conftest.py)."""
+    """The module `name` of engine/kernels, which Triton's interpreter runs (tests/trainer/conftest.py)."""
     pytest.importorskip("triton", reason="Triton exists for Linux alone")
     if "TRITON_INTERPRET" not in os.environ:
         pytest.skip("a GPU is here, and tests/gpu runs the kernels on it")

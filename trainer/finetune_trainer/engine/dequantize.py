@@ -6,7 +6,7 @@ from typing import Any
 import structlog
 import torch
 
-from finetune_trainer.engine.compile import replace
+from finetune_trainer.engine.compilation import replace
 from finetune_trainer.engine.lora import while_training
 from finetune_trainer.errors import type_and_reason
 

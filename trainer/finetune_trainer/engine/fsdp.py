@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune_trainer.engine import compile
+from finetune_trainer.engine import compilation
 from finetune_trainer.settings import World
 
 
@@ -39,7 +39,7 @@ def shard(model: Any, world: World, device: str) -> None:
     Raises ConfigInvalid for a model that does not name its layers.
     """
     core = model.get_base_model()
-    repeated = compile.of(core)
+    repeated = compilation.of(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
     for layer in repeated:

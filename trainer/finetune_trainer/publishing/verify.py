@@ -83,8 +83,8 @@ class ShardedVerifier(Verifier):
 def load_back(store: Store, folder: Path) -> StoreManifest:
     """Fetch a published adapter to `folder` and load it as PEFT does, without a base model; returns its manifest.
 
-    It was loaded on its base before its manifest was written (finetune_trainer.publishing.publish), and its bytes are compared
-    with that manifest here: they are the bytes that passed. Raises StoreCorrupted.
+    It was loaded on its base before its manifest was written (finetune_trainer.publishing.publish). Its bytes are
+    compared with that manifest here: they are the bytes that passed. Raises StoreCorrupted.
     """
     found = store_manifest.read(store)
     if found is None:

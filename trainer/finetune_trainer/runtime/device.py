@@ -12,7 +12,7 @@ from accelerate import PartialState
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine import attention as varlen
-from finetune_trainer.engine import compile, fp8
+from finetune_trainer.engine import compilation, fp8
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.planner import Device
@@ -101,7 +101,7 @@ def _attention_problem(name: str, spec: FineTuneJobSpec, base: BaseModel, world:
 
 def can_compile(spec: FineTuneJobSpec) -> bool:
     """Whether what is compiled for this device can be compiled here; why not is logged."""
-    problem = compile.no_compiler() if spec.resources.gpus_per_node else None
+    problem = compilation.no_compiler() if spec.resources.gpus_per_node else None
     if problem and spec.training.compile != "disabled":
         log.warning(f"The decoder layers are not compiled: {problem}; training is slower")
     return problem is None

@@ -18,7 +18,7 @@ from finetune_trainer.checkpoints.state import RunFolder, RunState
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
 from finetune_trainer.data.dataset import Encoded
-from finetune_trainer.engine.compile import put_into_effect
+from finetune_trainer.engine.compilation import put_into_effect
 from finetune_trainer.engine.lora import forget, inputs_of, share_inputs
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
