@@ -10,7 +10,7 @@ from typing import Any
 import metric_names
 import operator_reasons
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.crd import crd
 
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def _outcomes() -> list[str]:
     ]
     table += [
         f"| {int(each.code)} | `{each.reason}` | {'no' if each.final else 'yes'} | {each.cause} | {each.cure} |"
-        for each in sorted(constants.REASONS.values(), key=lambda outcome: outcome.code)
+        for each in sorted(exit_codes.REASONS.values(), key=lambda outcome: outcome.code)
     ]
     return table
 

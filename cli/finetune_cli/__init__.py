@@ -1,1 +1,1 @@
-"""finetune_cli"""
+"""The `finetune` command, also the kubectl plugin."""

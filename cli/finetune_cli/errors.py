@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes, for scripts. `finetune run` returns the trainer's code (finetune_api.constants.ExitCode) instead."""
+    """Exit codes, for scripts. `finetune run` returns the trainer's code (finetune_api.exit_codes.ExitCode) instead."""
 
     OK = 0
     INVALID = 1

@@ -26,7 +26,7 @@ from finetune_operator.reconcile.event_recorder import Recorder
 from finetune_operator.reconcile.reconciler import Conflict, Reconciler
 from finetune_operator.reconcile.work_queue import Queue, Result
 from finetune_operator.settings import Settings
-from finetune_operator.watch import kopf_handlers
+from finetune_operator.watch import kopf_handlers, kopf_settings
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.kopf_runner import Watches
 from finetune_operator.watch.progress import Poller
@@ -77,7 +77,7 @@ class Operator:
         self.stop = asyncio.Event()
         self.watches = Watches(
             lambda: kopf_handlers.registry(self.cache, self.queue.add, connection.kopf_login),
-            lambda: kopf_handlers.kopf_settings(settings),
+            lambda: kopf_settings.kopf_settings(settings),
             settings.namespaces,
             on_start=lambda: _on_signals(self.stop),
             on_end=self._kopf_ended,

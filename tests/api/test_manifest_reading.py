@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from api.manifests import MINIMAL
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from finetune_api.manifest import ManifestError, check, load_file, load_text, parse
 from finetune_trainer.errors import failure_of
 

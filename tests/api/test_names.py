@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_api.constants import (
+from finetune_api.exit_codes import (
     FINAL_EXIT_CODES,
     OUTCOMES,
     REASONS,

@@ -20,8 +20,8 @@ from finetune_api.manifest import load_text
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
 from finetune_trainer.publishing.publish import publish
-from finetune_trainer.stores.base import open_store
 from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.open import open_store
 from support.docs import helm_command
 from support.docs.markdown import ROOT, blocks
 from support.node import fake_trainer

@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.crd import crd
 from finetune_api.manifest import load_text
 from finetune_api.status import Condition, Stage
@@ -235,7 +235,7 @@ NO_REASONS |= {"Failed", *get_args(Condition.model_fields["type"].annotation)} -
 def test_every_reason_has_a_cause_and_a_cure() -> None:
     page = (DOCS / "troubleshooting.md").read_text()
     told = set(re.findall(r"^\| (?:\d+ \| )?`(\w+)`", page, re.MULTILINE))
-    outcomes = set(constants.REASONS)
+    outcomes = set(exit_codes.REASONS)
     assert reasons_in_code() - NO_REASONS - told == set(), "tell of them in docs/operator_reasons.py"
     assert outcomes - told == set()
     assert told - outcomes - reasons_in_code() == set(), "no longer in the code"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.settings import Settings
-from finetune_operator.watch import kopf_handlers
+from finetune_operator.watch import kopf_settings
 from support.node import fake_trainer
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs
@@ -81,11 +81,11 @@ def test_stopped_while_its_watches_begin_anew_it_ends_at_once(stage: Stage) -> N
 
 
 def test_kopf_sets_no_clock_to_kill_the_process() -> None:
-    assert kopf_handlers.kopf_settings(Settings()).process.ultimate_exiting_timeout is None
+    assert kopf_settings.kopf_settings(Settings()).process.ultimate_exiting_timeout is None
 
 
 def test_with_the_default_settings_that_takes_75_seconds_at_most() -> None:
-    watching = kopf_handlers.kopf_settings(Settings()).watching
+    watching = kopf_settings.kopf_settings(Settings()).watching
     assert watching.inactivity_timeout + watching.reconnect_backoff <= 75
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs
 from support.operator.process import OperatorProcess
@@ -49,13 +49,13 @@ def test_events_tell_each_step_once(operator: OperatorProcess, node: ProcessNode
     )
 
 
-@pytest.mark.parametrize("code", constants.FINAL_EXIT_CODES)
+@pytest.mark.parametrize("code", exit_codes.FINAL_EXIT_CODES)
 def test_a_users_mistake_ends_the_job_with_its_reason(
     code: int, operator: OperatorProcess, node: ProcessNode, jobs: Jobs
 ):
     jobs.create("nli", f"fail-{code}")
     over = jobs.wait_over("nli")
-    assert (over["status"], over["reason"]) == ("False", constants.OUTCOMES[code].reason)
+    assert (over["status"], over["reason"]) == ("False", exit_codes.OUTCOMES[code].reason)
     assert over["message"] == f"simulated exit {code}"
     assert jobs.status("nli")["attempts"][0]["exitCode"] == code
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from finetune_api import constants
+from finetune_api import exit_codes
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.observability.job_metrics import REASONS, Fleet
 
@@ -67,4 +67,4 @@ def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
 
 def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:
     explained = runpy.run_path(str(ROOT / "docs" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
-    assert set(REASONS) == {*constants.REASONS, *explained}
+    assert set(REASONS) == {*exit_codes.REASONS, *explained}

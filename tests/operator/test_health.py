@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from finetune_operator.kube.session import Reach
+from finetune_operator.kube.freshness import Reach
 from finetune_operator.observability import health as http
 from finetune_operator.observability.health import Health, Signs
 from finetune_operator.reconcile.work_queue import Queue, Result

@@ -9,13 +9,9 @@ from aiohttp import web
 from kubernetes.aio.client import Configuration
 
 from finetune_operator.core.objects.observed import Notice
-from finetune_operator.kube.session import (
-    Connection,
-    Events,
-    resource_of,
-    verb_of,
-    version_in,
-)
+from finetune_operator.kube.session import Connection
+from finetune_operator.kube.urls import resource_of, verb_of
+from finetune_operator.kube.watch_stream import Events, version_in
 from finetune_operator.observability.metrics import Metrics
 from finetune_operator.watch import wait_reasons
 from finetune_operator.watch.cache import Cache

@@ -15,8 +15,8 @@ from finetune_trainer.stores.base import (
     StoreCorrupted,
     StoreNotFound,
     StoreUnavailable,
-    open_store,
 )
+from finetune_trainer.stores.open import open_store
 from support.stores.fault_proxy import Faults, faulty
 from support.stores.s3 import S3Server
 

@@ -8,7 +8,8 @@ import pytest
 
 from finetune_api import constants
 from finetune_trainer.errors import failure_of
-from finetune_trainer.stores.credentials import Credentials, origin, without_userinfo
+from finetune_trainer.redact import without_userinfo
+from finetune_trainer.stores.credentials import Credentials, origin
 
 ENV = {"AWS_ACCESS_KEY_ID": "env-id", "AWS_SECRET_ACCESS_KEY": "env-secret", "AWS_SESSION_TOKEN": "env-token"}
 

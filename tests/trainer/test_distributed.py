@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_api import constants
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from support.stores.s3 import S3Server
 from support.trainer.process import job, metrics_lines, train
 from support.trainer.two_ranks import Pair, Torchrun

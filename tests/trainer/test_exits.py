@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from finetune_trainer.reporting.report import termination_message
 from support.trainer.process import TrainerProcess, job, train
 from support.trainer.tiny_model import nli_rows, write_jsonl

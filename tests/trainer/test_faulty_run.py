@@ -13,7 +13,7 @@ import pytest
 from tenacity import Future, RetryCallState
 
 from finetune_api import constants
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from finetune_trainer.stores.s3 import retry
 from support.stores.fault_proxy import Faults, faulty
 from support.stores.s3 import S3Server

@@ -30,10 +30,10 @@ from finetune_trainer.stores.base import (
     Store,
     StoreError,
     StoreUnavailable,
-    open_store,
 )
 from finetune_trainer.stores.digest import digest_file
 from finetune_trainer.stores.fetch import fetch
+from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.s3 import client, retry
 from support.stores.fault_proxy import Faults, Request, faulty
 from support.stores.s3 import S3Server

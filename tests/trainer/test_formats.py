@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import structlog
 
-from finetune_trainer.data import formats, ragged
+from finetune_trainer.data import (
+    formats,
+    ragged,
+    readers,
+)
 from finetune_trainer.data.dataset import Shard, encode, load_rows
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
 
 ROWS = [{"text": "one"}, {"text": 'two\nlines, "quoted"'}, {"text": "drei · 三"}]
@@ -105,8 +110,8 @@ def test_rows_are_not_kept_but_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dataset_infos.json", "dataset_info.json", ".git/x.json", "_temporary/a.csv", "a.md"])
 def test_what_lies_beside_the_data_is_no_shard(name: str) -> None:
-    assert not formats.is_data_file(name)
-    assert formats.is_data_file("en/train.jsonl")
+    assert not readers.is_data_file(name)
+    assert readers.is_data_file("en/train.jsonl")
 
 
 def test_token_lists_are_lists_in_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +169,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("shape", "data", "problem"), BAD_ROWS)
 def test_a_bad_row_is_explained(shape: Any, data: Any, problem: str) -> None:
-    row = formats.check(formats.Row("f.jsonl", 4, data), shape, "text")
+    row = formats.check(Row("f.jsonl", 4, data), shape, "text")
     assert problem in str(row)
     assert str(row).startswith("f.jsonl:4: ")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.engine import compilation, fp8
+from finetune_trainer.engine import fp8, modules
 from support.trainer.process import job, metrics_lines, train
 
 
@@ -48,7 +48,7 @@ def test_frozen_layers_alone_are_converted_and_the_adapter_learns(tiny_model: Pa
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fp8.convert(compilation.of(base)[:1])
+    fp8.convert(modules.of(base)[:1])
     converted = {name for name, module in model.named_modules() if isinstance(module, fp8.Fp8Linear)}
     assert len(converted) == 7 and all(".layers.0." in name for name in converted)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
@@ -70,9 +70,9 @@ def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
 
 
 def _as_if_there_were_hardware() -> None:
-    from finetune_trainer.runtime import device
+    from finetune_trainer.engine import capabilities
 
-    device.has_fp8 = lambda *_: True
+    capabilities.has_fp8 = lambda *_: True
 
 
 @pytest.mark.parametrize("quantization", [{"cachedLayers": 1}, {"bits": 16}], ids=str)

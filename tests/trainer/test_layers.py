@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate, _order
-from finetune_trainer.engine import compilation
+from finetune_trainer.engine import capabilities, compilation, modules
 from finetune_trainer.engine.lora import share_inputs
-from finetune_trainer.model.base import _keep_weights_trainable, load_adapter_weights, save_adapter
+from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
+from finetune_trainer.model.base import _keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
 from support.trainer.tiny_model import build_model
 
@@ -59,7 +60,7 @@ def _loss_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.
 def test_recomputed_layers_run_twice_and_change_nothing(recomputed: int | None, deep_model: Path) -> None:
     model = _adapted(deep_model)
     runs: list[int] = []
-    for index, layer in enumerate(compilation.of(model.get_base_model())):
+    for index, layer in enumerate(modules.of(model.get_base_model())):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
     found = []
     for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=recomputed)):
@@ -261,7 +262,7 @@ def test_without_a_compiler_it_is_said_what_is_missing(missing: str, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
     monkeypatch.setattr("shutil.which", lambda name: None if missing == "gcc" else name)
     assert (
-        compilation.no_compiler()
+        capabilities.no_compiler()
         == {
             "triton": "the triton package is missing",
             "gcc": "no C compiler is installed",

@@ -8,6 +8,7 @@ import torch
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model import adapter
 from finetune_trainer.model import base as model
 
 
@@ -27,8 +28,8 @@ def _load(tiny_model: Path, **sections: Any) -> Any:
     spec = _spec(tiny_model, **sections)
     base = model.inspect(tiny_model, spec)
     torch.manual_seed(0)
-    return model.attach_adapter(
-        model.load_base(tiny_model, base, spec, "sdpa", "cpu"), model.lora_config(spec, "org/base", "abc")
+    return adapter.attach_adapter(
+        model.load_base(tiny_model, base, spec, "sdpa", "cpu"), adapter.lora_config(spec, "org/base", "abc")
     )
 
 
@@ -74,9 +75,9 @@ def test_four_bits_are_close_to_the_weights_they_stand_for(tiny_model: Path) -> 
 def test_target_modules_must_be_layers_of_the_model(wanted: list[str], problem: str, tiny_model: Path) -> None:
     base = model.inspect(tiny_model, _spec(tiny_model))
     with pytest.raises(ConfigInvalid, match=problem):
-        model.check_target_modules(wanted, base.linear_layers)
-    model.check_target_modules(["q_proj", "model.layers.1.mlp.up_proj"], base.linear_layers)
-    model.check_target_modules(["all-linear"], base.linear_layers)
+        adapter.check_target_modules(wanted, base.linear_layers)
+    adapter.check_target_modules(["q_proj", "model.layers.1.mlp.up_proj"], base.linear_layers)
+    adapter.check_target_modules(["all-linear"], base.linear_layers)
 
 
 def test_all_linear_takes_every_layer_but_the_head(tiny_model: Path) -> None:
@@ -107,16 +108,16 @@ def test_the_adapter_names_the_served_model_and_its_revision(tiny_model: Path, t
     import json
 
     adapted = _load(tiny_model)
-    model.save_adapter(adapted, tmp_path)
+    adapter.save_adapter(adapted, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
     assert not (tmp_path / "README.md").exists()
 
 
 def test_weights_of_another_shape_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    model.save_adapter(_load(tiny_model, lora={"rank": 8}), tmp_path / "rank")
-    model.save_adapter(_load(tiny_model, lora={"targetModules": ["q_proj"]}), tmp_path / "layers")
+    adapter.save_adapter(_load(tiny_model, lora={"rank": 8}), tmp_path / "rank")
+    adapter.save_adapter(_load(tiny_model, lora={"targetModules": ["q_proj"]}), tmp_path / "layers")
     adapted = _load(tiny_model)
     for other in ("rank", "layers"):
         with pytest.raises(ConfigInvalid, match="does not fit"):
-            model.load_adapter_weights(adapted, tmp_path / other)
+            adapter.load_adapter_weights(adapted, tmp_path / other)

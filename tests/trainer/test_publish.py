@@ -18,9 +18,9 @@ from finetune_trainer.stores.base import (
     Credentials,
     Store,
     StoreAccessDenied,
-    open_store,
 )
 from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.open import open_store
 from support.stores.s3 import S3Server
 
 JOB = Metadata(name="nli", namespace="team", uid="1111")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from support.trainer.process import (
     TrainerProcess,
     job,

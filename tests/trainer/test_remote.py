@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from support.stores.hub import Hub
 from support.stores.s3 import Keys, S3Server
 from support.trainer.process import TrainerProcess, job, train

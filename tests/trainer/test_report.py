@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune_api.status import TrainerReport
-from finetune_trainer.checkpoints.state import RunFolder, RunState
+from finetune_trainer.checkpoints.folder import RunFolder
+from finetune_trainer.checkpoints.state import RunState
 from finetune_trainer.reporting.report import Reporter, termination_message
 from finetune_trainer.stores.manifest import FileRecord, StoreManifest
 

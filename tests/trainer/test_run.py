@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.status import TrainerReport
 from support.trainer.process import (
     Finished,
@@ -120,7 +120,7 @@ def test_the_same_job_again_finds_its_adapter_and_another_is_refused(
     assert again.exit_code == 0
     assert again.report["adapter"] == run[0].report["adapter"]
     other = train(job(folder, tiny_model, uid="other"), tmp_path / "other")
-    assert other.exit_code == constants.ExitCode.CONFIG_INVALID
+    assert other.exit_code == exit_codes.ExitCode.CONFIG_INVALID
     assert "already holds an adapter (of team/tiny" in other.message
     assert "LoadingModel" not in other.log
 
@@ -149,7 +149,7 @@ def test_metrics_and_progress_are_served_while_it_runs(tiny_model: Path, tmp_pat
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(samples["finetune_trainer_steps"]) == 400
     assert float(samples["finetune_trainer_tokens_per_second"]) > 0
-    assert finished.exit_code == constants.ExitCode.PREEMPTED
+    assert finished.exit_code == exit_codes.ExitCode.PREEMPTED
 
 
 def _events(log: str) -> list[dict[str, Any]]:
@@ -193,16 +193,16 @@ def test_an_adapter_is_not_replaced_by_one_that_does_not_load(tiny_model: Path, 
     def spoil_what_is_saved() -> None:
         from safetensors.torch import load_file, save_file
 
-        from finetune_trainer.model import base as model
+        from finetune_trainer.model import adapter
 
-        original = model.save_adapter
+        original = adapter.save_adapter
 
         def save_adapter(adapted: Any, folder: Path) -> None:
             original(adapted, folder)
             weights = load_file(folder / constants.ADAPTER_WEIGHTS_FILE)
             save_file({name: weight + 0.5 for name, weight in weights.items()}, folder / constants.ADAPTER_WEIGHTS_FILE)
 
-        model.save_adapter = save_adapter
+        adapter.save_adapter = save_adapter
 
     changes = {"training.maxSteps": 1, "output.overwrite": True}
     first = train(job(tmp_path, tiny_model, changes, uid="first"), tmp_path)

@@ -20,10 +20,10 @@ from finetune_trainer.stores.base import (
     StoreMisconfigured,
     StoreNotFound,
     StoreUnavailable,
-    open_store,
 )
 from finetune_trainer.stores.digest import digest_bytes, digest_file
 from finetune_trainer.stores.folder import FolderStore
+from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.s3 import client as s3_client
 from finetune_trainer.stores.s3 import etag as s3_etag
 from finetune_trainer.stores.s3 import retry

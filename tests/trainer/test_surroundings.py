@@ -1,6 +1,6 @@
 import gc
 
-from finetune_trainer.reporting.setup import imported_for_good
+from finetune_trainer.runtime.gc import imported_for_good
 
 
 def test_the_garbage_collector_passes_over_what_is_imported_for_good_and_works_on() -> None:

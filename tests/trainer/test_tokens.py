@@ -8,13 +8,9 @@ import pytest
 import structlog
 
 from finetune_trainer.data.dataset import encode
-from finetune_trainer.data.encoding import (
-    Encoder,
-    check_vocabulary,
-    choose_pad_token,
-    load_tokenizer,
-)
-from finetune_trainer.data.formats import Row
+from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.rows import Row
+from finetune_trainer.data.tokenizer import check_vocabulary, choose_pad_token, load_tokenizer
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 
 TEXT = {"text": "[INST] Premise: anna has tea. [/INST] yes"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from finetune_trainer.reporting import trackers
 from support.trainer.process import (
     TrainerProcess,

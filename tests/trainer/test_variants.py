@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 from support.trainer.process import (
     Finished,
     job,

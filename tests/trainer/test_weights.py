@@ -9,7 +9,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from finetune_trainer.engine import compilation
+from finetune_trainer.engine import modules
 from finetune_trainer.engine.dequantize import dequantized, keep_dequantized
 from finetune_trainer.model.base import _keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
@@ -54,7 +54,7 @@ def test_only_the_layers_asked_for_are_kept_so_and_the_adapter_has_the_same_name
     names = []
     for kept in (0, 1):
         model = _quantized(tiny_model)
-        keep_dequantized(compilation.of(model)[:kept])
+        keep_dequantized(modules.of(model)[:kept])
         four_bits = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
         assert len(four_bits) == 14 - 7 * kept
         assert all(f"layers.{kept}." in name or kept == 0 for name in four_bits)

@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 
 
 def parser() -> argparse.ArgumentParser:
     """--config and --set; the help also explains environment variables and exit codes."""
     codes = "\n".join(
         f"  {outcome.code:>3}  {outcome.reason:<16} {outcome.cause}"
-        for outcome in sorted(constants.REASONS.values(), key=lambda outcome: outcome.code)
+        for outcome in sorted(exit_codes.REASONS.values(), key=lambda outcome: outcome.code)
     )
     environment = "\n".join(
         f"  {name:<26} {text}"

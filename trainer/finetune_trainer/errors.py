@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune_api.constants import OUTCOMES, ExitCode
+from finetune_api.exit_codes import OUTCOMES, ExitCode
 from finetune_api.manifest import ManifestError
-from finetune_trainer.stores.credentials import without_userinfo
+from finetune_trainer.redact import without_userinfo
 from finetune_trainer.stores.errors import StoreError
 
 #: Exit code of a failure nobody foresaw, and its reason.

@@ -10,7 +10,7 @@ import structlog
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
 from finetune_trainer.data.dataset import Shard
-from finetune_trainer.data.formats import is_data_file
+from finetune_trainer.data.readers import is_data_file
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials

@@ -2,7 +2,7 @@
 
 `finetune-trainer --config job.yaml` is the whole interface: in a pod, under `docker run`, under torchrun, and for
 `finetune run`, which starts this as a subprocess on the same terminal with FINETUNE_TERMINATION_LOG set to a file of
-its own. The exit code (finetune_api.constants.ExitCode) says how it went; that file holds the final TrainerReport as
+its own. The exit code (finetune_api.exit_codes.ExitCode) says how it went; that file holds the final TrainerReport as
 JSON.
 """
 
@@ -24,13 +24,10 @@ from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
 from finetune_trainer.reporting import logs
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
-from finetune_trainer.reporting.setup import (
-    imported_for_good,
-    leave_at_once,
-    show,
-    work_folder,
-)
+from finetune_trainer.reporting.setup import leave_at_once, show
+from finetune_trainer.runtime.gc import imported_for_good
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
+from finetune_trainer.runtime.workspace import work_folder
 from finetune_trainer.settings import Place, Settings, World
 from finetune_trainer.stores.digest import Digest
 
@@ -52,14 +49,27 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with imported_for_good():
+        from finetune_trainer.checkpoints.fingerprint import fingerprint
+        from finetune_trainer.checkpoints.folder import RunFolder
         from finetune_trainer.checkpoints.manager import Checkpoints
-        from finetune_trainer.checkpoints.state import RunFolder, fingerprint
-        from finetune_trainer.data import batching, dataset, encoding
-        from finetune_trainer.engine import compilation, fp8, fsdp
+        from finetune_trainer.data import (
+            batching,
+            dataset,
+            encoding,
+            tokenizer,
+        )
+        from finetune_trainer.engine import (
+            capabilities,
+            compilation,
+            fp8,
+            fsdp,
+            modules,
+        )
         from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.engine.loss import answer_with_loss
         from finetune_trainer.evaluation import evaluator as evaluate
         from finetune_trainer.inputs import Inputs, served_name
+        from finetune_trainer.model import adapter
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner
         from finetune_trainer.publishing import bundle
@@ -68,8 +78,8 @@ def run(
         from finetune_trainer.reporting import trackers
         from finetune_trainer.runtime import device as hardware
         from finetune_trainer.runtime import distributed
-        from finetune_trainer.stores.base import open_store
         from finetune_trainer.stores.credentials import Credentials
+        from finetune_trainer.stores.open import open_store
         from finetune_trainer.training.session import Training
 
     job, spec, world = settings.job, settings.spec, settings.world
@@ -101,11 +111,11 @@ def run(
         eval_rows, eval_format = dataset.load_rows(
             inputs.shards(spec.dataset.eval, "spec.dataset.eval"), spec.dataset.format, spec.dataset.text_field
         )
-    tokenizer = encoding.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
+    tokenizer = tokenizer.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
     base = model.inspect(model_files.folder, spec)
-    attention = hardware.attention(spec, base, world)
-    encoding.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
-    model.check_target_modules(spec.lora.target_modules, base.linear_layers)
+    attention = capabilities.attention(spec, base, world)
+    tokenizer.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
+    adapter.check_target_modules(spec.lora.target_modules, base.linear_layers)
     encoder = encoding.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
     train_data = dataset.encode(train_rows, train_format, encoder, "training")
     held_out = dataset.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
@@ -116,7 +126,7 @@ def run(
     )
     init_from = inputs.adapter(spec.lora.init_from) if spec.lora.init_from else None
     if init_from:
-        model.check_init_from(init_from, spec)
+        adapter.check_init_from(init_from, spec)
 
     folder = RunFolder(work)
     identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
@@ -134,8 +144,8 @@ def run(
         tokens=batching.most_tokens(
             spec, train_data.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)
         ),
-        can_compile=hardware.can_compile(spec),
-        has_fp8=hardware.has_fp8(spec, world),
+        can_compile=capabilities.can_compile(spec),
+        has_fp8=capabilities.has_fp8(spec, world),
     )
     reporter.plan(plan)
     log.info("Execution plan", **plan.manifest())
@@ -151,13 +161,13 @@ def run(
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
-            keep_dequantized(compilation.of(loaded)[: plan.cached_layers])
+            keep_dequantized(modules.of(loaded)[: plan.cached_layers])
         if spec.quantization.bits == 4 and plan.compiled:
             dequantize_in_one_pass(loaded)
-        adapted = model.attach_adapter(loaded, model.lora_config(spec, base_model, model_files.revision), init_from)
+        adapted = adapter.attach_adapter(loaded, adapter.lora_config(spec, base_model, model_files.revision), init_from)
         answer_with_loss(adapted.get_base_model())
         if plan.fp8:
-            repeated = compilation.of(loaded)
+            repeated = modules.of(loaded)
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             fsdp.shard(adapted, world, device)
@@ -217,8 +227,8 @@ def run(
     track(state.step, {f"final/{key}": value for key, value in metrics.items()})
     if spec.evaluation.keep_best and folder.best.exists():
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
-        model.load_adapter_weights(adapted, folder.best)
-    model.save_adapter(adapted, folder.adapter)
+        adapter.load_adapter_weights(adapted, folder.best)
+    adapter.save_adapter(adapted, folder.adapter)
     bundle.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_api import constants
 from finetune_api.manifest import load_file
@@ -74,3 +75,15 @@ class Settings:
 def load(path: Path, overrides: Sequence[str], place: Place, world: World) -> Settings:
     """Read the manifest at `path`, `overrides` on top. Raises ManifestError."""
     return Settings(load_file(path, list(overrides)), place, world)
+
+
+def resolved_job(job: FineTuneJob) -> dict[str, Any]:
+    """The manifest with every default filled in; of the metadata only what names the job."""
+    manifest = job.manifest()
+    named = {key: value for key, value in manifest["metadata"].items() if key in ("name", "namespace", "uid")}
+    return {
+        "apiVersion": manifest["apiVersion"],
+        "kind": manifest["kind"],
+        "metadata": named,
+        "spec": manifest["spec"],
+    }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.manifests import STDIN_NAME
 from finetune_cli.options import ManifestFile, Overrides
@@ -146,7 +146,7 @@ def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str]
 
 def trainers_code(code: int, report: TrainerReport | None) -> int:
     """The trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
-    outcome = constants.REASONS.get(report.reason or "") if code == 1 and report else None
+    outcome = exit_codes.REASONS.get(report.reason or "") if code == 1 and report else None
     return int(outcome.code) if outcome else code
 
 

@@ -1,1 +1,1 @@
-"""kube"""
+"""The CLI's connection to a cluster."""

@@ -1,1 +1,1 @@
-"""output"""
+"""What the terminal shows."""

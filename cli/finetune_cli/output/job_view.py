@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from finetune_api import constants
+from finetune_api import exit_codes
 from finetune_api.status import Condition, FineTuneJobStatus
 
 State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
 
-_CURES = {outcome.reason: outcome.cure for outcome in constants.REASONS.values() if outcome.code}
+_CURES = {outcome.reason: outcome.cure for outcome in exit_codes.REASONS.values() if outcome.code}
 
 
 @dataclass(frozen=True)

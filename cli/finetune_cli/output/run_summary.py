@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_api import constants, uri
+from finetune_api import exit_codes, uri
 from finetune_cli.errors import Exit
 from finetune_cli.manifests import STDIN
 from finetune_cli.output import console, formatting
@@ -126,7 +126,7 @@ def _show_next(job: FineTuneJob, target: str, file: str) -> None:
 
 
 def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, seconds: float) -> None:
-    outcome = constants.outcome_of(code, report.reason if report else None)
+    outcome = exit_codes.outcome_of(code, report.reason if report else None)
     reason = outcome.reason if outcome else report.reason if report and report.reason else "failed"
     said = report.message if report and report.message else outcome.cause if outcome else ""
     console.err().print()
@@ -134,7 +134,7 @@ def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, sec
         f"{job.metadata.name}: {reason} after {formatting.duration(seconds)} (exit code {code})"
         + (f": {said}" if said else "")
     )
-    if code == constants.ExitCode.PREEMPTED:
+    if code == exit_codes.ExitCode.PREEMPTED:
         console.note("hint:  Run the same command again: it goes on from the checkpoint.")
     elif outcome:
         console.note(f"hint:  {outcome.cure}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, Progress
-from finetune_operator.core.attempts import failure
+from finetune_operator.core.attempts import failure, progress
 from finetune_operator.core.attempts import history as attempts
 from finetune_operator.core.objects import raw, status_io
 from finetune_operator.core.objects.observed import Child, Observed
@@ -80,14 +80,14 @@ def _pace(view: View, step: Step) -> Progress | None:
     """The progress, with what to expect of it only while the trainer goes on."""
     goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != training.STALLED
     is_over = step.scene.succeeded.status != "Unknown"
-    return view.progress if goes_on or is_over else training.at_rest(view.progress)
+    return view.progress if goes_on or is_over else progress.at_rest(view.progress)
 
 
 def _over(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
     """The last status: nothing is expected any more, and an attempt that still runs ends with the job."""
     ending = failure.Ending(step.scene.succeeded.reason, step.scene.succeeded.message, finished_at=now)
     closed = [each if each.reason else attempts.close(each, observed, ending, now) for each in status.attempts]
-    changed = {"completion_time": now, "progress": training.finished(status.progress), "attempts": closed}
+    changed = {"completion_time": now, "progress": progress.finished(status.progress), "attempts": closed}
     return status.model_copy(update=changed)
 
 

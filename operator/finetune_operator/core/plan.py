@@ -10,6 +10,7 @@ from finetune_operator.core.attempts import (
     failure,
     history,
     pod_set,
+    progress,
     retry,
 )
 from finetune_operator.core.attempts.retry import Retry, Stop
@@ -42,7 +43,7 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     if isinstance(spec, policy.Refusal):
         return finish.conclude(observed, status, Step(conditions.refused(spec.reason, spec.message)), now)
     story = history.update(observed, status, spec, now)
-    merged = training.merge(status.progress, story.report, now)
+    merged = progress.merge(status.progress, story.report, now)
     view = View(observed, status, spec, story.history, story.ending, story.report, merged, settings, now)
     return replace(finish.conclude(observed, status, _step(view), now, view), look=story.look)
 

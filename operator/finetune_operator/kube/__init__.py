@@ -1,1 +1,1 @@
-"""kube"""
+"""The connection to the Kubernetes API server."""

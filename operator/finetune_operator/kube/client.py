@@ -13,6 +13,7 @@ from yarl import URL
 from finetune_api import constants
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.raw import Raw
+from finetune_operator.kube.urls import path
 
 MERGE_PATCH = "application/merge-patch+json"
 #: Objects a page: small, because a page is tens of times larger in memory than on the wire.
@@ -24,15 +25,6 @@ _JSON = "application/json"
 #: Answers of which we need nothing more are asked for without spec, data and status.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 _OWNED = {"fieldManager": constants.FIELD_MANAGER}
-
-#: Kind -> collection path; {} is the namespace part, empty for all namespaces.
-PATHS: dict[str, str] = {
-    constants.KIND: f"/apis/{constants.API_VERSION}{{}}/{constants.PLURAL}",
-    "Job": "/apis/batch/v1{}/jobs",
-    "Pod": "/api/v1{}/pods",
-    "Service": "/api/v1{}/services",
-    "Event": "/api/v1{}/events",
-}
 
 
 class ApiError(Exception):
@@ -62,12 +54,6 @@ class Page:
     items: list[Raw]
     version: int
     last: bool
-
-
-def path(kind: str, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
-    """URL path of a collection, an object or a subresource."""
-    base = PATHS[kind].format(f"/namespaces/{namespace}" if namespace else "")
-    return "/".join(part for part in (base, name, subresource) if part)
 
 
 class Cluster:

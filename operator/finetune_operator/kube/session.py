@@ -7,147 +7,15 @@ from typing import Any
 
 import aiohttp
 import kopf
-from aiohttp.streams import AsyncStreamIterator
 from kubernetes.aio import config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.api_client import ApiClient
-from yarl import URL
 
 from finetune_operator.core.objects.raw import Raw
+from finetune_operator.kube.freshness import CREDENTIALS_SECONDS, Freshness, Reach
+from finetune_operator.kube.urls import namespace_of, resource_of, verb_of
+from finetune_operator.kube.watch_stream import Events, Expired, version_in
 from finetune_operator.observability.metrics import Metrics
-
-
-def resource_of(path: str) -> str:
-    """The plural, with its subresource, that a URL path addresses: 'jobs', 'finetunejobs/status'."""
-    parts = path.strip("/").split("/")
-    rest = parts[2:] if parts[0] == "api" else parts[3:]
-    if len(rest) > 2 and rest[0] == "namespaces":
-        rest = rest[2:]
-    return "/".join((rest[0], rest[2])) if len(rest) > 2 else rest[0] if rest else "discovery"
-
-
-def namespace_of(path: str) -> str:
-    """The namespace in a URL path; empty where there is none."""
-    parts = path.split("/")
-    return parts[parts.index("namespaces") + 1] if "namespaces" in parts[:-1] else ""
-
-
-def verb_of(method: str, url_path: str, is_watch: bool) -> str:
-    if is_watch:
-        return "watch"
-    if method != "GET":
-        return {"POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}.get(method, method.lower())
-    parts = url_path.strip("/").split("/")
-    named = parts[2:] if parts[0] == "api" else parts[3:]
-    return "get" if len(named) in (2, 4, 5) else "list"
-
-
-#: How long credentials are used before they are asked for again; asking is slow, and tokens rotate by the hour.
-CREDENTIALS_SECONDS = 10.0
-
-
-class Freshness:
-    """When each watch last showed a sign of life: an event, or the bookmark the server sends every minute."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], float] = {}
-
-    def note(self, url: URL) -> None:
-        """A sign of life from the watch at `url`."""
-        about = url.query.get("fieldSelector", "").rpartition("=")[2]
-        self._seen[resource_of(url.path) + (f"/{about}" if about else ""), namespace_of(url.path)] = time.monotonic()
-
-    def forget(self, namespace: str) -> None:
-        """The watches of a namespace that may not be seen any more are not late."""
-        self._seen = {watch: seen for watch, seen in self._seen.items() if watch[1] != namespace}
-
-    def ages(self) -> dict[tuple[str, str], float]:
-        """Seconds since the last sign, by resource and namespace (empty: all)."""
-        now = time.monotonic()
-        return {watch: now - seen for watch, seen in self._seen.items()}
-
-
-class Reach:
-    """Since when the API server answers every request; an outage of its own is no fault of ours."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def answered(self, code: int) -> None:
-        """One answer came in."""
-        if code >= 500 or code == 429:
-            self._since = None
-        elif self._since is None:
-            self._since = time.monotonic()
-
-    def failed(self) -> None:
-        """One did not."""
-        self._since = None
-
-    def seconds(self) -> float:
-        """How long it has answered without a break; 0 while it does not."""
-        return 0.0 if self._since is None else time.monotonic() - self._since
-
-
-class Events:
-    """The body of a watch, line by line: `note` is told of every sign of life, and lines that `skip` are left out.
-
-    Half of all events are echoes of our own writes, and Kopf takes longer over an event than we do over the whole job.
-    """
-
-    def __init__(self, content: aiohttp.StreamReader, note: Callable[[], None], skip: Callable[[bytes], bool]) -> None:
-        self._content = content
-        self._note, self._skip = note, skip
-        self._rest = b""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._content, name)
-
-    def iter_chunked(self, size: int) -> AsyncStreamIterator[bytes]:
-        return AsyncStreamIterator(lambda: self._read(size))
-
-    async def _read(self, size: int) -> bytes:
-        """Some whole lines, or what is left at the end."""
-        while chunk := await self._content.read(size):
-            self._note()
-            *lines, self._rest = (self._rest + chunk).split(b"\n")
-            if kept := [line for line in lines if not self._skip(line)]:
-                return b"\n".join([*kept, b""])
-        rest, self._rest = self._rest, b""
-        return rest
-
-
-#: What a server says in a watch that is too old for it.
-_EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","status":"Failure","reason":"Expired","code":410}}\n'
-
-
-class Expired:
-    """The body of a watch that was answered 410, as if the server had said so in the watch. Kopf then lists anew; at
-    the status it would give up, and all its other watches with it."""
-
-    def __init__(self, content: aiohttp.StreamReader) -> None:
-        self._content, self._left = content, _EXPIRED
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._content, name)
-
-    def iter_chunked(self, size: int) -> AsyncStreamIterator[bytes]:
-        return AsyncStreamIterator(self._read)
-
-    async def _read(self) -> bytes:
-        said, self._left = self._left, b""
-        return said
-
-
-_VERSION = b'"resourceVersion":"'
-
-
-def version_in(line: bytes) -> int:
-    """The resource version in a line of JSON without reading it all; 0 where there is none. Quotes within strings are
-    escaped, so no text of a user's can look like the key."""
-    begin = line.find(_VERSION) + len(_VERSION)
-    found = line[begin : line.find(b'"', begin)]
-    return int(found) if begin >= len(_VERSION) and found.isdigit() else 0
 
 
 class Connection:

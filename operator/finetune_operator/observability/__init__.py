@@ -1,1 +1,1 @@
-"""observability"""
+"""The operator's metrics, health probes and logs."""

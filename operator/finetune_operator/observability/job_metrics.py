@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from finetune_api import constants
+from finetune_api import exit_codes
 from finetune_operator.core.attempts import failure
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
@@ -24,7 +24,7 @@ HOLDING = frozenset(PHASES) - {*WAITING_PHASES, *OVER, "Suspended"}
 REASONS = tuple(
     sorted(
         {
-            *constants.REASONS,
+            *exit_codes.REASONS,
             failure.CRASHED,
             failure.JOB_DELETED,
             failure.NODE_LOST,

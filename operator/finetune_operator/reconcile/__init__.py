@@ -1,1 +1,1 @@
-"""reconcile"""
+"""The reconcile loop: queue, observe, plan, apply, report."""

@@ -13,7 +13,8 @@ from finetune_api import constants
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, Cluster, path
+from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.urls import path
 from finetune_operator.observability.metrics import Metrics
 
 log = structlog.get_logger(__name__)

@@ -1,1 +1,1 @@
-"""watch"""
+"""What changes in the cluster: watches, cache, wait reasons, trainer progress."""

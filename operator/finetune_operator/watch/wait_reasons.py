@@ -15,7 +15,8 @@ from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import Notice
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.wait_reason import QUEUED
-from finetune_operator.kube.client import ApiError, Cluster, path
+from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.urls import path
 from finetune_operator.watch.cache import Cache
 
 log = structlog.get_logger(__name__)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import exit_codes
 from finetune_operator.core.attempts import failure
 from support.simulation.world import World, stamp
 
@@ -23,7 +23,7 @@ def drained_and_replaced(**spec: object) -> World:
     """The pod of attempt 1 was drained, saved, and replaced within its Job."""
     world = started(**spec)
     world.exit_pods(
-        constants.ExitCode.PREEMPTED, {"stage": "Failed", "reason": "Preempted"}, disrupted="evicted by API"
+        exit_codes.ExitCode.PREEMPTED, {"stage": "Failed", "reason": "Preempted"}, disrupted="evicted by API"
     )
     world.settle()
     world.advance(60)
@@ -53,7 +53,7 @@ def test_a_pod_that_was_replaced_within_its_job_does_not_explain_the_jobs_end(co
 
 def test_the_replacement_may_be_made_in_the_second_in_which_the_first_pod_ended():
     world = started()
-    world.exit_pods(constants.ExitCode.PREEMPTED, disrupted="evicted by API")
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED, disrupted="evicted by API")
     world.start_pods()
     world.settle()
     world.exit_pods(65)
@@ -81,7 +81,7 @@ def test_out_of_host_memory_names_the_limit_and_promises_no_peak_that_nobody_mea
     world.settle()
     assert (world.reasons, world.outcome) == (["OOMKilled"], "False")
     assert "reached its limit of 64Gi (resources.memory)" in world.condition("Succeeded")["message"]
-    assert "peak" not in constants.REASONS["OOMKilled"].cure
+    assert "peak" not in exit_codes.REASONS["OOMKilled"].cure
 
 
 @pytest.mark.parametrize(

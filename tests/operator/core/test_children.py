@@ -6,7 +6,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from finetune_api import constants, manifest
+from finetune_api import constants, exit_codes, manifest
 from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.policy import Refusal, read_spec
@@ -68,8 +68,8 @@ def test_exit_codes_that_end_a_job_are_the_contracts():
     ignore, final = made()[-1]["spec"]["podFailurePolicy"]["rules"]
     assert ignore["action"] == "Ignore"
     assert ignore["onPodConditions"][0]["type"] == "DisruptionTarget"
-    assert tuple(final["onExitCodes"]["values"]) == constants.FINAL_EXIT_CODES
-    retried = {code for code, outcome in constants.OUTCOMES.items() if code and not outcome.final}
+    assert tuple(final["onExitCodes"]["values"]) == exit_codes.FINAL_EXIT_CODES
+    retried = {code for code, outcome in exit_codes.OUTCOMES.items() if code and not outcome.final}
     assert not retried & set(final["onExitCodes"]["values"])
 
 

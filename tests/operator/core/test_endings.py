@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_operator.core.plan import plan
 from support.simulation.world import World, adapter_report
 
@@ -73,7 +73,7 @@ def test_a_job_that_vanished_is_not_replaced_while_a_pod_runs_that_no_watch_has_
     for _ in range(5):
         world.reconcile()
     assert not world.jobs, "its pod may still write"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     world.advance(700)
     world.settle()
@@ -89,7 +89,7 @@ def test_a_suspended_job_is_not_said_to_be_at_rest_while_a_pod_runs_that_no_watc
     for _ in range(3):
         world.reconcile()
     assert world.condition("Suspended")["reason"] == "Suspending"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert world.reasons == ["Suspended"]
 
@@ -131,7 +131,7 @@ def test_a_job_that_is_shown_to_be_over_before_its_pod_is_costs_neither_a_status
 def test_an_attempt_that_reported_nothing_has_no_last_step_of_its_own():
     world = started()
     world.says(step=50, totalSteps=100)
-    for code in (constants.ExitCode.UNAVAILABLE, 3):
+    for code in (exit_codes.ExitCode.UNAVAILABLE, 3):
         world.exit_pods(code)
         world.settle()
         world.advance(700)
@@ -151,7 +151,7 @@ def test_an_attempt_starts_when_its_pod_does_and_stays_so_when_that_is_replaced_
     began = world.status["attempts"][0]["startedAt"]
     assert began.endswith("12:00:30Z")
     world.advance(100)
-    world.exit_pods(constants.ExitCode.PREEMPTED, disrupted="evicted by API")
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED, disrupted="evicted by API")
     world.settle()
     world.restart()
     world.advance(100)
@@ -167,7 +167,7 @@ def test_an_attempt_starts_when_its_pod_does_and_stays_so_when_that_is_replaced_
 def test_an_attempt_that_an_older_version_recorded_counts_from_its_start_to_its_end():
     world = started(activeDeadlineSeconds=1000)
     world.advance(200)
-    world.exit_pods(constants.ExitCode.UNAVAILABLE)
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
     world.settle()
     assert world.job is not None
     attempt = world.job["status"]["attempts"][0]
@@ -190,7 +190,7 @@ def pauses(world: World, *steps: int | None) -> list[int]:
     for step in steps:
         if step is not None:
             world.says(step=step, totalSteps=1000)
-        world.exit_pods(constants.ExitCode.PREEMPTED)
+        world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         world.settle()
         found.append(round(world.plan().requeue_after or 0, -1))
         world.advance(700)
@@ -217,7 +217,7 @@ def test_pausing_by_hand_makes_no_later_preemption_wait_longer():
     for _ in range(4):
         world.change_spec(suspend=True)
         world.settle()
-        world.exit_pods(constants.ExitCode.PREEMPTED)
+        world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         world.settle()
         world.change_spec(suspend=False)
         world.settle()
@@ -243,7 +243,7 @@ def test_each_transition_is_told_once():
     world.says("Training", step=4, totalSteps=9)
     world.change_spec(suspend=True)
     world.settle()
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     world.change_spec(suspend=False)
     world.settle()

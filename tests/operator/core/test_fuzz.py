@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
 from finetune_operator.kube.client import ApiError
@@ -95,7 +95,7 @@ def worlds() -> dict[str, World]:
     pod["status"] = {"phase": "Pending", "containerStatuses": [{"name": "trainer", "state": stuck}]}
     found["queued"].kueue_evicts()
     found["suspended"].change_spec(suspend=True)
-    found["failed"].exit_pods(constants.ExitCode.UNAVAILABLE, {"stage": "Failed", "reason": "Unavailable"})
+    found["failed"].exit_pods(exit_codes.ExitCode.UNAVAILABLE, {"stage": "Failed", "reason": "Unavailable"})
     found["over"].exit_pods(0, adapter_report())
     for name in ("queued", "suspended", "over"):
         found[name].settle()

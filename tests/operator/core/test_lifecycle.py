@@ -2,12 +2,12 @@
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.status import TrainerReport
 from finetune_operator.settings import Settings
 from support.simulation.world import World, adapter_report
 
-REASONS = {code: outcome.reason for code, outcome in constants.OUTCOMES.items()}
+REASONS = {code: outcome.reason for code, outcome in exit_codes.OUTCOMES.items()}
 
 
 def started(**spec: object) -> World:
@@ -50,7 +50,7 @@ def test_success_without_the_trainers_report_is_not_believed_and_tried_again():
     assert world.reasons == ["ReportLost", None]
 
 
-@pytest.mark.parametrize("code", constants.FINAL_EXIT_CODES)
+@pytest.mark.parametrize("code", exit_codes.FINAL_EXIT_CODES)
 def test_a_users_mistake_is_final_at_once(code: int):
     world = started()
     world.exit_pods(code, {"stage": "Failed", "reason": REASONS[code], "message": "row 7 has no text"})
@@ -65,7 +65,7 @@ def test_an_unreachable_store_is_retried_with_growing_pauses_until_the_attempts_
     world = started(recovery={"maxAttempts": 3, "backoffSeconds": 10})
     pauses = []
     for _ in range(2):
-        world.exit_pods(constants.ExitCode.UNAVAILABLE)
+        world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
         world.settle()
         assert world.condition("Scheduled")["reason"] == "BackingOff"
         pauses.append(world.plan().requeue_after)
@@ -73,7 +73,7 @@ def test_an_unreachable_store_is_retried_with_growing_pauses_until_the_attempts_
         world.settle()
         world.start_pods()
         world.settle()
-    world.exit_pods(constants.ExitCode.UNAVAILABLE)
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
     world.settle()
     assert (world.outcome, world.reasons) == ("False", ["Unavailable"] * 3)
     assert 9 <= pauses[0] <= 11 and 18 <= pauses[1] <= 22
@@ -84,7 +84,7 @@ def test_an_unreachable_store_is_retried_with_growing_pauses_until_the_attempts_
 def test_preemption_and_node_loss_do_not_count(disruption: str):
     world = started(recovery={"maxAttempts": 1}, resources={"nodes": 2})
     for _ in range(5):
-        world.exit_pods(137 if disruption else constants.ExitCode.PREEMPTED, disrupted=disruption)
+        world.exit_pods(137 if disruption else exit_codes.ExitCode.PREEMPTED, disrupted=disruption)
         world.settle()
         world.advance(700)
         world.settle()
@@ -97,7 +97,7 @@ def test_preemption_and_node_loss_do_not_count(disruption: str):
 def test_a_job_preempted_a_hundred_times_keeps_neither_all_jobs_nor_all_attempts():
     world = started()
     for _ in range(100):
-        world.exit_pods(constants.ExitCode.PREEMPTED)
+        world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         world.settle()
         world.advance(700)
         world.settle()
@@ -112,7 +112,7 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch_and_keeps_the_effectiv
     world = started(training={"batchSize": 24, "microBatchSize": 12})
     sizes = []
     for _ in range(3):
-        world.exit_pods(constants.ExitCode.GPU_OUT_OF_MEMORY)
+        world.exit_pods(exit_codes.ExitCode.GPU_OUT_OF_MEMORY)
         world.settle()
         world.start_pods()
         world.settle()
@@ -120,7 +120,7 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch_and_keeps_the_effectiv
         arguments = child["spec"]["template"]["spec"]["containers"][0]["args"]
         sizes.append(arguments[3])
     assert sizes == [f"training.microBatchSize={size}" for size in (6, 3, 1)]
-    world.exit_pods(constants.ExitCode.GPU_OUT_OF_MEMORY)
+    world.exit_pods(exit_codes.ExitCode.GPU_OUT_OF_MEMORY)
     world.settle()
     assert world.outcome == "False"
     assert "micro-batch is 1 already" in world.condition("Succeeded")["message"]
@@ -128,7 +128,7 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch_and_keeps_the_effectiv
 
 def test_the_smaller_micro_batch_outlives_failures_of_another_kind():
     world = started(training={"microBatchSize": 8})
-    for code in (constants.ExitCode.GPU_OUT_OF_MEMORY, constants.ExitCode.UNAVAILABLE):
+    for code in (exit_codes.ExitCode.GPU_OUT_OF_MEMORY, exit_codes.ExitCode.UNAVAILABLE):
         world.exit_pods(code)
         world.settle()
         world.advance(700)
@@ -161,7 +161,7 @@ def test_suspending_stops_gently_and_resuming_makes_a_new_attempt():
     assert world.jobs["nli-1"]["spec"]["suspend"] is True
     assert world.condition("Suspended") | {"reason": ""} == world.condition("Suspended") | {"reason": ""}
     assert world.condition("Suspended")["reason"] == "Suspending"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert world.condition("Suspended")["reason"] == "Suspended"
     assert (world.status["phase"], world.jobs) == ("Suspended", {})
@@ -185,7 +185,7 @@ def test_resuming_while_the_pods_still_stop_waits_for_them():
     world.change_spec(suspend=False)
     world.settle()
     assert list(world.jobs) == ["nli-1"]
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert list(world.jobs) == ["nli-2"]
 
@@ -214,7 +214,7 @@ def test_the_active_deadline_runs_over_all_attempts_and_not_while_suspended():
     world.advance(60)
     world.change_spec(suspend=True)
     world.settle()
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     world.advance(10_000)
     world.change_spec(suspend=False)
@@ -312,7 +312,7 @@ def test_a_deleted_child_is_replaced_only_after_its_pods_are_gone():
     world.advance(3600)
     world.settle()
     assert not world.jobs, "its pod may still write"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.advance(60)
     world.settle()
     world.advance(60)

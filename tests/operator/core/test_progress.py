@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import exit_codes
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
 from support.simulation.world import World, is_empty, stamp
@@ -23,7 +23,7 @@ def in_an_hour(world: World) -> str:
 
 
 def next_attempt(world: World) -> None:
-    world.exit_pods(constants.ExitCode.UNAVAILABLE)
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
     world.settle()
     world.advance(700)
     world.settle()
@@ -88,7 +88,7 @@ def test_stalling_outlives_the_operator():
 def test_a_pod_that_has_just_been_replaced_has_not_stalled():
     world = started()
     world.says(step=5, totalSteps=100)
-    world.exit_pods(constants.ExitCode.PREEMPTED, disrupted="evicted by API")
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED, disrupted="evicted by API")
     world.advance(10 * world.settings.stalled_seconds)
     world.start_pods()
     world.settle()
@@ -102,7 +102,7 @@ def test_the_expected_end_and_the_pace_are_kept_only_while_the_trainer_goes_on()
     world = started()
     world.says(step=50, totalSteps=100, tokensPerSecond=9, estimatedCompletionTime=in_an_hour(world))
     assert world.status["progress"]["estimatedCompletionTime"] == in_an_hour(world)
-    world.exit_pods(constants.ExitCode.UNAVAILABLE)
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
     world.settle()
     assert world.condition("Scheduled")["reason"] == "BackingOff"
     assert not {"estimatedCompletionTime", "tokensPerSecond"} & set(world.status["progress"])

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from support.simulation.cluster import KINDS
 from support.simulation.world import World, adapter_report, is_empty
 
 UNCOUNTED = {"Preempted", "NodeLost", "Suspended", "SpecChanged"}
 #: Mostly those after which the story goes on.
-CODES = st.sampled_from([69, 75, 90, 3, 137, 143] * 4 + [int(code) for code in constants.ExitCode if code])
+CODES = st.sampled_from([69, 75, 90, 3, 137, 143] * 4 + [int(code) for code in exit_codes.ExitCode if code])
 
 
 class Life(RuleBasedStateMachine):
@@ -124,7 +124,7 @@ class Life(RuleBasedStateMachine):
         self.world.settle()
         self.world.kueue_evicts()
         if stopped:
-            self.world.exit_pods(constants.ExitCode.PREEMPTED)
+            self.world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         self.world.settle()
         if admitted:
             self.world.kueue_admits()
@@ -154,7 +154,7 @@ class Life(RuleBasedStateMachine):
     def user_pauses(self) -> None:
         self.world.change_spec(suspend=True)
         self.world.settle()
-        self.world.exit_pods(constants.ExitCode.PREEMPTED)
+        self.world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         self.world.settle()
         if self.world.job is not None:
             self.world.change_spec(suspend=False)

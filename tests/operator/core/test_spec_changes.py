@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from support.simulation.world import World, adapter_report
 
 OTHER = {"maxLength": 1024}
@@ -34,7 +34,7 @@ def test_the_attempt_is_replaced_by_one_that_runs_the_new_spec():
     assert list(world.jobs) == [], "its Job is deleted"
     world.settle()
     assert list(world.jobs) == [], "never two writers: its pod still lives"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert world.reasons == ["SpecChanged", None]
     assert list(world.jobs) == ["nli-2"]
@@ -53,12 +53,12 @@ def test_a_crash_at_any_call_changes_nothing_of_that():
         world.deliver_all()
         world.reconcile(crash_after=calls)
         world.settle()
-        world.exit_pods(constants.ExitCode.PREEMPTED)
+        world.exit_pods(exit_codes.ExitCode.PREEMPTED)
         world.settle()
         assert world.reasons == ["SpecChanged", None]
 
 
-@pytest.mark.parametrize("code", [constants.ExitCode.DATASET_INVALID, constants.ExitCode.GPU_OUT_OF_MEMORY])
+@pytest.mark.parametrize("code", [exit_codes.ExitCode.DATASET_INVALID, exit_codes.ExitCode.GPU_OUT_OF_MEMORY])
 def test_how_it_ended_while_nobody_looked_says_nothing_of_the_new_spec(code: int):
     world = changed_in_between(training=OTHER)
     world.start_pods()

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_operator.core.objects.observed import Notice
 from support.simulation.world import START, World, stamp
 
@@ -124,7 +124,7 @@ def evicted(**spec: object) -> World:
     world.advance(100)
     world.kueue_evicts()
     assert scheduled(world)[0] == "Queued", "also while its pod still stops"
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     return world
 
@@ -179,7 +179,7 @@ def test_the_pending_deadline_is_not_for_a_job_that_was_evicted():
 
 def test_a_backoff_is_no_wait_for_pods():
     world = started(pendingDeadlineSeconds=30, recovery={"maxAttempts": 4, "backoffSeconds": 60})
-    world.exit_pods(constants.ExitCode.UNAVAILABLE)
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
     world.settle()
     pause = world.plan().requeue_after
     assert pause is not None and pause > 50
@@ -208,7 +208,7 @@ def test_the_active_deadline_wakes_the_operator_while_one_of_two_pods_waits():
 def test_the_active_deadline_stands_still_between_a_pod_and_its_replacement():
     world = started(activeDeadlineSeconds=1000)
     world.advance(10)
-    world.exit_pods(constants.ExitCode.PREEMPTED, disrupted="evicted by API")
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED, disrupted="evicted by API")
     world.settle()
     assert world.plan().requeue_after is None
     world.advance(5000)
@@ -233,7 +233,7 @@ def test_an_attempt_that_a_deadline_ends_is_closed_with_the_job(deadline: str, p
     assert attempt["runSeconds"] == pause
     assert world.events.count("AttemptEnded") == 1
     before = dict(world.status)
-    world.exit_pods(constants.ExitCode.PREEMPTED)
+    world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert world.status == before
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from support.server.client import (
     MERGE,
     ApiError,
@@ -127,7 +127,7 @@ class SimulatedKubelet:
             return 0, json.dumps({"stage": "Succeeded", "reason": "Succeeded", "adapter": adapter})
         code = {"oom": 90}.get(act) or int(act.partition("-")[2])
         plan = {"microBatchSize": 8}
-        reason = constants.OUTCOMES[code].reason
+        reason = exit_codes.OUTCOMES[code].reason
         return code, json.dumps({"stage": "Failed", "reason": reason, "message": act, "executionPlan": plan})
 
     async def _report(self, pod: Object, phase: str, state: Object) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 
 #: Digest of the manifest that a test has published beforehand, for a job whose adapter is really downloaded.
 ENV_DIGEST = "SIMULATED_MANIFEST_DIGEST"
@@ -50,7 +50,7 @@ class Trainer:
 
     def finish(self, code: int, message: str = "", **more: Any) -> int:
         self.stage = "Failed" if code else "Succeeded"
-        body = self.report(reason=constants.OUTCOMES[code].reason, message=message, **more)
+        body = self.report(reason=exit_codes.OUTCOMES[code].reason, message=message, **more)
         Path(os.environ[constants.ENV_TERMINATION_LOG]).write_text(json.dumps(body))
         return code
 
@@ -62,10 +62,10 @@ class Trainer:
         self.stage = "Training"
         while self.act in ("run", "hang") or self.step < TOTAL_STEPS:
             if self.stopped.wait(STEP_SECONDS):
-                return self.finish(constants.ExitCode.PREEMPTED, f"saved a checkpoint at step {self.step}")
+                return self.finish(exit_codes.ExitCode.PREEMPTED, f"saved a checkpoint at step {self.step}")
             self.step = 1 if self.act == "hang" else self.step + 1
             if self.act == "oom" and self.step == 3:
-                return self.finish(constants.ExitCode.GPU_OUT_OF_MEMORY, "CUDA out of memory")
+                return self.finish(exit_codes.ExitCode.GPU_OUT_OF_MEMORY, "CUDA out of memory")
         adapter = {
             "uri": self.spec["output"]["uri"],
             "manifestDigest": os.environ.get(ENV_DIGEST, "sha256:" + "0" * 64),

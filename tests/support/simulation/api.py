@@ -16,7 +16,8 @@ from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, Cluster, path
+from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.urls import path
 from finetune_operator.observability.job_metrics import Fleet
 from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from finetune_api import constants
-from finetune_trainer.reporting.setup import imported_for_good
+from finetune_trainer.runtime.gc import imported_for_good
 from support.trainer.tiny_model import nli_rows, write_jsonl
 
 

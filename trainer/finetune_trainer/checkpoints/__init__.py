@@ -1,1 +1,1 @@
-"""checkpoints"""
+"""Checkpoints: state, files, upload, resume."""

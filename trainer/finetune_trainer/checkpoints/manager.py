@@ -9,13 +9,15 @@ import structlog
 from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
-from finetune_trainer.checkpoints.state import RunFolder, RunState
+from finetune_trainer.checkpoints.folder import RunFolder
+from finetune_trainer.checkpoints.state import RunState
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.runtime import distributed
 from finetune_trainer.settings import Settings
-from finetune_trainer.stores.base import Store, open_store
+from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.manifest import JobReference, StoreManifest
+from finetune_trainer.stores.open import open_store
 
 log = structlog.get_logger(__name__)
 

@@ -1,1 +1,1 @@
-"""data"""
+"""Data files to micro-batches: readers, formats, tokenizer, encoding, batching."""

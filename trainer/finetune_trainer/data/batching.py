@@ -7,7 +7,7 @@ trains the same everywhere.
 
 import functools
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Final
@@ -220,14 +220,6 @@ class Collate:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
             **_targets([labels for _, labels in rows], [width * row for row in range(len(rows))]),
         }
-
-
-def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """A micro-batch whose tensors are sent to `device`, without waiting for them."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def _targets(labels: Sequence[Sequence[int]], starts: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import structlog
 
-from finetune_trainer.data import formats
+from finetune_trainer.data import formats, readers
 from finetune_trainer.data.encoding import IGNORE, Encoder, RowProblem
-from finetune_trainer.data.formats import Format, Row
+from finetune_trainer.data.formats import Format
 from finetune_trainer.data.ragged import TokenLists
+from finetune_trainer.data.rows import Row, refuse_bad_rows
 from finetune_trainer.errors import DatasetInvalid
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Shard:
 
     def rows(self, shape: Format, text_field: str) -> Iterator[Row]:
         """Its rows, each with its problem when it is not of `shape`."""
-        return (formats.check(row, shape, text_field) for row in formats.read(self.path, self.place))
+        return (formats.check(row, shape, text_field) for row in readers.read(self.path, self.place))
 
 
 class Rows(Sequence[Row]):
@@ -97,7 +98,7 @@ def load_rows(shards: Sequence[Shard], wanted: str, text_field: str) -> tuple[Ro
 
     Raises DatasetInvalid: with the first bad rows, each with field, file and line, or when there is no row at all.
     """
-    head = chain.from_iterable(formats.read(shard.path, shard.place) for shard in shards)
+    head = chain.from_iterable(readers.read(shard.path, shard.place) for shard in shards)
     shape = _shape(list(islice(head, _BATCH)), wanted, text_field)
     counts = dict.fromkeys(shards, 0)
 
@@ -136,16 +137,6 @@ def _shape(head: Sequence[Row], wanted: str, text_field: str) -> Format:
             " or 'messages' (dataset.textField names another text column)"
         )
     return shape
-
-
-def refuse_bad_rows(rows: Iterable[Row]) -> None:
-    """Raise DatasetInvalid with the first problems among `rows`, one a line; do nothing when there is none."""
-    bad = [row for row in rows if row.problem]
-    if not bad:
-        return
-    shown = [str(row) for row in bad[: formats.SHOWN_PROBLEMS]]
-    more = len(bad) - len(shown)
-    raise DatasetInvalid("\n".join(shown) + (f"\n… and {more} more bad rows" if more else ""))
 
 
 def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> Encoded:

@@ -1,26 +1,16 @@
 """The tokenizer, and rows turned into token ids with labels, as TRL's SFTTrainer would for the same row."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
 from finetune_trainer.data.formats import Format
-from finetune_trainer.errors import ConfigInvalid, reason
+from finetune_trainer.errors import reason
 
 log = structlog.get_logger(__name__)
 IGNORE = -100
-#: Whole names of tokens that models set aside for padding, then of those set aside for anything; best first.
-_PAD_TOKENS: Final = (
-    r"<\|finetune_right_pad_id\|>",  # Llama 3
-    r"<pad>|<PAD>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|pad_token\|>",
-    r"<\|(vision|image|video|fim)_pad\|>|<fim_pad>",  # Qwen, StarCoder
-    r"<\|reserved_(special_)?token_\d+\|>|<\|placeholder\d+\|>|<SPECIAL_\d+>",  # Llama 3, Phi 3, Mistral's newer ones
-    r"\[control_\d+\]|<unused_?\d+>|\[unused\d+\]",  # Mistral 7B, Gemma
-)
 
 
 class RowProblem(str):
@@ -34,58 +24,6 @@ class EncodedRow:
     input_ids: list[int]
     labels: list[int]
     truncated: bool
-
-
-def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`, set up for training: right padding, a pad token that is never EOS.
-
-    Raises ConfigInvalid, naming `source`.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {reason(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
-    tokenizer.padding_side = "right"
-    pad = choose_pad_token(tokenizer)
-    if pad != tokenizer.pad_token:
-        tokenizer.pad_token = pad
-    log.info("Tokenizer loaded", size=len(tokenizer), pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token)
-    return tokenizer
-
-
-def choose_pad_token(tokenizer: Any) -> str:
-    """A token for padding whose loss is masked without masking EOS: the pad token, else unk, else one set aside for it.
-
-    Labels never depend on it (padding is masked by position), but other tools mask by id: with pad = EOS they would
-    teach the model never to stop, with a word as pad never to say that word, and decoding drops what is special.
-    So only an added token whose whole name says that it stands in no text will do. Raises ConfigInvalid when the
-    vocabulary has nothing to spare.
-    """
-    never = {None, tokenizer.eos_token, tokenizer.bos_token}
-    added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    spare = (token for pattern in _PAD_TOKENS for token in added if re.fullmatch(pattern, token))
-    for candidate in (tokenizer.pad_token, tokenizer.unk_token, *spare):
-        if candidate not in never:
-            return str(candidate)
-    raise ConfigInvalid(
-        "spec.model.source: the tokenizer has no token to pad with other than the end-of-sequence token: "
-        "give it a pad_token in tokenizer_config.json"
-    )
-
-
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings: they are never resized here."""
-    if len(tokenizer) > vocab_size:
-        raise ConfigInvalid(
-            f"spec.model.source: the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab_size}: "
-            "embeddings are never resized here; resize and save the model first, or take its own tokenizer"
-        )
 
 
 class Encoder:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.batching import on_device
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.lora import (
     forget,
@@ -27,34 +25,17 @@ from finetune_trainer.engine.lora import (
     while_training,
 )
 from finetune_trainer.engine.loss import answer_with_loss
-from finetune_trainer.errors import ConfigInvalid, type_and_reason
-from finetune_trainer.model.base import mixed_precision
+from finetune_trainer.engine.modules import of
+from finetune_trainer.errors import type_and_reason
+from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.rng import RngState
+from finetune_trainer.runtime.transfer import on_device
 
 log = structlog.get_logger(__name__)
 #: Arguments of a layer beside its input, and which of their dimensions differ from one micro-batch to the next.
 _CHANGING: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_lens_q": (0,), "cu_seq_lens_k": (0,)}
 #: Graphs torch may make of the layers, which are one function to it. Beyond its own limit of 8 it gives up in silence.
 _MOST_GRAPHS: Final = 64
-
-
-def of(model: Any) -> list[Any]:
-    """The layers of a transformers model that repeat, in order. Raises ConfigInvalid when it does not name them."""
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if names & {each.__name__ for each in type(module).__mro__}]
-    if not layers:
-        raise ConfigInvalid("spec.model.source: this model's code does not name its layers (_no_split_modules)")
-    return layers
-
-
-def replace(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable[[Any], Any]) -> None:
-    """Put what `make` makes of it in the place of each module within `layers` that is `wanted`; one after another, so
-    that never more than one weight lies in memory in both forms."""
-    for layer in layers:
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if wanted(child):
-                    setattr(parent, name, make(child))
 
 
 def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: float = 1.0) -> None:
@@ -131,15 +112,6 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
             return compiled(hidden, **kwargs)
 
     return forward
-
-
-def no_compiler() -> str | None:
-    """Why nothing can be compiled for a GPU on this machine; None: it can."""
-    if not importlib.util.find_spec("triton"):
-        return "the triton package is missing"
-    if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
-        return "no C compiler is installed"
-    return None
 
 
 def keep_compiled_in(folder: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import structlog
 import torch
 
-from finetune_trainer.engine.compilation import replace
 from finetune_trainer.engine.lora import while_training
+from finetune_trainer.engine.modules import replace
 from finetune_trainer.errors import type_and_reason
 
 log = structlog.get_logger(__name__)

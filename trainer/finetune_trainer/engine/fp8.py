@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from finetune_trainer.engine.compilation import replace
+from finetune_trainer.engine.modules import replace
 from finetune_trainer.errors import type_and_reason
 
 E4M3: Final = torch.float8_e4m3fn

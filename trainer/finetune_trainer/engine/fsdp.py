@@ -5,8 +5,6 @@ and embeddings and head, stay whole on every process: the adapter's gradients ar
 optimizers, checkpoints and losses are the same, bit for bit.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,21 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune_trainer.engine import compilation
+from finetune_trainer.engine import modules
 from finetune_trainer.settings import World
-
-
-@contextmanager
-def quantizing_on(device: str) -> Iterator[None]:
-    """Quantize to 4 bits on `device`, though the result goes to host memory: on a CPU a large model takes hours."""
-    from bitsandbytes.nn import Params4bit
-
-    original = Params4bit._quantize
-    Params4bit._quantize = lambda self, target: original(self, device).to(target)
-    try:
-        yield
-    finally:
-        Params4bit._quantize = original
 
 
 def shard(model: Any, world: World, device: str) -> None:
@@ -39,7 +24,7 @@ def shard(model: Any, world: World, device: str) -> None:
     Raises ConfigInvalid for a model that does not name its layers.
     """
     core = model.get_base_model()
-    repeated = compilation.of(core)
+    repeated = modules.of(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
     for layer in repeated:

@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Held-out loss and generated answers."""

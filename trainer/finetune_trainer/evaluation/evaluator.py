@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from finetune_api.spec import FineTuneJobSpec, Generation
-from finetune_trainer.data.batching import Collate, on_device
-from finetune_trainer.data.dataset import Encoded, refuse_bad_rows
+from finetune_trainer.data.batching import Collate
+from finetune_trainer.data.dataset import Encoded
 from finetune_trainer.data.encoding import Encoder
-from finetune_trainer.data.formats import Format, Row
+from finetune_trainer.data.formats import Format
+from finetune_trainer.data.rows import Row, refuse_bad_rows
 from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.generation import answers
-from finetune_trainer.model.base import mixed_precision
 from finetune_trainer.runtime.distributed import Batches
+from finetune_trainer.runtime.precision import mixed_precision
+from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import World
 
 _GENERATION_BATCH = 32

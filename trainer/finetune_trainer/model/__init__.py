@@ -1,1 +1,1 @@
-"""model"""
+"""The base model and the adapter on it."""

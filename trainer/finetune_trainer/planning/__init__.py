@@ -1,1 +1,1 @@
-"""planning"""
+"""How a run is laid out on the GPU: memory, speed, micro-batch. Torch-free."""

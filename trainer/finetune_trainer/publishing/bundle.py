@@ -12,8 +12,9 @@ import yaml
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.checkpoints.state import RunFolder
+from finetune_trainer.checkpoints.folder import RunFolder
 from finetune_trainer.publishing import model_card
+from finetune_trainer.settings import resolved_job
 
 _PACKAGES = (
     "finetune-operator",
@@ -48,18 +49,6 @@ def write(
         shutil.copy2(log_file, training / "log.txt")
     plot_loss(read_metrics(folder.metrics_file), training / "loss.png")
     (folder.adapter / "README.md").write_text(model_card.render(job, metrics, base_model))
-
-
-def resolved_job(job: FineTuneJob) -> dict[str, Any]:
-    """The manifest with every default filled in; of the metadata only what names the job."""
-    manifest = job.manifest()
-    named = {key: value for key, value in manifest["metadata"].items() if key in ("name", "namespace", "uid")}
-    return {
-        "apiVersion": manifest["apiVersion"],
-        "kind": manifest["kind"],
-        "metadata": named,
-        "spec": manifest["spec"],
-    }
 
 
 def environment(plan: ExecutionPlan) -> dict[str, Any]:

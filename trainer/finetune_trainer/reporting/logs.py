@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from rich.console import Console
 
-from finetune_trainer.stores.credentials import without_userinfo
+from finetune_trainer.redact import without_userinfo
 
 _SHARED: list[Any] = [
     structlog.contextvars.merge_contextvars,

@@ -10,13 +10,13 @@ from typing import Any
 
 import structlog
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import finite
 
 log = structlog.get_logger(__name__)
-_PREEMPTED = constants.OUTCOMES[constants.ExitCode.PREEMPTED].reason
+_PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
 #: Bytes that a message too long for the termination log keeps before metrics are left out for it.
 _LEAST_MESSAGE_BYTES = 256
 Listener = Callable[[TrainerReport], None]

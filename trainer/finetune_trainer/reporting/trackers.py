@@ -18,8 +18,7 @@ import structlog
 
 from finetune_api.spec import FineTuneJob
 from finetune_trainer.errors import ConfigInvalid, reason
-from finetune_trainer.publishing.bundle import resolved_job
-from finetune_trainer.settings import Settings
+from finetune_trainer.settings import Settings, resolved_job
 from finetune_trainer.stores.credentials import Credentials
 
 log = structlog.get_logger(__name__)

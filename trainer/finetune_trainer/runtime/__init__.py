@@ -1,1 +1,1 @@
-"""runtime"""
+"""The process: device, precision, process group, random state, signals."""

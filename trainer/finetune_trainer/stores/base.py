@@ -1,13 +1,10 @@
 """One small interface to where models, data and adapters live: an S3 bucket, a volume or a folder."""
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from finetune_api import constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest
@@ -35,14 +32,10 @@ __all__ = [
     "StoreMisconfigured",
     "StoreNotFound",
     "StoreUnavailable",
-    "open_store",
 ]
 
 #: Called with bytes moved since the last call, from several threads; negative when a part must go again.
 OnProgress = Callable[[int], object]
-
-#: The manifest's field a role's URI stands in, when the caller does not say.
-_FIELD_OF_ROLE: Final = {"model": "model.source", "dataset": "dataset.train", "output": "output.uri"}
 
 
 @dataclass(frozen=True, order=True)
@@ -123,22 +116,3 @@ class Store(ABC):
         """Remove every object below the folder `prefix`."""
         for entry in self.list(prefix):
             self.delete(entry.path)
-
-
-def open_store(
-    uri: Uri, credentials: Credentials, *, field: str | None = None, env: Mapping[str, str] | None = None
-) -> Store:
-    """The store below `uri` (s3, pvc or file). Nothing is contacted yet.
-
-    `field` is the manifest's field to blame in messages; `env` (default: the process's) says where claims are mounted.
-    """
-    field = field or _FIELD_OF_ROLE.get(credentials.role, f"{credentials.role} URI")
-    if uri.scheme == "s3":
-        from finetune_trainer.stores.s3.store import S3Store
-
-        return S3Store(uri, credentials, field)
-    from finetune_trainer.stores.folder import FolderStore, local_path
-
-    env = os.environ if env is None else env
-    pvc_root = Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT)
-    return FolderStore(uri, local_path(uri, pvc_root), field, mount=pvc_root / uri.authority if uri.authority else None)

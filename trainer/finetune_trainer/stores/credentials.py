@@ -15,7 +15,6 @@ _AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSI
 _ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
 _MAX_BYTES: Final = 64 * 1024
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?|[0-9A-Fa-f:.]+")
-_USERINFO: Final = re.compile(r"(?<=://)[^/\s@\"']*@")
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,3 @@ def origin(url: str) -> str:
     if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) or any(map(str.isspace, url)):
         raise ValueError("is no http:// or https:// URL")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port is not None else "")
-
-
-def without_userinfo(text: str) -> str:
-    """`text` without the user names and passwords of the URLs in it."""
-    return _USERINFO.sub("", text)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from finetune_api.constants import ExitCode
+from finetune_api.exit_codes import ExitCode
 
 
 class StoreError(Exception):

@@ -21,7 +21,6 @@ from finetune_trainer.stores.base import (
     Entry,
     OnProgress,
     Store,
-    open_store,
 )
 from finetune_trainer.stores.errors import (
     StoreCorrupted,
@@ -29,6 +28,7 @@ from finetune_trainer.stores.errors import (
     StoreUnavailable,
     on_local_disk,
 )
+from finetune_trainer.stores.open import open_store
 
 _FILES_AT_ONCE: Final = 4
 

@@ -12,9 +12,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.checkpoints.state import RunFolder, RunState
+from finetune_trainer.checkpoints.folder import RunFolder
+from finetune_trainer.checkpoints.state import RunState
 from finetune_trainer.errors import Diverged
-from finetune_trainer.model.base import save_adapter
+from finetune_trainer.model.adapter import save_adapter
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.signals import StopFlag

@@ -4,7 +4,6 @@ Its batches and its loss are the engine's: no row is padded needlessly, and with
 device.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -16,14 +15,15 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerControl
 from trl import SFTTrainer
 
-from finetune_trainer.data.batching import Loader, on_device
+from finetune_trainer.data.batching import Loader
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
-from finetune_trainer.model.base import load_adapter_weights, save_adapter
+from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.distributed import Interrupted
+from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.training.throughput import Meter
 
 #: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
@@ -242,15 +242,3 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 def _real_tokens(batch: dict[str, Any]) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
-
-
-def quiet_libraries() -> None:
-    """No progress bars and no advice from the libraries on our console; no telemetry."""
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

@@ -14,7 +14,8 @@ from trl import SFTConfig
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.checkpoints.state import RunFolder, RunState
+from finetune_trainer.checkpoints.folder import RunFolder
+from finetune_trainer.checkpoints.state import RunState
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
 from finetune_trainer.data.dataset import Encoded
@@ -23,7 +24,7 @@ from finetune_trainer.engine.lora import forget, inputs_of, share_inputs
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
-from finetune_trainer.model.base import load_adapter_weights
+from finetune_trainer.model.adapter import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag

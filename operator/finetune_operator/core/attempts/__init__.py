@@ -1,1 +1,1 @@
-"""attempts"""
+"""The attempts of a job: history, failure class, retry."""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from finetune_api.constants import (
+from finetune_api.exit_codes import (
     OUTCOMES,
     REASONS,
     ExitCode,

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
-from finetune_operator.core.attempts import failure, pod_set, spec_revision
+from finetune_operator.core.attempts import failure, pod_set, progress, spec_revision
 from finetune_operator.core.attempts.failure import Ending
 from finetune_operator.core.objects.observed import (
     Child,
@@ -14,7 +14,6 @@ from finetune_operator.core.objects.observed import (
     Observed,
     Pod,
 )
-from finetune_operator.core.status import training
 
 #: Attempts that count are kept for good (there are at most 100); of the others the latest few.
 KEPT_UNCOUNTED = 10
@@ -106,7 +105,7 @@ def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
     # The time of a pod that ended by itself is added up with the attempt's end, in the same write.
     attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
-    return training.heard(attempt, report, now) if report else attempt
+    return progress.heard(attempt, report, now) if report else attempt
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""builders"""
+"""Build the objects of an attempt: Job, pod template, torchrun Service."""

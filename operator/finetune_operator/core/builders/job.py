@@ -6,7 +6,7 @@ is to do are one object, made at once, and no attempt can ever read what was mea
 
 from typing import Any
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core.attempts import history, spec_revision
 from finetune_operator.core.builders import pod, torchrun
@@ -118,7 +118,7 @@ def _failure_rules(nodes: int) -> list[Object]:
             "onExitCodes": {
                 "containerName": constants.TRAINER_CONTAINER,
                 "operator": "In",
-                "values": list(constants.FINAL_EXIT_CODES),
+                "values": list(exit_codes.FINAL_EXIT_CODES),
             },
         },
     ]

@@ -1,1 +1,1 @@
-"""objects"""
+"""API objects as the core reads them."""

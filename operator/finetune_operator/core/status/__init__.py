@@ -1,1 +1,1 @@
-"""status"""
+"""What the status says: conditions, progress, wait reasons, deadlines, events."""

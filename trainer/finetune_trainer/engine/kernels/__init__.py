@@ -1,1 +1,1 @@
-"""kernels"""
+"""Triton kernels."""

@@ -1,0 +1,85 @@
+"""The run's files on local disk."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api import constants
+from finetune_trainer.checkpoints.state import RunState
+from finetune_trainer.stores.json_numbers import finite
+
+BEST_DIR = "best"
+
+
+_METRICS = Path(constants.METRICS_FILE).name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The run's files on local disk."""
+
+    root: Path
+
+    @property
+    def training(self) -> Path:
+        return self.root / "adapter" / constants.TRAINING_DIR
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.root / "adapter" / constants.METRICS_FILE
+
+    @property
+    def best(self) -> Path:
+        return self.root / BEST_DIR
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where transformers' Trainer puts the checkpoint of `step`."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def record(self, **values: Any) -> None:
+        """Append one line to training/metrics.jsonl. Values that JSON has no number for are left out."""
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(finite(values), allow_nan=False) + "\n")
+
+    def keep_steps(self, last: int) -> None:
+        """Drop what training/metrics.jsonl says of steps after `last`, and the best adapter."""
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text().splitlines(keepends=True)
+            self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= last))
+        shutil.rmtree(self.best, ignore_errors=True)
+
+    def add_to_checkpoint(self, folder: Path, state: RunState) -> None:
+        """Put the run's memory next to the Trainer's files in `folder`."""
+        state.save(folder)
+        if self.metrics_file.exists():
+            shutil.copy2(self.metrics_file, folder / _METRICS)
+        if self.best.exists():
+            shutil.copytree(self.best, folder / BEST_DIR, dirs_exist_ok=True)
+
+    def take_from_checkpoint(self, folder: Path) -> RunState:
+        """Make metrics file and best adapter those of the checkpoint in `folder`; return its state."""
+        self.metrics_file.unlink(missing_ok=True)
+        shutil.rmtree(self.best, ignore_errors=True)
+        if (folder / _METRICS).exists():
+            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / _METRICS, self.metrics_file)
+        if (folder / BEST_DIR).exists():
+            shutil.copytree(folder / BEST_DIR, self.best)
+        return RunState.load(folder)
+
+    def forget(self, checkpoint: Path) -> None:
+        """Undo take_from_checkpoint."""
+        self.metrics_file.unlink(missing_ok=True)
+        shutil.rmtree(self.best, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)

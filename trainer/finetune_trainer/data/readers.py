@@ -1,0 +1,129 @@
+"""Read rows from JSON Lines, JSON, CSV and Parquet files."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from finetune_trainer.data.rows import Row
+from finetune_trainer.errors import DatasetInvalid
+
+#: What tools leave beside the data (the `datasets` library passes over the same names).
+_ABOUT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+
+
+def read(path: Path, name: str) -> Iterator[Row]:
+    """The rows of the file at `path`, called `name` in messages; rows that cannot be parsed carry their problem.
+
+    Raises DatasetInvalid for a file of an unknown kind, or one that cannot be read at all.
+    """
+    suffix = path.suffix.lower()
+    reader = _READERS.get(suffix)
+    if reader is None:
+        raise DatasetInvalid(f"{name}: has an unknown file type; known are {', '.join(sorted(_READERS))}")
+    return reader(path, name)
+
+
+def is_data_file(path: str) -> bool:
+    """Whether a file at this path below a prefix counts as a shard: of a known kind, not hidden, not about the data."""
+    parts = PurePosixPath(path).parts
+    hidden = any(part.startswith((".", "_")) for part in parts)
+    return Path(path).suffix.lower() in _READERS and not hidden and parts[-1] not in _ABOUT_DATA
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.strip():
+                yield _parsed(raw, name, number)
+
+
+def _parsed(raw: bytes, name: str, line: int) -> Row:
+    try:
+        return Row(name, line, json.loads(raw.decode("utf-8")))
+    except UnicodeDecodeError:
+        return Row(name, line, None, "is not UTF-8 text")
+    except json.JSONDecodeError as error:
+        return Row(name, line, None, f"is not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Row(name, line, None, "is not usable JSON: nested too deep")
+
+
+def _json_array(path: Path, name: str) -> Iterator[Row]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DatasetInvalid(f"{name}: is not UTF-8 text") from None
+    decoder = json.JSONDecoder()
+    position = _skip(text, 0)
+    if not text.startswith("[", position):
+        raise DatasetInvalid(f"{name}:1: must be a JSON array of objects; for one object a line name it .jsonl")
+    position, line, counted = _skip(text, position + 1), 1, 0
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield Row(name, error.lineno, None, f"is not JSON: {error.msg} at column {error.colno}")
+            return
+        yield Row(name, line, value)
+        position = _skip(text, position)
+        if text.startswith(",", position):
+            position = _skip(text, position + 1)
+        elif not text.startswith("]", position):
+            end = 1 + text.count("\n", 0, position)
+            yield Row(name, end, None, "is not JSON: ',' or ']' is missing")
+            return
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _csv(path: Path, name: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            end = reader.line_num
+            for cells in reader:
+                start, end = end + 1, reader.line_num
+                if len(cells) == len(header):
+                    yield Row(name, start, dict(zip(header, cells, strict=True)))
+                elif cells:
+                    yield Row(name, start, None, f"has {len(cells)} cells; the header names {len(header)}")
+        except csv.Error as error:
+            yield Row(name, reader.line_num, None, f"is not CSV: {error}")
+        except UnicodeDecodeError:
+            yield Row(name, reader.line_num + 1, None, "is not UTF-8 text")
+
+
+def _parquet(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for data in batch.to_pylist():
+                number += 1
+                yield Row(name, number, data)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetInvalid(f"{name}: is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_array,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

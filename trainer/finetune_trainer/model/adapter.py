@@ -1,0 +1,110 @@
+"""The LoRA adapter: its configuration, its weights, and the checks on both."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model.base import log
+
+ALL_LINEAR = "all-linear"
+
+
+def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) -> None:
+    """Refuse names in lora.targetModules that match no linear layer (PEFT's rule: the whole name, or its end)."""
+    layers = tuple(linear_layers)
+    wanted = list(wanted)
+    if wanted == [ALL_LINEAR]:
+        return
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    for name in wanted:
+        if name == ALL_LINEAR:
+            raise ConfigInvalid(f"spec.lora.targetModules: {ALL_LINEAR} stands alone, without other names")
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            raise ConfigInvalid(
+                f"spec.lora.targetModules: {name!r} is no linear layer of this model; it has {', '.join(known)}"
+                f" (or {ALL_LINEAR})"
+            )
+
+
+def lora_config(spec: FineTuneJobSpec, served_name: str, revision: str | None) -> Any:
+    """PEFT's settings. `served_name` is what a server of the base model calls it, never a path of this machine."""
+    from peft import LoraConfig
+
+    lora = spec.lora
+    targets = lora.target_modules
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else list(targets),
+        bias=lora.bias,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=served_name,
+        revision=revision,
+    )
+
+
+def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
+    """Refuse an earlier adapter whose shape or scale is not this job's: it would compute something else here."""
+    found = json.loads((folder / "adapter_config.json").read_text())
+    lora = spec.lora
+    targets = found.get("target_modules")
+    expected = {
+        "rank": (found.get("r"), lora.rank),
+        "alpha": (found.get("lora_alpha"), lora.alpha),
+        "rslora": (bool(found.get("use_rslora")), lora.rslora),
+        "dora": (bool(found.get("use_dora")), lora.dora),
+    }
+    if lora.target_modules != [ALL_LINEAR] and isinstance(targets, list):
+        expected["targetModules"] = (sorted(targets), sorted(lora.target_modules))
+    for field, (theirs, ours) in expected.items():
+        if theirs != ours:
+            raise ConfigInvalid(f"spec.lora.{field}: {ours}, but the adapter at spec.lora.initFrom has {theirs}")
+
+
+def attach_adapter(model: Any, config: Any, init_from: Path | None = None) -> Any:
+    """Put a fresh adapter on `model`, or the one in the folder `init_from`. Adapter weights are float32."""
+    from peft import get_peft_model
+
+    name = config.base_model_name_or_path
+    adapted = get_peft_model(model, config)
+    # get_peft_model writes the folder the base was loaded from into the config.
+    adapted.peft_config["default"].base_model_name_or_path = name
+    if init_from is not None:
+        load_adapter_weights(adapted, init_from)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    log.info(f"Adapter attached: {trainable:,} trainable parameters", trainable=trainable, rank=config.r)
+    return adapted
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Copy the adapter weights in `folder` into `model`'s adapter, in place: types and optimizer references stay.
+
+    Raises ConfigInvalid when the names or shapes are not this adapter's.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:
+        raise ConfigInvalid(f"the adapter in {folder} does not fit: {str(error).splitlines()[0]}") from None
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        wrong = (missing or result.unexpected_keys)[0]
+        raise ConfigInvalid(f"the adapter in {folder} does not fit: its layers differ, for example at {wrong}")
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Embeddings are never trained here; saying so keeps PEFT from asking the hub about them.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card

@@ -1,0 +1,26 @@
+"""The run's scratch directory."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune_api import constants
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.settings import Settings
+
+
+@contextmanager
+def work_folder(settings: Settings) -> Iterator[Path]:
+    """An empty folder below the scratch space, removed afterwards. Raises ConfigInvalid when there is no such space."""
+    scratch = settings.place.scratch
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{settings.job_name}-", dir=scratch))
+    except OSError as error:
+        raise ConfigInvalid(f"{constants.ENV_SCRATCH_DIR}: {scratch} cannot be written: {error.strerror}") from None
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
