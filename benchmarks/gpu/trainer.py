@@ -105,7 +105,7 @@ SHARDED = """
 from finetune_trainer import sizing
 fitting = sizing._Case._fitting
 sizing._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
-from finetune_trainer.main import cli
+from finetune_trainer.cli import cli
 cli()
 """
 
@@ -124,7 +124,7 @@ from finetune_trainer import hardware
 device = hardware.device
 hardware.device = lambda *args: replace(device(*args), memory_bytes={gib} << 30)
 torch.cuda.set_per_process_memory_fraction(({gib} << 30) / torch.cuda.get_device_properties(0).total_memory)
-from finetune_trainer.main import cli
+from finetune_trainer.cli import cli
 cli()
 """
 
@@ -165,7 +165,7 @@ def train(
     (work / "script.py").write_text(script)
     layout = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", f"resources.gpusPerNode={gpus}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *torchrun, *([work / "script.py"] if script else ["-m", "finetune_trainer.main"])]
+    command = [sys.executable, *torchrun, *([work / "script.py"] if script else ["-m", "finetune_trainer"])]
     words = [word for setting in (*layout, *settings) for word in ("--set", setting)]
     started = datetime.now(UTC)
     answer = subprocess.run(

@@ -42,7 +42,7 @@ import sys
 import torch
 
 from finetune_trainer import hardware, sft, sizing
-from finetune_trainer.main import cli
+from finetune_trainer.cli import cli
 
 train = sft.QloraTrainer.training_step
 

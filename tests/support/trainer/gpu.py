@@ -45,7 +45,7 @@ def start(material: Path, work: Path, prelude: str = "", gpus: int = 1, **settin
         "FINETUNE_TERMINATION_LOG": str(work / "report.json"),
         "FINETUNE_LISTEN": "127.0.0.1:0",
     }
-    (work / "run.py").write_text(f"{prelude}\nfrom finetune_trainer.main import cli\ncli()\n")
+    (work / "run.py").write_text(f"{prelude}\nfrom finetune_trainer.cli import cli\ncli()\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     return subprocess.Popen(
         [sys.executable, *torchrun, str(work / "run.py"), "--config", str(work / "job.yaml"), *words],

@@ -123,7 +123,7 @@ class TrainerProcess:
             _own_progress_lock()
             _forget_processes()
             before()
-            from finetune_trainer.main import main
+            from finetune_trainer.cli import main
 
             code = main(argv)
         except BaseException:

@@ -53,7 +53,7 @@ class Torchrun:
             "OMP_NUM_THREADS": "1",
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [*torchrun, "-m", "finetune_trainer.main", "--config", str(config)]
+        command = [*torchrun, "-m", "finetune_trainer", "--config", str(config)]
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=os.environ | settings | (env or {}), stdout=output, stderr=subprocess.STDOUT

@@ -1,13 +1,10 @@
 """What surrounds a run in its process: imports, the pages it serves, its bar, its folder, and an end that is sure."""
 
-import os
 from contextlib import ExitStack
-from typing import NoReturn
 
 import structlog
 from rich.console import Console
 
-from finetune_trainer.errors import Preempted, failure_of
 from finetune_trainer.reporting.http import serve
 from finetune_trainer.reporting.progress_bar import live_progress
 from finetune_trainer.reporting.prometheus import Telemetry
@@ -37,11 +34,3 @@ def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Con
     if console:
         around.enter_context(live_progress(console, reporter))
     return telemetry
-
-
-def leave_at_once(reporter: Reporter) -> NoReturn:
-    """End the process although something in it still hangs: it was asked to stop, and all is saved."""
-    failure = failure_of(Preempted("Asked to stop; what was saved is whole, what was under way is given up"))
-    log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code)
-    reporter.failed(failure)
-    os._exit(failure.exit_code)

@@ -1,34 +1,20 @@
-"""Train one FineTuneJob: load config -> check data -> plan -> load the base -> train -> publish -> verify.
-
-`finetune-trainer --config job.yaml` is the whole interface: in a pod, under `docker run`, under torchrun, and for
-`finetune run`, which starts this as a subprocess on the same terminal with FINETUNE_TERMINATION_LOG set to a file of
-its own. The exit code (finetune_api.exit_codes.ExitCode) says how it went; that file holds the final TrainerReport as
-JSON.
-"""
+"""One run, from the FineTuneJob to the verified adapter."""
 
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
-from rich.console import Console
 
-from finetune_api.manifest import ManifestError
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer import arguments
-from finetune_trainer import settings as config
-from finetune_trainer.errors import Preempted, failure_of, weights_must_fit
-from finetune_trainer.reporting import logs
+from finetune_trainer.errors import Preempted, weights_must_fit
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
-from finetune_trainer.reporting.setup import leave_at_once, show
 from finetune_trainer.runtime.gc import imported_for_good
-from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
-from finetune_trainer.runtime.workspace import work_folder
-from finetune_trainer.settings import Place, Settings, World
+from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.settings import Settings, World
 from finetune_trainer.stores.digest import Digest
 
 log = structlog.get_logger(__name__)
@@ -258,34 +244,6 @@ def run(
     reporter.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the command line says; returns the exit code, whatever happens."""
-    wanted = arguments.parser().parse_args(argv)
-    place, world = Place.from_env(), World.from_env()
-    console = Console(stderr=True) if sys.stderr.isatty() and world.is_main else None
-    logs.configure(console)
-    reporter = Reporter(place.termination_log)
-    if world.local_rank == 0:
-        reporter.forget_earlier_reports()
-    stop = StopFlag(lambda: leave_at_once(reporter))
-    try:
-        with stop_on_signals(stop, alone=world.size == 1), ExitStack() as around:
-            settings = config.load(wanted.config, wanted.set, place, world)
-            work = around.enter_context(work_folder(settings))
-            logs.copy_to(work / "log.txt")
-            telemetry = show(around, settings, reporter, console)
-            run(settings, reporter, telemetry, stop, work, around)
-    except BaseException as error:
-        failure = failure_of(error)
-        unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1
-        log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code, exc_info=unforeseen)
-        reporter.failed(failure)
-        return failure.exit_code
-    if world.is_main:
-        log.info(reporter.report.message)
-    return 0
-
-
 def _leave_if_asked(stop: StopFlag, world: World) -> None:
     """Raise Preempted on every process when any was asked to stop: none may wait for one that has left."""
     from finetune_trainer.runtime import distributed
@@ -297,12 +255,3 @@ def _leave_if_asked(stop: StopFlag, world: World) -> None:
 
 def _asked_to_stop(stop: StopFlag) -> Preempted:
     return Preempted(f"Asked to stop ({stop.reason or 'another process'}) before training began; nothing is lost")
-
-
-def cli() -> None:
-    """Entry point of the `finetune-trainer` command."""
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    cli()
