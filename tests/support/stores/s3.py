@@ -115,7 +115,7 @@ def _process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[st
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
     """A moto server with IAM: an unknown key is refused with 403, and so is what a policy does not allow."""
-    command = [sys.executable, str(Path(__file__).with_name("moto.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("moto_server.py"))]
     with _process(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONWARNINGS": "ignore"}) as process:
         line = process.stdout.readline() if process.stdout else ""
         if not line.strip().isdigit():
