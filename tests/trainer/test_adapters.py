@@ -13,10 +13,10 @@ from finetune_trainer.engine import lora
 from finetune_trainer.engine.lora import (
     _dropped,
     inputs_of,
-    masks_seeded,
-    share_inputs,
+    seeded_dropout,
+    share_lora_inputs,
 )
-from finetune_trainer.engine.loss import answer_with_loss
+from finetune_trainer.engine.loss import patch_fused_loss
 from support.trainer.triton import interpreted
 
 IDS = torch.arange(4, 44)[None]
@@ -28,7 +28,7 @@ def _model(folder: Path, **settings: Any) -> Any:
     base.config.use_cache = False
     wanted = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False, "target_modules": "all-linear"} | settings
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **wanted))
-    answer_with_loss(model.get_base_model())
+    patch_fused_loss(model.get_base_model())
     return model.train()
 
 
@@ -57,16 +57,16 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_without_dropout_the_gradient_is_that_of_peft(settings: dict[str, Any], tiny_model: Path) -> None:
     model = _model(tiny_model, **settings)
     expected = _gradient(model), _gradient(model, autocast=True)
-    share_inputs(model)
+    share_lora_inputs(model)
     assert _difference(_gradient(model), expected[0]) < 1e-5
     assert _difference(_gradient(model, autocast=True), expected[1]) < 2e-2
-    share_inputs(model)  # once more changes nothing
+    share_lora_inputs(model)  # once more changes nothing
     assert _difference(_gradient(model), expected[0]) < 1e-5
 
 
 def test_one_mask_serves_all_that_read_the_same_input(tiny_model: Path) -> None:
     model = _model(tiny_model, lora_dropout=0.5)
-    share_inputs(model)
+    share_lora_inputs(model)
     masks: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
@@ -80,7 +80,7 @@ def test_one_mask_serves_all_that_read_the_same_input(tiny_model: Path) -> None:
 def test_with_dropout_the_gradient_is_that_of_peft_on_average(tiny_model: Path) -> None:
     model = _model(tiny_model, lora_dropout=0.1)
     plain = [torch.stack([_gradient(model) for _ in range(60)]) for _ in range(2)]
-    share_inputs(model)
+    share_lora_inputs(model)
     ours = torch.stack([_gradient(model) for _ in range(60)])
     noise = _difference(plain[1].mean(0), plain[0].mean(0))
     assert _difference(ours.mean(0), plain[0].mean(0)) < 2 * noise
@@ -91,7 +91,7 @@ def test_evaluation_runs_the_adapters_as_they_are(tiny_model: Path) -> None:
     model = _model(tiny_model).eval()
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        share_inputs(model)
+        share_lora_inputs(model)
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
@@ -103,7 +103,7 @@ def test_added_by_our_kernel_the_gradient_is_that_of_peft(
     monkeypatch.setattr(lora, "_HALF", (torch.float32,))  # which the interpreter does not round
     model = _model(tiny_model, **settings)
     expected = _gradient(model)
-    share_inputs(model)
+    share_lora_inputs(model)
     for each in inputs_of(model):
         each.added_by_kernel = True
     assert _difference(_gradient(model), expected) < 1e-5
@@ -136,13 +136,13 @@ def test_rows_side_by_side_have_masks_of_their_own() -> None:
 
 def test_processes_drop_different_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(tiny_model, lora_dropout=0.5)
-    share_inputs(model)
+    share_lora_inputs(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         torch.manual_seed(1)
-        with masks_seeded(inputs_of(model), torch.device("cpu")):
+        with seeded_dropout(inputs_of(model), torch.device("cpu")):
             found.append(_gradient(model))
     assert _difference(found[1], found[0]) > 0.05
 
@@ -151,7 +151,7 @@ def test_processes_drop_different_tokens(tiny_model: Path, monkeypatch: pytest.M
 def test_what_our_kernel_does_not_add_well_torch_adds(rank: int, dtype: torch.dtype, tiny_model: Path) -> None:
     model = _model(tiny_model, r=rank, target_modules=["q_proj"]).to(dtype)
     expected = _gradient(model)
-    share_inputs(model)
+    share_lora_inputs(model)
     for each in inputs_of(model):
         each.added_by_kernel = True  # the operation itself need not even be there
     assert _difference(_gradient(model), expected) < 2e-2
@@ -159,11 +159,11 @@ def test_what_our_kernel_does_not_add_well_torch_adds(rank: int, dtype: torch.dt
 
 def test_masks_of_a_seed_are_drawn_from_the_generator_of_torch(tiny_model: Path) -> None:
     model = _model(tiny_model, lora_dropout=0.5)
-    share_inputs(model)
+    share_lora_inputs(model)
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        with masks_seeded(inputs_of(model), torch.device("cpu")):
+        with seeded_dropout(inputs_of(model), torch.device("cpu")):
             found.append(_gradient(model))
     assert torch.equal(found[0], found[1])
     assert _difference(found[2], found[0]) > 0.05

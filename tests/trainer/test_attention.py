@@ -15,7 +15,7 @@ from finetune_trainer.engine import attention, capabilities
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.runtime import device as hardware
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 from support.trainer.triton import interpreted
 
 LENGTHS = (7, 12, 1, 5)
@@ -214,7 +214,7 @@ def _simulate_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 def test_a_simulated_kernel_passes_the_check_and_is_chosen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _simulate_a_gpu(monkeypatch)
     for wanted in ("auto", "varlen"):
-        assert capabilities.attention(_spec(wanted), _base(tiny_model), World()) == "varlen"
+        assert capabilities.attention(_spec(wanted), _base(tiny_model), Ranks()) == "varlen"
 
 
 @pytest.mark.parametrize("broken", ["missing", "wrong"])
@@ -224,12 +224,12 @@ def test_a_kernel_that_fails_the_check_is_not_used(
     _simulate_a_gpu(monkeypatch)
     if broken == "wrong":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _wrong)
-    assert capabilities.attention(_spec("auto"), _base(tiny_model), World()) == "sdpa"
+    assert capabilities.attention(_spec("auto"), _base(tiny_model), Ranks()) == "sdpa"
     said = capsys.readouterr().out
     assert "Attention: sdpa (the fastest that runs here)" in said
     assert ("fails here: NotImplementedError" if broken == "missing" else "differs from SDPA by") in said
     with pytest.raises(ConfigInvalid, match=r"spec.model.attention: varlen (fails here|differs from SDPA)"):
-        capabilities.attention(_spec("varlen"), _base(tiny_model), World())
+        capabilities.attention(_spec("varlen"), _base(tiny_model), Ranks())
 
 
 @pytest.mark.parametrize("broken", ["missing", "wrong"])
@@ -247,7 +247,7 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
     monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr(torch.ops.finetune, "attention", kernel)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
-    assert capabilities.attention(_spec("auto"), _base(tiny_model), World()) == "varlen"
+    assert capabilities.attention(_spec("auto"), _base(tiny_model), Ranks()) == "varlen"
     assert not attention._ours
     said = capsys.readouterr().out
     assert "The attention kernels for short rows cannot be used, torch's are: " in said
@@ -303,10 +303,10 @@ def test_what_cannot_run_here_is_refused_and_never_chosen(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
     base = _base(tiny_model, **changes)
     with pytest.raises(ConfigInvalid, match=f"spec.model.attention: .*{sentence}"):
-        capabilities.attention(spec, base, World())
+        capabilities.attention(spec, base, Ranks())
     wanted = spec.model.attention
     auto = spec.model_copy(update={"model": spec.model.model_copy(update={"attention": "auto"})})
-    assert capabilities.attention(auto, base, World()) != wanted
+    assert capabilities.attention(auto, base, Ranks()) != wanted
 
 
 def test_dropout_in_the_kernel_is_refused() -> None:

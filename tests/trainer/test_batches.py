@@ -13,10 +13,10 @@ from finetune_trainer.data.batching import (
     Loader,
     ProcessBatches,
     Steps,
-    deal,
+    balance_batches,
     deal_by_length,
 )
-from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
 
 some_lengths = st.lists(st.integers(1, 512), min_size=1, max_size=64)
@@ -34,7 +34,7 @@ def _rows(step: list[list[list[int]]]) -> list[int]:
 @given(lengths=some_lengths, most=st.integers(1, 16), evenly=st.booleans())
 def test_each_row_is_dealt_once_and_no_bin_overflows(lengths: list[int], most: int, evenly: bool) -> None:
     bins = -(-len(lengths) // most)
-    dealt = (deal if evenly else deal_by_length)(lengths, bins, most)
+    dealt = (balance_batches if evenly else deal_by_length)(lengths, bins, most)
     assert len(dealt) == bins
     assert sorted(index for indices in dealt for index in indices) == list(range(len(lengths)))
     assert all(len(indices) <= most and indices == sorted(indices) for indices in dealt)
@@ -42,7 +42,7 @@ def test_each_row_is_dealt_once_and_no_bin_overflows(lengths: list[int], most: i
 
 @given(lengths=some_lengths, bins=st.integers(1, 8))
 def test_bins_differ_by_no_more_than_one_row(lengths: list[int], bins: int) -> None:
-    sums = [sum(lengths[index] for index in indices) for indices in deal(lengths, bins, len(lengths))]
+    sums = [sum(lengths[index] for index in indices) for indices in balance_batches(lengths, bins, len(lengths))]
     assert max(sums) - min(sums) <= max(lengths)
 
 
@@ -121,7 +121,7 @@ def test_a_process_without_rows_has_two_tokens_and_nothing_to_learn(packed: bool
 
 
 def test_each_process_loads_its_own_part_of_every_step() -> None:
-    rows = Encoded()
+    rows = TokenizedDataset()
     for row in range(21):
         rows.input_ids.append([row] * (1 + row % 5))
         rows.labels.append([row] * (1 + row % 5))

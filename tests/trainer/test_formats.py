@@ -13,7 +13,7 @@ from finetune_trainer.data import (
     ragged,
     readers,
 )
-from finetune_trainer.data.dataset import Shard, encode, load_rows
+from finetune_trainer.data.dataset import DataFile, encode, load_rows
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
@@ -40,7 +40,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _load(path: Path, wanted: str = "auto", text_field: str = "text") -> tuple[list[Any], str]:
-    rows, shape = load_rows([Shard(path, path.name)], wanted, text_field)
+    rows, shape = load_rows([DataFile(path, path.name)], wanted, text_field)
     return [row.data for row in rows], shape
 
 
@@ -68,7 +68,7 @@ def test_another_text_column_can_be_named(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_in_order_and_bad_rows_name_theirs(tmp_path: Path) -> None:
-    shards = [Shard(_write(tmp_path / f"{i}.jsonl", [{"text": f"row {i}"}]), f"part/{i}.jsonl") for i in range(3)]
+    shards = [DataFile(_write(tmp_path / f"{i}.jsonl", [{"text": f"row {i}"}]), f"part/{i}.jsonl") for i in range(3)]
     rows, _ = load_rows(shards, "auto", "text")
     assert [row.data["text"] for row in rows] == ["row 0", "row 1", "row 2"]
     shards[1].path.write_text('{"text": "fine"}\n\n{"text": 7}\n')
@@ -80,7 +80,7 @@ def test_an_empty_shard_among_others_is_said(tmp_path: Path) -> None:
     files = [_write(tmp_path / "a.jsonl", ROWS), tmp_path / "b.jsonl", tmp_path / "c.csv"]
     files[1].touch()
     files[2].write_text("text\n")
-    shards = [Shard(path, f"part/{path.name}", "spec.dataset.eval") for path in files]
+    shards = [DataFile(path, f"part/{path.name}", "spec.dataset.eval") for path in files]
     with structlog.testing.capture_logs() as logs:
         rows, _ = load_rows(shards[:2], "auto", "text")
         load_rows(shards, "auto", "text")
@@ -97,11 +97,11 @@ def test_messages_begin_with_the_field(tmp_path: Path) -> None:
     """The training and the evaluation file may well have the same name."""
     (tmp_path / "data.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(DatasetInvalid, match=r"^spec\.dataset\.train: data\.jsonl:1: 'text' must be a string"):
-        load_rows([Shard(tmp_path / "data.jsonl", "data.jsonl", "spec.dataset.train")], "auto", "text")
+        load_rows([DataFile(tmp_path / "data.jsonl", "data.jsonl", "spec.dataset.train")], "auto", "text")
 
 
 def test_rows_are_not_kept_but_read_again(tmp_path: Path) -> None:
-    rows, _ = load_rows([Shard(_write(tmp_path / "a.jsonl", ROWS), "a.jsonl")], "auto", "text")
+    rows, _ = load_rows([DataFile(_write(tmp_path / "a.jsonl", ROWS), "a.jsonl")], "auto", "text")
     assert [row.data for row in rows] == [row.data for row in rows] == ROWS
     assert (rows[1].line, rows[-1].data, [row.line for row in rows[:2]], rows[:0]) == (2, ROWS[2], [1, 2], [])
     with pytest.raises(IndexError):
@@ -143,7 +143,7 @@ def test_large_sets_do_not_lie_in_memory_as_python_objects(tmp_path: Path) -> No
     path = _write(tmp_path / "rows.jsonl", [{"text": "word " * 200}] * count)
     tracemalloc.start()
     try:
-        rows, shape = load_rows([Shard(path, path.name)], "auto", "text")
+        rows, shape = load_rows([DataFile(path, path.name)], "auto", "text")
         encoded = encode(rows, shape, Encoder(Words(), 512), "training")
         data = encoded.dataset()
         stays, peak = tracemalloc.get_traced_memory()

@@ -48,7 +48,7 @@ def test_frozen_layers_alone_are_converted_and_the_adapter_learns(tiny_model: Pa
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fp8.convert(modules.of(base)[:1])
+    fp8.convert(modules.decoder_layers(base)[:1])
     converted = {name for name, module in model.named_modules() if isinstance(module, fp8.Fp8Linear)}
     assert len(converted) == 7 and all(".layers.0." in name for name in converted)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before

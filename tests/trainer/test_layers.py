@@ -14,8 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate, _order
-from finetune_trainer.engine import capabilities, compilation, modules
-from finetune_trainer.engine.lora import share_inputs
+from finetune_trainer.engine import (
+    capabilities,
+    compilation,
+    modules,
+)
+from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
 from finetune_trainer.model.base import _keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
@@ -60,11 +64,11 @@ def _loss_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.
 def test_recomputed_layers_run_twice_and_change_nothing(recomputed: int | None, deep_model: Path) -> None:
     model = _adapted(deep_model)
     runs: list[int] = []
-    for index, layer in enumerate(modules.of(model.get_base_model())):
+    for index, layer in enumerate(modules.decoder_layers(model.get_base_model())):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
     found = []
     for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=recomputed)):
-        compilation.put_into_effect(plan, model, _batch(5), "fp32")
+        compilation.apply_plan(plan, model, _batch(5), "fp32")
         runs.clear()
         found.append(_loss_and_gradient(model, _batch(20, 31)))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
@@ -87,10 +91,10 @@ def test_compiled_layers_have_the_same_gradient_and_are_compiled_once_for_all_le
     model = _adapted(deep_model)
     model.get_base_model().config._attn_implementation = "one_sequence"
     batches = [_batch(20, 31), _batch(9, 8, 40), _batch(60)]
-    compilation.put_into_effect(_plan(), model, batches[0], "fp32")
+    compilation.apply_plan(_plan(), model, batches[0], "fp32")
     plain = [_loss_and_gradient(model, batch) for batch in batches]
 
-    plan = compilation.put_into_effect(_plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2), model,
+    plan = compilation.apply_plan(_plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2), model,
                                   _batch(5, 7), "fp32")  # fmt: skip
     assert plan.compiled
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -124,11 +128,11 @@ def test_layers_that_cannot_be_compiled_train_as_they_are(
         return fail
 
     model = _adapted(deep_model)
-    compilation.put_into_effect(_plan(), model, _batch(5), "fp32")
+    compilation.apply_plan(_plan(), model, _batch(5), "fp32")
     expected = _loss_and_gradient(model, _batch(20, 31))
     monkeypatch.setattr(torch, "compile", broken)
     before = torch.get_rng_state()
-    plan = compilation.put_into_effect(_plan(compiled=True), model, _batch(5), "fp32")
+    plan = compilation.apply_plan(_plan(compiled=True), model, _batch(5), "fp32")
     assert plan.compiled is False
     assert "cannot be compiled and run as they are, slower: RuntimeError: no compiler today" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before)
@@ -238,14 +242,14 @@ def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    compilation.keep_compiled_in(tmp_path)
+    compilation.set_compile_cache(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
     inductor = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert (inductor.name, inductor.parent.parent) == ("inductor", tmp_path)
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compilation.keep_compiled_in(tmp_path)
+    compilation.set_compile_cache(tmp_path)
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == inductor  # as long as the engine is the same
 
     another = tmp_path / "engine/layers.py"
@@ -253,7 +257,7 @@ def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyP
     another.write_text("another version")
     monkeypatch.setattr(compilation, "__file__", str(another))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compilation.keep_compiled_in(tmp_path)
+    compilation.set_compile_cache(tmp_path)
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent != inductor.parent
 
 
@@ -275,7 +279,7 @@ def test_selective_checkpointing_keeps_what_linear_layers_answer(deep_model: Pat
     """And it drops, when it computes again, what it dropped before."""
     model = _adapted(deep_model, bits=4, dropout=0.5)
     model.get_base_model().config._attn_implementation = "one_sequence"
-    share_inputs(model)
+    share_lora_inputs(model)
     found, kept = [], []
     for selective, recomputed in ((False, 0), (True, 0), (True, 2)):
         torch._dynamo.reset()
@@ -285,7 +289,7 @@ def test_selective_checkpointing_keeps_what_linear_layers_answer(deep_model: Pat
             gradient_checkpointing=bool(recomputed),
             checkpointed_layers=recomputed,
         )
-        assert compilation.put_into_effect(plan, model, _batch(5, 7), "fp32", budget=0.8).compiled
+        assert compilation.apply_plan(plan, model, _batch(5, 7), "fp32", budget=0.8).compiled
         kept.append({})
 
         def keep(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = kept[-1]) -> torch.Tensor:

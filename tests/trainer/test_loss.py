@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine import loss
-from finetune_trainer.engine.loss import answer_with_loss, summed_cross_entropy
+from finetune_trainer.engine.loss import patch_fused_loss, summed_cross_entropy
 
 SMALL = {
     "vocab_size": 97,
@@ -84,7 +84,7 @@ def test_a_model_answers_with_the_loss_that_transformers_computes(config: Any) -
             parameter.mul_(4)
     model.get_output_embeddings().weight.requires_grad_(False)
     ids = torch.randint(1, 97, (2, 11))
-    answer_with_loss(model)
+    patch_fused_loss(model)
     theirs = model(input_ids=ids, labels=ids).loss * 20
     positions = torch.cat([torch.arange(10), torch.arange(11, 21)])
     ours = model(input_ids=ids, target_positions=positions, target_ids=ids[:, 1:].flatten())
@@ -109,7 +109,7 @@ def test_where_sequences_begin_is_not_looked_for_when_attention_is_told(
     find = masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: counted.append(1) or find(ids))
     model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL), attn_implementation=attention)
-    answer_with_loss(model)
+    patch_fused_loss(model)
     batch = Collate(True, 0, rows=2, longest=9)([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
     model.train()(**batch)
     assert len(counted) == looks

@@ -9,11 +9,11 @@ import torch
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.distributed import (
     Batches,
-    Interrupted,
-    any_of,
-    on_main,
+    EvaluationAborted,
+    all_reduce_any,
+    run_on_rank_zero,
 )
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 
 
 class _Refused(Exception):
@@ -31,12 +31,12 @@ def _limited(size: int) -> Any:
 
 
 def test_one_process_decides_alone() -> None:
-    assert on_main(World(), lambda: 7) == 7
-    assert any_of(World(), True, False) == [True, False]
+    assert run_on_rank_zero(Ranks(), lambda: 7) == 7
+    assert all_reduce_any(Ranks(), True, False) == [True, False]
 
 
 def test_a_batch_too_large_is_halved_and_stays_small() -> None:
-    batches = Batches(World(), 8)
+    batches = Batches(Ranks(), 8)
     results = batches.run(range(10), _limited(3))
     assert [list(batch) for batch, _ in results] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert [total for _, total in results] == [1, 5, 9, 13, 17]
@@ -47,8 +47,8 @@ def test_a_batch_too_large_is_halved_and_stays_small() -> None:
 
 def test_a_stop_ends_the_work_after_one_batch() -> None:
     seen: list[Sequence[int]] = []
-    with pytest.raises(Interrupted):
-        Batches(World(), 2, interrupted=lambda: bool(seen)).run(range(10), seen.append)
+    with pytest.raises(EvaluationAborted):
+        Batches(Ranks(), 2, interrupted=lambda: bool(seen)).run(range(10), seen.append)
     assert seen == [range(2)]
 
 
@@ -62,7 +62,7 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
     kept: list[int] = []
     for rank in rounds:
 
-        def counted(world: World, *flags: bool) -> list[bool]:
+        def counted(world: Ranks, *flags: bool) -> list[bool]:
             rounds[world.rank] += 1
             return list(flags)
 
@@ -71,7 +71,7 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
             return len(batch)
 
         monkeypatch.setattr(distributed, "any_of", counted)
-        for batch, length in Batches(World(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
+        for batch, length in Batches(Ranks(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
             assert len(batch) == length
             kept += batch
     assert sorted(kept) == list(range(rows))
@@ -82,13 +82,13 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
 def test_a_simulated_process_halves_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[True, False], [False, False], [False, False]])
     monkeypatch.setattr(distributed, "any_of", lambda world, *flags: next(answers))
-    results = Batches(World(1, 1, 2), 4).run(range(8), sum)
+    results = Batches(Ranks(1, 1, 2), 4).run(range(8), sum)
     assert results == [(range(1, 5, 2), 4), (range(5, 9, 2), 12)]
 
 
 def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Batches(World(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
+        Batches(Ranks(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
 
 
 def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune_api.status import TrainerReport
-from finetune_trainer.checkpoints.folder import RunFolder
-from finetune_trainer.checkpoints.state import RunState
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.reporting.report import Reporter, termination_message
 from finetune_trainer.stores.manifest import FileRecord, StoreManifest
 
@@ -40,17 +40,17 @@ def test_every_line_of_the_metrics_file_is_json(tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.record(step=1, loss=0.5, gradNorm=float("inf"), **NO_NUMBERS)
     line = json.loads(folder.metrics_file.read_text(), parse_constant=refuse)
     assert line == {"step": 1, "loss": 0.5}
 
 
 def test_a_state_of_another_version_is_read(tmp_path: Path) -> None:
-    RunState(step=3, fingerprint="f").save(tmp_path)
+    TrainingState(step=3, fingerprint="f").save(tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text(json.dumps(json.loads(file.read_text()) | {"of_a_later_version": 1}))
-    assert RunState.load(tmp_path) == RunState(step=3, fingerprint="f")
+    assert TrainingState.load(tmp_path) == TrainingState(step=3, fingerprint="f")
 
 
 @pytest.mark.parametrize("message", ["short", "ü" * 9000, '\n\x01"' * 3000])

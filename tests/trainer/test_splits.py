@@ -9,7 +9,7 @@ import pytest
 from finetune_trainer.data import hub_splits
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.settings import Place, World, load
+from finetune_trainer.settings import Environment, Ranks, load
 from support.stores.hub import Hub
 from support.trainer.process import job
 
@@ -98,7 +98,7 @@ def data_set(hub: Hub, tmp_path: Path) -> Path:
 def _shards(hub: Hub, folder: Path, source: str, field: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     place: dict[str, Any] = {"FINETUNE_SCRATCH_DIR": str(folder), "FINETUNE_SECRETS_DIR": str(folder / "secrets")}
-    settings = load(job(folder, folder / "no-model"), [], Place.from_env(place), World())
+    settings = load(job(folder, folder / "no-model"), [], Environment.from_env(place), Ranks())
     return [shard.name for shard in Inputs(settings).shards(source, field)]
 
 

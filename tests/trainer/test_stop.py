@@ -168,7 +168,7 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
     def inject() -> None:
         from finetune_trainer.runtime import signals
 
-        signals.PATIENCE = 0.2
+        signals.TIMEOUT = 0.2
         _stop_in("model.base.load_base", wait_for_a_thread)()
 
     _assert_stopped(TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish())

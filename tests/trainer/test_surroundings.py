@@ -1,11 +1,11 @@
 import gc
 
-from finetune_trainer.runtime.gc import imported_for_good
+from finetune_trainer.runtime.gc import freeze_imports
 
 
 def test_the_garbage_collector_passes_over_what_is_imported_for_good_and_works_on() -> None:
     gc.collect()
-    with imported_for_good():
+    with freeze_imports():
         assert not gc.isenabled()
         kept = {"name": []}
     assert gc.isenabled()

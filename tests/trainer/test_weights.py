@@ -54,7 +54,7 @@ def test_only_the_layers_asked_for_are_kept_so_and_the_adapter_has_the_same_name
     names = []
     for kept in (0, 1):
         model = _quantized(tiny_model)
-        keep_dequantized(modules.of(model)[:kept])
+        keep_dequantized(modules.decoder_layers(model)[:kept])
         four_bits = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
         assert len(four_bits) == 14 - 7 * kept
         assert all(f"layers.{kept}." in name or kept == 0 for name in four_bits)

@@ -26,7 +26,7 @@ from finetune_trainer.reporting.setup import show
 from finetune_trainer.run import run
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
 from finetune_trainer.runtime.workspace import work_folder
-from finetune_trainer.settings import Place, World
+from finetune_trainer.settings import Environment, Ranks
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command line says; returns the exit code, whatever happens."""
     wanted = parser().parse_args(argv)
-    place, world = Place.from_env(), World.from_env()
+    place, world = Environment.from_env(), Ranks.from_env()
     console = Console(stderr=True) if sys.stderr.isatty() and world.is_main else None
     logs.configure(console)
     reporter = Reporter(place.termination_log)

@@ -9,7 +9,7 @@ import structlog
 
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
-from finetune_trainer.data.dataset import Shard
+from finetune_trainer.data.dataset import DataFile
 from finetune_trainer.data.readers import is_data_file
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.settings import Settings
@@ -51,7 +51,7 @@ class Inputs:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._cache = settings.place.cache or settings.place.scratch / "cache"
+        self._cache = settings.environment.cache or settings.environment.scratch / "cache"
 
     def model_config_and_tokenizer(self, revision: str | None = None) -> ModelFiles:
         """Everything of the model but its weights. `revision` goes before the manifest's."""
@@ -67,7 +67,7 @@ class Inputs:
             )
         return folder
 
-    def shards(self, source: str, field: str) -> list[Shard]:
+    def shards(self, source: str, field: str) -> list[DataFile]:
         """The data files at `source`: one, or all below a prefix; of a data set on the hub, those of one split.
 
         Raises DatasetInvalid when there is none, or when it is not clear which are meant.
@@ -80,14 +80,14 @@ class Inputs:
         except StoreNotFound as error:
             raise DatasetInvalid(str(error)) from None
         if found.is_file():
-            return [Shard(found, found.name, field)]
+            return [DataFile(found, found.name, field)]
         every = sorted(path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file())
         paths = [path for path in every if is_data_file(path)]
         if not paths:
             raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
         if uri.scheme == "hf":
             paths = _of_split(paths, split, uri, field)
-        return [Shard(found / path, path, field) for path in paths]
+        return [DataFile(found / path, path, field) for path in paths]
 
     def _data(self, uri: Uri, field: str) -> tuple[Uri, Path, str]:
         """`uri` and what it names, and ''; where its last segment is no path but a split: those above it, and that."""
@@ -117,7 +117,7 @@ class Inputs:
     def _fetch(
         self, uri: Uri, role: str, field: str, ignore: tuple[str, ...] = (), revision: str | None = None
     ) -> Path:
-        credentials = Credentials.for_role(role, secrets_dir=self._settings.place.secrets)
+        credentials = Credentials.for_role(role, secrets_dir=self._settings.environment.secrets)
         return fetch(
             uri,
             credentials,
@@ -142,7 +142,7 @@ def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
     return chosen
 
 
-def served_name(source: str) -> str:
+def base_model_id(source: str) -> str:
     """What a server calls the base model: the hub's id, else the URI."""
     uri = parse(source)
     return uri.authority if uri.scheme == "hf" else str(uri)

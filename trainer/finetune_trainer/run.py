@@ -12,9 +12,9 @@ from finetune_api.uri import parse
 from finetune_trainer.errors import Preempted, weights_must_fit
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
-from finetune_trainer.runtime.gc import imported_for_good
+from finetune_trainer.runtime.gc import freeze_imports
 from finetune_trainer.runtime.signals import StopFlag
-from finetune_trainer.settings import Settings, World
+from finetune_trainer.settings import Ranks, Settings
 from finetune_trainer.stores.digest import Digest
 
 log = structlog.get_logger(__name__)
@@ -34,16 +34,16 @@ def run(
     # Micro-batches have any number of tokens: memory that one has left must serve the next.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
-    with imported_for_good():
+    with freeze_imports():
         from finetune_trainer.checkpoints.fingerprint import fingerprint
-        from finetune_trainer.checkpoints.folder import RunFolder
+        from finetune_trainer.checkpoints.folder import RunDirectory
         from finetune_trainer.checkpoints.manager import Checkpoints
         from finetune_trainer.data import (
             batching,
             dataset,
             encoding,
-            tokenizer,
         )
+        from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
         from finetune_trainer.engine import (
             capabilities,
             compilation,
@@ -52,10 +52,10 @@ def run(
             modules,
         )
         from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
-        from finetune_trainer.engine.loss import answer_with_loss
+        from finetune_trainer.engine.loss import patch_fused_loss
         from finetune_trainer.evaluation import evaluator as evaluate
-        from finetune_trainer.inputs import Inputs, served_name
-        from finetune_trainer.model import adapter
+        from finetune_trainer.inputs import Inputs, base_model_id
+        from finetune_trainer.model import adapter as peft_adapter
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner
         from finetune_trainer.publishing import bundle
@@ -68,19 +68,21 @@ def run(
         from finetune_trainer.stores.open import open_store
         from finetune_trainer.training.session import Training
 
-    job, spec, world = settings.job, settings.spec, settings.world
+    job, spec, world = settings.job, settings.spec, settings.ranks
     hardware.prepare(spec, world)
-    compilation.keep_compiled_in((settings.place.cache or settings.place.scratch / "cache") / "compiled")
+    compilation.set_compile_cache((settings.environment.cache or settings.environment.scratch / "cache") / "compiled")
     trackers.check(settings)
 
     reporter.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
     output = open_store(
-        parse(spec.output.uri), Credentials.for_role("output", secrets_dir=settings.place.secrets), field="output.uri"
+        parse(spec.output.uri),
+        Credentials.for_role("output", secrets_dir=settings.environment.secrets),
+        field="output.uri",
     )
     checkpoints = Checkpoints(settings, on_saved=telemetry.checkpoint_saved)
-    already = distributed.on_main(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
+    already = distributed.run_on_rank_zero(world, lambda: check_target(output, job.metadata.uid, spec.output.overwrite))
     if already:
-        found = distributed.on_main(world, lambda: load_back(output, work / "published"))
+        found = distributed.run_on_rank_zero(world, lambda: load_back(output, work / "published"))
         reporter.metrics(found.metrics or {})
         reporter.progress(step=found.step or 0, total_steps=found.step)
         if world.is_main and not spec.output.keep_checkpoints:
@@ -97,24 +99,24 @@ def run(
         eval_rows, eval_format = dataset.load_rows(
             inputs.shards(spec.dataset.eval, "spec.dataset.eval"), spec.dataset.format, spec.dataset.text_field
         )
-    tokenizer = tokenizer.load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
     base = model.inspect(model_files.folder, spec)
     attention = capabilities.attention(spec, base, world)
-    tokenizer.check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
-    adapter.check_target_modules(spec.lora.target_modules, base.linear_layers)
+    check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
+    peft_adapter.check_target_modules(spec.lora.target_modules, base.linear_layers)
     encoder = encoding.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
     train_data = dataset.encode(train_rows, train_format, encoder, "training")
     held_out = dataset.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
     to_answer = (
-        evaluate.questions(eval_rows, eval_format, encoder, spec.evaluation.generation)
+        evaluate.eval_prompts(eval_rows, eval_format, encoder, spec.evaluation.generation)
         if "nli" in spec.evaluation.metrics
         else []
     )
     init_from = inputs.adapter(spec.lora.init_from) if spec.lora.init_from else None
     if init_from:
-        adapter.check_init_from(init_from, spec)
+        peft_adapter.check_init_from(init_from, spec)
 
-    folder = RunFolder(work)
+    folder = RunDirectory(work)
     identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
@@ -140,20 +142,22 @@ def run(
     _leave_if_asked(stop, world)
 
     reporter.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
-    base_model = served_name(spec.model.source)
+    base_model = base_model_id(spec.model.source)
     weights = inputs.model_weights(model_files.revision)
     hardware.seed(spec.training.seed)
     device = hardware.device_name(spec, world)
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
         if plan.cached_layers:
-            keep_dequantized(modules.of(loaded)[: plan.cached_layers])
+            keep_dequantized(modules.decoder_layers(loaded)[: plan.cached_layers])
         if spec.quantization.bits == 4 and plan.compiled:
             dequantize_in_one_pass(loaded)
-        adapted = adapter.attach_adapter(loaded, adapter.lora_config(spec, base_model, model_files.revision), init_from)
-        answer_with_loss(adapted.get_base_model())
+        adapted = peft_adapter.attach_adapter(
+            loaded, peft_adapter.lora_config(spec, base_model, model_files.revision), init_from
+        )
+        patch_fused_loss(adapted.get_base_model())
         if plan.fp8:
-            repeated = modules.of(loaded)
+            repeated = modules.decoder_layers(loaded)
             fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
         if plan.sharded:
             fsdp.shard(adapted, world, device)
@@ -172,7 +176,7 @@ def run(
         reporter.stage("Evaluating", "Measuring the base model before training")
         try:
             state.before = evaluator(adapted)
-        except distributed.Interrupted:
+        except distributed.EvaluationAborted:
             raise _asked_to_stop(stop) from None
         reporter.metrics(state.metrics_before())
         track(0, state.metrics_before())
@@ -213,13 +217,13 @@ def run(
     track(state.step, {f"final/{key}": value for key, value in metrics.items()})
     if spec.evaluation.keep_best and folder.best.exists():
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
-        adapter.load_adapter_weights(adapted, folder.best)
-    adapter.save_adapter(adapted, folder.adapter)
+        peft_adapter.load_adapter_weights(adapted, folder.best)
+    peft_adapter.save_adapter(adapted, folder.adapter)
     bundle.write(folder, job, tokenizer, plan, metrics, base_model, work / "log.txt")
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
         if plan.sharded or plan.fp8
-        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, World(), collate))
+        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, Ranks(), collate))
     )
     if spec.output.overwrite:  # what is there must not go for an adapter that does not load
         verifier.check(folder.adapter, "hand")
@@ -244,11 +248,11 @@ def run(
     reporter.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back")
 
 
-def _leave_if_asked(stop: StopFlag, world: World) -> None:
+def _leave_if_asked(stop: StopFlag, world: Ranks) -> None:
     """Raise Preempted on every process when any was asked to stop: none may wait for one that has left."""
     from finetune_trainer.runtime import distributed
 
-    (stopping,) = distributed.any_of(world, bool(stop))
+    (stopping,) = distributed.all_reduce_any(world, bool(stop))
     if stopping:
         raise _asked_to_stop(stop)
 

@@ -12,7 +12,7 @@ from finetune_api.spec import FineTuneJob, FineTuneJobSpec
 
 
 @dataclass(frozen=True)
-class Place:
+class Environment:
     """What the process's environment says; every default is the pod's (finetune_api.constants)."""
 
     scratch: Path
@@ -24,7 +24,7 @@ class Place:
     attempt: int
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Environment":
         cache = env.get(constants.ENV_CACHE_DIR)
         attempt = env.get(constants.ENV_ATTEMPT, "1")
         return cls(
@@ -39,7 +39,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     """This process among the job's processes (torchrun's environment variables); one process per GPU."""
 
     rank: int = 0
@@ -47,7 +47,7 @@ class World:
     size: int = 1
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Ranks":
         return cls(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), int(env.get("WORLD_SIZE", "1")))
 
     @property
@@ -60,8 +60,8 @@ class Settings:
     """All that one run depends on."""
 
     job: FineTuneJob
-    place: Place
-    world: World
+    environment: Environment
+    ranks: Ranks
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -72,9 +72,9 @@ class Settings:
         return self.job.metadata.name
 
 
-def load(path: Path, overrides: Sequence[str], place: Place, world: World) -> Settings:
+def load(path: Path, overrides: Sequence[str], environment: Environment, ranks: Ranks) -> Settings:
     """Read the manifest at `path`, `overrides` on top. Raises ManifestError."""
-    return Settings(load_file(path, list(overrides)), place, world)
+    return Settings(load_file(path, list(overrides)), environment, ranks)
 
 
 def resolved_job(job: FineTuneJob) -> dict[str, Any]:

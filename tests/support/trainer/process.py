@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from finetune_api import constants
-from finetune_trainer.runtime.gc import imported_for_good
+from finetune_trainer.runtime.gc import freeze_imports
 from support.trainer.tiny_model import nli_rows, write_jsonl
 
 
@@ -189,7 +189,7 @@ def _forget_processes() -> None:
 def _import_everything() -> None:
     """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
     gc.collect()
-    with imported_for_good():
+    with freeze_imports():
         for name in (
             "publishing.bundle",
             "inputs",

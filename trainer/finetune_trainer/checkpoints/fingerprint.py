@@ -6,10 +6,10 @@ from array import array
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.dataset import TokenizedDataset
 
 
-def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, *rows: Encoded) -> str:
+def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, *rows: TokenizedDataset) -> str:
     """A digest of what decides the result: a checkpoint is resumed only by a run of the same fingerprint.
 
     That is the spec, the base model's commit on the hub, and what the data files held (`rows`: training and held-out
@@ -32,7 +32,7 @@ def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, *rows: Encoded) 
 _HOW = ("microBatchSize", "packing", "gradientCheckpointing")
 
 
-def _digest(rows: Encoded) -> str:
+def _digest(rows: TokenizedDataset) -> str:
     sha = hashlib.sha256()
     for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
         sha.update(array("i", (len(ids), *ids, *labels)).tobytes())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import constants
-from finetune_trainer.checkpoints.state import RunState
-from finetune_trainer.stores.json_numbers import finite
+from finetune_trainer.checkpoints.state import TrainingState
+from finetune_trainer.stores.json_numbers import drop_non_finite
 
 BEST_DIR = "best"
 
@@ -17,7 +17,7 @@ _METRICS = Path(constants.METRICS_FILE).name
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDirectory:
     """The run's files on local disk."""
 
     root: Path
@@ -50,7 +50,7 @@ class RunFolder:
         """Append one line to training/metrics.jsonl. Values that JSON has no number for are left out."""
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(finite(values), allow_nan=False) + "\n")
+            file.write(json.dumps(drop_non_finite(values), allow_nan=False) + "\n")
 
     def keep_steps(self, last: int) -> None:
         """Drop what training/metrics.jsonl says of steps after `last`, and the best adapter."""
@@ -59,7 +59,7 @@ class RunFolder:
             self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= last))
         shutil.rmtree(self.best, ignore_errors=True)
 
-    def add_to_checkpoint(self, folder: Path, state: RunState) -> None:
+    def add_to_checkpoint(self, folder: Path, state: TrainingState) -> None:
         """Put the run's memory next to the Trainer's files in `folder`."""
         state.save(folder)
         if self.metrics_file.exists():
@@ -67,7 +67,7 @@ class RunFolder:
         if self.best.exists():
             shutil.copytree(self.best, folder / BEST_DIR, dirs_exist_ok=True)
 
-    def take_from_checkpoint(self, folder: Path) -> RunState:
+    def take_from_checkpoint(self, folder: Path) -> TrainingState:
         """Make metrics file and best adapter those of the checkpoint in `folder`; return its state."""
         self.metrics_file.unlink(missing_ok=True)
         shutil.rmtree(self.best, ignore_errors=True)
@@ -76,7 +76,7 @@ class RunFolder:
             shutil.copy2(folder / _METRICS, self.metrics_file)
         if (folder / BEST_DIR).exists():
             shutil.copytree(folder / BEST_DIR, self.best)
-        return RunState.load(folder)
+        return TrainingState.load(folder)
 
     def forget(self, checkpoint: Path) -> None:
         """Undo take_from_checkpoint."""

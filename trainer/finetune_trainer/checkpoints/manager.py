@@ -9,8 +9,8 @@ import structlog
 from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
-from finetune_trainer.checkpoints.folder import RunFolder
-from finetune_trainer.checkpoints.state import RunState
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.runtime import distributed
 from finetune_trainer.settings import Settings
@@ -39,13 +39,13 @@ class Checkpoints:
             if spec.checkpoint.uri
             else parse(spec.output.uri).join(constants.CHECKPOINTS_DIR)
         )
-        credentials = Credentials.for_role("output", secrets_dir=settings.place.secrets)
+        credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
         field = "checkpoint.uri" if spec.checkpoint.uri else "output.uri"
         self._store: Store = open_store(uri, credentials, field=field)
         self._spec = spec
         self._job = settings.job.metadata
         self._base_commit: str | None = None
-        self._world = settings.world
+        self._world = settings.ranks
         self._on_saved = on_saved
 
     def pinned_commit(self) -> str | None:
@@ -54,11 +54,13 @@ class Checkpoints:
         Later attempts keep to it: a branch may have moved since, be it by a word in the README, and a run that is
         preempted for the tenth time must not end for that. None for a first attempt.
         """
-        manifest = distributed.on_main(self._world, lambda: remote.newest(self._store))
+        manifest = distributed.run_on_rank_zero(self._world, lambda: remote.newest(self._store))
         is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
         return manifest.base_commit if manifest and is_ours and self._job.uid else None
 
-    def resume(self, folder: RunFolder, fingerprint: str, base_commit: str | None) -> tuple[Path | None, RunState]:
+    def resume(
+        self, folder: RunDirectory, fingerprint: str, base_commit: str | None
+    ) -> tuple[Path | None, TrainingState]:
         """Bring the newest whole checkpoint here; returns its folder (None: there is none) and the state in it.
 
         `fingerprint` and `base_commit` (the base model's on the hub) go with each checkpoint from here on.
@@ -66,15 +68,15 @@ class Checkpoints:
         are another run's, unless output.overwrite says to drop them.
         """
         self._base_commit = base_commit
-        found, state = distributed.on_main(self._world, lambda: self._newest(folder, fingerprint))
+        found, state = distributed.run_on_rank_zero(self._world, lambda: self._newest(folder, fingerprint))
         if found is None or self._world.is_main:
             return found, state
         local = folder.checkpoint(state.step)
         remote.restore(self._store, state.step, local)
         return local, folder.take_from_checkpoint(local)
 
-    def _newest(self, folder: RunFolder, fingerprint: str) -> tuple[Path | None, RunState]:
-        fresh = RunState(fingerprint=fingerprint)
+    def _newest(self, folder: RunDirectory, fingerprint: str) -> tuple[Path | None, TrainingState]:
+        fresh = TrainingState(fingerprint=fingerprint)
         manifest = remote.resume(self._store, folder.checkpoint)
         if manifest is None:
             return None, fresh

@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from finetune_trainer.stores.json_numbers import finite
+from finetune_trainer.stores.json_numbers import drop_non_finite
 
 STATE_FILE = "finetune_state.json"
 
 
 @dataclass
-class RunState:
+class TrainingState:
     """Progress of one run. `metrics` are those of the latest evaluation, `best` and `before` those of two others.
 
     `finished`: no step is left to train; an evaluation may still be due.
@@ -41,13 +41,13 @@ class RunState:
         metrics = chosen | self.metrics_before() | {"trainSeconds": round(self.train_seconds, 3)}
         if self.train_seconds:
             metrics["tokensPerSecond"] = round(self.tokens / self.train_seconds, 1)
-        return finite(metrics)
+        return drop_non_finite(metrics)
 
     def save(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def load(cls, folder: Path) -> "RunState":
+    def load(cls, folder: Path) -> "TrainingState":
         """What `save` wrote to `folder`, perhaps by another version: what this one does not know is left out."""
         known = {field.name for field in fields(cls)}
         found = json.loads((folder / STATE_FILE).read_text())

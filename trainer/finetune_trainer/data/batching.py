@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
 
 #: Rows looked at to learn how many tokens a micro-batch will have.
 _LOOKED_AT: Final = 16_384
 
 
-def deal(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
+def balance_batches(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
     """Indices of `lengths` dealt into `bins` of at most `most` each, their sums as even as may be.
 
     Longest first, each into the bin that holds least (Graham 1969, LPT). Within a bin the order is that of `lengths`.
@@ -71,7 +71,7 @@ class Steps:
         """The rows of one step, dealt out."""
         lengths = [self.lengths[row] for row in rows]
         bins = self._passes(len(rows)) * self.world
-        dealt = (deal if self.packed else deal_by_length)(lengths, bins, self.micro_batch)
+        dealt = (balance_batches if self.packed else deal_by_length)(lengths, bins, self.micro_batch)
         found = [[rows[index] for index in indices] for indices in dealt]
         return [found[first : first + self.world] for first in range(0, len(found), self.world)]
 
@@ -147,7 +147,7 @@ class ProcessBatches(Sampler[list[int]]):
 
 
 class _Rows(Dataset[tuple[list[int], list[int]]]):
-    def __init__(self, rows: Encoded) -> None:
+    def __init__(self, rows: TokenizedDataset) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class _Rows(Dataset[tuple[list[int], list[int]]]):
 class Loader(DataLoader[dict[str, Any]]):
     """The micro-batches of one process as tensors."""
 
-    def __init__(self, rows: Encoded, batches: ProcessBatches, collate: "Collate", pinned: bool) -> None:
+    def __init__(self, rows: TokenizedDataset, batches: ProcessBatches, collate: "Collate", pinned: bool) -> None:
         super().__init__(_Rows(rows), batch_sampler=batches, collate_fn=collate, pin_memory=pinned)
 
     def set_epoch(self, epoch: int) -> None:

@@ -24,7 +24,7 @@ _FIELDS: Final = {"training": "spec.dataset.train", "evaluation": "spec.dataset.
 
 
 @dataclass(frozen=True)
-class Shard:
+class DataFile:
     """One data file: where it lies here, its name for messages, and the manifest's field that led to it."""
 
     path: Path
@@ -44,7 +44,7 @@ class Shard:
 class Rows(Sequence[Row]):
     """The rows of data files, read anew each time they are gone through: a large set never lies in memory."""
 
-    def __init__(self, shards: Sequence[Shard], shape: Format, text_field: str, count: int) -> None:
+    def __init__(self, shards: Sequence[DataFile], shape: Format, text_field: str, count: int) -> None:
         self._shards = tuple(shards)
         self._shape: Format = shape
         self._text_field = text_field
@@ -67,7 +67,7 @@ class Rows(Sequence[Row]):
 
 
 @dataclass
-class Encoded:
+class TokenizedDataset:
     """A tokenized set of rows: ids and labels (IGNORE where no loss is taken), and what was done to them."""
 
     input_ids: TokenLists = field(default_factory=TokenLists)
@@ -93,7 +93,7 @@ class Encoded:
         return Dataset(table, fingerprint="encoded")
 
 
-def load_rows(shards: Sequence[Shard], wanted: str, text_field: str) -> tuple[Rows, Format]:
+def load_rows(shards: Sequence[DataFile], wanted: str, text_field: str) -> tuple[Rows, Format]:
     """Read and check every row of `shards`; a file without rows beside others is said. `wanted` is dataset.format.
 
     Raises DatasetInvalid: with the first bad rows, each with field, file and line, or when there is no row at all.
@@ -113,7 +113,7 @@ def load_rows(shards: Sequence[Shard], wanted: str, text_field: str) -> tuple[Ro
     return Rows(shards, shape, text_field, sum(counts.values())), shape
 
 
-def _notice_empty(empty: Sequence[Shard], among: int) -> None:
+def _notice_empty(empty: Sequence[DataFile], among: int) -> None:
     if not empty:
         return
     names = ", ".join(shard.name for shard in empty[:3]) + (" …" if len(empty) > 3 else "")
@@ -139,12 +139,12 @@ def _shape(head: Sequence[Row], wanted: str, text_field: str) -> Format:
     return shape
 
 
-def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> Encoded:
+def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> TokenizedDataset:
     """Tokenize `rows`, cut them at the encoder's maximum, and leave out those without a token to learn from.
 
     `role` is "training" or "evaluation". Raises DatasetInvalid, with field, file and line.
     """
-    result, bad = Encoded(), []
+    result, bad = TokenizedDataset(), []
     for batch in _batches(rows):
         bad += [row for row in batch if row.problem]  # only when a file has changed since it was checked
         good = [row for row in batch if not row.problem]
@@ -174,7 +174,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _log(result: Encoded, total: int, shape: Format, encoder: Encoder, role: str) -> None:
+def _log(result: TokenizedDataset, total: int, shape: Format, encoder: Encoder, role: str) -> None:
     figures: dict[str, Any] = {"format": shape, "rows": total, "tokens": result.tokens, "longest": result.longest}
     log.info(f"{role.capitalize()} rows are {shape}: {total} rows, {result.tokens:,} tokens", **figures)
     if result.truncated:

@@ -13,10 +13,10 @@ from finetune_trainer.engine import compilation, fp8
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.runtime.device import device_name, log
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 
 
-def attention(spec: FineTuneJobSpec, base: BaseModel, world: World) -> str:
+def attention(spec: FineTuneJobSpec, base: BaseModel, world: Ranks) -> str:
     """The attention implementation to use for `base`, by transformers' name; the choice is logged.
 
     Raises ConfigInvalid for one that was asked for and cannot run here.
@@ -36,7 +36,7 @@ def attention(spec: FineTuneJobSpec, base: BaseModel, world: World) -> str:
     return chosen
 
 
-def _attention_problem(name: str, spec: FineTuneJobSpec, base: BaseModel, world: World) -> str | None:
+def _attention_problem(name: str, spec: FineTuneJobSpec, base: BaseModel, world: Ranks) -> str | None:
     """Why the implementation `name` cannot be used; None: it can."""
     if name in ("sdpa", "eager"):
         return None
@@ -62,7 +62,7 @@ def can_compile(spec: FineTuneJobSpec) -> bool:
     return problem is None
 
 
-def has_fp8(spec: FineTuneJobSpec, world: World) -> bool:
+def has_fp8(spec: FineTuneJobSpec, world: Ranks) -> bool:
     """Whether the products asked for in FP8 can be computed so; where not, it is logged."""
     if spec.training.precision != "fp8":
         return False
@@ -72,7 +72,7 @@ def has_fp8(spec: FineTuneJobSpec, world: World) -> bool:
     return problem is None
 
 
-def _fp8_problem(spec: FineTuneJobSpec, world: World) -> str | None:
+def _fp8_problem(spec: FineTuneJobSpec, world: Ranks) -> str | None:
     if spec.lora.dora:
         return "does not go with DoRA"
     if not spec.resources.gpus_per_node:

@@ -19,13 +19,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.lora import (
-    forget,
+    clear_cache,
     inputs_of,
-    masks_seeded,
+    seeded_dropout,
     while_training,
 )
-from finetune_trainer.engine.loss import answer_with_loss
-from finetune_trainer.engine.modules import of
+from finetune_trainer.engine.loss import patch_fused_loss
+from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.errors import type_and_reason
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.rng import RngState
@@ -38,7 +38,7 @@ _CHANGING: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_l
 _MOST_GRAPHS: Final = 64
 
 
-def arrange(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: float = 1.0) -> None:
+def configure_layers(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: float = 1.0) -> None:
     """Let the first `recomputed` of `layers` keep only their input for the backward pass, and compile all of them.
     Of what compiled layers would keep beyond their input, they keep the part `budget`, and compute the cheapest again.
 
@@ -108,13 +108,13 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
                 for dimension in dimensions:
                     if dimension < tensor.dim() and tensor.shape[dimension] > 1:
                         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        with masks_seeded(inputs, hidden.device):
+        with seeded_dropout(inputs, hidden.device):
             return compiled(hidden, **kwargs)
 
     return forward
 
 
-def keep_compiled_in(folder: Path) -> None:
+def set_compile_cache(folder: Path) -> None:
     """Let what is compiled be found again by the next run that has the same `folder`: torch's and triton's caches.
 
     By the same version of the engine: torch keeps how gradients of our own operations are computed, and does not see
@@ -126,24 +126,24 @@ def keep_compiled_in(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def put_into_effect(
+def apply_plan(
     plan: ExecutionPlan, model: Any, example: Mapping[str, Any], precision: str, budget: float = 1.0
 ) -> ExecutionPlan:
     """Lay out `model`, which wears its adapter, as `plan` says, and let it answer with its loss. `budget` is what
-    selective checkpointing keeps (see `arrange`).
+    selective checkpointing keeps (see `configure_layers`).
 
     Where compiling fails, which a pass over the `example` micro-batch shows, layers run uncompiled: the plan returned
     says so, and the log why.
     """
     core = model.get_base_model()
-    answer_with_loss(core, compiled=bool(plan.compiled))
+    patch_fused_loss(core, compiled=bool(plan.compiled))
     if not plan.compiled and not plan.gradient_checkpointing:
         return plan
-    repeated = of(core)
+    repeated = decoder_layers(core)
     recomputed = len(repeated) if plan.checkpointed_layers is None else plan.checkpointed_layers
     recomputed = recomputed if plan.gradient_checkpointing else 0
     budget = budget if plan.selective_checkpointing else 1.0
-    arrange(repeated, recomputed=recomputed, compiled=bool(plan.compiled), budget=budget)
+    configure_layers(repeated, recomputed=recomputed, compiled=bool(plan.compiled), budget=budget)
     if not plan.compiled:
         return plan
     log.info("Compiling the decoder layers")
@@ -157,8 +157,8 @@ def put_into_effect(
         recomputed = len(repeated)
         whole = {"gradient_checkpointing": True, "checkpointed_layers": recomputed, "selective_checkpointing": False}
         plan = plan.model_copy(update=whole)
-    arrange(repeated, recomputed=recomputed, compiled=False)
-    answer_with_loss(core)
+    configure_layers(repeated, recomputed=recomputed, compiled=False)
+    patch_fused_loss(core)
     return plan.model_copy(update={"compiled": False})
 
 
@@ -176,7 +176,7 @@ def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | No
     except Exception as error:
         return type_and_reason(error)
     finally:
-        forget(inputs_of(model))
+        clear_cache(inputs_of(model))
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.put_back()

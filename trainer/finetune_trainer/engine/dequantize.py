@@ -7,7 +7,7 @@ import structlog
 import torch
 
 from finetune_trainer.engine.lora import while_training
-from finetune_trainer.engine.modules import replace
+from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
 
 log = structlog.get_logger(__name__)
@@ -17,7 +17,7 @@ def keep_dequantized(layers: list[Any]) -> None:
     """Put a plain linear layer with the same numbers in the place of each 4-bit one of `layers`."""
     from bitsandbytes.nn import Linear4bit
 
-    replace(layers, lambda module: isinstance(module, Linear4bit), dequantized)
+    replace_modules(layers, lambda module: isinstance(module, Linear4bit), dequantized)
 
 
 def dequantized(linear: Any) -> torch.nn.Linear:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from finetune_trainer.engine.modules import replace
+from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
 
 E4M3: Final = torch.float8_e4m3fn
@@ -101,7 +101,7 @@ def self_check(device: str) -> str | None:
 
 def convert(layers: Sequence[Any]) -> None:
     """Put an Fp8Linear in the place of each plain frozen linear layer of `layers`, below adapters too."""
-    replace(layers, _fits, Fp8Linear)
+    replace_modules(layers, _fits, Fp8Linear)
 
 
 def _fits(module: Any) -> bool:

@@ -14,17 +14,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune_trainer.engine import modules
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 
 
-def shard(model: Any, world: World, device: str) -> None:
+def shard(model: Any, world: Ranks, device: str) -> None:
     """Deal out the frozen weights of `model`, which wears its adapter and lies in host memory; the rest goes to
     `device`. Layer by layer, so that the device never holds more than one of them whole.
 
     Raises ConfigInvalid for a model that does not name its layers.
     """
     core = model.get_base_model()
-    repeated = modules.of(core)
+    repeated = modules.decoder_layers(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
     for layer in repeated:

@@ -25,7 +25,7 @@ _LARGEST_RANK: Final = 256
 _OF_A_PROCESS: Final = 0x9E3779B9 - 2**32
 
 
-def share_inputs(model: Any) -> None:
+def share_lora_inputs(model: Any) -> None:
     """Let the adapters of `model` train this way; evaluation and generation run them as they are. Adapters that are
     more than A and B (DoRA) stay PEFT's."""
     for parent in list(model.modules()):
@@ -54,7 +54,7 @@ def inputs_of(module: Any) -> list["_Inputs"]:
 
 
 @contextmanager
-def masks_seeded(inputs: list["_Inputs"], device: torch.device) -> Iterator[None]:
+def seeded_dropout(inputs: list["_Inputs"], device: torch.device) -> Iterator[None]:
     """Draw a seed from torch's generator for the dropout mask of each of `inputs`, which is then a function of it.
 
     For compiled layers: such a mask is computed along with what it is applied to, and again in the backward pass rather
@@ -71,10 +71,10 @@ def masks_seeded(inputs: list["_Inputs"], device: torch.device) -> Iterator[None
                 each.seeds, each.place = seeds, place
         yield
     finally:
-        forget(inputs)
+        clear_cache(inputs)
 
 
-def forget(inputs: list["_Inputs"]) -> None:
+def clear_cache(inputs: list["_Inputs"]) -> None:
     """Let go of what a pass that did not end well has left."""
     for each in inputs:
         each.clear()

@@ -145,7 +145,7 @@ def _sequences_known(known: bool) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
-def answer_with_loss(core: Any, compiled: bool = False) -> None:
+def patch_fused_loss(core: Any, compiled: bool = False) -> None:
     """Let `core`, a causal language model of transformers, answer with the summed loss when it is given
     `target_positions` and `target_ids`, and as ever without. In its forward pass, so that wrappers around it hold."""
     core.__dict__.pop("forward", None)

@@ -6,7 +6,7 @@ from typing import Any
 from finetune_trainer.errors import ConfigInvalid
 
 
-def of(model: Any) -> list[Any]:
+def decoder_layers(model: Any) -> list[Any]:
     """The layers of a transformers model that repeat, in order. Raises ConfigInvalid when it does not name them."""
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if names & {each.__name__ for each in type(module).__mro__}]
@@ -15,7 +15,7 @@ def of(model: Any) -> list[Any]:
     return layers
 
 
-def replace(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable[[Any], Any]) -> None:
+def replace_modules(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable[[Any], Any]) -> None:
     """Put what `make` makes of it in the place of each module within `layers` that is `wanted`; one after another, so
     that never more than one weight lies in memory in both forms."""
     for layer in layers:

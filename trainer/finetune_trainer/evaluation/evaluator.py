@@ -9,7 +9,7 @@ import torch
 
 from finetune_api.spec import FineTuneJobSpec, Generation
 from finetune_trainer.data.batching import Collate
-from finetune_trainer.data.dataset import Encoded
+from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.formats import Format
 from finetune_trainer.data.rows import Row, refuse_bad_rows
@@ -18,20 +18,20 @@ from finetune_trainer.evaluation.generation import answers
 from finetune_trainer.runtime.distributed import Batches
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 
 _GENERATION_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """A held-out row to answer: the prompt's token ids and the right label."""
 
     prompt: list[int]
     label: nli.Label
 
 
-def questions(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Generation) -> list[Question]:
+def eval_prompts(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Generation) -> list[EvalPrompt]:
     """The first settings.maxRows rows as questions. Raises DatasetInvalid for rows without an answer and label."""
     result, bad = [], []
     for row in rows[: settings.max_rows]:
@@ -45,7 +45,7 @@ def questions(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Ge
             bad.append(row.refuse(f"the answer has no JSON object with {settings.label_key!r}"))
             continue
         ids = encoder.prompt(prompt) if isinstance(prompt, str) else encoder.chat_prompt(prompt)
-        result.append(Question(ids, label))
+        result.append(EvalPrompt(ids, label))
     refuse_bad_rows(bad)
     return result
 
@@ -60,10 +60,10 @@ class Evaluator:
     def __init__(
         self,
         spec: FineTuneJobSpec,
-        rows: Encoded,
-        to_answer: Sequence[Question],
+        rows: TokenizedDataset,
+        to_answer: Sequence[EvalPrompt],
         tokenizer: Any,
-        world: World,
+        world: Ranks,
         collate: Collate,
         interrupted: Callable[[], bool] = lambda: False,
         sharded: bool = False,
@@ -91,7 +91,7 @@ class Evaluator:
 
     def loss_of(self, model: Any, rows: int = 8) -> float:
         """Mean loss per token over the first `rows` rows, on this process alone, never interrupted."""
-        alone = Batches(World(), self._batches.size)
+        alone = Batches(Ranks(), self._batches.size)
         with _evaluating(model, self._spec.training.precision):
             sums = alone.run(range(len(self._rows.input_ids))[:rows], lambda batch: self._sum_of_batch(model, batch))
         return sum(loss for _, (loss, _) in sums) / sum(tokens for _, (_, tokens) in sums)
@@ -112,7 +112,7 @@ class Evaluator:
     def _nli(self, model: Any) -> dict[str, float]:
         settings = self._spec.evaluation.generation
 
-        def answer(batch: Sequence[Question]) -> list[nli.Answer]:
+        def answer(batch: Sequence[EvalPrompt]) -> list[nli.Answer]:
             prompts = [question.prompt for question in batch]
             texts = answers(
                 model,
@@ -144,7 +144,7 @@ def _evaluating(model: Any, precision: str) -> Iterator[None]:
         model.train(was_training)
 
 
-def _sum_over_processes(values: list[float], model: Any, world: World) -> list[float]:
+def _sum_over_processes(values: list[float], model: Any, world: Ranks) -> list[float]:
     if world.size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=model.device)
@@ -152,7 +152,7 @@ def _sum_over_processes(values: list[float], model: Any, world: World) -> list[f
     return list(tensor.tolist())
 
 
-def _gather(value: Any, world: World) -> list[Any]:
+def _gather(value: Any, world: Ranks) -> list[Any]:
     if world.size == 1:
         return [value]
     gathered: list[Any] = [None] * world.size

@@ -94,8 +94,6 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    from finetune_trainer.engine.fsdp import quantizing_on
-
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
     try:
         with quantizing_on(device) if to_be_sharded else nullcontext():

@@ -12,7 +12,7 @@ import yaml
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.checkpoints.folder import RunFolder
+from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.publishing import model_card
 from finetune_trainer.settings import resolved_job
 
@@ -31,7 +31,7 @@ _PACKAGES = (
 
 
 def write(
-    folder: RunFolder,
+    folder: RunDirectory,
     job: FineTuneJob,
     tokenizer: Any,
     plan: ExecutionPlan,

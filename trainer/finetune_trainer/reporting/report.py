@@ -13,7 +13,7 @@ import structlog
 from finetune_api import constants, exit_codes
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
-from finetune_trainer.stores.json_numbers import finite
+from finetune_trainer.stores.json_numbers import drop_non_finite
 
 log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
@@ -49,13 +49,13 @@ class Reporter:
 
     def metrics(self, values: dict[str, float]) -> None:
         """Add or replace latest metric values; those that are NaN or infinite are left out."""
-        self._change(metrics=self.report.metrics | finite(values))
+        self._change(metrics=self.report.metrics | drop_non_finite(values))
 
     def progress(
         self, *, step: int, total_steps: int | None, seconds_per_step: float | None = None, **values: Any
     ) -> None:
         """Record how far training is. `values` are further Progress fields; None and NaN leave what was there."""
-        known = self.report.progress.model_dump() | finite(values)
+        known = self.report.progress.model_dump() | drop_non_finite(values)
         now = datetime.now(UTC)
         if total_steps:
             known |= {"summary": f"{step}/{total_steps}", "percent": round(min(100.0, 100 * step / total_steps), 2)}

@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
     """Serve /metrics and /progress, and draw the live bar, until `around` closes."""
     telemetry = Telemetry()
-    if not settings.world.is_main:
+    if not settings.ranks.is_main:
         return telemetry
     reporter.listen(telemetry.update)
     pages = {
@@ -28,7 +28,7 @@ def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Con
         ),
         "/healthz": ("text/plain", lambda: b"ok"),
     }
-    address = around.enter_context(serve(settings.place.listen, pages))
+    address = around.enter_context(serve(settings.environment.listen, pages))
     if address:
         log.info("Serving /metrics and /progress", address=address)
     if console:

@@ -51,11 +51,11 @@ def trackers(settings: Settings, work: Path, **others: Track) -> Iterator[Track]
     W&B: logging.wandb. MLflow: its own variables, MLFLOW_TRACKING_URI first of all. Of several processes only rank 0
     has anything to tell them.
     """
-    job, main = settings.job, settings.world.is_main
+    job, main = settings.job, settings.ranks.is_main
     with ExitStack() as stack:
         hooks: dict[str, Track] = dict(others)
         if main and job.spec.logging.wandb:
-            _open(hooks, "Weights & Biases", stack, lambda: _wandb(job, work, settings.place.secrets))
+            _open(hooks, "Weights & Biases", stack, lambda: _wandb(job, work, settings.environment.secrets))
         if main and (mlflow := _mlflow_settings(settings)):
             _open(hooks, "MLflow", stack, lambda: _mlflow(job, mlflow))
 
@@ -131,7 +131,7 @@ def _wandb(job: FineTuneJob, work: Path, secrets: Path) -> Iterator[Track]:
 
 def _mlflow_settings(settings: Settings) -> dict[str, str]:
     """MLflow's variables, from the output's Secret or the environment; nothing without an address."""
-    known = Credentials.for_role("output", secrets_dir=settings.place.secrets)
+    known = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
     found = {key: value for key in _MLFLOW if (value := known.get(key))}
     return found if "MLFLOW_TRACKING_URI" in found else {}
 

@@ -13,16 +13,14 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.planning.planner import Device
-from finetune_trainer.runtime.distributed import PATIENCE, least
-from finetune_trainer.settings import World
+from finetune_trainer.runtime.distributed import TIMEOUT, all_reduce_min
+from finetune_trainer.settings import Ranks
 
 log = structlog.get_logger(__name__)
 
 
-def prepare(spec: FineTuneJobSpec, world: World) -> None:
+def prepare(spec: FineTuneJobSpec, world: Ranks) -> None:
     """Quiet the libraries, check that the GPUs asked for are there, seed. Raises ConfigInvalid."""
-    from finetune_trainer.training.loop import quiet_libraries
-
     quiet_libraries()
     wanted = spec.resources.gpus_per_node
     found = torch.cuda.device_count()
@@ -34,7 +32,7 @@ def prepare(spec: FineTuneJobSpec, world: World) -> None:
     if wanted:
         torch.cuda.set_device(world.local_rank)
     if world.size > 1:
-        PartialState(cpu=not wanted, backend="nccl" if wanted else "gloo", timeout=PATIENCE)
+        PartialState(cpu=not wanted, backend="nccl" if wanted else "gloo", timeout=TIMEOUT)
     seed(spec.training.seed)
 
 
@@ -45,17 +43,17 @@ def seed(value: int) -> None:
     torch.manual_seed(value)
 
 
-def device_name(spec: FineTuneJobSpec, world: World) -> str:
+def device_name(spec: FineTuneJobSpec, world: Ranks) -> str:
     """torch's name of this process's device."""
     return f"cuda:{world.local_rank}" if spec.resources.gpus_per_node else "cpu"
 
 
-def device(spec: FineTuneJobSpec, world: World) -> Device:
+def device(spec: FineTuneJobSpec, world: Ranks) -> Device:
     """This process's device, for the plan, which all must share: of several GPUs the memory of the smallest."""
     if not spec.resources.gpus_per_node:
         return Device("cpu")
     properties: Any = torch.cuda.get_device_properties(world.local_rank)
-    return Device("cuda", properties.name, least(world, properties.total_memory))
+    return Device("cuda", properties.name, all_reduce_min(world, properties.total_memory))
 
 
 def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:
@@ -65,7 +63,7 @@ def with_measured_memory(plan: ExecutionPlan) -> ExecutionPlan:
     return plan.model_copy(update={"measured_peak_memory_bytes": torch.cuda.max_memory_allocated()})
 
 
-def leave(world: World) -> None:
+def leave(world: Ranks) -> None:
     """End the process group: from here rank 0 works alone."""
     if world.size > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -13,20 +13,20 @@ import structlog
 import torch
 from torch import distributed
 
-from finetune_trainer.settings import World
+from finetune_trainer.settings import Ranks
 
 log = structlog.get_logger(__name__)
 #: How long a process waits for the others: one may still download weights, or send a checkpoint.
-PATIENCE: Final = timedelta(hours=1)
+TIMEOUT: Final = timedelta(hours=1)
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class Interrupted(Exception):
+class EvaluationAborted(Exception):
     """Work was given up because a process is to stop."""
 
 
-def on_main(world: World, work: Callable[[], T]) -> T:
+def run_on_rank_zero(world: Ranks, work: Callable[[], T]) -> T:
     """Do `work` on rank 0 alone; what it returns there, or raises, it returns or raises on every process."""
     if world.size == 1:
         return work()
@@ -46,7 +46,7 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     return result
 
 
-def any_of(world: World, *flags: bool) -> list[bool]:
+def all_reduce_any(world: Ranks, *flags: bool) -> list[bool]:
     """For each flag, whether it is set on any process."""
     if world.size == 1:
         return list(flags)
@@ -56,7 +56,7 @@ def any_of(world: World, *flags: bool) -> list[bool]:
     return [bool(flag) for flag in mine.tolist()]
 
 
-def least(world: World, value: int) -> int:
+def all_reduce_min(world: Ranks, value: int) -> int:
     """The smallest `value` of any process."""
     if world.size == 1:
         return value
@@ -65,7 +65,7 @@ def least(world: World, value: int) -> int:
     return int(min(values))
 
 
-class Later:
+class AsyncScalar:
     """A number on the GPU that is asked for later: it is on its way to the host meanwhile."""
 
     def __init__(self, number: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class Batches:
     one that has no item left repeats one, and its result is dropped.
     """
 
-    world: World
+    world: Ranks
     size: int
     interrupted: Callable[[], bool] = lambda: False
     sharded: bool = False
@@ -105,9 +105,9 @@ class Batches:
         while done < most:
             batch = mine[done : done + self.size]
             result, too_large = self._try(batch or (items[:1] if self.sharded else batch), work)
-            too_large, stop = any_of(self.world, too_large, self.interrupted())
+            too_large, stop = all_reduce_any(self.world, too_large, self.interrupted())
             if stop:
-                raise Interrupted
+                raise EvaluationAborted
             if too_large:
                 size, self.size = self.size, (min(self.size, most - done) + 1) // 2
                 log.warning(f"The GPU ran out of memory evaluating {size} rows at once: {self.size} now")

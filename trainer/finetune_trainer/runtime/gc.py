@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def imported_for_good() -> Iterator[None]:
+def freeze_imports() -> Iterator[None]:
     """Import within it what stays to the end: the garbage collector, which would go through all of it again and again
     (half a million objects of torch and transformers), passes over it for ever."""
     gc.disable()

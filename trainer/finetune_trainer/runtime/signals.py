@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Final
 
 #: Seconds from being asked to stop, or from the end of the save, until the process leaves, whatever still hangs.
-PATIENCE: Final = 10.0
+TIMEOUT: Final = 10.0
 
 
 class StopFlag:
@@ -50,7 +50,7 @@ class StopFlag:
 
     def _leave_soon(self) -> None:
         if self._timer is None:
-            self._timer = threading.Timer(PATIENCE, self._give_up)
+            self._timer = threading.Timer(TIMEOUT, self._give_up)
             self._timer.daemon = True
             self._timer.start()
 

@@ -14,7 +14,7 @@ from finetune_trainer.settings import Settings
 @contextmanager
 def work_folder(settings: Settings) -> Iterator[Path]:
     """An empty folder below the scratch space, removed afterwards. Raises ConfigInvalid when there is no such space."""
-    scratch = settings.place.scratch
+    scratch = settings.environment.scratch
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{settings.job_name}-", dir=scratch))

@@ -7,7 +7,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def finite(values: Mapping[str, Value]) -> dict[str, Value]:
+def drop_non_finite(values: Mapping[str, Value]) -> dict[str, Value]:
     """`values` without those that are None, NaN or infinite."""
     return {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
 

@@ -11,7 +11,7 @@ from finetune_api.status import Count, StatusModel
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
 from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound
-from finetune_trainer.stores.json_numbers import finite
+from finetune_trainer.stores.json_numbers import drop_non_finite
 
 SCHEMA_VERSION: Final = 1
 #: Reads before content counts as wrong: from a server that reports no checksum it may have changed on the way.
@@ -58,7 +58,7 @@ class StoreManifest(StatusModel):
     @field_validator("metrics", mode="before")
     @classmethod
     def _drop_what_json_cannot_carry(cls, metrics: Any) -> Any:
-        return finite(metrics) if isinstance(metrics, dict) else metrics
+        return drop_non_finite(metrics) if isinstance(metrics, dict) else metrics
 
     @property
     def size_bytes(self) -> int:

@@ -12,14 +12,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.checkpoints.folder import RunFolder
-from finetune_trainer.checkpoints.state import RunState
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import Diverged
 from finetune_trainer.model.adapter import save_adapter
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.signals import StopFlag
-from finetune_trainer.training.throughput import Meter
+from finetune_trainer.training.throughput import Throughput
 
 log = structlog.get_logger(__name__)
 #: Sends a saved checkpoint to the store: (folder, step).
@@ -35,10 +35,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self,
         *,
         spec: FineTuneJobSpec,
-        state: RunState,
-        folder: RunFolder,
+        state: TrainingState,
+        folder: RunDirectory,
         reporter: Reporter,
-        meter: Meter,
+        meter: Throughput,
         stop: StopFlag,
         upload: Upload,
         track: Tracker,

@@ -22,16 +22,16 @@ from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
 from finetune_trainer.runtime import distributed
-from finetune_trainer.runtime.distributed import Interrupted
+from finetune_trainer.runtime.distributed import EvaluationAborted
 from finetune_trainer.runtime.transfer import on_device
-from finetune_trainer.training.throughput import Meter
+from finetune_trainer.training.throughput import Throughput
 
 #: An fp16 loss scale begins at 2^16 and halves with each step whose gradients overflow: after so many it is below 1,
 #: and the gradients are infinite whatever the scale.
 _MOST_SKIPPED_STEPS: Final = 17
 
 
-class GivenUp(Exception):
+class StepAborted(Exception):
     """A step was given up between two of its micro-batches, because the process is to stop."""
 
 
@@ -49,7 +49,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         *args: Any,
         model: Any,
         evaluator: Evaluator | None,
-        meter: Meter,
+        meter: Throughput,
         loader: Loader,
         **kwargs: Any,
     ) -> None:
@@ -73,7 +73,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self.on_interrupted: Callable[[], None] = lambda: None
         #: Whether this process is to stop; asked at each step.
         self.asked_to_stop: Callable[[], bool] = lambda: False
-        self._stop_agreed: distributed.Later | None = None
+        self._stop_agreed: distributed.AsyncScalar | None = None
         #: Asked before each micro-batch.
         self.give_up: Callable[[], bool] = lambda: False
 
@@ -106,7 +106,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         if self.args.world_size > 1:
             learned[1] = int(self.asked_to_stop())
             torch.distributed.all_reduce(learned)
-            self._stop_agreed = distributed.Later(learned[1])
+            self._stop_agreed = distributed.AsyncScalar(learned[1])
         return batches, learned[0]
 
     def agreed_to_stop(self) -> bool:
@@ -134,7 +134,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         Raises GivenUp.
         """
         if self.give_up():
-            raise GivenUp
+            raise StepAborted
         inputs = on_device(inputs, self.args.device)
         loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         is_last = self.accelerator.sync_gradients
@@ -195,7 +195,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         with self._meter.paused():
             try:
                 metrics = self._evaluator(self.model)
-            except Interrupted:
+            except EvaluationAborted:
                 self.on_interrupted()
                 return {}
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -14,13 +14,13 @@ from trl import SFTConfig
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.checkpoints.folder import RunFolder
-from finetune_trainer.checkpoints.state import RunState
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Collate, Loader, ProcessBatches
-from finetune_trainer.data.dataset import Encoded
-from finetune_trainer.engine.compilation import put_into_effect
-from finetune_trainer.engine.lora import forget, inputs_of, share_inputs
+from finetune_trainer.data.dataset import TokenizedDataset
+from finetune_trainer.engine.compilation import apply_plan
+from finetune_trainer.engine.lora import clear_cache, inputs_of, share_lora_inputs
 from finetune_trainer.engine.optimizer import unpaged
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
@@ -29,8 +29,8 @@ from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.training.hooks import RunCallback, Tracker, Upload
-from finetune_trainer.training.loop import GivenUp, QloraTrainer
-from finetune_trainer.training.throughput import Meter
+from finetune_trainer.training.loop import QloraTrainer, StepAborted
+from finetune_trainer.training.throughput import Throughput
 
 log = structlog.get_logger(__name__)
 
@@ -44,10 +44,10 @@ class Training:
     shape: ModelShape | None
     model: Any
     tokenizer: Any
-    rows: Encoded
+    rows: TokenizedDataset
     evaluator: Evaluator | None
-    state: RunState
-    folder: RunFolder
+    state: TrainingState
+    folder: RunDirectory
     reporter: Reporter
     stop: StopFlag
     upload: Upload
@@ -63,18 +63,18 @@ class Training:
         Raises Preempted once the checkpoint is safe, Diverged, and GpuOutOfMemory when no smaller micro-batch is left.
         """
         self.initial = snapshot(self.model)
-        share_inputs(self.model)
+        share_lora_inputs(self.model)
         budget = selective_budget(self.shape, self.spec, self.plan.tokens_per_pass or 1) if self.shape else 1.0
         example = self._loader().example()
-        self.plan = put_into_effect(self.plan, self.model, example, self.spec.training.precision, budget)
+        self.plan = apply_plan(self.plan, self.model, example, self.spec.training.precision, budget)
         self.reporter.plan(self.plan)
         while True:
             trainer, callback = self._trainer()
-            forget(inputs_of(self.model))
+            clear_cache(inputs_of(self.model))
             _free_memory()
             try:
                 self._train(trainer, callback, checkpoint)
-            except GivenUp:
+            except StepAborted:
                 self._save_boundary(trainer, callback)
                 raise self._preempted() from None
             except Exception as error:
@@ -115,7 +115,7 @@ class Training:
         return Preempted(f"Asked to stop ({self.stop.reason or 'another process'}); {saved}")
 
     def _trainer(self) -> tuple[QloraTrainer, RunCallback]:
-        meter = Meter()
+        meter = Throughput()
         callback = RunCallback(
             spec=self.spec,
             state=self.state,
@@ -184,7 +184,7 @@ class Training:
             self.state = self.folder.take_from_checkpoint(checkpoint)
             return checkpoint
         restore(trainer.model, self.initial)
-        self.state = RunState(fingerprint=self.state.fingerprint, before=self.state.before)
+        self.state = TrainingState(fingerprint=self.state.fingerprint, before=self.state.before)
         self.folder.keep_steps(0)
         return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Meter:
+class Throughput:
     """Counts tokens and seconds; `lap` returns what came since the last lap."""
 
     tokens: int = 0
