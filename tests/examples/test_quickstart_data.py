@@ -177,11 +177,12 @@ def tokenizer():
 
 def test_the_tokenizer_gives_every_row_back_and_marks_begin_and_end_once(rows, tokenizer):
     from finetune_api.manifest import load_file
+    from finetune_trainer.data import formats
     from finetune_trainer.data.encoding import Encoder
 
     spec = load_file(QUICKSTART / "finetunejob.yaml").spec
     encoder = Encoder(tokenizer, spec.training.max_length)
-    encoded = list(encoder.encode(rows, "text"))
+    encoded = list(encoder.encode([formats.named("text").to_example(row) for row in rows]))
     for row, found in zip(rows, encoded, strict=True):
         ids = found.input_ids
         assert not found.truncated

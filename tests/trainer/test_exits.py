@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], ExitCode
     ),
     "nothing left to learn": (
         lambda f: _rows(f, json.dumps({"prompt": "tea " * 200, "completion": "x"})), {}, ExitCode.DATASET_INVALID,
-        "spec.dataset.train: no training row has a token left to learn from after cutting at training.maxLength 128",
+        "spec.dataset.train: no training row has a token left to learn from after truncation at training.maxLength 128",
     ),
     "no model": (
         None, {"model.source": "file:///nowhere/model"}, ExitCode.CONFIG_INVALID,

@@ -1,7 +1,10 @@
 """Labels are read from answers as written, and the scores are the textbook's."""
 
+from typing import Any
+
 import pytest
 
+from finetune_trainer.data import formats
 from finetune_trainer.evaluation.nli import (
     Answer,
     first_object,
@@ -64,10 +67,13 @@ def test_nothing_right_is_zero_not_an_error() -> None:
 
 def test_rows_of_every_shape_part_into_question_and_answer() -> None:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert split_row({"text": "x [/INST] q [/INST] a"}, "text", "text", "[/INST]") == ("x [/INST] q [/INST]", " a")
-    assert split_row({"prompt": "q", "completion": "a"}, "prompt-completion", "text", "-") == ("q", "a")
-    assert split_row({"prompt": chat[:1], "completion": chat[1:]}, "prompt-completion", "", "-") == (chat[:1], "a")
-    assert split_row({"messages": chat}, "messages", "text", "-") == (chat[:1], "a")
-    assert (
-        split_row({"messages": chat[:1]}, "messages", "text", "-") == "the last message is not the assistant's answer"
-    )
+
+    def split(name: str, row: dict[str, Any], marker: str = "-") -> Any:
+        return split_row(formats.named(name).to_example(row), marker)
+
+    assert split("text", {"text": "x [/INST] q [/INST] a"}, "[/INST]") == ("x [/INST] q [/INST]", " a")
+    assert split("text", {"text": "q"}, "[/INST]") == "'text' has no answer marker '[/INST]'"
+    assert split("prompt-completion", {"prompt": "q", "completion": "a"}) == ("q", "a")
+    assert split("prompt-completion", {"prompt": chat[:1], "completion": chat[1:]}) == (chat[:1], "a")
+    assert split("messages", {"messages": chat}) == (chat[:1], "a")
+    assert split("messages", {"messages": chat[:1]}) == "the last message is not the assistant's answer"

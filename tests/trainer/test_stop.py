@@ -136,7 +136,7 @@ def _long() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["data.dataset.load_rows", "data.dataset.encode", "publishing.publish.check_target", "model.base.load_base"],
+    ["data.dataset.read_rows", "data.dataset.tokenize", "publishing.publish.check_target", "model.base.load_base"],
 )
 def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: Path, tmp_path: Path) -> None:
     config = job(tmp_path, tiny_model, RUN)

@@ -1,4 +1,4 @@
-"""What a run reads: the model's small files, its weights, data files. Small things first, so that errors show early."""
+"""Fetch what the spec names, into the shared cache or in place: the base model, data files, an earlier adapter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,97 +40,142 @@ _SPLITS: Final = {"spec.dataset.train": ("train",), "spec.dataset.eval": ("valid
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files on this disk; `revision` is the hub's commit, where there is one."""
+    """A model on this disk.
+
+    Attributes:
+        folder: Its files.
+        revision: The commit on the hub, or None if it comes from elsewhere.
+    """
 
     folder: Path
     revision: str | None
 
 
-class Inputs:
-    """Fetches what the spec names into the shared cache, or finds it where it lies."""
+def fetch_model_metadata(settings: Settings, commit: str | None = None) -> ModelFiles:
+    """Fetch config.json, tokenizer and all other files of the base model except its weights.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._cache = settings.environment.cache or settings.environment.scratch / "cache"
+    Args:
+        settings: Name the model and where the cache is.
+        commit: Commit that an earlier attempt pinned; it overrides `spec.model.revision`.
 
-    def model_config_and_tokenizer(self, revision: str | None = None) -> ModelFiles:
-        """Everything of the model but its weights. `revision` goes before the manifest's."""
-        return self._model((*_NEVER, _WEIGHTS), revision or self._settings.spec.model.revision)
+    Raises:
+        ConfigInvalid: There is no config.json.
+        StoreError: The model cannot be fetched.
+    """
+    return _model(settings, (*_NEVER, _WEIGHTS), commit or settings.spec.model.revision)
 
-    def model_weights(self, revision: str | None) -> Path:
-        """The model's folder, weights included. Raises ConfigInvalid when it has none in safetensors."""
-        source = self._settings.spec.model.source
-        folder = self._model(_NEVER, revision).folder
-        if not any(folder.glob(_WEIGHTS)):
-            raise ConfigInvalid(
-                f"spec.model.source: {source} has no .safetensors weights; other formats can run code and are not read"
-            )
-        return folder
 
-    def shards(self, source: str, field: str) -> list[DataFile]:
-        """The data files at `source`: one, or all below a prefix; of a data set on the hub, those of one split.
+def fetch_model_weights(settings: Settings, commit: str | None) -> Path:
+    """Fetch the whole base model, safetensors weights included, and return its folder.
 
-        Raises DatasetInvalid when there is none, or when it is not clear which are meant.
-        """
-        uri = parse(source)
-        try:
-            uri, found, split = self._data(uri, field)
-        except BucketNotFound:
-            raise
-        except StoreNotFound as error:
-            raise DatasetInvalid(str(error)) from None
-        if found.is_file():
-            return [DataFile(found, found.name, field)]
-        every = sorted(path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file())
-        paths = [path for path in every if is_data_file(path)]
-        if not paths:
-            raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
-        if uri.scheme == "hf":
-            paths = _of_split(paths, split, uri, field)
-        return [DataFile(found / path, path, field) for path in paths]
-
-    def _data(self, uri: Uri, field: str) -> tuple[Uri, Path, str]:
-        """`uri` and what it names, and ''; where its last segment is no path but a split: those above it, and that."""
-        try:
-            return uri, self._fetch(uri, "dataset", field), ""
-        except StoreNotFound:
-            above, _, name = uri.path.rstrip("/").rpartition("/")
-            if not uri.is_dataset or not name.isidentifier():
-                raise
-            above_it = replace(uri, path=above)
-            return above_it, self._fetch(above_it, "dataset", field), name
-
-    def adapter(self, source: str) -> Path:
-        """An earlier adapter to continue from."""
-        folder = self._fetch(parse(source), "model", "spec.lora.initFrom", ("checkpoints/*", "training/*"))
-        if not (folder / "adapter_config.json").is_file():
-            raise ConfigInvalid(f"spec.lora.initFrom: {source} holds no adapter: adapter_config.json is missing")
-        return folder
-
-    def _model(self, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
-        uri = parse(self._settings.spec.model.source)
-        folder = self._fetch(uri, "model", "spec.model.source", ignore, revision)
-        if not (folder / "config.json").is_file():
-            raise ConfigInvalid(f"spec.model.source: {uri} holds no model: config.json is missing")
-        return ModelFiles(folder, _commit(folder) or revision if uri.scheme == "hf" else None)
-
-    def _fetch(
-        self, uri: Uri, role: str, field: str, ignore: tuple[str, ...] = (), revision: str | None = None
-    ) -> Path:
-        credentials = Credentials.for_role(role, secrets_dir=self._settings.environment.secrets)
-        return fetch(
-            uri,
-            credentials,
-            self._cache,
-            _logged(field, str(uri)),
-            revision=revision if uri.scheme == "hf" else None,
-            ignore=ignore,
-            field=field,
+    Raises:
+        ConfigInvalid: It has no safetensors weights.
+        StoreError: The model cannot be fetched.
+    """
+    source = settings.spec.model.source
+    folder = _model(settings, _NEVER, commit).folder
+    if not any(folder.glob(_WEIGHTS)):
+        raise ConfigInvalid(
+            f"spec.model.source: {source} has no .safetensors weights; other formats can run code and are not read"
         )
+    return folder
+
+
+def fetch_adapter(settings: Settings) -> Path | None:
+    """Fetch the adapter of `spec.lora.initFrom` to continue from; None if the spec names none.
+
+    Raises:
+        ConfigInvalid: It is no adapter.
+        StoreError: The adapter cannot be fetched.
+    """
+    source = settings.spec.lora.init_from
+    if source is None:
+        return None
+    folder = _fetch(settings, parse(source), "model", "spec.lora.initFrom", ("checkpoints/*", "training/*"))
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigInvalid(f"spec.lora.initFrom: {source} holds no adapter: adapter_config.json is missing")
+    return folder
+
+
+def fetch_data_files(settings: Settings) -> tuple[list[DataFile], list[DataFile]]:
+    """Fetch the files of `dataset.train` and of `dataset.eval` (none if it is not set).
+
+    A URI names one file, or all below a prefix; of a data set on the hub, the files of one split.
+
+    Raises:
+        DatasetInvalid: There is no data file, or it is not clear which split is meant.
+        StoreError: The files cannot be fetched.
+    """
+    dataset = settings.spec.dataset
+    train = _data_files(settings, dataset.train, "spec.dataset.train")
+    return train, _data_files(settings, dataset.eval, "spec.dataset.eval") if dataset.eval else []
+
+
+def base_model_id(source: str) -> str:
+    """Return what a server calls the base model: the hub's id, else the URI."""
+    uri = parse(source)
+    return uri.authority if uri.scheme == "hf" else str(uri)
+
+
+def _data_files(settings: Settings, source: str, field: str) -> list[DataFile]:
+    uri = parse(source)
+    try:
+        uri, found, split = _fetch_data(settings, uri, field)
+    except BucketNotFound:
+        raise
+    except StoreNotFound as error:
+        raise DatasetInvalid(str(error)) from None
+    if found.is_file():
+        return [DataFile(found, found.name, field)]
+    every = sorted(path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file())
+    paths = [path for path in every if is_data_file(path)]
+    if not paths:
+        raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
+    if uri.scheme == "hf":
+        paths = _of_split(paths, split, uri, field)
+    return [DataFile(found / path, path, field) for path in paths]
+
+
+def _fetch_data(settings: Settings, uri: Uri, field: str) -> tuple[Uri, Path, str]:
+    """Return the URI fetched, its local path, and the split to take ('' if the URI names none).
+
+    If the last segment of a hub URI is no path of the repository, it may be a split of the folder above it.
+    """
+    try:
+        return uri, _fetch(settings, uri, "dataset", field), ""
+    except StoreNotFound:
+        above, _, name = uri.path.rstrip("/").rpartition("/")
+        if not uri.is_dataset or not name.isidentifier():
+            raise
+        parent = replace(uri, path=above)
+        return parent, _fetch(settings, parent, "dataset", field), name
+
+
+def _model(settings: Settings, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
+    uri = parse(settings.spec.model.source)
+    folder = _fetch(settings, uri, "model", "spec.model.source", ignore, revision)
+    if not (folder / "config.json").is_file():
+        raise ConfigInvalid(f"spec.model.source: {uri} holds no model: config.json is missing")
+    return ModelFiles(folder, _commit(folder) or revision if uri.scheme == "hf" else None)
+
+
+def _fetch(
+    settings: Settings, uri: Uri, role: str, field: str, ignore: tuple[str, ...] = (), revision: str | None = None
+) -> Path:
+    environment = settings.environment
+    return fetch(
+        uri,
+        Credentials.for_role(role, secrets_dir=environment.secrets),
+        environment.cache or environment.scratch / "cache",
+        _log_progress(field, str(uri)),
+        revision=revision if uri.scheme == "hf" else None,
+        ignore=ignore,
+        field=field,
+    )
 
 
 def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
-    """Those of `paths` that are of `split`; '' stands for the one that suits the field."""
+    """Return the paths that belong to `split`, or with '' to the split that suits the field."""
     try:
         chosen = (
             hub_splits.named(paths, split, str(uri)) if split else hub_splits.choose(paths, _SPLITS[field], str(uri))
@@ -138,30 +183,25 @@ def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
     except ValueError as error:
         raise DatasetInvalid(f"{field}: {error}") from None
     if len(chosen) < len(paths):
-        log.info(f"{field}: {len(chosen)} of the {len(paths)} data files of {uri} are of this split", files=chosen[:10])
+        used = hub_splits.split_of(chosen[0])
+        log.info(f"{field}: Using {len(chosen)} of {len(paths)} files of {uri} (split {used})", files=chosen[:10])
     return chosen
 
 
-def base_model_id(source: str) -> str:
-    """What a server calls the base model: the hub's id, else the URI."""
-    uri = parse(source)
-    return uri.authority if uri.scheme == "hf" else str(uri)
-
-
 def _commit(folder: Path) -> str | None:
-    """The commit of a snapshot in the hub's cache (…/snapshots/<commit>/…)."""
+    """Return the commit of a snapshot in the hub's cache (…/snapshots/<commit>/…)."""
     parts = folder.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 
-def _logged(field: str, uri: str, every: int = 1 << 30) -> Callable[[int], None]:
-    """Log each GiB that has come."""
+def _log_progress(field: str, uri: str, every: int = 1 << 30) -> Callable[[int], None]:
+    """Return a callback for bytes downloaded that logs each GiB."""
     seen = 0
 
     def on_progress(count: int) -> None:
         nonlocal seen
         before, seen = seen, seen + count
         if seen // every > before // every:
-            log.info(f"{field}: {seen / every:.1f} GiB of {uri} are here")
+            log.info(f"{field}: Downloaded {seen / every:.1f} GiB of {uri}")
 
     return on_progress

@@ -35,14 +35,11 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch and the libraries on it take seconds to import: not for --help, nor for a manifest that is wrong.
     with freeze_imports():
+        from finetune_trainer import inputs
         from finetune_trainer.checkpoints.fingerprint import fingerprint
         from finetune_trainer.checkpoints.folder import RunDirectory
         from finetune_trainer.checkpoints.manager import Checkpoints
-        from finetune_trainer.data import (
-            batching,
-            dataset,
-            encoding,
-        )
+        from finetune_trainer.data import batching, dataset
         from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
         from finetune_trainer.engine import (
             capabilities,
@@ -54,7 +51,6 @@ def run(
         from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
         from finetune_trainer.engine.loss import patch_fused_loss
         from finetune_trainer.evaluation import evaluator as evaluate
-        from finetune_trainer.inputs import Inputs, base_model_id
         from finetune_trainer.model import adapter as peft_adapter
         from finetune_trainer.model import base as model
         from finetune_trainer.planning import planner
@@ -89,35 +85,27 @@ def run(
             checkpoints.delete()
         reporter.succeeded(already, f"An earlier attempt has published the adapter at {already.uri}")
         return
-    inputs = Inputs(settings)
-    model_files = inputs.model_config_and_tokenizer(checkpoints.pinned_commit())
-    train_rows, train_format = dataset.load_rows(
-        inputs.shards(spec.dataset.train, "spec.dataset.train"), spec.dataset.format, spec.dataset.text_field
-    )
-    eval_rows, eval_format = train_rows[:0], train_format
-    if spec.dataset.eval:
-        eval_rows, eval_format = dataset.load_rows(
-            inputs.shards(spec.dataset.eval, "spec.dataset.eval"), spec.dataset.format, spec.dataset.text_field
-        )
+    model_files = inputs.fetch_model_metadata(settings, checkpoints.pinned_commit())
+    train_files, eval_files = inputs.fetch_data_files(settings)
+    rows = dataset.read_rows(train_files, eval_files, spec.dataset)
     tokenizer = load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
     base = model.inspect(model_files.folder, spec)
     attention = capabilities.attention(spec, base, world)
     check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
     peft_adapter.check_target_modules(spec.lora.target_modules, base.linear_layers)
-    encoder = encoding.Encoder(tokenizer, spec.training.max_length, spec.dataset.text_field)
-    train_data = dataset.encode(train_rows, train_format, encoder, "training")
-    held_out = dataset.encode(eval_rows, eval_format, encoder, "evaluation") if eval_rows else None
+    data = dataset.tokenize(rows, tokenizer, spec)
+    held_out = data.eval
     to_answer = (
-        evaluate.eval_prompts(eval_rows, eval_format, encoder, spec.evaluation.generation)
-        if "nli" in spec.evaluation.metrics
+        evaluate.eval_prompts(rows.eval, data.encoder, spec.evaluation.generation)
+        if rows.eval and "nli" in spec.evaluation.metrics
         else []
     )
-    init_from = inputs.adapter(spec.lora.init_from) if spec.lora.init_from else None
+    init_from = inputs.fetch_adapter(settings)
     if init_from:
         peft_adapter.check_init_from(init_from, spec)
 
     folder = RunDirectory(work)
-    identity = fingerprint(spec, model_files.revision, *(rows for rows in (train_data, held_out) if rows))
+    identity = fingerprint(spec, model_files.revision, *data.splits)
     checkpoint, state = checkpoints.resume(folder, identity, model_files.revision)
 
     gpu = hardware.device(spec, world)
@@ -128,9 +116,9 @@ def run(
         world.size,
         attention,
         shape,
-        longest=max(rows.longest for rows in (train_data, held_out) if rows),
+        longest=data.longest,
         tokens=batching.most_tokens(
-            spec, train_data.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)
+            spec, data.train.input_ids.lengths, world.size, planner.packs(spec, gpu, attention)
         ),
         can_compile=capabilities.can_compile(spec),
         has_fp8=capabilities.has_fp8(spec, world),
@@ -142,8 +130,8 @@ def run(
     _leave_if_asked(stop, world)
 
     reporter.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
-    base_model = base_model_id(spec.model.source)
-    weights = inputs.model_weights(model_files.revision)
+    base_model = inputs.base_model_id(spec.model.source)
+    weights = inputs.fetch_model_weights(settings, model_files.revision)
     hardware.seed(spec.training.seed)
     device = hardware.device_name(spec, world)
     with weights_must_fit(spec.model.source, spec.quantization.bits):
@@ -182,14 +170,14 @@ def run(
         track(0, state.metrics_before())
         folder.record(step=0, **{f"{key}Before": value for key, value in state.before.items()})
 
-    reporter.stage("Training", f"Training on {len(train_data.input_ids)} rows")
+    reporter.stage("Training", f"Training on {len(data.train.input_ids)} rows")
     training = Training(
         spec=spec,
         plan=plan,
         shape=shape,
         model=adapted,
         tokenizer=tokenizer,
-        rows=train_data,
+        rows=data.train,
         evaluator=evaluator,
         state=state,
         folder=folder,
@@ -223,7 +211,7 @@ def run(
     verifier = (
         ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
         if plan.sharded or plan.fp8
-        else Verifier(adapted, evaluate.Evaluator(spec, held_out or train_data, [], tokenizer, Ranks(), collate))
+        else Verifier(adapted, evaluate.Evaluator(spec, held_out or data.train, [], tokenizer, Ranks(), collate))
     )
     if spec.output.overwrite:  # what is there must not go for an adapter that does not load
         verifier.check(folder.adapter, "hand")

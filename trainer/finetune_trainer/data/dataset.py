@@ -1,4 +1,4 @@
-"""Data files -> checked rows -> token ids with labels. Every row is looked at before any weight is loaded."""
+"""Data files -> checked rows -> token ids with labels. Torch-free: every row is checked before torch is imported."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import structlog
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec_data import Dataset as DatasetSpec
 from finetune_trainer.data import formats, readers
 from finetune_trainer.data.encoding import IGNORE, Encoder, RowProblem
-from finetune_trainer.data.formats import Format
 from finetune_trainer.data.ragged import TokenLists
+from finetune_trainer.data.row_format import ChatExample, RowFormat
 from finetune_trainer.data.rows import Row, refuse_bad_rows
 from finetune_trainer.errors import DatasetInvalid
 
@@ -25,36 +27,41 @@ _FIELDS: Final = {"training": "spec.dataset.train", "evaluation": "spec.dataset.
 
 @dataclass(frozen=True)
 class DataFile:
-    """One data file: where it lies here, its name for messages, and the manifest's field that led to it."""
+    """One data file on this disk.
+
+    Attributes:
+        path: Where it is.
+        name: What messages call it.
+        field: The manifest's field that led to it.
+    """
 
     path: Path
     name: str
     field: str = ""
 
     @property
-    def place(self) -> str:
-        """What a message begins with: 'spec.dataset.train: part/1.jsonl'."""
+    def full_name(self) -> str:
+        """The beginning of a message about it: 'spec.dataset.train: part/1.jsonl'."""
         return f"{self.field}: {self.name}" if self.field else self.name
 
-    def rows(self, shape: Format, text_field: str) -> Iterator[Row]:
-        """Its rows, each with its problem when it is not of `shape`."""
-        return (formats.check(row, shape, text_field) for row in readers.read(self.path, self.place))
+    def rows(self, row_format: RowFormat) -> Iterator[Row]:
+        """Yield its rows, each with its problem if it is not of `row_format`."""
+        return (row_format.checked(row) for row in readers.read(self.path, self.full_name))
 
 
 class Rows(Sequence[Row]):
-    """The rows of data files, read anew each time they are gone through: a large set never lies in memory."""
+    """The checked rows of data files. They are read from disk on every pass: a large set is never held in memory."""
 
-    def __init__(self, shards: Sequence[DataFile], shape: Format, text_field: str, count: int) -> None:
-        self._shards = tuple(shards)
-        self._shape: Format = shape
-        self._text_field = text_field
+    def __init__(self, files: Sequence[DataFile], row_format: RowFormat, count: int) -> None:
+        self._files = tuple(files)
         self._count = count
+        self.format = row_format
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Row]:
-        return chain.from_iterable(shard.rows(self._shape, self._text_field) for shard in self._shards)
+        return chain.from_iterable(file.rows(self.format) for file in self._files)
 
     @overload
     def __getitem__(self, wanted: int) -> Row: ...
@@ -66,9 +73,22 @@ class Rows(Sequence[Row]):
         return next(islice(self, range(len(self))[wanted], None))
 
 
+@dataclass(frozen=True)
+class RowSplits:
+    """The training rows, and the evaluation rows if the spec names any."""
+
+    train: Rows
+    eval: Rows | None = None
+
+
 @dataclass
 class TokenizedDataset:
-    """A tokenized set of rows: ids and labels (IGNORE where no loss is taken), and what was done to them."""
+    """Token ids and labels (IGNORE where no loss is taken) of all rows.
+
+    Attributes:
+        truncated: Rows that were longer than training.maxLength.
+        dropped: Rows left out because no token of theirs is learned.
+    """
 
     input_ids: TokenLists = field(default_factory=TokenLists)
     labels: TokenLists = field(default_factory=TokenLists)
@@ -77,78 +97,133 @@ class TokenizedDataset:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows together."""
         return self.input_ids.tokens
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return self.input_ids.longest
 
     def dataset(self) -> "Dataset":
-        """For TRL: columns input_ids and labels."""
+        """Return the same for TRL: columns input_ids and labels."""
         import pyarrow
         from datasets import Dataset
 
         table = pyarrow.table({"input_ids": self.input_ids.arrow(), "labels": self.labels.arrow()})
-        # Without a fingerprint given, datasets makes one by copying and hashing all of it.
+        # Without a fingerprint, datasets computes one by copying and hashing all rows.
         return Dataset(table, fingerprint="encoded")
 
 
-def load_rows(shards: Sequence[DataFile], wanted: str, text_field: str) -> tuple[Rows, Format]:
-    """Read and check every row of `shards`; a file without rows beside others is said. `wanted` is dataset.format.
+@dataclass(frozen=True)
+class Datasets:
+    """The tokenized splits, and the encoder that made them (evaluation makes its prompts with the same)."""
 
-    Raises DatasetInvalid: with the first bad rows, each with field, file and line, or when there is no row at all.
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
+    encoder: Encoder
+
+    @property
+    def splits(self) -> list[TokenizedDataset]:
+        """The training split, then the evaluation split if there is one."""
+        return [self.train, self.eval] if self.eval else [self.train]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all splits."""
+        return max(split.longest for split in self.splits)
+
+
+def read_rows(train: Sequence[DataFile], evaluation: Sequence[DataFile], dataset: DatasetSpec) -> RowSplits:
+    """Read and check every row of the training and the evaluation files.
+
+    Args:
+        train: The files of `dataset.train`.
+        evaluation: The files of `dataset.eval`; none if it is not set.
+        dataset: The spec's section, for the format and its text column.
+
+    Raises:
+        DatasetInvalid: Rows are bad (the first ones are named by field, file and line), or there are none.
     """
-    head = chain.from_iterable(readers.read(shard.path, shard.place) for shard in shards)
-    shape = _shape(list(islice(head, _BATCH)), wanted, text_field)
-    counts = dict.fromkeys(shards, 0)
+    rows = _load(train, dataset)
+    return RowSplits(rows, _load(evaluation, dataset) if evaluation else None)
+
+
+def tokenize(rows: RowSplits, tokenizer: Any, spec: FineTuneJobSpec) -> Datasets:
+    """Tokenize both splits, truncated at training.maxLength.
+
+    Raises:
+        DatasetInvalid: A row does not fit the chat template, or a split has no token to learn from.
+    """
+    encoder = Encoder(tokenizer, spec.training.max_length)
+    train = encode(rows.train, rows.train.format, encoder, "training")
+    held_out = encode(rows.eval, rows.eval.format, encoder, "evaluation") if rows.eval else None
+    return Datasets(train, held_out, encoder)
+
+
+def _load(files: Sequence[DataFile], dataset: DatasetSpec) -> Rows:
+    """Check every row of `files`; warn of files without rows among others."""
+    row_format = _format(files, dataset)
+    counts = dict.fromkeys(files, 0)
 
     def counted() -> Iterator[Row]:
-        for shard in shards:
-            for row in shard.rows(shape, text_field):
-                counts[shard] += 1
+        for file in files:
+            for row in file.rows(row_format):
+                counts[file] += 1
                 yield row
 
     refuse_bad_rows(counted())
-    _notice_empty([shard for shard, count in counts.items() if not count], len(shards))
-    return Rows(shards, shape, text_field, sum(counts.values())), shape
+    _warn_of_empty([file for file, count in counts.items() if not count], len(files))
+    return Rows(files, row_format, sum(counts.values()))
 
 
-def _notice_empty(empty: Sequence[DataFile], among: int) -> None:
+def _warn_of_empty(empty: Sequence[DataFile], among: int) -> None:
     if not empty:
         return
-    names = ", ".join(shard.name for shard in empty[:3]) + (" …" if len(empty) > 3 else "")
+    names = ", ".join(file.name for file in empty[:3]) + (" …" if len(empty) > 3 else "")
     where = f"{empty[0].field}: {names}" if empty[0].field else names
     if len(empty) == among:
         raise DatasetInvalid(f"{where}: has no rows")
     log.warning(f"{where}: {len(empty)} of {among} data files {'has' if len(empty) == 1 else 'have'} no rows")
 
 
-def _shape(head: Sequence[Row], wanted: str, text_field: str) -> Format:
-    if wanted != "auto":
-        return wanted  # type: ignore[return-value]
+def _format(files: Sequence[DataFile], dataset: DatasetSpec) -> RowFormat:
+    """Return the spec's format; for `auto` the one that the columns of the first usable row fit."""
+    if dataset.format != "auto":
+        return formats.named(dataset.format, dataset.text_field)
+    head = islice(chain.from_iterable(readers.read(file.path, file.full_name) for file in files), _BATCH)
     first = next((row for row in head if isinstance(row.data, dict)), None)
     if first is None:
-        return "text"
-    shape = formats.detect(set(first.data), text_field)
-    if shape is None:
-        found = ", ".join(map(repr, first.data)) or "none"
+        return formats.named("text", dataset.text_field)
+    found = formats.detect(first.data, dataset.text_field)
+    if found is None:
+        columns = ", ".join(map(repr, first.data)) or "none"
         raise DatasetInvalid(
-            f"{first.file}:{first.line}: columns are {found}; needed are {text_field!r}, or 'prompt' and 'completion',"
-            " or 'messages' (dataset.textField names another text column)"
+            f"{first.file}:{first.line}: columns are {columns}; needed are"
+            f" {formats.needed_columns(dataset.text_field)} (dataset.textField names another text column)"
         )
-    return shape
+    return found
 
 
-def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> TokenizedDataset:
-    """Tokenize `rows`, cut them at the encoder's maximum, and leave out those without a token to learn from.
+def encode(rows: Sequence[Row], row_format: RowFormat, encoder: Encoder, role: str) -> TokenizedDataset:
+    """Tokenize `rows`, truncate them, and leave out those without a token to learn from.
 
-    `role` is "training" or "evaluation". Raises DatasetInvalid, with field, file and line.
+    Args:
+        rows: Rows that were checked against `row_format`.
+        row_format: Makes examples of them.
+        encoder: Makes token ids of the examples.
+        role: "training" or "evaluation", for messages.
+
+    Raises:
+        DatasetInvalid: A row cannot be encoded (named by field, file and line), or no token is left to learn from.
     """
-    result, bad = TokenizedDataset(), []
+    result, bad, chats = TokenizedDataset(), [], False
     for batch in _batches(rows):
         bad += [row for row in batch if row.problem]  # only when a file has changed since it was checked
         good = [row for row in batch if not row.problem]
-        for row, encoded in zip(good, encoder.encode([row.data for row in good], shape), strict=True):
+        examples = [row_format.to_example(row.data) for row in good]
+        chats = chats or any(isinstance(each, ChatExample) and not each.prompt_messages for each in examples)
+        for row, encoded in zip(good, encoder.encode(examples), strict=True):
             if isinstance(encoded, RowProblem):
                 bad.append(row.refuse(str(encoded)))
                 continue
@@ -159,10 +234,12 @@ def encode(rows: Sequence[Row], shape: Format, encoder: Encoder, role: str) -> T
             result.input_ids.append(encoded.input_ids)
             result.labels.append(encoded.labels)
     refuse_bad_rows(bad)
-    _log(result, len(rows), shape, encoder, role)
+    _log(result, len(rows), row_format.name, encoder, role)
+    if chats and role == "training" and not encoder.masks_assistant:
+        log.warning("Chat template has no {% generation %} markers: training on all tokens, user turns included")
     if not result.input_ids:
         raise DatasetInvalid(
-            f"{_FIELDS[role]}: no {role} row has a token left to learn from after cutting at training.maxLength"
+            f"{_FIELDS[role]}: no {role} row has a token left to learn from after truncation at training.maxLength"
             f" {encoder.max_length}"
         )
     return result
@@ -174,23 +251,18 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _log(result: TokenizedDataset, total: int, shape: Format, encoder: Encoder, role: str) -> None:
-    figures: dict[str, Any] = {"format": shape, "rows": total, "tokens": result.tokens, "longest": result.longest}
-    log.info(f"{role.capitalize()} rows are {shape}: {total} rows, {result.tokens:,} tokens", **figures)
+def _log(result: TokenizedDataset, total: int, name: str, encoder: Encoder, role: str) -> None:
+    figures: dict[str, Any] = {"format": name, "rows": total, "tokens": result.tokens, "longest": result.longest}
+    log.info(f"{role.capitalize()} rows are {name}: {total} rows, {result.tokens:,} tokens", **figures)
     if result.truncated:
         share = 100 * result.truncated / total
         log.warning(
             f"{result.truncated} of {total} {role} rows ({share:.1f} %) are longer than training.maxLength"
-            f" {encoder.max_length} and were cut",
+            f" {encoder.max_length} and were truncated",
             truncated=result.truncated,
         )
     if result.dropped:
         log.warning(
-            f"{result.dropped} of {total} {role} rows were left out: cut to the prompt, nothing is left to learn",
+            f"{result.dropped} of {total} {role} rows dropped: no completion tokens left after truncation",
             dropped=result.dropped,
-        )
-    if shape == "messages" and role == "training" and not encoder.masks_assistant:
-        log.warning(
-            "The chat template does not mark what the assistant says ({% generation %}): whole conversations are"
-            " learned, what users say too; to learn answers only, use prompt and completion columns"
         )

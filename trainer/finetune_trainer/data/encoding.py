@@ -1,16 +1,14 @@
-"""The tokenizer, and rows turned into token ids with labels, as TRL's SFTTrainer would for the same row."""
+"""Tokenize examples: the ids and labels that TRL's SFTTrainer would make of the same row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-import structlog
-
-from finetune_trainer.data.formats import Format
+from finetune_trainer.data.row_format import ChatExample, CompletionExample, Example, Message, TextExample
 from finetune_trainer.errors import reason
 
-log = structlog.get_logger(__name__)
-IGNORE = -100
+#: Label of a token on which no loss is taken.
+IGNORE: Final = -100
 
 
 class RowProblem(str):
@@ -19,7 +17,7 @@ class RowProblem(str):
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of one row, labels (IGNORE where no loss is taken), and whether it was cut."""
+    """Token ids of one row, labels (IGNORE where no loss is taken), and whether it was truncated."""
 
     input_ids: list[int]
     labels: list[int]
@@ -27,26 +25,35 @@ class EncodedRow:
 
 
 class Encoder:
-    """Rows to token ids. Loss is taken on the whole text, on the completion, or on what the assistant says."""
+    """Tokenizes examples. Loss is taken on the whole text, on the completion, or on the assistant's turns.
 
-    def __init__(self, tokenizer: Any, max_length: int, text_field: str = "text") -> None:
+    Attributes:
+        tokenizer: The base model's tokenizer.
+        max_length: Tokens after which a row is cut (`spec.training.maxLength`).
+        masks_assistant: Whether the chat template marks the assistant's turns, so that only they are learned.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.text_field = text_field
         template = tokenizer.chat_template
         self.masks_assistant = isinstance(template, str) and "generation" in template and "endgeneration" in template
 
-    def encode(self, rows: Sequence[dict[str, Any]], shape: Format) -> Iterator[EncodedRow | RowProblem]:
-        """One result per row, in order."""
-        if shape == "text":
-            yield from (self._cut(ids, ids) for ids in self._texts([row[self.text_field] for row in rows]))
-        elif shape == "messages":
-            yield from (self._messages(row) for row in rows)
-        else:
-            yield from (self._prompt_completion(row) for row in rows)
+    def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | RowProblem]:
+        """Yield one result per example, in order. Texts are tokenized in one batch."""
+        texts = [example.text for example in examples if isinstance(example, TextExample)]
+        whole = iter(self._texts(texts) if texts else ())
+        for example in examples:
+            if isinstance(example, TextExample):
+                ids = next(whole)
+                yield self._truncated(ids, ids)
+            elif isinstance(example, CompletionExample):
+                yield self._completion(example)
+            else:
+                yield self._chat(example)
 
     def _texts(self, texts: list[str], end: bool = True) -> list[list[int]]:
-        """Token ids with the tokenizer's own special tokens, a doubled BOS dropped, and EOS at the end."""
+        """Return token ids with the tokenizer's own special tokens, one BOS where it is doubled, and EOS at the end."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         result = []
         for ids in self.tokenizer(texts, add_special_tokens=True)["input_ids"]:
@@ -56,38 +63,37 @@ class Encoder:
         return result
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a text that the model is to continue."""
+        """Return the token ids of a text for the model to continue."""
         ids = self._texts([text], end=False)[0]
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
-    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant is to answer."""
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation up to the assistant's answer."""
         return list(self._template(messages, add_generation_prompt=True)["input_ids"])
 
-    def _prompt_completion(self, row: dict[str, Any]) -> EncodedRow | RowProblem:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            before, ids = self._texts([prompt], end=False)[0], self._texts([prompt + completion])[0]
-        else:
-            try:
-                before, ids = self.chat_prompt(prompt), list(self._template([*prompt, *completion])["input_ids"])
-            except _TemplateError as error:
-                return RowProblem(error)
-        start = _common_prefix(before, ids)
-        return self._cut(ids, [IGNORE] * start + ids[start:])
+    def _completion(self, example: CompletionExample) -> EncodedRow:
+        prompt = self._texts([example.prompt], end=False)[0]
+        return self._after_prompt(prompt, self._texts([example.prompt + example.completion])[0])
 
-    def _messages(self, row: dict[str, Any]) -> EncodedRow | RowProblem:
+    def _chat(self, example: ChatExample) -> EncodedRow | RowProblem:
         try:
-            encoded = self._template(row["messages"], return_assistant_tokens_mask=self.masks_assistant)
+            if example.prompt_messages:
+                prompt = self.chat_prompt(example.messages[: example.prompt_messages])
+                return self._after_prompt(prompt, list(self._template(example.messages)["input_ids"]))
+            encoded = self._template(example.messages, return_assistant_tokens_mask=self.masks_assistant)
         except _TemplateError as error:
             return RowProblem(error)
         ids = list(encoded["input_ids"])
         if not self.masks_assistant:
-            return self._cut(ids, ids)
+            return self._truncated(ids, ids)
         mask = encoded["assistant_masks"]
-        return self._cut(ids, [token if said else IGNORE for token, said in zip(ids, mask, strict=True)])
+        return self._truncated(ids, [token if said else IGNORE for token, said in zip(ids, mask, strict=True)])
 
-    def _template(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+    def _after_prompt(self, prompt: list[int], ids: list[int]) -> EncodedRow:
+        start = _common_prefix(prompt, ids)
+        return self._truncated(ids, [IGNORE] * start + ids[start:])
+
+    def _template(self, messages: Sequence[Message], **options: Any) -> Any:
         if not self.tokenizer.chat_template:
             raise _TemplateError("is a conversation, but the model's tokenizer has no chat template")
         try:
@@ -96,7 +102,7 @@ class Encoder:
             # Templates run as Jinja code: they refuse, for example, roles that do not alternate, with any exception.
             raise _TemplateError(f"does not fit the chat template: {reason(error)}") from None
 
-    def _cut(self, ids: list[int], labels: list[int]) -> EncodedRow:
+    def _truncated(self, ids: list[int], labels: list[int]) -> EncodedRow:
         return EncodedRow(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
 
 

@@ -21,9 +21,15 @@ _SHARDED: Final = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 
 
 def choose(paths: Sequence[str], wanted: Sequence[str], source: str) -> list[str]:
-    """The paths of the first split of `wanted` that there is; all of them when no path names a split.
+    """Return the paths of the first split of `wanted` that exists, or all of them if no path names a split.
 
-    `source` is the data set's URI. Raises ValueError, with what to write instead, when it is not clear.
+    Args:
+        paths: Data files of the data set.
+        wanted: Names of splits, best first.
+        source: The data set's URI, for messages.
+
+    Raises:
+        ValueError: It is not clear which files are meant; the text says what to write instead.
     """
     splits = _by_split(paths)
     if set(splits) <= {""}:
@@ -39,7 +45,7 @@ def choose(paths: Sequence[str], wanted: Sequence[str], source: str) -> list[str
 
 
 def named(paths: Sequence[str], name: str, source: str) -> list[str]:
-    """The paths of the split called `name` (or 'val' for validation, …). Raises ValueError when there is none."""
+    """Return the paths of the split called `name` (or 'val' for validation, …); raises ValueError if there is none."""
     splits = _by_split(paths)
     split = name if name in splits else _split_in(name)
     if not split or split not in splits:
@@ -49,7 +55,7 @@ def named(paths: Sequence[str], name: str, source: str) -> list[str]:
 
 
 def _of_one_folder(folders: dict[str, list[str]], split: str, source: str) -> list[str]:
-    """Folders besides those of splits are subsets, such as languages: which one is for the user to say."""
+    """Return the only folder's paths. Several folders are subsets, such as languages: the user must choose."""
     if len(folders) > 1:
         names = sorted(folders)
         raise ValueError(
@@ -60,16 +66,21 @@ def _of_one_folder(folders: dict[str, list[str]], split: str, source: str) -> li
 
 
 def _by_split(paths: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Split ('' where the path names none) -> folder above it -> paths."""
+    """Return split ('' where the path names none) -> folder above it -> paths."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
-        split, folder = _place(path)
+        split, folder = _split_and_folder(path)
         found[split][folder].append(path)
     return found
 
 
-def _place(path: str) -> tuple[str, str]:
-    """The split that `path` names, and the folder in which it does; folders count before the file's own name."""
+def split_of(path: str) -> str:
+    """Return the split that `path` names, or '' if it names none."""
+    return _split_and_folder(path)[0]
+
+
+def _split_and_folder(path: str) -> tuple[str, str]:
+    """Return the split that `path` names, and the folder above that name. Folders count before the file's own name."""
     *folders, file = PurePosixPath(path).parts
     for depth, folder in enumerate(folders):
         if split := _split_in(folder):

@@ -31,6 +31,6 @@ def refuse_bad_rows(rows: Iterable[Row]) -> None:
     bad = [row for row in rows if row.problem]
     if not bad:
         return
-    shown = [str(row) for row in bad[: rows.SHOWN_PROBLEMS]]
+    shown = [str(row) for row in bad[:SHOWN_PROBLEMS]]
     more = len(bad) - len(shown)
     raise DatasetInvalid("\n".join(shown) + (f"\n… and {more} more bad rows" if more else ""))

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from finetune_trainer.data.encoding import log
+import structlog
+
 from finetune_trainer.errors import ConfigInvalid, reason
 
+log = structlog.get_logger(__name__)
 #: Whole names of tokens that models set aside for padding, then of those set aside for anything; best first.
 _PAD_TOKENS: Final = (
     r"<\|finetune_right_pad_id\|>",  # Llama 3

@@ -9,10 +9,9 @@ import torch
 
 from finetune_api.spec import FineTuneJobSpec, Generation
 from finetune_trainer.data.batching import Collate
-from finetune_trainer.data.dataset import TokenizedDataset
+from finetune_trainer.data.dataset import Rows, TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
-from finetune_trainer.data.formats import Format
-from finetune_trainer.data.rows import Row, refuse_bad_rows
+from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.generation import answers
 from finetune_trainer.runtime.distributed import Batches
@@ -31,11 +30,11 @@ class EvalPrompt:
     label: nli.Label
 
 
-def eval_prompts(rows: Sequence[Row], shape: Format, encoder: Encoder, settings: Generation) -> list[EvalPrompt]:
+def eval_prompts(rows: Rows, encoder: Encoder, settings: Generation) -> list[EvalPrompt]:
     """The first settings.maxRows rows as questions. Raises DatasetInvalid for rows without an answer and label."""
     result, bad = [], []
     for row in rows[: settings.max_rows]:
-        parts = nli.split_row(row.data, shape, encoder.text_field, settings.answer_marker)
+        parts = nli.split_row(rows.format.to_example(row.data), settings.answer_marker)
         if isinstance(parts, str):
             bad.append(row.refuse(parts))
             continue

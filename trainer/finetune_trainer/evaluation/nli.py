@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.data.formats import Format
+from finetune_trainer.data.row_format import CompletionExample, Example, Message, TextExample
 
 Label = Hashable
 #: Largest label set whose confusion matrix goes into the flat metrics.
@@ -48,22 +48,25 @@ def read_answer(text: str, label_key: str) -> Answer:
     return Answer(True, str(value) if isinstance(value, str | int | float) else None)
 
 
-def split_row(data: dict[str, Any], shape: Format, text_field: str, marker: str) -> tuple[Any, str] | str:
-    """Prompt (text, or messages) and the right answer of one row; or, as a string, why it has none."""
-    if shape == "text":
-        prompt, found, answer = data[text_field].rpartition(marker)
-        return (prompt + found, answer) if found else f"{text_field!r} has no answer marker {marker!r}"
-    if shape == "prompt-completion":
-        prompt, completion = data["prompt"], data["completion"]
-        if isinstance(prompt, str):
-            return prompt, completion
-        messages = [*prompt, *completion]
-    else:
-        messages = data["messages"]
-    last = messages[-1]
+def split_row(example: Example, marker: str) -> tuple[str | Sequence[Message], str] | str:
+    """Split an example into its prompt (text, or messages) and the right answer.
+
+    Args:
+        example: A held-out row.
+        marker: What the answer of a plain text follows; its last occurrence counts.
+
+    Returns:
+        Prompt and answer, or a string that says why the row has none.
+    """
+    if isinstance(example, TextExample):
+        prompt, found, answer = example.text.rpartition(marker)
+        return (prompt + found, answer) if found else f"{example.column!r} has no answer marker {marker!r}"
+    if isinstance(example, CompletionExample):
+        return example.prompt, example.completion
+    last = example.messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
         return "the last message is not the assistant's answer"
-    return messages[:-1], last["content"]
+    return example.messages[:-1], last["content"]
 
 
 def confusion(right: Sequence[Label], answers: Sequence[Answer]) -> dict[tuple[str, str], int]:

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_trainer.data import hub_splits
 from finetune_trainer.errors import DatasetInvalid
-from finetune_trainer.inputs import Inputs
+from finetune_trainer.inputs import fetch_data_files
 from finetune_trainer.settings import Environment, Ranks, load
 from support.stores.hub import Hub
 from support.trainer.process import job
@@ -98,8 +98,9 @@ def data_set(hub: Hub, tmp_path: Path) -> Path:
 def _shards(hub: Hub, folder: Path, source: str, field: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     place: dict[str, Any] = {"FINETUNE_SCRATCH_DIR": str(folder), "FINETUNE_SECRETS_DIR": str(folder / "secrets")}
-    settings = load(job(folder, folder / "no-model"), [], Environment.from_env(place), Ranks())
-    return [shard.name for shard in Inputs(settings).shards(source, field)]
+    manifest = job(folder, folder / "no-model", {f"dataset.{field}": source})
+    train, held_out = fetch_data_files(load(manifest, [], Environment.from_env(place), Ranks()))
+    return [file.name for file in (train if field == "train" else held_out)]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def _shards(hub: Hub, folder: Path, source: str, field: str, monkeypatch: pytest
 def test_only_the_split_is_read_from_the_hub(
     source: str, field: str, expected: list[str], hub: Hub, data_set: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    assert _shards(hub, tmp_path, source, f"spec.dataset.{field}", monkeypatch) == expected
+    assert _shards(hub, tmp_path, source, field, monkeypatch) == expected
 
 
 def test_a_split_that_is_not_there_names_the_field_and_the_splits(
@@ -125,6 +126,6 @@ def test_a_split_that_is_not_there_names_the_field_and_the_splits(
 ) -> None:
     sentence = rf"^spec\.dataset\.train: {URI} has neither a path nor a split 'trian'; its splits are: test, train, val"
     with pytest.raises(DatasetInvalid, match=sentence):
-        _shards(hub, tmp_path, f"{URI}/trian", "spec.dataset.train", monkeypatch)
+        _shards(hub, tmp_path, f"{URI}/trian", "train", monkeypatch)
     with pytest.raises(DatasetInvalid, match=r"org/rows has no 'no-such\.jsonl' at main"):
-        _shards(hub, tmp_path, f"{URI}/no-such.jsonl", "spec.dataset.train", monkeypatch)
+        _shards(hub, tmp_path, f"{URI}/no-such.jsonl", "train", monkeypatch)

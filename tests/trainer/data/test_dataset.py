@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import structlog
 
+from finetune_api.spec_data import Dataset
 from finetune_trainer.data import (
     formats,
     ragged,
     readers,
 )
-from finetune_trainer.data.dataset import DataFile, encode, load_rows
+from finetune_trainer.data.dataset import DataFile, Rows, encode, read_rows
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
@@ -39,9 +40,13 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _load(path: Path, wanted: str = "auto", text_field: str = "text") -> tuple[list[Any], str]:
-    rows, shape = load_rows([DataFile(path, path.name)], wanted, text_field)
-    return [row.data for row in rows], shape
+def _rows(files: list[DataFile], **dataset: str) -> Rows:
+    return read_rows(files, [], Dataset(train="file:///data", **dataset)).train
+
+
+def _load(path: Path, **dataset: str) -> tuple[list[Any], str]:
+    rows = _rows([DataFile(path, path.name)], **dataset)
+    return [row.data for row in rows], rows.format.name
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".parquet"])
@@ -69,11 +74,11 @@ def test_another_text_column_can_be_named(tmp_path: Path) -> None:
 
 def test_shards_are_read_in_order_and_bad_rows_name_theirs(tmp_path: Path) -> None:
     shards = [DataFile(_write(tmp_path / f"{i}.jsonl", [{"text": f"row {i}"}]), f"part/{i}.jsonl") for i in range(3)]
-    rows, _ = load_rows(shards, "auto", "text")
+    rows = _rows(shards)
     assert [row.data["text"] for row in rows] == ["row 0", "row 1", "row 2"]
     shards[1].path.write_text('{"text": "fine"}\n\n{"text": 7}\n')
     with pytest.raises(DatasetInvalid, match=r"^part/1.jsonl:3: 'text' must be a string, not int$"):
-        load_rows(shards, "auto", "text")
+        _rows(shards)
 
 
 def test_an_empty_shard_among_others_is_said(tmp_path: Path) -> None:
@@ -82,26 +87,26 @@ def test_an_empty_shard_among_others_is_said(tmp_path: Path) -> None:
     files[2].write_text("text\n")
     shards = [DataFile(path, f"part/{path.name}", "spec.dataset.eval") for path in files]
     with structlog.testing.capture_logs() as logs:
-        rows, _ = load_rows(shards[:2], "auto", "text")
-        load_rows(shards, "auto", "text")
+        rows = _rows(shards[:2])
+        _rows(shards)
     assert len(rows) == len(ROWS)
     assert [(entry["log_level"], entry["event"]) for entry in logs] == [
         ("warning", "spec.dataset.eval: part/b.jsonl: 1 of 2 data files has no rows"),
         ("warning", "spec.dataset.eval: part/b.jsonl, part/c.csv: 2 of 3 data files have no rows"),
     ]
     with pytest.raises(DatasetInvalid, match=r"^spec\.dataset\.eval: part/b\.jsonl, part/c\.csv: has no rows$"):
-        load_rows(shards[1:], "auto", "text")
+        _rows(shards[1:])
 
 
 def test_messages_begin_with_the_field(tmp_path: Path) -> None:
     """The training and the evaluation file may well have the same name."""
     (tmp_path / "data.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(DatasetInvalid, match=r"^spec\.dataset\.train: data\.jsonl:1: 'text' must be a string"):
-        load_rows([DataFile(tmp_path / "data.jsonl", "data.jsonl", "spec.dataset.train")], "auto", "text")
+        _rows([DataFile(tmp_path / "data.jsonl", "data.jsonl", "spec.dataset.train")])
 
 
 def test_rows_are_not_kept_but_read_again(tmp_path: Path) -> None:
-    rows, _ = load_rows([DataFile(_write(tmp_path / "a.jsonl", ROWS), "a.jsonl")], "auto", "text")
+    rows = _rows([DataFile(_write(tmp_path / "a.jsonl", ROWS), "a.jsonl")])
     assert [row.data for row in rows] == [row.data for row in rows] == ROWS
     assert (rows[1].line, rows[-1].data, [row.line for row in rows[:2]], rows[:0]) == (2, ROWS[2], [1, 2], [])
     with pytest.raises(IndexError):
@@ -143,8 +148,8 @@ def test_large_sets_do_not_lie_in_memory_as_python_objects(tmp_path: Path) -> No
     path = _write(tmp_path / "rows.jsonl", [{"text": "word " * 200}] * count)
     tracemalloc.start()
     try:
-        rows, shape = load_rows([DataFile(path, path.name)], "auto", "text")
-        encoded = encode(rows, shape, Encoder(Words(), 512), "training")
+        rows = _rows([DataFile(path, path.name)])
+        encoded = encode(rows, rows.format, Encoder(Words(), 512), "training")
         data = encoded.dataset()
         stays, peak = tracemalloc.get_traced_memory()
     finally:
@@ -169,7 +174,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("shape", "data", "problem"), BAD_ROWS)
 def test_a_bad_row_is_explained(shape: Any, data: Any, problem: str) -> None:
-    row = formats.check(Row("f.jsonl", 4, data), shape, "text")
+    row = formats.named(shape).checked(Row("f.jsonl", 4, data))
     assert problem in str(row)
     assert str(row).startswith("f.jsonl:4: ")
 

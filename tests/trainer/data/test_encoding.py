@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import structlog
 
+from finetune_trainer.data import formats
 from finetune_trainer.data.dataset import encode
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import Row
@@ -23,7 +24,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def _one(tokenizer: Any, row: dict[str, Any], shape: Any, max_length: int = 128) -> Any:
-    return next(Encoder(tokenizer, max_length).encode([row], shape))
+    return next(Encoder(tokenizer, max_length).encode([formats.named(shape).to_example(row)]))
 
 
 def test_text_is_learned_whole_between_one_bos_and_one_eos(tokenizer: Any) -> None:
@@ -75,7 +76,7 @@ def test_the_result_is_trls(row: dict[str, Any], tokenizer: Any, tiny_model: Pat
 def test_a_conversation_the_template_refuses_is_a_bad_row(tokenizer: Any) -> None:
     row = Row("f.jsonl", 3, {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]})
     with pytest.raises(DatasetInvalid, match=r"f.jsonl:3: does not fit the chat template: only user and assistant"):
-        encode([row], "messages", Encoder(tokenizer, 128), "training")
+        encode([row], formats.named("messages"), Encoder(tokenizer, 128), "training")
 
 
 def test_a_template_that_does_not_mark_the_assistant_is_said_once(tiny_model: Path) -> None:
@@ -83,28 +84,28 @@ def test_a_template_that_does_not_mark_the_assistant_is_said_once(tiny_model: Pa
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     encoder, rows = Encoder(tokenizer, 128), [Row("f", 1, CHAT)] * 3
     with structlog.testing.capture_logs() as logs:
-        learned = encode(rows, "messages", encoder, "training")
-        encode(rows, "messages", encoder, "evaluation")
+        learned = encode(rows, formats.named("messages"), encoder, "training")
+        encode(rows, formats.named("messages"), encoder, "evaluation")
     assert learned.labels[0] == learned.input_ids[0], "users' words are learned, too"
     [warning] = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
-    assert "does not mark what the assistant says ({% generation %}): whole conversations are learned" in warning
+    assert warning == "Chat template has no {% generation %} markers: training on all tokens, user turns included"
     with structlog.testing.capture_logs() as logs:
-        encode(rows, "messages", Encoder(load_tokenizer(tiny_model, "x"), 128), "training")
+        encode(rows, formats.named("messages"), Encoder(load_tokenizer(tiny_model, "x"), 128), "training")
     assert not [entry for entry in logs if entry["log_level"] == "warning"]
 
 
 def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
     rows = [Row("f", number, {"text": "tea " * (5 if number % 2 else 50)}) for number in range(10)]
-    result = encode(rows, "text", Encoder(tokenizer, 20), "training")
+    result = encode(rows, formats.named("text"), Encoder(tokenizer, 20), "training")
     assert (result.truncated, result.dropped, result.longest) == (5, 0, 20)
 
 
 def test_rows_cut_to_the_prompt_are_left_out(tokenizer: Any) -> None:
     rows = [Row("f", 1, {"prompt": "tea " * 50, "completion": "x"}), Row("f", 2, {"prompt": "tea", "completion": " x"})]
-    result = encode(rows, "prompt-completion", Encoder(tokenizer, 20), "training")
+    result = encode(rows, formats.named("prompt-completion"), Encoder(tokenizer, 20), "training")
     assert (result.dropped, len(result.input_ids)) == (1, 1)
     with pytest.raises(DatasetInvalid, match="no training row has a token left to learn from"):
-        encode(rows[:1], "prompt-completion", Encoder(tokenizer, 20), "training")
+        encode(rows[:1], formats.named("prompt-completion"), Encoder(tokenizer, 20), "training")
 
 
 class TestPadToken:
