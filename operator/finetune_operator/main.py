@@ -233,7 +233,7 @@ def _spare_the_collector() -> None:
 async def _run(settings: Settings) -> None:
     metrics = Metrics()
     try:
-        connection = await Connection.load(metrics)
+        connection = await Connection.load(metrics.api_call)
     except (ConfigException, OSError) as error:
         raise SystemExit(f"cannot start: neither a service account nor a kubeconfig: {error}") from None
     await Operator(settings, connection, metrics).run()

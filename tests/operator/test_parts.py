@@ -141,7 +141,7 @@ def test_kopf_is_told_of_its_lists_only_what_is_new_and_we_are_told_that_it_list
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         configuration = Configuration()
         configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        connection = Connection(configuration, Metrics())
+        connection = Connection(configuration, Metrics().api_call)
         cache = Cache()
         cache.put("FineTuneJob", items[0])
         connection.is_known = lambda resource, obj: resource == "finetunejobs" and cache.is_known("FineTuneJob", obj)

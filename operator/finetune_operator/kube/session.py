@@ -15,7 +15,9 @@ from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.freshness import CREDENTIALS_SECONDS, Freshness, Reach
 from finetune_operator.kube.urls import namespace_of, resource_of, verb_of
 from finetune_operator.kube.watch_stream import Events, Expired, version_in
-from finetune_operator.observability.metrics import Metrics
+
+#: Called with (verb, resource, code) after each request; the code is "error" when no answer came.
+OnRequest = Callable[[str, str, str], None]
 
 
 class Connection:
@@ -23,14 +25,14 @@ class Connection:
     rotating tokens stay good, and counts it. `on_date` hears the server's clock, `on_list` of Kopf's lists. What
     `is_echo` and `is_known` say that we know already is left out of watches and of Kopf's lists."""
 
-    def __init__(self, configuration: Configuration, metrics: Metrics) -> None:
+    def __init__(self, configuration: Configuration, on_request: OnRequest) -> None:
         self.configuration = configuration
         self.freshness, self.reach = Freshness(), Reach()
         self.on_date: Callable[[str], None] = lambda date: None
         self.on_list: Callable[[str, str], None] = lambda resource, namespace: None
         self.is_echo: Callable[[str, int], bool] = lambda resource, version: False
         self.is_known: Callable[[str, Raw], bool] = lambda resource, obj: False
-        self._metrics = metrics
+        self._on_request = on_request
         self._credentials: dict[str, str] = {}
         self._credentials_due = 0.0
         self._trace = aiohttp.TraceConfig()
@@ -45,14 +47,14 @@ class Connection:
         configuration.connection_pool_maxsize = 64
 
     @classmethod
-    async def load(cls, metrics: Metrics) -> "Connection":
+    async def load(cls, on_request: OnRequest) -> "Connection":
         """From the pod's service account, or from the kubeconfig. Raises ConfigException where there is neither."""
         configuration = Configuration()
         try:
             config.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)
-        return cls(configuration, metrics)
+        return cls(configuration, on_request)
 
     def session(self, *more: aiohttp.TraceConfig) -> aiohttp.ClientSession:
         """A session of one's own; close it when done."""
@@ -79,7 +81,7 @@ class Connection:
         self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestEndParams
     ) -> None:
         answer = params.response
-        self._metrics.api_call(*self._names(params), str(answer.status))
+        self._on_request(*self._names(params), str(answer.status))
         self.reach.answered(answer.status)
         if date := answer.headers.get("Date"):
             self.on_date(date)
@@ -87,7 +89,7 @@ class Connection:
     async def _count_failure(
         self, session: aiohttp.ClientSession, context: object, params: aiohttp.TraceRequestExceptionParams
     ) -> None:
-        self._metrics.api_call(*self._names(params), "error")
+        self._on_request(*self._names(params), "error")
         self.reach.failed()
 
     async def _note_list(

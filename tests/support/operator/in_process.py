@@ -27,7 +27,7 @@ async def living(proxy: ApiProxy, namespace: str, clock: Clock | None = None) ->
     configuration.api_key = {"BearerToken": f"Bearer {proxy.access.token}"}
     metrics = Metrics()
     settings = Settings(namespaces=(namespace,), request_timeout_seconds=5, kueue="disabled", start_timeout_seconds=600)
-    operator = Operator(settings, Connection(configuration, metrics), metrics, clock)
+    operator = Operator(settings, Connection(configuration, metrics.api_call), metrics, clock)
     me = asyncio.current_task()
     assert me is not None
     work = asyncio.create_task(operator.work())
