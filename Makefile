@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # pip's own words, less what tells a reader nothing
 QUIETLY := 2>&1 | { grep --line-buffered -vE '^(Requirement already|  |WARNING: Location|Looking in|Obtaining|Collecting|Using cached|Processing)' || true; }
@@ -21,8 +22,17 @@ quickstart: $(VENV)/.run ## Train, publish and check a small adapter on this mac
 	$(BIN)/finetune run examples/quickstart/finetunejob.yaml
 
 .PHONY: test
-test: lint ## Run every check and every test
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+test: lint ## Run every check and every test but the nightly ones: ten minutes on two cores
+	$(PYTEST) -m 'not nightly' $(TESTS)
+
+.PHONY: test-fast
+test-fast: $(VENV)/.dev ## Run the unit tests: no Kubernetes API, no trainer run, three minutes
+	$(PYTEST) -m 'unit and not nightly' $(TESTS)
+
+.PHONY: test-nightly
+test-nightly: lint ## Run every test with its full promise: the whole quickstart, 100 kills, 800 broken API calls
+	FINETUNE_TEST_KILLS=100 $(PYTEST) --ignore tests/chaos --timeout 3600 $(TESTS)
+	$(MAKE) chaos
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
