@@ -1,7 +1,7 @@
 """Which target of the Makefile runs a test, told by where the test lies and what it uses; and which tests begin.
 
-Every test has one level: `unit` (`make test-fast`), `scenario` (whole trainer runs) or `e2e` (on a Kubernetes API). A test
-marked `nightly` is left to `make test-nightly`. A level marked on the test itself wins over its folder.
+Every test has one level: `unit` (`make test-fast`), `scenario` (whole trainer runs) or `e2e` (on a Kubernetes API).
+A test marked `nightly` is left to `make test-nightly`. A level marked on the test itself wins over its folder.
 """
 
 from collections.abc import Generator, Sequence
@@ -41,8 +41,8 @@ def level_of(path: Path, fixtures: set[str]) -> str:
 def deal(names: Sequence[str], hands: int) -> list[int]:
     """Order tests so that each of `hands` equal, consecutive parts begins with long ones.
 
-    pytest-xdist's worksteal gives every worker one such part to begin with, and moves tests from the end of a part. Tests
-    that share a line of LONGEST_FIRST stay together, for they share fixtures.
+    pytest-xdist's worksteal gives every worker one such part to begin with, and moves tests from the end of a part.
+    Tests that share a line of LONGEST_FIRST stay together, for they share fixtures.
     """
     groups: dict[int, list[int]] = {}
     short: list[int] = []
