@@ -1,6 +1,5 @@
 """Rows become the tokens and labels that TRL would make of them; EOS is always learned, padding never is."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from finetune_trainer.data import formats
 from finetune_trainer.data.dataset import encode
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import Row
-from finetune_trainer.data.tokenizer import check_vocabulary, choose_pad_token, load_tokenizer
-from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
+from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.errors import DatasetInvalid
 
 TEXT = {"text": "[INST] Premise: anna has tea. [/INST] yes"}
 CHAT = {"messages": [{"role": "user", "content": "anna has tea"}, {"role": "assistant", "content": "bruno has none"}]}
@@ -106,88 +105,3 @@ def test_rows_cut_to_the_prompt_are_left_out(tokenizer: Any) -> None:
     assert (result.dropped, len(result.input_ids)) == (1, 1)
     with pytest.raises(DatasetInvalid, match="no training row has a token left to learn from"):
         encode(rows[:1], formats.named("prompt-completion"), Encoder(tokenizer, 20), "training")
-
-
-class TestPadToken:
-    """The pad token is one whose loss may be masked by id without losing EOS."""
-
-    def test_the_models_own_is_kept(self, tiny_model: Path, tmp_path: Path) -> None:
-        from support.trainer.tiny_model import build_model
-
-        folder = build_model(tmp_path / "padded", pad_token="<pad>")
-        assert load_tokenizer(folder, "x").pad_token == "<pad>"
-
-    def test_else_the_unknown_token(self, tokenizer: Any) -> None:
-        assert tokenizer.pad_token == "<unk>"
-        assert tokenizer.padding_side == "right"
-
-    def test_eos_as_pad_is_replaced(self, tiny_model: Path, tmp_path: Path) -> None:
-        _change(tiny_model, tmp_path, {"pad_token": "</s>"})
-        assert load_tokenizer(tmp_path, "x").pad_token == "<unk>"
-
-    @pytest.mark.parametrize(
-        ("spare", "chosen"),
-        [
-            (["<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
-            (["<|reserved_special_token_1|>", "<|reserved_special_token_0|>"], "<|reserved_special_token_1|>"),
-            (["<|im_start|>", "<|vision_pad|>"], "<|vision_pad|>"),
-            (["[control_8]"], "[control_8]"),
-            (["<unused0>"], "<unused0>"),
-        ],
-    )
-    def test_else_one_that_was_set_aside(self, spare: list[str], chosen: str) -> None:
-        assert choose_pad_token(_byte_level_bpe(spare)) == chosen
-
-    @pytest.mark.parametrize("sentence", ["All rights reserved here", "unused [pad] and <pad> reserved", "a padding"])
-    def test_never_a_word_of_the_language(self, sentence: str, tmp_path: Path) -> None:
-        """The lowest ids with "reserved" or "unused" in them are words: as pad token they would vanish from texts."""
-        _byte_level_bpe(["<|reserved_special_token_0|>"]).save_pretrained(tmp_path)
-        tokenizer = load_tokenizer(tmp_path, "x")
-        vocabulary = tokenizer.get_vocab()
-        assert {"Ġreserved", "Ġunused"} <= set(vocabulary), "the words are tokens of their own, with lower ids"
-        assert tokenizer.pad_token == "<|reserved_special_token_0|>"
-        assert tokenizer.decode(tokenizer(sentence)["input_ids"], skip_special_tokens=True) == sentence
-
-    def test_else_a_sentence_never_the_end_of_sequence(self) -> None:
-        with pytest.raises(ConfigInvalid, match="no token to pad with other than the end-of-sequence token"):
-            choose_pad_token(_byte_level_bpe(["<|im_start|>", "<tool_call>"]))
-        as_gpt2 = _byte_level_bpe([])
-        as_gpt2.unk_token = as_gpt2.bos_token = as_gpt2.pad_token = as_gpt2.eos_token
-        with pytest.raises(ConfigInvalid, match="no token to pad with"):
-            choose_pad_token(as_gpt2)
-
-
-def _byte_level_bpe(spare: list[str]) -> Any:
-    """A tokenizer of Llama 3's kind, without pad and unknown token: merged words first, special tokens after them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    texts = ["All rights reserved, the seats are reserved here.", "An unused [pad] is a padding of no use, unused."]
-    tokenizer.train_from_iterator(texts * 50, trainer)
-    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *spare])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
-    )
-
-
-def test_embeddings_are_never_resized(tokenizer: Any) -> None:
-    check_vocabulary(tokenizer, len(tokenizer))
-    with pytest.raises(ConfigInvalid, match=f"has {len(tokenizer)} tokens, the model's embeddings 300"):
-        check_vocabulary(tokenizer, 300)
-
-
-def test_a_folder_without_a_tokenizer_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigInvalid, match="s3://x/y has no usable tokenizer"):
-        load_tokenizer(tmp_path, "s3://x/y")
-
-
-def _change(model: Path, to: Path, changes: dict[str, Any]) -> None:
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        (to / name).write_bytes((model / name).read_bytes())
-    config = json.loads((model / "tokenizer_config.json").read_text()) | changes
-    (to / "tokenizer_config.json").write_text(json.dumps(config))

@@ -2,16 +2,10 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from finetune_trainer.data import hub_splits
-from finetune_trainer.errors import DatasetInvalid
-from finetune_trainer.inputs import fetch_data_files
-from finetune_trainer.settings import Environment, Ranks, load
-from support.stores.hub import Hub
-from support.trainer.process import job
 
 URI = "hf://datasets/org/rows"
 TRAIN, EVAL = ("train",), ("validation", "test")
@@ -80,52 +74,3 @@ def test_a_split_can_be_named() -> None:
     assert hub_splits.named(["dev.csv", "train.csv"], "validation", URI) == ["dev.csv"]
     with pytest.raises(ValueError, match=rf"{URI} has neither a path nor a split 'trian'; its splits are: test, train"):
         hub_splits.named(["test.csv", "train.csv"], "trian", URI)
-
-
-@pytest.fixture
-def data_set(hub: Hub, tmp_path: Path) -> Path:
-    """What people upload: shards of three splits, and what tools leave beside them."""
-    folder = tmp_path / "repository"
-    for path in ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl",
-                 "validation.jsonl", "dataset_infos.json", "README.md", ".gitattributes", ".cache/train.json",
-                 "extra/part.jsonl"):  # fmt: skip
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text('{"text": "a row"}\n')
-    hub.add("datasets/org/rows", folder)
-    return folder
-
-
-def _shards(hub: Hub, folder: Path, source: str, field: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    place: dict[str, Any] = {"FINETUNE_SCRATCH_DIR": str(folder), "FINETUNE_SECRETS_DIR": str(folder / "secrets")}
-    manifest = job(folder, folder / "no-model", {f"dataset.{field}": source})
-    train, held_out = fetch_data_files(load(manifest, [], Environment.from_env(place), Ranks()))
-    return [file.name for file in (train if field == "train" else held_out)]
-
-
-@pytest.mark.parametrize(
-    ("source", "field", "expected"),
-    [
-        (URI, "train", ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]),
-        (URI, "eval", ["validation.jsonl"]),
-        (f"{URI}/data", "train", ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]),
-        (f"{URI}/test", "eval", ["data/test-00000-of-00001.jsonl"]),
-        (f"{URI}/data/train", "train", ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]),
-        (f"{URI}/extra", "train", ["part.jsonl"]),
-        (f"{URI}/data/test-00000-of-00001.jsonl", "train", ["test-00000-of-00001.jsonl"]),
-    ],
-)
-def test_only_the_split_is_read_from_the_hub(
-    source: str, field: str, expected: list[str], hub: Hub, data_set: Path, tmp_path: Path, monkeypatch
-) -> None:
-    assert _shards(hub, tmp_path, source, field, monkeypatch) == expected
-
-
-def test_a_split_that_is_not_there_names_the_field_and_the_splits(
-    hub: Hub, data_set: Path, tmp_path: Path, monkeypatch
-) -> None:
-    sentence = rf"^spec\.dataset\.train: {URI} has neither a path nor a split 'trian'; its splits are: test, train, val"
-    with pytest.raises(DatasetInvalid, match=sentence):
-        _shards(hub, tmp_path, f"{URI}/trian", "train", monkeypatch)
-    with pytest.raises(DatasetInvalid, match=r"org/rows has no 'no-such\.jsonl' at main"):
-        _shards(hub, tmp_path, f"{URI}/no-such.jsonl", "train", monkeypatch)
