@@ -102,9 +102,9 @@ MEMORY = {
 TWO_GPUS = ["training.batchSize=32", "training.microBatchSize=16"]
 #: The trainer, made to believe that no GPU can hold a whole copy of the weights.
 SHARDED = """
-from finetune_trainer import sizing
-fitting = sizing._Case._fitting
-sizing._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
+from finetune_trainer.planning import planner
+fitting = planner._Case._fitting
+planner._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
 from finetune_trainer.cli import cli
 cli()
 """
@@ -120,7 +120,7 @@ from dataclasses import replace
 # As the trainer, which is too late here.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
-from finetune_trainer import hardware
+from finetune_trainer.runtime import device as hardware
 device = hardware.device
 hardware.device = lambda *args: replace(device(*args), memory_bytes={gib} << 30)
 torch.cuda.set_per_process_memory_fraction(({gib} << 30) / torch.cuda.get_device_properties(0).total_memory)

@@ -88,7 +88,7 @@ def test_memory_that_runs_out_at_a_later_step_halves_the_micro_batch_from_there(
         run = start(material, tmp_path / name, prelude, **settings)
         log, _ = run.communicate(timeout=300)
         assert run.returncode == 0, log[-3000:]
-    assert "The GPU ran out of memory at micro-batch 64: going on with 32" in log
+    assert "The GPU ran out of memory at micro-batch 64: retrying with 32" in log
     assert len(losses(tmp_path / "limited")) == 6
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "free"), rel=1e-2)
 

@@ -100,7 +100,7 @@ def test_no_log_line_holds_a_password(tmp_path: Path) -> None:
     program = """
 import structlog
 from pathlib import Path
-from finetune_trainer import logs
+from finetune_trainer.reporting import logs
 logs.configure()
 logs.copy_to(Path("log.txt"))
 try:

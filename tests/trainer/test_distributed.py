@@ -66,7 +66,7 @@ def test_both_stop_at_one_step_and_resume_as_if_never_stopped(tiny_model: Path, 
     assert [each.exit_code for each in stopped] == [ExitCode.PREEMPTED] * 2, stopped[0].log
     resumed = Pair(config, tmp_path / "stopped").finish()
     assert [each.exit_code for each in resumed] == [0, 0], resumed[0].log
-    assert "Going on from the checkpoint of step" in resumed[0].log
+    assert "Resuming from the checkpoint at step" in resumed[0].log
     assert metrics_lines(tmp_path / "stopped/out") == metrics_lines(tmp_path / "unbroken/out")
     adapters = [(tmp_path / name / "out/adapter_model.safetensors").read_bytes() for name in ("unbroken", "stopped")]
     assert adapters[0] == adapters[1]
@@ -121,7 +121,7 @@ def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_m
     resumed = Torchrun(config, tmp_path, s3.env)
     report = resumed.finish()
     assert (report.reason, resumed.process.returncode) == ("Succeeded", 0), resumed.log[-3000:]
-    assert f"Going on from the checkpoint of step {stopped.progress.step}" in resumed.log
+    assert f"Resuming from the checkpoint at step {stopped.progress.step}" in resumed.log
     assert (report.metrics["evalLossBefore"], report.progress.step) == (stopped.metrics["evalLossBefore"], 40)
 
 
@@ -130,7 +130,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
 ) -> None:
     def announce() -> None:
         from finetune_trainer.checkpoints import remote
-        from finetune_trainer.checkpoints.manager import Checkpoints
+        from finetune_trainer.checkpoints.manager import CheckpointManager
         from finetune_trainer.publishing import publish
 
         def announced(name: str, original: Any) -> Any:
@@ -142,7 +142,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
 
         publish.check_target = announced("check_target", publish.check_target)
         remote.resume = announced("resume", remote.resume)
-        Checkpoints.delete = announced("delete", Checkpoints.delete)
+        CheckpointManager.delete = announced("delete", CheckpointManager.delete)
 
     changes = RUN | {"output.uri": f"s3://{bucket}/x", "training.maxSteps": 1, "output.keepCheckpoints": True}
     changes |= {"evaluation.metrics": ["loss"], "output.overwrite": True, "checkpoint.everySteps": 1}

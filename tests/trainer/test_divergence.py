@@ -119,17 +119,17 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny_model: Path, tmp_path:
     def inject() -> None:
         import torch
 
-        from finetune_trainer.training.hooks import RunCallback
+        from finetune_trainer.training.hooks import TrainingHooks
 
-        original = RunCallback.on_step_end
+        original = TrainingHooks.on_step_end
 
         def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
-            original(self, args, state, control, **options)
             if state.global_step == 4:
                 with torch.no_grad():
-                    next(p for p in self.trainer.model.parameters() if p.requires_grad)[0] = float("inf")
+                    next(p for p in options["model"].parameters() if p.requires_grad)[0] = float("inf")
+            original(self, args, state, control, **options)
 
-        RunCallback.on_step_end = on_step_end
+        TrainingHooks.on_step_end = on_step_end
 
     config = job(tmp_path, tiny_model, {"checkpoint.everySteps": 1, "evaluation.everySteps": 100})
     finished = TrainerProcess(config, tmp_path, before=inject).finish()

@@ -83,7 +83,7 @@ class _Lives:
         self.published = False
 
     def add(self, log: str) -> None:
-        resumed = _steps(log, r"Going on from the checkpoint of step (\d+)")
+        resumed = _steps(log, r"Resuming from the checkpoint at step (\d+)")
         began = '"event": "Step ' in log or '"stage": "LoadingModel"' in log
         assert not began or max([0, *resumed]) >= self._saved, log
         assert not (self.published and began), "what was published once is not trained again"

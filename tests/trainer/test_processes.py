@@ -6,13 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.runtime import distributed
-from finetune_trainer.runtime.distributed import (
-    Batches,
-    EvaluationAborted,
-    all_reduce_any,
-    run_on_rank_zero,
-)
+from finetune_trainer.runtime import distributed, rank_zero
+from finetune_trainer.runtime.distributed import Batches, EvaluationAborted, all_reduce_any
+from finetune_trainer.runtime.rank_zero import run_on_rank_zero
 from finetune_trainer.settings import Ranks
 
 
@@ -92,6 +88,6 @@ def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> N
 
 
 def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
-    sent = distributed._portable(_Refused("output.uri", "is taken"))
+    sent = rank_zero._portable(_Refused("output.uri", "is taken"))
     assert (type(sent), str(sent)) == (RuntimeError, "output.uri: is taken")
-    assert isinstance(distributed._portable(KeyError("x")), KeyError)
+    assert isinstance(rank_zero._portable(KeyError("x")), KeyError)

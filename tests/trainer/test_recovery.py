@@ -85,17 +85,17 @@ def test_a_simulated_oom_inside_the_optimizer_goes_back_to_a_whole_state(
         import torch
         from transformers import TrainerCallback
 
-        from finetune_trainer.training.hooks import RunCallback
+        from finetune_trainer.training.hooks import TrainingHooks
 
-        original, raised = RunCallback.on_pre_optimizer_step, []
+        original, raised = TrainingHooks.on_pre_optimizer_step, []
 
-        def on_pre_optimizer_step(self: TrainerCallback, *args: Any, **options: Any) -> None:
-            original(self, *args, **options)
-            if self.trainer.state.global_step == 3 and not raised:
+        def on_pre_optimizer_step(self: TrainerCallback, args: Any, state: Any, *rest: Any, **options: Any) -> None:
+            original(self, args, state, *rest, **options)
+            if state.global_step == 3 and not raised:
                 raised.append(True)
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-        RunCallback.on_pre_optimizer_step = on_pre_optimizer_step
+        TrainingHooks.on_pre_optimizer_step = on_pre_optimizer_step
 
     changes = RUN | {"checkpoint.everySteps": every}
     plain = train(job(tmp_path / "plain", tiny_model, changes), tmp_path / "plain")

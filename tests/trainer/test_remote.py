@@ -71,7 +71,7 @@ def test_a_branch_that_moves_between_attempts_does_not_end_the_run(hub: Hub, tin
     hub.add("org/base", moved, before=hub.repositories["org/base"])
     finished = train(config, tmp_path, env=env)
     assert finished.exit_code == 0, finished.log
-    assert "Going on from the checkpoint of step" in finished.log
+    assert "Resuming from the checkpoint at step" in finished.log
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["revision"] == began_with
     other = job(tmp_path, tiny_model, changes | {"output.uri": f"file://{tmp_path}/other"}, uid="5678")
     assert train(other, tmp_path, env=env).exit_code == 0

@@ -116,7 +116,7 @@ def test_sigterm_during_an_evaluation_gives_it_up_and_does_it_later(
     assert f"step {step} is saved" in again.message
     finished = train(config, tmp_path)
     assert finished.exit_code == 0, finished.log
-    assert finished.log.count(f"An evaluation is due at step {step}") == 1
+    assert finished.log.count(f"Evaluating at step {step}") == 1
     assert {"evalLoss", "evalLossBefore"} <= set(finished.report["metrics"])
     _assert_same(tmp_path / "out", unbroken)
 
@@ -181,7 +181,7 @@ def test_killed_after_publishing_the_next_attempt_loads_it_back_and_reports_it(
 ) -> None:
     whole = train(_job(tmp_path / "whole", tiny_model, uid="1234"), tmp_path / "whole")
     config = _job(tmp_path, tiny_model, uid="1234")
-    killed = TrainerProcess(config, tmp_path, before=_die_in("checkpoints.manager.Checkpoints.delete")).finish()
+    killed = TrainerProcess(config, tmp_path, before=_die_in("checkpoints.manager.CheckpointManager.delete")).finish()
     assert killed.exit_code == -signal.SIGKILL
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
     finished = train(config, tmp_path)

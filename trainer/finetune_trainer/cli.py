@@ -19,8 +19,11 @@ from rich.console import Console
 from finetune_api import constants, exit_codes
 from finetune_api.manifest import ManifestError
 from finetune_trainer import settings as config
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Preempted, failure_of
 from finetune_trainer.reporting import logs
+from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.reporting.setup import show
 from finetune_trainer.run import run
@@ -42,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reporter.forget_earlier_reports()
     stop = StopFlag(lambda: force_exit(reporter))
     try:
-        with stop_on_signals(stop, alone=world.size == 1), ExitStack() as around:
+        with stop_on_signals(stop, alone=world.size == 1), ExitStack() as exit_stack:
             settings = config.load(wanted.config, wanted.set, place, world)
-            work = around.enter_context(work_folder(settings))
-            logs.copy_to(work / "log.txt")
-            telemetry = show(around, settings, reporter, console)
-            run(settings, reporter, telemetry, stop, work, around)
+            directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
+            logs.copy_to(directory.root / "log.txt")
+            telemetry = show(exit_stack, settings, reporter, console)
+            run(RunContext(settings, stop, reporter, telemetry, MetricsLog(directory), directory, exit_stack))
     except BaseException as error:
         failure = failure_of(error)
         unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1

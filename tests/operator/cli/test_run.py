@@ -122,7 +122,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_pa
 
     again = run("job.yaml", *more)
     assert again.returncode == 0, again.stderr
-    assert "Going on from the checkpoint of step" in again.stderr
+    assert "Resuming from the checkpoint at step" in again.stderr
     assert re.search(r"Training +400 steps", again.stdout)
 
 

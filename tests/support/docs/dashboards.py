@@ -41,20 +41,22 @@ import sys
 
 import torch
 
-from finetune_trainer import hardware, sft, sizing
+from finetune_trainer.planning import planner
+from finetune_trainer.runtime import device as hardware
+from finetune_trainer.training.loop import QloraTrainer
 from finetune_trainer.cli import cli
 
-train = sft.QloraTrainer.training_step
+train = QloraTrainer.training_step
 
 def training_step(self, model, inputs, *rest, **options):
     if len(inputs["input_ids"]) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
     return train(self, model, inputs, *rest, **options)
 
-shape = sizing.ModelShape(32768, 4096, 14336, layers=32, heads=32, kv_heads=8, head_dim=128)
-sft.QloraTrainer.training_step = training_step
-sizing.ModelShape.from_config = lambda config: shape
-hardware.device = lambda spec, world: sizing.Device("cuda", "simulated", 24 << 30)
+shape = planner.ModelShape(32768, 4096, 14336, layers=32, heads=32, kv_heads=8, head_dim=128)
+QloraTrainer.training_step = training_step
+planner.ModelShape.from_config = lambda config: shape
+hardware.device = lambda spec, world: planner.Device("cuda", "simulated", 24 << 30)
 sys.argv += ["--set", "resources.gpusPerNode=0"]
 sys.exit(cli())
 """

@@ -3,33 +3,60 @@
 import hashlib
 import json
 from array import array
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.dataset import TokenizedDataset
 
+#: Fields of the spec that do not change the result: where things lie, how to run, what to report. All others count, so
+#: that a field added later does.
+EXECUTION_ONLY_FIELDS: Final = frozenset(
+    {
+        "model.secretRef",
+        "model.attention",
+        "dataset.secretRef",
+        "training.microBatchSize",  # may shrink between attempts
+        "training.packing",
+        "training.gradientCheckpointing",
+        "checkpoint",
+        "logging",
+        "resources",
+        "cache",
+        "output",
+        "recovery",
+        "image",
+        "suspend",
+        "activeDeadlineSeconds",
+        "pendingDeadlineSeconds",
+        "ttlSecondsAfterFinished",
+    }
+)
 
-def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, *rows: TokenizedDataset) -> str:
-    """A digest of what decides the result: a checkpoint is resumed only by a run of the same fingerprint.
 
-    That is the spec, the base model's commit on the hub, and what the data files held (`rows`: training and held-out
-    rows as token ids), for a URI stays when what lies there is replaced. Weights replaced under one file:// or s3://
-    URI are not noticed. The micro-batch is left out, for it may shrink between attempts; so is all that only says how
-    to run or report.
+def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, rows: Iterable[TokenizedDataset]) -> str:
+    """Return a digest of what decides the result: only a run with the same fingerprint resumes a checkpoint.
+
+    Weights replaced under one file:// or s3:// URI go unnoticed.
+
+    Args:
+        spec: All of it counts but EXECUTION_ONLY_FIELDS.
+        base_commit: The hub's commit of the base model.
+        rows: Training and held-out rows: a URI stays the same when the files under it are replaced.
     """
-    manifest = spec.manifest()
-    parts: dict[str, Any] = {key: manifest[key] for key in ("model", "dataset", "quantization", "lora", "training")}
-    parts["training"] = {key: value for key, value in manifest["training"].items() if key not in _HOW}
-    parts["model"].pop("secretRef", None)
-    parts["model"].pop("attention", None)
-    parts["dataset"].pop("secretRef", None)
-    parts["evaluation"] = manifest["evaluation"]  # decides when to stop, and which adapter is the best
+    parts = _without(spec.manifest(), EXECUTION_ONLY_FIELDS)
     parts["commit"] = base_commit
     parts["rows"] = [_digest(each) for each in rows]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_HOW = ("microBatchSize", "packing", "gradientCheckpointing")
+def _without(manifest: dict[str, Any], paths: frozenset[str], parent: str = "") -> dict[str, Any]:
+    """Return a copy of `manifest` without the dotted `paths`."""
+    return {
+        key: _without(value, paths, f"{parent}{key}.") if isinstance(value, dict) else value
+        for key, value in manifest.items()
+        if parent + key not in paths
+    }
 
 
 def _digest(rows: TokenizedDataset) -> str:

@@ -11,8 +11,6 @@ from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
 BEST_DIR = "best"
-
-
 _METRICS = Path(constants.METRICS_FILE).name
 
 
@@ -78,8 +76,8 @@ class RunDirectory:
             shutil.copytree(folder / BEST_DIR, self.best)
         return TrainingState.load(folder)
 
-    def forget(self, checkpoint: Path) -> None:
-        """Undo take_from_checkpoint."""
+    def remove_checkpoint(self, checkpoint: Path) -> None:
+        """Undo take_from_checkpoint, and delete the local copy."""
         self.metrics_file.unlink(missing_ok=True)
         shutil.rmtree(self.best, ignore_errors=True)
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The run's checkpoints in the object store: which one to go on from, and sending new ones."""
+"""The run's checkpoints in the store: find the one to resume from, upload new ones."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.rank_zero import run_on_rank_zero
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
@@ -22,7 +22,7 @@ from finetune_trainer.stores.open import open_store
 log = structlog.get_logger(__name__)
 
 
-class Checkpoints:
+class CheckpointManager:
     """Checkpoints of this run, and of no other.
 
     They carry the run's fingerprint (state.fingerprint): the spec, the base model's commit, what the data files held.
@@ -45,51 +45,59 @@ class Checkpoints:
         self._spec = spec
         self._job = settings.job.metadata
         self._base_commit: str | None = None
-        self._world = settings.ranks
+        self._ranks = settings.ranks
         self._on_saved = on_saved
 
     def pinned_commit(self) -> str | None:
         """The hub's commit of the base model that an earlier attempt of this very job trained on.
 
-        Later attempts keep to it: a branch may have moved since, be it by a word in the README, and a run that is
-        preempted for the tenth time must not end for that. None for a first attempt.
+        Pin it: a branch may move between attempts, even by a word in the README. None for a first attempt.
         """
-        manifest = distributed.run_on_rank_zero(self._world, lambda: remote.newest(self._store))
+        manifest = run_on_rank_zero(self._ranks, lambda: remote.newest(self._store))
         is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
         return manifest.base_commit if manifest and is_ours and self._job.uid else None
 
-    def resume(
-        self, folder: RunDirectory, fingerprint: str, base_commit: str | None
-    ) -> tuple[Path | None, TrainingState]:
-        """Bring the newest whole checkpoint here; returns its folder (None: there is none) and the state in it.
+    def find(
+        self, directory: RunDirectory, fingerprint: str, base_commit: str | None
+    ) -> tuple[TrainingState, Path | None]:
+        """Download the newest whole checkpoint into `directory`.
 
-        `fingerprint` and `base_commit` (the base model's on the hub) go with each checkpoint from here on.
-        Of several processes rank 0 chooses, for all to go on from one step. Raises ConfigInvalid when the checkpoints
-        are another run's, unless output.overwrite says to drop them.
+        With several ranks, rank 0 chooses, so that all resume from one step. A collective.
+
+        Args:
+            directory: The run's files; metrics and best adapter become the checkpoint's.
+            fingerprint: What decides this run's result; it goes with each checkpoint from here on.
+            base_commit: The hub's commit of the base model, likewise.
+
+        Returns:
+            The state to go on from, and the checkpoint's folder; a new state and None when there is no checkpoint.
+
+        Raises:
+            ConfigInvalid: The checkpoints are another run's, and output.overwrite does not allow to delete them.
         """
         self._base_commit = base_commit
-        found, state = distributed.run_on_rank_zero(self._world, lambda: self._newest(folder, fingerprint))
-        if found is None or self._world.is_main:
-            return found, state
-        local = folder.checkpoint(state.step)
+        state, found = run_on_rank_zero(self._ranks, lambda: self._newest(directory, fingerprint))
+        if found is None or self._ranks.is_main:
+            return state, found
+        local = directory.checkpoint(state.step)
         remote.restore(self._store, state.step, local)
-        return local, folder.take_from_checkpoint(local)
+        return directory.take_from_checkpoint(local), local
 
-    def _newest(self, folder: RunDirectory, fingerprint: str) -> tuple[Path | None, TrainingState]:
-        fresh = TrainingState(fingerprint=fingerprint)
-        manifest = remote.resume(self._store, folder.checkpoint)
+    def _newest(self, directory: RunDirectory, fingerprint: str) -> tuple[TrainingState, Path | None]:
+        new = TrainingState(fingerprint=fingerprint)
+        manifest = remote.resume(self._store, directory.checkpoint)
         if manifest is None:
-            return None, fresh
-        local = folder.checkpoint(manifest.step or 0)
-        state = folder.take_from_checkpoint(local)
+            return new, None
+        local = directory.checkpoint(manifest.step or 0)
+        state = directory.take_from_checkpoint(local)
         if state.fingerprint == fingerprint:
-            log.info(f"Going on from the checkpoint of step {state.step}", step=state.step)
-            return local, state
+            log.info(f"Resuming from the checkpoint at step {state.step}", step=state.step)
+            return state, local
         self._refuse_unless_ours_to_drop(manifest)
         log.warning(f"Deleting the checkpoints of another run at {self._store.root} (output.overwrite is true)")
-        folder.forget(local)
+        directory.remove_checkpoint(local)
         self.delete()
-        return None, fresh
+        return new, None
 
     def _refuse_unless_ours_to_drop(self, manifest: StoreManifest) -> None:
         if remote.belongs_to_another(manifest, self._job):
@@ -111,6 +119,11 @@ class Checkpoints:
         self._on_saved(time.monotonic() - began)
         log.info(f"Checkpoint of step {step} is saved", step=step, uri=str(self._store.root))
 
+    def delete_unless_kept(self) -> None:
+        """Delete this job's checkpoints unless output.keepCheckpoints is set."""
+        if not self._spec.output.keep_checkpoints:
+            self.delete()
+
     def delete(self) -> None:
-        """Remove this job's checkpoints, and nothing else that lies beside them."""
+        """Delete this job's checkpoints, and nothing else that lies beside them."""
         remote.delete_all(self._store, self._job)

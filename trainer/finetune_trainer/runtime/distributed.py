@@ -3,10 +3,10 @@
 With one process every function here is a plain call. Each must be called by all processes, in the same order.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -26,26 +26,6 @@ class EvaluationAborted(Exception):
     """Work was given up because a process is to stop."""
 
 
-def run_on_rank_zero(world: Ranks, work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone; what it returns there, or raises, it returns or raises on every process."""
-    if world.size == 1:
-        return work()
-    if not world.is_main:
-        answer: list[Any] = [None]
-        distributed.broadcast_object_list(answer, src=0)
-        value, error = answer[0]
-        if error is not None:
-            raise error
-        return value  # type: ignore[no-any-return]
-    try:
-        result = work()
-    except Exception as error:
-        distributed.broadcast_object_list([(None, _portable(error))], src=0)
-        raise
-    distributed.broadcast_object_list([(result, None)], src=0)
-    return result
-
-
 def all_reduce_any(world: Ranks, *flags: bool) -> list[bool]:
     """For each flag, whether it is set on any process."""
     if world.size == 1:
@@ -63,6 +43,29 @@ def all_reduce_min(world: Ranks, value: int) -> int:
     values: list[Any] = [None] * world.size
     distributed.all_gather_object(values, value)
     return int(min(values))
+
+
+def all_reduce_sum(ranks: Ranks, value: int) -> int:
+    """Return the sum of `value` over all ranks. A collective."""
+    if ranks.size == 1:
+        return value
+    total = torch.tensor(value, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(total)
+    return int(total)
+
+
+def gather_files(ranks: Ranks, folder: Path, name: str) -> None:
+    """Bring the file `name` in `folder` of every rank, each on its own node's disk, to rank 0's `folder`. A collective.
+
+    Nothing happens with one rank. Names must differ between ranks.
+    """
+    if ranks.size == 1:
+        return
+    files: list[Any] = [None] * ranks.size
+    distributed.all_gather_object(files, (name, (folder / name).read_bytes()))
+    if ranks.is_main:
+        for each, content in files:
+            (folder / each).write_bytes(content)
 
 
 class AsyncScalar:
@@ -126,12 +129,3 @@ class Batches:
             if len(batch) == 1 or (self.sharded and self.world.size > 1):
                 raise
             return None, True
-
-
-def _portable(error: Exception) -> Exception:
-    """`error` as it can be sent to another process; its text at least."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
-    except Exception:
-        return RuntimeError(str(error))
-    return copy if isinstance(copy, type(error)) else RuntimeError(str(error))

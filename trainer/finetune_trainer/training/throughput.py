@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Throughput:
-    """Counts tokens and seconds; `lap` returns what came since the last lap."""
+    """Counts tokens and seconds; `interval` returns what came since its last call."""
 
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
-    _lap: tuple[int, float, int] = (0, 0.0, 0)
-    _mark: tuple[int, float] = (0, 0.0)
+    _interval: tuple[int, float, int] = (0, 0.0, 0)
+    _snapshot: tuple[int, float] = (0, 0.0)
     _running_since: float | None = None
 
     def start(self) -> None:
@@ -36,21 +36,21 @@ class Throughput:
             if was_running:
                 self.start()
 
-    def mark(self) -> None:
+    def snapshot(self) -> None:
         """Remember this moment, the end of a step."""
         self._settle()
-        self._mark = self.tokens, self.seconds
+        self._snapshot = self.tokens, self.seconds
 
     def rewind(self) -> None:
-        """Forget what came since the mark: a step that was begun and given up."""
+        """Forget what came since the snapshot: a step that was begun and abandoned."""
         self._settle()
-        self.tokens, self.seconds = self._mark
+        self.tokens, self.seconds = self._snapshot
 
-    def lap(self) -> tuple[int, float, int]:
+    def interval(self) -> tuple[int, float, int]:
         """Tokens, seconds and steps since the last call."""
         self._settle()
-        before, now = self._lap, (self.tokens, self.seconds, self.steps)
-        self._lap = now
+        before, now = self._interval, (self.tokens, self.seconds, self.steps)
+        self._interval = now
         return now[0] - before[0], now[1] - before[1], now[2] - before[2]
 
     def _settle(self) -> None:

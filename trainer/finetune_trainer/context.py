@@ -1,0 +1,79 @@
+"""What one run carries from step to step: the job, the process, and whom to tell."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Stage
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.errors import Preempted
+from finetune_trainer.reporting.metrics_log import MetricsLog
+from finetune_trainer.reporting.prometheus import Telemetry
+from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.settings import Ranks, Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Made in cli.py, before anything is read.
+
+    Attributes:
+        settings: The job, the environment, this process's rank.
+        stop: Set when the process is asked to stop.
+        report: What /progress, status and the termination message say.
+        telemetry: Prometheus metrics.
+        metrics: metrics.jsonl and the experiment trackers.
+        directory: The run's files on local disk.
+        exit_stack: Owns resources that live for the whole run.
+    """
+
+    settings: Settings
+    stop: StopFlag
+    report: Reporter
+    telemetry: Telemetry
+    metrics: MetricsLog
+    directory: RunDirectory
+    exit_stack: ExitStack
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.settings.spec
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.settings.ranks
+
+    @property
+    def stop_reason(self) -> str:
+        """By what this process was asked to stop; another rank may have been."""
+        return self.stop.reason or "another process"
+
+    def stage(self, stage: Stage, message: str) -> None:
+        """Report what the run does now; the time of each stage is a metric."""
+        self.report.stage(stage, message)
+
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""
+        if self.ranks.size == 1:
+            return work()
+        from finetune_trainer.runtime.rank_zero import run_on_rank_zero
+
+        return run_on_rank_zero(self.ranks, work)
+
+    def stop_if_requested(self, message: str = "before training began; nothing is lost", alone: bool = False) -> None:
+        """Raise Preempted on all ranks if any rank got a stop signal: the others would hang in a collective.
+
+        `alone`: this rank works alone by now.
+        """
+        stopping = bool(self.stop)
+        if self.ranks.size > 1 and not alone:
+            from finetune_trainer.runtime.distributed import all_reduce_any
+
+            (stopping,) = all_reduce_any(self.ranks, stopping)
+        if stopping:
+            raise Preempted(f"Asked to stop ({self.stop_reason}) {message}")
