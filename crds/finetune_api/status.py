@@ -51,12 +51,16 @@ class StatusModel(ApiModel):
     model_config = ConfigDict(extra="ignore", strict=False)
 
 
+ConditionType = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+
 class Condition(StatusModel):
     """A condition, after metav1.Condition."""
 
-    type: Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
+    type: ConditionType
     """What is said."""
-    status: Literal["True", "False", "Unknown"]
+    status: ConditionStatus
     """Whether it holds."""
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
     """Why, in one CamelCase word."""
@@ -207,7 +211,8 @@ class FineTuneJobStatus(StatusModel):
     """When the job ended."""
 
 
-Stage = Literal[
+#: What a live trainer does, in order; also the phases of a job whose pods run.
+RunningStage = Literal[
     "Starting",
     "CheckingData",
     "LoadingModel",
@@ -215,9 +220,8 @@ Stage = Literal[
     "Evaluating",
     "Publishing",
     "Verifying",
-    "Succeeded",
-    "Failed",
 ]
+Stage = Literal[RunningStage, "Succeeded", "Failed"]
 
 
 class TrainerReport(StatusModel):

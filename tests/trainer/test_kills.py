@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.stores.manifest import StoreManifest
+from finetune_api.artifact_manifest import StoreManifest
 from support.stores.fault_proxy import Faults, faulty
 from support.stores.s3 import S3Server
 from support.trainer.process import (

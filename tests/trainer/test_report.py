@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api.artifact_manifest import FileRecord, StoreManifest
 from finetune_api.status import TrainerReport
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.reporting.report import Reporter, termination_message
-from finetune_trainer.stores.manifest import FileRecord, StoreManifest
 
 NO_NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "negative": float("-inf")}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,19 +17,13 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from finetune_api.status import Progress
+from finetune_api.status import Progress, RunningStage
 
 PREFIX = "finetune_operator"
 PHASES = (
     "Pending",
     "Queued",
-    "Starting",
-    "CheckingData",
-    "LoadingModel",
-    "Training",
-    "Evaluating",
-    "Publishing",
-    "Verifying",
+    *get_args(RunningStage),
     "Finishing",
     "Stalled",
     "Suspended",

@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from finetune_api import constants
+from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.folder import RunDirectory
@@ -16,7 +17,6 @@ from finetune_trainer.runtime.rank_zero import run_on_rank_zero
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.manifest import JobReference, StoreManifest
 from finetune_trainer.stores.open import open_store
 
 log = structlog.get_logger(__name__)

@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 
 from finetune_api import constants
+from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_trainer.publishing.publish import Job
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
@@ -26,7 +27,6 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     on_local_disk,
 )
-from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 log = structlog.get_logger(__name__)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from finetune_api import constants
+from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_api.status import Adapter
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
 from finetune_trainer.stores.digest import Digest, digest_file
 from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
-from finetune_trainer.stores.manifest import JobReference, StoreManifest
 
 #: Without these no one can load the adapter.
 REQUIRED: Final = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)

@@ -12,13 +12,13 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from finetune_api import constants
+from finetune_api.artifact_manifest import StoreManifest
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
 from finetune_trainer.stores.errors import StoreCorrupted
-from finetune_trainer.stores.manifest import StoreManifest
 
 log = structlog.get_logger(__name__)
 #: The same weights on the same base differ by rounding alone.

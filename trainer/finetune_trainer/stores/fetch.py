@@ -13,7 +13,7 @@ from typing import Final
 
 from filelock import FileLock
 
-from finetune_api import constants
+from finetune_api import artifact_manifest, constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores import fsync, manifest
 from finetune_trainer.stores.base import (
@@ -84,7 +84,7 @@ def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
         found = "only files that are not used here" if listed else "neither an object nor a prefix"
         raise StoreNotFound(f"{store.field}: {store.root} is {found}")
     for entry in entries:
-        if not manifest.is_safe(entry.path):
+        if not artifact_manifest.is_safe(entry.path):
             raise StoreNotFound(f"{store.field}: {store.root} holds a key that is no safe file name: {entry.path!r}")
     return entries
 

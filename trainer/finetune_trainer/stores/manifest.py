@@ -1,79 +1,18 @@
-"""manifest.json: what a published adapter or a checkpoint consists of. It is written last, so where it is, all is."""
+"""Read, list and verify the manifest.json of a folder in a store."""
 
-from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Final
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from finetune_api import constants
-from finetune_api.status import Count, StatusModel
+from finetune_api.artifact_manifest import FileRecord, StoreManifest
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
 from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound
-from finetune_trainer.stores.json_numbers import drop_non_finite
 
-SCHEMA_VERSION: Final = 1
 #: Reads before content counts as wrong: from a server that reports no checksum it may have changed on the way.
 READS: Final = 3
-
-
-class FileRecord(StatusModel):
-    """One file below the manifest's folder."""
-
-    path: Annotated[str, Field(min_length=1, max_length=1024)]
-    size_bytes: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-    @field_validator("path")
-    @classmethod
-    def _stay_inside(cls, path: str) -> str:
-        if not is_safe(path) or path == constants.MANIFEST_FILE:
-            raise ValueError(f"{path!r} is no path below the manifest's folder")
-        return path
-
-
-class JobReference(StatusModel):
-    """The job a publication belongs to; a local run has no uid."""
-
-    namespace: str | None = None
-    name: str = ""
-    uid: str | None = None
-
-
-class StoreManifest(StatusModel):
-    """The fields of both kinds; those that do not apply are absent."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["Adapter", "Checkpoint"]
-    job: JobReference | None = None
-    created_at: datetime
-    base_model: str | None = None
-    base_commit: str | None = None
-    rank: Count | None = None
-    step: Count | None = None
-    files: Annotated[list[FileRecord], Field(min_length=1)]
-    metrics: dict[str, float] | None = None
-
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _drop_what_json_cannot_carry(cls, metrics: Any) -> Any:
-        return drop_non_finite(metrics) if isinstance(metrics, dict) else metrics
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all files, the manifest not counted."""
-        return sum(file.size_bytes for file in self.files)
-
-    def to_bytes(self) -> bytes:
-        """The JSON text as stored; its SHA-256 is the publication's digest."""
-        return self.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode() + b"\n"
-
-
-def is_safe(path: str) -> bool:
-    """Whether a path from a store can only lead below the folder it is joined to."""
-    parts = path.split("/")
-    return bool(path) and "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in parts)
 
 
 def records(digests: dict[str, Digest]) -> list[FileRecord]:

@@ -2,16 +2,15 @@
 
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from finetune_api.status import Condition, FineTuneJobStatus
+from finetune_api.status import Condition, ConditionStatus, ConditionType, FineTuneJobStatus
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.raw import Raw
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).isoformat()
-_KINDS = ("Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded")
 
 
 def read(status: bytes) -> FineTuneJobStatus:
@@ -49,7 +48,7 @@ def _reads(name: str, value: Any) -> bool:
 
 
 def _is_condition(entry: Raw) -> bool:
-    return entry.get("type") in _KINDS and entry.get("status") in ("True", "False", "Unknown")
+    return entry.get("type") in get_args(ConditionType) and entry.get("status") in get_args(ConditionStatus)
 
 
 def _condition(entry: Raw) -> Raw:

@@ -4,12 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import get_args
 
-from finetune_api.status import Condition, FineTuneJobStatus
+from finetune_api.status import Condition, ConditionStatus, ConditionType, FineTuneJobStatus
 
-Status = Literal["True", "False", "Unknown"]
-Kind = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
 MAX_MESSAGE = 4096
 MAX_REASON = 128
 
@@ -18,7 +16,7 @@ MAX_REASON = 128
 class Said:
     """One condition without its times."""
 
-    status: Status
+    status: ConditionStatus
     reason: str
     message: str = ""
 
@@ -94,16 +92,9 @@ def _word(reason: str) -> str:
 def write(scene: Scene, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
     """The conditions of `scene`. lastTransitionTime moves only when a status flips."""
     before = {condition.type: condition for condition in old}
-    said: tuple[tuple[Kind, Said], ...] = (
-        ("Accepted", scene.accepted),
-        ("Scheduled", scene.scheduled),
-        ("Training", scene.training),
-        ("Suspended", scene.suspended),
-        ("Published", scene.published),
-        ("Succeeded", scene.succeeded),
-    )
     written = []
-    for kind, new in said:
+    for kind in get_args(ConditionType):
+        new: Said = getattr(scene, kind.lower())
         known = before.get(kind)
         since = known.last_transition_time if known and known.status == new.status else now
         written.append(
