@@ -12,7 +12,7 @@ import pytest
 from finetune_api import constants
 from support.trainer.process import job
 
-CONTAINERFILE = Path(__file__).resolve().parents[2] / "images" / "trainer" / "Containerfile"
+CONTAINERFILE = Path(__file__).resolve().parents[3] / "images" / "trainer" / "Containerfile"
 
 
 def _final_stage() -> str:
