@@ -24,6 +24,7 @@ quickstart: $(VENV)/.run ## Train, publish and check a small adapter on this mac
 .PHONY: test
 test: lint ## Run every check and every test but the nightly ones: ten minutes on two cores
 	$(PYTEST) -m 'not nightly' $(TESTS)
+	@tail -n 1 $(VENV)/audit.txt
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev ## Run the unit tests: no Kubernetes API, no trainer run, three minutes
@@ -33,6 +34,7 @@ test-fast: $(VENV)/.dev ## Run the unit tests: no Kubernetes API, no trainer run
 test-nightly: lint ## Run every test with its full promise: the whole quickstart, 100 kills, 800 broken API calls
 	FINETUNE_TEST_KILLS=100 $(PYTEST) --ignore tests/chaos --timeout 3600 $(TESTS)
 	$(MAKE) chaos
+	@tail -n 1 $(VENV)/audit.txt
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
@@ -45,7 +47,7 @@ lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities
 	diff -q crds/finetunejobs.yaml charts/finetune-operator/files/finetunejobs.yaml || { echo "The chart's copy is stale: run make crds"; exit 1; }
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python scripts/dashboards.py --check
-	$(BIN)/python scripts/audit.py
+	$(BIN)/python scripts/audit.py | tee $(VENV)/audit.txt
 
 .PHONY: format
 format: $(VENV)/.dev ## Put the code into the agreed form

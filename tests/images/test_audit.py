@@ -1,6 +1,7 @@
 """scripts/audit.py: the real pip-audit, asking a simulated vulnerability service."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -57,10 +58,11 @@ def service() -> Iterator[Service]:
     server.server_close()
 
 
-def audit(tmp_path: Path, pins: str, port: int) -> subprocess.CompletedProcess[str]:
+def audit(tmp_path: Path, pins: str, port: int, on_github: bool = False) -> subprocess.CompletedProcess[str]:
     (tmp_path / "pins.txt").write_text(pins)
     command = [sys.executable, ROOT / "scripts/audit.py", tmp_path / "pins.txt", "--url", f"http://127.0.0.1:{port}/"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    env = os.environ | {"GITHUB_ACTIONS": "true" if on_github else "false"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def test_a_vulnerable_package_fails_with_the_version_that_is_not_simulated(service: Service, tmp_path: Path) -> None:
@@ -78,13 +80,14 @@ def test_packages_without_any_pass_simulated(service: Service, tmp_path: Path) -
     assert found.returncode == 0
 
 
-def skips(found: subprocess.CompletedProcess[str]) -> bool:
-    said = "Audit skipped: the vulnerability service cannot be reached\n"
-    return (found.returncode, found.stdout, found.stderr) == (0, said, "")
+def checked_nothing(found: subprocess.CompletedProcess[str], exit_code: int = 0) -> bool:
+    said = "Audit: not checked, the vulnerability service cannot be reached\n"
+    return (found.returncode, found.stdout, found.stderr) == (exit_code, said, "")
 
 
-def test_offline_it_says_so_and_fails_nothing(tmp_path: Path) -> None:
-    assert skips(audit(tmp_path, "old==1.0\n", free_port()))
+@pytest.mark.parametrize(("on_github", "exit_code"), [(False, 0), (True, 1)])
+def test_offline_it_says_so_and_fails_on_github_alone(tmp_path: Path, on_github: bool, exit_code: int) -> None:
+    assert checked_nothing(audit(tmp_path, "old==1.0\n", free_port(), on_github), exit_code)
 
 
 @pytest.mark.parametrize("status", [404, 500])
@@ -92,9 +95,9 @@ def test_a_service_that_answers_no_question_is_not_taken_for_a_clean_bill_simula
     service: Service, tmp_path: Path, status: int
 ) -> None:
     service.status = status
-    assert skips(audit(tmp_path, "old==1.0\n", service.server_port))
+    assert checked_nothing(audit(tmp_path, "old==1.0\n", service.server_port))
 
 
 def test_a_mirror_that_knows_of_no_vulnerabilities_is_not_either_simulated(service: Service, tmp_path: Path) -> None:
     service.known = {}
-    assert skips(audit(tmp_path, "old==1.0\n", service.server_port))
+    assert checked_nothing(audit(tmp_path, "old==1.0\n", service.server_port))

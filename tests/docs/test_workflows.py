@@ -1,0 +1,41 @@
+"""The workflows on GitHub: what they run is pinned, and is what the Makefile offers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from support.docs.chart import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+
+
+def steps(path: Path) -> list[dict[str, Any]]:
+    return [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+
+
+@each_workflow
+def test_every_action_is_pinned_to_a_commit_with_its_version_beside_it(path: Path) -> None:
+    """A tag can be moved to other code, a commit cannot."""
+    uses = re.findall(r"\buses:\s*(.+)", path.read_text())
+    assert len(uses) == sum("uses" in step for step in steps(path)) > 0
+    assert [use for use in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)] == []
+
+
+@each_workflow
+def test_every_make_target_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = re.findall(
+        r"^\s*(?:exec )?make ([a-z-]+)", "\n".join(step.get("run", "") for step in steps(path)), re.MULTILINE
+    )
+    assert set(asked) <= targets
+
+
+def test_the_night_runs_everything() -> None:
+    (workflow,) = WORKFLOWS
+    text = yaml.safe_load(workflow.read_text())
+    assert text[True]["schedule"], "YAML takes the key `on` for true"
+    assert "make test-nightly" in [step.get("run") for step in steps(workflow)]
