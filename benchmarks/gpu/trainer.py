@@ -120,9 +120,9 @@ from dataclasses import replace
 # As the trainer, which is too late here.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
-from finetune_trainer.runtime import device as hardware
-device = hardware.device
-hardware.device = lambda *args: replace(device(*args), memory_bytes={gib} << 30)
+from finetune_trainer.runtime import device
+inspect = device.inspect_device
+device.inspect_device = lambda *args: replace(inspect(*args), memory_bytes={gib} << 30)
 torch.cuda.set_per_process_memory_fraction(({gib} << 30) / torch.cuda.get_device_properties(0).total_memory)
 from finetune_trainer.cli import cli
 cli()

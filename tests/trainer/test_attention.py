@@ -14,11 +14,13 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import attention, capabilities
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.runtime import device as hardware
-from finetune_trainer.settings import Ranks
+from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.runtime.device import RuntimeDevice
 from support.trainer.triton import interpreted
 
 LENGTHS = (7, 12, 1, 5)
+#: Kernels are simulated here, whatever the capability that torch is made to tell.
+CPU = RuntimeDevice("cpu")
 
 
 def _simulated(query: Any, key: Any, value: Any, starts: Any, scale: float, window: tuple[int, int]) -> torch.Tensor:
@@ -190,7 +192,15 @@ def _base(tiny_model: Path, open_attention: bool = True, **changes: Any) -> Base
     config = AutoConfig.from_pretrained(tiny_model)
     for name, value in changes.items():
         setattr(config, name, value)
-    return BaseModel(config, (), open_attention)
+    return BaseModel(
+        name="org/base",
+        commit=None,
+        config=config,
+        tokenizer=None,
+        shape=ModelShape.from_config(config.to_dict()),
+        linear_layers=(),
+        open_attention=open_attention,
+    )
 
 
 def _spec(wanted: str, precision: str = "bf16", gpus: int = 1) -> FineTuneJobSpec:
@@ -206,15 +216,14 @@ def _spec(wanted: str, precision: str = "bf16", gpus: int = 1) -> FineTuneJobSpe
 
 
 def _simulate_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(hardware, "device_name", lambda spec, world: "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
 @pytest.mark.usefixtures("kernel")
 def test_a_simulated_kernel_passes_the_check_and_is_chosen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _simulate_a_gpu(monkeypatch)
     for wanted in ("auto", "varlen"):
-        assert capabilities.attention(_spec(wanted), _base(tiny_model), Ranks()) == "varlen"
+        assert capabilities.choose_attention(_spec(wanted), _base(tiny_model), CPU) == "varlen"
 
 
 @pytest.mark.parametrize("broken", ["missing", "wrong"])
@@ -224,12 +233,12 @@ def test_a_kernel_that_fails_the_check_is_not_used(
     _simulate_a_gpu(monkeypatch)
     if broken == "wrong":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _wrong)
-    assert capabilities.attention(_spec("auto"), _base(tiny_model), Ranks()) == "sdpa"
+    assert capabilities.choose_attention(_spec("auto"), _base(tiny_model), CPU) == "sdpa"
     said = capsys.readouterr().out
     assert "Attention: sdpa (the fastest that runs here)" in said
     assert ("fails here: NotImplementedError" if broken == "missing" else "differs from SDPA by") in said
     with pytest.raises(ConfigInvalid, match=r"spec.model.attention: varlen (fails here|differs from SDPA)"):
-        capabilities.attention(_spec("varlen"), _base(tiny_model), Ranks())
+        capabilities.choose_attention(_spec("varlen"), _base(tiny_model), CPU)
 
 
 @pytest.mark.parametrize("broken", ["missing", "wrong"])
@@ -247,7 +256,7 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
     monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr(torch.ops.finetune, "attention", kernel)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
-    assert capabilities.attention(_spec("auto"), _base(tiny_model), Ranks()) == "varlen"
+    assert capabilities.choose_attention(_spec("auto"), _base(tiny_model), CPU) == "varlen"
     assert not attention._ours
     said = capsys.readouterr().out
     assert "The attention kernels for short rows cannot be used, torch's are: " in said
@@ -303,10 +312,10 @@ def test_what_cannot_run_here_is_refused_and_never_chosen(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_in_2_13)
     base = _base(tiny_model, **changes)
     with pytest.raises(ConfigInvalid, match=f"spec.model.attention: .*{sentence}"):
-        capabilities.attention(spec, base, Ranks())
+        capabilities.choose_attention(spec, base, CPU)
     wanted = spec.model.attention
     auto = spec.model_copy(update={"model": spec.model.model_copy(update={"attention": "auto"})})
-    assert capabilities.attention(auto, base, Ranks()) != wanted
+    assert capabilities.choose_attention(auto, base, CPU) != wanted
 
 
 def test_dropout_in_the_kernel_is_refused() -> None:

@@ -20,6 +20,7 @@ from finetune_trainer.engine import (
     modules,
 )
 from finetune_trainer.engine.lora import share_lora_inputs
+from finetune_trainer.engine.loss import patch_fused_loss
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
 from finetune_trainer.model.base import _keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
@@ -40,6 +41,7 @@ def _adapted(folder: Path, bits: int = 16, dropout: float = 0.0) -> Any:
     _keep_weights_trainable(base)
     base.config.use_cache = False
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, task_type="CAUSAL_LM"))
+    patch_fused_loss(model.get_base_model())
     return model.train()
 
 
@@ -68,7 +70,7 @@ def test_recomputed_layers_run_twice_and_change_nothing(recomputed: int | None, 
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
     found = []
     for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=recomputed)):
-        compilation.apply_plan(plan, model, _batch(5), "fp32")
+        compilation.compile_layers(model, plan, _batch(5), "fp32")
         runs.clear()
         found.append(_loss_and_gradient(model, _batch(20, 31)))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
@@ -91,10 +93,10 @@ def test_compiled_layers_have_the_same_gradient_and_are_compiled_once_for_all_le
     model = _adapted(deep_model)
     model.get_base_model().config._attn_implementation = "one_sequence"
     batches = [_batch(20, 31), _batch(9, 8, 40), _batch(60)]
-    compilation.apply_plan(_plan(), model, batches[0], "fp32")
+    compilation.compile_layers(model, _plan(), batches[0], "fp32")
     plain = [_loss_and_gradient(model, batch) for batch in batches]
 
-    plan = compilation.apply_plan(_plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2), model,
+    plan = compilation.compile_layers(model, _plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2),
                                   _batch(5, 7), "fp32")  # fmt: skip
     assert plan.compiled
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -128,13 +130,13 @@ def test_layers_that_cannot_be_compiled_train_as_they_are(
         return fail
 
     model = _adapted(deep_model)
-    compilation.apply_plan(_plan(), model, _batch(5), "fp32")
+    compilation.compile_layers(model, _plan(), _batch(5), "fp32")
     expected = _loss_and_gradient(model, _batch(20, 31))
     monkeypatch.setattr(torch, "compile", broken)
     before = torch.get_rng_state()
-    plan = compilation.apply_plan(_plan(compiled=True), model, _batch(5), "fp32")
+    plan = compilation.compile_layers(model, _plan(compiled=True), _batch(5), "fp32")
     assert plan.compiled is False
-    assert "cannot be compiled and run as they are, slower: RuntimeError: no compiler today" in capsys.readouterr().out
+    assert "torch.compile failed, running eager (slower): RuntimeError: no compiler today" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     found = _loss_and_gradient(model, _batch(20, 31))
@@ -289,7 +291,7 @@ def test_selective_checkpointing_keeps_what_linear_layers_answer(deep_model: Pat
             gradient_checkpointing=bool(recomputed),
             checkpointed_layers=recomputed,
         )
-        assert compilation.apply_plan(plan, model, _batch(5, 7), "fp32", budget=0.8).compiled
+        assert compilation.compile_layers(model, plan, _batch(5, 7), "fp32", budget=0.8).compiled
         kept.append({})
 
         def keep(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = kept[-1]) -> torch.Tensor:

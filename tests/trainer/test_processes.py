@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.runtime import distributed, rank_zero
-from finetune_trainer.runtime.distributed import Batches, EvaluationAborted, all_reduce_any
-from finetune_trainer.runtime.rank_zero import run_on_rank_zero
+from finetune_trainer.evaluation import lockstep
+from finetune_trainer.evaluation.lockstep import EvaluationAborted, LockstepBatches
+from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.distributed import all_reduce_any, run_on_rank_zero
 from finetune_trainer.settings import Ranks
 
 
@@ -32,7 +33,7 @@ def test_one_process_decides_alone() -> None:
 
 
 def test_a_batch_too_large_is_halved_and_stays_small() -> None:
-    batches = Batches(Ranks(), 8)
+    batches = LockstepBatches(Ranks(), 8)
     results = batches.run(range(10), _limited(3))
     assert [list(batch) for batch, _ in results] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert [total for _, total in results] == [1, 5, 9, 13, 17]
@@ -44,7 +45,7 @@ def test_a_batch_too_large_is_halved_and_stays_small() -> None:
 def test_a_stop_ends_the_work_after_one_batch() -> None:
     seen: list[Sequence[int]] = []
     with pytest.raises(EvaluationAborted):
-        Batches(Ranks(), 2, interrupted=lambda: bool(seen)).run(range(10), seen.append)
+        LockstepBatches(Ranks(), 2, interrupted=lambda: bool(seen)).run(range(10), seen.append)
     assert seen == [range(2)]
 
 
@@ -66,8 +67,8 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
             passes[rank] += 1
             return len(batch)
 
-        monkeypatch.setattr(distributed, "any_of", counted)
-        for batch, length in Batches(Ranks(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
+        monkeypatch.setattr(lockstep, "all_reduce_any", counted)
+        for batch, length in LockstepBatches(Ranks(rank, rank, 3), 2, sharded=sharded).run(range(rows), work):
             assert len(batch) == length
             kept += batch
     assert sorted(kept) == list(range(rows))
@@ -77,17 +78,17 @@ def test_simulated_processes_do_equally_many_batches_and_every_item_once(
 
 def test_a_simulated_process_halves_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[True, False], [False, False], [False, False]])
-    monkeypatch.setattr(distributed, "any_of", lambda world, *flags: next(answers))
-    results = Batches(Ranks(1, 1, 2), 4).run(range(8), sum)
+    monkeypatch.setattr(lockstep, "all_reduce_any", lambda world, *flags: next(answers))
+    results = LockstepBatches(Ranks(1, 1, 2), 4).run(range(8), sum)
     assert results == [(range(1, 5, 2), 4), (range(5, 9, 2), 12)]
 
 
 def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Batches(Ranks(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
+        LockstepBatches(Ranks(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
 
 
 def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
-    sent = rank_zero._portable(_Refused("output.uri", "is taken"))
+    sent = distributed._picklable(_Refused("output.uri", "is taken"))
     assert (type(sent), str(sent)) == (RuntimeError, "output.uri: is taken")
-    assert isinstance(rank_zero._portable(KeyError("x")), KeyError)
+    assert isinstance(distributed._picklable(KeyError("x")), KeyError)

@@ -61,7 +61,7 @@ class RunContext:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""
         if self.ranks.size == 1:
             return work()
-        from finetune_trainer.runtime.rank_zero import run_on_rank_zero
+        from finetune_trainer.runtime.distributed import run_on_rank_zero
 
         return run_on_rank_zero(self.ranks, work)
 

@@ -13,7 +13,9 @@ from finetune_trainer.data import dataset
 from finetune_trainer.errors import weights_must_fit
 from finetune_trainer.publishing.publish import check_target, publish
 from finetune_trainer.reporting import trackers
+from finetune_trainer.runtime.distributed import destroy_process_group
 from finetune_trainer.runtime.gc import freeze_imports
+from finetune_trainer.runtime.start import start_runtime
 from finetune_trainer.settings import Ranks
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest
@@ -30,9 +32,7 @@ def run(ctx: RunContext) -> Adapter | None:
     job, spec, ranks, settings = ctx.settings.job, ctx.spec, ctx.ranks, ctx.settings
     trackers.check(settings)
     if ranks.size > 1:
-        from finetune_trainer.runtime import device as hardware
-
-        hardware.prepare(spec, ranks)
+        start_runtime(spec, ranks)  # what rank 0 finds out is a collective; a single process stays torch-free for now
 
     # 1. Can we write the output? Did an earlier attempt already publish this job's adapter?
     ctx.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}")
@@ -61,31 +61,23 @@ def run(ctx: RunContext) -> Adapter | None:
     rows = dataset.read_rows(train_files, eval_files, spec.dataset)
 
     # 4. Import torch, join the process group, check the GPUs that the spec asks for.
+    device = start_runtime(spec, ranks)
     with freeze_imports():
         from finetune_trainer.checkpoints.fingerprint import fingerprint
-        from finetune_trainer.data import batching
-        from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
-        from finetune_trainer.engine import capabilities, compilation, fp8, fsdp, modules
-        from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
-        from finetune_trainer.engine.loss import patch_fused_loss
+        from finetune_trainer.engine.compilation import set_compile_cache
+        from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base
         from finetune_trainer.evaluation import evaluator as evaluate
+        from finetune_trainer.evaluation.lockstep import EvaluationAborted
         from finetune_trainer.methods import METHODS
         from finetune_trainer.model import adapter as peft_adapter
-        from finetune_trainer.model import base as model
-        from finetune_trainer.planning import planner
+        from finetune_trainer.model.base import inspect_base_model, layout, load_base_model
         from finetune_trainer.publishing import bundle
         from finetune_trainer.publishing.verify import ShardedVerifier, Verifier
-        from finetune_trainer.runtime import device as hardware
-        from finetune_trainer.runtime import distributed
+        from finetune_trainer.runtime.device import seed
         from finetune_trainer.training.session import TrainingSession
-    if ranks.size == 1:
-        hardware.prepare(spec, ranks)
-    compilation.set_compile_cache((settings.environment.cache or settings.environment.scratch / "cache") / "compiled")
-    tokenizer = load_tokenizer(model_files.folder, spec.model.source, spec.model.trust_remote_code)
-    base = model.inspect(model_files.folder, spec)
-    attention = capabilities.attention(spec, base, ranks)
-    check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
-    peft_adapter.check_target_modules(spec.lora.target_modules, base.linear_layers)
+    set_compile_cache((settings.environment.cache or settings.environment.scratch / "cache") / "compiled")
+    base = inspect_base_model(model_files, spec)
+    tokenizer = base.tokenizer
     data = dataset.tokenize(rows, tokenizer, spec)
     to_answer = (
         evaluate.eval_prompts(rows.eval, data.encoder, spec.evaluation.generation)
@@ -96,49 +88,21 @@ def run(ctx: RunContext) -> Adapter | None:
     if init_from:
         peft_adapter.check_init_from(init_from, spec)
 
-    identity = fingerprint(spec, model_files.revision, data.splits)
-    state, checkpoint = checkpoints.find(ctx.directory, identity, model_files.revision)
+    identity = fingerprint(spec, base.commit, data.splits)
+    state, checkpoint = checkpoints.find(ctx.directory, identity, base.commit)
 
-    gpu = hardware.device(spec, ranks)
-    shape = planner.ModelShape.from_config(base.config.to_dict())
-    plan = planner.make_plan(
-        spec,
-        gpu,
-        ranks.size,
-        attention,
-        shape,
-        longest=data.longest,
-        tokens=batching.most_tokens(
-            spec, data.train.input_ids.lengths, ranks.size, planner.packs(spec, gpu, attention)
-        ),
-        can_compile=capabilities.can_compile(spec),
-        has_fp8=capabilities.has_fp8(spec, ranks),
-    )
+    plan = plan_execution(spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
     ctx.report.plan(plan)
-    log.info("Execution plan", **plan.manifest())
-    if not plan.compiled and (reason := planner.why_not_compile(spec, gpu, bool(plan.packing))):
-        log.info(f"The decoder layers are not compiled: {reason}")
     ctx.stop_if_requested()
 
     ctx.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights")
-    base_model = inputs.base_model_id(spec.model.source)
-    weights = inputs.fetch_model_weights(settings, model_files.revision)
-    hardware.seed(spec.training.seed)
-    device = hardware.device_name(spec, ranks)
+    weights = inputs.fetch_model_weights(settings, base.commit)
+    seed(spec.training.seed)
     with weights_must_fit(spec.model.source, spec.quantization.bits):
-        loaded = model.load_base(weights, base, spec, attention, device, to_be_sharded=bool(plan.sharded))
-        if plan.cached_layers:
-            keep_dequantized(modules.decoder_layers(loaded)[: plan.cached_layers])
-        if spec.quantization.bits == 4 and plan.compiled:
-            dequantize_in_one_pass(loaded)
-        lora = peft_adapter.lora_config(spec, base_model, model_files.revision)
-        adapted = peft_adapter.attach_adapter(loaded, lora, init_from)
-        patch_fused_loss(adapted.get_base_model())
-        if plan.fp8:
-            repeated = modules.decoder_layers(loaded)
-            fp8.convert(repeated[: plan.cached_layers] if spec.quantization.bits == 4 else repeated)
-        if plan.sharded:
-            fsdp.shard(adapted, ranks, device)
+        loaded = load_base_model(weights, base, spec, plan, device.torch_name)
+        prepare_base(loaded, plan, spec)
+        adapted = peft_adapter.attach_adapter(loaded, spec.lora, base.name, base.commit, init_from)
+        apply_plan(adapted, plan, spec, ranks, device)
     method = METHODS["sft"]
     collate = method.collator(plan, tokenizer.pad_token_id, plan.micro_batch_size or 1)
     evaluator = (
@@ -156,7 +120,7 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.stage("Evaluating", "Measuring the base model before training")
         try:
             state.before = evaluator(adapted)
-        except distributed.EvaluationAborted:
+        except EvaluationAborted:
             from finetune_trainer.errors import Preempted
 
             raise Preempted(f"Asked to stop ({ctx.stop_reason}) before training began; nothing is lost") from None
@@ -165,12 +129,12 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.directory.record(step=0, **{f"{key}Before": value for key, value in state.before.items()})
 
     ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows")
-    session = TrainingSession(ctx, method, plan, shape, adapted, tokenizer, data.train, evaluator, checkpoints)
+    session = TrainingSession(ctx, method, plan, base.shape, adapted, tokenizer, data.train, evaluator, checkpoints)
     with ctx.stop.saving():
         result = session.fit(state, checkpoint)
     state, plan = result.state, result.plan
     ctx.report.plan(plan)
-    hardware.leave(ranks)
+    destroy_process_group(ranks)
     if not ranks.is_main:
         return None
     ctx.stop_if_requested("after training; training is complete and saved, only publishing is left", alone=True)
@@ -184,9 +148,9 @@ def run(ctx: RunContext) -> Adapter | None:
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
         peft_adapter.load_adapter_weights(adapted, folder.best)
     peft_adapter.save_adapter(adapted, folder.adapter)
-    bundle.write(folder, job, tokenizer, plan, metrics, base_model, folder.root / "log.txt")
+    bundle.write(folder, job, tokenizer, plan, metrics, base.name, folder.root / "log.txt")
     verifier = (
-        ShardedVerifier(adapted, lambda: model.layout(base.config, spec))
+        ShardedVerifier(adapted, lambda: layout(base.config, spec))
         if plan.sharded or plan.fp8
         else Verifier(adapted, evaluate.Evaluator(spec, data.eval or data.train, [], tokenizer, Ranks(), collate))
     )
@@ -201,7 +165,7 @@ def run(ctx: RunContext) -> Adapter | None:
         folder.adapter,
         output,
         job=job.metadata,
-        base_model=base_model,
+        base_model=base.name,
         rank=spec.lora.rank,
         metrics=metrics,
         overwrite=spec.output.overwrite,

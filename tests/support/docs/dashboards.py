@@ -41,10 +41,10 @@ import sys
 
 import torch
 
-from finetune_trainer.planning import planner
-from finetune_trainer.runtime import device as hardware
-from finetune_trainer.training.loop import QloraTrainer
 from finetune_trainer.cli import cli
+from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.runtime import device
+from finetune_trainer.training.loop import QloraTrainer
 
 train = QloraTrainer.training_step
 
@@ -53,10 +53,10 @@ def training_step(self, model, inputs, *rest, **options):
         raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
     return train(self, model, inputs, *rest, **options)
 
-shape = planner.ModelShape(32768, 4096, 14336, layers=32, heads=32, kv_heads=8, head_dim=128)
+shape = ModelShape(32768, 4096, 14336, layers=32, heads=32, kv_heads=8, head_dim=128)
 QloraTrainer.training_step = training_step
-planner.ModelShape.from_config = lambda config: shape
-hardware.device = lambda spec, world: planner.Device("cuda", "simulated", 24 << 30)
+ModelShape.from_config = lambda config: shape
+device.inspect_device = lambda spec, ranks: device.RuntimeDevice("cuda", "simulated", 24 << 30)
 sys.argv += ["--set", "resources.gpusPerNode=0"]
 sys.exit(cli())
 """

@@ -136,7 +136,12 @@ def _long() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["data.dataset.read_rows", "data.dataset.tokenize", "publishing.publish.check_target", "model.base.load_base"],
+    [
+        "data.dataset.read_rows",
+        "data.dataset.tokenize",
+        "publishing.publish.check_target",
+        "model.base.load_base_model",
+    ],
 )
 def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: Path, tmp_path: Path) -> None:
     config = job(tmp_path, tiny_model, RUN)
@@ -169,7 +174,7 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
         from finetune_trainer.runtime import signals
 
         signals.TIMEOUT = 0.2
-        _stop_in("model.base.load_base", wait_for_a_thread)()
+        _stop_in("model.base.load_base_model", wait_for_a_thread)()
 
     _assert_stopped(TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish())
 

@@ -13,7 +13,7 @@ from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.runtime.rank_zero import run_on_rank_zero
+from finetune_trainer.runtime.distributed import run_on_rank_zero
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials

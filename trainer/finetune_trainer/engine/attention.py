@@ -167,8 +167,8 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
-def why_not(config: Any) -> str | None:
-    """Why the model of `config` cannot be computed with it; None: nothing speaks against it."""
+def unsupported_reason(config: Any) -> str | None:
+    """Return why the model of `config` cannot be computed with it, None if it can."""
     text, head_dim = config.get_text_config(), _head_dim(config)
     if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
         return f"takes head sizes up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_MULTIPLE}, the model's is {head_dim}"

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib
-import importlib.util
 import math
 import os
 import time
@@ -24,7 +23,6 @@ from finetune_trainer.engine.lora import (
     seeded_dropout,
     while_training,
 )
-from finetune_trainer.engine.loss import patch_fused_loss
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.errors import type_and_reason
 from finetune_trainer.runtime.precision import mixed_precision
@@ -38,12 +36,17 @@ _CHANGING: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_l
 _MOST_GRAPHS: Final = 64
 
 
-def configure_layers(layers: Sequence[Any], *, recomputed: int, compiled: bool, budget: float = 1.0) -> None:
-    """Let the first `recomputed` of `layers` keep only their input for the backward pass, and compile all of them.
-    Of what compiled layers would keep beyond their input, they keep the part `budget`, and compute the cheapest again.
+def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0) -> None:
+    """Checkpoint the activations of the first `checkpointed` layers, and compile all of them.
 
     Both hold while gradients are taken alone: evaluation and generation run the layers as they are. Calling it again
-    takes back what was arranged before.
+    replaces what an earlier call has set.
+
+    Args:
+        layers: The decoder layers.
+        checkpointed: Layers that keep only their input for the backward pass, counted from the first.
+        compiled: Whether layers are compiled.
+        budget: The part of their activations that compiled layers keep; they recompute the cheapest of the rest.
     """
     if compiled:
         torch._dynamo.config.recompile_limit = _MOST_GRAPHS
@@ -62,7 +65,7 @@ def configure_layers(layers: Sequence[Any], *, recomputed: int, compiled: bool, 
         for inputs in inputs_of(layer):
             inputs.added_by_kernel = has_kernels
         trained = _compiled(plain, inputs_of(layer)) if compiled else plain
-        if index < recomputed:
+        if index < checkpointed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
             layer.forward = while_training(trained, plain)
@@ -126,45 +129,53 @@ def set_compile_cache(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def apply_plan(
-    plan: ExecutionPlan, model: Any, example: Mapping[str, Any], precision: str, budget: float = 1.0
+def compile_layers(
+    model: Any, plan: ExecutionPlan, example: Mapping[str, Any], precision: str, budget: float = 1.0
 ) -> ExecutionPlan:
-    """Lay out `model`, which wears its adapter, as `plan` says, and let it answer with its loss. `budget` is what
-    selective checkpointing keeps (see `configure_layers`).
+    """Checkpoint activations and compile the decoder layers as `plan` says, and warm them up.
 
-    Where compiling fails, which a pass over the `example` micro-batch shows, layers run uncompiled: the plan returned
-    says so, and the log why.
+    Args:
+        model: The PEFT model, with its fused loss.
+        plan: The execution plan.
+        example: A micro-batch for the warm-up, about as large as others.
+        precision: training.precision.
+        budget: What selective checkpointing keeps (see `configure_layers`).
+
+    Returns:
+        The plan in effect: where the warm-up shows that compiling fails, layers run eager, and the log says why.
     """
     core = model.get_base_model()
-    patch_fused_loss(core, compiled=bool(plan.compiled))
+    core.fused_loss.compiled = bool(plan.compiled)
     if not plan.compiled and not plan.gradient_checkpointing:
         return plan
-    repeated = decoder_layers(core)
-    recomputed = len(repeated) if plan.checkpointed_layers is None else plan.checkpointed_layers
-    recomputed = recomputed if plan.gradient_checkpointing else 0
+    layers = decoder_layers(core)
+    checkpointed = len(layers) if plan.checkpointed_layers is None else plan.checkpointed_layers
+    checkpointed = checkpointed if plan.gradient_checkpointing else 0
     budget = budget if plan.selective_checkpointing else 1.0
-    configure_layers(repeated, recomputed=recomputed, compiled=bool(plan.compiled), budget=budget)
+    configure_layers(layers, checkpointed=checkpointed, compiled=bool(plan.compiled), budget=budget)
     if not plan.compiled:
         return plan
     log.info("Compiling the decoder layers")
     began = time.monotonic()
-    problem = _try_out(model, example, precision)
-    if problem is None:
+    error = _warm_up(model, example, precision)
+    if error is None:
         log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
         return plan
-    log.warning(f"The decoder layers cannot be compiled and run as they are, slower: {problem}")
+    log.warning(f"torch.compile failed, running eager (slower): {error}")
     if plan.selective_checkpointing:  # memory was to be saved: then by whole layers
-        recomputed = len(repeated)
-        whole = {"gradient_checkpointing": True, "checkpointed_layers": recomputed, "selective_checkpointing": False}
+        checkpointed = len(layers)
+        whole = {"gradient_checkpointing": True, "checkpointed_layers": checkpointed, "selective_checkpointing": False}
         plan = plan.model_copy(update=whole)
-    configure_layers(repeated, recomputed=recomputed, compiled=False)
-    patch_fused_loss(core)
+    configure_layers(layers, checkpointed=checkpointed, compiled=False)
+    core.fused_loss.compiled = False
     return plan.model_copy(update={"compiled": False})
 
 
-def _try_out(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
-    """A forward and a backward pass whose results are forgotten: what cannot be compiled shows here, before anything
-    depends on it. Returns what is wrong, None when all went well. Generators stay as they are."""
+def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
+    """Run a forward and a backward pass and drop the results; generators stay as they are.
+
+    What cannot be compiled shows here, before anything depends on it. Returns the error, None when all went well.
+    """
     before, was_training = RngState.now(), model.training
     model.train()
     try:

@@ -145,11 +145,27 @@ def _sequences_known(known: bool) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
-def patch_fused_loss(core: Any, compiled: bool = False) -> None:
-    """Let `core`, a causal language model of transformers, answer with the summed loss when it is given
-    `target_positions` and `target_ids`, and as ever without. In its forward pass, so that wrappers around it hold."""
+@dataclass
+class FusedLoss:
+    """Settings of a model's fused loss, which may change while it trains.
+
+    Attributes:
+        logits: What the model does to its head's product.
+        compiled: Whether the tiles are computed by torch.compile.
+    """
+
+    logits: Logits
+    compiled: bool = False
+
+
+def patch_fused_loss(core: Any) -> None:
+    """Patch `core.forward` to return the summed loss when `target_positions` and `target_ids` are passed.
+
+    `core` is a causal language model of transformers; without targets it answers as ever. Its forward pass is patched,
+    and not called around, so that wrappers (PEFT, autocast, FSDP) hold. Settings are at `core.fused_loss`.
+    """
     core.__dict__.pop("forward", None)
-    plain, logits = core.forward, Logits.of(core.config)
+    plain, core.fused_loss = core.forward, FusedLoss(Logits.of(core.config))
 
     @functools.wraps(type(core).forward)  # generation looks at the signature
     def forward(
@@ -164,7 +180,7 @@ def patch_fused_loss(core: Any, compiled: bool = False) -> None:
         kwargs.pop("labels", None)
         with _sequences_known("cu_seq_lens_q" in kwargs and self.config._attn_implementation in _FOR_SEQUENCES):
             hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        head = self.get_output_embeddings()
-        return summed_cross_entropy(hidden, head, target_positions, target_ids, logits, compiled)
+        head, settings = self.get_output_embeddings(), self.fused_loss
+        return summed_cross_entropy(hidden, head, target_positions, target_ids, settings.logits, settings.compiled)
 
     core.forward = MethodType(forward, core)

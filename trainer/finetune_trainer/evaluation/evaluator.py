@@ -14,7 +14,8 @@ from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.generation import answers
-from finetune_trainer.runtime.distributed import Batches
+from finetune_trainer.evaluation.lockstep import LockstepBatches
+from finetune_trainer.runtime.distributed import all_gather
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import Ranks
@@ -62,7 +63,7 @@ class Evaluator:
         rows: TokenizedDataset,
         to_answer: Sequence[EvalPrompt],
         tokenizer: Any,
-        world: Ranks,
+        ranks: Ranks,
         collate: Collate,
         interrupted: Callable[[], bool] = lambda: False,
         sharded: bool = False,
@@ -71,16 +72,16 @@ class Evaluator:
         self._rows = rows
         self._questions = sorted(to_answer, key=lambda question: len(question.prompt))
         self._tokenizer = tokenizer
-        self._world = world
+        self._ranks = ranks
         self._sharded = sharded
         self._collate = collate
-        self._batches = Batches(world, collate.rows, interrupted, sharded)
-        self._generations = Batches(world, _GENERATION_BATCH, interrupted, sharded)
+        self._batches = LockstepBatches(ranks, collate.rows, interrupted, sharded)
+        self._generations = LockstepBatches(ranks, _GENERATION_BATCH, interrupted, sharded)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """evalLoss (nats per token, the mean over all tokens), and the NLI metrics when asked for.
 
-        Raises processes.Interrupted on every process alike.
+        Raises EvaluationAborted on every process alike.
         """
         with _evaluating(model, self._spec.training.precision):
             metrics = {"evalLoss": self._loss(model)}
@@ -90,7 +91,7 @@ class Evaluator:
 
     def loss_of(self, model: Any, rows: int = 8) -> float:
         """Mean loss per token over the first `rows` rows, on this process alone, never interrupted."""
-        alone = Batches(Ranks(), self._batches.size)
+        alone = LockstepBatches(Ranks(), self._batches.size)
         with _evaluating(model, self._spec.training.precision):
             sums = alone.run(range(len(self._rows.input_ids))[:rows], lambda batch: self._sum_of_batch(model, batch))
         return sum(loss for _, (loss, _) in sums) / sum(tokens for _, (_, tokens) in sums)
@@ -100,7 +101,7 @@ class Evaluator:
         order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
         sums = self._batches.run(order, lambda batch: self._sum_of_batch(model, batch))
         mine = [sum(loss for _, (loss, _) in sums), float(sum(tokens for _, (_, tokens) in sums))]
-        total, count = _sum_over_processes(mine, model, self._world)
+        total, count = _sum_over_processes(mine, model, self._ranks)
         return total / count
 
     def _sum_of_batch(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
@@ -126,7 +127,7 @@ class Evaluator:
         results = self._generations.run(self._questions, answer)
         labels = [question.label for batch, _ in results for question in batch]
         read = [each for _, answered in results for each in answered]
-        shares = _gather((labels, read), self._world)
+        shares = all_gather(self._ranks, (labels, read))
         return nli.score(
             [label for labels, _ in shares for label in labels], [answer for _, read in shares for answer in read]
         )
@@ -143,17 +144,9 @@ def _evaluating(model: Any, precision: str) -> Iterator[None]:
         model.train(was_training)
 
 
-def _sum_over_processes(values: list[float], model: Any, world: Ranks) -> list[float]:
-    if world.size == 1:
+def _sum_over_processes(values: list[float], model: Any, ranks: Ranks) -> list[float]:
+    if ranks.size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=model.device)
     torch.distributed.all_reduce(tensor)
     return list(tensor.tolist())
-
-
-def _gather(value: Any, world: Ranks) -> list[Any]:
-    if world.size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

@@ -5,15 +5,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.model.base import log
+import structlog
 
+from finetune_api.spec import FineTuneJobSpec, Lora
+from finetune_trainer.errors import ConfigInvalid
+
+log = structlog.get_logger(__name__)
 ALL_LINEAR = "all-linear"
 
 
 def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) -> None:
-    """Refuse names in lora.targetModules that match no linear layer (PEFT's rule: the whole name, or its end)."""
+    """Check that each name in lora.targetModules matches a linear layer (PEFT's rule: the whole name, or its end).
+
+    Raises:
+        ConfigInvalid: Naming the first that does not, and what the model has.
+    """
     layers = tuple(linear_layers)
     wanted = list(wanted)
     if wanted == [ALL_LINEAR]:
@@ -21,7 +27,7 @@ def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) ->
     known = sorted({name.rpartition(".")[2] for name in layers})
     for name in wanted:
         if name == ALL_LINEAR:
-            raise ConfigInvalid(f"spec.lora.targetModules: {ALL_LINEAR} stands alone, without other names")
+            raise ConfigInvalid(f"spec.lora.targetModules: {ALL_LINEAR} cannot be combined with module names")
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
             raise ConfigInvalid(
                 f"spec.lora.targetModules: {name!r} is no linear layer of this model; it has {', '.join(known)}"
@@ -29,11 +35,10 @@ def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) ->
             )
 
 
-def lora_config(spec: FineTuneJobSpec, served_name: str, revision: str | None) -> Any:
-    """PEFT's settings. `served_name` is what a server of the base model calls it, never a path of this machine."""
+def lora_config(lora: Lora, base_model: str, commit: str | None) -> Any:
+    """Return PEFT's settings. `base_model` is what a server calls it, never a path of this machine."""
     from peft import LoraConfig
 
-    lora = spec.lora
     targets = lora.target_modules
     return LoraConfig(
         r=lora.rank,
@@ -44,13 +49,17 @@ def lora_config(spec: FineTuneJobSpec, served_name: str, revision: str | None) -
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=served_name,
-        revision=revision,
+        base_model_name_or_path=base_model,
+        revision=commit,
     )
 
 
 def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
-    """Refuse an earlier adapter whose shape or scale is not this job's: it would compute something else here."""
+    """Check that the earlier adapter in `folder` has this job's shape and scale, and so computes the same here.
+
+    Raises:
+        ConfigInvalid: Naming the first field that differs.
+    """
     found = json.loads((folder / "adapter_config.json").read_text())
     lora = spec.lora
     targets = found.get("target_modules")
@@ -67,25 +76,38 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
             raise ConfigInvalid(f"spec.lora.{field}: {ours}, but the adapter at spec.lora.initFrom has {theirs}")
 
 
-def attach_adapter(model: Any, config: Any, init_from: Path | None = None) -> Any:
-    """Put a fresh adapter on `model`, or the one in the folder `init_from`. Adapter weights are float32."""
+def attach_adapter(
+    model: Any, lora: Lora, base_model: str, commit: str | None = None, init_from: Path | None = None
+) -> Any:
+    """Attach a LoRA adapter to the base model; its weights are float32.
+
+    Args:
+        model: The base model of transformers, with its weights.
+        lora: spec.lora.
+        base_model: What a server calls the base model; written into the adapter's configuration.
+        commit: The base model's commit on the hub; written there too.
+        init_from: The folder of an adapter to begin with; None begins with a new one.
+
+    Returns:
+        The PEFT model.
+    """
     from peft import get_peft_model
 
-    name = config.base_model_name_or_path
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, lora_config(lora, base_model, commit))
     # get_peft_model writes the folder the base was loaded from into the config.
-    adapted.peft_config["default"].base_model_name_or_path = name
+    adapted.peft_config["default"].base_model_name_or_path = base_model
     if init_from is not None:
         load_adapter_weights(adapted, init_from)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    log.info(f"Adapter attached: {trainable:,} trainable parameters", trainable=trainable, rank=config.r)
+    log.info(f"Adapter attached: {trainable:,} trainable parameters", trainable=trainable, rank=lora.rank)
     return adapted
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
     """Copy the adapter weights in `folder` into `model`'s adapter, in place: types and optimizer references stay.
 
-    Raises ConfigInvalid when the names or shapes are not this adapter's.
+    Raises:
+        ConfigInvalid: When the names or shapes are not this adapter's.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights

@@ -1,131 +1,111 @@
-"""What the processes of one training decide together, so that none waits for another that has left.
+"""Collective helpers; every rank must call them in the same order. With one process each is a plain call.
 
-With one process every function here is a plain call. Each must be called by all processes, in the same order.
+torch is imported where there is more than one process: a single one does without until it loads the model.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import pickle
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import structlog
-import torch
-from torch import distributed
-
 from finetune_trainer.settings import Ranks
 
-log = structlog.get_logger(__name__)
-#: How long a process waits for the others: one may still download weights, or send a checkpoint.
+#: How long a process waits for the others: one may still download weights, or upload a checkpoint.
 TIMEOUT: Final = timedelta(hours=1)
 T = TypeVar("T")
-Item = TypeVar("Item")
 
 
-class EvaluationAborted(Exception):
-    """Work was given up because a process is to stop."""
+def run_on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only; return its result, or raise its error, on every rank."""
+    if ranks.size == 1:
+        return work()
+    from torch import distributed
+
+    if not ranks.is_main:
+        received: list[Any] = [None]
+        distributed.broadcast_object_list(received, src=0)
+        value, error = received[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+    try:
+        result = work()
+    except Exception as error:
+        distributed.broadcast_object_list([(None, _picklable(error))], src=0)
+        raise
+    distributed.broadcast_object_list([(result, None)], src=0)
+    return result
 
 
-def all_reduce_any(world: Ranks, *flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any process."""
-    if world.size == 1:
+def all_reduce_any(ranks: Ranks, *flags: bool) -> list[bool]:
+    """Return for each flag whether it is set on any rank."""
+    if ranks.size == 1:
         return list(flags)
+    import torch
+    from torch import distributed
+
     on_gpu = distributed.get_backend() == "nccl"
     mine = torch.tensor(flags, dtype=torch.int32, device="cuda" if on_gpu else "cpu")
     distributed.all_reduce(mine, op=distributed.ReduceOp.MAX)
     return [bool(flag) for flag in mine.tolist()]
 
 
-def all_reduce_min(world: Ranks, value: int) -> int:
-    """The smallest `value` of any process."""
-    if world.size == 1:
-        return value
-    values: list[Any] = [None] * world.size
-    distributed.all_gather_object(values, value)
-    return int(min(values))
+def all_reduce_min(ranks: Ranks, value: int) -> int:
+    """Return the smallest `value` of any rank."""
+    return min(all_gather(ranks, value))
 
 
 def all_reduce_sum(ranks: Ranks, value: int) -> int:
-    """Return the sum of `value` over all ranks. A collective."""
+    """Return the sum of `value` over all ranks."""
     if ranks.size == 1:
         return value
+    import torch
+    from torch import distributed
+
     total = torch.tensor(value, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(total)
     return int(total)
 
 
+def all_gather(ranks: Ranks, value: T) -> list[T]:
+    """Return the `value` of each rank, in order of rank."""
+    if ranks.size == 1:
+        return [value]
+    from torch import distributed
+
+    gathered: list[Any] = [None] * ranks.size
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
 def gather_files(ranks: Ranks, folder: Path, name: str) -> None:
-    """Bring the file `name` in `folder` of every rank, each on its own node's disk, to rank 0's `folder`. A collective.
+    """Bring the file `name` in `folder` of every rank, each on its own node's disk, to rank 0's `folder`.
 
     Nothing happens with one rank. Names must differ between ranks.
     """
     if ranks.size == 1:
         return
-    files: list[Any] = [None] * ranks.size
-    distributed.all_gather_object(files, (name, (folder / name).read_bytes()))
+    files = all_gather(ranks, (name, (folder / name).read_bytes()))
     if ranks.is_main:
         for each, content in files:
             (folder / each).write_bytes(content)
 
 
-class AsyncScalar:
-    """A number on the GPU that is asked for later: it is on its way to the host meanwhile."""
+def destroy_process_group(ranks: Ranks) -> None:
+    """End the process group: from here on rank 0 works alone."""
+    if ranks.size == 1:
+        return
+    from torch import distributed
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._number = number
-        if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def value(self) -> int:
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._number)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
-@dataclass
-class Batches:
-    """Work through items that are dealt out to all processes, in step: each does as many batches as the others.
-
-    A batch too large for the memory of one process is halved on all (`size` keeps the smaller size); a stop that one
-    is asked for stops all, at most one batch later. With `sharded` weights no process can compute without the others:
-    one that has no item left repeats one, and its result is dropped.
-    """
-
-    world: Ranks
-    size: int
-    interrupted: Callable[[], bool] = lambda: False
-    sharded: bool = False
-
-    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> list[tuple[Sequence[Item], T]]:
-        """`work` of each batch of this process's share of `items`. Raises Interrupted on every process alike."""
-        mine = items[self.world.rank :: self.world.size]
-        most = -(-len(items) // self.world.size)
-        done, results = 0, []
-        while done < most:
-            batch = mine[done : done + self.size]
-            result, too_large = self._try(batch or (items[:1] if self.sharded else batch), work)
-            too_large, stop = all_reduce_any(self.world, too_large, self.interrupted())
-            if stop:
-                raise EvaluationAborted
-            if too_large:
-                size, self.size = self.size, (min(self.size, most - done) + 1) // 2
-                log.warning(f"The GPU ran out of memory evaluating {size} rows at once: {self.size} now")
-                torch.cuda.empty_cache()
-                continue
-            done += self.size
-            if batch:
-                results.append((batch, result))
-        return results  # type: ignore[return-value]
-
-    def _try(self, batch: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> tuple[T | None, bool]:
-        """The result, and whether the batch was too large. A process that cannot go on alone fails at once."""
-        try:
-            return (work(batch) if batch else None), False
-        except torch.OutOfMemoryError:
-            if len(batch) == 1 or (self.sharded and self.world.size > 1):
-                raise
-            return None, True
+def _picklable(error: Exception) -> Exception:
+    """`error` if it survives pickling, else a RuntimeError with its text."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
+    except Exception:
+        return RuntimeError(str(error))
+    return copy if isinstance(copy, type(error)) else RuntimeError(str(error))

@@ -17,9 +17,10 @@ from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
+from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.methods import Method
 from finetune_trainer.model.adapter import save_adapter
-from finetune_trainer.runtime.distributed import EvaluationAborted, all_reduce_sum, gather_files
+from finetune_trainer.runtime.distributed import all_reduce_sum, gather_files
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.training.best import judge
 from finetune_trainer.training.finite import FiniteCheck

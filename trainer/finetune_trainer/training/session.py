@@ -17,8 +17,8 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Loader, ProcessBatches
 from finetune_trainer.data.dataset import TokenizedDataset
-from finetune_trainer.engine.compilation import apply_plan
-from finetune_trainer.engine.lora import clear_cache, inputs_of, share_lora_inputs
+from finetune_trainer.engine.compilation import compile_layers
+from finetune_trainer.engine.lora import clear_cache, inputs_of
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.methods import Method
@@ -81,10 +81,9 @@ class TrainingSession:
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
-        share_lora_inputs(self.model)
         budget = selective_budget(self.shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if self.shape else 1.0
         example = self._loader().example()
-        self.plan = apply_plan(self.plan, self.model, example, self.ctx.spec.training.precision, budget)
+        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
         self.ctx.report.plan(self.plan)
         while True:
             trainer, hooks = self._trainer(state)

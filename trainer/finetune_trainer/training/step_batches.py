@@ -8,8 +8,8 @@ import torch
 
 from finetune_trainer.data.batching import Loader
 from finetune_trainer.methods import Method
-from finetune_trainer.runtime.distributed import AsyncScalar
 from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.runtime.transfer import AsyncScalar
 from finetune_trainer.settings import Ranks
 from finetune_trainer.training.throughput import Throughput
 
