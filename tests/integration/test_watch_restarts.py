@@ -13,7 +13,7 @@ from typing import Any
 import kopf
 import pytest
 
-from finetune_operator.watch import kopf_handlers, kopf_runner
+from finetune_operator.watch import kopf_handlers, kopf_runner, kopf_settings
 from support.operator.fixtures import Jobs
 from support.operator.in_process import living
 from support.server.client import Kube
@@ -113,7 +113,7 @@ def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
         take(cache, kind, event, enqueue)
 
     monkeypatch.setattr(kopf_handlers, "take", noted)
-    monkeypatch.setattr(kopf_handlers, "PAGE", 3)
+    monkeypatch.setattr(kopf_settings, "PAGE", 3)
     jobs = Jobs(kube)
     for number in range(8):
         jobs.create(f"nli-{number}")
