@@ -24,7 +24,8 @@ from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
-from finetune_trainer.publishing.publish import check_target, publish
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.base import (
     Credentials,
     Store,
@@ -58,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def put(folder: Path, store: Store, overwrite: bool = False, job: Metadata = JOB) -> Adapter:
-    return publish(folder, store, job=job, base_model="org/base", rank=8, metrics={}, overwrite=overwrite)
+    return AdapterOutput(store, job, overwrite).publish(Bundle(folder, base_model="org/base", rank=8, metrics={}))
 
 
 def is_whole(objects: dict[str, bytes], prefix: str) -> bool:
@@ -123,7 +124,7 @@ def publish_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
     with faulty(bench.s3.endpoint, faults, checks_payload=lambda path: path.endswith("manifest.json")) as endpoint:
         try:
             store = bench.store(prefix, endpoint)
-            result = check_target(store, JOB.uid, overwrite) or put(adapter, store, overwrite)
+            result = AdapterOutput(store, JOB, overwrite).find_published() or put(adapter, store, overwrite)
             outcome = "published"
         except StoreError as error:
             result, outcome = None, f"{type(error).__name__}"
@@ -270,11 +271,12 @@ import sys
 from pathlib import Path
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.publishing.publish import publish
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.base import Credentials, open_store
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")
-publish(Path(sys.argv[1]), store, job=job, base_model="org/base", rank=8, metrics={}, overwrite=False)
+AdapterOutput(store, job).publish(Bundle(Path(sys.argv[1]), base_model="org/base", rank=8, metrics={}))
 """
 
 
@@ -297,7 +299,7 @@ def test_a_publisher_killed_in_mid_air_is_mended_by_the_next_attempt(bench: Benc
     assert process.returncode == -signal.SIGKILL, errors.decode()
     objects = bench.s3.objects(bench.bucket, "killed")
     assert "killed/manifest.json" not in objects or is_whole(objects, "killed")
-    result = check_target(bench.store("killed"), JOB.uid, False) or put(adapter, bench.store("killed"))
+    result = AdapterOutput(bench.store("killed"), JOB).find_published() or put(adapter, bench.store("killed"))
     objects = bench.s3.objects(bench.bucket, "killed")
     assert is_whole(objects, "killed")
     assert result.manifest_digest == "sha256:" + hashlib.sha256(objects["killed/manifest.json"]).hexdigest()

@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_on_signals(stop, alone=world.size == 1), ExitStack() as exit_stack:
             settings = config.load(wanted.config, wanted.set, place, world)
             directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
-            logs.copy_to(directory.root / "log.txt")
+            logs.copy_to(directory.root / logs.LOG_FILE)
             telemetry = show(exit_stack, settings, reporter, console)
-            run(RunContext(settings, stop, reporter, telemetry, MetricsLog(directory), directory, exit_stack))
+            metrics = MetricsLog(directory.metrics_file, telemetry.track)
+            run(RunContext(settings, stop, reporter, telemetry, metrics, directory, exit_stack))
     except BaseException as error:
         failure = failure_of(error)
         unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1

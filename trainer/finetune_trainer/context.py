@@ -1,7 +1,7 @@
 """What one run carries from step to step: the job, the process, and whom to tell."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,9 +53,9 @@ class RunContext:
         """By what this process was asked to stop; another rank may have been."""
         return self.stop.reason or "another process"
 
-    def stage(self, stage: Stage, message: str) -> None:
-        """Report what the run does now; the time of each stage is a metric."""
-        self.report.stage(stage, message)
+    def stage(self, stage: Stage, message: str) -> AbstractContextManager[None]:
+        """Report what the run does while the block runs; the time of each stage is a metric."""
+        return self.report.stage(stage, message)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""

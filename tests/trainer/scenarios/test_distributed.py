@@ -131,7 +131,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
     def announce() -> None:
         from finetune_trainer.checkpoints import remote
         from finetune_trainer.checkpoints.manager import CheckpointManager
-        from finetune_trainer.publishing import publish
+        from finetune_trainer.publishing.publish import AdapterOutput
 
         def announced(name: str, original: Any) -> Any:
             def call(*args: Any, **options: Any) -> Any:
@@ -140,7 +140,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
 
             return call
 
-        publish.check_target = announced("check_target", publish.check_target)
+        AdapterOutput.find_published = announced("find_published", AdapterOutput.find_published)
         remote.resume = announced("resume", remote.resume)
         CheckpointManager.delete = announced("delete", CheckpointManager.delete)
 
@@ -153,7 +153,7 @@ def test_rank_0_alone_looks_into_the_store_and_all_do_as_it_says(
         main, other = pair.finish()
         assert (main.exit_code, other.exit_code) == (0, 0), main.log + other.log
         assert "CALLED" not in other.log
-        assert [main.log.count(f"CALLED {name}") for name in ("check_target", "resume")] == [1, 1]
+        assert [main.log.count(f"CALLED {name}") for name in ("find_published", "resume")] == [1, 1]
         assert main.log.count("CALLED delete") == run
 
 

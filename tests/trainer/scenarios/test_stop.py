@@ -5,8 +5,8 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -112,15 +112,15 @@ def test_an_answer_being_generated_is_given_up(tiny_model: Path, tmp_path: Path)
 
 
 def _stop_in(target: str, hang: Callable[[], None]) -> Callable[[], None]:
-    """SIGTERM, and then `hang`, in the place of `module.name`."""
+    """SIGTERM, and then `hang`, in the place of `target`."""
 
     def inject() -> None:
         def work(*args: Any, **options: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             hang()
 
-        module, _, name = target.rpartition(".")
-        setattr(import_module(f"finetune_trainer.{module}"), name, work)
+        owner, _, name = target.rpartition(".")
+        setattr(resolve_name(f"finetune_trainer.{owner}"), name, work)
 
     return inject
 
@@ -139,7 +139,7 @@ def _long() -> None:
     [
         "data.dataset.read_rows",
         "data.dataset.tokenize",
-        "publishing.publish.check_target",
+        "publishing.publish.AdapterOutput.find_published",
         "model.base.load_base_model",
     ],
 )
@@ -151,7 +151,7 @@ def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: P
 
 
 @pytest.mark.parametrize(
-    "target", ["publishing.bundle.write", "publishing.publish._confirm", "publishing.verify._fetch"]
+    "target", ["publishing.bundle.write_bundle", "publishing.publish._confirm", "publishing.verify._fetch"]
 )
 def test_after_training_the_next_attempt_publishes(
     target: str, unbroken: Path, tiny_model: Path, tmp_path: Path

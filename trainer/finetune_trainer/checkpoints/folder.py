@@ -4,11 +4,9 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune_api import constants
 from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.stores.json_numbers import drop_non_finite
 
 BEST_DIR = "best"
 _METRICS = Path(constants.METRICS_FILE).name
@@ -43,12 +41,6 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         """Where transformers' Trainer puts the checkpoint of `step`."""
         return self.checkpoints / f"checkpoint-{step}"
-
-    def record(self, **values: Any) -> None:
-        """Append one line to training/metrics.jsonl. Values that JSON has no number for are left out."""
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(drop_non_finite(values), allow_nan=False) + "\n")
 
     def keep_steps(self, last: int) -> None:
         """Drop what training/metrics.jsonl says of steps after `last`, and the best adapter."""

@@ -1,21 +1,30 @@
-"""The files that go with an adapter: model card, resolved job, environment, log, loss curve."""
+"""The folder to publish: the adapter, and with it tokenizer, model card, resolved job, environment, log, loss curve.
+
+torch is imported only once a bundle is written: publish.py needs the Bundle before that.
+"""
 
 import json
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import structlog
 import yaml
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
+from finetune_trainer.model.base import BaseModel
 from finetune_trainer.publishing import model_card
+from finetune_trainer.reporting.logs import LOG_FILE
 from finetune_trainer.settings import resolved_job
 
+log = structlog.get_logger(__name__)
 _PACKAGES = (
     "finetune-operator",
     "torch",
@@ -30,25 +39,61 @@ _PACKAGES = (
 )
 
 
-def write(
-    folder: RunDirectory,
+@dataclass(frozen=True)
+class Bundle:
+    """A folder that is ready to be published, and what its manifest says of it."""
+
+    folder: Path
+    base_model: str
+    rank: int
+    metrics: Mapping[str, float]
+    step: int | None = None
+
+
+def write_bundle(
     job: FineTuneJob,
-    tokenizer: Any,
+    model: Any,
+    base: BaseModel,
     plan: ExecutionPlan,
-    metrics: dict[str, float],
-    base_model: str,
-    log_file: Path,
-) -> None:
-    """Complete folder.adapter, which holds the adapter's two files, for publication."""
-    tokenizer.save_pretrained(str(folder.adapter))
-    training = folder.training
+    state: TrainingState,
+    directory: RunDirectory,
+) -> Bundle:
+    """Write all that is published into directory.adapter.
+
+    Args:
+        job: The job whose adapter it is.
+        model: The trained PEFT model; gets the weights of the best evaluation if the job keeps the best.
+        base: The base model's name and tokenizer.
+        plan: The execution plan at the end of training.
+        state: The state at the end of training.
+        directory: The run's files; metrics.jsonl is already in place.
+
+    Returns:
+        The folder and the facts for its manifest.
+    """
+    from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
+
+    spec = job.spec
+    metrics = state.final_metrics(keep_best=spec.evaluation.keep_best)
+    if spec.evaluation.keep_best and directory.best.exists():
+        log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
+        load_adapter_weights(model, directory.best)
+    save_adapter(model, directory.adapter)
+    base.tokenizer.save_pretrained(str(directory.adapter))
+    write_provenance(job, plan, directory)
+    (directory.adapter / "README.md").write_text(model_card.render(job, metrics, base.name))
+    return Bundle(directory.adapter, base.name, spec.lora.rank, metrics, state.step)
+
+
+def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirectory) -> None:
+    """Write directory.training: the resolved job, the environment, the log and the loss curve."""
+    training = directory.training
     training.mkdir(parents=True, exist_ok=True)
     (training / "job.yaml").write_text(yaml.safe_dump(resolved_job(job), sort_keys=False, allow_unicode=True))
     (training / "environment.json").write_text(json.dumps(environment(plan), indent=2) + "\n")
-    if log_file.exists():
-        shutil.copy2(log_file, training / "log.txt")
-    plot_loss(read_metrics(folder.metrics_file), training / "loss.png")
-    (folder.adapter / "README.md").write_text(model_card.render(job, metrics, base_model))
+    if (log_file := directory.root / LOG_FILE).exists():
+        shutil.copy2(log_file, training / LOG_FILE)
+    plot_loss(read_metrics(directory.metrics_file), training / "loss.png")
 
 
 def environment(plan: ExecutionPlan) -> dict[str, Any]:

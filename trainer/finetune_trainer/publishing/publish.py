@@ -12,6 +12,7 @@ still land on the other's: two live jobs must not share a URI.)
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,10 +20,15 @@ from typing import Final, Protocol
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_api.status import Adapter
+from finetune_api.uri import parse
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.settings import Settings
 from finetune_trainer.stores import manifest as store_manifest
-from finetune_trainer.stores.base import OnProgress, Store
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest, digest_file
 from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
+from finetune_trainer.stores.open import open_store
 
 #: Without these no one can load the adapter.
 REQUIRED: Final = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
@@ -40,81 +46,115 @@ class Job(Protocol):
     def uid(self) -> str | None: ...
 
 
-def check_target(store: Store, job_uid: str | None, overwrite: bool) -> Adapter | None:
-    """Whether `store` can take the adapter; to be asked before anything expensive.
-
-    Returns this job's own adapter, every byte compared, when an earlier attempt has already published it. Raises
-    AlreadyExists for somebody else's (unless `overwrite`), and whatever store error a first contact brings: a missing
-    bucket, wrong keys, or keys that may only read show here (a small object is written and deleted).
-    """
-    store.list(constants.TRAINING_DIR)
-    found = _found(store, overwrite)
-    if found is not None:
-        manifest, data = found
-        ours = _is_ours(manifest, job_uid)
-        if ours and _is_whole(store, manifest):
-            return _adapter(store, manifest, data)
-        if not ours and not overwrite:
-            raise _taken(store, manifest)
-    store.write_bytes(_PROBE, b"checks that this job may write here\n")
-    store.delete(_PROBE)
-    return None
+#: Called with the output and the digests of the uploaded files, by path.
+BeforeManifest = Callable[["AdapterOutput", Mapping[str, Digest]], None]
 
 
-def publish(
-    folder: Path,
-    store: Store,
-    *,
-    job: Job,
-    base_model: str,
-    rank: int,
-    metrics: Mapping[str, float],
-    overwrite: bool,
-    step: int | None = None,
-    load_back: Callable[[Mapping[str, Digest]], None] = lambda digests: None,
-    on_progress: OnProgress | None = None,
-) -> Adapter:
-    """Publish every file below `folder` at the store's root. Returns only after all of it was read back and compared.
+@dataclass(frozen=True)
+class AdapterOutput:
+    """Where one job publishes its adapter: `store` is the folder of output.uri. Knows nothing of torch."""
 
-    `load_back` gets the digests of the files sent; what it raises keeps the manifest from being written. An adapter
-    that this job has published before is kept and returned. Raises AlreadyExists, StoreError, and ValueError for a
-    folder that holds no adapter.
-    """
-    digests = _digests(folder)
-    existing = _found(store, overwrite)
-    if existing is not None:
-        manifest, data = existing
-        ours = _is_ours(manifest, job.uid)
-        if ours and _is_whole(store, manifest):
-            return _adapter(store, manifest, data)
-        if not ours and not overwrite:
-            raise _taken(store, manifest)
-    store_has_manifest = existing is not None or (overwrite and store.exists(constants.MANIFEST_FILE))
-    if store_has_manifest:
-        store.delete(constants.MANIFEST_FILE)
+    store: Store
+    job: Job
+    overwrite: bool = False
 
-    manifest = StoreManifest(
-        kind="Adapter",
-        job=JobReference(namespace=job.namespace, name=job.name, uid=job.uid),
-        created_at=datetime.now(UTC),
-        base_model=base_model,
-        rank=rank,
-        step=step,
-        files=store_manifest.records(digests),
-        metrics=dict(metrics),
-    )
-    for path, digest in digests.items():
-        if not overwrite:
-            _require_no_manifest(store)
-        store.upload(folder / path, path, on_progress, digest)
-    _require_listed(store, digests)
-    load_back(digests)
-    data = manifest.to_bytes()
-    store.write_bytes(constants.MANIFEST_FILE, data, if_none_match=not overwrite)
-    _confirm(store, manifest, data)
-    if existing is not None:
-        _delete_stale(store, old=existing[0], new=manifest)
-    return _adapter(store, manifest, data)
+    @classmethod
+    def open(cls, settings: Settings) -> "AdapterOutput":
+        """Open output.uri with the credentials of the role `output`. Makes no request yet; raises StoreError."""
+        output = settings.spec.output
+        credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
+        store = open_store(parse(output.uri), credentials, field="output.uri")
+        return cls(store, settings.job.metadata, output.overwrite)
+
+    def find_published(self) -> Adapter | None:
+        """Check that the store can take the adapter; call it before anything expensive.
+
+        Returns:
+            This job's own adapter, every byte compared, when an earlier attempt has already published it.
+
+        Raises:
+            AlreadyExists: Another job's adapter is there, and `overwrite` is false.
+            StoreError: The bucket is missing, the keys are wrong, or they may only read (a small object is written
+                and deleted).
+        """
+        store = self.store
+        store.list(constants.TRAINING_DIR)
+        found = self._existing()
+        if found is not None and (published := self._published_by_this_job(*found)):
+            return published
+        store.write_bytes(_PROBE, b"checks that this job may write here\n")
+        store.delete(_PROBE)
+        return None
+
+    def publish(self, bundle: Bundle, before_manifest: BeforeManifest = lambda output, digests: None) -> Adapter:
+        """Publish every file of `bundle` at the store's root; an adapter that this job published before is kept.
+
+        Args:
+            bundle: The folder to publish, and what the manifest says of it.
+            before_manifest: Gets this output and the digests of the uploaded files by path; what it raises keeps the
+                manifest from being written.
+
+        Returns:
+            The adapter, once all of it was read back and compared.
+
+        Raises:
+            AlreadyExists: Another job's adapter is there, and `overwrite` is false.
+            StoreError: The store failed, or holds other bytes than were sent.
+            ValueError: The folder holds no adapter.
+        """
+        store, overwrite = self.store, self.overwrite
+        digests = _digests(bundle.folder)
+        existing = self._existing()
+        if existing is not None and (published := self._published_by_this_job(*existing)):
+            return published
+        if existing is not None or (overwrite and store.exists(constants.MANIFEST_FILE)):
+            store.delete(constants.MANIFEST_FILE)
+
+        manifest = StoreManifest(
+            kind="Adapter",
+            job=JobReference(namespace=self.job.namespace, name=self.job.name, uid=self.job.uid),
+            created_at=datetime.now(UTC),
+            base_model=bundle.base_model,
+            rank=bundle.rank,
+            step=bundle.step,
+            files=store_manifest.records(digests),
+            metrics=dict(bundle.metrics),
+        )
+        for path, digest in digests.items():
+            if not overwrite:
+                self._require_no_manifest()
+            store.upload(bundle.folder / path, path, digest=digest)
+        _require_listed(store, digests)
+        before_manifest(self, digests)
+        data = manifest.to_bytes()
+        store.write_bytes(constants.MANIFEST_FILE, data, if_none_match=not overwrite)
+        _confirm(store, manifest, data)
+        if existing is not None:
+            _delete_stale(store, old=existing[0], new=manifest)
+        return _adapter(store, manifest, data)
+
+    def _existing(self) -> tuple[StoreManifest, bytes] | None:
+        """The manifest at the target. One that is no manifest of ours counts as another job's: None if `overwrite`."""
+        try:
+            return store_manifest.read(self.store)
+        except StoreCorrupted as error:
+            if self.overwrite:
+                return None
+            raise AlreadyExists(f"{error}; move it away, change the URI, or set output.overwrite: true") from None
+
+    def _published_by_this_job(self, manifest: StoreManifest, data: bytes) -> Adapter | None:
+        """The adapter of `manifest` if it is this job's and whole. Raises AlreadyExists for another job's."""
+        ours = self.job.uid is not None and manifest.job is not None and manifest.job.uid == self.job.uid
+        if ours and _is_whole(self.store, manifest):
+            return _adapter(self.store, manifest, data)
+        if not ours and not self.overwrite:
+            raise _taken(self.store, manifest)
+        return None
+
+    def _require_no_manifest(self) -> None:
+        existing = self._existing()
+        if existing is not None:
+            raise _taken(self.store, existing[0])
 
 
 def _digests(folder: Path) -> dict[str, Digest]:
@@ -125,20 +165,6 @@ def _digests(folder: Path) -> dict[str, Digest]:
         raise ValueError(f"{folder} holds no adapter: {' and '.join(missing)} missing")
     files.sort(key=lambda path: (path.stat().st_size, path))
     return {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
-
-
-def _found(store: Store, overwrite: bool) -> tuple[StoreManifest, bytes] | None:
-    """The manifest at the target. One that is no manifest of ours counts as somebody else's: None when `overwrite`."""
-    try:
-        return store_manifest.read(store)
-    except StoreCorrupted as error:
-        if overwrite:
-            return None
-        raise AlreadyExists(f"{error}; move it away, change the URI, or set output.overwrite: true") from None
-
-
-def _is_ours(manifest: StoreManifest, job_uid: str | None) -> bool:
-    return job_uid is not None and manifest.job is not None and manifest.job.uid == job_uid
 
 
 def _is_whole(store: Store, manifest: StoreManifest) -> bool:
@@ -156,12 +182,6 @@ def _taken(store: Store, manifest: StoreManifest) -> AlreadyExists:
         f"{store.field}: {store.root} already holds an adapter (of {by}, {manifest.created_at:%Y-%m-%d}):"
         " change the URI, or set output.overwrite: true to replace it"
     )
-
-
-def _require_no_manifest(store: Store) -> None:
-    found = _found(store, overwrite=False)
-    if found is not None:
-        raise _taken(store, found[0])
 
 
 def _require_listed(store: Store, digests: Mapping[str, Digest]) -> None:

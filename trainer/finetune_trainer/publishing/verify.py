@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
-from finetune_api import constants
 from finetune_api.artifact_manifest import StoreManifest
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
+from finetune_trainer.model.base import BaseModel, layout
+from finetune_trainer.publishing.publish import REQUIRED, AdapterOutput
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
@@ -23,26 +27,65 @@ from finetune_trainer.stores.errors import StoreCorrupted
 log = structlog.get_logger(__name__)
 #: The same weights on the same base differ by rounding alone.
 TOLERANCE = 1e-3
-_FILES = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
 
 
 class VerificationFailed(Exception):
     """An adapter on its way to publication does not compute what was trained."""
 
 
-class Verifier:
-    """Knows what the trained model computes, and whether an adapter, loaded with PEFT on its base, does the same."""
+def make_verifier(
+    model: Any, base: BaseModel, evaluator: Evaluator, plan: ExecutionPlan, spec: FineTuneJobSpec, scratch: Path
+) -> "Verifier":
+    """Choose how to verify the adapter, and note what the trained `model` computes.
 
-    def __init__(self, model: Any, evaluator: Evaluator) -> None:
-        """`model`, with its adapter, is taken apart by the first check. Raises Diverged when its loss is no number."""
+    Args:
+        model: The trained PEFT model, with the weights that are published; the first check takes it apart.
+        base: The base model's configuration.
+        evaluator: Measures the loss on some rows, on this process alone.
+        plan: With sharded or fp8 weights this process cannot compute what a user's will: weights are compared.
+        spec: The job's spec.
+        scratch: A folder to download to.
+
+    Raises:
+        Diverged: The adapter computes, or holds, NaN or infinite numbers.
+    """
+    if plan.sharded or plan.fp8:
+        return ShardedVerifier(model, scratch, lambda: layout(base.config, spec))
+    return LossVerifier(model, scratch, evaluator)
+
+
+class Verifier(ABC):
+    """Loads an adapter back with PEFT and compares it with the one that was trained."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+
+    def check_local(self, folder: Path) -> None:
+        """Check the adapter in `folder`, before it is uploaded. Raises VerificationFailed."""
+        self._check(folder, "hand")
+
+    def check_uploaded(self, output: AdapterOutput, digests: Mapping[str, Digest]) -> None:
+        """Download the adapter's files from `output` and check them. Raises VerificationFailed, StoreError."""
+        _fetch(output.store, {name: digests[name].sha256 for name in REQUIRED}, self._scratch)
+        self._check(self._scratch, str(output.store.root))
+
+    @abstractmethod
+    def _check(self, folder: Path, where: str) -> None:
+        """Check the adapter in `folder`; `where` names it in messages."""
+
+
+class LossVerifier(Verifier):
+    """Compares the loss of the trained model with that of the adapter, loaded with PEFT on the same base."""
+
+    def __init__(self, model: Any, scratch: Path, evaluator: Evaluator) -> None:
+        super().__init__(scratch)
         self._model = model
         self._evaluator = evaluator
         self._expected = evaluator.loss_of(model)
         if not math.isfinite(self._expected):
             raise Diverged("The trained adapter's loss is NaN or infinite; it is not published")
 
-    def check(self, folder: Path, where: str) -> None:
-        """Load the adapter in `folder`. `where` names it in messages. Raises VerificationFailed."""
+    def _check(self, folder: Path, where: str) -> None:
         self._model = PeftModel.from_pretrained(self._model.unload(), str(folder))
         found = self._evaluator.loss_of(self._model)
         if not abs(found - self._expected) <= TOLERANCE * max(1.0, abs(self._expected)):
@@ -52,26 +95,24 @@ class Verifier:
             )
         log.info(f"The adapter at {where} was loaded back with PEFT and computes the same", loss=round(found, 6))
 
-    def check_sent(self, store: Store, digests: Mapping[str, Digest], folder: Path) -> None:
-        """The same for the adapter's files at the store's root, fetched to `folder`."""
-        _fetch(store, {name: digests[name].sha256 for name in _FILES}, folder)
-        self.check(folder, str(store.root))
-
 
 class ShardedVerifier(Verifier):
-    """The same where no process can compute alone, for the base's weights are dealt out: an adapter, loaded with PEFT
-    on the base model's layout, must have the weights that were trained, bit for bit."""
+    """Verifier for sharded models: compares adapter weights bit for bit.
 
-    def __init__(self, model: Any, layout: Callable[[], Any]) -> None:
-        """`layout` makes the base model on torch's meta device. Raises Diverged when a weight is no number."""
+    No process can compute alone there: the adapter is loaded with PEFT on the base model's layout, without its weights.
+    """
+
+    def __init__(self, model: Any, scratch: Path, make_layout: Callable[[], Any]) -> None:
+        """`make_layout` makes the base model on torch's meta device."""
+        super().__init__(scratch)
         self._trained = _adapter_weights(model)
-        self._layout = layout
+        self._make_layout = make_layout
         if not all(torch.isfinite(weight).all() for weight in self._trained.values()):
             raise Diverged("The trained adapter has weights that are NaN or infinite; it is not published")
 
-    def check(self, folder: Path, where: str) -> None:
-        loaded = PeftModel.from_pretrained(_hollow(self._layout()), str(folder), torch_device="cpu")
-        found = _adapter_weights(loaded)
+    def _check(self, folder: Path, where: str) -> None:
+        base = on_meta_like_zeros(self._make_layout())
+        found = _adapter_weights(PeftModel.from_pretrained(base, str(folder), torch_device="cpu"))
         same = found.keys() == self._trained.keys()
         if not same or not all(torch.equal(weight, self._trained[name]) for name, weight in found.items()):
             raise VerificationFailed(
@@ -80,17 +121,24 @@ class ShardedVerifier(Verifier):
         log.info(f"The adapter at {where} was loaded back with PEFT and has the weights that were trained")
 
 
-def load_back(store: Store, folder: Path) -> StoreManifest:
-    """Fetch a published adapter to `folder` and load it as PEFT does, without a base model; returns its manifest.
+def load_back(output: AdapterOutput, folder: Path) -> StoreManifest:
+    """Download an adapter that an earlier attempt published to `folder`, and load it as PEFT does, without a base.
 
     It was loaded on its base before its manifest was written (finetune_trainer.publishing.publish). Its bytes are
-    compared with that manifest here: they are the bytes that passed. Raises StoreCorrupted.
+    compared with that manifest here: they are the bytes that passed.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        StoreCorrupted: The adapter is gone, or has no weights, or weights that are NaN or infinite.
     """
+    store = output.store
     found = store_manifest.read(store)
     if found is None:
         raise StoreCorrupted(f"{store.field}: {store.root} holds no adapter any more")
     manifest, _ = found
-    _fetch(store, {file.path: file.sha256 for file in manifest.files if file.path in _FILES}, folder)
+    _fetch(store, {file.path: file.sha256 for file in manifest.files if file.path in REQUIRED}, folder)
     PeftConfig.from_pretrained(str(folder))
     weights = load_peft_weights(str(folder), device="cpu")
     if not weights or not all(torch.isfinite(weight).all() for weight in weights.values()):
@@ -99,8 +147,11 @@ def load_back(store: Store, folder: Path) -> StoreManifest:
     return manifest
 
 
-def _hollow(model: Any) -> Any:
-    """`model`, its weights zeros in host memory that share one place each: PEFT puts adapters where weights are."""
+def on_meta_like_zeros(model: Any) -> Any:
+    """Replace the meta weights of `model` with zeros on the CPU, one element each: PEFT puts adapters beside weights.
+
+    It costs no memory, however large the model.
+    """
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)

@@ -3,13 +3,15 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from rich.console import Console
 
 from finetune_trainer.redact import without_userinfo
 
+#: The copy of the log in the run's scratch directory, and in the adapter's training/.
+LOG_FILE: Final = "log.txt"
 _SHARED: list[Any] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,

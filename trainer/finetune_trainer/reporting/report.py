@@ -2,8 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._report = TrainerReport()
         self._listeners: list[Listener] = []
+        self._stage: tuple[Stage, str] | None = None
         self._termination_log = termination_log
 
     @property
@@ -39,10 +40,22 @@ class Reporter:
     def listen(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
-    def stage(self, stage: Stage, message: str) -> None:
-        """Say what the run is doing now."""
+    @contextmanager
+    def stage(self, stage: Stage, message: str) -> Iterator[None]:
+        """Report that the run is in `stage` while the block runs; listeners time it (Prometheus, by stage).
+
+        After a block inside another's the outer stage goes on; after an outermost one the last stage stands until the
+        next begins.
+        """
+        outer, self._stage = self._stage, (stage, message)
         log.info(message, stage=stage)
         self._change(stage=stage, message=message)
+        try:
+            yield
+            if outer is not None and self.report.stage == stage:  # it has not ended meanwhile
+                self._change(stage=outer[0], message=outer[1])
+        finally:
+            self._stage = outer
 
     def plan(self, plan: ExecutionPlan) -> None:
         self._change(execution_plan=plan)

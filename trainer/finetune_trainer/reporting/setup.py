@@ -1,4 +1,4 @@
-"""What surrounds a run in its process: imports, the pages it serves, its bar, its folder, and an end that is sure."""
+"""What a run shows while it lasts: HTTP endpoints and the progress bar."""
 
 from contextlib import ExitStack
 
@@ -14,8 +14,8 @@ from finetune_trainer.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
-    """Serve /metrics and /progress, and draw the live bar, until `around` closes."""
+def show(exit_stack: ExitStack, settings: Settings, reporter: Reporter, console: Console | None) -> Telemetry:
+    """Serve /metrics and /progress, and draw the live bar, until `exit_stack` closes."""
     telemetry = Telemetry()
     if not settings.ranks.is_main:
         return telemetry
@@ -28,9 +28,9 @@ def show(around: ExitStack, settings: Settings, reporter: Reporter, console: Con
         ),
         "/healthz": ("text/plain", lambda: b"ok"),
     }
-    address = around.enter_context(serve(settings.environment.listen, pages))
+    address = exit_stack.enter_context(serve(settings.environment.listen, pages))
     if address:
         log.info("Serving /metrics and /progress", address=address)
     if console:
-        around.enter_context(live_progress(console, reporter))
+        exit_stack.enter_context(live_progress(console, reporter))
     return telemetry

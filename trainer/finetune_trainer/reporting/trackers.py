@@ -45,37 +45,27 @@ def check(settings: Settings) -> None:
 
 
 @contextmanager
-def trackers(settings: Settings, work: Path, **others: Track) -> Iterator[Track]:
-    """Open the trackers the job and the environment ask for; yields the hook to all of them, and to `others`.
+def opened(settings: Settings, work: Path) -> Iterator[dict[str, Track]]:
+    """Open the trackers the job and the environment ask for; yields each one's function (step, {name: value}) by name.
 
     W&B: logging.wandb. MLflow: its own variables, MLFLOW_TRACKING_URI first of all. Of several processes only rank 0
-    has anything to tell them.
+    has trackers.
     """
     job, main = settings.job, settings.ranks.is_main
+    hooks: dict[str, Track] = {}
     with ExitStack() as stack:
-        hooks: dict[str, Track] = dict(others)
         if main and job.spec.logging.wandb:
             _open(hooks, "Weights & Biases", stack, lambda: _wandb(job, work, settings.environment.secrets))
         if main and (mlflow := _mlflow_settings(settings)):
             _open(hooks, "MLflow", stack, lambda: _mlflow(job, mlflow))
-
-        def track(step: int, values: Mapping[str, Any]) -> None:
-            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-            for name, hook in list(hooks.items()):
-                try:
-                    hook(step, numbers)
-                except Exception as error:
-                    log.warning(f"{name} failed and is left out from here", error=_first_line(error))
-                    del hooks[name]
-
-        yield track
+        yield hooks
 
 
 def _open(hooks: dict[str, Track], name: str, stack: ExitStack, opener: Callable[[], Any]) -> None:
     try:
         hooks[name] = stack.enter_context(_closing_quietly(name, opener()))
     except Exception as error:
-        log.warning(f"{name} could not be started and is left out", error=_first_line(error))
+        log.warning(f"{name} could not be started and is left out", error=safe_reason(error))
     else:
         log.info(f"Metrics also go to {name}")
 
@@ -100,7 +90,7 @@ def _warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning(what, error=_first_line(error))
+        log.warning(what, error=safe_reason(error))
 
 
 @contextmanager
@@ -169,8 +159,8 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of what `error` says, without anything secret that MLflow was given."""
+def safe_reason(error: Exception) -> str:
+    """The first line of what `error` says, without any secret that MLflow was given."""
     line = reason(error)
     address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
     secrets = (address.rpartition("@")[0], *(os.environ.get(key) for key in _MLFLOW[3:]))

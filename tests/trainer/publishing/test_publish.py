@@ -10,8 +10,10 @@ import pytest
 
 from finetune_api import constants
 from finetune_api.spec import Metadata
+from finetune_api.status import Adapter
 from finetune_api.uri import parse
-from finetune_trainer.publishing.publish import check_target, publish
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.base import (
     AlreadyExists,
     BucketNotFound,
@@ -49,10 +51,16 @@ def make_adapter(folder: Path, text: str) -> Path:
     return folder
 
 
-def put(store: Store, folder: Path, job: Metadata = JOB, overwrite: bool = False):
-    return publish(
-        folder, store, job=job, base_model="org/base", rank=8, metrics={"evalLoss": 0.5}, overwrite=overwrite
-    )
+def find(store: Store, job: Metadata = JOB, overwrite: bool = False) -> Adapter | None:
+    return AdapterOutput(store, job, overwrite).find_published()
+
+
+def put(store: Store, folder: Path, job: Metadata = JOB, overwrite: bool = False) -> Adapter:
+    return AdapterOutput(store, job, overwrite).publish(bundle(folder))
+
+
+def bundle(folder: Path) -> Bundle:
+    return Bundle(folder, base_model="org/base", rank=8, metrics={"evalLoss": 0.5})
 
 
 def test_the_manifest_names_every_file_with_its_digest(store: Store, adapter: Path) -> None:
@@ -70,21 +78,22 @@ def test_the_manifest_names_every_file_with_its_digest(store: Store, adapter: Pa
 
 
 def test_what_does_not_load_gets_no_manifest(store: Store, adapter: Path) -> None:
-    def load_back(digests: Mapping[str, Digest]) -> None:
+    def load_back(output: AdapterOutput, digests: Mapping[str, Digest]) -> None:
+        assert output.store is store
         assert digests.keys() == {entry.path for entry in store.list()}, "all is there when it is loaded"
         raise RuntimeError("it does not load")
 
     with pytest.raises(RuntimeError, match="does not load"):
-        publish(adapter, store, job=JOB, base_model="b", rank=8, metrics={}, overwrite=False, load_back=load_back)
+        AdapterOutput(store, JOB).publish(bundle(adapter), before_manifest=load_back)
     assert not store.exists(constants.MANIFEST_FILE)
-    assert check_target(store, JOB.uid, overwrite=False) is None
+    assert find(store) is None
 
 
 def test_another_jobs_adapter_is_never_touched(store: Store, adapter: Path, tmp_path: Path) -> None:
     put(store, adapter, OTHER)
     before = store.read_bytes(constants.MANIFEST_FILE)
     with pytest.raises(AlreadyExists, match="already holds an adapter \\(of team/other"):
-        check_target(store, JOB.uid, overwrite=False)
+        find(store)
     with pytest.raises(AlreadyExists):
         put(store, make_adapter(tmp_path / "mine", "two"))
     assert store.read_bytes(constants.MANIFEST_FILE) == before
@@ -99,17 +108,17 @@ def test_checking_the_target_finds_trouble_before_the_training(s3: S3Server, buc
         (s3.env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, f"s3://{bucket}/x", StoreAccessDenied),
     ):
         with pytest.raises(error, match=r"output\.uri"):
-            check_target(open_store(parse(uri), Credentials("output", env)), JOB.uid, overwrite=False)
+            find(open_store(parse(uri), Credentials("output", env)))
 
 
 def test_checking_an_empty_target_leaves_nothing_behind(store: Store) -> None:
-    assert check_target(store, JOB.uid, overwrite=False) is None
+    assert find(store) is None
     assert store.list() == []
 
 
 def test_a_retry_finds_its_own_adapter_and_keeps_it(store: Store, adapter: Path, tmp_path: Path) -> None:
     first = put(store, adapter)
-    assert check_target(store, JOB.uid, overwrite=False) == first
+    assert find(store) == first
     assert put(store, make_adapter(tmp_path / "again", "two")) == first
     assert store.exists("training/one.txt") and not store.exists("training/two.txt")
 
@@ -118,16 +127,16 @@ def test_a_run_without_a_uid_owns_nothing(store: Store, adapter: Path) -> None:
     local = Metadata(name="local")
     put(store, adapter, local)
     with pytest.raises(AlreadyExists, match=r"\(of local,"):
-        check_target(store, None, overwrite=False)
+        find(store, local)
 
 
 def test_its_own_adapter_is_published_again_when_it_is_broken(store: Store, adapter: Path) -> None:
     put(store, adapter)
     store.write_bytes(constants.ADAPTER_WEIGHTS_FILE, b"damaged")
-    assert check_target(store, JOB.uid, overwrite=False) is None
+    assert find(store) is None
     put(store, adapter)
     assert store.read_bytes(constants.ADAPTER_WEIGHTS_FILE) == (adapter / constants.ADAPTER_WEIGHTS_FILE).read_bytes()
-    assert check_target(store, JOB.uid, overwrite=False) is not None
+    assert find(store) is not None
 
 
 def test_overwriting_replaces_everything_and_only_what_was_published(
@@ -137,7 +146,7 @@ def test_overwriting_replaces_everything_and_only_what_was_published(
     store.write_bytes("notes.txt", b"a person's own")
     store.write_bytes("checkpoints/step-00000001/manifest.json", b"{}")
     new = make_adapter(tmp_path / "new", "two")
-    assert check_target(store, JOB.uid, overwrite=True) is None
+    assert find(store, overwrite=True) is None
     put(store, new, overwrite=True)
     assert {entry.path for entry in store.list()} == {
         "adapter_config.json", "adapter_model.safetensors", "training/two.txt", "manifest.json",
@@ -149,12 +158,12 @@ def test_overwriting_replaces_everything_and_only_what_was_published(
 def test_a_foreign_manifest_is_only_overwritten_when_told_to(store: Store, adapter: Path) -> None:
     store.write_bytes(constants.MANIFEST_FILE, b'{"name": "a browser extension"}')
     with pytest.raises(AlreadyExists, match=r"no manifest of ours: .*output\.overwrite"):
-        check_target(store, JOB.uid, overwrite=False)
+        find(store)
     with pytest.raises(AlreadyExists):
         put(store, adapter)
-    assert check_target(store, JOB.uid, overwrite=True) is None
+    assert find(store, overwrite=True) is None
     put(store, adapter, overwrite=True)
-    assert check_target(store, JOB.uid, overwrite=False) is not None
+    assert find(store) is not None
 
 
 def test_a_job_that_publishes_meanwhile_wins(store: Store, adapter: Path, tmp_path: Path, monkeypatch) -> None:
@@ -163,8 +172,8 @@ def test_a_job_that_publishes_meanwhile_wins(store: Store, adapter: Path, tmp_pa
     ours = type(store).upload
     sent: list[str] = []
 
-    def upload_then_rival(self: Store, local: Path, path: str, *rest: Any) -> None:
-        ours(self, local, path, *rest)
+    def upload_then_rival(self: Store, local: Path, path: str, **options: Any) -> None:
+        ours(self, local, path, **options)
         if local.is_relative_to(adapter):
             sent.append(path)
             if len(sent) == 2:
@@ -174,7 +183,7 @@ def test_a_job_that_publishes_meanwhile_wins(store: Store, adapter: Path, tmp_pa
     with pytest.raises(AlreadyExists, match="of team/other"):
         put(store, adapter)
     assert len(sent) == 2
-    assert check_target(store, OTHER.uid, overwrite=False) is not None, "the other's adapter is whole"
+    assert find(store, OTHER) is not None, "the other's adapter is whole"
 
 
 @pytest.mark.parametrize("missing", [constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE])

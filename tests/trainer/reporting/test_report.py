@@ -1,15 +1,10 @@
 """What the trainer says of itself parses again, whatever the numbers, and fits its place."""
 
-import json
-from datetime import UTC, datetime
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 
-from finetune_api.artifact_manifest import FileRecord, StoreManifest
-from finetune_api.status import TrainerReport
-from finetune_trainer.checkpoints.folder import RunDirectory
-from finetune_trainer.checkpoints.state import TrainingState
+from finetune_api.status import Adapter, TrainerReport
 from finetune_trainer.reporting.report import Reporter, termination_message
 
 NO_NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "negative": float("-inf")}
@@ -24,33 +19,31 @@ def test_numbers_that_json_does_not_have_are_left_out_of_the_report() -> None:
     assert (again.progress.loss, again.progress.learning_rate) == (None, 0.1)
 
 
-def test_a_manifest_with_such_numbers_is_readable() -> None:
-    manifest = StoreManifest(
-        kind="Adapter",
-        created_at=datetime.now(UTC),
-        files=[FileRecord(path="a", size_bytes=1, sha256="0" * 64)],
-        metrics={"evalLoss": 0.5} | NO_NUMBERS,
-    )
-    assert StoreManifest.model_validate_json(manifest.to_bytes()).metrics == {"evalLoss": 0.5}
-    written_before = manifest.to_bytes().replace(b"0.5", b"null")
-    assert StoreManifest.model_validate_json(written_before).metrics == {}
+def test_a_stage_inside_another_gives_way_to_it() -> None:
+    reporter, seen = Reporter(), list[tuple[str, str]]()
+    reporter.listen(lambda report: seen.append((report.stage, report.message)))
+    with reporter.stage("CheckingData", "looking"):
+        pass
+    with reporter.stage("Publishing", "sending"):
+        with reporter.stage("Verifying", "loading"):
+            pass
+        reporter.succeeded(
+            Adapter(uri="s3://a/b", manifest_digest=f"sha256:{0:064}", size_bytes=1, base_model="b", rank=1), "done"
+        )
+    assert seen == [
+        ("CheckingData", "looking"),
+        ("Publishing", "sending"),
+        ("Verifying", "loading"),
+        ("Publishing", "sending"),
+        ("Succeeded", "done"),
+    ]
 
 
-def test_every_line_of_the_metrics_file_is_json(tmp_path: Path) -> None:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
-
-    folder = RunDirectory(tmp_path)
-    folder.record(step=1, loss=0.5, gradNorm=float("inf"), **NO_NUMBERS)
-    line = json.loads(folder.metrics_file.read_text(), parse_constant=refuse)
-    assert line == {"step": 1, "loss": 0.5}
-
-
-def test_a_state_of_another_version_is_read(tmp_path: Path) -> None:
-    TrainingState(step=3, fingerprint="f").save(tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"of_a_later_version": 1}))
-    assert TrainingState.load(tmp_path) == TrainingState(step=3, fingerprint="f")
+def test_a_stage_that_fails_is_not_left_for_another() -> None:
+    reporter = Reporter()
+    with suppress(ValueError), reporter.stage("Publishing", "sending"), reporter.stage("Verifying", "loading"):
+        raise ValueError
+    assert (reporter.report.stage, reporter.report.message) == ("Verifying", "loading")
 
 
 @pytest.mark.parametrize("message", ["short", "ü" * 9000, '\n\x01"' * 3000])
