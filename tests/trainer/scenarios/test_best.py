@@ -84,9 +84,9 @@ def test_a_gain_below_min_delta_counts_as_none(tiny_model: Path, tmp_path: Path)
 
 def test_an_early_stop_is_final_even_when_killed_before_publishing(tiny_model: Path, tmp_path: Path) -> None:
     def die_before_publishing() -> None:
-        from finetune_trainer.publishing import publish
+        from finetune_trainer.publishing.publish import AdapterOutput
 
-        publish.publish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        AdapterOutput.publish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
     config = job(tmp_path, tiny_model, OVERSHOOT | {"evaluation.earlyStopping": {"patience": 1}})
     first = TrainerProcess(config, tmp_path, before=die_before_publishing).finish()

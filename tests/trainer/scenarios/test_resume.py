@@ -154,7 +154,7 @@ def test_killed_between_training_and_publishing_it_only_publishes(
     unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = _job(tmp_path, tiny_model)
-    killed = TrainerProcess(config, tmp_path, before=_die_in("publishing.publish.publish")).finish()
+    killed = TrainerProcess(config, tmp_path, before=_die_in("publishing.publish.AdapterOutput.publish")).finish()
     assert killed.exit_code == -signal.SIGKILL
     finished = train(config, tmp_path)
     assert finished.exit_code == 0, finished.log
@@ -223,7 +223,7 @@ def test_a_job_created_anew_publishes_what_the_old_one_had_finished(
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
     first = _job(tmp_path, tiny_model, shared, uid="old")
     assert (
-        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.AdapterOutput.publish")).finish().exit_code
         == -signal.SIGKILL
     )
     anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
@@ -239,7 +239,7 @@ def test_a_job_with_other_data_at_the_same_uri_never_publishes_the_old_one(tiny_
     shared = {"checkpoint.uri": f"file://{tmp_path}/shared"}
     first = _job(tmp_path, tiny_model, shared, uid="old")
     assert (
-        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.AdapterOutput.publish")).finish().exit_code
         == -signal.SIGKILL
     )
     anew = _job(tmp_path, tiny_model, shared | {"output.uri": f"file://{tmp_path}/new"}, uid="new")
@@ -261,7 +261,7 @@ def test_checkpoints_of_a_job_with_another_name_are_not_dropped_for_an_overwrite
     first = _job(tmp_path, tiny_model, shared)
     first.write_text(first.read_text().replace("name: tiny", "name: busy"))
     assert (
-        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.publish")).finish().exit_code
+        TrainerProcess(first, tmp_path, before=_die_in("publishing.publish.AdapterOutput.publish")).finish().exit_code
         == -signal.SIGKILL
     )
     refused = train(_job(tmp_path, tiny_model, shared | {"training.seed": 7}), tmp_path)
