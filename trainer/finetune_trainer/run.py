@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import structlog
-
 from finetune_api.status import Adapter
 from finetune_trainer import inputs
 from finetune_trainer.checkpoints.manager import CheckpointManager
@@ -17,8 +15,6 @@ from finetune_trainer.runtime.gc import freeze_imports
 from finetune_trainer.runtime.start import start_runtime
 from finetune_trainer.settings import Ranks
 from finetune_trainer.stores.digest import Digest
-
-log = structlog.get_logger(__name__)
 
 
 def run(ctx: RunContext) -> Adapter | None:
@@ -63,7 +59,7 @@ def run(ctx: RunContext) -> Adapter | None:
             from finetune_trainer.evaluation.lockstep import EvaluationAborted
             from finetune_trainer.methods import METHODS
             from finetune_trainer.model import adapter as peft_adapter
-            from finetune_trainer.model.base import inspect_base_model, layout, load_base_model
+            from finetune_trainer.model.base import inspect_base_model, load_base_model
             from finetune_trainer.publishing.bundle import write_bundle
             from finetune_trainer.publishing.verify import make_verifier
             from finetune_trainer.runtime.device import seed
