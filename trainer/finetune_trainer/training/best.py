@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from finetune_api.spec_evaluation import Evaluation
 from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.methods import Method
+from finetune_trainer.methods.base import Method
 
 
 def judge(

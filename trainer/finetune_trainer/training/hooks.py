@@ -18,7 +18,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Diverged
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
-from finetune_trainer.methods import Method
+from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import save_adapter
 from finetune_trainer.runtime.distributed import all_reduce_sum, gather_files
 from finetune_trainer.runtime.rng import RngState

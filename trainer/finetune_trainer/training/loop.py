@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.optimizer import fuse_updates
-from finetune_trainer.methods import Method
+from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.training.hooks import TrainingHooks

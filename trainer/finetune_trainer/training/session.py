@@ -21,7 +21,7 @@ from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, inputs_of
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
-from finetune_trainer.methods import Method
+from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights
 from finetune_trainer.planning.memory import ModelShape, selective_budget
 from finetune_trainer.training.arguments import training_arguments

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.data.batching import Loader
-from finetune_trainer.methods import Method
+from finetune_trainer.methods.base import Method
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.runtime.transfer import AsyncScalar
 from finetune_trainer.settings import Ranks
