@@ -1,26 +1,29 @@
-"""How a run fails: one exception per exit code, and the sentence a person reads."""
+"""How a run fails: one exception per exit code, and the sentence that the user reads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from finetune_api.exit_codes import OUTCOMES, ExitCode
 from finetune_api.manifest import ManifestError
 from finetune_trainer.redact import without_userinfo
-from finetune_trainer.stores.errors import StoreError
 
 #: Exit code of a failure nobody foresaw, and its reason.
-UNEXPECTED = 1
-UNEXPECTED_REASON = "Error"
+UNEXPECTED: Final = 1
+UNEXPECTED_REASON: Final = "Error"
 
 
 class TrainerError(Exception):
-    """A foreseen failure. Its text is one sentence for the user: what is wrong, where, what is allowed."""
+    """A foreseen failure. Its text is one sentence for the user: what is wrong, where, what is allowed.
+
+    Attributes:
+        exit_code: What the trainer exits with if nobody handles the error.
+        reason: The reason in the job's status, where the exit code alone does not tell it.
+    """
 
     exit_code: ClassVar[ExitCode]
     reason: ClassVar[str | None] = None
-    """Where the exit code alone does not tell it."""
 
 
 class ConfigInvalid(TrainerError):
@@ -60,6 +63,13 @@ class Diverged(TrainerError):
     exit_code = ExitCode.DIVERGED
 
 
+#: Exit codes of exceptions that are not ours.
+_FOREIGN: Final[dict[type[BaseException], ExitCode]] = {
+    ManifestError: ExitCode.CONFIG_INVALID,
+    KeyboardInterrupt: ExitCode.PREEMPTED,
+}
+
+
 @dataclass(frozen=True)
 class Failure:
     """How a run ends: the process's exit code, status's reason, and one sentence."""
@@ -70,7 +80,7 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure that `error` stands for; anything unforeseen is exit code 1 with a short sentence."""
+    """Return the failure that `error` means; anything unforeseen is exit code 1 with a short sentence."""
     code = _exit_code(error)
     if code is not None:
         reason = (error.reason if isinstance(error, TrainerError) else None) or OUTCOMES[code].reason
@@ -81,13 +91,13 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def is_gpu_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is CUDA's out-of-memory (by name, for this module does without torch)."""
+    """Return whether `error` is CUDA's out-of-memory (by name: this module does not import torch)."""
     return any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
 
 
 @contextmanager
 def weights_must_fit(source: str, bits: int) -> Iterator[None]:
-    """For the block that loads the weights: running out of GPU memory there is no matter of the micro-batch."""
+    """Turn GPU out-of-memory while the weights of `source` load into WontFit: no micro-batch can help there."""
     try:
         yield
     except Exception as error:
@@ -95,42 +105,37 @@ def weights_must_fit(source: str, bits: int) -> Iterator[None]:
             raise
         fewer = "" if bits == 4 else "set quantization.bits: 4, or "
         raise WontFit(
-            f"spec.model.source: the weights of {source} in {bits} bits alone are more than the GPU has free:"
-            f" {fewer}take a GPU with more memory"
+            f"spec.model.source: the {bits}-bit weights of {source} do not fit in GPU memory: {fewer}use a larger GPU"
         ) from error
 
 
 def _exit_code(error: BaseException) -> ExitCode | None:
     if isinstance(error, TrainerError):
         return error.exit_code
-    if isinstance(error, ManifestError):
-        return ExitCode.CONFIG_INVALID
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.PREEMPTED
     if is_gpu_out_of_memory(error):
         return ExitCode.GPU_OUT_OF_MEMORY
-    return error.exit_code if isinstance(error, StoreError) else None
+    return next((code for kind, code in _FOREIGN.items() if isinstance(error, kind)), None)
 
 
 def _text(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or "Interrupted; run again to go on from the last checkpoint"
+        return str(error) or "Interrupted; run again to resume from the last checkpoint"
     text = str(error).strip()
-    if isinstance(error, TrainerError | ManifestError | StoreError) or not text:
+    if isinstance(error, TrainerError | ManifestError) or not text:
         return text
     return without_userinfo(text.splitlines()[0].rstrip("."))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says; nothing when it says nothing."""
+    """Return the first line of the text of `error`; '' if it has none."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what `error` says, or its type's name when it says nothing."""
+    """Return the first line of the text of `error`, or the name of its type."""
     return first_line(error) or type(error).__name__
 
 
 def type_and_reason(error: BaseException) -> str:
-    """The name of the type of `error`, and the first line of what it says."""
+    """Return the name of the type of `error` and the first line of its text."""
     return f"{type(error).__name__}: {first_line(error)}"

@@ -7,5 +7,5 @@ _USERINFO: Final = re.compile(r"(?<=://)[^/\s@\"']*@")
 
 
 def without_userinfo(text: str) -> str:
-    """`text` without the user names and passwords of the URLs in it."""
+    """Return `text` without the user names and passwords of the URLs in it."""
     return _USERINFO.sub("", text)

@@ -47,6 +47,7 @@ class Request:
     path: str
     query: str
     has_body: bool
+    range: str = ""
 
     def fitting(self, kinds: Sequence[Fault]) -> list[Fault]:
         """Those of `kinds` that make sense here (no body, no wrong byte in it), the ones that harm bytes more often."""
@@ -127,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else b""
         parts = urlsplit(self.path)
-        fault = self.faults.choose(Request(self.command, parts.path, parts.query, bool(body)))
+        fault = self.faults.choose(
+            Request(self.command, parts.path, parts.query, bool(body), self.headers.get("Range", ""))
+        )
         if fault in ("reset", "crash"):
             return self._reset()
         if fault in ("500", "503"):

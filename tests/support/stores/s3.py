@@ -19,6 +19,10 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from finetune_api.uri import parse
+from finetune_trainer.stores.base import Credentials, Store
+from finetune_trainer.stores.open import open_store
+
 REGION = "us-east-1"
 _ALLOW_ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 
@@ -93,6 +97,11 @@ def _make_user(iam: Any, statements: tuple[Mapping[str, Any], ...]) -> Keys:
     iam.put_user_policy(UserName=name, PolicyName="policy", PolicyDocument=json.dumps(policy))
     key = iam.create_access_key(UserName=name)["AccessKey"]
     return Keys(key["AccessKeyId"], key["SecretAccessKey"])
+
+
+def s3_store(server: S3Server, bucket: str, path: str = "some/prefix", **settings: str) -> Store:
+    """The trainer's store below s3://bucket/path, with `settings` on top of the administrator's keys."""
+    return open_store(parse(f"s3://{bucket}/{path}"), Credentials("output", server.env | settings))
 
 
 @contextmanager

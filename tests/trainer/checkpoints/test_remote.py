@@ -25,7 +25,7 @@ JOB = Metadata(name="nli", namespace="team", uid="1111")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainer.stores.s3.retry.PATIENCE", 0.5)
+    monkeypatch.setattr("finetune_trainer.stores.s3.retry.OUTAGE_SECONDS", 0.5)
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -83,7 +83,7 @@ def test_there_is_nothing_to_resume_at_first(store: Store, tmp_path: Path) -> No
 def test_a_broken_checkpoint_gives_way_to_the_one_before(
     store: Store, tmp_path: Path, damage: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.stores.s3.retry.ATTEMPTS", 1)
+    monkeypatch.setattr("finetune_trainer.stores.s3.retry.MAX_TRIES", 1)
     good = save(store, tmp_path, 500)
     save(store, tmp_path, 1000)
     file, manifest = "step-00001000/nested/optimizer.pt", "step-00001000/manifest.json"
@@ -108,7 +108,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
 
 
 def test_restoring_a_broken_checkpoint_leaves_the_folder_alone(store: Store, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("finetune_trainer.stores.s3.retry.ATTEMPTS", 1)
+    monkeypatch.setattr("finetune_trainer.stores.s3.retry.MAX_TRIES", 1)
     save(store, tmp_path, 500)
     store.write_bytes("step-00000500/adapter.safetensors", b"other")
     (tmp_path / "work").mkdir()

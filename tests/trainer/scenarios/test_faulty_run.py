@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import Future, RetryCallState
 
 from finetune_api import constants
 from finetune_api.exit_codes import ExitCode
@@ -89,37 +88,3 @@ def _whole_or_absent(objects: dict[str, bytes]) -> bool:
     for file in json.loads(objects["out/manifest.json"])["files"]:
         assert hashlib.sha256(objects[f"out/{file['path']}"]).hexdigest() == file["sha256"]
     return True
-
-
-def test_waits_between_tries_are_random_below_a_bound_that_grows() -> None:
-    """So that many trainers that lost the store at one moment do not all come back at another."""
-    policy = retry.insist(20)
-
-    def waits(attempt: int) -> list[float]:
-        state = RetryCallState(policy, None, (), {})
-        state.attempt_number = attempt
-        state.outcome = Future.construct(attempt, ConnectionError(), has_exception=True)
-        return [float(policy.wait(state)) for _ in range(200)]
-
-    bounds = [min(0.1 * 2**attempt, retry.MAX_WAIT) for attempt in range(8)]
-    for attempt, bound in enumerate(bounds, start=1):
-        drawn = waits(attempt)
-        assert 0 <= min(drawn) < bound / 10
-        assert bound * 0.8 < max(drawn) <= bound
-        assert len(set(drawn)) > 190
-    assert bounds[-1] == retry.MAX_WAIT
-
-
-def test_an_outage_is_insisted_on_for_the_patience_given_and_garbled_bytes_for_a_few_tries() -> None:
-    for error, patience, expected in ((ConnectionError(), 0.0, 1), (ValueError("garbled"), 0.0, retry.ATTEMPTS)):
-        tries: list[int] = []
-
-        def fail(error: Exception = error, tries: list[int] = tries) -> None:
-            tries.append(1)
-            raise error
-
-        policy = retry.insist(patience)
-        policy.sleep = lambda seconds: None
-        with pytest.raises(type(error)):
-            policy(fail)
-        assert len(tries) == expected

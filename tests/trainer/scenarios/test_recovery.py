@@ -121,7 +121,8 @@ def test_weights_that_do_not_fit_are_no_matter_of_the_micro_batch(tiny_model: Pa
     finished = TrainerProcess(job(tmp_path, tiny_model, changes), tmp_path, before=inject).finish()
     assert finished.report["reason"] == "WontFit", finished.log
     assert finished.exit_code == ExitCode.CONFIG_INVALID
-    assert "in 16 bits alone are more than the GPU has free: set quantization.bits: 4" in finished.message
+    sentence = f"the 16-bit weights of file://{tiny_model} do not fit in GPU memory: set quantization.bits: 4"
+    assert sentence in finished.message
 
 
 def test_a_step_that_ran_out_of_memory_leaves_no_trace_in_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:

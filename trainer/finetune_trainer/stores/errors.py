@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 from finetune_api.exit_codes import ExitCode
+from finetune_trainer.errors import TrainerError
 
 
-class StoreError(Exception):
-    """Base of all of them; `exit_code` is what the trainer ends with when nobody handles it."""
+class StoreError(TrainerError):
+    """Base of all errors of a store."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.UNAVAILABLE
+    exit_code = ExitCode.UNAVAILABLE
 
 
 class StoreUnavailable(StoreError):
@@ -19,41 +19,41 @@ class StoreUnavailable(StoreError):
 
 
 class StoreCorrupted(StoreUnavailable):
-    """Bytes in the store, or on the way from it, are not the ones that were put there."""
+    """Bytes in the store, or on the way from it, differ from those that were written."""
 
 
 class StoreAccessDenied(StoreError):
-    """Missing or wrong credentials, or not allowed to touch this path."""
+    """Credentials are missing or wrong, or do not allow access to this path."""
 
     exit_code = ExitCode.ACCESS_DENIED
 
 
 class StoreMisconfigured(StoreError):
-    """A setting of the store that can never work, such as an endpoint that is no URL."""
+    """A setting of the store can never work, such as an endpoint that is no URL."""
 
     exit_code = ExitCode.CONFIG_INVALID
 
 
 class StoreNotFound(StoreError):
-    """The object or folder is not there."""
+    """The object or folder does not exist."""
 
     exit_code = ExitCode.CONFIG_INVALID
 
 
 class BucketNotFound(StoreNotFound):
-    """The bucket, claim or disk itself is not there: the manifest or the cluster must change."""
+    """The bucket, claim or disk itself does not exist: the manifest or the cluster must change."""
 
 
 class AlreadyExists(StoreError):
-    """Something else is where we were asked to create."""
+    """A path that should be created is already taken by something else."""
 
     exit_code = ExitCode.CONFIG_INVALID
 
 
 @contextmanager
-def on_local_disk(what: str, folder: Path) -> Iterator[None]:
-    """Turn local trouble while `what` is written to `folder` (full, read-only, …) into StoreUnavailable."""
+def on_local_disk(subject: str, folder: Path) -> Iterator[None]:
+    """Turn an OSError while `subject` is written to `folder` (full, read-only, …) into StoreUnavailable."""
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"{what} cannot be written to {folder}: {error.strerror or error}") from error
+        raise StoreUnavailable(f"{subject} cannot be written to {folder}: {error.strerror or error}") from error

@@ -14,8 +14,9 @@ from s3transfer.subscribers import BaseSubscriber
 
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
-from finetune_trainer.stores.digest import CHUNK_BYTES, Digest, digest_chunks
-from finetune_trainer.stores.s3 import download
+from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.s3.download import download
+from finetune_trainer.stores.s3.retry import RangeTries
 
 MIB: Final = 1 << 20
 #: Files from this size on travel in parts of PART_BYTES, THREADS at a time.
@@ -23,12 +24,11 @@ MULTIPART_BYTES: Final = 16 * MIB
 PART_BYTES: Final = 8 * MIB
 THREADS: Final = 8
 
-# Seconds and tries of one request. An unreachable store is reported after at most
-# TRIES * CONNECT_TIMEOUT + backoff (1 + 2 s), a silent one after TRIES * CONTROL_READ_TIMEOUT + backoff.
-TRIES: Final = 3
+#: Seconds. Only uploads are retried by botocore, for s3transfer cannot retry a part by itself (retry.py does the rest).
 CONNECT_TIMEOUT: Final = 5
 CONTROL_READ_TIMEOUT: Final = 12
 DATA_READ_TIMEOUT: Final = 60
+UPLOAD_TRIES: Final = 3
 
 #: What an allow-list calls the endpoint of credentials that name none.
 AMAZON: Final = "https://s3.amazonaws.com"
@@ -37,54 +37,69 @@ _PAIR: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 @dataclass(frozen=True)
 class Clients:
-    """`control` for small, quick requests; `data` for those that move files and may take longer."""
+    """The clients of one store.
+
+    Attributes:
+        control: For small, quick requests.
+        reads: For requests that fetch data and may take longer.
+        writes: For requests that send data.
+        sends_checksums: Whether uploads carry a CRC32 for the server to compare.
+    """
 
     control: Any
-    data: Any
+    reads: Any
+    writes: Any
     sends_checksums: bool
 
     def send(
         self, local: Path, bucket: str, key: str, checksum: dict[str, str], on_progress: OnProgress | None
     ) -> None:
-        """Upload in parallel parts, read from the file as they go. A failed upload leaves no parts behind."""
-        with TransferManager(self.data, _transfer_config()) as manager:
+        """Upload a file in parallel parts, read as they are sent. A failed upload leaves no parts behind."""
+        with TransferManager(self.writes, _transfer_config()) as manager:
             manager.upload(str(local), bucket, key, dict(checksum), _subscribers(on_progress)).result()
 
-    def fetch(self, bucket: str, key: str, local: Path, head: dict[str, Any], on_progress: OnProgress | None) -> Digest:
-        """Download exactly the object whose HEAD is `head`, large ones in parallel parts; the digest of what came."""
+    def fetch(
+        self,
+        bucket: str,
+        key: str,
+        local: Path,
+        head: dict[str, Any],
+        tries: RangeTries,
+        on_progress: OnProgress | None,
+    ) -> Digest:
+        """Download exactly the object whose HEAD is `head`, and return the digest of what arrived."""
         version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
-        get = partial(self.data.get_object, Bucket=bucket, Key=key, **version)
-        if int(head["ContentLength"]) >= MULTIPART_BYTES:
-            return download.download(get, int(head["ContentLength"]), local, PART_BYTES, THREADS, on_progress)
-        with local.open("wb") as file:
+        size = int(head["ContentLength"])
+        return download(
+            partial(self.reads.get_object, Bucket=bucket, Key=key, **version),
+            size,
+            local,
+            part_bytes=PART_BYTES if size >= MULTIPART_BYTES else max(size, 1),
+            threads=THREADS,
+            tries=tries,
+            on_progress=on_progress,
+        )
 
-            def keep(chunk: bytes) -> None:
-                file.write(chunk)
-                if on_progress is not None:
-                    on_progress(len(chunk))
 
-            return digest_chunks(get()["Body"].iter_chunks(CHUNK_BYTES), keep)
-
-
-class BadSetting(Exception):
-    """A setting that can never work: its key, and what is allowed. The value is not told: it may be a secret."""
+class InvalidSetting(Exception):
+    """A setting that can never work: its key, and what is allowed. Never shows the value: it may be a secret."""
 
     def __init__(self, key: str, allowed: str) -> None:
         super().__init__(f"{key} must be {allowed}")
 
 
 def endpoint_of(credentials: Credentials) -> str | None:
-    """The S3 endpoint to use, or None for Amazon's."""
+    """Return the S3 endpoint to use, or None for Amazon's."""
     return credentials.get(_endpoint_key(credentials))
 
 
 def shown_endpoint(credentials: Credentials) -> str:
-    """What messages call the endpoint: scheme, host and port, never a password in it. Raises BadSetting."""
+    """Return the endpoint for messages: scheme, host and port, never a password. Raises InvalidSetting."""
     endpoint = endpoint_of(credentials)
     try:
         return origin(endpoint) if endpoint else "Amazon S3"
     except ValueError:
-        raise BadSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
+        raise InvalidSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
 
 
 def _endpoint_key(credentials: Credentials) -> str:
@@ -92,7 +107,7 @@ def _endpoint_key(credentials: Credentials) -> str:
 
 
 def is_allowed(credentials: Credentials, allowed: str) -> bool:
-    """Whether the endpoint matches one of the `allowed` shell patterns (commas between them; empty allows any).
+    """Return whether the endpoint matches one of the `allowed` shell patterns (comma-separated; empty allows any).
 
     Only its scheme, host and port are compared: no path, user or query can make another host match.
     """
@@ -102,9 +117,11 @@ def is_allowed(credentials: Credentials, allowed: str) -> bool:
 
 
 def connect(credentials: Credentials) -> Clients:
-    """Clients for these credentials; nothing is sent yet. Without keys, boto3 looks where it always does.
+    """Create clients for these credentials; nothing is sent yet. Without keys, boto3 searches its usual places.
 
-    Raises BotoCoreError for half a pair of keys, BadSetting.
+    Raises:
+        BotoCoreError: One key of the pair is missing.
+        InvalidSetting: A setting can never work.
     """
     for key, other in (_PAIR, _PAIR[::-1]):
         if credentials.get(key) and not credentials.get(other):
@@ -112,10 +129,10 @@ def connect(credentials: Credentials) -> Clients:
     shown_endpoint(credentials)
     certificates = credentials.get("AWS_CA_BUNDLE")
     if certificates and not Path(certificates).exists():
-        raise BadSetting("AWS_CA_BUNDLE", "the path of a file with certificates")
+        raise InvalidSetting("AWS_CA_BUNDLE", "the path of a file with certificates")
     calculation = (credentials.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported").lower()
     if calculation not in ("when_supported", "when_required"):
-        raise BadSetting("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported or when_required")
+        raise InvalidSetting("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported or when_required")
     session = boto3.session.Session(
         aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
@@ -124,11 +141,11 @@ def connect(credentials: Credentials) -> Clients:
     )
     endpoint = endpoint_of(credentials)
 
-    def client(read_timeout: int) -> Any:
+    def client(read_timeout: float, tries: int = 1) -> Any:
         config = Config(
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=read_timeout,
-            retries={"mode": "standard", "total_max_attempts": TRIES},
+            retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=4 * THREADS,
             s3={"addressing_style": "path" if endpoint else "auto"},
             request_checksum_calculation=calculation,
@@ -136,11 +153,16 @@ def connect(credentials: Credentials) -> Clients:
         return session.client("s3", endpoint_url=endpoint, config=config, verify=certificates)
 
     try:
-        return Clients(client(CONTROL_READ_TIMEOUT), client(DATA_READ_TIMEOUT), calculation == "when_supported")
+        return Clients(
+            control=client(CONTROL_READ_TIMEOUT),
+            reads=client(DATA_READ_TIMEOUT),
+            writes=client(DATA_READ_TIMEOUT, UPLOAD_TRIES),
+            sends_checksums=calculation == "when_supported",
+        )
     except InvalidRegionError:
-        raise BadSetting("AWS_REGION", "the name of a region, such as us-east-1") from None
+        raise InvalidSetting("AWS_REGION", "the name of a region, such as us-east-1") from None
     except ValueError:
-        raise BadSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
+        raise InvalidSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
 
 
 def _transfer_config() -> TransferConfig:

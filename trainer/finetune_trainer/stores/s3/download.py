@@ -12,69 +12,84 @@ from pathlib import Path
 from typing import Any, Final
 
 from botocore.exceptions import IncompleteReadError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.digest import Digest, digest_chunks
-from finetune_trainer.stores.s3.retry import is_garbled
+from finetune_trainer.stores.s3.retry import RangeTries
 
 #: Bytes read and written at once, per thread.
 CHUNK_BYTES: Final = 512 * 1024
-#: Bytes after which what has come is pushed to the disk.
+#: Bytes after which what has arrived is flushed to the disk.
 _SYNC_BYTES: Final = 64 * 1024 * 1024
-#: Tries of one range whose answer breaks off; each request is also tried several times by botocore.
-ATTEMPTS: Final = 3
 
-#: get_object of one object, still wanting Range.
+#: get_object of one object; `Range` is still open.
 Get = Callable[..., dict[str, Any]]
 
 
 def download(
-    get: Get, size: int, local: Path, part_bytes: int, threads: int, on_progress: OnProgress | None = None
+    get: Get,
+    size: int,
+    local: Path,
+    *,
+    part_bytes: int,
+    threads: int,
+    tries: RangeTries,
+    on_progress: OnProgress | None = None,
 ) -> Digest:
-    """Write the object's `size` bytes to `local`; their digest, and most of the way to the disk, go along meanwhile.
+    """Write an object to `local` and return the digest of what arrived. Digest and disk keep up with the network.
 
-    Raises botocore's errors; `local` is then incomplete.
+    Args:
+        get: Requests a range of the object.
+        size: The object's size in bytes.
+        local: The file to write; it is incomplete after an error.
+        part_bytes: Bytes of one range.
+        threads: Ranges in flight at a time.
+        tries: Counts the tries of each range.
+        on_progress: Told of bytes as they arrive.
+
+    Raises:
+        BotoCoreError, ClientError: A range cannot be fetched.
     """
     handle = os.open(local, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     pool = ThreadPoolExecutor(threads)
     try:
         os.truncate(handle, size)
         spans = [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
-        parts = [pool.submit(_with_retries, partial(_part, get, handle, *span, on_progress)) for span in spans]
-        return digest_chunks(_landed(handle, spans, parts))
+        parts = [
+            pool.submit(
+                tries.policy(start), partial(_part, _ranged(get, start, end, size), handle, start, end, on_progress)
+            )
+            for start, end in spans
+        ]
+        return digest_chunks(_arrived(handle, spans, parts))
     finally:
         pool.shutdown(cancel_futures=True)
         os.close(handle)
 
 
-def _landed(handle: int, spans: list[tuple[int, int]], parts: list[Future[None]]) -> Iterator[bytes]:
-    """The file's bytes in order, as far as they are here. They are read back from memory, not from the disk."""
+def _ranged(get: Get, start: int, end: int, size: int) -> Get:
+    """Return `get` for one range. Of a whole object, botocore itself checks the server's checksum."""
+    return get if end - start == size else partial(get, Range=f"bytes={start}-{end - 1}")
+
+
+def _arrived(handle: int, spans: list[tuple[int, int]], parts: list[Future[None]]) -> Iterator[bytes]:
+    """Yield the file's bytes in order as ranges arrive; they are read from the page cache, not from the disk."""
     unsynced = 0
     for (start, end), part in zip(spans, parts, strict=True):
         part.result()
         for at in range(start, end, CHUNK_BYTES):
             yield os.pread(handle, min(CHUNK_BYTES, end - at), at)
         unsynced += end - start
-        if unsynced >= _SYNC_BYTES:  # else the disk would idle until the last byte is here
+        if unsynced >= _SYNC_BYTES:  # else the disk would idle until the last byte has arrived
             os.fdatasync(handle)
             unsynced = 0
 
 
-def _with_retries(run: Callable[[], None]) -> None:
-    Retrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.1, max=1),
-        retry=retry_if_exception(is_garbled),
-        reraise=True,
-    )(run)
-
-
 def _part(get: Get, handle: int, start: int, end: int, on_progress: OnProgress | None) -> None:
-    """Bytes start … end-1; what a failed try has reported is taken back."""
+    """Fetch bytes start … end-1; a failed try takes back the progress that it reported."""
     at = start
     try:
-        with closing(get(Range=f"bytes={start}-{end - 1}")["Body"]) as body:
+        with closing(get()["Body"]) as body:
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 if at + len(chunk) > end:
                     break

@@ -1,17 +1,17 @@
-"""From botocore's many exceptions to the few a user can act on."""
+"""The one classifier of S3 errors: which to retry, and how to explain the rest to the user."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from boto3.exceptions import Boto3Error
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
-from s3transfer.exceptions import RetriesExceededError
 from urllib3.exceptions import HTTPError as Urllib3Error
 
 from finetune_trainer.stores.errors import (
     BucketNotFound,
     StoreAccessDenied,
+    StoreCorrupted,
     StoreError,
     StoreMisconfigured,
     StoreNotFound,
@@ -23,7 +23,6 @@ S3_ERRORS: Final = (
     boto.BotoCoreError,
     boto.ClientError,
     Boto3Error,
-    RetriesExceededError,
     Urllib3Error,
     ResponseParserError,
     ConnectionError,
@@ -31,6 +30,49 @@ S3_ERRORS: Final = (
     ValueError,  # botocore's, for a number or a date in an answer that is none
 )
 
+#: Whether an operation may succeed if it is done again: when the store is back ("outage"), at once, because bytes were
+#: lost or changed on the way ("corruption"), or never ("final").
+Retry = Literal["outage", "corruption", "final"]
+
+_CORRUPTION: Final = (
+    boto.IncompleteReadError,
+    boto.ResponseStreamingError,
+    boto.FlexibleChecksumError,
+    boto.ChecksumError,
+    ResponseParserError,
+    Urllib3Error,
+    StoreCorrupted,
+    ValueError,  # botocore's, for a number or a date in an answer that is none
+)
+_CORRUPTION_CODES: Final = frozenset(
+    [
+        "BadDigest",
+        "XAmzContentSHA256Mismatch",
+        "XAmzContentChecksumMismatch",
+        "IncompleteBody",
+        "InvalidDigest",
+        "NoSuchUpload",
+        "InvalidPart",
+        "InvalidPartOrder",
+        "EntityTooSmall",
+        "MalformedXML",
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+        "OperationAborted",
+    ]
+)
+_OUTAGE: Final = (boto.ConnectionError, boto.HTTPClientError, ConnectionError, TimeoutError)
+#: Codes of an overloaded store that come with other statuses than 5xx and 429.
+_OUTAGE_CODES: Final = frozenset(
+    [
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "RequestLimitExceeded",
+    ]
+)
 _NO_CREDENTIALS: Final = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -58,8 +100,8 @@ _MISSING_CODES: Final = frozenset(("NoSuchKey", "NotFound", "404"))
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a message has to name: the manifest's fields, the object, the bucket and the endpoint."""
+class Location:
+    """What a message must name: the manifest's fields, the object, the bucket and the endpoint."""
 
     field: str
     secret_field: str
@@ -68,74 +110,87 @@ class Place:
     endpoint: str
 
     @property
-    def what(self) -> str:
+    def subject(self) -> str:
+        """The beginning of a message about the object."""
         return f"{self.field}: {self.uri} at {self.endpoint}"
 
 
 def code_of(error: BaseException) -> str:
-    """S3's error code, or '' for an error that never came from the server."""
+    """Return S3's error code, or '' for an error that did not come from the server."""
     if isinstance(error, boto.ClientError):
         return str(error.response.get("Error", {}).get("Code", ""))
     return ""
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status, or 0."""
+    """Return the HTTP status, or 0."""
     if isinstance(error, boto.ClientError):
         return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return 0
 
 
+def classify(error: BaseException) -> Retry:
+    """Return whether, and for what reason, to retry after `error`."""
+    code = code_of(error)
+    if isinstance(error, _CORRUPTION) or code in _CORRUPTION_CODES:
+        return "corruption"
+    if isinstance(error, boto.ClientError):
+        overloaded = status_of(error) >= 500 or status_of(error) == 429 or code in _OUTAGE_CODES
+        return "outage" if overloaded else "final"
+    return "outage" if isinstance(error, _OUTAGE) and not isinstance(error, boto.SSLError) else "final"
+
+
 def is_missing_object(error: BaseException) -> bool:
-    """Whether the server says that there is no such object (a HEAD cannot say whether the bucket is there)."""
+    """Return whether the server has no such object (a HEAD cannot tell whether the bucket exists)."""
     return code_of(error) in _MISSING_CODES
 
 
-def explain(error: BaseException, place: Place) -> StoreError:
-    """The store's error for one of S3_ERRORS."""
+def explain(error: BaseException, location: Location) -> StoreError:
+    """Return the store's error for one of S3_ERRORS."""
     code, status = code_of(error), status_of(error)
     if isinstance(error, _NO_CREDENTIALS):
         missing = "half of the credentials" if isinstance(error, boto.PartialCredentialsError) else "no credentials"
-        return StoreAccessDenied(f"{place.what}: {missing}: {set_keys(place.secret_field)}")
+        return StoreAccessDenied(f"{location.subject}: {missing}: {_set_keys(location.secret_field)}")
     if code == "NoSuchBucket":
-        return missing_bucket(place)
+        return missing_bucket(location)
     if code in _MISSING_CODES:
-        return StoreNotFound(f"{place.what} does not exist")
+        return StoreNotFound(f"{location.subject} does not exist")
     if code == "RequestTimeTooSkewed":
-        return StoreUnavailable(f"{place.what}: this machine's clock differs too much from the store's: check NTP")
+        return StoreUnavailable(
+            f"{location.subject}: this machine's clock differs too much from the store's: check NTP"
+        )
     if code in _DENIED_CODES or status in (401, 403):
         return StoreAccessDenied(
-            f"{place.what}: the store refused the request ({code or status}): check the keys in the Secret named by"
-            f" {place.secret_field} (or in the environment) and what they may read or write"
+            f"{location.subject}: access denied ({code or status}): check the keys in the Secret named by"
+            f" {location.secret_field} (or in the environment) and what they may read or write"
         )
     if status in (301, 307):
-        return StoreUnavailable(f"{place.what}: bucket {place.bucket} is in another region: set AWS_REGION")
+        return StoreUnavailable(f"{location.subject}: bucket {location.bucket} is in another region: set AWS_REGION")
     if isinstance(error, boto.ClientError):
-        return StoreUnavailable(f"{place.what}: the store keeps answering {code or 'an error'} (HTTP {status})")
-    return StoreUnavailable(f"{place.what}: {_reason(error)}: check the endpoint, DNS and NetworkPolicies")
+        return StoreUnavailable(f"{location.subject}: the store keeps answering {code or 'an error'} (HTTP {status})")
+    return StoreUnavailable(f"{location.subject}: {_reason(error)}: check the endpoint, DNS and NetworkPolicies")
 
 
-def bad_setting(error: Exception, field: str, secret_field: str) -> StoreMisconfigured:
-    """The error for a BadSetting."""
+def invalid_setting(error: Exception, field: str, secret_field: str) -> StoreMisconfigured:
+    """Return the error for an InvalidSetting."""
     return StoreMisconfigured(f"{field}: {error} (in the Secret named by {secret_field}, or in the environment)")
 
 
-def missing_bucket(place: Place) -> BucketNotFound:
-    """The error for a bucket that is not there."""
+def missing_bucket(location: Location) -> BucketNotFound:
+    """Return the error for a bucket that does not exist."""
     return BucketNotFound(
-        f"{place.field}: bucket {place.bucket} does not exist at {place.endpoint}: create it or change the URI"
+        f"{location.field}: bucket {location.bucket} does not exist at {location.endpoint}: create it or change the URI"
     )
 
 
-def set_keys(secret_field: str) -> str:
-    """What to do about missing keys."""
+def _set_keys(secret_field: str) -> str:
     return (
         f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the Secret named by {secret_field} or in the environment"
     )
 
 
 def _reason(error: BaseException) -> str:
-    """In words: botocore's own texts hold full URLs, some with the object's key twice."""
+    """Return the reason in words: botocore's own texts hold full URLs, some with the object's key twice."""
     if isinstance(error, boto.SSLError):
         return "the TLS connection failed (set AWS_CA_BUNDLE for a private certificate authority)"
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):

@@ -1,7 +1,7 @@
 """A store in an S3 bucket, or anything that speaks S3 (path-style addressing where an endpoint is given).
 
-What is sent is checked twice: the request carries a full-object CRC32, which the server compares with what it got, and
-the object's own checksum is read back with HEAD. Servers that report none are read back whole and compared by SHA-256.
+Uploads are checked twice: the request carries a full-object CRC32, which the server compares with what it received, and
+the object's own checksum is read with HEAD. Without one, the object is read back and compared by SHA-256.
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 """
 
@@ -35,14 +35,8 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     on_local_disk,
 )
-from finetune_trainer.stores.s3 import (
-    client as s3_client,
-)
-from finetune_trainer.stores.s3 import (
-    errors,
-    etag,
-    retry,
-)
+from finetune_trainer.stores.s3 import client as s3_client
+from finetune_trainer.stores.s3 import errors, retry
 
 _DELETE_THREADS: Final = 8
 
@@ -60,7 +54,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._clients: s3_client.Clients | None = None
         self._bucket_seen = False
-        self._patience = self._seconds(constants.ENV_STORE_PATIENCE, retry.PATIENCE)
+        self._outage_seconds = self._seconds(constants.ENV_STORE_PATIENCE, retry.OUTAGE_SECONDS)
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
@@ -68,7 +62,7 @@ class S3Store(Store):
     def size(self, path: str) -> int:
         head = self._head(path)
         if head is None:
-            raise StoreNotFound(f"{self._place(path).what} does not exist")
+            raise StoreNotFound(f"{self._location(path).subject} does not exist")
         return int(head["ContentLength"])
 
     def list(self, prefix: str = "") -> list[Entry]:
@@ -109,7 +103,7 @@ class S3Store(Store):
                     raise
                 # Perhaps our own first try got through and only its answer was lost.
                 if self.read_bytes(path) != data:
-                    raise AlreadyExists(f"{self._place(path).what} is already there") from None
+                    raise AlreadyExists(f"{self._location(path).subject} is already there") from None
             mine = True
             self._check(path, digest)
 
@@ -129,7 +123,7 @@ class S3Store(Store):
             else:
                 self._abort_leftovers(path)
                 self._s3.send(local, self._bucket, self._key(path), self._checksum(expected), on_progress)
-            self._check(path, expected, local)
+            self._check(path, expected)
 
         self._repeat(path, run)
 
@@ -137,17 +131,18 @@ class S3Store(Store):
         self, path: str, local: Path, on_progress: OnProgress | None = None, sha256: str | None = None
     ) -> None:
         partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}.partial")
+        tries = retry.RangeTries()
 
         def run() -> None:
             head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
-            got = self._s3.fetch(self._bucket, self._key(path), partial, head, on_progress)
+            got = self._s3.fetch(self._bucket, self._key(path), partial, head, tries, on_progress)
             self._compare(path, got, head, sha256)
             fsync.replace(partial, local)
 
-        with on_local_disk(self._place(path).what, local.parent):
+        with on_local_disk(self._location(path).subject, local.parent):
             try:
                 local.parent.mkdir(parents=True, exist_ok=True)
-                self._repeat(path, run)
+                self._repeat(path, run, tries)
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -162,17 +157,17 @@ class S3Store(Store):
     def _s3(self) -> s3_client.Clients:
         with self._lock:
             if self._clients is None:
-                self._place("")  # explains an endpoint that is no URL
+                self._location("")  # explains an endpoint that is no URL
                 # From the pod's environment alone: a Secret is the user's, and could name itself allowed.
                 allowed = os.environ.get(constants.ENV_ALLOWED_S3_ENDPOINTS, "")
                 if not s3_client.is_allowed(self._credentials, allowed):
                     raise StoreMisconfigured(
-                        f"{self._place('').what}: this endpoint is not allowed here; allowed: {allowed}"
+                        f"{self._location('').subject}: this endpoint is not allowed here; allowed: {allowed}"
                         " (administrator's rule allowed_s3_endpoints)"
                     )
                 try:
                     self._clients = s3_client.connect(self._credentials)
-                except s3_client.BadSetting as error:
+                except s3_client.InvalidSetting as error:
                     raise self._misconfigured(error) from None
             return self._clients
 
@@ -191,7 +186,7 @@ class S3Store(Store):
 
     def _put(self, path: str, body: Any, digest: Digest, **condition: str) -> None:
         extra = self._checksum(digest) | condition
-        self._s3.data.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
+        self._s3.writes.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
 
     def _abort_leftovers(self, path: str) -> None:
         """Parts of an upload whose process was killed are invisible, yet paid for; there is one writer to a path."""
@@ -221,13 +216,13 @@ class S3Store(Store):
             self._s3.control.head_bucket(Bucket=self._bucket)
         except ClientError as error:
             if errors.status_of(error) == 404:
-                raise errors.missing_bucket(self._place(path)) from None
+                raise errors.missing_bucket(self._location(path)) from None
             if errors.status_of(error) != 403:  # allowed to read objects but not the bucket: it is there
                 raise
         self._bucket_seen = True
 
-    def _check(self, path: str, expected: Digest, local: Path | None = None) -> None:
-        """That the store holds `expected`: by its own full-object checksum or MD5, else by reading everything back.
+    def _check(self, path: str, expected: Digest) -> None:
+        """Check that the store holds `expected`, by its full-object checksum, else by reading the object back.
 
         A checksum without a type may be the one we sent, merely kept: only a server that names the type computed it.
         """
@@ -238,13 +233,11 @@ class S3Store(Store):
             if head["ChecksumCRC32"] != expected.crc32_base64:
                 raise self._corrupted(path, "has another checksum than the file sent")
             return
-        if local is not None and etag.vouches_for(head.get("ETag", ""), local, s3_client.PART_BYTES):
-            return
         if self._read_through(path) != expected:
             raise self._corrupted(path, "does not hold the bytes sent")
 
     def _read_through(self, path: str) -> Digest:
-        body = self._s3.data.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]
+        body = self._s3.reads.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]
         return digest_chunks(body.iter_chunks(CHUNK_BYTES))
 
     def _compare(self, path: str, got: Digest, head: dict[str, Any], sha256: str | None) -> None:
@@ -260,17 +253,17 @@ class S3Store(Store):
             raise self._corrupted(path, "arrived with another checksum than the store's")
 
     def _corrupted(self, path: str, how: str) -> StoreCorrupted:
-        return StoreCorrupted(f"{self._place(path).what} {how}")
+        return StoreCorrupted(f"{self._location(path).subject} {how}")
 
-    def _place(self, path: str) -> errors.Place:
+    def _location(self, path: str) -> errors.Location:
         try:
             endpoint = s3_client.shown_endpoint(self._credentials)
-        except s3_client.BadSetting as error:
+        except s3_client.InvalidSetting as error:
             raise self._misconfigured(error) from None
-        return errors.Place(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
+        return errors.Location(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
 
     def _misconfigured(self, error: Exception) -> StoreMisconfigured:
-        return errors.bad_setting(error, self.field, self._credentials.secret_field)
+        return errors.invalid_setting(error, self.field, self._credentials.secret_field)
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -280,11 +273,11 @@ class S3Store(Store):
             if errors.is_missing_object(error):
                 with suppress(*errors.S3_ERRORS):
                     self._require_bucket(path)
-            raise errors.explain(error, self._place(path)) from error
+            raise errors.explain(error, self._location(path)) from error
 
-    def _repeat(self, path: str, run: Callable[[], T]) -> T:
-        """Run; again when bytes were lost or changed on the way; errors in the store's words."""
-        policy = retry.insist(self._patience)
+    def _repeat(self, path: str, run: Callable[[], T], ranges: retry.RangeTries | None = None) -> T:
+        """Run with retries, and raise errors in the store's words."""
+        policy = retry.retry_policy(self._outage_seconds, ranges)
         with self._explained(path):
             return policy(run)
 
@@ -293,4 +286,4 @@ class S3Store(Store):
         try:
             return float(text) if text else default
         except ValueError:
-            raise self._misconfigured(s3_client.BadSetting(key, "a number of seconds")) from None
+            raise self._misconfigured(s3_client.InvalidSetting(key, "a number of seconds")) from None

@@ -103,7 +103,7 @@ class Bench:
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many retries as in production, with shorter waits."""
     monkeypatch.setattr(retry, "MAX_WAIT", 0.05)
-    monkeypatch.setattr(retry, "PATIENCE", 2.0)
+    monkeypatch.setattr(retry, "OUTAGE_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_hundreds_of_faults_make_no_corrupt_publication_and_no_false_success(ben
 def test_parts_of_a_large_file_survive_faults(bench: Bench, monkeypatch) -> None:
     monkeypatch.setattr(client, "MULTIPART_BYTES", 6 << 20)
     monkeypatch.setattr(client, "PART_BYTES", 5 << 20)
-    monkeypatch.setattr(retry, "ATTEMPTS", 30)  # most of these faults break the whole transfer: see it through
+    monkeypatch.setattr(retry, "MAX_TRIES", 30)  # most of these faults break the whole transfer: see it through
     local, copy = bench.folder / "weights", bench.folder / "copy"
     local.write_bytes(os.urandom(17 << 20))
     expected = digest_file(local)
@@ -273,7 +273,8 @@ from finetune_api.spec import Metadata
 from finetune_api.uri import parse
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
-from finetune_trainer.stores.base import Credentials, open_store
+from finetune_trainer.stores.base import Credentials
+from finetune_trainer.stores.open import open_store
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")
 AdapterOutput(store, job).publish(Bundle(Path(sys.argv[1]), base_model="org/base", rank=8, metrics={}))

@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "transfer.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "transfer.py"
 MOST_MIB = 64  # eight parts in flight, buffers and threads
 
 
