@@ -11,6 +11,7 @@ from support.node.node import ProcessNode
 from support.server.client import Kube
 from support.server.server import Cluster
 from support.stores.s3 import S3Server
+from support.trainer.fork_server import ForkServer
 
 
 @pytest.fixture
@@ -37,10 +38,20 @@ def filled_bucket(s3: S3Server, tiny_model: Path) -> str:
     return bucket
 
 
+@pytest.fixture(scope="session")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Forks trainers that have their imports behind them."""
+    server = ForkServer(tmp_path_factory.mktemp("trainers"))
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def stage(cluster: Cluster, kube: Kube, s3: S3Server, filled_bucket: str, tmp_path: Path) -> Iterator[Stage]:
+def stage(
+    cluster: Cluster, kube: Kube, s3: S3Server, filled_bucket: str, trainers: ForkServer, tmp_path: Path
+) -> Iterator[Stage]:
     """A namespace with a node, and no adapter in the bucket; the operator is for the test to start."""
     for key in s3.objects(filled_bucket, "adapters/"):
         s3.client().delete_object(Bucket=filled_bucket, Key=key)
-    with ProcessNode(cluster, kube.namespace, tmp_path) as node:
+    with ProcessNode(cluster, kube.namespace, tmp_path, trainers=trainers) as node:
         yield Stage(cluster, kube, node, s3, filled_bucket, tmp_path)

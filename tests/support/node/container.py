@@ -1,17 +1,22 @@
 """One container as a local process: started, signaled, and reported as the kubelet reports it."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from finetune_api import constants
 from support.common.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from support.trainer.fork_server import ForkedTrainer, ForkServer
 
 Object = dict[str, Any]
 
@@ -28,7 +33,9 @@ def now() -> str:
 class ContainerProcess:
     """A running container. `reason` may be set before it ends, to report an ending the kernel would give."""
 
-    def __init__(self, container: Object, process: asyncio.subprocess.Process, message_file: Path, log: Path) -> None:
+    def __init__(
+        self, container: Object, process: "asyncio.subprocess.Process | ForkedTrainer", message_file: Path, log: Path
+    ) -> None:
         self.container = container
         self.started_at = now()
         self.reason: str | None = None
@@ -45,11 +52,14 @@ class ContainerProcess:
         working_dir: Path,
         message_file: Path,
         log: Path,
+        trainers: "ForkServer | None" = None,
     ) -> "ContainerProcess":
-        """Start it; FileNotFoundError when the command is not on its PATH."""
+        """Start it, from `trainers` if it is a trainer; FileNotFoundError when the command is not on its PATH."""
         program = shutil.which(command[0], path=env["PATH"])
         if program is None:
             raise FileNotFoundError(f'exec: "{command[0]}": executable file not found in $PATH')
+        if trainers and command[0] == constants.TRAINER_COMMAND:
+            return cls(container, await trainers.start(command[1:], env, working_dir, log), message_file, log)
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 program,
@@ -70,7 +80,8 @@ class ContainerProcess:
 
     def signal(self, number: int) -> None:
         if self._process.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def wait(self, seconds: float | None = None) -> bool:
         """Whether it ended within that time."""

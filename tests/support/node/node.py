@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import aiohttp
 
@@ -42,11 +43,15 @@ from support.server.loop_thread import (
 from support.server.server import Cluster
 from support.standin.rules import random_suffix
 
+if TYPE_CHECKING:
+    from support.trainer.fork_server import ForkServer
+
 
 class ProcessNode:
     """A node for one namespace (or all, with None). Use it as a context manager; its processes end with it.
 
     `env` is added to every container's environment, `gpus` is the capacity the scheduler counts (None: no end of it).
+    Trainers are forks of `trainers`, where given: set it to None for a real exec.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class ProcessNode:
         folder: Path,
         env: Mapping[str, str] | None = None,
         gpus: int | None = None,
+        trainers: "ForkServer | None" = None,
     ) -> None:
+        self.trainers = trainers
         self.cluster = cluster
         self.namespace = namespace
         self.folder = folder / "process-node"

@@ -78,15 +78,20 @@ class PodRunner:
         """The pod is gone from the API: nothing of it may go on."""
         self.is_lost = True
         self._deletion.set()
-        kill_all(self.uid)
+        self._kill_all()
         if not self.processes:
             self._task.cancel()
+
+    def _kill_all(self) -> None:
+        for process in self.processes:
+            process.signal(signal.SIGKILL)  # a forked trainer's environment is not seen from outside
+        kill_all(self.uid)
 
     async def close(self) -> None:
         self.is_lost = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        kill_all(self.uid)
+        self._kill_all()
 
     async def _run(self) -> None:
         try:
@@ -97,7 +102,7 @@ class PodRunner:
             await self._start(address)
             await self._report("Running", address, [process.status() for process in self.processes])
             await self._wait_for_end()
-            kill_all(self.uid)
+            self._kill_all()
             succeeded = all(process.exit_code == 0 for process in self.processes)
             statuses = [process.status() for process in self.processes]
             await self._report("Succeeded" if succeeded else "Failed", address, statuses)
@@ -106,7 +111,7 @@ class PodRunner:
         except FileNotFoundError as error:
             await self._report_start_error(str(error))
         finally:
-            kill_all(self.uid)
+            self._kill_all()
         await self._leave()
 
     async def _leave(self) -> None:
@@ -193,6 +198,7 @@ class PodRunner:
                 self.files.folder,
                 self.files.termination_message(container),
                 self.files.log(container["name"]),
+                self.node.trainers,
             )
             self.processes.append(process)
 
@@ -207,7 +213,7 @@ class PodRunner:
                     process.signal(signal.SIGTERM)
                 await asyncio.wait({ends}, timeout=self._grace)
                 if not ends.done():
-                    kill_all(self.uid)
+                    self._kill_all()
             await ends
         finally:
             deletion.cancel()

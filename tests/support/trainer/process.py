@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -91,7 +91,7 @@ class TrainerProcess:
         arguments: tuple[str, ...] = (),
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        _import_everything()
+        import_everything()
 
         folder.mkdir(parents=True, exist_ok=True)
         self._termination, self._log = folder / "termination.json", folder / "trainer.log"
@@ -107,30 +107,8 @@ class TrainerProcess:
         self._status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            self._become_trainer(["--config", str(config), *arguments], settings, before)
-
-    def _become_trainer(self, argv: list[str], settings: dict[str, str], before: Callable[[], None]) -> None:
-        code = 70
-        try:
             os.environ.update(settings)
-            out = os.open(self._log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            import torch
-
-            torch.set_num_threads(1)
-            _own_progress_lock()
-            _forget_processes()
-            before()
-            from finetune_trainer.cli import main
-
-            code = main(argv)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+            become_trainer(["--config", str(config), *arguments], self._log, before)
 
     @property
     def log(self) -> str:
@@ -164,6 +142,30 @@ class TrainerProcess:
         return Finished(os.waitstatus_to_exitcode(self._status), report, self.log)
 
 
+def become_trainer(argv: list[str], log: Path, before: Callable[[], None] = lambda: None) -> NoReturn:
+    """In a fork: run the trainer with its output appended to `log`, and end as it ends."""
+    code = 70
+    try:
+        out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        import torch
+
+        torch.set_num_threads(1)
+        _own_progress_lock()
+        _forget_processes()
+        before()
+        from finetune_trainer.cli import main
+
+        code = main(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _own_progress_lock() -> None:
     """tqdm's lock is a semaphore that forks share: one that is killed while it holds it stops all others for good."""
     from tqdm import std
@@ -186,7 +188,7 @@ def _forget_processes() -> None:
 
 
 @functools.cache
-def _import_everything() -> None:
+def import_everything() -> None:
     """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
     gc.collect()
     with freeze_imports():
