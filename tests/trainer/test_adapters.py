@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from finetune_trainer.engine import lora
 from finetune_trainer.engine.lora import (
     _dropped,
-    inputs_of,
+    shared_lora_inputs,
     seeded_dropout,
     share_lora_inputs,
 )
@@ -104,7 +104,7 @@ def test_added_by_our_kernel_the_gradient_is_that_of_peft(
     model = _model(tiny_model, **settings)
     expected = _gradient(model)
     share_lora_inputs(model)
-    for each in inputs_of(model):
+    for each in shared_lora_inputs(model):
         each.added_by_kernel = True
     assert _difference(_gradient(model), expected) < 1e-5
 
@@ -142,7 +142,7 @@ def test_processes_drop_different_tokens(tiny_model: Path, monkeypatch: pytest.M
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         torch.manual_seed(1)
-        with seeded_dropout(inputs_of(model), torch.device("cpu")):
+        with seeded_dropout(shared_lora_inputs(model), torch.device("cpu")):
             found.append(_gradient(model))
     assert _difference(found[1], found[0]) > 0.05
 
@@ -152,7 +152,7 @@ def test_what_our_kernel_does_not_add_well_torch_adds(rank: int, dtype: torch.dt
     model = _model(tiny_model, r=rank, target_modules=["q_proj"]).to(dtype)
     expected = _gradient(model)
     share_lora_inputs(model)
-    for each in inputs_of(model):
+    for each in shared_lora_inputs(model):
         each.added_by_kernel = True  # the operation itself need not even be there
     assert _difference(_gradient(model), expected) < 2e-2
 
@@ -163,7 +163,7 @@ def test_masks_of_a_seed_are_drawn_from_the_generator_of_torch(tiny_model: Path)
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        with seeded_dropout(inputs_of(model), torch.device("cpu")):
+        with seeded_dropout(shared_lora_inputs(model), torch.device("cpu")):
             found.append(_gradient(model))
     assert torch.equal(found[0], found[1])
     assert _difference(found[2], found[0]) > 0.05

@@ -65,7 +65,7 @@ def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
 ) -> None:
     finished = train(job(tmp_path, tiny_model, changes | {"training.precision": "fp8"}), tmp_path)
     assert finished.exit_code == 0, finished.log
-    assert f"training.precision: fp8 {reason}; going on with bf16" in finished.log
+    assert f"training.precision: fp8 {reason}; using bf16 instead" in finished.log
     assert finished.report["executionPlan"]["fp8"] is False
 
 

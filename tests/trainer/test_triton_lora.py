@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune_trainer.engine.compilation import _has_kernels
+from finetune_trainer.engine.compilation import _lora_kernel_works
 from support.trainer.triton import interpreted
 
 
@@ -37,20 +37,20 @@ def test_the_check_at_start_passes_and_names_what_is_wrong(monkeypatch: pytest.M
     assert module.self_check(torch.device("cpu")) is None
     plain = module.add_product
     monkeypatch.setattr(module, "add_product", lambda base, z, b: plain(base, z, b) * 1.1)
-    assert str(module.self_check(torch.device("cpu"))).startswith("differ from torch's by 2")
+    assert str(module.self_check(torch.device("cpu"))).startswith("differs from torch's by 2")
     monkeypatch.setattr(module, "add_product", lambda base, z, b: None)
     assert (
         module.self_check(torch.device("cpu"))
-        == "fail here: AttributeError: 'NoneType' object has no attribute 'float'"
+        == "fails here: AttributeError: 'NoneType' object has no attribute 'float'"
     )
 
 
-@pytest.mark.parametrize("problem", [None, "fail here"])
+@pytest.mark.parametrize("problem", [None, "fails here"])
 def test_on_hopper_it_serves_if_it_passes(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = interpreted("lora")
     monkeypatch.setattr(module, "self_check", lambda device: problem)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert _has_kernels(torch.device("cuda:0")) is (problem is None)
+    assert _lora_kernel_works(torch.device("cuda:0")) is (problem is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert not _has_kernels(torch.device("cuda:0"))
-    assert not _has_kernels(torch.device("cpu"))
+    assert not _lora_kernel_works(torch.device("cuda:0"))
+    assert not _lora_kernel_works(torch.device("cpu"))

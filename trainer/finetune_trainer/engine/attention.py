@@ -1,8 +1,8 @@
 """Variable-length flash attention as an attention implementation of transformers, called `varlen`.
 
-Rows are laid end to end without their padding, so that no mask is built and no padding is computed. It needs no package
-but torch, and a GPU that runs flash attention (compute capability 8), in half precision: the kernel is torch's own, and
-on Hopper ours, which is made for short rows (triton_attention.py).
+Rows are packed end to end without their padding, so that no mask is built and no padding is computed. It needs no
+package but torch, and a GPU that runs flash attention (compute capability 8), in half precision: the kernel is torch's
+own, and on Hopper ours, which is made for short rows (kernels/attention.py).
 """
 
 import importlib
@@ -189,7 +189,7 @@ def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
     _ours = _ours_are_faster(config, device)
     problem = _problem(config, device, dtype)
     if problem and _ours:
-        log.warning(f"The attention kernels for short rows cannot be used, torch's are: {problem}")
+        log.warning(f"Triton attention disabled, using torch varlen_attn: {problem}")
         _ours = False
         problem = _problem(config, device, dtype)
     return problem

@@ -80,7 +80,7 @@ def has_fp8(spec: FineTuneJobSpec, device: RuntimeDevice) -> bool:
         return False
     reason = _fp8_unsupported(spec, device)
     if reason:
-        log.warning(f"training.precision: fp8 {reason}; going on with bf16")
+        log.warning(f"training.precision: fp8 {reason}; using bf16 instead")
     return reason is None
 
 

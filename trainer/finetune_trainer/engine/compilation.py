@@ -1,4 +1,4 @@
-"""How the decoder layers run while they train: compiled, and some of them computed again in the backward pass."""
+"""How the decoder layers run while they train: with torch.compile and activation checkpointing."""
 
 import functools
 import hashlib
@@ -19,21 +19,20 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.lora import (
     clear_cache,
-    inputs_of,
+    shared_lora_inputs,
     seeded_dropout,
     while_training,
 )
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.runtime.patches import configure_compiler, restore_forward, swap_forward
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.transfer import on_device
 
 log = structlog.get_logger(__name__)
-#: Arguments of a layer beside its input, and which of their dimensions differ from one micro-batch to the next.
-_CHANGING: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_lens_q": (0,), "cu_seq_lens_k": (0,)}
-#: Graphs torch may make of the layers, which are one function to it. Beyond its own limit of 8 it gives up in silence.
-_MOST_GRAPHS: Final = 64
+#: Arguments of a layer besides its input, and their dimensions that differ from one micro-batch to the next.
+_DYNAMIC_DIMENSIONS: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_lens_q": (0,), "cu_seq_lens_k": (0,)}
 
 
 def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0) -> None:
@@ -49,63 +48,56 @@ def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool
         budget: The part of their activations that compiled layers keep; they recompute the cheapest of the rest.
     """
     if compiled:
-        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-        torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
-        torch._functorch.config.activation_memory_budget = budget
-        torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
-        torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
-        torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
-        torch._inductor.config.coordinate_descent_tuning = True  # tiles that change no number are tried out
-        torch._inductor.config.triton.multi_kernel = 2  # a norm reads its row once
-        _tell_cost_of_4_bit_products()
-    has_kernels = compiled and _has_kernels(next(layers[0].parameters()).device)
+        configure_compiler(budget)
+        _register_4bit_flops()
+    use_kernel = compiled and _lora_kernel_works(next(layers[0].parameters()).device)
     for index, layer in enumerate(layers):
-        layer.__dict__.pop("forward", None)
+        restore_forward(layer)
         plain = layer.forward
-        for inputs in inputs_of(layer):
-            inputs.added_by_kernel = has_kernels
-        trained = _compiled(plain, inputs_of(layer)) if compiled else plain
+        for shared in shared_lora_inputs(layer):
+            shared.added_by_kernel = use_kernel
+        trained = _compiled(plain, shared_lora_inputs(layer)) if compiled else plain
         if index < checkpointed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
-            layer.forward = while_training(trained, plain)
+            swap_forward(layer, while_training(trained, plain))
 
 
-def _has_kernels(device: torch.device) -> bool:
-    """Whether what adapters add is added by our own kernel: on Hopper, where that was measured to be faster."""
+def _lora_kernel_works(device: torch.device) -> bool:
+    """Return whether to use the Triton LoRA kernel: on Hopper, where it was measured to be faster, if it is right."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return False
     try:
         problem = importlib.import_module("finetune_trainer.engine.kernels.lora").self_check(device)
     except Exception as error:
-        problem = f"fail here: {type_and_reason(error)}"
+        problem = type_and_reason(error)
     if problem:
-        log.warning(f"The kernels that add what adapters find cannot be used, torch's are: they {problem}")
+        log.warning(f"Triton LoRA kernel disabled, using PyTorch: {problem}")
     return not problem
 
 
-def _tell_cost_of_4_bit_products() -> None:
-    """Of an operation whose cost torch does not know it thinks that computing it again is free."""
+def _register_4bit_flops() -> None:
+    """Register FLOPs for gemm_4bit: the partitioner treats unknown ops as free."""
     try:
         product = torch.ops.bitsandbytes.gemm_4bit
     except AttributeError:  # bitsandbytes is not loaded, or an older one
         return
     if product not in flop_registry:
-        register_flop_formula(product)(_flops_of_4_bit_product)
+        register_flop_formula(product)(_flops_of_gemm_4bit)
 
 
-def _flops_of_4_bit_product(x: Any, weight: Any, shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _flops_of_gemm_4bit(x: Any, weight: Any, shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(x) * shape[0]
 
 
 def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any]:
-    """One compilation for all micro-batches: without being told, it would begin with one for each number of tokens."""
+    """Compile once for all micro-batches: without the marks, torch would begin with a graph per number of tokens."""
     compiled = torch.compile(plain)
 
     def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
         for tensor in (hidden, *(kwargs.get("position_embeddings") or ())):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for name, dimensions in _CHANGING.items():
+        for name, dimensions in _DYNAMIC_DIMENSIONS.items():
             tensor = kwargs.get(name)
             if isinstance(tensor, torch.Tensor):
                 for dimension in dimensions:
@@ -118,10 +110,13 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
 
 
 def set_compile_cache(folder: Path) -> None:
-    """Let what is compiled be found again by the next run that has the same `folder`: torch's and triton's caches.
+    """Set Inductor and Triton cache directories so later runs reuse kernels.
 
-    By the same version of the engine: torch keeps how gradients of our own operations are computed, and does not see
-    when that changes.
+    They reuse them with the same version of the engine only: torch caches how gradients of our own operations are
+    computed, and does not see when that changes.
+
+    Args:
+        folder: The same one for all runs that share their kernels.
     """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     folder = folder / hashlib.sha256(sources).hexdigest()[:12]
@@ -187,7 +182,7 @@ def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | No
     except Exception as error:
         return type_and_reason(error)
     finally:
-        clear_cache(inputs_of(model))
+        clear_cache(shared_lora_inputs(model))
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.put_back()

@@ -1,8 +1,8 @@
-"""FSDP-QLoRA: the frozen weights of the decoder layers dealt out over the processes, where no GPU can hold them all.
+"""FSDP-QLoRA: shard the frozen weights of the decoder layers over the ranks, where no GPU can hold them all.
 
-torch's fully_shard gathers a layer while it computes, also in 4 bits, and lets go of it afterwards. What is trained,
-and embeddings and head, stay whole on every process: the adapter's gradients are summed as without sharding, and
-optimizers, checkpoints and losses are the same, bit for bit.
+torch's fully_shard gathers a layer while it computes, also in 4 bits, and frees it afterwards. Trained weights,
+embeddings and head stay whole on every rank: the adapter's gradients are summed as without sharding, and optimizers,
+checkpoints and losses are the same, bit for bit.
 """
 
 from typing import Any
@@ -17,24 +17,31 @@ from finetune_trainer.engine import modules
 from finetune_trainer.settings import Ranks
 
 
-def shard(model: Any, world: Ranks, device: str) -> None:
-    """Deal out the frozen weights of `model`, which wears its adapter and lies in host memory; the rest goes to
-    `device`. Layer by layer, so that the device never holds more than one of them whole.
+def shard(model: Any, ranks: Ranks, device: str) -> None:
+    """Shard the frozen base with FSDP2, layer by layer, from CPU memory.
 
-    Raises ConfigInvalid for a model that does not name its layers.
+    The device never holds more than one layer whole.
+
+    Args:
+        model: The PEFT model, in host memory.
+        ranks: This process among the others.
+        device: torch's name of the device that the rest goes to.
+
+    Raises:
+        ConfigInvalid: When the model does not name its layers.
     """
     core = model.get_base_model()
-    repeated = modules.decoder_layers(core)
+    layers = modules.decoder_layers(core)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
-    mesh = init_device_mesh(torch.device(device).type, (world.size,))
-    for layer in repeated:
+    mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
+    for layer in layers:
         layer.to(device)
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
-    inside = {module for layer in repeated for module in layer.modules()}
+    inside = {module for layer in layers for module in layer.modules()}
     for module in core.modules():
         if module not in inside:
             _move(module, device)
-    # The whole model too, though it deals out nothing more: it is what lets layers be gathered ahead of their turn.
+    # The whole model too, though no weight is left to shard: that is what gathers layers ahead of their turn.
     fully_shard(core, mesh=mesh, ignored_params={p for p in core.parameters() if not isinstance(p, DTensor)})
     if getattr(core, "hf_device_map", None):  # accelerate compares it with the device it trains on
         core.hf_device_map = {"": device}

@@ -1,8 +1,8 @@
-"""Adapters that read the same input share what they do to it: one dropout mask, and one product for all of their A.
+"""Share dropout and the A projection across LoRA adapters with the same input.
 
-LoRA (arXiv:2106.09685) is base(x) + B A dropout(x) * scaling. PEFT computes it for q, k and v in turn, each with a mask
-of its own: three copies of x are written, read and kept for the backward pass. All that differs from it is which inputs
-are dropped together; without dropout the numbers are the same.
+LoRA (arXiv:2106.09685) is base(x) + B A dropout(x) * scaling. PEFT computes it for q, k and v in turn, each with its
+own mask: three copies of x are written, read and kept for the backward pass. All that differs here is which inputs are
+dropped together; without dropout the numbers are the same.
 """
 
 import math
@@ -15,30 +15,33 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from finetune_trainer.planning.memory import SAME_INPUT
+from finetune_trainer.runtime.patches import restore_forward, swap_forward
 
 _ADAPTER: Final = "default"
 _31_BITS: Final = 2**31 - 1
-#: What triton_lora adds: products of float32 would be rounded, and a tile of a larger rank does not fit.
+#: What kernels.lora can add: products of float32 would be rounded, and a tile of a larger rank does not fit.
 _HALF: Final = (torch.bfloat16, torch.float16)
 _LARGEST_RANK: Final = 256
-#: So that processes, whose generators all start alike, drop different tokens. Odd, about 2^32 times the golden ratio.
-_OF_A_PROCESS: Final = 0x9E3779B9 - 2**32
+#: So that ranks, whose generators all start alike, drop different tokens. Odd, about 2^32 times the golden ratio.
+_SEED_STEP_OF_RANK: Final = 0x9E3779B9 - 2**32
 
 
 def share_lora_inputs(model: Any) -> None:
-    """Let the adapters of `model` train this way; evaluation and generation run them as they are. Adapters that are
-    more than A and B (DoRA) stay PEFT's."""
+    """Let adapters with the same input share their work while `model` trains.
+
+    Evaluation and generation run them as PEFT does, and so do adapters that are more than A and B (DoRA).
+    """
     for parent in list(model.modules()):
         for members in _groups(parent):
-            inputs = _Inputs(members)
+            shared = SharedLoraInput(members)
             for index, member in enumerate(members):
-                member.__dict__.pop("forward", None)
-                member.forward = while_training(_adapted(member, inputs, index), member.forward)
-                member.shared_inputs = inputs
+                restore_forward(member)
+                swap_forward(member, while_training(_lora_forward(member, shared, index), member.forward))
+                member.shared_lora_input = shared
 
 
 def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`trained` while gradients are taken, else `plain`."""
+    """Return a function that calls `trained` while gradients are taken, else `plain`."""
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -47,26 +50,26 @@ def while_training(trained: Callable[..., Any], plain: Callable[..., Any]) -> Ca
     return forward
 
 
-def inputs_of(module: Any) -> list["_Inputs"]:
-    """The shared inputs of all adapters below `module`."""
-    found = (getattr(each, "shared_inputs", None) for each in module.modules())
+def shared_lora_inputs(module: Any) -> list["SharedLoraInput"]:
+    """Return the shared inputs of all adapters in `module`."""
+    found = (getattr(each, "shared_lora_input", None) for each in module.modules())
     return list(dict.fromkeys(each for each in found if each is not None))
 
 
 @contextmanager
-def seeded_dropout(inputs: list["_Inputs"], device: torch.device) -> Iterator[None]:
+def seeded_dropout(inputs: list["SharedLoraInput"], device: torch.device) -> Iterator[None]:
     """Draw a seed from torch's generator for the dropout mask of each of `inputs`, which is then a function of it.
 
-    For compiled layers: such a mask is computed along with what it is applied to, and again in the backward pass rather
-    than kept. By itself torch draws anew where it computes again: another mask, and a wrong gradient (torch 2.11 and
-    2.13, activation_memory_budget below 1).
+    For compiled layers: such a mask is computed along with its product, and recomputed in the backward pass instead of
+    kept. torch's own dropout draws a second time when it is recomputed: another mask, and a wrong gradient (torch 2.11
+    and 2.13, activation_memory_budget below 1).
     """
     try:
         drawing = [each for each in inputs if each.drops]
         if drawing:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             seeds = torch.randint(-(2**31), 2**31, (len(drawing),), dtype=torch.int32, device=device)
-            seeds = seeds + rank * _OF_A_PROCESS if rank else seeds
+            seeds = seeds + rank * _SEED_STEP_OF_RANK if rank else seeds
             for place, each in enumerate(drawing):
                 each.seeds, each.place = seeds, place
         yield
@@ -74,14 +77,14 @@ def seeded_dropout(inputs: list["_Inputs"], device: torch.device) -> Iterator[No
         clear_cache(inputs)
 
 
-def clear_cache(inputs: list["_Inputs"]) -> None:
-    """Let go of what a pass that did not end well has left."""
+def clear_cache(inputs: list["SharedLoraInput"]) -> None:
+    """Drop cached tensors after an aborted pass."""
     for each in inputs:
         each.clear()
 
 
 def _groups(parent: Any) -> Iterator[list[Any]]:
-    """The adapters right below `parent`, those of one input together."""
+    """Yield the adapters right below `parent`, in groups with the same input."""
     left = {name: child for name, child in parent.named_children() if _is_plain(child)}
     while left:
         first = next(iter(left))
@@ -97,19 +100,19 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-def _adapted(member: Any, inputs: "_Inputs", index: int) -> Any:
+def _lora_forward(member: Any, shared: "SharedLoraInput", index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         found, b, scaling = member.base_layer(x), member.lora_B[_ADAPTER], member.scaling[_ADAPTER]
-        if inputs.added_by_kernel and b.bias is None and found.dtype in _HALF and b.in_features <= _LARGEST_RANK:
-            z, weight = inputs(x, index).to(found.dtype), (b.weight * scaling).to(found.dtype)
+        if shared.added_by_kernel and b.bias is None and found.dtype in _HALF and b.in_features <= _LARGEST_RANK:
+            z, weight = shared(x, index).to(found.dtype), (b.weight * scaling).to(found.dtype)
             return torch.ops.finetune.add_product(found, z, weight)  # type: ignore[no-any-return]
-        return (found + b(inputs(x, index) * scaling)).to(found.dtype)  # type: ignore[no-any-return]
+        return (found + b(shared(x, index) * scaling)).to(found.dtype)  # type: ignore[no-any-return]
 
     return forward
 
 
-class _Inputs:
-    """A dropout(x) of each member, computed when the first of them asks."""
+class SharedLoraInput:
+    """A dropout(x) for each adapter with the input x, computed when the first of them asks."""
 
     #: Whether triton_lora adds what the members find to their base.
     added_by_kernel = False
@@ -117,7 +120,7 @@ class _Inputs:
     def __init__(self, members: list[Any]) -> None:
         self._members = members
         self._dropout = members[0].lora_dropout[_ADAPTER]
-        self.seeds: torch.Tensor | None = None  # of all inputs of a layer; ours is the one at `place`
+        self.seeds: torch.Tensor | None = None  # one for each input of a layer; this one's is at `place`
         self.place = 0
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
@@ -147,7 +150,7 @@ class _Inputs:
 
 
 def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout whose mask is a function of `seed` (int32 scalar): element by element, so that it costs no memory."""
+    """Apply dropout with a mask that is a function of `seed` (int32 scalar), element by element: it takes no memory."""
     rows = math.prod(x.shape[:-1])
     row = torch.arange(rows, dtype=torch.int32, device=x.device).view(*x.shape[:-1], 1)
     column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)

@@ -6,14 +6,15 @@ arXiv:2411.09009).
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final
 
 import torch
-from transformers import masking_utils
+
+from finetune_trainer.runtime.patches import packed_sequences_known, restore_forward, swap_forward
 
 #: The most tokens of one tile.
 TILE: Final = 1024
@@ -133,18 +134,6 @@ def _compiled_tile() -> _Tile:
     return tile
 
 
-@contextmanager
-def _sequences_known(known: bool) -> Iterator[None]:
-    """Keep transformers from looking, for a mask it does not make, where sequences begin: it waits for the GPU."""
-    original = masking_utils.find_packed_sequence_indices
-    if known:
-        masking_utils.find_packed_sequence_indices = lambda positions: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
 @dataclass
 class FusedLoss:
     """Settings of a model's fused loss, which may change while it trains.
@@ -164,7 +153,7 @@ def patch_fused_loss(core: Any) -> None:
     `core` is a causal language model of transformers; without targets it answers as ever. Its forward pass is patched,
     and not called around, so that wrappers (PEFT, autocast, FSDP) hold. Settings are at `core.fused_loss`.
     """
-    core.__dict__.pop("forward", None)
+    restore_forward(core)
     plain, core.fused_loss = core.forward, FusedLoss(Logits.of(core.config))
 
     @functools.wraps(type(core).forward)  # generation looks at the signature
@@ -178,9 +167,11 @@ def patch_fused_loss(core: Any) -> None:
         if target_positions is None or target_ids is None:
             return plain(*args, **kwargs)
         kwargs.pop("labels", None)
-        with _sequences_known("cu_seq_lens_q" in kwargs and self.config._attn_implementation in _FOR_SEQUENCES):
+        # A mask would not be made: the collator says where sequences begin.
+        known = "cu_seq_lens_q" in kwargs and self.config._attn_implementation in _FOR_SEQUENCES
+        with packed_sequences_known() if known else nullcontext():
             hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head, settings = self.get_output_embeddings(), self.fused_loss
         return summed_cross_entropy(hidden, head, target_positions, target_ids, settings.logits, settings.compiled)
 
-    core.forward = MethodType(forward, core)
+    swap_forward(core, MethodType(forward, core))

@@ -7,7 +7,11 @@ from finetune_trainer.errors import ConfigInvalid
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers of a transformers model that repeat, in order. Raises ConfigInvalid when it does not name them."""
+    """Return the decoder layers of a transformers model, in order.
+
+    Raises:
+        ConfigInvalid: When the model does not name them.
+    """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if names & {each.__name__ for each in type(module).__mro__}]
     if not layers:
@@ -15,11 +19,13 @@ def decoder_layers(model: Any) -> list[Any]:
     return layers
 
 
-def replace_modules(layers: Sequence[Any], wanted: Callable[[Any], bool], make: Callable[[Any], Any]) -> None:
-    """Put what `make` makes of it in the place of each module within `layers` that is `wanted`; one after another, so
-    that never more than one weight lies in memory in both forms."""
+def replace_modules(layers: Sequence[Any], predicate: Callable[[Any], bool], factory: Callable[[Any], Any]) -> None:
+    """Replace each submodule matching `predicate` with `factory(module)`, one at a time.
+
+    Never more than one weight is in memory in both forms.
+    """
     for layer in layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
-                if wanted(child):
-                    setattr(parent, name, make(child))
+                if predicate(child):
+                    setattr(parent, name, factory(child))

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 
 from finetune_trainer.engine.flat import end_to_end, flattened
+from finetune_trainer.runtime.patches import mix_into, without_gpu_sync
 
 #: Paging moves an optimizer's state to host memory in need; a state this small (bytes) is not worth it.
 _SMALL: Final = 256 << 20
@@ -35,8 +36,7 @@ def fuse_updates(optimizer: Any) -> None:
         from bitsandbytes.optim.optimizer import Optimizer8bit
 
         if isinstance(optimizer, Optimizer8bit) and not optimizer.is_paged:
-            kind = type(optimizer)
-            optimizer.__class__ = type(kind.__name__, (_FusedStep, kind), {})
+            mix_into(optimizer, _FusedStep)
             optimizer.fused = {}
 
 
@@ -75,9 +75,10 @@ class _FusedStep:
     fused: dict[tuple[int, int], _FlatParameters]
 
     def step(self, closure: Any = None) -> Any:
-        from bitsandbytes.optim import optimizer as module
+        with without_gpu_sync():
+            return self._update_all(closure)
 
-        wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
+    def _update_all(self, closure: Any) -> Any:
         done: list[tuple[torch.Tensor, torch.Tensor]] = []
         before, self.fused = self.fused, {}
         try:
@@ -92,7 +93,6 @@ class _FusedStep:
                 parameter.grad = None
             return super().step(closure)  # type: ignore[misc]
         finally:
-            module.sync_gpu = wait
             for parameter, gradient in done:
                 parameter.grad = gradient
 

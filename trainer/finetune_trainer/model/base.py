@@ -1,8 +1,7 @@
 """The base model: what is known before its weights, and its weights in the wanted precision."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from finetune_trainer.errors import ConfigInvalid, first_line, reason
 from finetune_trainer.inputs import ModelFiles, base_model_id
 from finetune_trainer.model.adapter import check_target_modules
 from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.runtime.patches import quantizing_on
 from finetune_trainer.runtime.precision import torch_dtype
 
 log = structlog.get_logger(__name__)
@@ -187,16 +187,3 @@ def _keep_weights_trainable(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-@contextmanager
-def quantizing_on(device: str) -> Iterator[None]:
-    """Quantize to 4 bits on `device`, though the result goes to host memory: on a CPU a large model takes hours."""
-    from bitsandbytes.nn import Params4bit
-
-    original = Params4bit._quantize
-    Params4bit._quantize = lambda self, target: original(self, device).to(target)
-    try:
-        yield
-    finally:
-        Params4bit._quantize = original

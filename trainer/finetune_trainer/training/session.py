@@ -18,7 +18,7 @@ from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Loader, ProcessBatches
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.engine.compilation import compile_layers
-from finetune_trainer.engine.lora import clear_cache, inputs_of
+from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.methods.base import Method
@@ -87,7 +87,7 @@ class TrainingSession:
         self.ctx.report.plan(self.plan)
         while True:
             trainer, hooks = self._trainer(state)
-            clear_cache(inputs_of(self.model))
+            clear_cache(shared_lora_inputs(self.model))
             _free_memory()
             try:
                 has_trained = self._train(trainer, hooks, checkpoint)

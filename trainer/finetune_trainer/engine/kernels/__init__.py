@@ -1,1 +1,1 @@
-"""Triton kernels."""
+"""Triton kernels; each module needs triton, and is imported where it may be used."""

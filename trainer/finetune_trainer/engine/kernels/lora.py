@@ -79,6 +79,6 @@ def self_check(device: torch.device) -> str | None:
             for found in (add_product(base, z, b), base + z @ b.T)
         ]
     except Exception as error:
-        return f"fail here: {type_and_reason(error)}"
+        return f"fails here: {type_and_reason(error)}"
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
-    return None if worst <= _TOLERANCE else f"differ from torch's by {worst:.1%} on this GPU"
+    return None if worst <= _TOLERANCE else f"differs from torch's by {worst:.1%} on this GPU"

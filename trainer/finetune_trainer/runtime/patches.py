@@ -1,0 +1,219 @@
+"""All that we change in other libraries, in one table, and the functions that do it.
+
+Each entry of PATCHES names the library's source that the patch was written against, by its SHA-256. A test compares:
+when the source changes, somebody must look at the patch before it goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to a library.
+
+    Attributes:
+        name: What is changed.
+        why: What would happen without it.
+        check: What to look at when the source has changed.
+        sources: For each function or setting of the library ("module:qualified.name") the SHA-256 of its sources that
+            are known to be right. Where versions that we support differ, there are several.
+    """
+
+    name: str
+    why: str
+    check: str
+    sources: Mapping[str, tuple[str, ...]]
+
+
+PATCHES: Final = (
+    Patch(
+        name="bitsandbytes: Params4bit._quantize",
+        why="Weights to be sharded go to host memory; quantized there, a large model takes hours.",
+        check="quantizing_on: does it still quantize on the device that it is given, and return the parameter?",
+        sources={
+            "bitsandbytes.nn:Params4bit._quantize": (
+                "f406493187300f15cfbd3ba098d95d53b95daef2c7348f7713bc0ec28ff581f3",
+            )
+        },
+    ),
+    Patch(
+        name="bitsandbytes: optim.optimizer.sync_gpu",
+        why="Optimizer8bit.step waits for the GPU after each matrix, which only paged state may need.",
+        check="without_gpu_sync: does unpaged state still need no wait?",
+        sources={
+            "bitsandbytes.optim.optimizer:sync_gpu": (
+                "34adee14609a57b1a9866d6ed1f78ab428868865d75081383c31aac4b1408e65",
+            ),
+        },
+    ),
+    Patch(
+        name="bitsandbytes: the class of an Optimizer8bit",
+        why="It launches a kernel for each of hundreds of small matrices.",
+        check="engine.optimizer: does _FusedStep.step still do what Optimizer8bit.step does, but for many at once?",
+        sources={
+            "bitsandbytes.optim.optimizer:Optimizer8bit.step": (
+                "1ff73e3157161684810fec691a98645779b4889662929beaa824d02c45901c30",
+            ),
+        },
+    ),
+    Patch(
+        name="transformers: masking_utils.find_packed_sequence_indices",
+        why="It waits for the GPU in each forward pass, for a mask that is not made.",
+        check="packed_sequences_known: is None still the answer that makes no mask?",
+        sources={
+            "transformers.masking_utils:find_packed_sequence_indices": (
+                "ebd2ac7ca795dbb0c3c18226b9e06c6470d5f6033c6f532182876da00346412f",
+            ),
+        },
+    ),
+    Patch(
+        name="transformers: forward of a causal language model",
+        why="Logits of all tokens at one time take more memory than anything else.",
+        check="engine.loss: is the loss still the base model, then the head, then cross-entropy of the next token?",
+        sources={
+            "transformers.models.mistral.modeling_mistral:MistralForCausalLM.forward": (
+                "3f2da57b7c1e8d82c633fd7277a1b6ea599fd535b319875db6ec46d4a1331804",
+            )
+        },
+    ),
+    Patch(
+        name="transformers: forward of a decoder layer",
+        why="Layers are compiled and checkpointed one by one, in training only.",
+        check="engine.compilation: are layers still called with hidden states first and everything else by name?",
+        sources={
+            "transformers.modeling_layers:GradientCheckpointingLayer.__call__": (
+                "b11681464e3ee0eba9b806c3b503dfaba804fc28ade233e74998fc3104dcac91",
+            )
+        },
+    ),
+    Patch(
+        name="peft: forward of a LoRA layer",
+        why="Adapters that read the same input each draw a dropout mask and multiply on their own.",
+        check="engine.lora: is a LoRA layer still base(x) + B A dropout(x) * scaling, and types converted alike?",
+        sources={
+            "peft.tuners.lora.layer:Linear.forward": (
+                "ec0a80f5c5ce05f5dd90027952bb5d29aaf910e9d2ab40486a90e8a03c7e1cd9",
+            ),
+            "peft.tuners.lora.bnb:Linear4bit.forward": (
+                "ba53967c7f8574384a160a6a897e8ec6205718e9bfef9d6998cb40cb8bcf6eb8",
+            ),
+            "peft.tuners.lora.bnb:Linear8bitLt.forward": (
+                "0b619a1801a7bd5794a956d0d7825fb526dd6592c8bf8c7afe765c91138a2a2d",
+            ),
+        },
+    ),
+    Patch(
+        name="bitsandbytes: forward of Linear4bit",
+        why="Compiled layers dequantize by our own kernel: bitsandbytes' takes the host longer to start.",
+        check="engine.dequantize: does it still multiply with the dequantized weights in compute_dtype?",
+        sources={
+            "bitsandbytes.nn:Linear4bit.forward": ("d52cf63457717cc718ca0a449dad0967171e679be90d5d2adcafe2e8a141093d",)
+        },
+    ),
+    Patch(
+        name="torch: settings of torch.compile",
+        why="One compilation for all micro-batches, whose sums a resumed run computes alike, within a memory budget.",
+        check="configure_compiler: do these settings still exist, and mean the same?",
+        sources={
+            "torch._dynamo.config:recompile_limit": (
+                "d19376c156e77957aa3bc1aa7215860be1ab3330126f3a2a4cea38914474a27c",
+            ),
+            "torch._dynamo.config:optimize_ddp": ("389c63612adf82ab60dd36f5b28a00b1a6494f67fa4311a3aa2c79ec7757cb00",),
+            "torch._functorch.config:activation_memory_budget": (
+                "1b8396bd1fc1ce3e6020c3d78151af7c29363fd67840f8de82ee0a9f155b3637",
+            ),
+            "torch._functorch.config:is_non_builtin_to_include": (
+                "1c04c5a749c36a24e055cc53769ebc789f1a31d92630f1217001dfb54b7e1e85",
+            ),
+            "torch._inductor.config:deterministic": (
+                "ebbeec6c5391ef39a81e5b6c41d3c0d8e300d645e12297b20690afda5d0f5a5b",
+            ),
+            "torch._inductor.config:combo_kernels": (
+                "cf266c6da3ccd13ab3793805aa7deedc487284346528eaf94527cd0e78f5ad9d",
+            ),
+            "torch._inductor.config:coordinate_descent_tuning": (
+                "f12f2e8dfd2ba47c6a5bee432dba42c1066b31693023b5b7d18114523ebd91ac",
+            ),
+            "torch._inductor.config:triton.multi_kernel": (
+                "71dbb14c7621d4776319582a689b0418edd5ff0dac35082b72b7b47433d90819",
+            ),
+        },
+    ),
+)
+#: Graphs torch may make of the layers, which are one function to it. Beyond its own limit of 8 it gives up in silence.
+_MOST_GRAPHS: Final = 64
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def quantizing_on(device: str) -> Iterator[None]:
+    """Quantize to 4 bits on `device`, though the result goes to host memory."""
+    from bitsandbytes.nn import Params4bit
+
+    original = Params4bit._quantize
+    with _replaced(Params4bit, "_quantize", lambda self, target: original(self, device).to(target)):
+        yield
+
+
+@contextmanager
+def without_gpu_sync() -> Iterator[None]:
+    """Keep bitsandbytes' optimizers from waiting for the GPU."""
+    from bitsandbytes.optim import optimizer
+
+    with _replaced(optimizer, "sync_gpu", lambda tensor: None):
+        yield
+
+
+@contextmanager
+def packed_sequences_known() -> Iterator[None]:
+    """Keep transformers from looking for the beginnings of packed sequences, for a mask that is not made."""
+    from transformers import masking_utils
+
+    with _replaced(masking_utils, "find_packed_sequence_indices", lambda positions: None):
+        yield
+
+
+def mix_into(instance: Any, mixin: type) -> None:
+    """Put `mixin` before the class of `instance`, which keeps its name and its state."""
+    kind = type(instance)
+    instance.__class__ = type(kind.__name__, (mixin, kind), {})
+
+
+def swap_forward(module: Any, forward: Callable[..., Any]) -> None:
+    """Let `module` compute `forward` in the place of its class's; hooks run as before."""
+    module.forward = forward
+
+
+def restore_forward(module: Any) -> None:
+    """Undo `swap_forward`."""
+    module.__dict__.pop("forward", None)
+
+
+def configure_compiler(budget: float) -> None:
+    """Set what torch.compile does with decoder layers, for the whole process.
+
+    Args:
+        budget: The part of a layer's activations that is kept for the backward pass; the cheapest are recomputed.
+    """
+    import torch
+
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
+    torch._functorch.config.activation_memory_budget = budget
+    torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
+    torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
+    torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
+    torch._inductor.config.coordinate_descent_tuning = True  # tiles that change no number are tried out
+    torch._inductor.config.triton.multi_kernel = 2  # a norm reads its row once
