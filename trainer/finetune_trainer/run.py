@@ -55,7 +55,7 @@ def run(ctx: RunContext) -> Adapter | None:
             from finetune_trainer.checkpoints.fingerprint import fingerprint
             from finetune_trainer.engine.compilation import set_compile_cache
             from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base
-            from finetune_trainer.evaluation import evaluator as evaluate
+            from finetune_trainer.evaluation.evaluator import Evaluator, eval_prompts
             from finetune_trainer.evaluation.lockstep import EvaluationAborted
             from finetune_trainer.methods import METHODS
             from finetune_trainer.model import adapter as peft_adapter
@@ -68,8 +68,8 @@ def run(ctx: RunContext) -> Adapter | None:
         base = inspect_base_model(model_files, spec)
         tokenizer = base.tokenizer
         data = dataset.tokenize(rows, tokenizer, spec)
-        to_answer = (
-            evaluate.eval_prompts(rows.eval, data.encoder, spec.evaluation.generation)
+        prompts = (
+            eval_prompts(rows.eval, data.encoder, spec.evaluation.generation)
             if rows.eval and "nli" in spec.evaluation.metrics
             else []
         )
@@ -93,11 +93,8 @@ def run(ctx: RunContext) -> Adapter | None:
             adapted = peft_adapter.attach_adapter(loaded, spec.lora, base.name, base.commit, init_from)
             apply_plan(adapted, plan, spec, ranks, device)
     method = METHODS["sft"]
-    collate = method.collator(plan, tokenizer.pad_token_id, plan.micro_batch_size or 1)
     evaluator = (
-        evaluate.Evaluator(
-            spec, data.eval, to_answer, tokenizer, ranks, collate, lambda: bool(ctx.stop), sharded=bool(plan.sharded)
-        )
+        Evaluator(spec, method, plan, tokenizer, ranks, data.eval, prompts, lambda: bool(ctx.stop))
         if data.eval
         else None
     )
@@ -107,7 +104,7 @@ def run(ctx: RunContext) -> Adapter | None:
     if evaluator and spec.evaluation.on_start and not state.before and not state.step:
         with ctx.stage("Evaluating", "Measuring the base model before training"):
             try:
-                state.before = evaluator(adapted)
+                state.before = evaluator.evaluate(adapted)
             except EvaluationAborted:
                 from finetune_trainer.errors import Preempted
 
@@ -132,7 +129,7 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.report.metrics(metrics)
         ctx.metrics.log_final(state.step, metrics)
         bundle = write_bundle(job, adapted, base, plan, state, ctx.directory)
-        measure = evaluator or evaluate.Evaluator(spec, data.train, [], tokenizer, Ranks(), collate)
+        measure = evaluator or Evaluator(spec, method, plan, tokenizer, Ranks(), data.train)
         verifier = make_verifier(adapted, base, measure, plan, spec, ctx.directory.root / "published")
         if spec.output.overwrite:  # Overwriting is destructive: verify before deleting the published adapter.
             verifier.check_local(bundle.folder)

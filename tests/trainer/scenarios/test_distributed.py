@@ -168,14 +168,14 @@ def test_one_that_is_stopped_in_the_first_evaluation_stops_all(tiny_model: Path,
     def slow_evaluation() -> None:
         from finetune_trainer.evaluation.evaluator import Evaluator
 
-        original = Evaluator._sum_of_batch
+        original = Evaluator.sum_loss
 
         def slow(*args: Any) -> Any:
             print("BATCH")
             time.sleep(0.5)
             return original(*args)
 
-        Evaluator._sum_of_batch = slow
+        Evaluator.sum_loss = slow
 
     config = job(tmp_path, tiny_model, RUN | {"training.microBatchSize": 1})
     pair = Pair(config, tmp_path, before=slow_evaluation)

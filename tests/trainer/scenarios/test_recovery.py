@@ -202,8 +202,8 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
 
             return call
 
-        Evaluator._sum_of_batch = limited(Evaluator._sum_of_batch, lambda args: len(args[2]))
-        evaluator.answers = limited(evaluator.answers, lambda args: len(args[2]))
+        Evaluator.sum_loss = limited(Evaluator.sum_loss, lambda args: len(args[2]))
+        evaluator.generate_answers = limited(evaluator.generate_answers, lambda args: len(args[2]))
 
     nli = {"evaluation.metrics": ["loss", "nli"], "evaluation.generation": {"maxNewTokens": 4}}
     plain = train(job(tmp_path / "plain", tiny_model, RUN | nli), tmp_path / "plain")

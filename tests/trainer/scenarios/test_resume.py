@@ -89,7 +89,7 @@ def _stop_in_batch(number: int) -> Callable[[], None]:
     def inject() -> None:
         from finetune_trainer.evaluation.evaluator import Evaluator
 
-        original, calls = Evaluator._sum_of_batch, []
+        original, calls = Evaluator.sum_loss, []
 
         def batch(self: Any, *args: Any) -> Any:
             calls.append(1)
@@ -97,7 +97,7 @@ def _stop_in_batch(number: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, *args)
 
-        Evaluator._sum_of_batch = batch
+        Evaluator.sum_loss = batch
 
     return inject
 

@@ -91,7 +91,7 @@ def test_an_answer_being_generated_is_given_up(tiny_model: Path, tmp_path: Path)
     def stop_at_a_token() -> None:
         from finetune_trainer.evaluation import generation
 
-        original, tokens = generation._FirstObject.__call__, []
+        original, tokens = generation.JsonObjectStop.__call__, []
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             tokens.append(1)
@@ -101,7 +101,7 @@ def test_an_answer_being_generated_is_given_up(tiny_model: Path, tmp_path: Path)
                 log.write_text("token\n" * (len(tokens) - 4))
             return original(self, *args, **options)
 
-        generation._FirstObject.__call__ = call
+        generation.JsonObjectStop.__call__ = call
 
     answers = {"evaluation.generation": {"maxNewTokens": 200}, "evaluation.onStart": False}
     config = job(tmp_path, tiny_model, RUN | {"evaluation.metrics": ["loss", "nli"]} | answers)

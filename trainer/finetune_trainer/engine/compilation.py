@@ -19,8 +19,8 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.lora import (
     clear_cache,
-    shared_lora_inputs,
     seeded_dropout,
+    shared_lora_inputs,
     while_training,
 )
 from finetune_trainer.engine.modules import decoder_layers
@@ -32,7 +32,12 @@ from finetune_trainer.runtime.transfer import on_device
 
 log = structlog.get_logger(__name__)
 #: Arguments of a layer besides its input, and their dimensions that differ from one micro-batch to the next.
-_DYNAMIC_DIMENSIONS: Final = {"position_ids": (1,), "attention_mask": (1, 2, 3), "cu_seq_lens_q": (0,), "cu_seq_lens_k": (0,)}
+_DYNAMIC_DIMENSIONS: Final = {
+    "position_ids": (1,),
+    "attention_mask": (1, 2, 3),
+    "cu_seq_lens_q": (0,),
+    "cu_seq_lens_k": (0,),
+}
 
 
 def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0) -> None:

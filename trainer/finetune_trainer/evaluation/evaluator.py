@@ -1,38 +1,51 @@
-"""Held-out loss and NLI metrics of a model, the same on any number of processes."""
+"""Held-out loss and NLI metrics of a model, the same on any number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from finetune_api.spec import FineTuneJobSpec, Generation
-from finetune_trainer.data.batching import Collate
+from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import Rows, TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
-from finetune_trainer.evaluation.generation import answers
-from finetune_trainer.evaluation.lockstep import LockstepBatches
+from finetune_trainer.evaluation.generation import generate_answers
+from finetune_trainer.evaluation.lockstep import LockstepBatches, never
+from finetune_trainer.methods import Method
 from finetune_trainer.runtime.distributed import all_gather
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import Ranks
 
-_GENERATION_BATCH = 32
+#: Prompts answered at one time.
+_GENERATION_BATCH: Final = 32
+#: Rows that show whether an adapter loaded back computes the same.
+_SAMPLE: Final = 8
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A held-out row to answer: the prompt's token ids and the right label."""
+    """A held-out row to answer.
+
+    Attributes:
+        prompt: Token ids.
+        label: The right label.
+    """
 
     prompt: list[int]
     label: nli.Label
 
 
 def eval_prompts(rows: Rows, encoder: Encoder, settings: Generation) -> list[EvalPrompt]:
-    """The first settings.maxRows rows as questions. Raises DatasetInvalid for rows without an answer and label."""
+    """Return the first settings.maxRows rows as prompts.
+
+    Raises:
+        DatasetInvalid: When a row has no answer, or no label in it; with file and line.
+    """
     result, bad = [], []
     for row in rows[: settings.max_rows]:
         parts = nli.split_row(rows.format.to_example(row.data), settings.answer_marker)
@@ -51,100 +64,116 @@ def eval_prompts(rows: Rows, encoder: Encoder, settings: Generation) -> list[Eva
 
 
 class Evaluator:
-    """Measures a model that answers with its loss (engine.loss) on the held-out rows, `collate.rows` at a time.
-    `interrupted` is asked between batches and ends the work early.
+    """Measures a model on held-out rows: the mean loss, and with prompts the NLI metrics of its answers.
 
-    With `sharded` weights every process must call it, also where one alone is asked (`loss_of`).
+    With sharded weights every rank must call it, also `loss_of`.
     """
 
     def __init__(
         self,
         spec: FineTuneJobSpec,
-        rows: TokenizedDataset,
-        to_answer: Sequence[EvalPrompt],
+        method: Method,
+        plan: ExecutionPlan,
         tokenizer: Any,
         ranks: Ranks,
-        collate: Collate,
-        interrupted: Callable[[], bool] = lambda: False,
-        sharded: bool = False,
+        rows: TokenizedDataset,
+        prompts: Sequence[EvalPrompt] = (),
+        interrupted: Callable[[], bool] = never,
     ) -> None:
+        """Prepare to measure `rows`.
+
+        Args:
+            spec: Says in which precision to compute and how to generate.
+            method: The training method, whose loss is measured.
+            plan: The execution plan: packing, rows per batch, sharding.
+            tokenizer: For padding, and to read answers.
+            ranks: This process among the others; the rows are partitioned over all.
+            rows: The held-out rows.
+            prompts: The rows to answer; none without NLI metrics.
+            interrupted: Asked between batches; the evaluation is aborted when this process, or another, must stop.
+        """
         self._spec = spec
-        self._rows = rows
-        self._questions = sorted(to_answer, key=lambda question: len(question.prompt))
+        self._method = method
         self._tokenizer = tokenizer
         self._ranks = ranks
-        self._sharded = sharded
-        self._collate = collate
-        self._batches = LockstepBatches(ranks, collate.rows, interrupted, sharded)
-        self._generations = LockstepBatches(ranks, _GENERATION_BATCH, interrupted, sharded)
+        self._rows = rows
+        self._prompts = sorted(prompts, key=lambda each: len(each.prompt))
+        size, self._sharded = plan.micro_batch_size or 1, bool(plan.sharded)
+        self._collate = method.collator(plan, tokenizer.pad_token_id, size)
+        self._batches = LockstepBatches(ranks, size, interrupted, self._sharded)
+        self._generations = LockstepBatches(ranks, _GENERATION_BATCH, interrupted, self._sharded)
 
-    def __call__(self, model: Any) -> dict[str, float]:
-        """evalLoss (nats per token, the mean over all tokens), and the NLI metrics when asked for.
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Measure `model` on all rows.
 
-        Raises EvaluationAborted on every process alike.
+        Returns:
+            evalLoss (nats per target, the mean over all targets), and the metrics of nli.score when there are prompts.
+
+        Raises:
+            EvaluationAborted: On every rank alike, when one was asked to stop.
         """
-        with _evaluating(model, self._spec.training.precision):
-            metrics = {"evalLoss": self._loss(model)}
-            if self._questions:
-                metrics |= self._nli(model)
+        with self._evaluating(model):
+            metrics = {"evalLoss": self._mean_loss(model)}
+            if self._prompts:
+                metrics |= self._nli_metrics(model)
         return metrics
 
-    def loss_of(self, model: Any, rows: int = 8) -> float:
-        """Mean loss per token over the first `rows` rows, on this process alone, never interrupted."""
+    def loss_of(self, model: Any) -> float:
+        """Return the mean loss over the first few rows, computed on this rank only and never interrupted."""
         alone = LockstepBatches(Ranks(), self._batches.size)
-        with _evaluating(model, self._spec.training.precision):
-            sums = alone.run(range(len(self._rows.input_ids))[:rows], lambda batch: self._sum_of_batch(model, batch))
-        return sum(loss for _, (loss, _) in sums) / sum(tokens for _, (_, tokens) in sums)
+        sample = range(len(self._rows.input_ids))[:_SAMPLE]
+        with self._evaluating(model):
+            sums = alone.run(sample, lambda batch: self.sum_loss(model, batch))
+        return sum(loss for _, (loss, _) in sums) / sum(targets for _, (_, targets) in sums)
 
-    def _loss(self, model: Any) -> float:
-        lengths = self._rows.input_ids
-        order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
-        sums = self._batches.run(order, lambda batch: self._sum_of_batch(model, batch))
-        mine = [sum(loss for _, (loss, _) in sums), float(sum(tokens for _, (_, tokens) in sums))]
-        total, count = _sum_over_processes(mine, model, self._ranks)
-        return total / count
-
-    def _sum_of_batch(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
+    def sum_loss(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
+        """Return the loss of one batch of rows, summed over its targets, and how many these are."""
         rows = [(self._rows.input_ids[index], self._rows.labels[index]) for index in indices]
         batch = on_device(self._collate(rows), model.device)
-        return float(model(**batch)), len(batch["target_ids"])
+        return float(self._method.loss(model, batch)), self._method.targets(batch)
 
-    def _nli(self, model: Any) -> dict[str, float]:
+    def _mean_loss(self, model: Any) -> float:
+        lengths = self._rows.input_ids
+        order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
+        sums = self._batches.run(order, lambda batch: self.sum_loss(model, batch))
+        mine = [sum(loss for _, (loss, _) in sums), float(sum(targets for _, (_, targets) in sums))]
+        total, count = _sum_over_ranks(mine, model, self._ranks)
+        return total / count
+
+    def _nli_metrics(self, model: Any) -> dict[str, float]:
         settings = self._spec.evaluation.generation
 
         def answer(batch: Sequence[EvalPrompt]) -> list[nli.Answer]:
-            prompts = [question.prompt for question in batch]
-            texts = answers(
+            texts = generate_answers(
                 model,
                 self._tokenizer,
-                prompts,
+                [each.prompt for each in batch],
                 settings.max_new_tokens,
-                in_step=self._sharded,
+                lockstep=self._sharded,
                 interrupted=self._generations.interrupted,
             )
             return [nli.read_answer(text, settings.label_key) for text in texts]
 
-        results = self._generations.run(self._questions, answer)
-        labels = [question.label for batch, _ in results for question in batch]
+        results = self._generations.run(self._prompts, answer)
+        labels = [each.label for batch, _ in results for each in batch]
         read = [each for _, answered in results for each in answered]
         shares = all_gather(self._ranks, (labels, read))
         return nli.score(
             [label for labels, _ in shares for label in labels], [answer for _, read in shares for answer in read]
         )
 
+    @contextmanager
+    def _evaluating(self, model: Any) -> Iterator[None]:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), mixed_precision(model.device, self._spec.training.precision):
+                yield
+        finally:
+            model.train(was_training)
 
-@contextmanager
-def _evaluating(model: Any, precision: str) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), mixed_precision(model.device, precision):
-            yield
-    finally:
-        model.train(was_training)
 
-
-def _sum_over_processes(values: list[float], model: Any, ranks: Ranks) -> list[float]:
+def _sum_over_ranks(values: list[float], model: Any, ranks: Ranks) -> list[float]:
     if ranks.size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=model.device)

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from finetune_trainer.evaluation.lockstep import never
 from finetune_trainer.evaluation.nli import first_object
 
 
-class _FirstObject(StoppingCriteria):
-    """Ends a row whose new text holds a whole JSON object: nothing after it is read. Once `interrupted`, ends all."""
+class JsonObjectStop(StoppingCriteria):
+    """Ends a row whose new text holds a complete JSON object: nothing after it is read. Once interrupted, ends all."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, interrupted: Callable[[], bool]) -> None:
         self._tokenizer = tokenizer
@@ -29,19 +30,24 @@ class _FirstObject(StoppingCriteria):
         return first_object(text) is not None
 
 
-def answers(
+def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    in_step: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
+    lockstep: bool = False,
+    interrupted: Callable[[], bool] = never,
 ) -> list[str]:
-    """The text the model continues each prompt (token ids) with, all prompts in one batch.
+    """Continue each prompt greedily, all in one batch, and return the new text of each.
 
-    `in_step`: this process goes on until the last process has its answers; weights that are sharded need all of them.
-    `interrupted` is asked after each token, and leaves the answers where they are.
+    Args:
+        model: The PEFT model, in evaluation mode.
+        tokenizer: Has a pad token.
+        prompts: Token ids.
+        max_new_tokens: The most tokens of an answer.
+        lockstep: Go on until the last rank has its answers; sharded weights need all of them.
+        interrupted: Asked after each token; true ends the answers where they are.
     """
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -56,7 +62,7 @@ def answers(
             use_cache=True,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([_FirstObject(tokenizer, width, interrupted)]),
-            synced_gpus=in_step,
+            stopping_criteria=StoppingCriteriaList([JsonObjectStop(tokenizer, width, interrupted)]),
+            synced_gpus=lockstep,
         )
     return list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))

@@ -15,7 +15,8 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-def _never() -> bool:
+def never() -> bool:
+    """The answer where nobody asks this process to stop."""
     return False
 
 
@@ -40,7 +41,7 @@ class LockstepBatches:
 
     ranks: Ranks
     size: int
-    interrupted: Callable[[], bool] = _never
+    interrupted: Callable[[], bool] = never
     sharded: bool = False
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> list[tuple[Sequence[Item], T]]:

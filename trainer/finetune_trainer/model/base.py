@@ -172,11 +172,11 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     model.config.use_cache = False
     if device == "cpu":
-        _keep_weights_trainable(model)
+        keep_weights_trainable(model)
     return model
 
 
-def _keep_weights_trainable(model: Any) -> None:
+def keep_weights_trainable(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in the first evaluation on CPUs with AVX512-BF16.
 
     The repacked form has no backward pass: training after an evaluation would silently lose all gradients that go

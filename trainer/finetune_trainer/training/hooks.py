@@ -200,7 +200,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         self._finite.check(state.global_step)
         with self._throughput.paused():
             try:
-                return self._evaluator(self._model)
+                return self._evaluator.evaluate(self._model)
             except EvaluationAborted:
                 self.preempt(state, control)
         self.before_save(state)

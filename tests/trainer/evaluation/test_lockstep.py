@@ -8,14 +8,7 @@ import torch
 
 from finetune_trainer.evaluation import lockstep
 from finetune_trainer.evaluation.lockstep import EvaluationAborted, LockstepBatches
-from finetune_trainer.runtime import distributed
-from finetune_trainer.runtime.distributed import all_reduce_any, run_on_rank_zero
 from finetune_trainer.settings import Ranks
-
-
-class _Refused(Exception):
-    def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"{field}: {why}")
 
 
 def _limited(size: int) -> Any:
@@ -25,11 +18,6 @@ def _limited(size: int) -> Any:
         return sum(batch)
 
     return work
-
-
-def test_one_process_decides_alone() -> None:
-    assert run_on_rank_zero(Ranks(), lambda: 7) == 7
-    assert all_reduce_any(Ranks(), True, False) == [True, False]
 
 
 def test_a_batch_too_large_is_halved_and_stays_small() -> None:
@@ -86,9 +74,3 @@ def test_a_simulated_process_halves_with_the_others(monkeypatch: pytest.MonkeyPa
 def test_a_sharded_process_cannot_go_on_alone_after_running_out_of_memory() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         LockstepBatches(Ranks(0, 0, 2), 4, sharded=True).run(range(8), _limited(1))
-
-
-def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
-    sent = distributed._picklable(_Refused("output.uri", "is taken"))
-    assert (type(sent), str(sent)) == (RuntimeError, "output.uri: is taken")
-    assert isinstance(distributed._picklable(KeyError("x")), KeyError)

@@ -1,4 +1,4 @@
-"""Layers that are recomputed or compiled train alike; rows laid end to end train as TRL trains them padded."""
+"""Layers that are checkpointed or compiled train alike, and packed rows never see each other."""
 
 import os
 import shutil
@@ -9,21 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.batching import Collate, _order
+from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine import (
-    capabilities,
     compilation,
     modules,
 )
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.loss import patch_fused_loss
-from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
-from finetune_trainer.model.base import _keep_weights_trainable
-from support.trainer.process import job, metrics_lines, train
+from finetune_trainer.model.base import keep_weights_trainable
 from support.trainer.tiny_model import build_model
 
 
@@ -38,7 +34,7 @@ def _adapted(folder: Path, bits: int = 16, dropout: float = 0.0) -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=four_bits if bits == 4 else None
     )
-    _keep_weights_trainable(base)
+    keep_weights_trainable(base)
     base.config.use_cache = False
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, task_type="CAUSAL_LM"))
     patch_fused_loss(model.get_base_model())
@@ -62,19 +58,19 @@ def _loss_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("recomputed", [1, 3, None])
-def test_recomputed_layers_run_twice_and_change_nothing(recomputed: int | None, deep_model: Path) -> None:
+@pytest.mark.parametrize("checkpointed", [1, 3, None])
+def test_checkpointed_layers_run_twice_and_change_nothing(checkpointed: int | None, deep_model: Path) -> None:
     model = _adapted(deep_model)
     runs: list[int] = []
     for index, layer in enumerate(modules.decoder_layers(model.get_base_model())):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
     found = []
-    for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=recomputed)):
+    for plan in (_plan(), _plan(gradient_checkpointing=True, checkpointed_layers=checkpointed)):
         compilation.compile_layers(model, plan, _batch(5), "fp32")
         runs.clear()
         found.append(_loss_and_gradient(model, _batch(20, 31)))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
-    assert sorted(runs) == sorted([*range(4), *range(4 if recomputed is None else recomputed)])
+    assert sorted(runs) == sorted([*range(4), *range(4 if checkpointed is None else checkpointed)])
 
 
 @pytest.fixture
@@ -157,89 +153,6 @@ def test_rows_laid_end_to_end_never_see_each_other(attention: str, deep_model: P
     assert not torch.equal(before[20:51], after[20:51])
 
 
-def test_a_run_has_the_losses_of_trl(tiny_model: Path, tmp_path: Path) -> None:
-    """The same rows in the same order through TRL's own loop: padded, its own loss, transformers' own batches."""
-    steps = 24
-    changes = {
-        "training.maxSteps": steps,
-        "training.precision": "fp32",
-        "training.optimizer": "adamw_torch",
-        "lora.dropout": 0.0,
-        "quantization": {"computeDtype": "float32"},
-        "dataset.eval": None,
-        "checkpoint.everySteps": 1000,
-    }
-    changes |= {"lora.initFrom": f"file://{_first_adapter(tmp_path / 'first', tiny_model)}"}
-    found = {}
-    for packing in ("enabled", "disabled"):
-        config = job(tmp_path / packing, tiny_model, changes | {"training.packing": packing})
-        finished = train(config, tmp_path / packing)
-        assert finished.exit_code == 0, finished.log
-        found[packing] = [line["loss"] for line in metrics_lines(tmp_path / packing / "out") if "loss" in line]
-    expected = _losses_of_trl(tmp_path / "enabled", tiny_model, tmp_path / "first", steps)
-    assert len(expected) == steps and expected[-1] < 0.97 * expected[0]
-    for losses in found.values():
-        assert losses == pytest.approx(expected, rel=2e-4)
-
-
-LORA: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "task_type": "CAUSAL_LM",
-}
-
-
-def _first_adapter(folder: Path, tiny_model: Path) -> Path:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
-    save_adapter(model, folder)
-    return folder
-
-
-def _losses_of_trl(folder: Path, tiny_model: Path, adapter: Path, steps: int) -> list[float]:
-    import datasets
-    from peft import prepare_model_for_kbit_training
-    from transformers import AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = datasets.load_dataset("json", data_files=str(folder / "train.jsonl"), cache_dir=folder / "hf")["train"]
-    ids = tokenizer(list(rows["text"]))["input_ids"]
-    order = [row for epoch in range(steps) for row in _order(len(ids), 42, epoch)]
-    ordered = datasets.Dataset.from_list([{"input_ids": [*ids[row], tokenizer.eos_token_id]} for row in order])
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.float32)
-    _keep_weights_trainable(base)
-    arguments = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=4, learning_rate=0.01,
-        lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.01, max_length=128, logging_steps=1,
-        optim="adamw_torch", use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-
-    class InOrder(SFTTrainer):  # type: ignore[misc]
-        def _get_train_sampler(self, *args: Any) -> Any:
-            return SequentialSampler(ordered)
-
-    tokenizer.pad_token = tokenizer.unk_token
-    trainer = InOrder(
-        model=prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), args=arguments,
-        train_dataset=ordered, processing_class=tokenizer, peft_config=LoraConfig(**LORA),
-    )  # fmt: skip
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL rounds them to bfloat16
-            parameter.data = parameter.data.float()
-    load_adapter_weights(trainer.model, adapter)
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
 def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
@@ -254,26 +167,13 @@ def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyP
     compilation.set_compile_cache(tmp_path)
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == inductor  # as long as the engine is the same
 
-    another = tmp_path / "engine/layers.py"
+    another = tmp_path / "engine/compilation.py"
     another.parent.mkdir()
     another.write_text("another version")
     monkeypatch.setattr(compilation, "__file__", str(another))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     compilation.set_compile_cache(tmp_path)
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent != inductor.parent
-
-
-@pytest.mark.parametrize("missing", ["triton", "gcc"])
-def test_without_a_compiler_it_is_said_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
-    monkeypatch.setattr("shutil.which", lambda name: None if missing == "gcc" else name)
-    assert (
-        capabilities.no_compiler()
-        == {
-            "triton": "the triton package is missing",
-            "gcc": "no C compiler is installed",
-        }[missing]
-    )
 
 
 @pytest.mark.usefixtures("compiler")

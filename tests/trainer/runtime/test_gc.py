@@ -1,3 +1,5 @@
+"""Imports that stay are no work for the garbage collector."""
+
 import gc
 
 from finetune_trainer.runtime.gc import freeze_imports

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from finetune_trainer.engine import lora
 from finetune_trainer.engine.lora import (
     _dropped,
-    shared_lora_inputs,
     seeded_dropout,
     share_lora_inputs,
+    shared_lora_inputs,
 )
 from finetune_trainer.engine.loss import patch_fused_loss
 from support.trainer.triton import interpreted

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_trainer.engine import modules
 from finetune_trainer.engine.dequantize import dequantized, keep_dequantized
-from finetune_trainer.model.base import _keep_weights_trainable
+from finetune_trainer.model.base import keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
 
 
@@ -19,7 +19,7 @@ def _quantized(tiny_model: Path, **settings: Any) -> Any:
     wanted = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | settings
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **wanted)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config, dtype=torch.bfloat16)
-    _keep_weights_trainable(model)
+    keep_weights_trainable(model)
     return model
 
 
