@@ -17,7 +17,6 @@ import structlog
 
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
-from finetune_trainer.publishing.publish import Job
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import OnProgress, Store
 from finetune_trainer.stores.digest import digest_file
@@ -27,6 +26,7 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     on_local_disk,
 )
+from finetune_trainer.stores.manifest import Job
 
 log = structlog.get_logger(__name__)
 

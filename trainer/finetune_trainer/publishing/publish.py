@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
@@ -28,22 +28,12 @@ from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest, digest_file
 from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
+from finetune_trainer.stores.manifest import Job
 from finetune_trainer.stores.open import open_store
 
 #: Without these no one can load the adapter.
 REQUIRED: Final = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
 _PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
-
-
-class Job(Protocol):
-    """Whose adapter it is: finetune_api.spec.Metadata, for one."""
-
-    @property
-    def namespace(self) -> str | None: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def uid(self) -> str | None: ...
 
 
 #: Called with the output and the digests of the uploaded files, by path.

@@ -1,7 +1,7 @@
 """Read, list and verify the manifest.json of a folder in a store."""
 
 from pathlib import PurePosixPath
-from typing import Final
+from typing import Final, Protocol
 
 from pydantic import ValidationError
 
@@ -63,3 +63,14 @@ def verify(store: Store, manifest: StoreManifest, folder: str = "") -> None:
 def _read_digest(store: Store, path: str) -> tuple[int, str]:
     digest = store.digest(path)
     return digest.size, digest.sha256
+
+
+class Job(Protocol):
+    """Whose adapter it is: finetune_api.spec.Metadata, for one."""
+
+    @property
+    def namespace(self) -> str | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def uid(self) -> str | None: ...
