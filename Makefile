@@ -40,7 +40,7 @@ test-nightly: lint ## Run every test with its full promise: the whole quickstart
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy crds operator cli
+	$(BIN)/mypy crds operator cli trainer
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/*/Containerfile
 	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.engine import attention
+from finetune_trainer.engine import attention, sequences
 from support.trainer.varlen import as_in_2_13, base_of, simulate_a_gpu
 
 LENGTHS = (7, 12, 1, 5)
@@ -24,7 +24,7 @@ def _padded(left: bool = False) -> torch.Tensor:
 
 def test_layouts_of_padded_rows() -> None:
     for left in (False, True):
-        layout = attention.from_mask(_padded(left))
+        layout = sequences.layout_from_mask(_padded(left))
         assert layout.starts.tolist() == [0, 7, 19, 20, 25]
         assert layout.starts.dtype == torch.int32
         assert layout.longest == 12
@@ -43,7 +43,7 @@ def test_layouts_of_padded_rows() -> None:
     ],
 )
 def test_layouts_of_packed_rows(positions: list[list[int]], starts: list[int], longest: int) -> None:
-    layout = attention.from_positions(torch.tensor(positions))
+    layout = sequences.layout_from_positions(torch.tensor(positions))
     assert (layout.starts.tolist(), layout.longest, layout.kept) == (starts, longest, None)
 
 
@@ -51,9 +51,9 @@ def test_the_layout_is_read_once_for_all_layers() -> None:
     calls = []
     mask = _padded()
 
-    def counting(tensor: torch.Tensor) -> attention.Layout:
+    def counting(tensor: torch.Tensor) -> sequences.SequenceLayout:
         calls.append(tensor)
-        return attention.from_mask(tensor)
+        return sequences.layout_from_mask(tensor)
 
     assert attention._once(mask, counting) is attention._once(mask, counting)
     assert len(calls) == 1
@@ -138,7 +138,7 @@ def test_heads_of_other_sizes_than_the_configuration_says_are_for_the_kernel_of_
     monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_in_2_13)
     query, value = (torch.randn(12, 2, size) for size in sizes)
-    layout = attention.Layout(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
+    layout = sequences.SequenceLayout(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
     assert attention._kernel(query, query, value, layout, None, None).shape == (12, 2, sizes[1])
 
 

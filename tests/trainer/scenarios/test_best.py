@@ -109,15 +109,15 @@ def test_an_early_stop_that_a_given_up_evaluation_would_have_brought_comes_witho
     def stop_in_the_last() -> None:
         from finetune_trainer.evaluation.evaluator import Evaluator
 
-        original, calls = Evaluator._loss, []
+        original, calls = Evaluator.evaluate, []
 
-        def loss(self: Any, *args: Any) -> float:
+        def evaluate(self: Any, *args: Any) -> dict[str, float]:
             calls.append(1)
             if len(calls) == last:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, *args)
 
-        Evaluator._loss = loss
+        Evaluator.evaluate = evaluate
 
     config = job(tmp_path / "stopped", tiny_model, changes)
     stopped = TrainerProcess(config, tmp_path / "stopped", before=stop_in_the_last).finish()

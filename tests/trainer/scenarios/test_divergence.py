@@ -143,13 +143,13 @@ def test_a_held_out_loss_that_is_no_number_is_divergence(value: str, tiny_model:
     def inject() -> None:
         from finetune_trainer.evaluation.evaluator import Evaluator
 
-        original, calls = Evaluator._loss, []
+        original, calls = Evaluator.evaluate, []
 
-        def loss(self: Any, *args: Any) -> float:
+        def evaluate(self: Any, *args: Any) -> dict[str, float]:
             calls.append(1)
-            return original(self, *args) if len(calls) < 3 else float(value)
+            return original(self, *args) if len(calls) < 3 else {"evalLoss": float(value)}
 
-        Evaluator._loss = loss
+        Evaluator.evaluate = evaluate
 
     finished = TrainerProcess(job(tmp_path, tiny_model), tmp_path, before=inject).finish()
     assert finished.exit_code == ExitCode.DIVERGED, finished.log

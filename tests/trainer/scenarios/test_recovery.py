@@ -170,15 +170,15 @@ def test_an_evaluation_that_ran_out_of_memory_is_done_after_all(tiny_model: Path
 
         from finetune_trainer.evaluation.evaluator import Evaluator
 
-        original, raised = Evaluator._loss, []
+        original, raised = Evaluator.evaluate, []
 
-        def loss(self: Any, *args: Any) -> float:
+        def evaluate(self: Any, *args: Any) -> dict[str, float]:
             if not raised:
                 raised.append(True)
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return original(self, *args)
 
-        Evaluator._loss = loss
+        Evaluator.evaluate = evaluate
 
     finished = train(job(tmp_path, tiny_model, RUN), tmp_path, before=inject)
     assert finished.exit_code == 0, finished.log

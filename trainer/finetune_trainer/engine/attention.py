@@ -7,8 +7,7 @@ own, and on Hopper ours, which is made for short rows (kernels/attention.py).
 
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 import structlog
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
+from finetune_trainer.engine.sequences import SequenceLayout, layout_from_mask, layout_from_positions
 from finetune_trainer.errors import type_and_reason
 
 log = structlog.get_logger(__name__)
@@ -26,49 +26,15 @@ NAME: Final = "varlen"
 MAX_HEAD_DIM: Final = 256
 HEAD_DIM_MULTIPLE: Final = 8
 MIN_COMPUTE_CAPABILITY: Final = (8, 0)
-#: Where kernels of ours were measured to be the faster ones: on Hopper; of attention, with these head sizes.
+#: Our kernels were measured to be faster on Hopper; those of attention, with these head sizes.
 HOPPER: Final = (9, 0)
 _OUR_HEAD_DIMS: Final = (64, 128)
 #: What two half-precision attentions may differ by, as a part of the largest value.
 TOLERANCE: Final = 2e-2
-#: Of every layer's forward pass the same tensor says how rows lie: reading it waits for the GPU, so once is enough.
-_known: Any = WeakTensorKeyDictionary()
-#: Whether our kernels serve; `self_check` finds out.
+#: Layouts by the tensor that they are read from, the same one in all layers: reading it waits for the GPU.
+_known: MutableMapping[torch.Tensor, SequenceLayout] = WeakTensorKeyDictionary()
+#: Whether our kernels are used; `self_check` sets it.
 _ours = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How sequences lie among tokens laid end to end.
-
-    `starts` int32 [sequences + 1]: where each begins, and the end; `longest` in tokens; `kept` int64: indices of the
-    real tokens among rows x width, None where all are real.
-    """
-
-    starts: torch.Tensor
-    longest: int
-    kept: torch.Tensor | None = None
-
-
-def from_mask(mask: torch.Tensor) -> Layout:
-    """The layout of padded rows, on either side. `mask` [rows, width] is true or 1 at real tokens."""
-    real = mask.bool()
-    lengths = real.sum(-1, dtype=torch.int32)
-    return Layout(_starts(lengths), int(lengths.max()), real.flatten().nonzero().flatten())
-
-
-def from_positions(positions: torch.Tensor) -> Layout:
-    """The layout of rows that hold several sequences each: one begins wherever `positions` [rows, width] do not go on
-    by one, and at every row."""
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    first = begins.flatten().nonzero().flatten()
-    starts = torch.nn.functional.pad(first, (0, 1), value=positions.numel()).to(torch.int32)
-    return Layout(starts, int(starts.diff().max()))
-
-
-def _starts(lengths: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def forward(
@@ -82,60 +48,81 @@ def forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query, key and value [rows, heads, tokens, head_dim] to [rows, tokens, heads,
-    head_dim]. `attention_mask` [rows, tokens] or None is what `flash_attention_mask` makes.
+    """Compute attention as transformers asks for it (AttentionInterface).
 
-    Raises ValueError for what the kernel cannot compute.
+    Args:
+        module: The attention layer.
+        query: [rows, heads, tokens, head_dim]; key and value may have fewer heads.
+        key: Likewise.
+        value: Likewise.
+        attention_mask: [rows, tokens] or None, as `flash_attention_mask` makes it.
+        scaling: What products are multiplied by.
+        dropout: Must be 0.
+        sliding_window: How many tokens back a token sees; None for all.
+        **kwargs: Of these, position_ids and cu_seq_lens_q say where sequences begin.
+
+    Returns:
+        The output [rows, tokens, heads, head_dim], and None for the attention weights.
+
+    Raises:
+        ValueError: For what the kernel cannot compute.
     """
     if dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("varlen attention has no dropout, soft cap, sinks or position bias; take sdpa or eager")
     if query.shape[2] != key.shape[2]:
         mask = _mask(query.shape[2], key.shape[2], attention_mask, sliding_window, query.device)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)  # type: ignore[no-any-return]
+        cached: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+        return cached
     rows, heads, width, head_dim = query.shape
     layout = _layout(query, attention_mask, kwargs)
     flat = [_half(each, value).transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     if layout.kept is not None:
         flat = [each.index_select(0, layout.kept) for each in flat]
-    found = _kernel(*flat, layout, scaling, sliding_window)
+    found = _kernel(flat[0], flat[1], flat[2], layout, scaling, sliding_window)
     if layout.kept is not None:
         found = found.new_zeros(rows * width, heads, head_dim).index_copy(0, layout.kept, found)
     return found.view(rows, width, heads, head_dim), None
 
 
-def _layout(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Layout:
+def _layout(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> SequenceLayout:
     positions = kwargs.get("position_ids")
     if mask is not None:
-        return _once(mask, from_mask)
+        return _once(mask, layout_from_mask)
     if kwargs.get("cu_seq_lens_q") is not None:  # from the collator, which need not wait for the GPU
-        return Layout(kwargs["cu_seq_lens_q"].to(query.device, torch.int32), int(kwargs["max_length_q"]))
+        return SequenceLayout(kwargs["cu_seq_lens_q"].to(query.device, torch.int32), int(kwargs["max_length_q"]))
     if positions is not None and positions.shape == (query.shape[0], query.shape[2]):
-        return _once(positions, from_positions)
+        return _once(positions, layout_from_positions)
     rows, width = query.shape[0], query.shape[2]
-    return Layout(torch.arange(rows + 1, dtype=torch.int32, device=query.device) * width, width)
+    return SequenceLayout(torch.arange(rows + 1, dtype=torch.int32, device=query.device) * width, width)
 
 
-def _once(tensor: torch.Tensor, make: Callable[[torch.Tensor], Layout]) -> Layout:
+def _once(tensor: torch.Tensor, make: Callable[[torch.Tensor], SequenceLayout]) -> SequenceLayout:
     if tensor not in _known:
         _known[tensor] = make(tensor)
-    return _known[tensor]  # type: ignore[no-any-return]
+    return _known[tensor]
 
 
 def _half(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the half precision of the computation: norms and rotations may have raised it to float32."""
+    """Return `tensor` in the half precision of the computation: norms and rotations may have made it float32."""
     if torch.is_autocast_enabled(tensor.device.type):
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor.to(like.dtype)
 
 
 def _kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None, window: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SequenceLayout,
+    scaling: float | None,
+    window: Any,
 ) -> torch.Tensor:
-    """Causal attention within each sequence; tensors are [tokens, heads, head_dim]."""
+    """Compute causal attention within each sequence; tensors are [tokens, heads, head_dim]."""
     starts, longest = layout.starts, layout.longest
     if _ours and window is None and query.shape[-1] == value.shape[-1] and query.shape[-1] in _OUR_HEAD_DIMS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.finetune.attention(query, key, value, starts, longest, scale)[0]  # type: ignore[no-any-return]
+        found: torch.Tensor = torch.ops.finetune.attention(query, key, value, starts, longest, scale)[0]
+        return found
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
@@ -144,16 +131,16 @@ def _kernel(
     return varlen_attn(query, key, value, starts, starts, longest, longest, **options)  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _asks_for_groups(kernel: Callable[..., Any]) -> bool:
-    """Whether it must be told that there are fewer heads of keys and values than of queries, as since torch 2.12."""
+    """Return whether the kernel must be told of fewer key and value heads than query heads (since torch 2.12)."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _mask(
     queries: int, keys: int, padding: torch.Tensor | None, window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Which keys each of the last `queries` of `keys` tokens sees, as SDPA takes it: generation with a cache."""
+    """Return SDPA's mask: which keys each of the last `queries` of `keys` tokens sees, in generation with a cache."""
     if padding is None and queries == 1 and not window:
         return None
     ages = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
@@ -180,10 +167,13 @@ def unsupported_reason(config: Any) -> str | None:
 
 
 def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
-    """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes: of our kernels, where
-    they are the faster ones, and where those do not pass, of torch's. Those that pass serve from then on.
+    """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes.
 
-    Returns what is wrong, None when both agree. Catches everything: a kernel that is missing must not end a run.
+    Our kernels are checked where they are the faster ones, and torch's where ours do not pass. Those that pass are used
+    from then on. Every error is caught: a missing kernel must not end a run.
+
+    Returns:
+        What is wrong, None when the kernels agree with SDPA.
     """
     global _ours
     _ours = _ours_are_faster(config, device)
@@ -216,11 +206,11 @@ def _ours_are_faster(config: Any, device: str) -> bool:
 
 def _head_dim(config: Any) -> int:
     text = config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
-    """The largest difference of outputs and gradients, as a part of the largest value."""
+    """Return the largest difference of outputs and gradients, as a part of the largest value."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -234,7 +224,9 @@ def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> f
     results = []
     for function, mask in ((forward, real if padded else None), (_plain, real)):
         leaves = [each.clone().requires_grad_() for each in inputs]
-        output = function(None, *leaves, mask, scaling=head_dim**-0.5)[0] * real[:, :, None, None]
+        output = (
+            function(None, leaves[0], leaves[1], leaves[2], mask, scaling=head_dim**-0.5)[0] * real[:, :, None, None]
+        )
         output.float().square().sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     pairs = zip(*results, strict=True)
@@ -242,9 +234,9 @@ def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> f
 
 
 def _plain(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor, scaling: float
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, None]:
-    """The same by SDPA, with a mask, in float32."""
+    """Compute the same by SDPA, with a mask, in float32."""
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     mask = _mask(query.shape[2], key.shape[2], real, None, query.device)

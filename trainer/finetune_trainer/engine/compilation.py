@@ -92,7 +92,7 @@ def _register_4bit_flops() -> None:
 
 
 def _flops_of_gemm_4bit(x: Any, weight: Any, shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(x) * shape[0]
+    return int(2 * math.prod(x) * shape[0])
 
 
 def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any]:

@@ -59,7 +59,8 @@ def multiply_by_kernel(linear: Any) -> None:
     product = importlib.import_module("finetune_trainer.engine.kernels.dequantize").product
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return product(x.to(linear.compute_dtype), *_packed(linear)).to(x.dtype)  # type: ignore[no-any-return]
+        found: torch.Tensor = product(x.to(linear.compute_dtype), *_packed(linear))
+        return found.to(x.dtype)
 
     swap_forward(linear, while_training(forward, linear.forward))
 

@@ -1,7 +1,7 @@
-"""Products with frozen weights in 8-bit floating point: half the time of bf16 on GPUs that have it, at a price.
+"""Products with frozen weights in 8-bit floating point: half the time of bf16 on GPUs that have it, less precise.
 
-Both factors are rounded to e4m3 (3 bits of mantissa; Micikevicius et al. 2022, arXiv:2209.05433), each row of the
-activations and each row of the weights with a scale of its own. Forward pass and gradient of the input alike; the
+Both factors are rounded to e4m3 (3 bits of mantissa; Micikevicius et al. 2022, arXiv:2209.05433), with one scale for
+each row of the activations and each row of the weights, in the forward pass and for the gradient of the input. The
 adapter, norms, attention and the loss stay as they are.
 """
 
@@ -23,7 +23,7 @@ _TOLERANCE: Final = 1e-2
 
 
 def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`matrix` [rows, columns] in e4m3, and the scale of each row, float32 [rows, 1]: their product is near it."""
+    """Return `matrix` [rows, columns] in e4m3, and the scale of each row, float32 [rows, 1]."""
     matrix = matrix.contiguous()
     largest = matrix.abs().amax(-1, keepdim=True).float()
     scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
@@ -33,7 +33,7 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _product(
     left: torch.Tensor, left_scale: torch.Tensor, right: torch.Tensor, right_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`left` [n, k] times the transpose of `right` [m, k], each row of both times its scale; [n, m] in `dtype`."""
+    """Return `left` [n, k] times the transpose of `right` [m, k], each row times its scale, as [n, m] in `dtype`."""
     if left.device.type != "cuda":  # the same numbers, slowly
         return ((left.float() * left_scale) @ (right.float() * right_scale).t()).to(dtype)
     return torch._scaled_mm(
@@ -57,12 +57,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slope,) = slopes
-        return _product(*rounded(slope), *ctx.saved_tensors, slope.dtype), None, None, None, None
+        turned, turned_scale = ctx.saved_tensors
+        return _product(*rounded(slope), turned, turned_scale, slope.dtype), None, None, None, None
 
 
 class Fp8Linear(torch.nn.Module):
-    """A frozen linear layer whose products are in e4m3. The weight is kept twice, as the hardware wants it for the
-    forward and for the backward pass: in all as many bytes as in bf16."""
+    """A frozen linear layer whose products are in e4m3.
+
+    The weight is kept twice, as the hardware needs it for the forward and for the backward pass: together as many bytes
+    as in bf16.
+    """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -76,14 +80,15 @@ class Fp8Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.to(self.compute_dtype).reshape(-1, self.in_features)
-        found = _Product.apply(flat, self.weight, self.weight_scale, self.turned, self.turned_scale)
+        matrices = (self.weight, self.weight_scale, self.turned, self.turned_scale)
+        found: torch.Tensor = _Product.apply(flat, *matrices)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             found = found + self.bias
-        return found.to(x.dtype).view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def self_check(device: str) -> str | None:
-    """Compare a small product and its gradient with their definition. Returns what is wrong, None when both agree."""
+    """Compare a small product and its gradient with their definition; return what is wrong, None when both agree."""
     linear = torch.nn.Linear(64, 96, bias=False).bfloat16().requires_grad_(False)
     x, slope = torch.randn(48, 64).bfloat16(), torch.randn(48, 96).bfloat16()
     results = []
@@ -100,7 +105,7 @@ def self_check(device: str) -> str | None:
 
 
 def convert(layers: Sequence[Any]) -> None:
-    """Put an Fp8Linear in the place of each plain frozen linear layer of `layers`, below adapters too."""
+    """Replace each plain frozen linear layer in `layers`, below adapters too, with an Fp8Linear."""
     replace_modules(layers, _fits, Fp8Linear)
 
 

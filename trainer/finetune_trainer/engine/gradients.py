@@ -1,9 +1,10 @@
-"""Gradients summed over all processes, while the backward pass goes on, in buckets (Li et al. 2020, arXiv:2006.15704).
+"""Sum gradients over all ranks during the backward pass, in buckets (Li et al. 2020, arXiv:2006.15704).
 
 torch's DistributedDataParallel, which averages, copies each matrix into its bucket and back. An adapter has hundreds of
 small ones: here filling a bucket is one copy, and gradients stay in it.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -18,14 +19,16 @@ _BUCKET: Final = 32 << 20
 
 
 class GradientReducer:
-    """Sums the gradients of `parameters`, which begin as those of process 0, in the same order and of the same types on
-    all processes.
-
-    Where the backward pass itself communicates (FSDP), it must not be `overlapped`: processes that use other parameters
-    would send in another order, and wait for each other forever.
-    """
+    """Sums the gradients of trained parameters over all ranks."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, overlapped: bool = True) -> None:
+        """Give all ranks the parameters of rank 0. A collective.
+
+        Args:
+            parameters: In the same order and of the same types on all ranks.
+            overlapped: Send buckets during the backward pass. Not where that itself communicates (FSDP): ranks that use
+                other parameters would send in another order, and wait for each other forever.
+        """
         self._buckets = _buckets(reversed(list(parameters)))  # about as the backward pass finds them
         self._pending: list[int] = []  # gradients that each bucket waits for, while synchronized
         self._sent: list[Any] = []
@@ -33,12 +36,14 @@ class GradientReducer:
             for parameter in bucket:
                 distributed.broadcast(parameter.data, src=0)
                 if overlapped:
-                    parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))  # type: ignore[misc]
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, number))
 
     @contextmanager
     def synchronized(self) -> Iterator[None]:
-        """The backward pass within it is the last of a step: after it every gradient is the sum over all processes,
-        and zero where none has found one."""
+        """Sum the gradients of the backward pass in this block, the last of a step, over all ranks.
+
+        Afterwards a gradient that no rank has computed is zero.
+        """
         self._pending = [len(bucket) for bucket in self._buckets]
         try:
             yield
@@ -49,7 +54,7 @@ class GradientReducer:
         finally:
             self._pending, self._sent = [], []
 
-    def _arrived(self, number: int) -> None:
+    def _arrived(self, number: int, parameter: torch.Tensor) -> None:
         if not self._pending:
             return
         self._pending[number] -= 1
@@ -57,7 +62,7 @@ class GradientReducer:
             self._send()
 
     def _send(self) -> None:
-        """The next bucket: in the same order everywhere, or processes would add what does not belong together."""
+        """Send the next bucket: in the same order on all ranks, or they would add what does not belong together."""
         bucket = self._buckets[len(self._sent)]
         vector, views = flattened([torch.zeros_like(each) if each.grad is None else each.grad for each in bucket])
         for parameter, view in zip(bucket, views, strict=True):
@@ -66,7 +71,7 @@ class GradientReducer:
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Buckets of one type each, in the order in which they were begun."""
+    """Return buckets of one type each, in the order in which they were begun."""
     buckets: list[list[torch.nn.Parameter]] = []
     last: dict[torch.dtype, list[torch.nn.Parameter]] = {}
     for parameter in parameters:

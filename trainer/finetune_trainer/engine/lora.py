@@ -105,8 +105,10 @@ def _lora_forward(member: Any, shared: "SharedLoraInput", index: int) -> Callabl
         found, b, scaling = member.base_layer(x), member.lora_B[_ADAPTER], member.scaling[_ADAPTER]
         if shared.added_by_kernel and b.bias is None and found.dtype in _HALF and b.in_features <= _LARGEST_RANK:
             z, weight = shared(x, index).to(found.dtype), (b.weight * scaling).to(found.dtype)
-            return torch.ops.finetune.add_product(found, z, weight)  # type: ignore[no-any-return]
-        return (found + b(shared(x, index) * scaling)).to(found.dtype)  # type: ignore[no-any-return]
+            added: torch.Tensor = torch.ops.finetune.add_product(found, z, weight)
+            return added
+        summed: torch.Tensor = found + b(shared(x, index) * scaling)
+        return summed.to(found.dtype)
 
     return forward
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen head, tile by tile: the logits of all tokens never exist at one time.
+"""Fused cross-entropy of a frozen head, tile by tile: the logits of all tokens never exist at one time.
 
 The head does not train, so the gradient of its input is all there is to compute, and it is computed along with the
 loss: no logits are kept, and none are computed again (Liger Kernel, arXiv:2410.10989, section 3.2; Cut Cross-Entropy,
@@ -24,14 +24,19 @@ _FOR_SEQUENCES: Final = ("varlen", "flash_attention_2")
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model does to the head's product: it is multiplied by `scale`, and then held within ±`cap`, if not 0."""
+    """What a model does to its head's product.
+
+    Attributes:
+        scale: The product is multiplied by it.
+        cap: Then it is held within ± this value; 0 for no cap.
+    """
 
     scale: float = 1.0
     cap: float = 0.0
 
     @classmethod
     def of(cls, config: Any) -> "Logits":
-        """By transformers' names: Gemma caps, Cohere, Falcon-H1, MiniCPM and Granite scale."""
+        """Read transformers' settings: Gemma caps, Cohere, Falcon-H1, MiniCPM and Granite scale."""
         text = config.get_text_config()
         scales = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
         scale = next((float(scale) for scale in scales if scale is not None), None)
@@ -47,7 +52,7 @@ _Tile = Callable[[torch.Tensor, torch.Tensor, Logits, bool], tuple[torch.Tensor,
 def _tile(
     product: torch.Tensor, targets: torch.Tensor, logits: Logits, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The summed loss of the head's `product` [tokens, vocabulary] in float32, and its gradient in their type."""
+    """Return the summed loss of the head's `product` [tokens, vocabulary] in float32, and its gradient in its type."""
     full = product.float()
     if logits.scale != 1.0:
         full = full * logits.scale
@@ -107,19 +112,27 @@ def summed_cross_entropy(
     logits: Logits = Logits(),
     compiled: bool = False,
 ) -> torch.Tensor:
-    """The sum over all targets of the loss in nats, a float32 scalar: 0 where there is none.
+    """Return the loss in nats, summed over all targets, as a float32 scalar; 0 without targets.
 
-    `hidden` [rows, tokens, width]; `positions` int64 [targets] into rows x tokens; `targets` int64 [targets]. Computed
-    in the type of `head`'s weight, normalized in float32.
+    Computed in the type of the head's weight, normalized in float32.
+
+    Args:
+        hidden: The last hidden states, [rows, tokens, width].
+        head: The layer that makes logits of them.
+        positions: Where in rows x tokens there is a target, int64 [targets].
+        targets: The token ids to predict there, int64 [targets].
+        logits: What the model does to the head's product.
+        compiled: Whether tiles are computed by torch.compile.
     """
     chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
     if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
         return _tile(head(chosen), targets, logits, False)[0]
     tile = _compiled_tile() if compiled and torch.is_grad_enabled() else _tile
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SummedCrossEntropy.apply(  # type: ignore[no-any-return]
+        loss: torch.Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             chosen, head.weight, head.bias, targets, logits, tile
         )
+        return loss
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """bitsandbytes' optimizers without their waits for the GPU, and with one launch where they have one for each matrix."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,17 +22,26 @@ _MOST_WEIGHTS: Final = 64 << 20
 
 
 def unpaged(name: str, trained: int) -> str:
-    """What to use in the place of the optimizer `name` for so many `trained` weights: the same updates. Paged state
-    ends every step with a wait for the GPU."""
+    """Use the non-paged optimizer when its state is small (same updates, no sync).
+
+    Args:
+        name: The optimizer that was asked for.
+        trained: How many weights it trains.
+
+    Returns:
+        The optimizer to use. Paged state ends every step with a wait for the GPU.
+    """
     each, other = _UNPAGED.get(name, (0, name))
     return other if trained * each <= _SMALL else name
 
 
 def fuse_updates(optimizer: Any) -> None:
-    """Let an optimizer of bitsandbytes update many matrices by one launch, and not wait for the GPU after each of them
-    (0.50, Optimizer8bit.step), which only paged state may need: all else is in order on the stream. The updates and
-    what is saved of it are the same; paged and other optimizers are left alone. Settings for single matrices
-    (GlobalOptimManager) would not be heard."""
+    """Let an optimizer of bitsandbytes update many matrices by one launch, without waiting for the GPU after each.
+
+    Only paged state may need these waits (0.50, Optimizer8bit.step): all else is in order on the stream. The updates
+    and the saved state are the same; paged and other optimizers are left alone. Settings for single matrices
+    (GlobalOptimManager) have no effect.
+    """
     with suppress(ImportError):
         from bitsandbytes.optim.optimizer import Optimizer8bit
 
@@ -61,7 +71,7 @@ class _FlatParameters:
         return cls(members, weights, state)
 
     def holds(self, members: list[torch.Tensor]) -> bool:
-        """Whether it is of just these `members`, and their weights still lie where they were put."""
+        """Return whether it consists of these `members`, and their weights are still where they were put."""
         views = self.weights.split([each.numel() for each in self.members])
         return len(self.members) == len(members) and all(
             mine is each and each.data_ptr() == view.data_ptr()
@@ -70,9 +80,13 @@ class _FlatParameters:
 
 
 class _FusedStep:
-    """What an optimizer of bitsandbytes becomes. The first update of a matrix, which makes its state, is its own."""
+    """Mixed into an optimizer of bitsandbytes, which still does the first update of a matrix: that makes its state."""
 
     fused: dict[tuple[int, int], _FlatParameters]
+    # Of the optimizer:
+    param_groups: list[dict[str, Any]]
+    state: dict[torch.Tensor, dict[str, Any]]
+    update_step: Callable[..., None]
 
     def step(self, closure: Any = None) -> Any:
         with without_gpu_sync():
@@ -82,11 +96,11 @@ class _FusedStep:
         done: list[tuple[torch.Tensor, torch.Tensor]] = []
         before, self.fused = self.fused, {}
         try:
-            for index, group in enumerate(self.param_groups):  # type: ignore[attr-defined]
+            for index, group in enumerate(self.param_groups):
                 for number, members in enumerate(self._fusible(group)):
                     flat = before.get((index, number))
                     if flat is None or not flat.holds(members):
-                        flat = _FlatParameters.of(members, [self.state[each] for each in members])  # type: ignore[attr-defined]
+                        flat = _FlatParameters.of(members, [self.state[each] for each in members])
                     self.fused[index, number] = flat
                     done += self._update(flat, index, group)
             for parameter, _ in done:
@@ -101,12 +115,15 @@ class _FusedStep:
         super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _fusible(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
-        """Matrices of `group` to be updated together: with 8-bit state, of whole blocks (else a scale would be shared
-        with another matrix), after as many steps."""
+        """Return the matrices of `group` to update together.
+
+        They have 8-bit state of whole blocks (else a scale would be shared with another matrix), and the same number of
+        steps behind them.
+        """
         runs: list[list[torch.Tensor]] = []
         size, steps = 0, None
         for each in group["params"]:
-            state = self.state.get(each, {})  # type: ignore[attr-defined]
+            state = self.state.get(each, {})
             whole = each.dtype == torch.float32 and each.numel() % _BLOCK == 0
             if each.grad is None or not whole or any(key not in state for key in _STATE):
                 continue
@@ -120,12 +137,12 @@ class _FusedStep:
     @torch.no_grad()
     def _update(self, flat: _FlatParameters, index: int, group: dict[str, Any]) -> list[tuple[Any, Any]]:
         """Update the members of `flat`, of the group `index`, by one launch; returns them and their gradients."""
-        state = self.state  # type: ignore[attr-defined]
-        gradients = [each.grad for each in flat.members]
-        flat.weights.grad = end_to_end(gradients)  # type: ignore[arg-type]
+        state = self.state
+        gradients = [each.grad for each in flat.members if each.grad is not None]
+        flat.weights.grad = end_to_end(gradients)
         state[flat.weights] = state[flat.members[0]] | flat.state
         try:
-            self.update_step(group, flat.weights, index, 0)  # type: ignore[attr-defined]
+            self.update_step(group, flat.weights, index, 0)
         finally:
             del state[flat.weights]
             flat.weights.grad = None

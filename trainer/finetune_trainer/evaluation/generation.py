@@ -10,7 +10,7 @@ from finetune_trainer.evaluation.lockstep import never
 from finetune_trainer.evaluation.nli import first_object
 
 
-class JsonObjectStop(StoppingCriteria):
+class JsonObjectStop(StoppingCriteria):  # type: ignore[misc]
     """Ends a row whose new text holds a complete JSON object: nothing after it is read. Once interrupted, ends all."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, interrupted: Callable[[], bool]) -> None:
@@ -18,7 +18,7 @@ class JsonObjectStop(StoppingCriteria):
         self._start = prompt_length
         self._interrupted = interrupted
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         if self._interrupted():
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         last = self._tokenizer.batch_decode(input_ids[:, -1:])

@@ -7,7 +7,8 @@ from typing import Any
 
 import structlog
 
-from finetune_api.spec import FineTuneJobSpec, Lora
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid
 
 log = structlog.get_logger(__name__)
@@ -63,7 +64,7 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
     found = json.loads((folder / "adapter_config.json").read_text())
     lora = spec.lora
     targets = found.get("target_modules")
-    expected = {
+    expected: dict[str, tuple[Any, Any]] = {
         "rank": (found.get("r"), lora.rank),
         "alpha": (found.get("lora_alpha"), lora.alpha),
         "rslora": (bool(found.get("use_rslora")), lora.rslora),

@@ -30,7 +30,7 @@ class BaseModel:
         commit: The hub's commit, None for other sources.
         config: transformers' configuration.
         tokenizer: Set up for training: right padding, a pad token that is never EOS.
-        shape: The sizes that memory and time follow from.
+        shape: The sizes that memory and time follow from; None for an architecture that they do not describe (MoE).
         linear_layers: The full names of its linear layers, without the head.
         open_attention: Whether its code leaves attention to transformers, so that another implementation can be used.
     """
@@ -39,7 +39,7 @@ class BaseModel:
     commit: str | None
     config: Any
     tokenizer: Any
-    shape: ModelShape
+    shape: ModelShape | None
     linear_layers: tuple[str, ...]
     open_attention: bool
 

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from finetune_trainer.settings import Ranks
 
@@ -25,10 +25,10 @@ def run_on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
     if not ranks.is_main:
         received: list[Any] = [None]
         distributed.broadcast_object_list(received, src=0)
-        value, error = received[0]
+        result, error = received[0]
         if error is not None:
             raise error
-        return value  # type: ignore[no-any-return]
+        return cast(T, result)
     try:
         result = work()
     except Exception as error:

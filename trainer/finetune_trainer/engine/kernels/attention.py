@@ -1,4 +1,4 @@
-"""Causal attention of short sequences laid end to end, in Triton (FlashAttention-2, arXiv:2307.08691).
+"""Causal attention of short packed sequences, in Triton (FlashAttention-2, arXiv:2307.08691).
 
 Fine-tuning rows are a few hundred tokens long. With such rows torch's kernel spends its time on tiles that reach beyond
 a row and, in the backward pass, on sums in memory: of queries' gradients, which tiles of keys add to, and of keys' and
@@ -23,27 +23,27 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _bounds(STARTS, sequence):  # type: ignore[no-untyped-def]
+def _bounds(STARTS, sequence):
     """Where a sequence begins among all tokens, and how many it has."""
     start = tl.load(STARTS + sequence).to(tl.int64)
     return start, (tl.load(STARTS + sequence + 1) - start).to(tl.int32)
 
 
 @triton.jit
-def _load(BASE, rows, stride, length, D: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(BASE, rows, stride, length, D: tl.constexpr, CUT: tl.constexpr):
     """Rows of one head; where they may be CUT, zero from `length` on."""
     at = BASE + rows[:, None] * stride + tl.arange(0, D)
     return tl.load(at, mask=rows[:, None] < length, other=0.0) if CUT else tl.load(at)
 
 
 @triton.jit
-def _store(BASE, rows, stride, length, values, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(BASE, rows, stride, length, values, D: tl.constexpr):
     at = BASE + rows[:, None] * stride + tl.arange(0, D)
     tl.store(at, values.to(BASE.dtype.element_ty), mask=rows[:, None] < length)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     Q, K, V, OUT, LSE, STARTS, scale, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -83,7 +83,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward_of_queries(  # type: ignore[no-untyped-def]
+def _backward_of_queries(
     Q, K, V, OUT, LSE, DELTA, DOUT, DQ, STARTS, scale, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, do_t, do_h, dq_t, dq_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -122,7 +122,7 @@ def _backward_of_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward_of_keys(  # type: ignore[no-untyped-def]
+def _backward_of_keys(
     Q, K, V, LSE, DELTA, DOUT, DK, DV, STARTS, scale, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, dk_t, dk_h, dv_t, dv_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -224,21 +224,21 @@ def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @attention.register_fake
-def _(query, key, value, starts, longest, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, starts, longest, scale):
     return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(gradient, query, key, value, out, lse, starts, longest, scale):  # type: ignore[no-untyped-def]
+def _(gradient, query, key, value, out, lse, starts, longest, scale):
     return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):
     *tensors, starts, ctx.longest, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output, starts)
 
 
-def _backward(ctx, gradient, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient, _):
     found = attention_backward(gradient, *ctx.saved_tensors, ctx.longest, ctx.scale)
     return *found, None, None, None
 

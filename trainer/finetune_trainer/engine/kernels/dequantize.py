@@ -22,7 +22,7 @@ _TILE = {"BLOCKS": 32, "num_warps": 2}
 
 
 @triton.jit
-def _dequantize(  # type: ignore[no-untyped-def]
+def _dequantize(
     PACKED, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, CODE, OUT, blocks,
     BYTES: tl.constexpr, TWICE: tl.constexpr, SCALES_OF_A_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -70,21 +70,21 @@ def product(
 
 
 @dequantize.register_fake
-def _(packed, scales, code, shape, dtype):  # type: ignore[no-untyped-def]
+def _(packed, scales, code, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
 @product.register_fake
-def _(x, packed, scales, code, shape):  # type: ignore[no-untyped-def]
+def _(x, packed, scales, code, shape):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):
     _, packed, scales, code, ctx.shape = inputs
     ctx.save_for_backward(packed, code, *scales)
 
 
-def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient):
     packed, code, *scales = ctx.saved_tensors
     weights = dequantize(packed, scales, code, ctx.shape, gradient.dtype)
     return gradient @ weights, None, [None] * len(scales), None, None

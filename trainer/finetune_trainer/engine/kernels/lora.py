@@ -1,4 +1,4 @@
-"""What an adapter adds to its base, in one pass over memory, in Triton: base + z B^T.
+"""A LoRA adapter's output added to its base's in one pass over memory, in Triton: base + z B^T.
 
 B has as many columns as the adapter's rank: as a product of its own this writes, and reads again, as much as the base
 does, for next to no arithmetic. This module needs triton; torch's dispatcher calls it as finetune::add_product.
@@ -19,7 +19,7 @@ _TILE = {"M": 64, "N": 128, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_product(  # type: ignore[no-untyped-def]
+def _add_product(
     BASE, Z, B, OUT, rows, columns, rank, base_row, z_row, b_row,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -50,15 +50,15 @@ def add_product(base: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> torch.T
 
 
 @add_product.register_fake
-def _(base, z, b):  # type: ignore[no-untyped-def]
+def _(base, z, b):
     return base.new_empty(base.shape)
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient):
     z, b = ctx.saved_tensors
     return gradient, gradient @ b, gradient.flatten(0, -2).T @ z.flatten(0, -2)
 
