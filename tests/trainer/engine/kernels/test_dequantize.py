@@ -78,4 +78,4 @@ def test_layers_that_compute_otherwise_are_left_alone() -> None:
 def test_other_numbers_than_those_of_bitsandbytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = interpreted("dequantize")
     monkeypatch.setattr(module, "dequantize", lambda packed, scales, code, shape, dtype: torch.zeros(shape))
-    assert weights._try_kernel_on(_linear()) == "finds other numbers on this GPU"
+    assert weights._try_kernel_on(_linear()) == "it computes other weights than bitsandbytes on this GPU"
