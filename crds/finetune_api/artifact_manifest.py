@@ -12,6 +12,8 @@ from finetune_api import constants
 from finetune_api.status import Count, Metrics, StatusModel
 
 SCHEMA_VERSION: Final = 1
+#: What a job can publish; the trainer has one module for each (finetune_trainer.publishing.artifacts).
+ArtifactKind = Literal["Adapter"]
 
 
 class FileRecord(StatusModel):
@@ -41,7 +43,7 @@ class StoreManifest(StatusModel):
     """An adapter or a checkpoint. Fields that do not apply to its kind are absent."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["Adapter", "Checkpoint"]
+    kind: ArtifactKind | Literal["Checkpoint"]
     job: JobReference | None = None
     created_at: datetime
     base_model: str | None = None

@@ -19,6 +19,7 @@ from finetune_api import constants
 from finetune_api.manifest import load_text
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
+from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.credentials import Credentials
@@ -126,7 +127,7 @@ def publish_an_adapter(job: FineTuneJob, s3: S3Server, folder: Path) -> str:
     uri = parse(job.spec.output.uri)
     s3.client().create_bucket(Bucket=uri.authority)
     store = open_store(uri, Credentials.for_role("output", env=s3.env), field="output.uri")
-    bundle = Bundle(folder / "made", base_model="org/base", rank=job.spec.lora.rank, metrics={})
+    bundle = Bundle(folder / "made", ARTIFACTS["Adapter"], base_model="org/base", rank=job.spec.lora.rank, metrics={})
     return AdapterOutput(store, job.metadata).publish(bundle).manifest_digest
 
 

@@ -193,6 +193,7 @@ def import_everything() -> None:
     gc.collect()
     with freeze_imports():
         for name in (
+            "publishing.adapter_checks",
             "publishing.bundle",
             "inputs",
             "publishing.publish",

@@ -12,6 +12,7 @@ from finetune_api import constants
 from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
+from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.base import (
@@ -60,7 +61,7 @@ def put(store: Store, folder: Path, job: Metadata = JOB, overwrite: bool = False
 
 
 def bundle(folder: Path) -> Bundle:
-    return Bundle(folder, base_model="org/base", rank=8, metrics={"evalLoss": 0.5})
+    return Bundle(folder, ARTIFACTS["Adapter"], base_model="org/base", rank=8, metrics={"evalLoss": 0.5})
 
 
 def test_the_manifest_names_every_file_with_its_digest(store: Store, adapter: Path) -> None:

@@ -122,9 +122,9 @@ def test_the_first_bad_rows_are_listed_and_the_rest_counted(tiny_model: Path, tm
 
 def test_an_unexpected_error_leaves_its_traceback_in_the_log_alone(tiny_model: Path, tmp_path: Path) -> None:
     def sabotage() -> None:
-        from finetune_trainer.publishing import verify
+        from finetune_trainer.publishing import adapter_checks
 
-        verify.PeftModel = None
+        adapter_checks.PeftModel = None
 
     finished = train(job(tmp_path, tiny_model, {"training.maxSteps": 1}), tmp_path, before=sabotage)
     assert finished.exit_code == 1

@@ -166,7 +166,9 @@ def test_killed_before_the_adapter_was_loaded_back_nothing_is_published(
     unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = _job(tmp_path, tiny_model, uid="1234")
-    killed = TrainerProcess(config, tmp_path, before=_die_in("publishing.verify.PeftModel.from_pretrained")).finish()
+    killed = TrainerProcess(
+        config, tmp_path, before=_die_in("publishing.adapter_checks.PeftModel.from_pretrained")
+    ).finish()
     assert killed.exit_code == -signal.SIGKILL
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     assert not (tmp_path / "out/manifest.json").exists()

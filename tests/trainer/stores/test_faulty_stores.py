@@ -24,6 +24,7 @@ from finetune_api.spec import Metadata
 from finetune_api.status import Adapter
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
+from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.base import (
@@ -59,7 +60,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def put(folder: Path, store: Store, overwrite: bool = False, job: Metadata = JOB) -> Adapter:
-    return AdapterOutput(store, job, overwrite).publish(Bundle(folder, base_model="org/base", rank=8, metrics={}))
+    return AdapterOutput(store, job, overwrite).publish(
+        Bundle(folder, ARTIFACTS["Adapter"], base_model="org/base", rank=8, metrics={})
+    )
 
 
 def is_whole(objects: dict[str, bytes], prefix: str) -> bool:
@@ -271,13 +274,15 @@ import sys
 from pathlib import Path
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
+from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
-from finetune_trainer.stores.base import Credentials
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.open import open_store
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")
-AdapterOutput(store, job).publish(Bundle(Path(sys.argv[1]), base_model="org/base", rank=8, metrics={}))
+bundle = Bundle(Path(sys.argv[1]), ARTIFACTS["Adapter"], base_model="org/base", rank=8, metrics={})
+AdapterOutput(store, job).publish(bundle)
 """
 
 

@@ -21,6 +21,8 @@ from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.publishing import model_card
+from finetune_trainer.publishing.artifact import Artifact, Trained
+from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.reporting.logs import LOG_FILE
 from finetune_trainer.settings import resolved_job
 
@@ -44,6 +46,7 @@ class Bundle:
     """A folder that is ready to be published, and what its manifest says of it."""
 
     folder: Path
+    artifact: Artifact
     base_model: str
     rank: int
     metrics: Mapping[str, float]
@@ -71,18 +74,19 @@ def write_bundle(
     Returns:
         The folder and the facts for its manifest.
     """
-    from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
+    from finetune_trainer.model.adapter import load_adapter_weights
 
+    artifact = ARTIFACTS["Adapter"]
     spec = job.spec
     metrics = state.final_metrics(keep_best=spec.evaluation.keep_best)
     if spec.evaluation.keep_best and directory.best.exists():
         log.info(f"Keeping the adapter of step {state.best_step}, the best evaluation")
         load_adapter_weights(model, directory.best)
-    save_adapter(model, directory.adapter)
+    artifact.build(Trained(spec, model, base, plan), directory.adapter)
     base.tokenizer.save_pretrained(str(directory.adapter))
     write_provenance(job, plan, directory)
     (directory.adapter / "README.md").write_text(model_card.render(job, metrics, base.name))
-    return Bundle(directory.adapter, base.name, spec.lora.rank, metrics, state.step)
+    return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step)
 
 
 def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirectory) -> None:

@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 from finetune_api import constants
@@ -31,8 +30,6 @@ from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
 from finetune_trainer.stores.manifest import Job
 from finetune_trainer.stores.open import open_store
 
-#: Without these no one can load the adapter.
-REQUIRED: Final = (constants.ADAPTER_CONFIG_FILE, constants.ADAPTER_WEIGHTS_FILE)
 _PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
 
 
@@ -93,7 +90,7 @@ class AdapterOutput:
             ValueError: The folder holds no adapter.
         """
         store, overwrite = self.store, self.overwrite
-        digests = _digests(bundle.folder)
+        digests = _digests(bundle)
         existing = self._existing()
         if existing is not None and (published := self._published_by_this_job(*existing)):
             return published
@@ -101,7 +98,7 @@ class AdapterOutput:
             store.delete(constants.MANIFEST_FILE)
 
         manifest = StoreManifest(
-            kind="Adapter",
+            kind=bundle.artifact.kind,
             job=JobReference(namespace=self.job.namespace, name=self.job.name, uid=self.job.uid),
             created_at=datetime.now(UTC),
             base_model=bundle.base_model,
@@ -147,12 +144,13 @@ class AdapterOutput:
             raise _taken(self.store, existing[0])
 
 
-def _digests(folder: Path) -> dict[str, Digest]:
-    """Every file to publish with its digest, by path; the heavy weights last, so that small troubles show early."""
+def _digests(bundle: Bundle) -> dict[str, Digest]:
+    """The digest of every file to publish, by path; large files last, so that small troubles show early."""
+    folder = bundle.folder
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / constants.MANIFEST_FILE]
-    missing = [name for name in REQUIRED if folder / name not in files]
+    missing = [name for name in bundle.artifact.required_files if folder / name not in files]
     if missing:
-        raise ValueError(f"{folder} holds no adapter: {' and '.join(missing)} missing")
+        raise ValueError(f"{folder} holds no {bundle.artifact.kind.lower()}: {' and '.join(missing)} missing")
     files.sort(key=lambda path: (path.stat().st_size, path))
     return {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
 

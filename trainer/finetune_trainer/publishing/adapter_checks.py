@@ -1,0 +1,96 @@
+"""Load an adapter with PEFT, as a user would, and compare it with the one that was trained."""
+
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+from finetune_trainer.errors import Diverged
+from finetune_trainer.model.base import layout
+from finetune_trainer.publishing.artifact import Check, LossMeter, Trained, VerificationFailed
+from finetune_trainer.stores.errors import StoreCorrupted
+
+log = structlog.get_logger(__name__)
+#: The same weights on the same base differ by rounding alone.
+TOLERANCE: Final = 1e-3
+
+
+def compare_losses(trained: Trained, meter: LossMeter) -> Check:
+    """Return a check that an adapter, loaded with PEFT on its base, has the loss of the trained model.
+
+    Raises Diverged if that loss is NaN or infinite. Each check takes the model apart and puts the adapter on its base.
+    """
+    model = trained.model
+    expected = meter.loss_of(model)
+    if not math.isfinite(expected):
+        raise Diverged("The trained adapter's loss is NaN or infinite; it is not published")
+
+    def check(folder: Path, where: str) -> None:
+        nonlocal model
+        model = PeftModel.from_pretrained(model.unload(), str(folder))
+        found = meter.loss_of(model)
+        if not abs(found - expected) <= TOLERANCE * max(1.0, abs(expected)):
+            raise VerificationFailed(
+                f"The adapter at {where}, loaded back, has loss {found:.6f} where training ended with"
+                f" {expected:.6f}; it is not published"
+            )
+        log.info(f"The adapter at {where} was loaded back with PEFT and computes the same", loss=round(found, 6))
+
+    return check
+
+
+def compare_weights(trained: Trained) -> Check:
+    """Return a check for sharded models: it compares adapter weights bit for bit.
+
+    No process can compute alone there. The adapter is loaded with PEFT on the base model's layout, without its weights.
+    Raises Diverged if a trained weight is NaN or infinite.
+    """
+    expected = _adapter_weights(trained.model)
+    if not all(torch.isfinite(weight).all() for weight in expected.values()):
+        raise Diverged("The trained adapter has weights that are NaN or infinite; it is not published")
+
+    def check(folder: Path, where: str) -> None:
+        base = on_meta_like_zeros(layout(trained.base.config, trained.spec))
+        found = _adapter_weights(PeftModel.from_pretrained(base, str(folder), torch_device="cpu"))
+        same = found.keys() == expected.keys()
+        if not same or not all(torch.equal(weight, expected[name]) for name, weight in found.items()):
+            raise VerificationFailed(
+                f"The adapter at {where}, loaded back, has other weights than were trained; it is not published"
+            )
+        log.info(f"The adapter at {where} was loaded back with PEFT and has the weights that were trained")
+
+    return check
+
+
+def load_alone(folder: Path, where: str) -> None:
+    """Load the adapter in `folder` as PEFT does, without a base model.
+
+    Raises:
+        StoreCorrupted: It has no weights, or weights that are NaN or infinite.
+    """
+    PeftConfig.from_pretrained(str(folder))
+    weights = load_peft_weights(str(folder), device="cpu")
+    if not weights or not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise StoreCorrupted(f"the adapter at {where} has weights that are NaN or infinite, or none at all")
+    log.info(f"The adapter at {where} was loaded back with PEFT", tensors=len(weights))
+
+
+def on_meta_like_zeros(model: Any) -> Any:
+    """Replace the meta weights of `model` with zeros on the CPU, one element each: PEFT puts adapters beside weights.
+
+    It costs no memory, however large the model.
+    """
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+    return model
+
+
+def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
