@@ -41,7 +41,7 @@ def worker(job: dict[str, Any]) -> None:
 
 def _ours(job: dict[str, Any]) -> Any:
     from finetune_api.uri import parse
-    from finetune_trainer.stores.base import Credentials
+    from finetune_trainer.stores.credentials import Credentials
     from finetune_trainer.stores.open import open_store
 
     store = open_store(parse(f"s3://{job['bucket']}"), Credentials("output", job["env"]))

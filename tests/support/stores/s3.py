@@ -20,7 +20,8 @@ import pytest
 from botocore.config import Config
 
 from finetune_api.uri import parse
-from finetune_trainer.stores.base import Credentials, Store
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.open import open_store
 
 REGION = "us-east-1"

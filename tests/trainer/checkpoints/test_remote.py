@@ -9,13 +9,9 @@ import pytest
 from finetune_api.spec import Metadata
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
-from finetune_trainer.stores.base import (
-    Credentials,
-    Store,
-    StoreCorrupted,
-    StoreNotFound,
-    StoreUnavailable,
-)
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound, StoreUnavailable
 from finetune_trainer.stores.open import open_store
 from support.stores.fault_proxy import Faults, faulty
 from support.stores.s3 import S3Server

@@ -15,14 +15,10 @@ from finetune_api.uri import parse
 from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
-from finetune_trainer.stores.base import (
-    AlreadyExists,
-    BucketNotFound,
-    Credentials,
-    Store,
-    StoreAccessDenied,
-)
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.errors import AlreadyExists, BucketNotFound, StoreAccessDenied
 from finetune_trainer.stores.open import open_store
 from support.stores.s3 import S3Server
 

@@ -27,13 +27,10 @@ from finetune_trainer.checkpoints import remote
 from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
-from finetune_trainer.stores.base import (
-    Credentials,
-    Store,
-    StoreError,
-    StoreUnavailable,
-)
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import digest_file
+from finetune_trainer.stores.errors import StoreError, StoreUnavailable
 from finetune_trainer.stores.fetch import fetch
 from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.s3 import client, retry

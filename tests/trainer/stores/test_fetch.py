@@ -9,9 +9,9 @@ import pytest
 
 from finetune_api import constants
 from finetune_api.uri import parse
-from finetune_trainer.stores.base import (
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import (
     BucketNotFound,
-    Credentials,
     StoreAccessDenied,
     StoreMisconfigured,
     StoreNotFound,
@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(s3: S3Server, bucket: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("key", ["../../escape", "a/../../../escape", "/absolute", "a//b", "./dot", "back\\slash"])
 def test_keys_that_lead_out_of_the_folder_are_refused(s3: S3Server, s3_model: str, key: str, tmp_path: Path) -> None:
     s3.client().put_object(Bucket=parse(s3_model).authority, Key=f"models/mini/{key}", Body=b"evil")
-    with pytest.raises(StoreNotFound, match="holds a key that is no safe file name"):
+    with pytest.raises(StoreNotFound, match="contains an unsafe object key"):
         fetch(parse(s3_model), Credentials("model", s3.env), tmp_path / "cache")
     assert contents(tmp_path) == {}
 
@@ -111,7 +111,7 @@ import sys
 from pathlib import Path
 from finetune_api.uri import parse
 from finetune_trainer.stores.fetch import fetch
-from finetune_trainer.stores.base import Credentials
+from finetune_trainer.stores.credentials import Credentials
 moved = []
 folder = fetch(parse(sys.argv[1]), Credentials.for_role("model"), Path(sys.argv[2]), moved.append)
 print(sum(moved), folder)

@@ -10,18 +10,18 @@ import pytest
 
 from finetune_api import constants
 from finetune_api.uri import parse
-from finetune_trainer.stores.base import (
+from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.digest import digest_bytes, digest_file
+from finetune_trainer.stores.errors import (
     AlreadyExists,
     BucketNotFound,
-    Credentials,
-    Store,
     StoreAccessDenied,
     StoreCorrupted,
     StoreMisconfigured,
     StoreNotFound,
     StoreUnavailable,
 )
-from finetune_trainer.stores.digest import digest_bytes, digest_file
 from finetune_trainer.stores.folder import FolderStore
 from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.s3 import client as s3_client

@@ -6,41 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.uri import Uri
-from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import Digest
-from finetune_trainer.stores.errors import (
-    AlreadyExists,
-    BucketNotFound,
-    StoreAccessDenied,
-    StoreCorrupted,
-    StoreError,
-    StoreMisconfigured,
-    StoreNotFound,
-    StoreUnavailable,
-)
 
-__all__ = [
-    "AlreadyExists",
-    "BucketNotFound",
-    "Credentials",
-    "Entry",
-    "OnProgress",
-    "Store",
-    "StoreAccessDenied",
-    "StoreCorrupted",
-    "StoreError",
-    "StoreMisconfigured",
-    "StoreNotFound",
-    "StoreUnavailable",
-]
-
-#: Called with bytes moved since the last call, from several threads; negative when a part must go again.
+#: Called with the bytes moved since the last call, from several threads; negative when a part must be sent again.
 OnProgress = Callable[[int], object]
 
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One object: `path` relative to the store's root, `size` in bytes, `version` changing with the content (or '')."""
+    """One object in a listing.
+
+    Attributes:
+        path: Relative to the store's root.
+        size: Bytes.
+        version: Changes with the content; '' if the store knows none.
+    """
 
     path: str
     size: int
@@ -50,69 +30,91 @@ class Entry:
 class Store(ABC):
     """Everything below one root URI. Paths are relative to it, with '/' between segments.
 
-    Every method raises StoreUnavailable, StoreAccessDenied or BucketNotFound, and StoreNotFound where it reads.
+    Every method raises StoreUnavailable, StoreAccessDenied or BucketNotFound; those that read also StoreNotFound.
+
+    Attributes:
+        root: The root URI.
+        field: The manifest's field that named it, for messages.
+        local_folder: The root on this machine, if files can be used in place; fetch() then copies nothing.
     """
+
+    local_folder: Path | None = None
 
     def __init__(self, root: Uri, field: str) -> None:
         self.root = root
         self.field = field
 
     def uri_of(self, path: str) -> str:
-        """The full URI of `path`, for messages."""
+        """Return the full URI of `path`, for messages."""
         return str(self.root.join(path)) if path else str(self.root)
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is an object at `path` (a prefix alone is none)."""
+        """Return whether there is an object at `path` (a prefix alone is none)."""
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes of the object at `path`."""
+        """Return the size of the object at `path` in bytes."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[Entry]:
-        """Every object below the folder `prefix`, sorted by path; empty when there is none."""
+        """Return every object below the folder `prefix`, sorted by path; none if it does not exist."""
 
     @abstractmethod
     def read_bytes(self, path: str) -> bytes:
-        """The whole of a small object."""
+        """Return the whole of a small object."""
 
     @abstractmethod
     def digest(self, path: str) -> Digest:
-        """Read an object through, keeping nothing, for its digest."""
+        """Read an object through without keeping it, and return its digest."""
 
     @abstractmethod
     def write_bytes(self, path: str, data: bytes, if_none_match: bool = False) -> None:
-        """Create or replace a small object in one step; readers see the old one or the new one, whole.
+        """Create or replace a small object in one step: readers see the old one or the new one, whole.
 
-        With `if_none_match`, raises AlreadyExists when something with other bytes is there. (The same bytes are taken
-        for our own first try whose answer was lost.)
+        Args:
+            path: Where to write.
+            data: The object's bytes.
+            if_none_match: Only create it. The same bytes count as our own first try whose answer was lost.
+
+        Raises:
+            AlreadyExists: `if_none_match` is set and other bytes are there.
         """
 
     @abstractmethod
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
     ) -> None:
-        """Send a file and check that the store holds the same bytes. `digest`, when known, saves reading it again.
+        """Upload a file in parallel parts, with bounded memory, and check that the store holds the same bytes.
 
-        Streamed in parallel parts: memory stays bounded whatever the file's size.
+        Args:
+            local: The file.
+            path: Where to write it.
+            on_progress: Told of bytes as they are sent.
+            digest: The file's digest if known, which saves reading it again.
         """
 
     @abstractmethod
     def download(
         self, path: str, local: Path, on_progress: OnProgress | None = None, sha256: str | None = None
     ) -> None:
-        """Fetch an object into `local`, which appears whole or not at all; parents are created.
+        """Download an object into a file, which appears whole or not at all.
 
-        Checked against `sha256` (hex) when given, else against the store's own checksum where it has one; raises
-        StoreCorrupted.
+        Args:
+            path: The object.
+            local: The file to write; its parents are created.
+            on_progress: Told of bytes as they arrive.
+            sha256: The expected digest (hex); default: the store's own checksum, where it has one.
+
+        Raises:
+            StoreCorrupted: The bytes differ from it.
         """
 
     @abstractmethod
     def delete(self, path: str) -> None:
-        """Remove one object; nothing happens when it is not there."""
+        """Delete one object; do nothing if it does not exist."""
 
     def delete_prefix(self, prefix: str) -> None:
-        """Remove every object below the folder `prefix`."""
+        """Delete every object below the folder `prefix`."""
         for entry in self.list(prefix):
             self.delete(entry.path)

@@ -1,4 +1,4 @@
-"""Bring a model, a data set or an adapter to this machine: one function for hf://, s3://, pvc:// and file://."""
+"""Fetch a model, a data set or an adapter from any scheme: one function."""
 
 import hashlib
 import json
@@ -16,12 +16,8 @@ from filelock import FileLock
 from finetune_api import artifact_manifest, constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores import fsync, manifest
-from finetune_trainer.stores.base import (
-    Credentials,
-    Entry,
-    OnProgress,
-    Store,
-)
+from finetune_trainer.stores.base import Entry, OnProgress, Store
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import (
     StoreCorrupted,
     StoreNotFound,
@@ -44,14 +40,27 @@ def fetch(
     field: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Path:
-    """The local path of what `uri` names: a file, or a folder when it is a prefix or a repository.
+    """Make what `uri` names available on this machine and return its path.
 
-    pvc:// and file:// are used where they lie, nothing is copied. The rest goes below `dest`, which may be a cache that
-    several jobs share: a finished download appears whole by a rename, a second job waits for it, and one that was
-    killed midway is taken up where it stopped. Changed objects are fetched anew. `ignore` holds shell patterns of paths
-    to leave out; `revision` is for hf://; `field` is the manifest's field to blame.
+    pvc:// and file:// are used in place. Everything else is downloaded to a cache that jobs may share: a finished
+    download appears whole by a rename, a second job waits for it, a killed one is resumed, changed objects are fetched
+    again.
 
-    Raises StoreNotFound, StoreUnavailable (a full disk, too), StoreAccessDenied, StoreCorrupted.
+    Args:
+        uri: A file, a prefix or a repository.
+        credentials: Of the role that it is fetched for.
+        dest: The cache.
+        on_progress: Told of bytes as they arrive.
+        revision: Branch, tag or commit of a hub repository.
+        ignore: Shell patterns of paths to leave out.
+        field: The manifest's field to name in messages; default: the role's.
+        env: Says where claims are mounted; default: the process's environment.
+
+    Returns:
+        A file, or a folder if `uri` is a prefix or a repository.
+
+    Raises:
+        StoreError: It does not exist, cannot be read or arrives corrupted, or the disk is full.
     """
     if uri.scheme == "hf":
         from finetune_trainer.stores.hub import fetch_from_hub
@@ -60,24 +69,17 @@ def fetch(
             uri, credentials, dest / "hub", on_progress, revision=revision, ignore=ignore, field=field
         )
     store = open_store(uri, credentials, field=field, env=env)
-    if uri.scheme in ("file", "pvc"):
-        return _in_place(store)
+    if store.local_folder is not None:
+        if not store.exists("") and not store.local_folder.is_dir():
+            raise StoreNotFound(f"{store.field}: {store.root} does not exist")
+        return store.local_folder
     is_file = not uri.path.endswith("/") and uri.path != "" and store.exists("")
     entries = [Entry("", store.size(""))] if is_file else _wanted(store, ignore)
-    return _through_cache(store, entries, dest / "s3", on_progress)
-
-
-def _in_place(store: Store) -> Path:
-    from finetune_trainer.stores.folder import FolderStore
-
-    assert isinstance(store, FolderStore)
-    if not store.exists("") and not store.folder.is_dir():
-        raise StoreNotFound(f"{store.field}: {store.root} does not exist")
-    return store.folder
+    return _through_cache(store, entries, dest / uri.scheme, on_progress)
 
 
 def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
-    """The objects below a prefix, refusing keys that would lead out of the folder they are written to."""
+    """Return the objects below a prefix; refuse keys that would lead out of the folder that they are written to."""
     listed = store.list()
     entries = [entry for entry in listed if not any(fnmatch(entry.path, pattern) for pattern in ignore)]
     if not entries:
@@ -85,12 +87,12 @@ def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
         raise StoreNotFound(f"{store.field}: {store.root} is {found}")
     for entry in entries:
         if not artifact_manifest.is_safe(entry.path):
-            raise StoreNotFound(f"{store.field}: {store.root} holds a key that is no safe file name: {entry.path!r}")
+            raise StoreNotFound(f"{store.field}: {store.root} contains an unsafe object key: {entry.path!r}")
     return entries
 
 
 def _through_cache(store: Store, entries: list[Entry], cache: Path, on_progress: OnProgress | None) -> Path:
-    """The folder (or file) in `cache` for exactly these objects in these versions, downloaded when not yet there."""
+    """Return the folder (or file) in `cache` with exactly these objects and versions; download what is missing."""
     identity = json.dumps([str(store.root), [[entry.path, entry.size, entry.version] for entry in entries]])
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     name = PurePosixPath(store.root.path).name or store.root.authority
@@ -112,7 +114,7 @@ def _download(store: Store, entries: list[Entry], target: Path, on_progress: OnP
 
     def one(entry: Entry) -> None:
         local = target / entry.path if entry.path else target
-        # By an earlier run: a file gets its name when it is checked and on the disk, in a folder named for its version.
+        # From an earlier run: a file gets its name once it is checked and on disk, in a folder named for its version.
         if local.is_file() and local.stat().st_size == entry.size:
             if on_progress is not None:
                 on_progress(entry.size)
@@ -124,7 +126,7 @@ def _download(store: Store, entries: list[Entry], target: Path, on_progress: OnP
 
 
 def _known_digests(store: Store, entries: list[Entry]) -> dict[str, str]:
-    """SHA-256 by path, where the prefix is a publication of ours."""
+    """Return the SHA-256 of each path if the prefix is a publication of ours."""
     if not any(entry.path == constants.MANIFEST_FILE for entry in entries):
         return {}
     try:
@@ -145,7 +147,7 @@ def _require_space(store: Store, entries: list[Entry], folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock (the kernel drops it when the process dies); False where the file system has none."""
+    """Hold the lock (the kernel drops it when the process dies); yield False where the file system has none."""
     lock = FileLock(path)
     try:
         lock.acquire()

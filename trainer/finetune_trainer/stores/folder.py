@@ -32,21 +32,12 @@ _PARTIAL: Final = re.compile(r"^\..+\.[0-9a-f]{32}\.partial$")
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
-def local_path(uri: Uri, pvc_root: Path) -> Path:
-    """Where a file:// or pvc:// URI lies on this machine."""
-    if uri.scheme == "file":
-        return Path(uri.path)
-    if uri.scheme == "pvc":
-        return pvc_root / uri.authority / uri.path
-    raise ValueError(f"{uri} is no folder: it is not file:// or pvc://")
-
-
 class FolderStore(Store):
     """Writes go to a hidden temporary file, are flushed to disk, and are then renamed: whole or not at all."""
 
     def __init__(self, root: Uri, folder: Path, field: str, mount: Path | None = None) -> None:
         super().__init__(root, field)
-        self.folder = folder
+        self.local_folder = self._folder = folder
         self._mount = mount
 
     def exists(self, path: str) -> bool:
@@ -60,7 +51,7 @@ class FolderStore(Store):
     def list(self, prefix: str = "") -> list[Entry]:
         with self._explained(prefix):
             folder = self._local(prefix)
-            return sorted(_walk(folder, self.folder)) if folder.is_dir() else []
+            return sorted(_walk(folder, self._folder)) if folder.is_dir() else []
 
     def read_bytes(self, path: str) -> bytes:
         with self._explained(path):
@@ -99,7 +90,7 @@ class FolderStore(Store):
             target = self._local(path)
             target.unlink(missing_ok=True)
             for folder in target.parents:  # object stores have no empty folders
-                if folder == self.folder or self.folder not in folder.parents:
+                if folder == self._folder or self._folder not in folder.parents:
                     break
                 with suppress(OSError):
                     folder.rmdir()
@@ -116,7 +107,7 @@ class FolderStore(Store):
     def _local(self, path: str) -> Path:
         if path.startswith("/") or any(part in ("..", ".") for part in path.split("/")):
             raise StoreNotFound(f"{self.field}: path {path!r} leads out of {self.root}")
-        return self.folder / path if path else self.folder
+        return self._folder / path if path else self._folder
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -135,7 +126,7 @@ def _explain(error: OSError, field: str, uri: str) -> StoreError:
     """The store's error for one of the operating system."""
     what = f"{field}: {uri}"
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return StoreNotFound(f"{what} is not there (or is no file)")
+        return StoreNotFound(f"{what} does not exist (or is no file)")
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return StoreAccessDenied(f"{what}: {error.strerror}: check the folder's owner and mode, and the pod's fsGroup")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

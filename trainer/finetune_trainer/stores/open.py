@@ -1,7 +1,7 @@
-"""Open the store that a URI names."""
+"""Open what a URI names: one entry per scheme. To add one, see docs/extending/store.md."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -10,24 +10,47 @@ from finetune_api.uri import Uri
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
 
-#: The manifest's field a role's URI stands in, when the caller does not say.
+#: Opens the store below a URI: (URI, credentials, the manifest's field for messages, environment).
+Opener = Callable[[Uri, Credentials, str, Mapping[str, str]], Store]
+
+#: The manifest's field of a role's URI, if the caller does not say.
 _FIELD_OF_ROLE: Final = {"model": "model.source", "dataset": "dataset.train", "output": "output.uri"}
 
 
 def open_store(
     uri: Uri, credentials: Credentials, *, field: str | None = None, env: Mapping[str, str] | None = None
 ) -> Store:
-    """The store below `uri` (s3, pvc or file). Nothing is contacted yet.
+    """Open the store below `uri`. Nothing is contacted yet.
 
-    `field` is the manifest's field to blame in messages; `env` (default: the process's) says where claims are mounted.
+    Args:
+        uri: The store's root, of one of SCHEMES.
+        credentials: Of the role that the store is opened for.
+        field: The manifest's field to name in messages; default: the role's.
+        env: Says where claims are mounted; default: the process's environment.
     """
     field = field or _FIELD_OF_ROLE.get(credentials.role, f"{credentials.role} URI")
-    if uri.scheme == "s3":
-        from finetune_trainer.stores.s3.store import S3Store
+    return SCHEMES[uri.scheme](uri, credentials, field, os.environ if env is None else env)
 
-        return S3Store(uri, credentials, field)
-    from finetune_trainer.stores.folder import FolderStore, local_path
 
-    env = os.environ if env is None else env
-    pvc_root = Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT)
-    return FolderStore(uri, local_path(uri, pvc_root), field, mount=pvc_root / uri.authority if uri.authority else None)
+def _open_s3(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
+    from finetune_trainer.stores.s3.store import S3Store
+
+    return S3Store(uri, credentials, field)
+
+
+def _open_folder(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
+    from finetune_trainer.stores.folder import FolderStore
+
+    return FolderStore(uri, Path(uri.path), field)
+
+
+def _open_claim(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
+    from finetune_trainer.stores.folder import FolderStore
+
+    mount = Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT) / uri.authority
+    return FolderStore(uri, mount / uri.path, field, mount=mount)
+
+
+#: Each scheme's store. Its module is imported when the scheme is first used: boto3 alone takes half a second.
+#: hf:// is no store, nothing is written to it: fetch.py hands it to the hub's own client.
+SCHEMES: Final[dict[str, Opener]] = {"s3": _open_s3, "pvc": _open_claim, "file": _open_folder}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tenacity import Future, RetryCallState
 
-from finetune_trainer.stores.base import StoreError, StoreUnavailable
 from finetune_trainer.stores.digest import digest_file
+from finetune_trainer.stores.errors import StoreError, StoreUnavailable
 from finetune_trainer.stores.s3 import client, retry
 from support.stores.fault_proxy import Fault, Faults, Request, faulty
 from support.stores.s3 import S3Server, s3_store
