@@ -19,21 +19,24 @@ _CELLS = str.maketrans({"|": "\\|", "\n": " "})
 def operator() -> list[Metric]:
     """The operator's metrics. Its gauges are read through Operator's own wiring, over empty parts."""
     from finetune_api.status import Progress
+    from finetune_operator.core.objects.kinds import ObjectKey
     from finetune_operator.main import Operator
-    from finetune_operator.observability.job_metrics import Fleet
+    from finetune_operator.observability.job_metrics import JobMetrics
     from finetune_operator.observability.metrics import Metrics
 
     metrics = Metrics()
     job: Any = SimpleNamespace(namespace="", name="", phase="Pending", gpus=0, attempts=0, waiting_since=None)
-    Fleet(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry)
+    JobMetrics(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry)
     progress = Progress(step=1, total_steps=1, loss=1.0, tokens_per_second=1.0)
     parts: Any = SimpleNamespace(
         queue=SimpleNamespace(depth=0, delayed=0, longest_wait_seconds=lambda: 0.0),
-        lists=SimpleNamespace(age=lambda: 0.0, refused={"": 403}),
+        relister=SimpleNamespace(age=lambda: 0.0, denied={"": 403}),
         recorder=SimpleNamespace(depth=0),
         connection=SimpleNamespace(freshness=SimpleNamespace(ages=lambda: {("pods", ""): 0.0})),
         cache=SimpleNamespace(sizes=lambda: {"Pod": 0}),
-        poller=SimpleNamespace(reports=lambda: [("a/b", SimpleNamespace(progress=progress))]),
+        poller=SimpleNamespace(
+            reports=lambda: [(ObjectKey("FineTuneJob", "a", "b"), SimpleNamespace(progress=progress))]
+        ),
         settings=SimpleNamespace(job_metrics_limit=1),
     )
     metrics.watch(Operator._readings(parts))

@@ -96,7 +96,7 @@ def inside(operator: Operator) -> str:
     """Where an operator stands, for one that takes too long."""
     ages = {what: round(age) for (what, _), age in operator.connection.freshness.ages().items()}
     queue = operator.queue
-    listed = f"the last list was {operator.lists.age():.0f} s ago"
+    listed = f"the last list was {operator.relister.age():.0f} s ago"
     return f"{queue.depth} wait, {queue.delayed} are delayed, seconds since watches were heard: {ages}, {listed}"
 
 

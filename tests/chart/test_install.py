@@ -190,7 +190,7 @@ def trainer_pod() -> Object:
     """A pod as the Job controller would make it from what the operator makes with its default settings."""
     obj = job("nli")
     obj["metadata"] |= {"namespace": "team", "uid": "1"}
-    observed = JobObject.of(obj)
+    observed = JobObject.from_api(obj)
     *_, child = children.build(observed, manifest.check(manifest.Document(obj, "")).spec, 1, None, Settings())
     return {
         "apiVersion": "v1",

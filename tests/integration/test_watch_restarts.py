@@ -13,7 +13,9 @@ from typing import Any
 import kopf
 import pytest
 
-from finetune_operator.watch import kopf_handlers, kopf_runner, kopf_settings
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.watch import kopf_runner, kopf_settings, source
+from finetune_operator.watch.source import WatchEvent
 from support.operator.fixtures import Jobs
 from support.operator.in_process import living
 from support.server.client import Kube
@@ -52,7 +54,7 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
 ) -> None:
     """One watch is refused, which may end Kopf; it is the others that may stay."""
     monkeypatch.setattr(kopf_runner, "PAUSES", (0.1,))
-    monkeypatch.setattr(kopf_runner, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(kopf_runner, "WATCHER_CHECK_SECONDS", 0.2)
 
     async def act() -> None:
         async with ApiProxy(cluster.access) as proxy, living(proxy, namespace) as operator:
@@ -62,7 +64,7 @@ def test_of_watches_that_begin_anew_the_old_ones_are_gone(
             for turn in range(4):
                 asked = Counter(proxy.watched)
                 if how == "restart":
-                    operator.watches.restart()
+                    operator.source.restart()
                 elif how == "lost":
                     await asyncio.sleep(1)  # it has been counted
                     next(task for task in asyncio.all_tasks() if task.get_name().startswith("watcher for ")).cancel()
@@ -93,7 +95,7 @@ def test_a_kopf_that_is_ended_while_it_looks_around_leaves_nothing(cluster: Clus
             await until(lambda: are_open(proxy), "all watches are open")
             proxy.away = True
             for _ in range(3):
-                operator.watches.restart()
+                operator.source.restart()
                 await asyncio.sleep(1)
                 assert lookups() == 1
         assert not kopfs_tasks()
@@ -106,13 +108,13 @@ def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
 ) -> None:
     """Kopf starts a task for each object it lists, and keeps it there: with thousands, most of the memory there is."""
     listed: list[Any] = []
-    take = kopf_handlers.take
+    take = source.take
 
-    def noted(cache: Any, kind: str, event: dict[str, Any], enqueue: Any) -> None:
-        listed.extend([event["object"]["metadata"]["name"]] if event["type"] is None else [])
-        take(cache, kind, event, enqueue)
+    def noted(cache: Any, event: WatchEvent, enqueue: Any) -> None:
+        listed.extend([event.object["metadata"]["name"]] if event.type is None else [])
+        take(cache, event, enqueue)
 
-    monkeypatch.setattr(kopf_handlers, "take", noted)
+    monkeypatch.setattr(source, "take", noted)
     monkeypatch.setattr(kopf_settings, "PAGE", 3)
     jobs = Jobs(kube)
     for number in range(8):
@@ -127,12 +129,15 @@ def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
             await asyncio.sleep(3)  # nothing changes any more
             listed.clear()
             asked = Counter(proxy.watched)
-            operator.watches.restart()
+            operator.source.restart()
             await until(lambda: all(proxy.watched[p] > asked[p] for p in asked if p.endswith(WATCHED)), "anew")
             await asyncio.sleep(1)
             assert operator.cache.sizes()["FineTuneJob"] == 8
             assert listed == []
             jobs.create("another")
-            await until(lambda: f"{kube.namespace}/another" in operator.cache.job_keys(), "seen")
+            key = ObjectKey("FineTuneJob", str(kube.namespace), "another")
+            await until(
+                lambda: ObjectKey("FineTuneJob", str(kube.namespace), "another") in operator.cache.keys(), "seen"
+            )
 
     asyncio.run(act())

@@ -3,9 +3,19 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.core.objects.observed import Observed
+from finetune_operator.core.objects.snapshot import observe
 from finetune_operator.watch.cache import Cache
 
 Object = dict[str, Any]
+KEY = ObjectKey("FineTuneJob", "team", "nli")
+
+
+def observed_in(cache: Cache) -> Observed:
+    snapshot = cache.snapshot(KEY)
+    assert snapshot is not None
+    return observe(snapshot)
 
 
 def job(uid: str = "j1", version: int = 5, **more: Any) -> Object:
@@ -21,10 +31,10 @@ def child(uid: str = "c1", owner: str = "j1", version: int = 6) -> Object:
 
 def test_the_cache_takes_in_what_is_newer_and_says_whether_it_was():
     cache = Cache()
-    assert cache.put("FineTuneJob", job(version=5)) == "team/nli"
-    assert cache.put("FineTuneJob", job(version=5)) is None, "the echo of our own write"
-    assert cache.put("FineTuneJob", job(version=4)) is None, "an answer that was overtaken"
-    assert cache.put("FineTuneJob", job(version=10)) == "team/nli", "versions are numbers, not words"
+    assert cache.put("FineTuneJob", job(version=5)) == (KEY,)
+    assert cache.put("FineTuneJob", job(version=5)) == (), "the echo of our own write"
+    assert cache.put("FineTuneJob", job(version=4)) == (), "an answer that was overtaken"
+    assert cache.put("FineTuneJob", job(version=10)) == (KEY,), "versions are numbers, not words"
 
 
 def test_what_was_deleted_is_not_brought_back_by_a_late_answer():
@@ -33,8 +43,8 @@ def test_what_was_deleted_is_not_brought_back_by_a_late_answer():
     cache.put("Job", child())
     cache.drop("Job", child())
     cache.put("Job", child(version=99))
-    observed = cache.observed("team/nli", None)
-    assert observed is not None and observed.children == ()
+    observed = observed_in(cache)
+    assert observed.children == ()
 
 
 def test_a_full_list_forgets_what_is_gone_but_nothing_younger_than_itself():
@@ -42,17 +52,17 @@ def test_a_full_list_forgets_what_is_gone_but_nothing_younger_than_itself():
     cache.put("FineTuneJob", job())
     cache.put("Job", child("old", version=6))
     cache.put("Job", child("young", version=9))
-    assert cache.keep_only("Job", [], version=7) == {"team/nli"}
-    observed = cache.observed("team/nli", None)
-    assert observed is not None and [c.uid for c in observed.children] == ["young"]
+    assert cache.keep_only("Job", [], version=7) == {KEY}
+    observed = observed_in(cache)
+    assert [c.uid for c in observed.children] == ["young"]
 
 
 def test_children_of_an_earlier_job_of_the_same_name_are_not_ours():
     cache = Cache()
     cache.put("FineTuneJob", job("j2", version=20))
     cache.put("Job", child(owner="j1"))
-    observed = cache.observed("team/nli", None)
-    assert observed is not None and observed.children == ()
+    observed = observed_in(cache)
+    assert observed.children == ()
 
 
 def pod(uid: str, owner: str, phase: str = "Running", version: int = 7) -> Object:
@@ -61,23 +71,22 @@ def pod(uid: str, owner: str, phase: str = "Running", version: int = 7) -> Objec
     return found | {"status": {"phase": phase}}
 
 
-def strays(cache: Cache) -> tuple[str, ...]:
-    observed = cache.observed("team/nli", None)
-    assert observed is not None
-    return observed.strays
+def foreign_children(cache: Cache) -> tuple[str, ...]:
+    observed = observed_in(cache)
+    return observed.foreign_children
 
 
 def test_what_an_earlier_job_of_the_same_name_still_runs_stands_in_the_way():
     cache = Cache()
     cache.put("FineTuneJob", job("j2", version=20))
     cache.put("Job", child(owner="j1"))
-    assert strays(cache) == ("Job nli-1",), "its pod may not be made yet"
+    assert foreign_children(cache) == ("Job nli-1",), "its pod may not be made yet"
     cache.put("Pod", pod("p1", owner="c1"))
-    assert strays(cache) == ("Job nli-1", "pod nli-1-p1")
+    assert foreign_children(cache) == ("Job nli-1", "pod nli-1-p1")
     cache.put("Pod", pod("p1", owner="c1", phase="Failed", version=8))
     over = {"conditions": [{"type": "Failed", "status": "True"}]}
     cache.put("Job", child(owner="j1", version=9) | {"status": over})
-    assert strays(cache) == ()
+    assert foreign_children(cache) == ()
 
 
 def test_a_pod_of_an_earlier_job_is_in_the_way_also_when_its_job_is_gone_and_it_is_as_young_as_the_new_one():
@@ -91,10 +100,10 @@ def test_a_pod_of_an_earlier_job_is_in_the_way_also_when_its_job_is_gone_and_it_
     again = job("j2", version=20)
     again["metadata"]["creationTimestamp"] = old["metadata"]["creationTimestamp"]
     cache.put("FineTuneJob", again)
-    assert strays(cache) == ("Job nli-1", "pod nli-1-p1")
+    assert foreign_children(cache) == ("Job nli-1", "pod nli-1-p1")
     cache.drop("Job", child("c1", owner="j1", version=21))
     cache.drop("Job", child("c1", owner="j1", version=21))
-    assert strays(cache) == ("pod nli-1-p1",)
+    assert foreign_children(cache) == ("pod nli-1-p1",)
 
 
 def test_a_pod_of_our_own_deleted_job_is_ours():
@@ -103,9 +112,9 @@ def test_a_pod_of_our_own_deleted_job_is_ours():
     cache.put("Job", child("c1", owner="j1"))
     cache.put("Pod", pod("p1", owner="c1"))
     cache.drop("Job", child("c1", owner="j1", version=21))
-    observed = cache.observed("team/nli", None)
-    assert observed is not None and [found.uid for found in observed.pods] == ["p1"]
-    assert strays(cache) == ()
+    observed = observed_in(cache)
+    assert [found.uid for found in observed.pods] == ["p1"]
+    assert foreign_children(cache) == ()
 
 
 def test_a_job_that_nobody_controls_is_not_of_an_earlier_one():
@@ -114,7 +123,7 @@ def test_a_job_that_nobody_controls_is_not_of_an_earlier_one():
     foreign = child()
     del foreign["metadata"]["ownerReferences"]
     cache.put("Job", foreign)
-    assert strays(cache) == ()
+    assert foreign_children(cache) == ()
 
 
 def full_list(cache: Cache, version: int, *objects: Object) -> None:
@@ -125,7 +134,7 @@ def full_list(cache: Cache, version: int, *objects: Object) -> None:
 
 
 def version_of(cache: Cache) -> int:
-    found = cache.job("team/nli")
+    found = cache.owner(KEY)
     assert found is not None
     return found.version
 
@@ -135,16 +144,16 @@ def test_after_a_restore_of_etcd_the_full_list_wins():
     full_list(cache, 1000, job(version=900))
     full_list(cache, 500, job(version=400))
     assert version_of(cache) == 400
-    assert cache.put("FineTuneJob", job(version=401)) == "team/nli", "and so does what follows it"
+    assert cache.put("FineTuneJob", job(version=401)) == (KEY,), "and so does what follows it"
 
 
 def test_what_was_deleted_after_the_backup_is_back_after_the_restore():
     cache = Cache()
     full_list(cache, 1000, job())
     full_list(cache, 1100)
-    assert cache.job("team/nli") is None
+    assert cache.owner(KEY) is None
     full_list(cache, 1050, job())
-    assert cache.job("team/nli") is not None
+    assert cache.owner(KEY) is not None
 
 
 def test_an_ordinary_list_does_not_undo_what_was_seen_since():
@@ -158,22 +167,22 @@ def test_an_ordinary_list_does_not_undo_what_was_seen_since():
 def test_what_may_not_be_seen_is_put_aside_and_may_come_back():
     cache = Cache()
     cache.put("FineTuneJob", job())
-    assert cache.leave("FineTuneJob", "another") == set()
-    assert cache.leave("FineTuneJob", "team") == {"team/nli"}
-    assert cache.job_keys() == []
-    assert cache.put("FineTuneJob", job()) == "team/nli"
+    assert cache.evict_namespace("FineTuneJob", "another") == set()
+    assert cache.evict_namespace("FineTuneJob", "team") == {KEY}
+    assert cache.keys() == []
+    assert cache.put("FineTuneJob", job()) == (KEY,)
 
 
 def test_only_what_the_user_wants_counts_as_another_wish():
     cache = Cache()
     cache.put("FineTuneJob", job())
-    before = cache.wish(job())
+    before = cache.spec_identity("FineTuneJob", job())
     cache.put("FineTuneJob", job(version=6, status={"phase": "Training"}))
-    assert cache.wish(job()) == before
+    assert cache.spec_identity("FineTuneJob", job()) == before
     changed = job(version=7)
     changed["metadata"]["generation"] = 2
     cache.put("FineTuneJob", changed)
-    assert cache.wish(job()) != before
+    assert cache.spec_identity("FineTuneJob", job()) != before
 
 
 def ended(rank: int, uid: str, code: int) -> Object:
@@ -191,8 +200,7 @@ def test_of_deleted_pods_every_rank_is_remembered_until_the_job_says_how_it_ende
     cache.put("Job", child())
     for rank in range(40):
         cache.drop("Pod", ended(rank, f"p{rank}", code=65 if rank == 0 else 1))
-    observed = cache.observed("team/nli", None)
-    assert observed is not None
+    observed = observed_in(cache)
     assert {pod.index: pod.exit.code for pod in observed.pods if pod.exit} == {0: 65} | dict.fromkeys(range(1, 40), 1)
 
 
@@ -202,6 +210,5 @@ def test_a_rank_that_is_replaced_again_and_again_does_not_fill_the_memory():
     cache.put("Job", child())
     for turn in range(100):
         cache.drop("Pod", ended(turn % 2, f"p{turn}", code=75))
-    observed = cache.observed("team/nli", None)
-    assert observed is not None
+    observed = observed_in(cache)
     assert [pod.uid for pod in observed.pods] == [f"p{turn}" for turn in range(94, 100)]

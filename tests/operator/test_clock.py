@@ -23,7 +23,7 @@ class Clocks:
         self.steady += seconds
         if hear:
             there = datetime.fromtimestamp(self.true + self.server_off, UTC).replace(microsecond=0)
-            self.clock.hear(format_datetime(there, usegmt=True))
+            self.clock.observe(format_datetime(there, usegmt=True))
         return self.clock().timestamp() - self.true
 
 
@@ -84,5 +84,5 @@ def test_ordinary_corrections_never_turn_it_back():
 
 def test_a_date_that_cannot_be_read_is_no_date():
     clock = Clock(lambda: 5.0, lambda: 5.0)
-    clock.hear("yesterday")
+    clock.observe("yesterday")
     assert clock().timestamp() == 5.0

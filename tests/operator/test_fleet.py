@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api import exit_codes
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.observability.job_metrics import REASONS, Fleet
+from finetune_operator.observability.job_metrics import REASONS, JobMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -23,12 +23,12 @@ def job(namespace: str, *reasons: str | None) -> JobObject:
         for number, reason in enumerate(reasons, 1)
     ]
     metadata = {"name": "nli", "namespace": namespace, "uid": "1"}
-    return JobObject.of({"metadata": metadata, "spec": {}, "status": {"attempts": attempts}})
+    return JobObject.from_api({"metadata": metadata, "spec": {}, "status": {"attempts": attempts}})
 
 
-def fleet(*jobs: JobObject) -> tuple[Fleet, CollectorRegistry]:
+def fleet(*jobs: JobObject) -> tuple[JobMetrics, CollectorRegistry]:
     registry = CollectorRegistry()
-    return Fleet(lambda: jobs, 10, lambda: NOW, registry), registry
+    return JobMetrics(lambda: jobs, 10, lambda: NOW, registry), registry
 
 
 def ended(registry: CollectorRegistry, namespace: str) -> dict[str, float]:
@@ -45,21 +45,21 @@ def test_an_ending_grows_a_zero_that_was_scraped() -> None:
     before, after = job("research", None), job("research", "TrainerCrashed")
     one, registry = fleet(before)
     assert ended(registry, "research")["TrainerCrashed"] == 0
-    one.changed(before, after)
-    one.changed(after, after)
+    one.record_status(before, after)
+    one.record_status(after, after)
     assert {reason: n for reason, n in ended(registry, "research").items() if n} == {"TrainerCrashed": 1}
 
 
 def test_a_job_whose_namespace_was_never_scraped_counts_all_the_same() -> None:
     one, registry = fleet()
-    one.changed(job("new", None), job("new", "DatasetInvalid"))
+    one.record_status(job("new", None), job("new", "DatasetInvalid"))
     assert ended(registry, "new") == {**dict.fromkeys(REASONS, 0.0), "DatasetInvalid": 1}
 
 
 def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
     jobs = [job("research")]
     registry = CollectorRegistry()
-    Fleet(lambda: jobs, 10, lambda: NOW, registry)
+    JobMetrics(lambda: jobs, 10, lambda: NOW, registry)
     generate_latest(registry)
     jobs.clear()
     assert ended(registry, "research") == dict.fromkeys(REASONS, 0.0)

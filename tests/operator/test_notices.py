@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.core.objects.observed import Notice
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.core.objects.observed import WaitReason
 from finetune_operator.kube.client import ApiError
-from finetune_operator.watch import wait_reasons as notices
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.wait_reasons import (
     EVENT_SELECTORS,
-    Notices,
-    Word,
-    of_event,
-    of_workload,
+    KUEUE_GROUP,
+    WaitReasonUpdate,
+    WaitReasonWatcher,
+    from_event,
+    from_workload,
 )
 
 Object = dict[str, Any]
+KEY = ObjectKey("FineTuneJob", "team", "nli")
 LABELS = {"finetune.dev/job": "nli", "finetune.dev/attempt": "1"}
 
 
@@ -34,19 +36,19 @@ def cache() -> Cache:
     return made
 
 
-def follow(known: Cache, *words: Word | None) -> list[str]:
-    """The keys that hear of news."""
-    news: list[str] = []
-    notices = Notices(None, known, (), news.append)  # type: ignore[arg-type]
-    for word in words:
-        notices._take(word)
-    return news
+def follow(known: Cache, *updates: WaitReasonUpdate | None) -> list[ObjectKey]:
+    """The keys that the updates change."""
+    changed: list[ObjectKey] = []
+    watcher = WaitReasonWatcher(None, known, (), changed.append)  # type: ignore[arg-type]
+    for update in updates:
+        watcher.apply(update)
+    return changed
 
 
 def said(known: Cache) -> dict[str, str]:
-    observed = known.observed("team/nli", None)
-    assert observed is not None
-    return {uid: notice.message for uid, notice in observed.notices.items()}
+    snapshot = known.snapshot(KEY)
+    assert snapshot is not None
+    return {uid: reason.message for uid, reason in snapshot.wait_reasons.items()}
 
 
 def event(message: str, **times: Any) -> Object:
@@ -72,7 +74,7 @@ OLD, NEW = "2026-11-01T12:00:00Z", "2026-11-01T12:10:00Z"
     ],
 )
 def test_of_several_events_about_a_pod_the_latest_counts_in_whatever_order_they_are_replayed(when):
-    older, newer = of_event(event("old", **when(OLD))), of_event(event("new", **when(NEW)))
+    older, newer = from_event(event("old", **when(OLD))), from_event(event("new", **when(NEW)))
     for order in ((older, newer), (newer, older), (newer, older, newer, older)):
         known = cache()
         news = follow(known, *order)
@@ -82,16 +84,16 @@ def test_of_several_events_about_a_pod_the_latest_counts_in_whatever_order_they_
 
 def test_an_event_that_is_repeated_later_in_the_same_words_is_no_news():
     known = cache()
-    words = [of_event(event("same", lastTimestamp=at)) for at in (OLD, NEW)]
-    assert follow(known, *words) == ["team/nli"]
-    assert known.observed("team/nli", None).notices["p1"].at == datetime(2026, 11, 1, 12, 10, tzinfo=UTC)
+    words = [from_event(event("same", lastTimestamp=at)) for at in (OLD, NEW)]
+    assert follow(known, *words) == [KEY]
+    assert known.snapshot(KEY).wait_reasons["p1"].at == datetime(2026, 11, 1, 12, 10, tzinfo=UTC)
 
 
 def test_an_event_that_expires_is_no_longer_said_and_takes_no_other_with_it():
     known = cache()
-    follow(known, of_event(event("one")))
-    assert follow(known, of_event(event("another"), deleted=True)) == []
-    assert follow(known, of_event(event("one"), deleted=True)) == ["team/nli"]
+    follow(known, from_event(event("one")))
+    assert follow(known, from_event(event("another"), deleted=True)) == []
+    assert follow(known, from_event(event("one"), deleted=True)) == [KEY]
     assert said(known) == {}
 
 
@@ -101,35 +103,35 @@ def test_a_workload_tells_of_quota_then_of_checks_and_falls_silent_once_admitted
     checks = [{"name": "ready", "state": "Ready"}, {"name": "prov", "state": "Pending", "message": "no capacity yet"}]
     reserved = workload(("QuotaReserved", "True", "reserved"), ("Admitted", "False", ""), checks=checks)
     admitted = workload(("QuotaReserved", "True", "reserved"), ("Admitted", "True", ""))
-    follow(known, of_workload(no_quota))
+    follow(known, from_workload(no_quota))
     assert said(known) == {"c1": "couldn't assign flavors"}
-    follow(known, of_workload(reserved))
+    follow(known, from_workload(reserved))
     assert said(known) == {"c1": "quota is reserved; waiting for admission check prov (Pending): no capacity yet"}
-    assert follow(known, of_workload(admitted)) == ["team/nli"]
+    assert follow(known, from_workload(admitted)) == [KEY]
     assert said(known) == {}
     evicted = workload(("QuotaReserved", "False", "Preempted to accommodate a workload"), ("Evicted", "True", ""))
-    follow(known, of_workload(evicted))
+    follow(known, from_workload(evicted))
     assert said(known) == {"c1": "Preempted to accommodate a workload"}
 
 
 def test_a_workload_that_is_gone_says_nothing():
     known = cache()
     waiting = workload(("QuotaReserved", "False", "no quota"))
-    follow(known, of_workload(waiting), of_workload(waiting, deleted=True))
+    follow(known, from_workload(waiting), from_workload(waiting, deleted=True))
     assert said(known) == {}
 
 
 def test_an_admitted_workload_leaves_the_job_controllers_words_alone():
     known = cache()
-    known.note("c1", Notice("FailedCreate", "exceeded quota"))
-    assert follow(known, of_workload(workload(("QuotaReserved", "True", ""), ("Admitted", "True", "")))) == []
+    known.set_wait_reason("c1", WaitReason("FailedCreate", "exceeded quota"))
+    assert follow(known, from_workload(workload(("QuotaReserved", "True", ""), ("Admitted", "True", "")))) == []
     assert said(known) == {"c1": "exceeded quota"}
 
 
 @pytest.mark.parametrize("junk", [{}, {"metadata": {}, "status": {"conditions": "?"}}, workload()])
 def test_what_cannot_be_read_says_nothing(junk: Object):
-    assert of_workload(junk) is None
-    assert of_event(junk) is None
+    assert from_workload(junk) is None
+    assert from_event(junk) is None
 
 
 def test_a_pod_that_cannot_be_set_up_is_watched_for():
@@ -161,10 +163,8 @@ class ClusterWithKueueLater:
         yield {}
 
 
-def test_kueue_is_found_when_it_is_installed_or_upgraded_later(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(notices, "KUEUE_SECONDS", 0.01)
-    monkeypatch.setattr(notices, "_RETRY_SECONDS", (0.01,))
-    known, cluster, news = cache(), ClusterWithKueueLater(), list[str]()
+def test_kueue_is_found_when_it_is_installed_or_upgraded_later():
+    known, cluster, news = cache(), ClusterWithKueueLater(), list[ObjectKey]()
 
     async def until_said(message: str) -> None:
         async with asyncio.timeout(5):
@@ -172,13 +172,14 @@ def test_kueue_is_found_when_it_is_installed_or_upgraded_later(monkeypatch: pyte
                 await asyncio.sleep(0.01)
 
     async def act() -> None:
-        task = asyncio.create_task(Notices(cluster, known, (), news.append).run("auto"))  # type: ignore[arg-type]
+        watcher = WaitReasonWatcher(cluster, known, (), news.append, retry_seconds=(0.01,), kueue_seconds=0.01)  # type: ignore[arg-type]
+        task = asyncio.create_task(watcher.run("auto"))
         await asyncio.sleep(0.1)
-        assert cluster.asked == [f"/apis/{notices.KUEUE_GROUP}"], "once, for no job waits in a queue"
+        assert cluster.asked == [f"/apis/{KUEUE_GROUP}"], "once, for no job waits in a queue"
         queued = {"name": "nli", "namespace": "team", "uid": "j1", "resourceVersion": "9"}
         known.put("FineTuneJob", {"metadata": queued, "status": {"phase": "Queued"}})
         await asyncio.sleep(0.1)
-        assert set(cluster.asked) == {f"/apis/{notices.KUEUE_GROUP}"} and len(cluster.asked) > 2
+        assert set(cluster.asked) == {f"/apis/{KUEUE_GROUP}"} and len(cluster.asked) > 2
         for version in ("v1beta1", "v1beta2"):
             cluster.version = version
             await until_said(f"no quota, says {version}")
@@ -186,7 +187,7 @@ def test_kueue_is_found_when_it_is_installed_or_upgraded_later(monkeypatch: pyte
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(act())
-    assert "team/nli" in news
+    assert KEY in news
 
 
 def test_kueue_is_not_looked_for_where_it_is_switched_off():
@@ -195,7 +196,7 @@ def test_kueue_is_not_looked_for_where_it_is_switched_off():
     async def act() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await Notices(cluster, cache(), (), lambda key: None).run("disabled")  # type: ignore[arg-type]
+                await WaitReasonWatcher(cluster, cache(), (), lambda key: None).run("disabled")  # type: ignore[arg-type]
 
     asyncio.run(act())
     assert cluster.asked == []

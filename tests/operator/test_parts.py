@@ -8,14 +8,18 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
-from finetune_operator.core.objects.observed import Notice
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.core.objects.observed import WaitReason
 from finetune_operator.kube.session import Connection
 from finetune_operator.kube.urls import resource_of, verb_of
 from finetune_operator.kube.watch_stream import Events, version_in
 from finetune_operator.observability.metrics import Metrics
 from finetune_operator.watch import wait_reasons
 from finetune_operator.watch.cache import Cache
-from finetune_operator.watch.progress import Poller
+from finetune_operator.watch.kopf_handlers import kopf_login
+from finetune_operator.watch.progress import ProgressPoller
+
+KEY = ObjectKey("FineTuneJob", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -36,11 +40,13 @@ def test_api_calls_are_counted_under_their_names(method: str, path: str, verb: s
 def test_notices_come_from_events_and_workloads():
     about = {"uid": "p1", "kind": "Pod"}
     event = {"involvedObject": about, "reason": "FailedMount", "message": 'secret "x" not found'}
-    assert wait_reasons.of_event(event) == wait_reasons.Word("p1", Notice("FailedMount", 'secret "x" not found'))
+    assert wait_reasons.from_event(event) == wait_reasons.WaitReasonUpdate(
+        "p1", WaitReason("FailedMount", 'secret "x" not found')
+    )
     condition = {"type": "QuotaReserved", "status": "False", "message": "no quota"}
     workload = {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "c1"}}, "status": {"conditions": [condition]}}
-    assert wait_reasons.of_workload(workload) == wait_reasons.Word("c1", Notice("Queued", "no quota"))
-    assert wait_reasons.of_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
+    assert wait_reasons.from_workload(workload) == wait_reasons.WaitReasonUpdate("c1", WaitReason("Queued", "no quota"))
+    assert wait_reasons.from_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
 
 
 @pytest.mark.parametrize(
@@ -64,17 +70,17 @@ def test_the_poller_believes_reports_and_nothing_else(body: str, step: int | Non
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        news: list[str] = []
-        poller = Poller(0.05, 1, 2, news.append, port=runner.addresses[0][1])
+        news: list[ObjectKey] = []
+        poller = ProgressPoller(0.05, 1, 2, news.append, port=runner.addresses[0][1])
         work = asyncio.create_task(poller.run())
-        poller.follow("a/b", "pod-1", "127.0.0.1")
+        poller.follow(KEY, "pod-1", "127.0.0.1")
         await asyncio.wait_for(asked.wait(), 5)
         await asyncio.sleep(0.2)
-        report = poller.report("a/b")
+        report = poller.report(KEY)
         assert (report.progress.step if report else None) == step
-        assert news == (["a/b"] if step else []), "the same report twice is no news"
-        poller.leave("a/b")
-        assert poller.report("a/b") is None
+        assert news == ([KEY] if step else []), "the same report twice is no news"
+        poller.unfollow(KEY)
+        assert poller.report(KEY) is None
         work.cancel()
         await runner.cleanup()
 
@@ -119,7 +125,7 @@ def test_a_watch_without_the_echoes_of_our_own_writes_is_otherwise_the_same(size
 def test_an_event_is_an_echo_when_it_shows_what_we_wrote_and_only_then():
     cache = Cache()
     made = {"metadata": {"name": "nli", "namespace": "team", "uid": "u", "resourceVersion": "7"}, "spec": {}}
-    cache.wrote("FineTuneJob", made)
+    cache.put_own_write("FineTuneJob", made)
     assert not cache.is_echo("Job", 7)
     assert not cache.is_echo("FineTuneJob", 8)
     assert cache.is_echo("FineTuneJob", 7)
@@ -145,9 +151,9 @@ def test_kopf_is_told_of_its_lists_only_what_is_new_and_we_are_told_that_it_list
         cache = Cache()
         cache.put("FineTuneJob", items[0])
         connection.is_known = lambda resource, obj: resource == "finetunejobs" and cache.is_known("FineTuneJob", obj)
-        connection.on_list = lambda resource, namespace: heard.append((resource, namespace))
         path = f"{configuration.host}/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs?limit=100"
-        async with connection.kopf_login().aiohttp_session as kopfs, connection.session() as ours:
+        login = kopf_login(connection, lambda resource, namespace: heard.append((resource, namespace)))
+        async with login.aiohttp_session as kopfs, connection.session() as ours:
             found = await (await kopfs.get(path)).json()
             await (await kopfs.get(f"{path}&continue=x")).read()
             await (await ours.get(path)).read()

@@ -4,10 +4,13 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from finetune_operator.reconcile.work_queue import Backoff, Queue, Result
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.reconcile.work_queue import Backoff, Result, WorkQueue
+
+KEY = ObjectKey("FineTuneJob", "a", "b")
 
 
-async def run_queue(queue: Queue, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def run_queue(queue: WorkQueue, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
     work = asyncio.create_task(queue.run())
     try:
         await asyncio.wait_for(act(), 10)
@@ -19,7 +22,7 @@ def test_a_key_is_never_reconciled_twice_at_once_and_late_news_count():
     running, most, seen = 0, 0, 0
     done = asyncio.Event()
 
-    async def reconcile(key: str) -> Result:
+    async def reconcile(key: ObjectKey) -> Result:
         nonlocal running, most, seen
         running += 1
         most = max(most, running)
@@ -32,11 +35,11 @@ def test_a_key_is_never_reconciled_twice_at_once_and_late_news_count():
             done.set()
         return Result()
 
-    queue = Queue(reconcile, workers=4)
+    queue = WorkQueue(reconcile, workers=4)
 
     async def act() -> None:
         for _ in range(5):
-            queue.add("a/b")
+            queue.add(KEY)
         await done.wait()
         await asyncio.sleep(0.05)
 
@@ -48,16 +51,16 @@ def test_an_error_is_tried_again_with_growing_pauses_and_counted():
     errors: list[Exception | None] = []
     done = asyncio.Event()
 
-    async def reconcile(key: str) -> Result:
+    async def reconcile(key: ObjectKey) -> Result:
         if len(errors) < 3:
             raise OSError("no answer")
         done.set()
         return Result()
 
-    queue = Queue(reconcile, 1, Backoff(0.001, 0.01), on_done=lambda key, seconds, error: errors.append(error))
+    queue = WorkQueue(reconcile, 1, Backoff(0.001, 0.01), on_done=lambda key, seconds, error: errors.append(error))
 
     async def act() -> None:
-        queue.add("a/b")
+        queue.add(KEY)
         await done.wait()
         await asyncio.sleep(0)
 
@@ -72,11 +75,11 @@ def test_pauses_double_up_to_a_cap_and_are_never_the_same_for_all():
     assert len({round(pause, 6) for pause in pauses[5]}) > 40
 
 
-async def turns_within(seconds: float, queue: Queue, hurry: Callable[[], None]) -> None:
+async def turns_within(seconds: float, queue: WorkQueue, hurry: Callable[[], None]) -> None:
     """Let the queue run, with `hurry` called all the time."""
 
     async def act() -> None:
-        queue.add("a/b")
+        queue.add(KEY)
         for _ in range(int(seconds / 0.01)):
             hurry()
             await asyncio.sleep(0.01)
@@ -84,60 +87,60 @@ async def turns_within(seconds: float, queue: Queue, hurry: Callable[[], None]) 
     await run_queue(queue, act)
 
 
-def failing(error: Exception | None) -> tuple[Queue, list[str]]:
+def failing(error: Exception | None) -> tuple[WorkQueue, list[ObjectKey]]:
     """A queue whose reconciles raise, or say they are blocked, with pauses of a minute and more."""
-    seen: list[str] = []
+    seen: list[ObjectKey] = []
 
-    async def reconcile(key: str) -> Result:
+    async def reconcile(key: ObjectKey) -> Result:
         seen.append(key)
         if error:
             raise error
         return Result(blocked=True)
 
-    return Queue(reconcile, 2, Backoff(120, 240)), seen
+    return WorkQueue(reconcile, 2, Backoff(120, 240)), seen
 
 
 def test_news_do_not_hurry_a_job_whose_reconcile_failed():
     queue, seen = failing(OSError("no answer"))
-    asyncio.run(turns_within(0.3, queue, lambda: queue.add("a/b")))
+    asyncio.run(turns_within(0.3, queue, lambda: queue.add(KEY)))
     assert len(seen) == 1, "a server in trouble is not to be hurried"
 
 
 def test_a_change_by_the_user_is_tried_at_once_though_the_last_reconcile_failed():
     queue, seen = failing(OSError("no answer"))
-    asyncio.run(turns_within(0.1, queue, lambda: queue.add("a/b", changed=True)))
+    asyncio.run(turns_within(0.1, queue, lambda: queue.add(KEY, changed=True)))
     assert len(seen) >= 2
 
 
 def test_a_change_while_the_failing_reconcile_runs_is_not_left_for_the_pause():
-    seen: list[str] = []
+    seen: list[ObjectKey] = []
 
-    async def reconcile(key: str) -> Result:
+    async def reconcile(key: ObjectKey) -> Result:
         seen.append(key)
         if len(seen) == 1:
             queue.add(key, changed=True)
         raise OSError
 
-    queue = Queue(reconcile, 1, Backoff(120, 240))
+    queue = WorkQueue(reconcile, 1, Backoff(120, 240))
     asyncio.run(turns_within(0.1, queue, lambda: None))
     assert len(seen) == 2
 
 
 def test_news_end_the_pause_of_a_job_that_is_blocked():
     queue, seen = failing(None)
-    asyncio.run(turns_within(0.1, queue, lambda: queue.add("a/b")))
+    asyncio.run(turns_within(0.1, queue, lambda: queue.add(KEY)))
     assert len(seen) > 2, "what blocks it (an earlier job's Job) may be gone"
 
 
 def test_a_job_that_is_well_again_may_be_hurried_again():
-    seen: list[str] = []
+    seen: list[ObjectKey] = []
 
-    async def reconcile(key: str) -> Result:
+    async def reconcile(key: ObjectKey) -> Result:
         seen.append(key)
         if len(seen) == 1:
             raise OSError
         return Result(after=100)
 
-    queue = Queue(reconcile, 1, Backoff(0.01, 0.01))
-    asyncio.run(turns_within(0.2, queue, lambda: queue.add("a/b")))
+    queue = WorkQueue(reconcile, 1, Backoff(0.01, 0.01))
+    asyncio.run(turns_within(0.2, queue, lambda: queue.add(KEY)))
     assert len(seen) > 3

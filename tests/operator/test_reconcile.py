@@ -12,26 +12,28 @@ import pytest
 from aiohttp import web
 
 from finetune_api import constants
+from finetune_operator.core.objects import kinds
+from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.events import Event
 from finetune_operator.kube.client import (
     ApiError,
-    Cluster,
-    Refused,
+    CreateDenied,
+    KubeClient,
     encoded,
 )
-from finetune_operator.observability.job_metrics import Fleet
+from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.observability.metrics import Metrics
-from finetune_operator.reconcile.event_recorder import Recorder
+from finetune_operator.reconcile.event_recorder import EventRecorder
 from finetune_operator.reconcile.reconciler import Conflict, Reconciler
-from finetune_operator.reconcile.work_queue import Backoff, Queue, Result
+from finetune_operator.reconcile.work_queue import Backoff, Result, WorkQueue
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
-from finetune_operator.watch.progress import Poller
+from finetune_operator.watch.progress import ProgressPoller
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
-KEY = "team/nli"
+KEY = ObjectKey(constants.KIND, "team", "nli")
 SPEC = {
     "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
     "dataset": {"train": "s3://data/train.jsonl"},
@@ -77,7 +79,7 @@ class Api:
         code, body = self.answer(request.method, name, await request.json() if request.can_read_body else {})
         return web.json_response(body, status=code)
 
-    def run(self, act: Callable[[Cluster, Reconciler, Recorder], Coroutine[Any, Any, None]]) -> None:
+    def run(self, act: Callable[[KubeClient, Reconciler, EventRecorder], Coroutine[Any, Any, None]]) -> None:
         async def serve() -> None:
             app = web.Application()
             app.router.add_route("*", "/{path:.*}", self._handle)
@@ -85,12 +87,13 @@ class Api:
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             async with aiohttp.ClientSession() as session:
-                cluster = Cluster(session, f"http://127.0.0.1:{runner.addresses[0][1]}", 5)
-                recorder = Recorder(cluster, self.metrics)
-                fleet = Fleet(self.cache.jobs, 10, lambda: NOW, self.metrics.registry)
-                poller = Poller(1, 1, 1, lambda key: None)
-                await act(cluster, Reconciler(cluster, self.cache, poller, recorder, fleet, Settings(), lambda: NOW),
-                          recorder)  # fmt: skip
+                cluster = KubeClient(session, f"http://127.0.0.1:{runner.addresses[0][1]}", 5)
+                recorder = EventRecorder(cluster, self.metrics)
+                job_metrics = JobMetrics(lambda: self.cache.owners(JobObject), 10, lambda: NOW, self.metrics.registry)
+                poller = ProgressPoller(1, 1, 1, lambda key: None)
+                on_status, settings = job_metrics.record_status, Settings()
+                reconcile = Reconciler(cluster, self.cache, poller, recorder, on_status, settings, lambda: NOW)
+                await act(cluster, reconcile, recorder)
             await runner.cleanup()
 
         asyncio.run(serve())
@@ -104,7 +107,7 @@ def api() -> Api:
 
 
 def test_simulated_api_a_new_job_costs_two_writes_before_its_events(api: Api):
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         await reconcile(KEY)
         assert api.calls == ["POST jobs", "PATCH status"]
         await reconcile(KEY)
@@ -116,10 +119,10 @@ def test_simulated_api_a_new_job_costs_two_writes_before_its_events(api: Api):
 def test_simulated_api_after_an_answer_that_was_lost_the_job_is_read_again_before_anything_is_made(api: Api):
     """The status was written, the user deleted all of it, and the watches tell of the children's end first."""
 
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         with pytest.raises(ApiError):
             await reconcile(KEY)
-        api.cache.forget("Job", KEY, "made")
+        api.cache.tombstone("Job", "made")
         assert await reconcile(KEY) == Result()
         assert api.calls == ["POST jobs", "PATCH status", "GET nli"]
 
@@ -135,9 +138,9 @@ def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: 
             method, name, body
         )  # fmt: skip
 
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         errors: list[Exception | None] = []
-        queue = Queue(reconcile, 4, Backoff(0.05, 30), lambda key, seconds, error: errors.append(error))
+        queue = WorkQueue(reconcile, 4, Backoff(0.05, 30), lambda key, seconds, error: errors.append(error))
         work = asyncio.create_task(queue.run())
         queue.add(KEY)
         await asyncio.sleep(1)
@@ -152,7 +155,7 @@ def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: 
 def test_simulated_api_a_namespace_being_terminated_is_left_alone(api: Api):
     message = 'jobs.batch "nli-1" is forbidden: unable to create new content in namespace team because it is being'
 
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         assert await reconcile(KEY) == Result(after=60.0)
         assert api.calls == ["POST jobs"], "no status, no event"
         assert recorder.depth == 0
@@ -169,7 +172,7 @@ def test_simulated_api_what_the_server_says_is_gone_is_forgotten(api: Api):
     )
     api.cache.put("Job", child())
 
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         assert await reconcile(KEY) == Result(after=0.0)
         assert await reconcile(KEY) == Result()
         assert api.calls == ["DELETE nli-1"]
@@ -180,7 +183,7 @@ def test_simulated_api_what_the_server_says_is_gone_is_forgotten(api: Api):
 
 @pytest.mark.parametrize("call", ["delete", "suspend"])
 def test_simulated_api_a_conflict_alone_does_not_mean_that_a_job_is_gone(call: str, api: Api):
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         arguments = ("Job", "team", "nli-1", "c1")[0 if call == "delete" else 1 :]
         with pytest.raises(ApiError):
             await getattr(cluster, call)(*arguments)
@@ -199,8 +202,8 @@ def test_simulated_api_a_conflict_alone_does_not_mean_that_a_job_is_gone(call: s
     ],
 )
 def test_simulated_api_a_name_that_is_taken_is_explained(kind: str, reason: str, words: str, api: Api):
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
-        with pytest.raises(Refused) as refused:
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        with pytest.raises(CreateDenied) as refused:
             await cluster.ensure({"kind": "Job", **child()}, "j1")
         assert refused.value.reason == reason
         assert words in refused.value.message
@@ -216,22 +219,22 @@ def test_numbers_that_json_has_not_never_reach_the_api_server():
     assert json.loads(encoded(body)) == {"loss": None, "deep": [{"inf": None, "step": 3}]}
 
 
-def test_simulated_api_events_wait_while_jobs_do_but_not_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("finetune_operator.reconcile.event_recorder.YIELD_SECONDS", 0.5)
-
-    async def act(cluster: Cluster, reconcile: Reconciler, recorder: Recorder) -> None:
+def test_simulated_api_events_wait_while_jobs_do_but_not_for_ever(api: Api):
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
         busy = True
-        recorder = Recorder(cluster, api.metrics, lambda: busy)
+        recorder = EventRecorder(cluster, api.metrics, lambda: busy, yield_seconds=0.5)
         work = asyncio.create_task(recorder.run())
-        about = JobObject.of(job())
-        recorder.post(about, Event("Normal", "Submitted", "said", "one"), NOW)
+        about = JobObject.from_api(job())
+        recorder.post(kinds.FINETUNE_JOB, about, Event("Normal", "Submitted", "said", "one"), NOW)
         await asyncio.sleep(0.2)
         assert (api.calls, recorder.depth) == ([], 1)
         busy = False
         await recorder.flush(2)
         assert (api.calls, recorder.depth) == (["POST events"], 0)
         busy = True
-        recorder.post(replace(about, name="other"), Event("Normal", "Submitted", "said", "two"), NOW)
+        recorder.post(
+            kinds.FINETUNE_JOB, replace(about, name="other"), Event("Normal", "Submitted", "said", "two"), NOW
+        )
         await recorder.flush(5)
         assert len(api.calls) == 2
         work.cancel()

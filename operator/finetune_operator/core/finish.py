@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, Progress
-from finetune_operator.core.attempts import failure, progress
+from finetune_operator.core.attempts import failure, history, progress
 from finetune_operator.core.attempts import history as attempts
 from finetune_operator.core.objects import raw, status_io
 from finetune_operator.core.objects.observed import Child, Observed
@@ -25,7 +25,7 @@ from finetune_operator.core.types import (
 )
 
 
-def after_the_end(observed: Observed, status: FineTuneJobStatus, now: datetime) -> Plan:
+def plan_cleanup(observed: Observed, status: FineTuneJobStatus, now: datetime) -> Plan:
     """Stop what still runs, and delete the FineTuneJob (never the adapter) when its time has come."""
     left = _ttl_left(observed, status, now)
     if left is not None and left <= 0:
@@ -38,19 +38,19 @@ def _ttl_left(observed: Observed, status: FineTuneJobStatus, now: datetime) -> f
     return deadlines.ttl_left(ttl if isinstance(ttl, int) else None, status, now)
 
 
-def conclude(
+def build_plan(
     observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime, view: View | None = None
 ) -> Plan:
     """The plan that follows from `step`: status, events and clean-up."""
     new = _new_status(observed, status, step, now, view)
     patch = status_io.merge_patch(json.loads(observed.job.status), new.manifest())
-    over = status_io.is_over(new)
-    again = [seconds for seconds in step.check_again if seconds is not None and seconds > 0]
+    over = status_io.is_terminal(new)
+    again = [seconds for seconds in step.recheck_after if seconds is not None and seconds > 0]
     return Plan(
         create=step.create,
         status=patch or None,
         suspend=_targets(step.suspend),
-        delete=_targets(_stoppable(observed) if over else (*step.delete, *_outdated(observed, step))),
+        delete=_targets(_stoppable(observed) if over else (*step.delete, *_old_children(observed, step))),
         events=tuple(events.between(status, new)),
         requeue_after=_ttl_left(observed, new, now) if over else min(again, default=None),
     )
@@ -63,8 +63,8 @@ def _new_status(
     written = conditions.write(step.scene, status.conditions, generation, now)
     changed: dict[str, Any] = {"phase": step.scene.phase, "observed_generation": generation, "conditions": written}
     if view is not None:
-        history = [*view.history, *([step.starts] if step.starts else [])]
-        changed |= {"attempts": history, "progress": _pace(view, step)}
+        history = [*view.history, *([step.new_attempt] if step.new_attempt else [])]
+        changed |= {"attempts": history, "progress": _shown_progress(view, step)}
         if history and status.start_time is None:
             changed["start_time"] = history[0].started_at or now
         if view.report and view.report.execution_plan:
@@ -73,17 +73,17 @@ def _new_status(
             changed |= {"metrics": view.ending.report.metrics or status.metrics}
             changed |= {"adapter": view.ending.report.adapter} if view.ending.reason == failure.SUCCEEDED else {}
     new = status.model_copy(update=changed)
-    return _over(observed, new, step, now) if status_io.is_over(new) else new
+    return _final_status(observed, new, step, now) if status_io.is_terminal(new) else new
 
 
-def _pace(view: View, step: Step) -> Progress | None:
+def _shown_progress(view: View, step: Step) -> Progress | None:
     """The progress, with what to expect of it only while the trainer goes on."""
     goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != training.STALLED
     is_over = step.scene.succeeded.status != "Unknown"
-    return view.progress if goes_on or is_over else progress.at_rest(view.progress)
+    return view.progress if goes_on or is_over else progress.paused(view.progress)
 
 
-def _over(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
+def _final_status(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
     """The last status: nothing is expected any more, and an attempt that still runs ends with the job."""
     ending = failure.Ending(step.scene.succeeded.reason, step.scene.succeeded.message, finished_at=now)
     closed = [each if each.reason else attempts.close(each, observed, ending, now) for each in status.attempts]
@@ -95,10 +95,10 @@ def _stoppable(observed: Observed) -> tuple[Child, ...]:
     return tuple(child for child in observed.children if not child.finished and not child.deleting)
 
 
-def _outdated(observed: Observed, step: Step) -> tuple[Child, ...]:
+def _old_children(observed: Observed, step: Step) -> tuple[Child, ...]:
     """Finished Jobs of long ago: a job preempted a hundred times must not keep a hundred Jobs and pods."""
     done = sorted((c for c in observed.children if c.finished and not c.deleting), key=lambda c: c.attempt)
-    return tuple(done[: -attempts.KEPT_UNCOUNTED]) if step.starts else ()
+    return tuple(done[: -history.KEPT_NOT_COUNTED]) if step.new_attempt else ()
 
 
 def _targets(found: Sequence[Child]) -> tuple[Target, ...]:

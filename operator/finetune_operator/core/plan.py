@@ -5,7 +5,10 @@ from datetime import datetime
 
 from finetune_api import constants
 from finetune_api.status import Attempt
-from finetune_operator.core import finish, policy
+from finetune_operator.core import (
+    finish,
+    policy,
+)
 from finetune_operator.core.attempts import (
     failure,
     history,
@@ -23,12 +26,12 @@ from finetune_operator.core.status import (
     training,
     wait_reason,
 )
-from finetune_operator.core.status.conditions import Scene
+from finetune_operator.core.status.conditions import JobConditions
 from finetune_operator.core.types import Plan, Step, View
 from finetune_operator.settings import Settings
 
 #: How often the pods of a Job that is over are looked at while one is said to live.
-LOOK_SECONDS = 10.0
+POD_REFRESH_SECONDS = 10.0
 
 
 def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
@@ -37,15 +40,17 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     status = status_io.read(observed.job.status)
     if observed.job.deleting:
         return Plan()
-    if status_io.is_over(status):
-        return finish.after_the_end(observed, status, now)
+    if status_io.is_terminal(status):
+        return finish.plan_cleanup(observed, status, now)
     spec = policy.read_spec(observed.job)
-    if isinstance(spec, policy.Refusal):
-        return finish.conclude(observed, status, Step(conditions.refused(spec.reason, spec.message)), now)
+    if isinstance(spec, policy.Rejection):
+        return finish.build_plan(observed, status, Step(conditions.rejected(spec.reason, spec.message)), now)
     story = history.update(observed, status, spec, now)
     merged = progress.merge(status.progress, story.report, now)
     view = View(observed, status, spec, story.history, story.ending, story.report, merged, settings, now)
-    return replace(finish.conclude(observed, status, _step(view), now, view), look=story.look)
+    return replace(
+        finish.build_plan(observed, status, _step(view), now, view), needs_pod_refresh=story.needs_pod_refresh
+    )
 
 
 def _step(view: View) -> Step:
@@ -54,26 +59,26 @@ def _step(view: View) -> Step:
     if view.last and not view.live:
         if view.last.reason == failure.SUCCEEDED:
             return Step(conditions.succeeded(view.spec.output.uri, view.last.message or ""))
-        verdict = retry.verdict(view.history, view.spec, view.observed.job.uid)
+        verdict = retry.decide_retry(view.history, view.spec, view.observed.job.uid)
         if isinstance(verdict, Stop):
             return Step(conditions.failed(verdict.reason, verdict.message))
         after = verdict
-    if not view.history and (refusal := policy.refuse(view.observed.job, view.spec, view.settings)):
-        return Step(conditions.refused(refusal.reason, refusal.message))
-    if late := _late(view, after):
+    if not view.history and (refusal := policy.check_policy(view.observed.job, view.spec, view.settings)):
+        return Step(conditions.rejected(refusal.reason, refusal.message))
+    if late := _missed_deadline(view, after):
         return Step(late)
     if view.live and history.is_superseded(view.live):
-        return _replace(view, view.live)
+        return _replace_superseded(view, view.live)
     if view.spec.suspend:
         return _suspend(view)
     if view.live:
-        return _watch(view, view.live)
+        return _monitor(view, view.live)
     if after and after.at > view.now:
         return _back_off(view, after)
     return _start(view, after)
 
 
-def _replace(view: View, attempt: Attempt) -> Step:
+def _replace_superseded(view: View, attempt: Attempt) -> Step:
     """Stop an attempt that runs another spec; the next one runs the job's."""
     message = f"waiting for Job {attempt.job_name} and its pods to be gone: {attempt.message}"
     return Step(conditions.waiting("Stopping", message), delete=tuple(c for c in view.unfinished if not c.deleting))
@@ -84,37 +89,37 @@ def _suspend(view: View) -> Step:
     if view.live is None:
         return Step(conditions.suspended("Suspended", "spec.suspend is true"), delete=view.unfinished)
     mine = _pods(view, view.live)
-    lost = pod_set.out_of_reach(mine, view.now)
-    message = (
-        wait_reason.out_of_reach(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
-    )
+    lost = pod_set.unreachable(mine, view.now)
+    message = wait_reason.unreachable(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
     # Kueue would unsuspend an admitted Job, so a queued one is deleted; its pods get the same grace.
     ours = tuple(child for child in view.unfinished if not child.queued and not child.suspended)
     queued = tuple(child for child in view.unfinished if child.queued and not child.deleting)
-    again = (_until(pod_set.reach_ends(mine), view.now), _deadline_falls(view))
-    return Step(conditions.suspended("Suspending", message), suspend=ours, delete=queued, check_again=again)
+    again = (_until(pod_set.unreachable_at(mine), view.now), _active_countdown(view))
+    return Step(conditions.suspended("Suspending", message), suspend=ours, delete=queued, recheck_after=again)
 
 
-def _watch(view: View, attempt: Attempt) -> Step:
+def _monitor(view: View, attempt: Attempt) -> Step:
     """An attempt is under way: say why it waits, or what it does."""
     child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
-    scene, due = _under_way(view, attempt, child, mine)
-    again = (due, _pending_left(view), _deadline_falls(view), _until(pod_set.reach_ends(mine), view.now))
-    return Step(scene, check_again=again)
+    scene, due = _attempt_conditions(view, attempt, child, mine)
+    again = (due, _pending_left(view), _active_countdown(view), _until(pod_set.unreachable_at(mine), view.now))
+    return Step(scene, recheck_after=again)
 
 
-def _under_way(view: View, attempt: Attempt, child: Child | None, mine: list[Pod]) -> tuple[Scene, float | None]:
+def _attempt_conditions(
+    view: View, attempt: Attempt, child: Child | None, mine: list[Pod]
+) -> tuple[JobConditions, float | None]:
     """Where an attempt stands, and the seconds after which that is to be looked at again."""
     nodes = view.spec.resources.nodes
-    if lost := pod_set.out_of_reach(mine, view.now):
-        notice = wait_reason.out_of_reach(lost)
+    if lost := pod_set.unreachable(mine, view.now):
+        notice = wait_reason.unreachable(lost)
         return conditions.waiting(notice.reason, notice.message), None
     if child is None or child.deleting:
         return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
     if child.finished:
-        if view.status.conditions and not history.is_late(child, view.now):
+        if view.status.conditions and not history.is_settled(child, view.now):
             return conditions.recorded(view.status), 1.0  # its pods' last words are on their way
-        again = LOOK_SECONDS if any(pod.live for pod in mine) else 1.0
+        again = POD_REFRESH_SECONDS if any(pod.live for pod in mine) else 1.0
         return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), again
     if child.suspended and not child.queued and _is_suspended(view):
         # Still said to be suspended, so that the end of this attempt is known for what it is.
@@ -138,7 +143,7 @@ def _back_off(view: View, retry: Retry) -> Step:
     last = f": {view.last.message}" if view.last and view.last.message else ""
     message = f"attempt {history.next_number(view.history, view.observed)} starts at {at}, after {retry.after}{last}"
     left = (retry.at - view.now).total_seconds()
-    return Step(conditions.waiting("BackingOff", message), delete=view.unfinished, check_again=(left,))
+    return Step(conditions.waiting("BackingOff", message), delete=view.unfinished, recheck_after=(left,))
 
 
 def _start(view: View, after: Retry | None) -> Step:
@@ -147,25 +152,25 @@ def _start(view: View, after: Retry | None) -> Step:
     if view.unfinished:
         scene = conditions.waiting("Stopping", f"waiting for Job {view.unfinished[0].name} to be gone")
         return Step(scene, delete=tuple(child for child in view.unfinished if not child.deleting))
-    if observed.strays:
-        message = f"waiting for {observed.strays[0]} of an earlier job of this name to end"
-        return Step(conditions.waiting("Stopping", message), check_again=(_pending_left(view, after),))
-    if observed.obstacle:
-        scene = conditions.waiting(observed.obstacle.reason, observed.obstacle.message)
-        return Step(scene, check_again=(_pending_left(view, after),))
-    number, micro = history.next_number(view.history, observed), retry.micro_batch(view.history, view.spec)
+    if observed.foreign_children:
+        message = f"waiting for {observed.foreign_children[0]} of an earlier job of this name to end"
+        return Step(conditions.waiting("Stopping", message), recheck_after=(_pending_left(view, after),))
+    if observed.create_blocked:
+        scene = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
+        return Step(scene, recheck_after=(_pending_left(view, after),))
+    number, micro = history.next_number(view.history, observed), retry.next_micro_batch(view.history, view.spec)
     name = history.job_name(observed.job, number)
     queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(
         conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),
         create=tuple(job.build(observed.job, view.spec, number, micro, view.settings)),
-        starts=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
-        check_again=(view.spec.pending_deadline_seconds,),
+        new_attempt=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
+        recheck_after=(view.spec.pending_deadline_seconds,),
     )
 
 
-def _late(view: View, after: Retry | None) -> Scene | None:
+def _missed_deadline(view: View, after: Retry | None) -> JobConditions | None:
     """A deadline that has passed."""
     active, pending = _active_left(view), _pending_left(view, after)
     if active is not None and active <= 0:
@@ -191,7 +196,7 @@ def _active_left(view: View) -> float | None:
     return deadlines.active_left(view.spec, view.history, _running_since(view), view.now)
 
 
-def _deadline_falls(view: View) -> float | None:
+def _active_countdown(view: View) -> float | None:
     """Seconds until the active deadline, while it comes nearer: in a queue it does not."""
     return _active_left(view) if _running_since(view) else None
 

@@ -17,14 +17,14 @@ PROTECTED_PATHS = ("/dev", "/etc", "/proc", "/run", "/sys", "/var/run")
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """Why the job is not accepted; `reason` is ConfigInvalid or PolicyRefused."""
 
     reason: str
     message: str
 
 
-def read_spec(job: JobObject) -> FineTuneJobSpec | Refusal:
+def read_spec(job: JobObject) -> FineTuneJobSpec | Rejection:
     """The spec with its defaults, or the sentences that say what is wrong (older schema, no CRD validation)."""
     data = {
         "apiVersion": constants.API_VERSION,
@@ -35,15 +35,15 @@ def read_spec(job: JobObject) -> FineTuneJobSpec | Refusal:
     try:
         return manifest.check(manifest.Document(data, "")).spec
     except manifest.ManifestError as error:
-        return Refusal(INVALID, "; ".join(map(str, error.problems))[:8192])
+        return Rejection(INVALID, "; ".join(map(str, error.problems))[:8192])
 
 
-def refuse(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Refusal | None:
+def check_policy(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Rejection | None:
     """The first administrator's rule that the job breaks, named; None when it breaks none."""
     for rule in _RULES:
         for sentence in rule(job, spec, policy):
             name = rule.__name__.removeprefix("_")
-            return Refusal(REFUSED, f"{sentence} (administrator's rule {name})")
+            return Rejection(REFUSED, f"{sentence} (administrator's rule {name})")
     return None
 
 

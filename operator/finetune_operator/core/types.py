@@ -9,7 +9,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, Progress, TrainerReport
 from finetune_operator.core.attempts.failure import Ending
 from finetune_operator.core.objects.observed import Child, Observed
-from finetune_operator.core.status.conditions import Scene
+from finetune_operator.core.status.conditions import JobConditions
 from finetune_operator.core.status.events import Event
 from finetune_operator.settings import Settings
 
@@ -40,7 +40,7 @@ class Plan:
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
     """Seconds after which time alone changes the plan."""
-    look: bool = False
+    needs_pod_refresh: bool = False
     """Read the job's pods from the API server, and plan again (Observed.looked) before anything is done."""
 
 
@@ -48,12 +48,12 @@ class Plan:
 class Step:
     """Where the job stands and what that asks for; the rest of the plan follows from it."""
 
-    scene: Scene
+    scene: JobConditions
     create: tuple[Object, ...] = ()
     suspend: tuple[Child, ...] = ()
     delete: tuple[Child, ...] = ()
-    starts: Attempt | None = None
-    check_again: tuple[float | None, ...] = ()
+    new_attempt: Attempt | None = None
+    recheck_after: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How long ago the API server answered, per watch and for the whole connection."""
+"""Track when each watch was last heard from, and how long the API server has answered."""
 
 import time
 
@@ -6,48 +6,50 @@ from yarl import URL
 
 from finetune_operator.kube.urls import namespace_of, resource_of
 
-#: How long credentials are used before they are asked for again; asking is slow, and tokens rotate by the hour.
+#: Cache credentials for this long: reading them is slow, and tokens rotate by the hour.
 CREDENTIALS_SECONDS = 10.0
 
 
 class Freshness:
-    """When each watch last showed a sign of life: an event, or the bookmark the server sends every minute."""
+    """The time of each watch's last event or bookmark; the server sends a bookmark every minute."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], float] = {}
+        self._last_seen: dict[tuple[str, str], float] = {}
 
-    def note(self, url: URL) -> None:
-        """A sign of life from the watch at `url`."""
+    def record(self, url: URL) -> None:
+        """Record an event or a bookmark of the watch at `url`."""
         about = url.query.get("fieldSelector", "").rpartition("=")[2]
-        self._seen[resource_of(url.path) + (f"/{about}" if about else ""), namespace_of(url.path)] = time.monotonic()
+        self._last_seen[resource_of(url.path) + (f"/{about}" if about else ""), namespace_of(url.path)] = (
+            time.monotonic()
+        )
 
-    def forget(self, namespace: str) -> None:
-        """The watches of a namespace that may not be seen any more are not late."""
-        self._seen = {watch: seen for watch, seen in self._seen.items() if watch[1] != namespace}
+    def evict_namespace(self, namespace: str) -> None:
+        """Forget the watches of a namespace that we may no longer list: they are not late."""
+        self._last_seen = {watch: seen for watch, seen in self._last_seen.items() if watch[1] != namespace}
 
     def ages(self) -> dict[tuple[str, str], float]:
-        """Seconds since the last sign, by resource and namespace (empty: all)."""
+        """Return the seconds since the last event or bookmark, by resource and namespace (empty: all)."""
         now = time.monotonic()
-        return {watch: now - seen for watch, seen in self._seen.items()}
+        return {watch: now - seen for watch, seen in self._last_seen.items()}
 
 
-class Reach:
-    """Since when the API server answers every request; an outage of its own is no fault of ours."""
+class Reachability:
+    """Track how long the API server has answered without errors."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
-    def answered(self, code: int) -> None:
-        """One answer came in."""
+    def record_answer(self, code: int) -> None:
+        """Record the HTTP status of an answer."""
         if code >= 500 or code == 429:
             self._since = None
         elif self._since is None:
             self._since = time.monotonic()
 
-    def failed(self) -> None:
-        """One did not."""
+    def record_failure(self) -> None:
+        """Record a request without an answer."""
         self._since = None
 
     def seconds(self) -> float:
-        """How long it has answered without a break; 0 while it does not."""
+        """Return the seconds since the last error; 0 while the API server fails."""
         return 0.0 if self._since is None else time.monotonic() - self._since

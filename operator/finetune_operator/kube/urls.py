@@ -1,10 +1,10 @@
-"""API paths of the kinds we use, and what a request path says: resource, namespace, verb."""
+"""API paths: how to build the path of an object, and which resource, namespace and verb a request path names."""
 
-from finetune_api import constants
+from finetune_operator.core.objects.kinds import Kind
 
 
 def resource_of(path: str) -> str:
-    """The plural, with its subresource, that a URL path addresses: 'jobs', 'finetunejobs/status'."""
+    """Return the plural, with its subresource, that a URL path addresses: 'jobs', 'finetunejobs/status'."""
     parts = path.strip("/").split("/")
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
@@ -13,12 +13,13 @@ def resource_of(path: str) -> str:
 
 
 def namespace_of(path: str) -> str:
-    """The namespace in a URL path; empty where there is none."""
+    """Return the namespace in a URL path; empty where there is none."""
     parts = path.split("/")
     return parts[parts.index("namespaces") + 1] if "namespaces" in parts[:-1] else ""
 
 
 def verb_of(method: str, url_path: str, is_watch: bool) -> str:
+    """Return the verb as RBAC names it."""
     if is_watch:
         return "watch"
     if method != "GET":
@@ -28,17 +29,8 @@ def verb_of(method: str, url_path: str, is_watch: bool) -> str:
     return "get" if len(named) in (2, 4, 5) else "list"
 
 
-#: Kind -> collection path; {} is the namespace part, empty for all namespaces.
-PATHS: dict[str, str] = {
-    constants.KIND: f"/apis/{constants.API_VERSION}{{}}/{constants.PLURAL}",
-    "Job": "/apis/batch/v1{}/jobs",
-    "Pod": "/api/v1{}/pods",
-    "Service": "/api/v1{}/services",
-    "Event": "/api/v1{}/events",
-}
-
-
-def path(kind: str, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
-    """URL path of a collection, an object or a subresource."""
-    base = PATHS[kind].format(f"/namespaces/{namespace}" if namespace else "")
+def path(kind: Kind, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
+    """Return the URL path of a collection, an object or a subresource. No namespace: all namespaces."""
+    root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    base = f"{root}/namespaces/{namespace}/{kind.plural}" if namespace else f"{root}/{kind.plural}"
     return "/".join(part for part in (base, name, subresource) if part)

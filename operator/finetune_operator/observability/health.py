@@ -1,67 +1,70 @@
-"""/healthz, /readyz and /metrics. Health is judged by the work itself, not by the process being there."""
+"""Serve /healthz, /readyz and /metrics. Health follows from the work done, not from the process being alive."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from finetune_api import constants
 from finetune_operator.settings import Settings
 
-#: What Kopf watches; explanations (events, Workloads) are watched beside it, and nothing depends on them.
-WATCHED = (constants.PLURAL, "jobs", "pods")
-
-#: A heartbeat, a full list or a watch is late when it has missed this many turns.
-MISSED = 3
+#: A heartbeat, a full list or a watch is late after this many missed intervals.
+MAX_MISSED = 3
 
 
 @dataclass(frozen=True)
-class Signs:
-    """Signs of life. All are seconds."""
+class HealthSignals:
+    """Ages and waits that show whether the operator works. All are seconds."""
 
     longest_wait: Callable[[], float]
-    """The oldest wait for a worker."""
+    """The longest wait for a worker."""
     longest_run: Callable[[], float]
-    """The oldest reconcile under way."""
-    beat_age: Callable[[], float]
-    list_age: Callable[[], float]
-    """Since the last try of a full list, be it that it failed."""
+    """The longest running reconcile."""
+    heartbeat_age: Callable[[], float]
+    relist_age: Callable[[], float]
+    """Since the last relist attempt, successful or not."""
     watch_ages: Callable[[], Mapping[tuple[str, str], float]]
+    """By resource and namespace."""
     reachable: Callable[[], float]
-    """How long the API server has answered without a break."""
+    """How long the API server has answered without errors."""
 
 
 class Health:
-    """What is wrong with the operator, in sentences; none when it is well."""
+    """Finds what is wrong with the operator. `watched` are the plurals whose watches it needs."""
 
-    def __init__(self, signs: Signs, settings: Settings, beat_seconds: float) -> None:
-        self._signs, self._settings, self._beat_seconds = signs, settings, beat_seconds
+    def __init__(
+        self, signals: HealthSignals, settings: Settings, heartbeat_seconds: float, watched: Collection[str]
+    ) -> None:
+        self._signals, self._settings, self._heartbeat_seconds = signals, settings, heartbeat_seconds
+        self._watched = watched
         self.ready = False
 
     def problems(self) -> list[str]:
-        """For the liveness probe: trouble that a restart could end. An API server that is away is none."""
-        signs, settings = self._signs, self._settings
+        """Return sentences for the liveness probe about trouble that a restart could end.
+
+        An API server that does not answer is no such trouble.
+        """
+        signals, settings = self._signals, self._settings
         found = []
-        if (waited := signs.longest_wait()) > settings.stuck_seconds:
-            found.append(f"the queue stands still: a job has waited {waited:.0f} s for a worker")
-        if (ran := signs.longest_run()) > settings.stuck_seconds:
-            found.append(f"a reconcile hangs: it has run for {ran:.0f} s")
-        if (age := signs.beat_age()) > MISSED * self._beat_seconds:
-            found.append(f"the heartbeat is late: the last one was {age:.0f} s ago")
-        if self.ready and (age := signs.list_age()) > MISSED * settings.resync_seconds:
-            found.append(f"the full list is late: the last try was {age:.0f} s ago")
-        # Kopf begins a silent watch anew by itself, which takes an API server that answers.
-        limit = MISSED * settings.watch_inactivity_seconds
-        for (resource, namespace), age in signs.watch_ages().items():
-            if resource in WATCHED and min(age, signs.reachable()) > limit:
+        if (waited := signals.longest_wait()) > settings.stuck_seconds:
+            found.append(f"work queue stuck: the oldest job has waited {waited:.0f} s")
+        if (ran := signals.longest_run()) > settings.stuck_seconds:
+            found.append(f"reconcile stuck: it has run for {ran:.0f} s")
+        if (age := signals.heartbeat_age()) > MAX_MISSED * self._heartbeat_seconds:
+            found.append(f"heartbeat late: the last one was {age:.0f} s ago")
+        if self.ready and (age := signals.relist_age()) > MAX_MISSED * settings.resync_seconds:
+            found.append(f"relist late: the last attempt was {age:.0f} s ago")
+        # Kopf restarts a silent watch by itself, for which the API server must answer.
+        limit = MAX_MISSED * settings.watch_inactivity_seconds
+        for (resource, namespace), age in signals.watch_ages().items():
+            if resource in self._watched and min(age, signals.reachable()) > limit:
                 where = f" in {namespace}" if namespace else ""
-                found.append(f"the watch of {resource}{where} is dead: its last sign of life was {age:.0f} s ago")
+                found.append(f"watch of {resource}{where} dead: its last event or bookmark was {age:.0f} s ago")
         return found
 
 
 async def serve(host: str, port: int, health: Health, registry: CollectorRegistry) -> web.AppRunner:
-    """Start serving; `runner.addresses` says where. Raises OSError when the port is taken."""
+    """Start serving; `runner.addresses` holds the addresses. Raises OSError when the port is taken."""
 
     async def healthz(request: web.Request) -> web.Response:
         problems = health.problems()

@@ -1,6 +1,6 @@
-"""All jobs together, for Prometheus: by namespace and phase, GPUs held, waits, ended attempts, time to the first step.
+"""Prometheus metrics of all FineTuneJobs: phases, GPUs held, waits, ended attempts, time to the first step.
 
-Gauges are read from the cache at each scrape; counters grow with each status that is written.
+Gauges are read from the cache at each scrape; counters grow with each status write.
 """
 
 from collections import Counter as Tally
@@ -17,10 +17,10 @@ from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
 from finetune_operator.observability.metrics import PHASES, PREFIX, gauge
 
-OVER = ("Succeeded", "Failed")
-#: Phases in which the job's pods hold their GPUs.
-HOLDING = frozenset(PHASES) - {*WAITING_PHASES, *OVER, "Suspended"}
-#: Endings that are shown as 0 from the start: a counter that begins at 1 hides its first event from increase().
+TERMINAL_PHASES = ("Succeeded", "Failed")
+#: Phases in which the pods hold their GPUs.
+GPU_HOLDING_PHASES = frozenset(PHASES) - {*WAITING_PHASES, *TERMINAL_PHASES, "Suspended"}
+#: Reasons that start at 0: a counter that starts at 1 hides its first event from increase().
 REASONS = tuple(
     sorted(
         {
@@ -38,8 +38,8 @@ REASONS = tuple(
 _TO_FIRST_STEP = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 86400)
 
 
-class Fleet(Collector):
-    """Register it once. `jobs` are those in the cache; at most `limit` unfinished ones get gauges of their own."""
+class JobMetrics(Collector):
+    """Register it once. `jobs` returns the cached jobs; at most `limit` unfinished ones get gauges of their own."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Fleet(Collector):
     ) -> None:
         self._jobs, self._limit, self._clock = jobs, limit, clock
         self._namespaces: set[str] = set()
-        registry.register(self)  # before the counters, so that a scrape meets their zeros, which `collect` makes
+        registry.register(self)  # before the counters: `collect` creates their zeros
         self._attempts = Counter(
             f"{PREFIX}_attempts_ended", "Ended attempts by reason.", ["namespace", "reason"], registry=registry
         )
@@ -62,9 +62,11 @@ class Fleet(Collector):
             registry=registry,
         )
 
-    def changed(self, before: JobObject, after: JobObject) -> None:
-        """Count what happened between two statuses of one job."""
-        self._show_zeros(after.namespace)
+    def record_status(self, before: object, after: object) -> None:
+        """Count what happened between two statuses of one job; other kinds are ignored."""
+        if not isinstance(before, JobObject) or not isinstance(after, JobObject):
+            return
+        self._start_at_zero(after.namespace)
         old, new = status_io.read(before.status), status_io.read(after.status)
         ended = {attempt.job_name for attempt in old.attempts if attempt.reason}
         for attempt in new.attempts:
@@ -75,7 +77,7 @@ class Fleet(Collector):
             seconds = (self._clock() - after.created_at).total_seconds()
             self._first_step.labels(after.namespace).observe(max(0.0, seconds))
 
-    def _show_zeros(self, namespace: str) -> None:
+    def _start_at_zero(self, namespace: str) -> None:
         if namespace not in self._namespaces:
             self._namespaces.add(namespace)
             self._first_step.labels(namespace)
@@ -83,14 +85,14 @@ class Fleet(Collector):
                 self._attempts.labels(namespace, reason)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing ahead of time: registering must not read the cache."""
+        """Return nothing: registering must not read the cache."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
         jobs = list(self._jobs())
         namespaces = {job.namespace for job in jobs}
         for namespace in namespaces:
-            self._show_zeros(namespace)
+            self._start_at_zero(namespace)
         phases = {(namespace, phase): 0 for namespace in namespaces for phase in PHASES}
         phases |= Tally((job.namespace, job.phase) for job in jobs)
         yield gauge("jobs", "FineTuneJobs by phase.", ("namespace", "phase"), phases)
@@ -100,7 +102,7 @@ class Fleet(Collector):
         now = self._clock()
         for job in jobs:
             where = (job.namespace,)
-            if job.phase in HOLDING:
+            if job.phase in GPU_HOLDING_PHASES:
                 held[where] += job.gpus
             if job.gpus and job.phase in WAITING_PHASES and job.waiting_since:
                 waits[where] = max(waits[where], (now - job.waiting_since).total_seconds())
@@ -108,6 +110,8 @@ class Fleet(Collector):
         text = "Longest present wait of a GPU job to start."
         yield gauge("gpu_jobs_longest_wait_seconds", text, ("namespace",), waits)
 
-        unfinished = sorted((job for job in jobs if job.phase not in OVER), key=lambda job: job.phase in WAITING_PHASES)
+        unfinished = sorted(
+            (job for job in jobs if job.phase not in TERMINAL_PHASES), key=lambda job: job.phase in WAITING_PHASES
+        )
         attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
         yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)

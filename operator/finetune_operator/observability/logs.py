@@ -1,4 +1,4 @@
-"""JSON logs, one line an event; libraries' logs in the same form. Bodies of objects are never logged."""
+"""JSON logs, one line per event; libraries' logs in the same form. Bodies of objects are never logged."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ import structlog
 
 
 def configure(level: str) -> None:
-    """Set up structlog and the standard library's logging."""
+    """Set up structlog and the standard library's logging. `level` is the lowest level to log."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

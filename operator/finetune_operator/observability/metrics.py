@@ -1,4 +1,4 @@
-"""What the operator says of itself to Prometheus. Base units; no unbounded labels but those a setting bounds."""
+"""The operator's own Prometheus metrics: base units, and only labels that are bounded, some by a setting."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from finetune_api.status import Progress, RunningStage
+from finetune_operator.core.objects.kinds import ObjectKey
 
 PREFIX = "finetune_operator"
 PHASES = (
@@ -34,7 +35,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics:
-    """Counters that code increments, and a registry that is served as /metrics."""
+    """Counters that code increments, and the registry that is served as /metrics."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -59,15 +60,17 @@ class Metrics:
         )
 
     def api_call(self, verb: str, resource: str, code: str) -> None:
+        """Count a request to the API server; `code` is "error" when no answer came."""
         self._api_calls.labels(verb, resource, code).inc()
 
     def reconciled(self, seconds: float, error: Exception | None) -> None:
+        """Count a reconcile."""
         self.reconcile_seconds.observe(seconds)
         if error is not None:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Count an error by its class, one of the API server by that of its code."""
+        """Count an error by its class, one of the API server by the class of its status."""
         code = getattr(error, "code", None)
         self.errors.labels(f"Api{code // 100}xx" if isinstance(code, int) else type(error).__name__).inc()
 
@@ -78,21 +81,21 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Readings:
-    """Where the gauges come from. Waits and ages are seconds."""
+    """Functions that return the values of the gauges. Waits and ages are seconds."""
 
     gauges: Mapping[str, tuple[str, Callable[[], float]]]
-    """Name -> help and reading."""
+    """Name -> help and function."""
     watch_ages: Callable[[], Mapping[tuple[str, str], float]]
     """By resource and namespace."""
-    refused: Callable[[], Mapping[str, int]]
-    """Namespaces that may not be seen, with the HTTP code."""
+    denied: Callable[[], Mapping[str, int]]
+    """Namespaces that may not be listed, with the HTTP status."""
     objects: Callable[[], Mapping[str, int]]
-    progress: Callable[[], Iterable[tuple[str, Progress]]]
+    progress: Callable[[], Iterable[tuple[ObjectKey, Progress]]]
     """Key and progress of running jobs, already cut to the limit."""
 
 
 class _Scraped(Collector):
-    """Gauges that are read when they are asked for."""
+    """Gauges that are read at each scrape."""
 
     def __init__(self, readings: Readings) -> None:
         self._readings = readings
@@ -111,7 +114,7 @@ class _Scraped(Collector):
             "namespace_refused",
             "Configured namespaces that the API server lets us not see, with the code of its answer.",
             ("watched_namespace",),
-            {(namespace,): code for namespace, code in readings.refused().items()},
+            {(namespace,): code for namespace, code in readings.denied().items()},
         )
         for name, (text, reading) in readings.gauges.items():
             yield gauge(name, text, (), {(): reading()})
@@ -124,14 +127,14 @@ class _Scraped(Collector):
             "loss": ("loss", "Latest training loss, nats per token."),
             "tokens_per_second": ("tokens_per_second", "Real tokens over all GPUs."),
         }
-        found = [(tuple(key.split("/", 1)), progress) for key, progress in self._readings.progress()]
+        found = [((key.namespace, key.name), progress) for key, progress in self._readings.progress()]
         for field, (suffix, text) in fields.items():
             values = {key: value for key, progress in found if (value := getattr(progress, field)) is not None}
             yield gauge(f"job_{suffix}", text, ("namespace", "name"), values)
 
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
-    """A gauge with one sample per key of `values`; a key holds the values of `labels`."""
+    """Return a gauge with one sample per key of `values`; a key holds the values of `labels`."""
     family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
     for key, value in sorted(values.items()):
         family.add_metric(key, value)

@@ -1,4 +1,4 @@
-"""Post events on FineTuneJobs, beside the reconciles, so that none of them waits for it."""
+"""Post events in the background, so that no reconcile waits for them."""
 
 import asyncio
 import hashlib
@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 import structlog
 
 from finetune_api import constants
-from finetune_operator.core.objects.observed import JobObject
+from finetune_operator.core.objects import kinds
+from finetune_operator.core.objects.kinds import Kind
 from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.objects.snapshot import ReconciledView
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.urls import path
 from finetune_operator.observability.metrics import Metrics
 
@@ -21,16 +23,17 @@ log = structlog.get_logger(__name__)
 
 QUEUE_LENGTH = 20_000
 POSTERS = 2
-#: While jobs wait for a worker, events wait too, for this long at most: what jobs need comes before what is said of it.
+#: While jobs wait for a worker, events wait too, but no longer than this: reconciles come first.
 YIELD_SECONDS = 30.0
 MAX_MESSAGE = 1024
 _TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """An event to post. Of the job only what the event needs, for thousands may wait."""
+class PendingEvent:
+    """An event to post. It holds only what the event needs, because thousands may wait."""
 
+    kind: Kind
     namespace: str
     name: str
     uid: str
@@ -39,21 +42,21 @@ class Waiting:
     since: float
 
 
-def manifest(waiting: Waiting) -> Raw:
-    """The core/v1 Event. Its name follows from what it is about, so that posting it twice is one event."""
-    event = waiting.event
-    digest = hashlib.sha256(f"{waiting.uid}/{event.about}".encode()).hexdigest()[:16]
-    stamp = waiting.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def manifest(pending: PendingEvent) -> Raw:
+    """Return the core/v1 Event. Its name follows from its subject, so that posting it twice makes one event."""
+    event = pending.event
+    digest = hashlib.sha256(f"{pending.uid}/{event.subject}".encode()).hexdigest()[:16]
+    stamp = pending.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{waiting.name}.{digest}", "namespace": waiting.namespace},
+        "metadata": {"name": f"{pending.name}.{digest}", "namespace": pending.namespace},
         "involvedObject": {
-            "apiVersion": constants.API_VERSION,
-            "kind": constants.KIND,
-            "name": waiting.name,
-            "namespace": waiting.namespace,
-            "uid": waiting.uid,
+            "apiVersion": pending.kind.api_version,
+            "kind": pending.kind.name,
+            "name": pending.name,
+            "namespace": pending.namespace,
+            "uid": pending.uid,
         },
         "type": event.type,
         "reason": event.reason,
@@ -67,26 +70,33 @@ def manifest(waiting: Waiting) -> Raw:
     }
 
 
-class Recorder:
+class EventRecorder:
     """A bounded queue of events. Events are for people: when too many wait, the newest are dropped and counted.
 
-    `is_busy` says whether jobs wait for a worker.
+    `is_busy` tells whether jobs wait for a worker; events wait for them `yield_seconds` at most.
     """
 
-    def __init__(self, cluster: Cluster, metrics: Metrics, is_busy: Callable[[], bool] = lambda: False) -> None:
-        self._cluster, self._metrics, self._is_busy = cluster, metrics, is_busy
-        self._queue: asyncio.Queue[Waiting] = asyncio.Queue(QUEUE_LENGTH)
+    def __init__(
+        self,
+        client: KubeClient,
+        metrics: Metrics,
+        is_busy: Callable[[], bool] = lambda: False,
+        yield_seconds: float = YIELD_SECONDS,
+    ) -> None:
+        self._client, self._metrics, self._is_busy, self._yield_seconds = client, metrics, is_busy, yield_seconds
+        self._queue: asyncio.Queue[PendingEvent] = asyncio.Queue(QUEUE_LENGTH)
         self._posting = 0
 
     @property
     def depth(self) -> int:
-        """Events that are not posted yet."""
+        """The number of events that are not posted yet."""
         return self._queue.qsize() + self._posting
 
-    def post(self, job: JobObject, event: Event, now: datetime) -> None:
-        """Post it soon."""
+    def post(self, kind: Kind, owner: ReconciledView, event: Event, now: datetime) -> None:
+        """Queue an event about an object of that kind."""
+        pending = PendingEvent(kind, owner.namespace, owner.name, owner.uid, event, now, time.monotonic())
         try:
-            self._queue.put_nowait(Waiting(job.namespace, job.name, job.uid, event, now, time.monotonic()))
+            self._queue.put_nowait(pending)
         except asyncio.QueueFull:
             self._metrics.events_dropped.inc()
 
@@ -97,21 +107,21 @@ class Recorder:
                 group.create_task(self._work())
 
     async def flush(self, seconds: float) -> None:
-        """Wait until all that wait are posted, at most `seconds`."""
+        """Wait until all queued events are posted, at most `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._queue.join()
         except TimeoutError:
-            log.info("events were not posted before the end", count=self._queue.qsize())
+            log.info("dropping events at shutdown", count=self._queue.qsize())
 
     async def _work(self) -> None:
         while True:
-            waiting = await self._queue.get()
+            pending = await self._queue.get()
             self._posting += 1
             try:
-                while self._is_busy() and time.monotonic() - waiting.since < YIELD_SECONDS:  # noqa: ASYNC110
+                while self._is_busy() and time.monotonic() - pending.since < self._yield_seconds:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
-                await self._send(manifest(waiting))
+                await self._send(manifest(pending))
             finally:
                 self._posting -= 1
                 self._queue.task_done()
@@ -119,13 +129,13 @@ class Recorder:
     async def _send(self, event: Raw) -> None:
         for attempt in range(_TRIES):
             try:
-                await self._cluster.send("POST", path("Event", event["metadata"]["namespace"]), event)
+                await self._client.send("POST", path(kinds.EVENT, event["metadata"]["namespace"]), event)
                 return
             except ApiError as error:
                 if error.code == 409:
                     return  # posted already
                 if error.code < 500 and error.code != 429:
-                    log.info("an event was refused", reason=event["reason"], code=error.code)
+                    log.info("event denied", reason=event["reason"], code=error.code)
                     return
             except (OSError, TimeoutError):
                 pass

@@ -1,170 +1,176 @@
-"""Carry out what the plan for one job says. Every step may be the last before a crash: see core/plan.py."""
+"""Carry out the plan for one object. Every step may be the last before a crash: see core/plan.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 import structlog
 
-from finetune_api import constants
+from finetune_operator.core.controllers import Controller
 from finetune_operator.core.objects import raw
-from finetune_operator.core.objects.observed import JobObject, Observed, Obstacle
+from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
+from finetune_operator.core.objects.observed import CreateBlocked, Observation
 from finetune_operator.core.objects.raw import Raw
-from finetune_operator.core.plan import plan
+from finetune_operator.core.objects.snapshot import ReconciledView
 from finetune_operator.core.types import Plan
-from finetune_operator.kube.client import (
-    ApiError,
-    Cluster,
-    Refused,
-    Terminating,
-)
-from finetune_operator.observability.job_metrics import Fleet
-from finetune_operator.reconcile.event_recorder import Recorder
+from finetune_operator.kube.client import ApiError, CreateDenied, KubeClient, NamespaceTerminating
+from finetune_operator.reconcile.event_recorder import EventRecorder
 from finetune_operator.reconcile.work_queue import Result
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
-from finetune_operator.watch.progress import Poller
+from finetune_operator.watch.progress import ProgressPoller
 
 log = structlog.get_logger(__name__)
 
-_MOVED_ON = (404, 409, 410)
-#: When to look again at a job whose namespace was being deleted, should it still be there.
+_CHANGED_OR_GONE = (404, 409, 410)
+#: Check again after this time that a namespace that was being deleted is gone.
 _TERMINATING_SECONDS = 60.0
 
 
 class Conflict(Exception):
-    """The job has changed since it was looked at: what it needs is thought over after a pause, as after an error."""
+    """The object has changed since it was read: plan again after a pause, as after an error."""
 
 
 class Reconciler:
-    """Brings one job after another to where its plan wants it."""
+    """Brings one object after another to where the plan of its controller wants it.
+
+    Args:
+        client: The API server.
+        cache: All watched objects; its registry holds the controllers.
+        poller: Reads the reports of running trainers.
+        recorder: Posts events.
+        on_status: Called with (old, new) after each status write.
+        settings: The operator's settings.
+        clock: Returns the time.
+    """
 
     def __init__(
         self,
-        cluster: Cluster,
+        client: KubeClient,
         cache: Cache,
-        poller: Poller,
-        recorder: Recorder,
-        fleet: Fleet,
+        poller: ProgressPoller,
+        recorder: EventRecorder,
+        on_status: Callable[[ReconciledView, ReconciledView], None],
         settings: Settings,
         clock: Callable[[], datetime],
     ) -> None:
-        self._cluster, self._cache, self._poller, self._recorder = cluster, cache, poller, recorder
-        self._fleet, self._settings, self._clock = fleet, settings, clock
-        self._in_doubt: set[str] = set()
+        self._client, self._cache, self._poller, self._recorder = client, cache, poller, recorder
+        self._on_status, self._settings, self._clock = on_status, settings, clock
+        self._in_doubt: set[ObjectKey] = set()
 
-    async def __call__(self, key: str) -> Result:
-        """One reconcile. Raises ApiError, Conflict, OSError or TimeoutError; calling again is always right."""
+    async def __call__(self, key: ObjectKey) -> Result:
+        """Reconcile once. Raises ApiError, Conflict, OSError or TimeoutError; calling again is always right."""
         if key in self._in_doubt:
-            if observed := self._cache.observed(key, None):
-                await self._refresh(observed.job)
+            if owner := self._cache.owner(key):
+                await self._refresh(key, owner)
             self._in_doubt.discard(key)
         try:
-            return await self._reconcile(key)
+            return await self._reconcile(key, self._cache.registry[key.kind])
         except Conflict:
-            raise  # it has been looked at anew
+            raise  # the object was read again
         except Exception:
-            # A write may have been done although its answer was lost, and much may have followed from it: until the
-            # watches tell, making what seems to be missing would make it twice.
+            # A write may have succeeded although its answer was lost, and much may have followed from it: until the
+            # watches show it, creating what seems to be missing would create it twice.
             self._in_doubt.add(key)
             raise
 
-    async def _reconcile(self, key: str) -> Result:
-        observed = self._observe(key)
-        if observed is None:
+    async def _reconcile(self, key: ObjectKey, controller: Controller[Any]) -> Result:
+        found = self._observe(key, controller)
+        if found is None:
             return Result()
         now = self._clock()
-        made = plan(observed, self._settings, now)
-        if made.look:
-            await self._look(observed.job)
-            if (observed := self._observe(key)) is None:
+        owner, observed = found
+        plan: Plan = controller.plan(observed, self._settings, now)
+        if plan.needs_pod_refresh:
+            await self._refresh_pods(key, controller)
+            if (found := self._observe(key, controller)) is None:
                 return Result()
-            observed = replace(observed, looked=True)
-            made = plan(observed, self._settings, now)
+            owner, observed = found[0], replace(found[1], pods_refreshed=True)
+            plan = controller.plan(observed, self._settings, now)
         blocked = False
         try:
-            await self._create(observed.job, made)
-        except Terminating:
+            await self._create(owner, plan)
+        except NamespaceTerminating:
             return Result(_TERMINATING_SECONDS)
-        except Refused as refusal:
-            log.info("a child cannot be made", key=key, reason=refusal.reason, message=refusal.message)
+        except CreateDenied as denial:
+            log.info("child creation denied", key=str(key), reason=denial.reason, message=denial.message)
             blocked = True
-            made = plan(replace(observed, obstacle=Obstacle(refusal.reason, refusal.message)), self._settings, now)
-        if made.status is not None:
-            await self._write_status(observed.job, made.status)
-        was_there = await self._take_away(observed.job, made)
-        for event in made.events:
-            log.info("event", key=key, reason=event.reason, message=event.message)
-            self._recorder.post(observed.job, event, now)
-        return Result(made.requeue_after, blocked) if was_there else Result(after=0.0)
+            why = CreateBlocked(denial.reason, denial.message)
+            plan = controller.plan(replace(observed, create_blocked=why), self._settings, now)
+        if plan.status is not None:
+            await self._write_status(key, controller, owner, plan.status)
+        was_there = await self._suspend_and_delete(key, plan)
+        for event in plan.events:
+            log.info("event", key=str(key), reason=event.reason, message=event.message)
+            self._recorder.post(controller.kind, owner, event, now)
+        return Result(plan.requeue_after, blocked) if was_there else Result(after=0.0)
 
-    def _observe(self, key: str) -> Observed | None:
-        """Everything known of the job; its report is that of the pod that runs now, never of one before it."""
-        observed = self._cache.observed(key, None)
-        if observed is None:
-            self._poller.leave(key)
+    def _observe(self, key: ObjectKey, controller: Controller[Any]) -> tuple[ReconciledView, Observation] | None:
+        """Return the object and all that is known of it; the report is that of the present leader, never an earlier."""
+        snapshot = self._cache.snapshot(key)
+        if snapshot is None:
+            self._poller.unfollow(key)
             return None
-        self._follow(observed)
-        return replace(observed, report=self._poller.report(key))
+        observed: Observation = controller.observe(snapshot)
+        if leader := controller.leader(observed):
+            self._poller.follow(key, leader.uid, leader.ip)
+        else:
+            self._poller.unfollow(key)
+        return snapshot.owner, replace(observed, report=self._poller.report(key))
 
-    async def _look(self, job: JobObject) -> None:
-        """Read the job's pods: their watch may be behind that of Jobs."""
+    async def _refresh_pods(self, key: ObjectKey, controller: Controller[Any]) -> None:
+        """Read the pods from the API server: their watch may be behind that of Jobs."""
+        label = next(child.owner_label for child in controller.children if child.kind == POD)
         uids, version = [], 0
-        async for page in self._cluster.pages("Pod", job.namespace, f"{constants.LABEL_JOB}={job.name}"):
+        async for page in self._client.pages(POD.name, key.namespace, f"{label}={key.name}"):
             version = page.version
             for pod in page.items:
-                self._cache.put("Pod", pod)
+                self._cache.put(POD.name, pod)
                 uids.append(raw.text(pod, "metadata", "uid"))
-        self._cache.keep_only("Pod", uids, version, only=job.key)
+        self._cache.keep_only(POD.name, uids, version, only=key)
 
-    def _follow(self, observed: Observed) -> None:
-        """Read the progress of the rank-0 pod that runs, if one does."""
-        leaders = [pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit]
-        if leaders and not observed.job.deleting:
-            leader = max(leaders, key=lambda pod: (pod.attempt, pod.created_at))
-            self._poller.follow(observed.job.key, leader.uid, leader.ip)
-        else:
-            self._poller.leave(observed.job.key)
+    async def _create(self, owner: ReconciledView, plan: Plan) -> None:
+        """Create the children in their order; the Job comes last, so that its pods find the rest."""
+        for obj in plan.create:
+            stored = await self._client.ensure(obj, owner.uid)
+            if obj["kind"] in self._cache.registry.watched:
+                self._cache.put_own_write(obj["kind"], stored)
 
-    async def _create(self, job: JobObject, made: Plan) -> None:
-        """Make the children in their order; the Job comes last, so that its pods find the rest."""
-        for obj in made.create:
-            stored = await self._cluster.ensure(obj, job.uid)
-            if obj["kind"] == "Job":
-                self._cache.wrote("Job", stored)
-
-    async def _write_status(self, job: JobObject, status: Raw) -> None:
+    async def _write_status(
+        self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, status: Raw
+    ) -> None:
         try:
-            stored = await self._cluster.patch_status(job.namespace, job.name, status, job.uid, job.version)
+            stored = await self._client.patch_status(key, status, owner.uid, owner.version)
         except ApiError as error:
-            if error.code not in _MOVED_ON:
+            if error.code not in _CHANGED_OR_GONE:
                 raise
-            await self._refresh(job)
+            await self._refresh(key, owner)
             raise Conflict(str(error)) from error
-        self._cache.wrote(constants.KIND, stored)
-        self._fleet.changed(job, JobObject.of(stored))
+        self._cache.put_own_write(key.kind, stored)
+        self._on_status(owner, controller.view(stored))
 
-    async def _refresh(self, job: JobObject) -> None:
-        """Look at the job itself: its watch is behind, or has missed its end."""
-        found = await self._cluster.get(constants.KIND, job.namespace, job.name)
+    async def _refresh(self, key: ObjectKey, owner: ReconciledView) -> None:
+        """Read the object itself from the API server: its watch is behind, or missed its deletion."""
+        found = await self._client.get(key.kind, key.namespace, key.name)
         uid = found["metadata"]["uid"] if found else None
-        if uid != job.uid:
-            self._cache.forget(constants.KIND, job.key, job.uid)
+        if uid != owner.uid:
+            self._cache.tombstone(key.kind, owner.uid)
         if found:
-            self._cache.put(constants.KIND, found)
+            self._cache.put(key.kind, found)
 
-    async def _take_away(self, job: JobObject, made: Plan) -> bool:
-        """Suspend and delete; False when something was gone already, for then another plan is needed."""
+    async def _suspend_and_delete(self, key: ObjectKey, plan: Plan) -> bool:
+        """Suspend and delete; return False when something was gone already, so that another plan is needed."""
         gone = []
-        for target in made.suspend:
-            if stored := await self._cluster.suspend(job.namespace, target.name, target.uid):
-                self._cache.wrote("Job", stored)
+        for target in plan.suspend:
+            if stored := await self._client.suspend(key.namespace, target.name, target.uid):
+                self._cache.put_own_write(JOB.name, stored)
             else:
                 gone.append(target)
-        for target in made.delete:
-            log.info("deleting", key=job.key, kind=target.kind, name=target.name)
-            if not await self._cluster.delete(target.kind, job.namespace, target.name, target.uid):
+        for target in plan.delete:
+            log.info("deleting", key=str(key), kind=target.kind, name=target.name)
+            if not await self._client.delete(target.kind, key.namespace, target.name, target.uid):
                 gone.append(target)
         for target in gone:
-            self._cache.forget(target.kind, job.key, target.uid)
+            self._cache.tombstone(target.kind, target.uid)
         return not gone

@@ -1,4 +1,4 @@
-"""Which job to reconcile next: one at a time per key, no duplicates, exponential backoff, requeue after a while."""
+"""A work queue like client-go's: one worker per key, no duplicates, exponential backoff, delayed requeue."""
 
 import asyncio
 import random
@@ -7,17 +7,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import structlog
+from finetune_operator.core.objects.kinds import ObjectKey
 
-log = structlog.get_logger(__name__)
-
-Reconcile = Callable[[str], Awaitable["Result"]]
+Reconcile = Callable[[ObjectKey], Awaitable["Result"]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a reconcile asks for: to be called again after `after` seconds; `blocked`: with pauses that grow each time
-    until it is not. News of the job end the pause, but not that of a reconcile which raised (see Queue.add)."""
+    """When to reconcile again.
+
+    Attributes:
+        after: Seconds to wait; None waits for the next event.
+        blocked: Wait longer each time, until a reconcile is no longer blocked. An event of the object ends the wait,
+            except after a reconcile that raised (see WorkQueue.add).
+    """
 
     after: float | None = None
     blocked: bool = False
@@ -35,34 +38,34 @@ class Backoff:
         return full * random.uniform(0.5, 1.0)  # noqa: S311 -- spreading load, not a secret
 
 
-class Queue:
-    """Keys wait here until a worker is free. `on_done` hears of every reconcile: (key, seconds, error or None)."""
+class WorkQueue:
+    """Keys wait here until a worker is free. `on_done` gets (key, seconds, error or None) after each reconcile."""
 
     def __init__(
         self,
         reconcile: Reconcile,
         workers: int,
         backoff: Backoff | None = None,
-        on_done: Callable[[str, float, Exception | None], None] = lambda key, seconds, error: None,
+        on_done: Callable[[ObjectKey, float, Exception | None], None] = lambda key, seconds, error: None,
     ) -> None:
         self._reconcile = reconcile
         self._workers = workers
         self._backoff = backoff or Backoff()
         self._on_done = on_done
-        self._ready: deque[str] = deque()
-        self._waiting_since: dict[str, float] = {}
-        self._running_since: dict[str, float] = {}
-        self._again: dict[str, bool] = {}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._failures: dict[str, int] = {}
-        self._failing: set[str] = set()
+        self._ready: deque[ObjectKey] = deque()
+        self._waiting_since: dict[ObjectKey, float] = {}
+        self._running_since: dict[ObjectKey, float] = {}
+        self._again: dict[ObjectKey, bool] = {}
+        self._timers: dict[ObjectKey, asyncio.TimerHandle] = {}
+        self._failures: dict[ObjectKey, int] = {}
+        self._failing: set[ObjectKey] = set()
         self._wake = asyncio.Semaphore(0)
 
-    def add(self, key: str, changed: bool = False) -> None:
-        """Reconcile `key` as soon as a worker is free; again afterwards when it is being reconciled right now.
+    def add(self, key: ObjectKey, changed: bool = False) -> None:
+        """Reconcile `key` as soon as a worker is free, and once more if it is being reconciled now.
 
-        A key whose last turn failed keeps its pause: news of its pods do not make a server in trouble well. Only when
-        the user `changed` the object itself is it tried at once, for the change may be what ends the failing.
+        A key whose last reconcile failed keeps its pause: an event of its pods does not end a server's trouble. Only
+        when the user `changed` the object itself it is retried at once, because the change may end the failure.
         """
         if key in self._failing and not changed and key in self._timers:
             return
@@ -75,8 +78,8 @@ class Queue:
             self._ready.append(key)
             self._wake.release()
 
-    def add_after(self, key: str, seconds: float) -> None:
-        """Reconcile `key` in `seconds`, or before, should anything else ask for it."""
+    def add_after(self, key: ObjectKey, seconds: float) -> None:
+        """Reconcile `key` in `seconds`, or earlier if anything else adds it."""
         due = asyncio.get_running_loop().time() + seconds
         if (timer := self._timers.get(key)) is not None:
             if timer.when() <= due:
@@ -84,12 +87,12 @@ class Queue:
             timer.cancel()
         self._timers[key] = asyncio.get_running_loop().call_at(due, self._fire, key)
 
-    def _fire(self, key: str) -> None:
+    def _fire(self, key: ObjectKey) -> None:
         del self._timers[key]
         self.add(key)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Run the workers until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(self._workers):
                 group.create_task(self._work())
@@ -99,7 +102,7 @@ class Queue:
             await self._wake.acquire()
             key = self._ready.popleft()
             del self._waiting_since[key]
-            began = self._running_since[key] = time.monotonic()
+            started = self._running_since[key] = time.monotonic()
             error: Exception | None = None
             try:
                 result = await self._reconcile(key)
@@ -107,11 +110,11 @@ class Queue:
                 error, result = raised, Result(blocked=True)
             finally:
                 del self._running_since[key]
-            self._on_done(key, time.monotonic() - began, error)
+            self._on_done(key, time.monotonic() - started, error)
             self._settle(key, result, failed=error is not None)
 
-    def _settle(self, key: str, result: Result, failed: bool) -> None:
-        """Plan the next turn of `key`."""
+    def _settle(self, key: ObjectKey, result: Result, failed: bool) -> None:
+        """Schedule the next reconcile of `key`."""
         again = self._again.pop(key, None)
         (self._failing.add if failed else self._failing.discard)(key)
         if result.blocked:
@@ -129,24 +132,24 @@ class Queue:
 
     @property
     def depth(self) -> int:
-        """Keys that wait for a worker."""
+        """The number of keys that wait for a worker."""
         return len(self._ready)
 
     @property
     def delayed(self) -> int:
-        """Keys that wait for their time."""
+        """The number of keys that wait for their time."""
         return len(self._timers)
 
     def longest_wait_seconds(self) -> float:
-        """How long the oldest key has waited for a worker."""
+        """Return how long the oldest key has waited for a worker."""
         return _age(self._waiting_since)
 
     def longest_run_seconds(self) -> float:
-        """How long the oldest reconcile has been running."""
+        """Return how long the oldest reconcile has been running."""
         return _age(self._running_since)
 
 
-def _age(since: dict[str, float]) -> float:
-    """Seconds since the oldest; 0 where there is none. The dict keeps its order, so the first is the oldest."""
+def _age(since: dict[ObjectKey, float]) -> float:
+    """Return the seconds since the first entry, which is the oldest; 0 where there is none."""
     first = next(iter(since.values()), None)
     return 0.0 if first is None else time.monotonic() - first

@@ -7,20 +7,20 @@ from typing import Any
 import kopf
 
 from finetune_api import constants
+from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.kube.client import PAGE
 from finetune_operator.settings import Settings
-from finetune_operator.watch.kopf_handlers import RESOURCES
 
 
-class Endless(Iterable[float]):
-    """Kopf's pauses between tries, without end: were it to give up on one namespace, it would give up on all."""
+class InfiniteBackoff(Iterable[float]):
+    """Pauses between tries that never end: if Kopf gave up on one namespace, it would give up on all."""
 
     def __iter__(self) -> Iterator[float]:
         return itertools.chain((1, 1, 2, 3, 5, 8, 13), itertools.repeat(20))
 
 
 class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]
-    """Keeps no last-seen state: Kopf would copy every object thrice on each event, most of the time it takes."""
+    """Store no last-seen state: Kopf would copy every object three times per event, most of its CPU time."""
 
     def build(self, **_: Any) -> Any:
         return {}
@@ -33,7 +33,7 @@ class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]
 
 
 class NoProgress(kopf.ProgressStorage):  # type: ignore[misc]
-    """Keeps no handlers' progress: `on.event` handlers have none."""
+    """Store no progress of handlers: `on.event` handlers have none."""
 
     def fetch(self, **_: Any) -> Any:
         return None
@@ -51,8 +51,8 @@ class NoProgress(kopf.ProgressStorage):  # type: ignore[misc]
         return essence
 
 
-def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
-    """Kopf as production needs it: watches that cannot freeze unseen, selectors on the server, no traces on objects."""
+def kopf_settings(settings: Settings, registry: Registry = REGISTRY) -> kopf.OperatorSettings:
+    """Return production settings: watches that cannot hang, label selectors on the server, no traces on objects."""
     made = kopf.OperatorSettings()
     made.watching.server_timeout = settings.watch_server_timeout_seconds
     made.watching.client_timeout = settings.watch_client_timeout_seconds
@@ -60,11 +60,12 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     made.watching.connect_timeout = settings.request_timeout_seconds
     made.watching.chunk_size = PAGE
     made.watching.reconnect_backoff = 0.5
-    for kind in ("Job", "Pod"):
-        made.watching.label_selectors[RESOURCES[kind]] = constants.LABEL_JOB
+    for name, kind in registry.watched.items():
+        if selector := registry.label_selector(name):
+            made.watching.label_selectors[(kind.group, kind.version, kind.plural)] = selector
     made.networking.request_timeout = settings.request_timeout_seconds
-    made.networking.error_backoffs = Endless()
-    # worker_limit stays unset: workers keep their slot while idle, so a limit throttles instead of protecting.
+    made.networking.error_backoffs = InfiniteBackoff()
+    # worker_limit stays unset: an idle worker keeps its slot, so a limit would only slow us down.
     made.queueing.idle_timeout = 1.0
     made.scanning.disabled = True
     made.posting.enabled = False
@@ -72,6 +73,6 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     made.persistence.progress_storage = NoProgress()
     made.persistence.diffbase_storage = NoDiffBase()
     made.peering.standalone = True
-    # Kopf kills its process ten minutes after it has ended, sure to be its last. Here it is begun anew.
+    # Kopf kills the process ten minutes after it ended. Here it restarts instead.
     made.process.ultimate_exiting_timeout = None
     return made

@@ -1,6 +1,6 @@
-"""Full lists: at the start, now and then, and whenever a watch has begun anew and may have missed the end of an object.
+"""Full lists: at the start, every resync, and after a watch restarted and may have missed a deletion.
 
-A namespace that may not be listed (it is gone, or its RoleBinding is) is said so, and the others are served on.
+A namespace that is denied (it is gone, or its RoleBinding is) is reported, and the others are served.
 """
 
 import asyncio
@@ -9,122 +9,139 @@ from collections.abc import Callable
 
 import structlog
 
-from finetune_api import constants
 from finetune_operator.core.objects import raw
-from finetune_operator.kube.client import ApiError, Cluster
-from finetune_operator.watch.cache import KINDS, Cache
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.watch.cache import Cache
 
 log = structlog.get_logger(__name__)
 
-#: Watches that broke together begin anew together: one list serves them all.
+#: Watches that broke together restart together: one list serves them all.
 GATHER_SECONDS = 2.0
-#: A list that failed is tried again this soon.
+#: Retry a failed list after this time.
 RETRY_SECONDS = 10.0
-_MAY_NOT = (403, 404)
+_DENIED = (403, 404)
 
 
-class Lists:
-    """Keeps the cache to what the API server holds. `on_news` gets the key of every job and of what is gone,
-    `on_refused` a namespace that may not be seen; `on_restored` is called when etcd has been restored from a backup."""
+class Relister:
+    """Makes the cache equal to what the API server holds.
+
+    Args:
+        client: The API server.
+        cache: The cache to update.
+        namespaces: Namespaces to list; empty for all.
+        interval: Seconds between full lists.
+        on_change: Called with the key of every reconciled object, and of everything that is gone.
+        on_denied: Called with a namespace that may not be listed.
+        on_restored: Called when etcd was restored from a backup.
+    """
 
     def __init__(
         self,
-        cluster: Cluster,
+        client: KubeClient,
         cache: Cache,
         namespaces: tuple[str, ...],
         interval: float,
-        on_news: Callable[[str], None],
-        on_refused: Callable[[str], None],
+        on_change: Callable[[ObjectKey], None],
+        on_denied: Callable[[str], None],
         on_restored: Callable[[], None],
     ) -> None:
-        self._cluster, self._cache, self._namespaces = cluster, cache, namespaces or ("",)
-        self._interval, self._on_news = interval, on_news
-        self._on_refused, self._on_restored = on_refused, on_restored
-        self._asked = asyncio.Event()
-        self._first: set[tuple[str, str]] = set()
-        self._tried = self._done = time.monotonic()
-        self.refused: dict[str, int] = {}
-        """Namespaces that may not be listed, with the HTTP code."""
+        self._client, self._cache, self._namespaces = client, cache, namespaces or ("",)
+        self._interval, self._on_change = interval, on_change
+        self._on_denied, self._on_restored = on_denied, on_restored
+        self._requested = asyncio.Event()
+        self._listed_by_source: set[tuple[str, str]] = set()
+        self._last_attempt = self._last_success = time.monotonic()
+        self.denied: dict[str, int] = {}
+        """Namespaces that may not be listed, with the HTTP status."""
 
     def age(self) -> float:
-        """Seconds since the last full list."""
-        return time.monotonic() - self._done
+        """Return the seconds since the last full list that succeeded."""
+        return time.monotonic() - self._last_success
 
-    def idle(self) -> float:
-        """Seconds since the last try, be it that it failed: an API server that is away is no fault of ours."""
-        return time.monotonic() - self._tried
+    def attempt_age(self) -> float:
+        """Return the seconds since the last relist attempt, successful or not."""
+        return time.monotonic() - self._last_attempt
 
-    def ask(self) -> None:
-        """Make a full list soon."""
-        self._asked.set()
+    def request(self) -> None:
+        """Relist soon."""
+        self._requested.set()
 
-    def kopf_listed(self, resource: str, namespace: str) -> None:
-        """Kopf has listed. After its first time that means: a watch begins anew, and Kopf tells of no deletion that
-        it has missed in between."""
-        if (resource, namespace) in self._first or namespace in self.refused:
-            self.ask()
-        self._first.add((resource, namespace))
+    def source_listed(self, resource: str, namespace: str) -> None:
+        """Relist after every list of the source but its first: a watch restarted, and may have missed deletions."""
+        if (resource, namespace) in self._listed_by_source or namespace in self.denied:
+            self.request()
+        self._listed_by_source.add((resource, namespace))
 
-    def serves(self, key: str) -> bool:
-        """Whether all of a job's objects can be seen."""
-        return key.partition("/")[0] not in self.refused
+    def serves(self, key: ObjectKey) -> bool:
+        """Return whether all objects of a key may be listed."""
+        return key.namespace not in self.denied
 
     async def run(self) -> None:
-        """List until cancelled."""
-        well = True
+        """Relist until cancelled."""
+        succeeded = True
         while True:
-            pause = self._interval if well and not self.refused else min(self._interval, RETRY_SECONDS)
+            pause = self._interval if succeeded and not self.denied else min(self._interval, RETRY_SECONDS)
             try:
                 async with asyncio.timeout(pause):
-                    await self._asked.wait()
+                    await self._requested.wait()
                 await asyncio.sleep(GATHER_SECONDS)
             except TimeoutError:
                 pass
-            is_full = self._asked.is_set() or not well or self.age() >= self._interval
-            self._asked.clear()
+            is_full = self._requested.is_set() or not succeeded or self.age() >= self._interval
+            self._requested.clear()
             try:
-                await self.once(None if is_full else tuple(self.refused))
-                well = True
+                await self.once(None if is_full else tuple(self.denied))
+                succeeded = True
             except (ApiError, OSError, TimeoutError) as error:
-                log.warning("a full list failed; the next one follows", error=str(error) or type(error).__name__)
-                well = False
+                log.warning("relist failed; retrying", error=str(error) or type(error).__name__)
+                succeeded = False
             finally:
-                self._tried = time.monotonic()
+                self._last_attempt = time.monotonic()
 
     async def once(self, namespaces: tuple[str, ...] | None = None) -> None:
-        """Make the cache what the API server holds, and queue every job. Raises what Cluster raises, a refusal only
-        when no namespace may be listed. `namespaces`: only these, not all."""
-        news: set[str] = set()
-        refusal: ApiError | None = None
+        """Make the cache equal to what the API server holds, and queue every reconciled object.
+
+        Args:
+            namespaces: List only these; None lists all.
+
+        Raises:
+            ApiError: No namespace may be listed, or the API server failed.
+            OSError: The connection failed.
+            TimeoutError: The API server did not answer.
+        """
+        changed: set[ObjectKey] = set()
+        denial: ApiError | None = None
         for namespace in self._namespaces if namespaces is None else namespaces:
             try:
-                news |= await self._list(namespace)
+                changed |= await self._list(namespace)
             except ApiError as error:
-                if not namespace or error.code not in _MAY_NOT:
+                if not namespace or error.code not in _DENIED:
                     raise
-                news |= self._refuse(namespace, error)
-                refusal = error
+                changed |= self._deny(namespace, error)
+                denial = error
             else:
-                if self.refused.pop(namespace, None):
-                    log.info("a namespace may be listed again", namespace=namespace)
-        if refusal and len(self.refused) == len(self._namespaces):
-            raise refusal
-        for key in {*news, *self._cache.job_keys()}:
-            self._on_news(key)
+                if self.denied.pop(namespace, None):
+                    log.info("namespace is accessible again", namespace=namespace)
+        if denial and len(self.denied) == len(self._namespaces):
+            raise denial
+        for key in {*changed, *self._cache.keys()}:
+            self._on_change(key)
         if namespaces is None:
-            self._done = time.monotonic()
+            self._last_success = time.monotonic()
 
-    async def _list(self, namespace: str) -> set[str]:
-        """List one namespace (empty: all); the keys of what is gone."""
-        gone: set[str] = set()
-        for kind in KINDS:
+    async def _list(self, namespace: str) -> set[ObjectKey]:
+        """List one namespace (empty: all); return the keys of what is gone."""
+        gone: set[ObjectKey] = set()
+        registry = self._cache.registry
+        for kind in registry.watched:
             uids: list[str] = []
             version, is_back = 0, False
-            async for page in self._cluster.pages(
-                kind, namespace, "" if kind == constants.KIND else constants.LABEL_JOB
-            ):
+            async for page in self._client.pages(kind, namespace, registry.label_selector(kind)):
                 if not uids and (is_back := self._cache.is_newer_than(kind, namespace, page.version)):
-                    log.warning("the API server has gone back in time; believing it", kind=kind, version=page.version)
+                    log.warning(
+                        "resourceVersion went backwards (etcd restored?); resyncing", kind=kind, version=page.version
+                    )
                     self._on_restored()
                 version = page.version
                 for obj in page.items:
@@ -133,10 +150,10 @@ class Lists:
             gone |= self._cache.keep_only(kind, uids, version, namespace, force=is_back)
         return gone
 
-    def _refuse(self, namespace: str, error: ApiError) -> set[str]:
-        """What may not be seen is not served: it is put aside until it may."""
-        if namespace not in self.refused:
-            log.error("a namespace may not be listed; the others are served", namespace=namespace, error=str(error))
-        self.refused[namespace] = error.code
-        self._on_refused(namespace)
-        return set().union(*(self._cache.leave(kind, namespace) for kind in KINDS))
+    def _deny(self, namespace: str, error: ApiError) -> set[ObjectKey]:
+        """Stop serving a namespace until it may be listed again."""
+        if namespace not in self.denied:
+            log.error("access to namespace denied; serving the others", namespace=namespace, error=str(error))
+        self.denied[namespace] = error.code
+        self._on_denied(namespace)
+        return set().union(*(self._cache.evict_namespace(kind, namespace) for kind in self._cache.registry.watched))

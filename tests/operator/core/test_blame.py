@@ -162,7 +162,7 @@ def test_one_line_of_the_log_is_no_report_though_it_is_json(line):
     assert "lastStep" not in world.status["attempts"][0]
     assert str(line.get("event") or line.get("message")) in world.status["attempts"][0]["message"]
     observed = world.observed()
-    assert observed is not None and all(failure.last_word(pod) is None for pod in observed.pods)
+    assert observed is not None and all(failure.final_report(pod) is None for pod in observed.pods)
 
 
 def test_a_known_exit_code_without_a_report_shows_the_log_as_well():

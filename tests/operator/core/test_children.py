@@ -9,7 +9,7 @@ import pytest
 from finetune_api import constants, exit_codes, manifest
 from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.core.policy import Refusal, read_spec
+from finetune_operator.core.policy import Rejection, read_spec
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -31,9 +31,9 @@ def made(attempt: int = 1, micro: int | None = None, settings: Settings | None =
         "output": {"uri": "s3://adapters/nli"},
     }
     obj = {"metadata": {"name": "nli", "namespace": "team", "uid": "u-1"}, "spec": minimal | spec}
-    job = JobObject.of(obj)
+    job = JobObject.from_api(obj)
     read = read_spec(job)
-    assert not isinstance(read, Refusal), read
+    assert not isinstance(read, Rejection), read
     return children.build(job, read, attempt, micro, settings or Settings())
 
 

@@ -54,10 +54,10 @@ def test_before_a_look_nothing_is_concluded_and_after_it_the_loss_is():
     world = started()
     world.lose_pods()
     world.advance(60)
-    observed = world.cache.observed("team/nli", None)
+    observed = world.observed()
     assert observed is not None
     made = plan(observed, world.settings, world.now)
-    assert made.look
+    assert made.needs_pod_refresh
     assert "attempts" not in (made.status or {})
     world.settle()
     assert world.reasons[0] == "PodLost"

@@ -15,6 +15,7 @@ import pytest
 
 from finetune_api import constants, exit_codes
 from finetune_api.status import TrainerReport
+from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.plan import plan
 from finetune_operator.kube.client import ApiError
 from finetune_operator.reconcile.reconciler import Conflict
@@ -26,6 +27,7 @@ from support.simulation.world import (
     merged,
 )
 
+KEY = ObjectKey(constants.KIND, "team", "nli")
 MUTATIONS, WORDS, RECONCILES = 12_000, 2_000, 4_000
 JUNK: tuple[Any, ...] = (
     *(None, "", "x" * 5000, -1, 0, 2**63, 1.5, 1e300, True, [], {}, [None], ["a"], {"a": "b"}, [[]], {"type": 1}),
@@ -168,13 +170,13 @@ def test_reconciles_of_mutated_objects_raise_api_errors_alone_and_come_to_rest_o
         operator = OneOperator(disturbed(whole, noise), lambda: noise.random() < faults, body)
         for _ in range(3):
             with contextlib.suppress(ApiError, Conflict):
-                await operator.reconcile("team/nli")
+                await operator.reconcile(KEY)
             operator.catch_up()
         faults = 0.0
         operator.show(whole)
         for _ in range(12):
             before = operator.api.writes
-            await operator.reconcile("team/nli")
+            await operator.reconcile(KEY)
             operator.catch_up()
             if operator.api.writes == before:
                 return

@@ -23,10 +23,10 @@ def said(spec: Object, settings: Object, namespace: str = "research") -> str:
         "dataset": {"train": "s3://team-data/train.jsonl"},
         "output": {"uri": "s3://team-adapters/nli"},
     }
-    job = JobObject.of({"metadata": {"name": "nli", "namespace": namespace}, "spec": {**base, **spec}})
+    job = JobObject.from_api({"metadata": {"name": "nli", "namespace": namespace}, "spec": {**base, **spec}})
     read = policy.read_spec(job)
-    assert not isinstance(read, policy.Refusal), read
-    found = policy.refuse(job, read, Settings.model_construct(**settings))
+    assert not isinstance(read, policy.Rejection), read
+    found = policy.check_policy(job, read, Settings.model_construct(**settings))
     assert found is None or found.reason == policy.REFUSED
     return found.message if found else ""
 

@@ -5,11 +5,11 @@ from datetime import timedelta
 import pytest
 
 from finetune_api import constants, exit_codes
-from finetune_operator.core.objects.observed import Notice
+from finetune_operator.core.objects.observed import WaitReason
 from support.simulation.world import START, World, stamp
 
 QUEUE = {constants.LABEL_KUEUE_QUEUE: "gpu"}
-NO_QUOTA = Notice("Queued", "couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu")
+NO_QUOTA = WaitReason("Queued", "couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu")
 
 
 def started(**spec: object) -> World:
@@ -46,7 +46,7 @@ def uid(obj: dict[str, dict[str, str]]) -> str:
 def test_kueues_word_is_over_once_it_has_admitted_the_job():
     world = World(labels=QUEUE)
     world.settle()
-    world.cache.note(uid(world.jobs["nli-1"]), NO_QUOTA)
+    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), NO_QUOTA)
     assert scheduled(world) == ("Queued", f"waiting in queue gpu: {NO_QUOTA.message}")
     world.kueue_admits()
     assert scheduled(world) == ("Pending", "waiting for the pod of Job nli-1 to start")
@@ -58,21 +58,23 @@ def test_kueues_word_is_over_once_it_has_admitted_the_job():
 def test_a_queued_job_does_not_repeat_what_the_job_controller_said_before():
     world = World(labels=QUEUE)
     world.settle()
-    world.cache.note(uid(world.jobs["nli-1"]), Notice("FailedCreate", "exceeded quota"))
+    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota"))
     assert scheduled(world) == ("Queued", "waiting for Kueue to admit it to queue gpu")
 
 
 def test_the_job_controllers_failure_is_over_once_there_are_pods():
     world = World()
     world.settle()
-    world.cache.note(uid(world.jobs["nli-1"]), Notice("FailedCreate", "exceeded quota", START))
+    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota", START))
     assert scheduled(world) == ("FailedCreate", "exceeded quota")
     world.advance(5)
     name = pending_pod(world, reason="ContainerCreating")
     assert scheduled(world)[0] == "Pending"
     world.end_pod(name, 137, disrupted="evicted by API")
     assert scheduled(world) == ("Pending", "a pod was lost; Kubernetes is replacing it")
-    world.cache.note(uid(world.jobs["nli-1"]), Notice("FailedCreate", "exceeded again", START + timedelta(seconds=6)))
+    world.cache.set_wait_reason(
+        uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded again", START + timedelta(seconds=6))
+    )
     assert scheduled(world) == ("FailedCreate", "exceeded again")
 
 
@@ -80,7 +82,7 @@ def test_a_failed_mount_is_over_once_the_volumes_are_mounted():
     world = World()
     world.settle()
     name = pending_pod(world, reason="ContainerCreating")
-    world.cache.note(uid(world.pods[name]), Notice("FailedMount", 'secret "x" not found'))
+    world.cache.set_wait_reason(uid(world.pods[name]), WaitReason("FailedMount", 'secret "x" not found'))
     assert scheduled(world)[0] == "FailedMount"
     world.pods[name]["status"]["conditions"] = [{"type": "PodReadyToStartContainers", "status": "True"}]
     world.changed("Pod", world.pods[name])

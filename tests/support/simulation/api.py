@@ -14,11 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
-from finetune_operator.core.objects import raw
+from finetune_operator.core.controllers import REGISTRY
+from finetune_operator.core.objects import kinds, raw
+from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.urls import path
-from finetune_operator.observability.job_metrics import Fleet
+from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache
 from support.simulation.cluster import KINDS
@@ -37,10 +40,11 @@ def check_status(status: Object) -> None:
     json.dumps(status, allow_nan=False)
 
 
-class ImaginedApi(Cluster):
+class ImaginedApi(KubeClient):
     """Holds objects by their path. `is_faulty` is asked before each request whether it fails."""
 
     def __init__(self, is_faulty: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(None, "http://simulated", 1)  # type: ignore[arg-type] -- it sends nothing
         self.objects: dict[str, Object] = {}
         self.version = 10**6
         self.writes = 0
@@ -50,7 +54,7 @@ class ImaginedApi(Cluster):
         """Store an object under its name, with a version of its own."""
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
-        self.objects[path(kind, "team", obj["metadata"]["name"])] = obj
+        self.objects[path(REGISTRY.watched[kind], "team", obj["metadata"]["name"])] = obj
         return copy.deepcopy(obj)
 
     async def request(
@@ -101,13 +105,13 @@ class OneTrainer:
     def __init__(self, body: bytes = b"") -> None:
         self.body, self.asked = body, False
 
-    def follow(self, key: str, pod_uid: str, ip: str) -> None:
+    def follow(self, key: ObjectKey, pod_uid: str, ip: str) -> None:
         self.asked = True
 
-    def leave(self, key: str) -> None:
+    def unfollow(self, key: ObjectKey) -> None:
         self.asked = False
 
-    def report(self, key: str) -> TrainerReport | None:
+    def report(self, key: ObjectKey) -> TrainerReport | None:
         try:
             return TrainerReport.model_validate_json(self.body) if self.asked else None
         except ValueError:
@@ -121,26 +125,26 @@ class OneOperator:
         self.world = world
         self.api, self.cache, self.trainer = ImaginedApi(is_faulty), Cache(), OneTrainer(progress)
         self.events: list[str] = []
-        fleet = Fleet(self.cache.jobs, 10, lambda: world.now, CollectorRegistry())
+        job_metrics = JobMetrics(lambda: self.cache.owners(JobObject), 10, lambda: world.now, CollectorRegistry())
         self.reconcile = Reconciler(
             self.api,
             self.cache,
             self.trainer,
             self,
-            fleet,
+            job_metrics.record_status,
             world.settings,
             lambda: world.now,  # type: ignore[arg-type]
         )
         self.show(world)
 
-    def post(self, job: object, event: Event, now: object) -> None:
+    def post(self, kind: object, job: object, event: Event, now: object) -> None:
         """What the recorder is asked to post."""
         self.events.append(event.reason)
 
     def show(self, world: World) -> None:
         """The objects of `world` are what there is, and every watch shows them. A status once written stays."""
         assert world.job is not None
-        place = path(constants.KIND, "team", "nli")
+        place = path(kinds.FINETUNE_JOB, "team", "nli")
         written = self.api.objects.get(place, {}).get("status")
         for kind, objects in zip(KINDS, ([world.job], world.jobs.values(), world.pods.values()), strict=True):
             for obj in objects:
@@ -152,7 +156,11 @@ class OneOperator:
     def catch_up(self) -> None:
         """Every watch shows what is there now, and forgets what is gone."""
         for kind in KINDS:
-            held = {key: obj for key, obj in self.api.objects.items() if key.startswith(path(kind, "team"))}
+            held = {
+                key: obj
+                for key, obj in self.api.objects.items()
+                if key.startswith(path(REGISTRY.watched[kind], "team"))
+            }
             for obj in held.values():
                 self.cache.put(kind, copy.deepcopy(obj))
             self.cache.keep_only(kind, [raw.text(o, "metadata", "uid") for o in held.values()], self.api.version)

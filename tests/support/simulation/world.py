@@ -14,8 +14,9 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, TrainerReport
+from finetune_operator.core.controllers import FINETUNE_JOB
+from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import Observed
-from finetune_operator.core.plan import plan
 from finetune_operator.core.types import Plan
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
@@ -29,7 +30,7 @@ from support.simulation.cluster import (
 __all__ = ["START", "World", "adapter_report", "is_empty", "merged", "stamp"]
 
 Object = dict[str, Any]
-_KEY = "team/nli"
+_KEY = ObjectKey(constants.KIND, "team", "nli")
 
 
 def merged(target: Any, patch: Any) -> Any:
@@ -47,7 +48,7 @@ def merged(target: Any, patch: Any) -> Any:
 
 def is_empty(made: Plan) -> bool:
     """Whether the plan asks for nothing."""
-    return not (made.create or made.status or made.suspend or made.delete or made.look)
+    return not (made.create or made.status or made.suspend or made.delete or made.needs_pod_refresh)
 
 
 class World(ImaginedCluster):
@@ -78,26 +79,27 @@ class World(ImaginedCluster):
 
     def observed(self) -> Observed | None:
         """What the operator's cache holds; the trainer's report is that of the rank-0 pod it asks."""
-        observed = self.cache.observed(_KEY, None)
-        if observed is None:
+        snapshot = self.cache.snapshot(_KEY)
+        if snapshot is None:
             return None
-        leaders = [pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit]
-        leader = max(leaders, key=lambda pod: (pod.attempt, pod.created_at)).uid if leaders else ""
-        if leader != self.asked:
-            self.asked, self.report = leader, None
+        observed = FINETUNE_JOB.observe(snapshot)
+        leader = FINETUNE_JOB.leader(observed)
+        if (leader.uid if leader else "") != self.asked:
+            self.asked, self.report = leader.uid if leader else "", None
         return replace(observed, report=self.report)
 
     def plan(self) -> Plan:
         now = self.now + timedelta(seconds=self.skew)
         observed = self.observed()
-        made = plan(observed, self.settings, now) if observed else Plan()
-        if made.look:
-            self._look()
+        made = FINETUNE_JOB.plan(observed, self.settings, now) if observed else Plan()
+        if made.needs_pod_refresh:
+            self._refresh_pods()
             observed = self.observed()
-            made = plan(replace(observed, looked=True), self.settings, now) if observed else Plan()
+            refreshed = replace(observed, pods_refreshed=True) if observed else None
+            made = FINETUNE_JOB.plan(refreshed, self.settings, now) if refreshed else Plan()
         return made
 
-    def _look(self) -> None:
+    def _refresh_pods(self) -> None:
         """A list of the job's pods."""
         for pod in self.pods.values():
             self.cache.put("Pod", copy.deepcopy(pod))
@@ -174,7 +176,7 @@ class World(ImaginedCluster):
         return True
 
     def _write_status(self, patch: Object) -> bool:
-        seen = self.cache.job(_KEY)
+        seen = self.cache.owner(_KEY)
         if self.job is None or seen is None or str(seen.version) != self.job["metadata"]["resourceVersion"]:
             self.deliver(constants.KIND)  # a conflict: the operator reads the job again
             return False

@@ -31,7 +31,7 @@ CRASHED = "TrainerCrashed"
 
 FINAL = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code and outcome.final)
 #: Endings that are nobody's mistake: they do not count toward recovery.maxAttempts.
-UNCOUNTED = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED})
+NOT_COUNTED_AS_FAILURE = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED})
 _KNOWN = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code)
 #: Killed from outside: such an exit says nothing when the pod was disrupted anyway.
 _KILLED = (1, 137, 143)
@@ -50,7 +50,7 @@ class Ending:
     report: TrainerReport | None = None
 
 
-def last_word(pod: Pod) -> TrainerReport | None:
+def final_report(pod: Pod) -> TrainerReport | None:
     """The report in the pod's termination message; None where there is none or it cannot be read.
 
     The kubelet puts log lines there when the trainer left nothing, and those are JSON as well; a last word is one.
@@ -64,36 +64,36 @@ def last_word(pod: Pod) -> TrainerReport | None:
     return report if report.stage in ("Succeeded", "Failed") else None
 
 
-def judge(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> Ending:
+def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> Ending:
     """Why the finished Job `child` ended. `pods` are the last of each rank (pods.current), for an earlier one was
     replaced and explains nothing. `memory_limit` is resources.memory as the user wrote it.
     """
     if child.finished == "Complete":
         return _completed(child, pods)
-    blamed = _blamed(pods)
+    blamed = _root_cause_pod(pods)
     disrupted = next((pod for pod in pods if pod.disruption), None)
     is_lost = disrupted is not None or "DisruptionTarget" in child.message
-    if blamed is None or (is_lost and not _knows_why(blamed)) or (blamed.deleting and _is_killed(blamed)):
+    if blamed is None or (is_lost and not _explains_failure(blamed)) or (blamed.deleting and _is_killed(blamed)):
         return _lost(child, disrupted, blamed)
     return _failed(child, blamed, memory_limit)
 
 
 def _completed(child: Child, pods: Sequence[Pod]) -> Ending:
     for pod in pods:
-        report = last_word(pod) if pod.index == 0 and pod.exit and pod.exit.code == 0 else None
+        report = final_report(pod) if pod.index == 0 and pod.exit and pod.exit.code == 0 else None
         if report and report.adapter:
             return Ending(SUCCEEDED, report.message or "the adapter is published", 0, child.finished_at, report)
     # The store is the witness: the next attempt finds this job's own manifest, verifies it and reports again.
     return Ending(REPORT_LOST, "the trainer ended well, but its report is gone with its pod", 0, child.finished_at)
 
 
-def _blamed(pods: Sequence[Pod]) -> Pod | None:
+def _root_cause_pod(pods: Sequence[Pod]) -> Pod | None:
     """The pod that failed first and knows why: when one rank fails, the others fail for the lack of it."""
     failed = [pod for pod in pods if pod.exit and pod.exit.code]
-    return min(failed, key=lambda pod: (not _knows_why(pod), _ended_at(pod), pod.index), default=None)
+    return min(failed, key=lambda pod: (not _explains_failure(pod), _ended_at(pod), pod.index), default=None)
 
 
-def _knows_why(pod: Pod) -> bool:
+def _explains_failure(pod: Pod) -> bool:
     return bool(_reason(pod)) and not _is_killed(pod)
 
 
@@ -107,7 +107,7 @@ def _reason(pod: Pod) -> str:
         return ""
     if pod.exit.reason == OOM_KILLED:
         return OOM_KILLED
-    report = last_word(pod)
+    report = final_report(pod)
     said = report.reason if report and report.reason != OOM_KILLED else None
     outcome = outcome_of(pod.exit.code, said) if pod.exit.code else None
     if outcome:
@@ -116,7 +116,7 @@ def _reason(pod: Pod) -> str:
 
 
 def _is_killed(pod: Pod) -> bool:
-    return pod.exit is not None and pod.exit.code in _KILLED and pod.exit.reason != OOM_KILLED and not last_word(pod)
+    return pod.exit is not None and pod.exit.code in _KILLED and pod.exit.reason != OOM_KILLED and not final_report(pod)
 
 
 def _lost(child: Child, disrupted: Pod | None, blamed: Pod | None) -> Ending:
@@ -133,7 +133,7 @@ def _lost(child: Child, disrupted: Pod | None, blamed: Pod | None) -> Ending:
 
 def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:
     assert pod.exit is not None
-    report, reason = last_word(pod), _reason(pod)
+    report, reason = final_report(pod), _reason(pod)
     message = report.message if report and report.message else _explain(pod, reason, memory_limit)
     ended = pod.exit.finished_at or child.finished_at
     return Ending(reason or CRASHED, message, pod.exit.code, ended, report)
@@ -143,7 +143,7 @@ def _explain(pod: Pod, reason: str, memory_limit: str) -> str:
     """A sentence for a trainer that left none, with the last lines of its log."""
     exit_ = pod.exit
     assert exit_ is not None
-    said = f"\n{lines}" if (lines := _tail(exit_.message)) else ""
+    said = f"\n{lines}" if (lines := _last_lines(exit_.message)) else ""
     if reason == OOM_KILLED:
         limit = f"its limit of {memory_limit} (resources.memory)" if memory_limit else "what the node could give"
         return f"the kernel ended the container: its host memory reached {limit}{said}"
@@ -152,13 +152,13 @@ def _explain(pod: Pod, reason: str, memory_limit: str) -> str:
     return f"the trainer in pod {pod.name} ended with exit code {exit_.code} and no report{said}"
 
 
-def _tail(message: str) -> str:
+def _last_lines(message: str) -> str:
     """The end of a log; of lines that are JSON, what they say."""
-    lines = [line for line in map(_plain, message.strip().splitlines()) if line]
+    lines = [line for line in map(_log_text, message.strip().splitlines()) if line]
     return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LENGTH:]
 
 
-def _plain(line: str) -> str:
+def _log_text(line: str) -> str:
     try:
         found = json.loads(line)
     except ValueError:

@@ -6,7 +6,12 @@ from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
-from finetune_operator.core.attempts import failure, pod_set, progress, spec_revision
+from finetune_operator.core.attempts import (
+    failure,
+    pod_set,
+    progress,
+    spec_revision,
+)
 from finetune_operator.core.attempts.failure import Ending
 from finetune_operator.core.objects.observed import (
     Child,
@@ -16,7 +21,7 @@ from finetune_operator.core.objects.observed import (
 )
 
 #: Attempts that count are kept for good (there are at most 100); of the others the latest few.
-KEPT_UNCOUNTED = 10
+KEPT_NOT_COUNTED = 10
 #: How long a finished Job with an exit code missing is given before its pods are looked for.
 SETTLE_SECONDS = 5
 _MOST_SKEW_SECONDS = 60
@@ -51,7 +56,7 @@ def child_of(observed: Observed, name: str) -> Child | None:
 
 
 @dataclass(frozen=True)
-class Story:
+class AttemptHistory:
     """The attempts with every end filled in, oldest first."""
 
     history: list[Attempt]
@@ -59,35 +64,35 @@ class Story:
     """How the last one ended, if it ended just now."""
     report: TrainerReport | None = None
     """What its trainer says; at its end, the last word."""
-    look: bool = False
+    needs_pod_refresh: bool = False
     """Whether it may have ended, which only a fresh look at its pods can tell."""
 
 
-def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime) -> Story:
+def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime) -> AttemptHistory:
     """The recorded attempts, brought up to date."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
         said = spec_revision.SUPERSEDED if spec_revision.is_superseded(child, status, spec) else None
         history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=said))
     current: list[Attempt] = []
-    story = Story(current)
+    story = AttemptHistory(current)
     for attempt in sorted(history.values(), key=number):
         if attempt.reason is None:
             report = _report(attempt, observed)
-            attempt = _followed(attempt, observed, report, now)
-            found = _ending(attempt, observed, status, spec, now)
+            attempt = _updated(attempt, observed, report, now)
+            found = _detect_ending(attempt, observed, status, spec, now)
             if isinstance(found, Ending):
                 attempt = close(attempt, observed, found, now)
-                story = Story(current, found, found.report, story.look)
+                story = AttemptHistory(current, found, found.report, story.needs_pod_refresh)
             else:
-                story = Story(current, None, report, story.look or found.look)
+                story = AttemptHistory(current, None, report, story.needs_pod_refresh or found.needs_pod_refresh)
         current.append(attempt)
     return replace(story, history=_pruned(current))
 
 
 def _pruned(history: list[Attempt]) -> list[Attempt]:
-    uncounted = [attempt for attempt in history if attempt.reason in failure.UNCOUNTED]
-    dropped = {attempt.job_name for attempt in uncounted[:-KEPT_UNCOUNTED]}
+    uncounted = [attempt for attempt in history if attempt.reason in failure.NOT_COUNTED_AS_FAILURE]
+    dropped = {attempt.job_name for attempt in uncounted[:-KEPT_NOT_COUNTED]}
     return [attempt for attempt in history if attempt.job_name not in dropped]
 
 
@@ -97,7 +102,7 @@ def _report(attempt: Attempt, observed: Observed) -> TrainerReport | None:
     return observed.report if leads else None
 
 
-def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None, now: datetime) -> Attempt:
+def _updated(attempt: Attempt, observed: Observed, report: TrainerReport | None, now: datetime) -> Attempt:
     """The attempt with what its pods and its trainer say of it while it lives."""
     mine = pods_of(observed, attempt.job_name)
     if attempt.run_seconds is None:
@@ -105,38 +110,38 @@ def _followed(attempt: Attempt, observed: Observed, report: TrainerReport | None
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
     # The time of a pod that ended by itself is added up with the attempt's end, in the same write.
     attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
-    return progress.heard(attempt, report, now) if report else attempt
+    return progress.record_report(attempt, report, now) if report else attempt
 
 
 @dataclass(frozen=True)
-class _Open:
+class _StillOpen:
     """An attempt that is not over, as far as we know."""
 
-    look: bool = False
+    needs_pod_refresh: bool = False
 
 
-def _ending(
+def _detect_ending(
     attempt: Attempt, observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime
-) -> Ending | _Open:
+) -> Ending | _StillOpen:
     """How an attempt that was not over is over now. Jobs and pods are watched by different streams, so an end that no
     pod's exit code bears out is believed only after a look at the pods themselves.
     """
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
-    late = child is not None and is_late(child, now)
+    late = child is not None and is_settled(child, now)
     if any(pod.live for pod in mine):
-        return _Open(look=late and not observed.looked)
+        return _StillOpen(needs_pod_refresh=late and not observed.pods_refreshed)
     if child and child.finished:
         told = pod_set.current(mine)
-        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.looked):
-            return _Open(look=late)
+        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.pods_refreshed):
+            return _StillOpen(needs_pod_refresh=late)
         memory = spec.resources.memory
-        return _of_its_spec(attempt, failure.judge(child, told, "" if memory is None else str(memory)))
+        return _map_superseded(attempt, failure.classify_exit(child, told, "" if memory is None else str(memory)))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not child.active and not child.queued)
     if child is not None and not (stopping and is_stopped):
-        return _Open()
-    if not observed.looked:
-        return _Open(look=True)
+        return _StillOpen()
+    if not observed.pods_refreshed:
+        return _StillOpen(needs_pod_refresh=True)
     if is_superseded(attempt):
         return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, finished_at=now)
     if stopping:
@@ -149,7 +154,7 @@ def is_superseded(attempt: Attempt) -> bool:
     return attempt.reason is None and attempt.message == spec_revision.SUPERSEDED
 
 
-def _of_its_spec(attempt: Attempt, ending: Ending) -> Ending:
+def _map_superseded(attempt: Attempt, ending: Ending) -> Ending:
     """What a superseded attempt ended with says nothing of the spec as it is; but what is published is published."""
     if not is_superseded(attempt):
         return ending
@@ -158,7 +163,7 @@ def _of_its_spec(attempt: Attempt, ending: Ending) -> Ending:
     return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, ending.exit_code, ending.finished_at)
 
 
-def is_late(child: Child, now: datetime) -> bool:
+def is_settled(child: Child, now: datetime) -> bool:
     """Whether the Job finished so long ago that what its pods told should be here. The API server's clock may be ahead
     of ours, but not by an hour.
     """

@@ -4,11 +4,19 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from finetune_api.status import Attempt
-from finetune_operator.core.objects.observed import Pod
+from finetune_operator.core.objects.observed import Observed, Pod
 
 #: How far the clocks of nodes, API server and operator may differ without meaning anything.
 SKEW = timedelta(seconds=30)
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def leader(observed: Observed) -> Pod | None:
+    """Return the running rank-0 pod of the latest attempt: the one whose trainer reports progress."""
+    if observed.job.deleting:
+        return None
+    running = (pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit)
+    return max(running, key=lambda pod: (pod.attempt, pod.created_at), default=None)
 
 
 def current(pods: Iterable[Pod]) -> list[Pod]:
@@ -28,13 +36,13 @@ def running_since(pods: Iterable[Pod]) -> datetime | None:
     return min((pod.started_at for pod in pods if pod.running and pod.live and pod.started_at), default=None)
 
 
-def out_of_reach(pods: Iterable[Pod], now: datetime) -> Pod | None:
+def unreachable(pods: Iterable[Pod], now: datetime) -> Pod | None:
     """A pod whose grace is over and whose node has not said that it stopped: nobody knows whether it still writes."""
     return next((pod for pod in pods if pod.live and pod.stop_by and now >= pod.stop_by + SKEW), None)
 
 
-def reach_ends(pods: Iterable[Pod]) -> datetime | None:
-    """When `out_of_reach` will find one, should nothing happen."""
+def unreachable_at(pods: Iterable[Pod]) -> datetime | None:
+    """When `unreachable` will find one, should nothing happen."""
     return min((pod.stop_by + SKEW for pod in pods if pod.live and pod.stop_by), default=None)
 
 

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from finetune_api.status import Attempt, Progress, TrainerReport
 
-_OVER = ("Succeeded", "Failed")
+TERMINAL_STAGES = ("Succeeded", "Failed")
 
 
 def merge(old: Progress | None, report: TrainerReport | None, now: datetime) -> Progress | None:
@@ -15,7 +15,7 @@ def merge(old: Progress | None, report: TrainerReport | None, now: datetime) -> 
     if old is None:
         return new
     if new.step < old.step:  # a resumed attempt catches up first; only its pace is news
-        return old.model_copy(update={field: getattr(new, field) for field in _PACE})
+        return old.model_copy(update={field: getattr(new, field) for field in _PACE_FIELDS})
     return old if _content(new) == _content(old) else new
 
 
@@ -37,16 +37,16 @@ def _percent(step: int, total: int) -> float:
 
 
 #: What is true only while pods run.
-_PACE = ("estimated_completion_time", "tokens_per_second")
+_PACE_FIELDS = ("estimated_completion_time", "tokens_per_second")
 
 
 def _content(progress: Progress) -> Progress:
-    return progress.model_copy(update=dict.fromkeys((*_PACE, "updated_at")))
+    return progress.model_copy(update=dict.fromkeys((*_PACE_FIELDS, "updated_at")))
 
 
-def at_rest(progress: Progress | None) -> Progress | None:
+def paused(progress: Progress | None) -> Progress | None:
     """The progress of a job of which nothing runs: no pace, and no end in sight."""
-    return progress.model_copy(update=dict.fromkeys(_PACE)) if progress else None
+    return progress.model_copy(update=dict.fromkeys(_PACE_FIELDS)) if progress else None
 
 
 def finished(progress: Progress | None) -> Progress | None:
@@ -54,9 +54,9 @@ def finished(progress: Progress | None) -> Progress | None:
     return progress.model_copy(update={"estimated_completion_time": None}) if progress else None
 
 
-def heard(attempt: Attempt, report: TrainerReport, now: datetime) -> Attempt:
+def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Attempt:
     """The attempt with what its trainer says of it. Another step or stage is news, also below the job's best step."""
-    stage = attempt.stage if report.stage in _OVER else report.stage
+    stage = attempt.stage if report.stage in TERMINAL_STAGES else report.stage
     step = attempt.last_step if report.progress == Progress() else report.progress.step
     plan = report.execution_plan
     micro = plan.micro_batch_size if plan and plan.micro_batch_size else attempt.micro_batch_size

@@ -10,10 +10,10 @@ from finetune_api.status import Attempt
 from finetune_operator.core.attempts.failure import (
     CRASHED,
     FINAL,
+    NOT_COUNTED_AS_FAILURE,
     OUT_OF_MEMORY,
     SPEC_CHANGED,
     SUSPENDED,
-    UNCOUNTED,
 )
 
 MAX_BACKOFF_SECONDS = 600
@@ -37,7 +37,7 @@ class Stop:
     message: str
 
 
-def verdict(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Retry | Stop:
+def decide_retry(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Retry | Stop:
     """What to do after the last of `attempts`, all of which have ended. `uid` seeds the jitter."""
     last = attempts[-1]
     reason, message = last.reason or CRASHED, last.message or ""
@@ -46,22 +46,22 @@ def verdict(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Ret
     if reason == OUT_OF_MEMORY:
         if spec.recovery.on_out_of_memory == "Fail":
             return Stop(reason, f"{message} (recovery.onOutOfMemory is Fail)")
-        if micro_batch(attempts[:-1], spec) == 1 or last.micro_batch_size == 1:
+        if next_micro_batch(attempts[:-1], spec) == 1 or last.micro_batch_size == 1:
             return Stop(reason, f"{message} The micro-batch is 1 already: lower training.maxLength or lora.rank")
-    counted = [attempt for attempt in attempts if attempt.reason not in UNCOUNTED]
-    if len(counted) >= spec.recovery.max_attempts and reason not in UNCOUNTED:
+    counted = [attempt for attempt in attempts if attempt.reason not in NOT_COUNTED_AS_FAILURE]
+    if len(counted) >= spec.recovery.max_attempts and reason not in NOT_COUNTED_AS_FAILURE:
         return Stop(reason, f"{len(counted)} of {spec.recovery.max_attempts} attempts failed; the last: {message}")
-    failures = _fruitless(attempts) if reason in UNCOUNTED else len(counted)
+    failures = _failures_without_progress(attempts) if reason in NOT_COUNTED_AS_FAILURE else len(counted)
     return Retry((last.finished_at or _LONG_AGO) + _delay(last, failures, spec, uid), reason)
 
 
-def _fruitless(attempts: Sequence[Attempt]) -> int:
+def _failures_without_progress(attempts: Sequence[Attempt]) -> int:
     """Endings in a row that do not count and came no further: a node that evicts at once is not to be hurried."""
     count = 0
     for number in range(len(attempts) - 1, -1, -1):
         attempt, before = attempts[number], attempts[:number]
         best = max((earlier.last_step or 0 for earlier in before), default=0)
-        if attempt.reason not in UNCOUNTED or (attempt.last_step or 0) > best:
+        if attempt.reason not in NOT_COUNTED_AS_FAILURE or (attempt.last_step or 0) > best:
             break
         count += attempt.reason not in (SUSPENDED, SPEC_CHANGED)
     return count
@@ -77,7 +77,7 @@ def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> tim
     return timedelta(seconds=round(seconds * (0.9 + 0.2 * digest[0] / 255)))
 
 
-def micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
+def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
     """Micro-batch that the next attempt must take because GPU memory ran out before; None while it never did.
 
     It halves each time, down to a divisor of the sequences per GPU, so that the effective batch stays the same.

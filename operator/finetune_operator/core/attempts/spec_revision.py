@@ -13,7 +13,7 @@ from finetune_operator.core.objects.observed import Child
 SUPERSEDED = "the spec was changed before this attempt was recorded"
 
 
-def of(spec: FineTuneJobSpec) -> str:
+def revision_of(spec: FineTuneJobSpec) -> str:
     """A name for all of a spec that cannot change once an attempt is recorded."""
     found = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     kept = {section: found.get(section) for section in IMMUTABLE}
@@ -24,4 +24,4 @@ def is_superseded(child: Child, status: FineTuneJobStatus, spec: FineTuneJobSpec
     """Whether `child` runs another spec. Not asked of recorded attempts, for a later version of this operator may read
     another spec out of the same manifest.
     """
-    return not status.attempts and child.revision not in ("", of(spec))
+    return not status.attempts and child.revision not in ("", revision_of(spec))

@@ -64,7 +64,7 @@ def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
     return found.model_dump_json(by_alias=True, exclude_none=True)
 
 
-def _frugal(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
+def _low_memory_flags(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
     """Settings of an attempt after GPU memory ran out. The trainer would else fill what a smaller micro-batch frees."""
     settings = [f"training.microBatchSize={micro_batch}"]
     if spec.quantization.bits == 4 and spec.quantization.cached_layers == "auto":
@@ -78,7 +78,7 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
     name, nodes = history.job_name(job, attempt), spec.resources.nodes
     arguments = ["--config", f"{constants.CONFIG_DIR}/{constants.CONFIG_FILE}"]
     if micro_batch is not None:
-        arguments += _frugal(spec, micro_batch)
+        arguments += _low_memory_flags(spec, micro_batch)
     labels = {constants.LABEL_ATTEMPT: str(attempt)}
     template = pod.template(job, spec, name, {**_labels(job), **labels}, arguments, attempt, settings)
     template["metadata"]["annotations"][constants.ANNOTATION_MANIFEST] = resolved(job, spec)
@@ -94,7 +94,7 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
     if constants.LABEL_KUEUE_QUEUE in job.queue_labels:
         body["suspend"] = True
     metadata = _metadata(job, name, **labels, **job.queue_labels)
-    metadata["annotations"] = {constants.ANNOTATION_REVISION: spec_revision.of(spec)}
+    metadata["annotations"] = {constants.ANNOTATION_REVISION: spec_revision.revision_of(spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

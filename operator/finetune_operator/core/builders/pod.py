@@ -131,10 +131,10 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
     mount("scratch", constants.SCRATCH_DIR, {"emptyDir": scratch})
     mount("tmp", TEMP_DIR, {"emptyDir": {}})
     mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
-    for role, secret in secrets(spec).items():
+    for role, secret in secret_names(spec).items():
         source = {"secret": {"secretName": secret, "optional": False, "defaultMode": _SECRET_MODE}}
         mount(f"secret-{role}", f"{constants.SECRETS_DIR}/{role}", source, True)
-    for index, (claim, read_only) in enumerate(sorted(claims(spec).items())):
+    for index, (claim, read_only) in enumerate(sorted(claim_names(spec).items())):
         source = {"persistentVolumeClaim": {"claimName": claim, **({"readOnly": True} if read_only else {})}}
         mount(f"pvc-{index}", f"{constants.PVC_ROOT}/{claim}", source, read_only)
     if spec.cache:
@@ -142,7 +142,7 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
     return volumes, mounts
 
 
-def secrets(spec: FineTuneJobSpec) -> dict[str, str]:
+def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
     """Secret names by role (names.SECRET_ROLES)."""
     wandb = spec.logging.wandb
     found = {
@@ -154,7 +154,7 @@ def secrets(spec: FineTuneJobSpec) -> dict[str, str]:
     return {role: found[role].name for role in constants.SECRET_ROLES if found[role]}  # type: ignore[union-attr]
 
 
-def claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+def claim_names(spec: FineTuneJobSpec) -> dict[str, bool]:
     """PersistentVolumeClaims of the pvc:// URIs, and whether each is only read."""
     found: dict[str, bool] = {}
     reads = (spec.model.source, spec.dataset.train, spec.dataset.eval, spec.lora.init_from)

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.raw import Raw
 
 _KUEUE_LABELS = (constants.LABEL_KUEUE_QUEUE, constants.LABEL_KUEUE_PRIORITY)
@@ -48,11 +49,11 @@ class JobObject:
     status: bytes
 
     @property
-    def key(self) -> str:
-        return f"{self.namespace}/{self.name}"
+    def key(self) -> ObjectKey:
+        return ObjectKey(constants.KIND, self.namespace, self.name)
 
     @classmethod
-    def of(cls, obj: Raw) -> "JobObject":
+    def from_api(cls, obj: Raw) -> "JobObject":
         meta, found = raw.mapping(obj, "metadata"), raw.labels(obj)
         return cls(
             namespace=raw.text(meta, "namespace"),
@@ -60,7 +61,7 @@ class JobObject:
             uid=raw.text(meta, "uid"),
             version=raw.version(obj),
             generation=min(max(0, raw.integer(meta, "generation")), 2**53),
-            created_at=raw.moment(meta, "creationTimestamp"),
+            created_at=raw.timestamp(meta, "creationTimestamp"),
             deleting=bool(meta.get("deletionTimestamp")),
             queue_labels={label: found[label] for label in _KUEUE_LABELS if label in found},
             phase=raw.text(obj, "status", "phase") or "Pending",
@@ -81,8 +82,8 @@ def _gpus(resources: Raw) -> int:
 def _waiting_since(obj: Raw) -> datetime | None:
     for entry in raw.entries(obj, "status", "conditions"):
         if entry.get("type") == "Scheduled":
-            return raw.moment(entry, "lastTransitionTime") if entry.get("status") == "False" else None
-    return raw.moment(obj, "metadata", "creationTimestamp")
+            return raw.timestamp(entry, "lastTransitionTime") if entry.get("status") == "False" else None
+    return raw.timestamp(obj, "metadata", "creationTimestamp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Child:
     deleting: bool
 
     @classmethod
-    def of(cls, obj: Raw) -> "Child":
+    def from_api(cls, obj: Raw) -> "Child":
         end, kind = next(((c, k) for k in _JOB_FINISHED if (c := raw.condition(obj, k))), ({}, ""))
         found = raw.labels(obj)
         return cls(
@@ -119,12 +120,12 @@ class Child:
             owner=raw.text(raw.controller(obj), "uid"),
             attempt=_number(found.get(constants.LABEL_ATTEMPT, "")),
             revision=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_REVISION),
-            created_at=raw.moment(obj, "metadata", "creationTimestamp"),
+            created_at=raw.timestamp(obj, "metadata", "creationTimestamp"),
             suspended=raw.flag(obj, "spec", "suspend"),
             queued=constants.LABEL_KUEUE_QUEUE in found,
             active=raw.integer(obj, "status", "active"),
             finished=kind,
-            finished_at=raw.moment(obj, "status", "completionTime") or raw.moment(end, "lastTransitionTime"),
+            finished_at=raw.timestamp(obj, "status", "completionTime") or raw.timestamp(end, "lastTransitionTime"),
             reason=raw.text(end, "reason"),
             message=raw.text(end, "message"),
             deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
@@ -179,7 +180,7 @@ class Pod:
         return self.phase in _ACTIVE_PHASES
 
     @classmethod
-    def of(cls, obj: Raw) -> "Pod":
+    def from_api(cls, obj: Raw) -> "Pod":
         statuses = raw.entries(obj, "status", "containerStatuses")
         trainer = next((s for s in statuses if s.get("name") == constants.TRAINER_CONTAINER), {})
         ended = raw.mapping(trainer, "state", "terminated")
@@ -195,12 +196,12 @@ class Pod:
             owner=raw.text(raw.controller(obj), "uid"),
             attempt=_number(raw.labels(obj).get(constants.LABEL_ATTEMPT, "")),
             index=_number(index),
-            created_at=raw.moment(obj, "metadata", "creationTimestamp") or _LONG_AGO,
+            created_at=raw.timestamp(obj, "metadata", "creationTimestamp") or _LONG_AGO,
             phase=raw.text(obj, "status", "phase"),
             ip=raw.text(obj, "status", "podIP"),
             deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
-            stop_by=raw.moment(obj, "metadata", "deletionTimestamp"),  # Kubernetes has added the grace already
-            started_at=raw.moment(trainer, "state", "running", "startedAt") or raw.moment(ended, "startedAt"),
+            stop_by=raw.timestamp(obj, "metadata", "deletionTimestamp"),  # Kubernetes has added the grace already
+            started_at=raw.timestamp(trainer, "state", "running", "startedAt") or raw.timestamp(ended, "startedAt"),
             running=bool(raw.mapping(trainer, "state", "running")),
             exit=_exit(ended) if ended else None,
             reason=raw.text(obj, "status", "reason"),
@@ -222,7 +223,7 @@ def _exit(ended: Raw) -> Exit:
         code=raw.integer(ended, "exitCode"),
         reason=raw.text(ended, "reason"),
         message=raw.text(ended, "message"),
-        finished_at=raw.moment(ended, "finishedAt"),
+        finished_at=raw.timestamp(ended, "finishedAt"),
     )
 
 
@@ -234,7 +235,7 @@ def _unschedulable(obj: Raw) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class WaitReason:
     """What an event or a Kueue Workload says about an object that waits."""
 
     reason: str
@@ -244,15 +245,27 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
-class Obstacle:
+class CreateBlocked:
     """Why the API server would not let a child be created."""
 
     reason: str
     message: str
 
 
-@dataclass(frozen=True)
-class Observed:
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a reconcile adds to the cached objects of any kind."""
+
+    report: TrainerReport | None = None
+    """The latest report of the leader's trainer (Controller.leader)."""
+    create_blocked: CreateBlocked | None = None
+    """Why a child of the last plan could not be created; the same plan must not be made again."""
+    pods_refreshed: bool = False
+    """Whether the pods were read from the API server for this very plan (Plan.needs_pod_refresh)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed(Observation):
     """Everything that is known of one FineTuneJob."""
 
     job: JobObject
@@ -260,12 +273,7 @@ class Observed:
     """Jobs that the FineTuneJob controls."""
     pods: tuple[Pod, ...] = ()
     """Pods of `children`."""
-    strays: tuple[str, ...] = ()
+    foreign_children: tuple[str, ...] = ()
     """Unfinished Jobs and live pods of an earlier job of the same name: "Job nli-1", "pod nli-1-x7k2p"."""
-    report: TrainerReport | None = None
-    """What the rank-0 trainer of the live attempt last said."""
-    notices: dict[str, Notice] = field(default_factory=dict)
+    wait_reasons: dict[str, WaitReason] = field(default_factory=dict)
     """By uid of the child or pod."""
-    obstacle: Obstacle | None = None
-    looked: bool = False
-    """Whether `pods` was read from the API server just now, for this very plan (Plan.look)."""

@@ -43,7 +43,7 @@ def labels(obj: Any) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
-def moment(obj: Any, *path: str) -> datetime | None:
+def timestamp(obj: Any, *path: str) -> datetime | None:
     """An RFC 3339 time, always with a zone, and never so late that nothing can be added to it."""
     try:
         parsed = datetime.fromisoformat(text(obj, *path))

@@ -70,7 +70,7 @@ def condition(status: FineTuneJobStatus, kind: str) -> Condition | None:
     return next((c for c in status.conditions if c.type == kind), None)
 
 
-def is_over(status: FineTuneJobStatus) -> bool:
+def is_terminal(status: FineTuneJobStatus) -> bool:
     """Whether the job has ended. It then stays so, whatever happens to its children."""
     summary = condition(status, "Succeeded")
     return summary is not None and summary.status != "Unknown"

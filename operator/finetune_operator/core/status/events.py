@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
-from finetune_operator.core.attempts.failure import SUCCEEDED, UNCOUNTED
+from finetune_operator.core.attempts.failure import NOT_COUNTED_AS_FAILURE, SUCCEEDED
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.status.training import STALLED
 
@@ -18,12 +18,12 @@ _BESIDE_TRAINING = ("Evaluating", "Publishing", "Verifying")
 
 @dataclass(frozen=True)
 class Event:
-    """One event on the FineTuneJob. `about` makes its name, so that it is posted once however often it is planned."""
+    """One event on the FineTuneJob. Its name follows from `subject`, so that repeated plans post it once."""
 
     type: Kind
     reason: str
     message: str
-    about: str
+    subject: str
 
 
 def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]:
@@ -34,10 +34,10 @@ def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]:
         known = before.get(condition.type)
         if known and (known.status, known.reason) == (condition.status, condition.reason):
             continue
-        about = f"{condition.type}/{condition.status}/{condition.reason}/{len(new.attempts)}"
-        event = _trouble(condition, about)
-        if event is None and not status_io.is_over(new):
-            event = _progress(known, condition, about)
+        subject = f"{condition.type}/{condition.status}/{condition.reason}/{len(new.attempts)}"
+        event = _warning_or_end(condition, subject)
+        if event is None and not status_io.is_terminal(new):
+            event = _progress(known, condition, subject)
         if event:
             yield event
 
@@ -47,53 +47,53 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]
     for attempt in new.attempts:
         before = known.get(attempt.job_name)
         if before is None:
-            yield Event("Normal", "AttemptStarted", _began(attempt), f"{attempt.job_name}/started")
+            yield Event("Normal", "AttemptStarted", _started_message(attempt), f"{attempt.job_name}/started")
         if attempt.reason not in (None, SUCCEEDED) and (before is None or before.reason is None):
-            kind: Kind = "Normal" if attempt.reason in UNCOUNTED else "Warning"
+            kind: Kind = "Normal" if attempt.reason in NOT_COUNTED_AS_FAILURE else "Warning"
             message = f"{attempt.job_name}: {attempt.reason}: {attempt.message or ''}"
             yield Event(kind, "AttemptEnded", message, f"{attempt.job_name}/ended")
 
 
-def _began(attempt: Attempt) -> str:
+def _started_message(attempt: Attempt) -> str:
     micro = f" with micro-batch {attempt.micro_batch_size}" if attempt.micro_batch_size else ""
     return f"Job {attempt.job_name} created{micro}"
 
 
-def _trouble(condition: Condition, about: str) -> Event | None:
+def _warning_or_end(condition: Condition, subject: str) -> Event | None:
     """The event for a condition that has changed; None where another condition or an attempt tells it."""
     match condition.type, condition.status:
         case "Succeeded", "True":
-            return Event("Normal", "Succeeded", condition.message, about)
+            return Event("Normal", "Succeeded", condition.message, subject)
         case "Succeeded", "False":
-            return Event("Warning", condition.reason, condition.message, about)
+            return Event("Warning", condition.reason, condition.message, subject)
         case "Suspended", "True":
-            return Event("Normal", condition.reason, condition.message, about)
+            return Event("Normal", condition.reason, condition.message, subject)
         case "Scheduled", "False" if condition.reason not in ("Pending", "Finished", "Suspended", "BackingOff"):
             kind: Kind = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
-            return Event(kind, condition.reason, condition.message, about)
+            return Event(kind, condition.reason, condition.message, subject)
         case "Training", "False" if condition.reason == STALLED:
-            return Event("Warning", STALLED, condition.message, about)
+            return Event("Warning", STALLED, condition.message, subject)
     return None
 
 
-def _was_a_wait(known: Condition, condition: Condition) -> bool:
+def _was_long_wait(known: Condition, condition: Condition) -> bool:
     """Whether its end is worth an event: pods that start at once are told by `Training` a moment later."""
     waited = condition.last_transition_time - known.last_transition_time
     return known.reason != "Pending" or waited >= LONG_WAIT
 
 
-def _progress(known: Condition | None, condition: Condition, about: str) -> Event | None:
+def _progress(known: Condition | None, condition: Condition, subject: str) -> Event | None:
     """The event for a condition that has changed for the better."""
     was, now = known.reason if known else "", condition.reason
     match condition.type, condition.status:
-        case "Scheduled", "True" if known and _was_a_wait(known, condition):
-            return Event("Normal", "PodsRunning", "every pod of the attempt runs", about)
+        case "Scheduled", "True" if known and _was_long_wait(known, condition):
+            return Event("Normal", "PodsRunning", "every pod of the attempt runs", subject)
         case "Suspended", "False" if known and known.status == "True":
-            return Event("Normal", "Resumed", "spec.suspend is false again", about)
+            return Event("Normal", "Resumed", "spec.suspend is false again", subject)
         case "Training", _ if was == STALLED and now != "NotRunning":
             return Event(
-                "Normal", "Recovered", f"the trainer goes on after it had stalled: {now}", f"{about}/recovered"
+                "Normal", "Recovered", f"the trainer goes on after it had stalled: {now}", f"{subject}/recovered"
             )
         case "Training", "True" if was not in _BESIDE_TRAINING:
-            return Event("Normal", "Training", "optimizer steps are made", about)
+            return Event("Normal", "Training", "optimizer steps are made", subject)
     return None

@@ -3,8 +3,8 @@
 from datetime import datetime, timedelta
 
 from finetune_api.status import Attempt, TrainerReport
-from finetune_operator.core.attempts.progress import _OVER
-from finetune_operator.core.status.conditions import Said
+from finetune_operator.core.attempts.progress import TERMINAL_STAGES
+from finetune_operator.core.status.conditions import ConditionValue
 
 STALLED = "Stalled"
 
@@ -15,19 +15,21 @@ def stall_deadline(attempt: Attempt, running_since: datetime | None, limit_secon
     return since + timedelta(seconds=limit_seconds) if since else None
 
 
-def training(report: TrainerReport | None, stalled_at: datetime | None, now: datetime) -> Said:
+def training(report: TrainerReport | None, stalled_at: datetime | None, now: datetime) -> ConditionValue:
     """The Training condition of a running attempt."""
     if stalled_at and now >= stalled_at:
         doing = f"while {report.stage}" if report else "since its pod started"
         since = stalled_at.isoformat(timespec="seconds")
-        return Said("False", STALLED, f"the trainer has reported nothing new {doing}; limit passed at {since}")
+        return ConditionValue(
+            "False", STALLED, f"the trainer has reported nothing new {doing}; limit passed at {since}"
+        )
     if report is None:
-        return Said("False", "Starting", "the trainer has not reported yet")
-    if report.stage in _OVER:
+        return ConditionValue("False", "Starting", "the trainer has not reported yet")
+    if report.stage in TERMINAL_STAGES:
         return finishing()
-    return Said("True" if report.stage == "Training" else "False", report.stage)
+    return ConditionValue("True" if report.stage == "Training" else "False", report.stage)
 
 
-def finishing() -> Said:
+def finishing() -> ConditionValue:
     """The trainer has said its last word."""
-    return Said("False", "Finishing", "the trainer is done; its pod is about to end")
+    return ConditionValue("False", "Finishing", "the trainer is done; its pod is about to end")

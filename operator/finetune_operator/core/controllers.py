@@ -1,0 +1,114 @@
+"""The kinds that the operator reconciles. See docs/extending/operator-kind.md for how to add one."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from finetune_api import constants
+from finetune_operator.core import plan
+from finetune_operator.core.attempts import pod_set
+from finetune_operator.core.objects import kinds, raw, snapshot
+from finetune_operator.core.objects.kinds import Kind, ObjectKey
+from finetune_operator.core.objects.observed import Child, JobObject, Observation, Observed, Pod
+from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.objects.snapshot import ReconciledView, Snapshot, View
+from finetune_operator.core.types import Plan
+from finetune_operator.settings import Settings
+
+O = TypeVar("O", bound=Observation)  # noqa: E741 -- stands for what one controller observes
+
+
+@dataclass(frozen=True)
+class ChildKind:
+    """A kind that a controller creates, or that its children create. The label holds the name of the owner."""
+
+    kind: Kind
+    view: Callable[[Raw], View]
+    owner_label: str
+
+
+@dataclass(frozen=True)
+class Controller(Generic[O]):
+    """One reconciled kind: how to read it, what it owns, and what it needs.
+
+    Attributes:
+        kind: The kind it reconciles.
+        view: Read an object of that kind.
+        children: The kinds to watch for it.
+        observe: Turn cached objects into the input of `plan`.
+        plan: The pure decision. It must return an empty plan once nothing is left to do.
+        leader: The pod whose /progress becomes `Observation.report`; None while there is none.
+    """
+
+    kind: Kind
+    view: Callable[[Raw], ReconciledView]
+    children: tuple[ChildKind, ...]
+    observe: Callable[[Snapshot], O]
+    plan: Callable[[O, Settings, datetime], Plan]
+    leader: Callable[[O], Pod | None] = lambda observed: None
+
+
+FINETUNE_JOB: Controller[Observed] = Controller(
+    kind=kinds.FINETUNE_JOB,
+    view=JobObject.from_api,
+    children=(
+        ChildKind(kinds.JOB, Child.from_api, constants.LABEL_JOB),
+        ChildKind(kinds.POD, Pod.from_api, constants.LABEL_JOB),
+    ),
+    observe=snapshot.observe,
+    plan=plan.plan,
+    leader=pod_set.leader,
+)
+
+
+class Registry:
+    """All controllers, and what cache, watches and lists need to know of them."""
+
+    def __init__(self, *controllers: Controller[Any]) -> None:
+        self._controllers = {controller.kind.name: controller for controller in controllers}
+        self._views: dict[str, Callable[[Raw], View]] = {}
+        self._owners: dict[str, list[tuple[str, str]]] = {}
+        self.watched: dict[str, Kind] = {}
+        """Every kind to watch, by name."""
+        for controller in controllers:
+            self._watch(controller.kind, controller.view)
+        for controller in controllers:
+            for child in controller.children:
+                self._watch(child.kind, child.view)
+                self._owners.setdefault(child.kind.name, []).append((controller.kind.name, child.owner_label))
+
+    def _watch(self, kind: Kind, view: Callable[[Raw], View]) -> None:
+        self.watched.setdefault(kind.name, kind)
+        self._views.setdefault(kind.name, view)
+
+    def __getitem__(self, kind: str) -> Controller[Any]:
+        return self._controllers[kind]
+
+    @property
+    def reconciled(self) -> Iterable[Kind]:
+        """The kinds that have a controller."""
+        return [controller.kind for controller in self._controllers.values()]
+
+    def view(self, kind: str, obj: Raw) -> View:
+        """Read an object of a watched kind."""
+        return self._views[kind](obj)
+
+    def keys_of(self, kind: str, obj: Raw) -> tuple[ObjectKey, ...]:
+        """Return the keys of the reconciled objects that `obj` is or belongs to."""
+        namespace, found = raw.text(obj, "metadata", "namespace"), raw.labels(obj)
+        names = [(kind, raw.text(obj, "metadata", "name"))] if kind in self._controllers else []
+        names += [(owner, found.get(label, "")) for owner, label in self._owners.get(kind, ())]
+        return tuple(ObjectKey(owner, namespace, name) for owner, name in names if name and namespace)
+
+    def label_selector(self, kind: str) -> str:
+        """Return the selector that finds every relevant object of a kind; empty where only the whole kind will do."""
+        labels = {label for _, label in self._owners.get(kind, ())}
+        return labels.pop() if len(labels) == 1 and kind not in self._controllers else ""
+
+    def kind_of(self, plural: str) -> str | None:
+        """Return the watched kind with that plural."""
+        return next((kind.name for kind in self.watched.values() if kind.plural == plural), None)
+
+
+REGISTRY = Registry(FINETUNE_JOB)
