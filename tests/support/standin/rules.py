@@ -72,6 +72,8 @@ def _normalized_custom(resource: Resource, obj: Object, strict: bool) -> Object:
     unknown: list[str] = []
     for part in set(obj) - {"apiVersion", "kind", "metadata"}:
         sub = (schema.get("properties") or {}).get(part)
+        if sub is None and schema.get("x-kubernetes-preserve-unknown-fields"):
+            continue
         if sub is None:
             unknown.append(part)
             del obj[part]
