@@ -205,8 +205,8 @@ def test_the_generated_pages_are_current() -> None:
 
 #: Calls of the operator that take a reason, and its position.
 TAKES_REASON = {
-    "waiting": 0, "suspended": 0, "failed": 0, "refused": 0, "Notice": 0, "Refused": 0, "Refusal": 0, "Ending": 0,
-    "Said": 1, "Event": 1,
+    "waiting": 0, "suspended": 0, "failed": 0, "rejected": 0, "WaitReason": 0, "CreateDenied": 0, "Rejection": 0,
+    "Ending": 0, "ConditionValue": 1, "Event": 1,
 }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def reasons_in_code() -> set[str]:
     """Every reason that the operator's code spells out: given to a call, or kept in a constant."""
     found: set[str] = set(get_args(Stage)) - {"Failed"}
     folder = ROOT / "operator/finetune_operator"
-    for path in [*(folder / "core").glob("*.py"), folder / "cluster.py", folder / "notices.py"]:
+    for path in [*(folder / "core").rglob("*.py"), folder / "kube/client.py", folder / "watch/wait_reasons.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -223,7 +223,7 @@ def reasons_in_code() -> set[str]:
                 found |= {c.value for c in ast.walk(given) if isinstance(c, ast.Constant)} if given else set()
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Tuple):
                 found |= {c.value for c in ast.walk(node.value) if isinstance(c, ast.Constant)}
-    found |= set(re.findall(r"reason=(\w+)", (folder / "notices.py").read_text()))
+    found |= set(re.findall(r"reason=(\w+)", (folder / "watch/wait_reasons.py").read_text()))
     return {word for word in found if isinstance(word, str) and re.fullmatch(r"([A-Z][a-z]+)+", word)}
 
 

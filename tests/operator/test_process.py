@@ -145,7 +145,7 @@ async def work(self):
             pass
 
 main.Operator.work = work
-main.STOP_SECONDS = 1
+main.SHUTDOWN_SECONDS = 1
 main.main()
 """
 
