@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Stage
+from finetune_api.status import Adapter, Stage
 from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import Preempted
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.prometheus import Telemetry
@@ -15,6 +16,7 @@ from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Ranks, Settings
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -56,6 +58,38 @@ class RunContext:
     def stage(self, stage: Stage, message: str) -> AbstractContextManager[None]:
         """Report what the run does while the block runs; the time of each stage is a metric."""
         return self.report.stage(stage, message)
+
+    def is_stopping(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.stop)
+
+    def in_stage(self, stage: Stage, message: str, work: Callable[P, T]) -> Callable[P, T]:
+        """Return `work` as a function that runs it in a stage of its own."""
+
+        def run(*args: P.args, **options: P.kwargs) -> T:
+            with self.stage(stage, message):
+                return work(*args, **options)
+
+        return run
+
+    def goes_on_alone(self) -> bool:
+        """Leave the process group; return whether this rank is the one that publishes."""
+        if self.ranks.size > 1:
+            from finetune_trainer.runtime.distributed import destroy_process_group
+
+            destroy_process_group(self.ranks)
+        return self.ranks.is_main
+
+    def report_final(self, state: TrainingState) -> None:
+        """Report the metrics of the adapter that is published."""
+        metrics = state.final_metrics(keep_best=self.spec.evaluation.keep_best)
+        self.report.metrics(metrics)
+        self.metrics.log_final(state.step, metrics)
+
+    def succeeded(self, adapter: Adapter, message: str) -> Adapter:
+        """Report success; return `adapter`."""
+        self.report.succeeded(adapter, message)
+        return adapter
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""

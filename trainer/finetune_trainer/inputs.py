@@ -166,7 +166,7 @@ def _fetch(
     return fetch(
         uri,
         Credentials.for_role(role, secrets_dir=environment.secrets),
-        environment.cache or environment.scratch / "cache",
+        environment.model_cache,
         _log_progress(field, str(uri)),
         revision=revision if uri.scheme == "hf" else None,
         ignore=ignore,

@@ -37,6 +37,16 @@ class Environment:
             attempt=int(attempt) if attempt.isdigit() else 1,
         )
 
+    @property
+    def model_cache(self) -> Path:
+        """Where models and data sets are kept: shared by jobs, or this run's own."""
+        return self.cache or self.scratch / "cache"
+
+    @property
+    def compile_cache(self) -> Path:
+        """Where compiled kernels are kept."""
+        return self.model_cache / "compiled"
+
 
 @dataclass(frozen=True)
 class Ranks:

@@ -189,20 +189,10 @@ def _forget_processes() -> None:
 
 @functools.cache
 def import_everything() -> None:
-    """What main.run imports, once for all forks; none of it is garbage that a fork must look through."""
+    """What a run imports, once for all forks; none of it is garbage that a fork must look through."""
     gc.collect()
     with freeze_imports():
-        for name in (
-            "publishing.adapter_checks",
-            "publishing.bundle",
-            "inputs",
-            "publishing.publish",
-            "checkpoints.manager",
-            "stores.folder",
-            "stores.s3.store",
-            "training.session",
-            "publishing.verify",
-        ):
+        for name in ("cli", "steps", "stores.folder", "stores.s3.store"):
             importlib.import_module(f"finetune_trainer.{name}")
         for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
             importlib.import_module(name)

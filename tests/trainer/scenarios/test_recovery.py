@@ -110,12 +110,12 @@ def test_weights_that_do_not_fit_are_no_matter_of_the_micro_batch(tiny_model: Pa
     def inject() -> None:
         import torch
 
-        from finetune_trainer.model import base
+        from finetune_trainer import steps
 
         def load_base_model(*args: Any, **options: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-        base.load_base_model = load_base_model
+        steps.load_base_model = load_base_model
 
     changes = {"quantization": {"bits": 16, "computeDtype": "bfloat16"}}
     finished = TrainerProcess(job(tmp_path, tiny_model, changes), tmp_path, before=inject).finish()

@@ -137,10 +137,10 @@ def _long() -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        "data.dataset.read_rows",
-        "data.dataset.tokenize",
+        "run.read_rows",
+        "run.tokenize",
         "publishing.publish.AdapterOutput.find_published",
-        "model.base.load_base_model",
+        "steps.load_base_model",
     ],
 )
 def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: Path, tmp_path: Path) -> None:
@@ -150,9 +150,7 @@ def test_before_training_there_is_nothing_to_wait_for(target: str, tiny_model: P
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    "target", ["publishing.bundle.write_bundle", "publishing.publish._confirm", "publishing.verify._fetch"]
-)
+@pytest.mark.parametrize("target", ["steps.write_bundle", "publishing.publish._confirm", "publishing.verify._fetch"])
 def test_after_training_the_next_attempt_publishes(
     target: str, unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -174,7 +172,7 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
         from finetune_trainer.runtime import signals
 
         signals.TIMEOUT = 0.2
-        _stop_in("model.base.load_base_model", wait_for_a_thread)()
+        _stop_in("steps.load_base_model", wait_for_a_thread)()
 
     _assert_stopped(TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish())
 

@@ -31,6 +31,11 @@ class RunDirectory:
         return self.root / "adapter" / constants.METRICS_FILE
 
     @property
+    def published(self) -> Path:
+        """Where a published adapter is downloaded to, to be loaded back."""
+        return self.root / "published"
+
+    @property
     def best(self) -> Path:
         return self.root / BEST_DIR
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from finetune_api.spec_evaluation import Evaluation
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
 STATE_FILE = "finetune_state.json"
@@ -30,6 +31,10 @@ class TrainingState:
     train_seconds: float = 0.0
     loss_since_log: float = 0.0
     last_logged_step: int = 0
+
+    def needs_baseline(self, evaluation: Evaluation) -> bool:
+        """Return whether the base model is still to be measured."""
+        return evaluation.on_start and not self.before and not self.step
 
     def metrics_before(self) -> dict[str, float]:
         """The metrics ahead of training as `<name>Before`; the confusion matrix is left out."""

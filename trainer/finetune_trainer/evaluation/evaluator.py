@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import torch
 
-from finetune_api.spec import FineTuneJobSpec, Generation
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec_evaluation import Evaluation
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import Rows, TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
@@ -40,13 +41,15 @@ class EvalPrompt:
     label: nli.Label
 
 
-def eval_prompts(rows: Rows, encoder: Encoder, settings: Generation) -> list[EvalPrompt]:
-    """Return the first settings.maxRows rows as prompts.
+def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) -> list[EvalPrompt]:
+    """Return the first generation.maxRows rows as prompts; none when the spec asks for no generated answers.
 
     Raises:
         DatasetInvalid: When a row has no answer, or no label in it; with file and line.
     """
-    result, bad = [], []
+    if rows is None or "nli" not in evaluation.metrics:
+        return []
+    result, bad, settings = [], [], evaluation.generation
     for row in rows[: settings.max_rows]:
         parts = nli.split_row(rows.format.to_example(row.data), settings.answer_marker)
         if isinstance(parts, str):

@@ -1,7 +1,8 @@
 """One training: resume, the steps, and smaller micro-batches after the GPU ran out of memory."""
 
 import gc
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.context import RunContext
 from finetune_trainer.data import batching
 from finetune_trainer.data.batching import Loader, ProcessBatches
-from finetune_trainer.data.dataset import TokenizedDataset
+from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
-from finetune_trainer.evaluation.evaluator import Evaluator
+from finetune_trainer.evaluation.evaluator import EvalPrompt, Evaluator
+from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights
-from finetune_trainer.planning.memory import ModelShape, selective_budget
+from finetune_trainer.model.base import BaseModel
+from finetune_trainer.planning.memory import selective_budget
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
 from finetune_trainer.training.loop import QloraTrainer
@@ -54,23 +57,40 @@ class TrainingSession:
         ctx: The run.
         method: What is minimized.
         plan: How the run is laid out; `fit` may replace it.
-        shape: The model's shape, None when it is not known.
+        base: The base model: its shape, and the tokenizer that TRL asks for.
         model: The PEFT model.
-        tokenizer: TRL asks for it.
-        rows: The training rows.
-        evaluator: Measures the held-out rows, None without any.
+        data: The training rows, and the held-out rows if there are any.
+        prompts: Held-out rows to answer.
         checkpoints: Where checkpoints go.
+        evaluator: Measures the held-out rows, the training rows where there are none.
     """
 
     ctx: RunContext
     method: Method
     plan: ExecutionPlan
-    shape: ModelShape | None
+    base: BaseModel
     model: Any
-    tokenizer: Any
-    rows: TokenizedDataset
-    evaluator: Evaluator | None
+    data: Datasets
+    prompts: Sequence[EvalPrompt]
     checkpoints: CheckpointManager
+    evaluator: Evaluator = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec, ranks, rows = self.ctx.spec, self.ctx.ranks, self.data.eval or self.data.train
+        self.evaluator = Evaluator(
+            spec, self.method, self.plan, self.base.tokenizer, ranks, rows, self.prompts, self.ctx.is_stopping
+        )
+
+    def measure_baseline(self, state: TrainingState) -> None:
+        """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
+        try:
+            state.before = self.evaluator.evaluate(self.model)
+        except EvaluationAborted:
+            message = f"Asked to stop ({self.ctx.stop_reason}) before training began; nothing is lost"
+            raise Preempted(message) from None
+        self.ctx.report.metrics(state.metrics_before())
+        if self.ctx.ranks.is_main:
+            self.ctx.metrics.log_baseline(state.before)
 
     def fit(self, state: TrainingState, checkpoint: Path | None) -> TrainingResult:
         """Train to the end, from `checkpoint` if given, whose state is `state`.
@@ -81,7 +101,7 @@ class TrainingSession:
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
-        budget = selective_budget(self.shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if self.shape else 1.0
+        budget = selective_budget(self.base.shape, self.ctx.spec, self.plan.tokens_per_pass or 1)
         example = self._loader().example()
         self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
         self.ctx.report.plan(self.plan)
@@ -138,7 +158,7 @@ class TrainingSession:
             method=self.method,
             batches=batches,
             throughput=throughput,
-            evaluator=self.evaluator,
+            evaluator=self.evaluator if self.data.eval else None,
             upload=self.checkpoints.upload,
         )
         trainer = QloraTrainer(
@@ -147,18 +167,18 @@ class TrainingSession:
             batches=batches,
             hooks=hooks,
             args=training_arguments(self.ctx.spec, self.plan, self.ctx.directory.checkpoints, self.model),
-            train_dataset=self.rows.dataset(),
+            train_dataset=self.data.train.dataset(),
             eval_dataset=None,
-            processing_class=self.tokenizer,
+            processing_class=self.base.tokenizer,
         )
         return trainer, hooks
 
     def _loader(self) -> Loader:
-        lengths = self.rows.input_ids.lengths
+        lengths = self.data.train.input_ids.lengths
         steps = batching.of(self.ctx.spec, lengths, self.plan)
-        collate = self.method.collator(self.plan, self.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
+        collate = self.method.collator(self.plan, self.base.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
         pinned = self.model.device.type == "cuda"
-        return Loader(self.rows, ProcessBatches(steps, self.ctx.ranks.rank), collate, pinned)
+        return Loader(self.data.train, ProcessBatches(steps, self.ctx.ranks.rank), collate, pinned)
 
     def _smaller(self, error: BaseException) -> ExecutionPlan:
         """Return the plan with a smaller micro-batch and the same effective batch. Raises GpuOutOfMemory."""
@@ -177,7 +197,7 @@ class TrainingSession:
         log.warning(f"The GPU ran out of memory at micro-batch {micro}: retrying with {smaller}, same effective batch")
         self.ctx.telemetry.out_of_memory.inc()
         plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
-        most = batching.of(self.ctx.spec, self.rows.input_ids.lengths, plan).most_tokens
+        most = batching.of(self.ctx.spec, self.data.train.input_ids.lengths, plan).most_tokens
         plan = plan.model_copy(update={"tokens_per_pass": most})
         self.ctx.report.plan(plan)
         return plan

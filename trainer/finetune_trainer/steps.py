@@ -1,0 +1,31 @@
+"""Steps 5 to 12 of a run: what needs torch, imported together once everything that needs no torch is checked."""
+
+from finetune_trainer.checkpoints.fingerprint import fingerprint
+from finetune_trainer.engine.compilation import set_compile_cache
+from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base
+from finetune_trainer.evaluation.evaluator import eval_prompts
+from finetune_trainer.methods import METHODS
+from finetune_trainer.model.adapter import attach_adapter, check_init_from
+from finetune_trainer.model.base import inspect_base_model, load_base_model
+from finetune_trainer.publishing.bundle import write_bundle
+from finetune_trainer.publishing.verify import make_verifier
+from finetune_trainer.runtime.device import seed
+from finetune_trainer.training.session import TrainingSession
+
+__all__ = [
+    "METHODS",
+    "TrainingSession",
+    "apply_plan",
+    "attach_adapter",
+    "check_init_from",
+    "eval_prompts",
+    "fingerprint",
+    "inspect_base_model",
+    "load_base_model",
+    "make_verifier",
+    "plan_execution",
+    "prepare_base",
+    "seed",
+    "set_compile_cache",
+    "write_bundle",
+]
