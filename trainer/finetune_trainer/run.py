@@ -50,8 +50,9 @@ def run(ctx: RunContext) -> Adapter | None:
             steps.check_init_from(init_from, spec)
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
-        fingerprint = steps.fingerprint(spec, base.commit, data.splits)
-        state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit)
+        state, checkpoint = checkpoints.find(
+            ctx.directory, steps.fingerprint(spec, base.commit, data.splits), base.commit
+        )
         plan = steps.plan_execution(spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
         ctx.report.plan(plan)
     ctx.stop_if_requested()
@@ -77,7 +78,6 @@ def run(ctx: RunContext) -> Adapter | None:
     with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving():
         # 9. Train; saves, resumes, evaluates, stops early and survives GPU out-of-memory.
         result = session.fit(state, checkpoint)
-    ctx.report.plan(result.plan)
 
     # 10. Only rank 0 publishes.
     if not ctx.goes_on_alone():

@@ -123,7 +123,9 @@ class TrainingSession:
                 continue
             if hooks.preempted:
                 raise self._preempted(hooks.run)
-            return TrainingResult(hooks.run, self._with_measured_memory() if has_trained else self.plan)
+            plan = self._with_measured_memory() if has_trained else self.plan
+            self.ctx.report.plan(plan)
+            return TrainingResult(hooks.run, plan)
 
     def _train(self, trainer: QloraTrainer, hooks: TrainingHooks, checkpoint: Path | None) -> bool:
         """Do the evaluation that was due at `checkpoint`, then the steps that are left; return whether any were."""
