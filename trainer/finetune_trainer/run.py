@@ -8,7 +8,7 @@ from finetune_trainer.errors import weights_must_fit
 from finetune_trainer.inputs import fetch_adapter, fetch_data_files, fetch_model_metadata, fetch_model_weights
 from finetune_trainer.publishing.earlier import published_earlier
 from finetune_trainer.publishing.publish import AdapterOutput
-from finetune_trainer.reporting import trackers
+from finetune_trainer.reporting.open_trackers import check_trackers
 from finetune_trainer.runtime.start import start_runtime
 
 
@@ -18,7 +18,7 @@ def run(ctx: RunContext) -> Adapter | None:
     Returns the adapter on rank 0 and None on all other ranks. Raises what errors.failure_of explains.
     """
     spec, settings, ranks = ctx.spec, ctx.settings, ctx.ranks
-    trackers.check(settings)
+    check_trackers(settings)
     if ranks.size > 1:
         start_runtime(spec, ranks)  # on_rank_zero is a collective; a single process stays torch-free until step 4
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import structlog
 
-from finetune_trainer.reporting import trackers
-from finetune_trainer.reporting.trackers import Track
+from finetune_trainer.errors import reason
+from finetune_trainer.reporting.open_trackers import Track, open_trackers
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
@@ -30,7 +30,7 @@ class MetricsLog:
 
     def open_trackers(self, settings: Settings, work: Path, exit_stack: ExitStack) -> None:
         """Also send to the trackers that the job and the environment ask for, until `exit_stack` closes."""
-        self._sinks |= exit_stack.enter_context(trackers.opened(settings, work))
+        self._sinks |= exit_stack.enter_context(open_trackers(settings, work))
 
     def log(self, step: int, values: Mapping[str, Any], timing: Mapping[str, float | None] | None = None) -> None:
         """Log what was measured at `step`, in training or by an evaluation.
@@ -62,5 +62,5 @@ class MetricsLog:
             try:
                 sink(step, numbers)
             except Exception as error:
-                log.warning(f"{name} failed; disabled for the rest of this run", error=trackers.safe_reason(error))
+                log.warning(f"{name} failed; disabled for the rest of this run", error=reason(error))
                 del self._sinks[name]
