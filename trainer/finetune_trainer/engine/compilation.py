@@ -190,5 +190,5 @@ def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | No
         clear_cache(shared_lora_inputs(model))
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        before.put_back()
+        before.restore()
     return None

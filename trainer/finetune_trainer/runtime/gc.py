@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def freeze_imports() -> Iterator[None]:
-    """Import within it what stays to the end: the garbage collector, which would go through all of it again and again
-    (half a million objects of torch and transformers), passes over it for ever."""
+    """Exclude everything imported in this block from garbage collection (gc.freeze).
+
+    The collector would walk half a million objects of torch and transformers again and again.
+    """
     gc.disable()
     try:
         yield

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def torch_dtype(name: str) -> Any:
-    """torch's dtype for 'bf16', 'bfloat16', 'fp16', …"""
+    """Return torch's dtype for 'bf16', 'bfloat16', 'fp16', …"""
     import torch
 
     return {
@@ -19,7 +19,7 @@ def torch_dtype(name: str) -> Any:
 
 
 def mixed_precision(device: Any, precision: str) -> Any:
-    """The context in which a step of training.precision computes on `device`."""
+    """Return the autocast context in which a step of training.precision computes on `device`."""
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision)

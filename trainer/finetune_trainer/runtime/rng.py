@@ -1,4 +1,4 @@
-"""The states of all generators that training draws from, to be put back as they were."""
+"""The states of all random number generators that training draws from."""
 
 import random
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class RngState:
-    """What Python, NumPy, PyTorch and, where there is one, this process's GPU draw from."""
+    """The states of Python's, NumPy's and PyTorch's generators, and of this process's GPU if it has one."""
 
     python: Any
     numpy: Any
@@ -19,10 +19,12 @@ class RngState:
 
     @classmethod
     def now(cls) -> "RngState":
+        """Return the present states."""
         gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
+        """Set all generators back to these states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)

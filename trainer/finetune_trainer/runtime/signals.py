@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a flag where there is something to save first, an end at once where there is not."""
+"""Graceful shutdown: set a flag while a checkpoint can be saved, else exit."""
 
 import signal
 import threading
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-#: Seconds from being asked to stop, or from the end of the save, until the process leaves, whatever still hangs.
+#: Seconds from the signal, or from the end of the save, until the process exits, whatever still hangs.
 TIMEOUT: Final = 10.0
 
 
 class StopFlag:
     """Set once the process is asked to stop; `reason` says by what."""
 
-    def __init__(self, give_up: Callable[[], None] = lambda: None) -> None:
-        """`give_up` ends the process; called, from another thread, when it has not ended by itself in PATIENCE."""
+    def __init__(self, force_exit: Callable[[], None] = lambda: None) -> None:
+        """`force_exit` ends the process. It is called from another thread if the process has not exited in TIMEOUT."""
         self._event = threading.Event()
-        self._give_up = give_up
+        self._force_exit = force_exit
         self._timer: threading.Timer | None = None
         self.reason = ""
         self.is_saving = False
@@ -26,31 +26,32 @@ class StopFlag:
         return self._event.is_set()
 
     def set(self, reason: str) -> None:
+        """Ask the process to stop; only the first `reason` is kept."""
         if not self._event.is_set():
             self.reason = reason
             self._event.set()
         if not self.is_saving:
-            self._leave_soon()
+            self._start_timer()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """For a block that, once asked to stop, saves what there is to save, however long it takes, and ends."""
+        """Let the block save a checkpoint once asked to stop, however long that takes."""
         self.is_saving = True
         try:
             yield
         finally:
             self.is_saving = False
             if self:
-                self._leave_soon()
+                self._start_timer()
 
     def disarm(self) -> None:
-        """The process ends by itself."""
+        """Stop the timer: the process exits by itself."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _leave_soon(self) -> None:
+    def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = threading.Timer(TIMEOUT, self._give_up)
+            self._timer = threading.Timer(TIMEOUT, self._force_exit)
             self._timer.daemon = True
             self._timer.start()
 
@@ -59,15 +60,17 @@ class StopFlag:
 def stop_on_signals(flag: StopFlag, alone: bool = True) -> Iterator[None]:
     """Set `flag` on SIGTERM or Ctrl-C while the block runs.
 
-    Outside of flag.saving() it also raises KeyboardInterrupt, for there is nothing to save; so does a second Ctrl-C.
-    A process that is not `alone` first tries to leave together with the others, where they look at the flag.
+    Outside of flag.saving() the signal also raises KeyboardInterrupt, for there is nothing to save; so does a second
+    Ctrl-C. A process that is not `alone` exits together with the other ranks, where they look at the flag.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         again = bool(flag)
         flag.set(signal.Signals(number).name)
-        if (alone and not flag.is_saving) or (again and number == signal.SIGINT):
-            raise KeyboardInterrupt(f"Asked to stop ({flag.reason}) where there was nothing to save: nothing is lost")
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt("Stopped by a second Ctrl-C; the last saved checkpoint is intact")
+        if alone and not flag.is_saving:
+            raise KeyboardInterrupt(f"Stopped by {flag.reason} with nothing to save; nothing is lost")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

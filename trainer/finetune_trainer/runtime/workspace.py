@@ -13,7 +13,11 @@ from finetune_trainer.settings import Settings
 
 @contextmanager
 def work_folder(settings: Settings) -> Iterator[Path]:
-    """An empty folder below the scratch space, removed afterwards. Raises ConfigInvalid when there is no such space."""
+    """Make an empty folder in the scratch directory, and remove it afterwards.
+
+    Raises:
+        ConfigInvalid: When the scratch directory cannot be written.
+    """
     scratch = settings.environment.scratch
     try:
         scratch.mkdir(parents=True, exist_ok=True)

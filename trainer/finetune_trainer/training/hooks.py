@@ -143,7 +143,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         if self._loss_at_step_begin is not None:
             self._loss = self._loss_at_step_begin
         if self._rng_at_step_end is not None:
-            self._rng_at_step_end.put_back()
+            self._rng_at_step_end.restore()
 
     def preempt(self, state: TrainerState, control: TrainerControl) -> None:
         """Leave the loop after saving the present step, without an evaluation: the next attempt begins with it."""
