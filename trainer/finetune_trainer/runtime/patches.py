@@ -75,7 +75,8 @@ PATCHES: Final = (
         check="engine.loss: is the loss still the base model, then the head, then cross-entropy of the next token?",
         sources={
             "transformers.models.mistral.modeling_mistral:MistralForCausalLM.forward": (
-                "3f2da57b7c1e8d82c633fd7277a1b6ea599fd535b319875db6ec46d4a1331804",
+                "3f2da57b7c1e8d82c633fd7277a1b6ea599fd535b319875db6ec46d4a1331804",  # 5.23
+                "dfb6ce530331c666a0b5a9b89107e561b04dd6260ad4bd0dec166d332c34181b",  # 5.17
             )
         },
     ),
@@ -85,7 +86,8 @@ PATCHES: Final = (
         check="engine.compilation: are layers still called with hidden states first and everything else by name?",
         sources={
             "transformers.modeling_layers:GradientCheckpointingLayer.__call__": (
-                "b11681464e3ee0eba9b806c3b503dfaba804fc28ade233e74998fc3104dcac91",
+                "b11681464e3ee0eba9b806c3b503dfaba804fc28ade233e74998fc3104dcac91",  # 5.23
+                "bca7a63550b2e0a7cbb5bb0fa89f9f2b30cc66043b63e6f2efaf0b3f7e50ab2b",  # 5.17
             )
         },
     ),
@@ -121,7 +123,10 @@ PATCHES: Final = (
             "torch._dynamo.config:recompile_limit": (
                 "d19376c156e77957aa3bc1aa7215860be1ab3330126f3a2a4cea38914474a27c",
             ),
-            "torch._dynamo.config:optimize_ddp": ("389c63612adf82ab60dd36f5b28a00b1a6494f67fa4311a3aa2c79ec7757cb00",),
+            "torch._dynamo.config:optimize_ddp": (
+                "389c63612adf82ab60dd36f5b28a00b1a6494f67fa4311a3aa2c79ec7757cb00",  # 2.13
+                "ce8cfa1ef7256a4a9707a04944f00c2433690fb46d77288366e6c22e0e72bdbf",  # 2.11
+            ),
             "torch._functorch.config:activation_memory_budget": (
                 "1b8396bd1fc1ce3e6020c3d78151af7c29363fd67840f8de82ee0a9f155b3637",
             ),
