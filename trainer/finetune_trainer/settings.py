@@ -79,7 +79,8 @@ class Settings:
 
     @property
     def job_name(self) -> str:
-        return self.job.metadata.name
+        name: str = self.job.metadata.name
+        return name
 
 
 def load(path: Path, overrides: Sequence[str], environment: Environment, ranks: Ranks) -> Settings:

@@ -126,7 +126,7 @@ def most_tokens(spec: FineTuneJobSpec, lengths: Sequence[int], world_size: int, 
 
 def _order(rows: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed + epoch)
-    return torch.randperm(rows, generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(rows, generator=generator).tolist()
 
 
 class ProcessBatches(Sampler[list[int]]):
@@ -157,20 +157,27 @@ class _Rows(Dataset[tuple[list[int], list[int]]]):
         return self._rows.input_ids[index], self._rows.labels[index]
 
 
-class Loader(DataLoader[dict[str, Any]]):
+class Loader(DataLoader[Any]):
     """The micro-batches of one process as tensors."""
 
-    def __init__(self, rows: TokenizedDataset, batches: ProcessBatches, collate: "Collate", pinned: bool) -> None:
+    def __init__(
+        self,
+        rows: TokenizedDataset,
+        batches: ProcessBatches,
+        collate: Callable[[Sequence[tuple[list[int], list[int]]]], dict[str, Any]],
+        pinned: bool,
+    ) -> None:
         super().__init__(_Rows(rows), batch_sampler=batches, collate_fn=collate, pin_memory=pinned)
+        self._batches, self._collate = batches, collate
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        self._batches.set_epoch(epoch)
 
     def example(self) -> dict[str, Any]:
         """A micro-batch to try things out with, about as large as others."""
         rows: Any = self.dataset
-        size = max(1, self.collate_fn.rows)  # type: ignore[attr-defined]
-        return self.collate_fn([rows[index] for index in range(min(size, len(rows)))])  # type: ignore[no-any-return]
+        size = max(1, self._batches.steps.micro_batch)
+        return self._collate([rows[index] for index in range(min(size, len(rows)))])
 
 
 @dataclass

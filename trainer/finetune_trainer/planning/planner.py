@@ -174,7 +174,8 @@ class _Case:
         if checkpointing == "auto":
             checkpointing = "enabled" if not on_cpu and wanted == "auto" else "disabled"
         known = self.compiled and self.shape is not None
-        recomputed, selective = _fixed(checkpointing, layers, known) or (checkpointing, False)
+        fixed = _fixed(checkpointing, layers, known)
+        recomputed, selective = fixed or (checkpointing if isinstance(checkpointing, int) else layers, False)
         cached = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
         return self.layout(micro, recomputed, min(cached, layers) if self._can_cache else 0, selective=selective)
 

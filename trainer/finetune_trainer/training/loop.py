@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer.engine.gradients import GradientReducer
@@ -24,6 +24,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     It overrides what no public hook can do; everything else is in TrainingHooks.
     """
+
+    control: TrainerControl
 
     def __init__(
         self, *, model: Any, method: Method, batches: StepBatches, hooks: TrainingHooks, **options: Any
@@ -47,7 +49,8 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return this micro-batch's share of the step's loss, a mean over the targets of all ranks."""
-        return self._method.loss(model, inputs) / num_items_in_batch.clamp(min=1)
+        loss: torch.Tensor = self._method.loss(model, inputs) / num_items_in_batch.clamp(min=1)
+        return loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one forward and backward pass without waiting for the device. Raises StepAborted."""
@@ -56,7 +59,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         is_last = self.accelerator.sync_gradients
         with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
             self.accelerator.backward(loss)
-        loss = loss.detach() * self.args.world_size  # logged as the mean over ranks
+        loss = loss.detach() * int(self.args.world_size)  # logged as the mean over ranks
         self._hooks.after_micro_batch(loss, self.state.global_step + 1)
         if is_last:
             self._batches.prefetch()
