@@ -102,9 +102,9 @@ MEMORY = {
 TWO_GPUS = ["training.batchSize=32", "training.microBatchSize=16"]
 #: The trainer, made to believe that no GPU can hold a whole copy of the weights.
 SHARDED = """
-from finetune_trainer.planning import planner
-fitting = planner._Case._fitting
-planner._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
+from finetune_trainer.planning import layout_search
+fitting = layout_search.LayoutSearch._fitting
+layout_search.LayoutSearch._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
 from finetune_trainer.cli import cli
 cli()
 """

@@ -11,6 +11,8 @@ from finetune_cli import model_config
 from finetune_cli.errors import CliError
 from finetune_cli.output import formatting
 from finetune_trainer.planning import planner
+from finetune_trainer.planning.device import Device
+from finetune_trainer.planning.memory import ModelShape
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob, FineTuneJobSpec
@@ -86,14 +88,14 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
     except CliError as error:
         why = f"Not predicted: {error.message}" + (f" ({error.hint})" if error.hint else "")
         return Forecast(None, gpu_memory, None, (f"{why}.", "Give the model's config.json with --model-config FILE."))
-    shape = planner.ModelShape.from_config(config)
+    shape = ModelShape.from_config(config)
     if shape is None:
         kind = config.get("model_type") or "this kind"
         return Forecast(None, gpu_memory, None, (f"Not predicted: models of type {kind} are not counted yet.",))
     return _with_memory(job.spec, shape, gpu_memory) if gpu_memory else _without_memory(job.spec, shape)
 
 
-def _with_memory(spec: FineTuneJobSpec, shape: planner.ModelShape, gpu_memory: int) -> Forecast:
+def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> Forecast:
     """What the trainer would do on a GPU of `gpu_memory` bytes."""
     try:
         plan = _plan(spec, shape, gpu_memory)
@@ -107,7 +109,7 @@ def _with_memory(spec: FineTuneJobSpec, shape: planner.ModelShape, gpu_memory: i
     )
 
 
-def _without_memory(spec: FineTuneJobSpec, shape: planner.ModelShape) -> Forecast:
+def _without_memory(spec: FineTuneJobSpec, shape: ModelShape) -> Forecast:
     """What the trainer would do with all the memory it could want, and with as little as it gets by with."""
     plan, least = _plan(spec, shape, 0), _plan(_frugal(spec), shape, 0)
     lines = [f"{_sentence(plan)}."]
@@ -116,8 +118,8 @@ def _without_memory(spec: FineTuneJobSpec, shape: planner.ModelShape) -> Forecas
     return Forecast(plan, None, None, (*lines, "Add --gpu-memory 24Gi to see whether it fits."))
 
 
-def _plan(spec: FineTuneJobSpec, shape: planner.ModelShape, gpu_memory: int) -> ExecutionPlan:
-    device = planner.Device("cuda", memory_bytes=gpu_memory)
+def _plan(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> ExecutionPlan:
+    device = Device("cuda", memory_bytes=gpu_memory)
     world = spec.resources.nodes * spec.resources.gpus_per_node
     plan: ExecutionPlan = planner.make_plan(spec, device, world, spec.model.attention, shape)
     return plan

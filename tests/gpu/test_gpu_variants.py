@@ -40,9 +40,9 @@ def test_bits_checkpointing_and_precision_go_together(material: Path, tmp_path: 
 
 
 SHARDED = """
-from finetune_trainer.planning import planner
-fitting = planner._Case._fitting
-planner._Case._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
+from finetune_trainer.planning import layout_search
+fitting = layout_search.LayoutSearch._fitting
+layout_search.LayoutSearch._fitting = lambda case, shape, sharded: fitting(case, shape, sharded) if sharded else []
 """
 
 

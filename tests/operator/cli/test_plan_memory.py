@@ -7,7 +7,9 @@ import pytest
 
 from finetune_api.manifest import load_text
 from finetune_cli.forecast import forecast
-from finetune_trainer.planning.planner import Device, ModelShape, make_plan
+from finetune_trainer.planning.device import Device
+from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.planner import make_plan
 from support.cli.run import MANIFEST, finetune, no_traceback
 
 #: Where nothing listens.

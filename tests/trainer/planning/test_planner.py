@@ -13,6 +13,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
 from finetune_trainer.planning.cost import cost
+from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import (
     GIB,
     Layout,
@@ -21,7 +22,7 @@ from finetune_trainer.planning.memory import (
     predict,
     selective_budget,
 )
-from finetune_trainer.planning.planner import Device, make_plan
+from finetune_trainer.planning.planner import make_plan
 
 CONFIG = {
     "vocab_size": 32768,
@@ -108,7 +109,7 @@ def test_a_plan_keeps_the_effective_batch_and_stays_within_memory(
     try:
         plan = make_plan(spec, _gpu(gib), world, "sdpa", MISTRAL_7B)
     except WontFit as error:
-        assert "take a larger GPU" in str(error)
+        assert "use a larger GPU" in str(error)
         return
     assert plan.micro_batch_size and plan.gradient_accumulation_steps and plan.predicted_peak_memory_bytes
     assert plan.micro_batch_size * plan.gradient_accumulation_steps * world == batch * world
@@ -236,12 +237,12 @@ def test_what_would_help_is_said_and_helps() -> None:
 
 def test_fewer_bits_are_proposed_where_the_weights_are_the_trouble() -> None:
     spec = _spec(quantization={"bits": 16}, training={"microBatchSize": 1, "gradientCheckpointing": "enabled"})
-    with pytest.raises(WontFit, match=r"set quantization.bits: 8, or share the weights out over 2 GPUs"):
+    with pytest.raises(WontFit, match=r"set quantization.bits: 8, or shard the weights over 2 GPUs"):
         make_plan(spec, _gpu(12), 1, "sdpa", MISTRAL_7B)
 
 
 def test_nothing_helps_a_gpu_that_cannot_hold_the_weights() -> None:
-    with pytest.raises(WontFit, match=r"the GPU has 2.0: take a larger GPU$"):
+    with pytest.raises(WontFit, match=r"the GPU has 2.0: use a larger GPU$"):
         make_plan(_spec(), _gpu(2), 1, "sdpa", MISTRAL_7B)
 
 
@@ -254,9 +255,9 @@ def test_weights_that_no_gpu_can_hold_are_shared_out() -> None:
     assert plan(24, 4).sharded is True
     assert plan(80, 4, quantization={"bits": 16}).sharded is True
     assert plan(24, 4).predicted_peak_memory_bytes < 24 * GIB < plan(80, 1).predicted_peak_memory_bytes
-    with pytest.raises(WontFit, match="or share the weights out over 8 GPUs"):
+    with pytest.raises(WontFit, match="or shard the weights over 8 GPUs"):
         plan(40, 2, quantization={"bits": 16})
-    with pytest.raises(WontFit, match=r"the GPU has 24.0: take a larger GPU$"):
+    with pytest.raises(WontFit, match=r"the GPU has 24.0: use a larger GPU$"):
         plan(24, 4, quantization={"bits": 8})  # its weights carry state that cannot be shared out
 
 

@@ -44,7 +44,7 @@ def plan_execution(
         WontFit: When no plan fits; the message has the changes that would make it fit.
     """
     attention = capabilities.choose_attention(spec, base, device)
-    packed = planner.packs(spec, device, attention)
+    packed = planner.uses_packing(spec, device, attention)
     plan = planner.make_plan(
         spec,
         device,
@@ -57,7 +57,7 @@ def plan_execution(
         has_fp8=capabilities.has_fp8(spec, device),
     )
     log.info("Execution plan", **plan.manifest())
-    if not plan.compiled and (reason := planner.why_not_compile(spec, device, bool(plan.packing))):
+    if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing))):
         log.info(f"The decoder layers are not compiled: {reason}")
     return plan
 

@@ -1,4 +1,4 @@
-"""How long a step takes, as far as that decides between layouts: pure arithmetic, importable without torch.
+"""Estimate the relative time of a step, to choose between layouts. Pure, importable without torch.
 
 The unit is the time of one token's forward pass through the linear layers of the model, the backward pass of a frozen
 base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/performance.md).
@@ -6,7 +6,7 @@ base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/p
 
 from finetune_trainer.planning.memory import Layout, ModelShape
 
-#: What a pass costs whatever its tokens, on the GPU: products of few rows fill it less well.
+#: Fixed cost of a pass on the GPU: small products use it less well.
 _EACH_PASS = 700
 #: Dequantizing 4-bit weights of all layers once: 2.5 bytes a weight of memory traffic against 2 operations a token.
 _DEQUANTIZING = 500
@@ -14,22 +14,22 @@ _DEQUANTIZING = 500
 _SELECTIVE = 0.002
 #: Weights of a decoder layer of Mistral-7B, to which the host's times are relative.
 _WEIGHTS_OF_A_LAYER = 218_000_000
-#: What the host needs to start the work of one layer, forward or backward: a pass of few tokens waits for it.
+#: Launch overhead of one layer on the host, forward or backward: a pass of few tokens waits for it.
 _STARTING_A_LAYER = 100
 #: The same where layers are not compiled and their many small kernels are started one by one.
 _STARTING_A_LAYER_EAGER = 250
-#: And where the weights of its linear layers are dequantized besides.
+#: And where the weights of its linear layers are dequantized as well.
 _STARTING_TO_DEQUANTIZE = 39
 
 
 def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:
-    """Relative time of an optimizer step of `rows` sequences per process; smaller is faster."""
-    recomputed = layout.recomputed / shape.layers
-    dequantized = 1 - layout.cached / shape.layers if bits == 4 else 0.0
-    through = 2 + recomputed + _SELECTIVE * layout.selective
-    on_the_gpu = through * layout.tokens + (2 + recomputed) * dequantized * _DEQUANTIZING
+    """Return the relative time of an optimizer step of `rows` sequences per process; smaller is faster."""
+    checkpointed = layout.checkpointed / shape.layers
+    still_quantized = 1 - layout.dequantized / shape.layers if bits == 4 else 0.0
+    through = 2 + checkpointed + _SELECTIVE * layout.selective
+    on_the_gpu = through * layout.tokens + (2 + checkpointed) * still_quantized * _DEQUANTIZING
     each = _STARTING_A_LAYER if layout.compiled else _STARTING_A_LAYER_EAGER
     smaller = _WEIGHTS_OF_A_LAYER * shape.layers / shape.linear_weights
-    on_the_host = (2 + recomputed) * shape.layers * (each + dequantized * _STARTING_TO_DEQUANTIZE) * smaller
+    on_the_host = (2 + checkpointed) * shape.layers * (each + still_quantized * _STARTING_TO_DEQUANTIZE) * smaller
     passes = rows // layout.micro_batch
     return passes * (_EACH_PASS + max(on_the_gpu, on_the_host))

@@ -1,4 +1,4 @@
-"""Peak GPU memory of one process, from the model's shape and the spec: pure arithmetic, importable without torch.
+"""Predict the peak GPU memory of one process from the model's shape and the spec. Pure, importable without torch.
 
 Counts what PyTorch's allocator holds at the peak of a training step, as torch.cuda.max_memory_allocated() does.
 """
@@ -14,7 +14,7 @@ GIB = 1 << 30
 #: float32 per 256 of them when quantized twice).
 _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: Layers that FSDP holds whole at one time: the one at work, the next one, and that one as it arrives.
+#: Layers that FSDP holds whole at a time: the current one, the next one, and that one while it is gathered.
 _GATHERED_LAYERS = 3
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -46,7 +46,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape | None":
-        """From the contents of config.json; None for an architecture these numbers do not describe (such as MoE)."""
+        """Read config.json; None for an architecture that these numbers do not describe (such as MoE)."""
         text = config.get("text_config") or config
         if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
             return None
@@ -67,7 +67,7 @@ class ModelShape:
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear layer of one decoder layer."""
+        """The (input, output) widths of each linear layer of one decoder layer."""
         hidden, queries, keys = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (hidden, queries),
@@ -109,15 +109,21 @@ class Memory:
 class Layout:
     """How the training of one process is laid out, as far as memory goes.
 
-    `micro_batch` rows of up to `tokens` tokens together; of the decoder layers, `recomputed` keep only their input for
-    the backward pass, and `cached` keep 4-bit weights dequantized; `sharded` base weights are shared out over all
-    `processes`. Compiled layers are `selective` when they compute what adapters read again.
+    Attributes:
+        micro_batch: Rows of a micro-batch.
+        tokens: The most tokens of a micro-batch.
+        checkpointed: Decoder layers that keep only their input for the backward pass (activation checkpointing).
+        dequantized: Decoder layers that keep their 4-bit weights dequantized.
+        compiled: Whether decoder layers are compiled.
+        selective: Whether compiled layers recompute the inputs of adapters (selective checkpointing).
+        processes: Number of processes.
+        sharded: Whether the base weights are sharded over all processes.
     """
 
     micro_batch: int
     tokens: int
-    recomputed: int = 0
-    cached: int = 0
+    checkpointed: int = 0
+    dequantized: int = 0
     compiled: bool = False
     selective: bool = False
     processes: int = 1
@@ -125,24 +131,24 @@ class Layout:
 
 
 def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest: int, attention: str) -> Memory:
-    """Memory at the peak of a training step of one process; `longest` is the longest row in tokens."""
+    """Predict the memory at the peak of a training step of one process; `longest` is the longest row in tokens."""
     width = 4 if spec.training.precision == "fp32" else 2
     saved = _saved_when_selective if layout.selective else _saved_when_compiled if layout.compiled else _saved_per_token
     scores = _scores(shape, layout.micro_batch, longest, attention, width)
     layer = layout.tokens * saved(shape, spec, width) + scores
     kept = layout.tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
-    # The first layers are recomputed, and their backward pass comes last: what the others keep is gone by then.
-    whole = max(shape.layers - layout.recomputed, min(layout.recomputed, 1))
+    # The first layers are checkpointed, and their backward pass comes last: what the others keep is gone by then.
+    whole = max(shape.layers - layout.checkpointed, min(layout.checkpointed, 1))
     return Memory(
         weights=_weights(shape, spec, layout),
         adapter=int(adapter_weights(shape, spec) * (4 + 4 + _OPTIMIZER_BYTES[spec.training.optimizer])),
-        activations=int(layout.recomputed * kept + whole * layer),
+        activations=int(layout.checkpointed * kept + whole * layer),
         workspace=_workspace(shape, spec, layout),
     )
 
 
 def adapter_weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
-    """Trained weights of the adapter."""
+    """Return the number of trained weights of the adapter."""
     lora = spec.lora
     each = (
         lora.rank * (inputs + outputs) + (outputs if lora.dora else 0)
@@ -159,8 +165,10 @@ def _targets(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, tuple[int, i
 
 
 def _weights(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
-    """Of linear layers dealt out, one process's part, and the layers that are gathered. The scales of 4-bit weights,
-    the embeddings and the head are whole everywhere."""
+    """Return the bytes of all weights: of sharded linear layers, one process's shard and the layers being gathered.
+
+    The scales of 4-bit weights, the embeddings and the head are whole on every process.
+    """
     quantization = spec.quantization
     width = 4 if spec.training.precision == "fp32" else 2
     scales = 0.0
@@ -173,13 +181,15 @@ def _weights(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
         per_weight = width = 4 if quantization.compute_dtype == "float32" else 2
     held = 1 / layout.processes + _GATHERED_LAYERS / shape.layers if layout.sharded else 1.0
     quantized = per_weight * held + scales
-    cached = layout.cached / shape.layers
-    return int(shape.linear_weights * (quantized * (1 - cached) + 2 * cached) + shape.other_weights * width)
+    dequantized = layout.dequantized / shape.layers
+    return int(shape.linear_weights * (quantized * (1 - dequantized) + 2 * dequantized) + shape.other_weights * width)
 
 
 def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """Bytes that one decoder layer keeps per token for its backward pass. The base is frozen: no linear layer's input
-    is kept for its own sake, only for the adapter on it."""
+    """Return the bytes that one decoder layer keeps per token for its backward pass.
+
+    The base is frozen: no linear layer's input is kept for its own sake, only for the adapter on it.
+    """
     hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
     norms = 2 * hidden * 4 + hidden * width  # the inputs in float32, and normalized values that no adapter reads
     attention = width * (2 * queries + 2 * shape.kv_heads * shape.head_dim)  # q, k, v and the output
@@ -188,8 +198,7 @@ def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> in
 
 
 def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """The same of a compiled layer, which computes cheap things anew in the backward pass: norms, the product of gate
-    and up, and of the masks of dropout those that do not go into a norm's gradient."""
+    """Return the same for a compiled layer, which recomputes norms, gate*up and some dropout masks."""
     read = _adapter_inputs(shape, spec)
     masks = sum(read.get(names[0], 0) for names in SAME_INPUT)
     if not spec.lora.dropout:
@@ -199,16 +208,20 @@ def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -
 
 
 def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """The same where what adapters read, the output of norms and of dropout, is computed again too: the cheapest step
-    of selective recomputation (Korthikanti et al. 2022, arXiv:2205.05198)."""
+    """The same if the adapters' inputs, outputs of norms and dropout, are recomputed too.
+
+    The cheapest step of selective checkpointing (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
     hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
     attention = 2 * queries + 2 * shape.kv_heads * shape.head_dim
     return width * (2 * hidden + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
 
 
 def selective_budget(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> float:
-    """What selective recomputation keeps, as a part of what a compiled layer keeps beyond its input in a pass of
-    `tokens` tokens (which part torch calls the activation_memory_budget)."""
+    """Return torch's activation_memory_budget for selective checkpointing in a pass of `tokens` tokens.
+
+    That is the fraction kept of what a compiled layer would keep beyond its input.
+    """
     cast = adapter_weights(shape, spec)  # to half precision, and kept
     if spec.quantization.bits == 16 and spec.quantization.compute_dtype == "float32":
         cast += shape.linear_weights
@@ -218,15 +231,19 @@ def selective_budget(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> f
 
 
 def _adapter_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """Bytes that the adapters of one decoder layer keep per token: what they read, once for all that read the same, the
-    mask of dropout that made it, and the product with A."""
+    """Return the bytes that the adapters of one decoder layer keep per token.
+
+    These are their inputs (a shared one once), the dropout masks of those, and the products with A.
+    """
     read = sum(_adapter_inputs(shape, spec).values())
     return read * width + (read if spec.lora.dropout else 0) + _ranks(shape, spec) * width
 
 
 def _adapter_inputs(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, int]:
-    """Width of all that the adapters of one decoder layer read, by the first that reads it. DoRA's read each for
-    itself."""
+    """Return the widths of the inputs of one decoder layer's adapters, by the first adapter that reads each.
+
+    DoRA adapters do not share inputs.
+    """
     read = {}
     for name, (inputs, _) in _targets(shape, spec).items():
         first = next((names[0] for names in SAME_INPUT if name in names), name)
@@ -239,7 +256,7 @@ def _ranks(shape: ModelShape, spec: FineTuneJobSpec) -> int:
 
 
 def _escaped_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """Bytes per token that a decoder layer keeps although activations are recomputed.
+    """Return the bytes per token that a decoder layer keeps although its activations are checkpointed.
 
     bitsandbytes' LLM.int8 hangs the input of every linear layer on the autograd node itself, where checkpointing
     cannot drop it (0.50, MatMul8bitLt.forward: ctx.tensors). Each layer's input is counted, also where several share
@@ -251,15 +268,17 @@ def _escaped_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> 
 
 
 def _scores(shape: ModelShape, micro_batch: int, length: int, attention: str, width: int) -> int:
-    """Attention scores of one layer, which only the eager implementation keeps."""
+    """Return the bytes of one layer's attention scores, which only the eager implementation keeps."""
     return micro_batch * shape.heads * length * length * (4 + width) if attention == "eager" else 0
 
 
 def _workspace(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
-    """What lives for a moment: two dequantized weights of the largest layer, a float32 row of its outputs, and the
-    head's tile of logits."""
+    """Return the bytes of temporary buffers.
+
+    These are two dequantized weights of the largest layer, its output gradients, and the head's tile of logits.
+    """
     largest = max(inputs * outputs for inputs, outputs in shape.linear_shapes.values())
-    dequantized = 2 * 2 * largest if spec.quantization.bits < 16 and layout.cached < shape.layers else 0
+    buffers = 2 * 2 * largest if spec.quantization.bits < 16 and layout.dequantized < shape.layers else 0
     gradients = layout.tokens * (shape.intermediate_size * 2 * 2 + shape.hidden_size * 4)
     logits = min(layout.tokens, 1024) * shape.vocab_size * 4 * 2
-    return dequantized + gradients + logits
+    return buffers + gradients + logits

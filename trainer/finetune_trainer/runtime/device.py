@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.planning.planner import Device
+from finetune_trainer.planning.device import Device
 from finetune_trainer.runtime.distributed import TIMEOUT, all_reduce_min
 from finetune_trainer.settings import Ranks
 

@@ -190,7 +190,7 @@ class TrainingSession:
             uncached = " quantization.cachedLayers: 0 or" if plan.cached_layers else ""
             raise GpuOutOfMemory(
                 f"The GPU ran out of memory at micro-batch 1: lower training.maxLength, set{uncached}"
-                " training.gradientCheckpointing: enabled, or take a larger GPU"
+                " training.gradientCheckpointing: enabled, or use a larger GPU"
             ) from error
         if self.ctx.spec.recovery.on_out_of_memory == "Fail" or self.ctx.ranks.size > 1:
             raise GpuOutOfMemory(f"The GPU ran out of memory at micro-batch {micro}") from error
