@@ -76,7 +76,7 @@ def test_stopped_while_its_watches_begin_anew_it_ends_at_once(stage: Stage) -> N
         wait_until(lambda resource=resource: stage.proxy.open_watches()[resource], "its watch is open")
         stage.jobs.create(f"nli-{resource}")
         stage.in_proxy(lambda resource=resource: stage.proxy.expire_watches("404", f"/{resource}"))
-        wait_until(lambda: "Kopf gave up" in stage.operator.logs(), "Kopf gives up")
+        wait_until(lambda: "Kopf stopped" in stage.operator.logs(), "Kopf stops")
     assert stage.operator.process.stop(30) == 0
 
 

@@ -106,13 +106,13 @@ class _Scraped(Collector):
         yield gauge("cached_objects", "Objects in memory.", ("kind",), {(k,): n for k, n in readings.objects().items()})
         yield gauge(
             "watch_age_seconds",
-            "Since a watch last showed a sign of life; servers send bookmarks each minute.",
+            "Since the last event or bookmark of a watch; servers send a bookmark every minute.",
             ("resource", "watched_namespace"),  # not `namespace`: scrapers fill in the operator's own where it is empty
             readings.watch_ages(),
         )
         yield gauge(
             "namespace_refused",
-            "Configured namespaces that the API server lets us not see, with the code of its answer.",
+            "Configured namespaces to which the API server denies access, with the HTTP status.",
             ("watched_namespace",),
             {(namespace,): code for namespace, code in readings.denied().items()},
         )

@@ -159,8 +159,10 @@ def test_suspending_stops_gently_and_resuming_makes_a_new_attempt():
     world.change_spec(suspend=True)
     world.settle()
     assert world.jobs["nli-1"]["spec"]["suspend"] is True
-    assert world.condition("Suspended") | {"reason": ""} == world.condition("Suspended") | {"reason": ""}
-    assert world.condition("Suspended")["reason"] == "Suspending"
+    suspended = world.condition("Suspended")
+    assert (suspended["status"], suspended["reason"]) == ("True", "Suspending")
+    assert suspended["message"] == "waiting for the trainer to save a checkpoint and stop"
+    assert (world.status["phase"], world.outcome, world.reasons) == ("Suspended", "Unknown", [None])
     world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert world.condition("Suspended")["reason"] == "Suspended"

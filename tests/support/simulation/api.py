@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
-from finetune_operator.core.controllers import REGISTRY
+from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects import kinds, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
@@ -43,8 +43,9 @@ def check_status(status: Object) -> None:
 class ImaginedApi(KubeClient):
     """Holds objects by their path. `is_faulty` is asked before each request whether it fails."""
 
-    def __init__(self, is_faulty: Callable[[], bool] = lambda: False) -> None:
-        super().__init__(None, "http://simulated", 1)  # type: ignore[arg-type] -- it sends nothing
+    def __init__(self, is_faulty: Callable[[], bool] = lambda: False, registry: Registry = REGISTRY) -> None:
+        kinds = registry.watched.values()
+        super().__init__(None, "http://simulated", 1, kinds)  # type: ignore[arg-type] -- it sends nothing
         self.objects: dict[str, Object] = {}
         self.version = 10**6
         self.writes = 0
@@ -54,7 +55,7 @@ class ImaginedApi(KubeClient):
         """Store an object under its name, with a version of its own."""
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
-        self.objects[path(REGISTRY.watched[kind], "team", obj["metadata"]["name"])] = obj
+        self.objects[path(self._kinds[kind], "team", obj["metadata"]["name"])] = obj
         return copy.deepcopy(obj)
 
     async def request(
@@ -78,7 +79,7 @@ class ImaginedApi(KubeClient):
         if method == "DELETE":
             del self.objects[where]
             return {}
-        kind = constants.KIND if where.endswith("/status") else "Job"
+        kind = next(kind.name for kind in self._kinds.values() if f"/{kind.plural}/" in where)
         changed = merged(found, {key: value for key, value in body.items() if key != "metadata"})
         if kind == constants.KIND:
             check_status(changed["status"])

@@ -200,3 +200,13 @@ def test_kueue_is_not_looked_for_where_it_is_switched_off():
 
     asyncio.run(act())
     assert cluster.asked == []
+
+
+def test_notices_come_from_events_and_workloads():
+    about = {"uid": "p1", "kind": "Pod"}
+    event = {"involvedObject": about, "reason": "FailedMount", "message": 'secret "x" not found'}
+    assert from_event(event) == WaitReasonUpdate("p1", WaitReason("FailedMount", 'secret "x" not found'))
+    condition = {"type": "QuotaReserved", "status": "False", "message": "no quota"}
+    workload = {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "c1"}}, "status": {"conditions": [condition]}}
+    assert from_workload(workload) == WaitReasonUpdate("c1", WaitReason("Queued", "no quota"))
+    assert from_workload({"metadata": {}, "status": {"conditions": "?"}}) is None

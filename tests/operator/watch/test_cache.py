@@ -212,3 +212,13 @@ def test_a_rank_that_is_replaced_again_and_again_does_not_fill_the_memory():
         cache.drop("Pod", ended(turn % 2, f"p{turn}", code=75))
     observed = observed_in(cache)
     assert [pod.uid for pod in observed.pods] == [f"p{turn}" for turn in range(94, 100)]
+
+
+def test_an_event_is_an_echo_when_it_shows_what_we_wrote_and_only_then():
+    cache = Cache()
+    made = {"metadata": {"name": "nli", "namespace": "team", "uid": "u", "resourceVersion": "7"}, "spec": {}}
+    cache.put_own_write("FineTuneJob", made)
+    assert not cache.is_echo("Job", 7)
+    assert not cache.is_echo("FineTuneJob", 8)
+    assert cache.is_echo("FineTuneJob", 7)
+    assert not cache.is_echo("FineTuneJob", 7), "once: who watches anew is told again"

@@ -11,7 +11,7 @@ from finetune_api import exit_codes
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.observability.job_metrics import REASONS, JobMetrics
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 ENDED = "finetune_operator_attempts_ended_total"
 

@@ -1,0 +1,44 @@
+"""What Kopf's session shows it, and tells us."""
+
+import asyncio
+
+from aiohttp import web
+from kubernetes.aio.client import Configuration
+
+from finetune_operator.kube.session import Connection
+from finetune_operator.observability.metrics import Metrics
+from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.kopf_handlers import kopf_login
+
+
+def test_kopf_is_told_of_its_lists_only_what_is_new_and_we_are_told_that_it_lists():
+    items = [{"metadata": {"name": name, "namespace": "team", "uid": name, "resourceVersion": "7"}} for name in "ab"]
+    heard: list[tuple[str, str]] = []
+
+    async def act() -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response({"items": items, "metadata": {"resourceVersion": "9"}})
+
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        configuration = Configuration()
+        configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        connection = Connection(configuration, Metrics().api_call)
+        cache = Cache()
+        cache.put("FineTuneJob", items[0])
+        connection.is_known = lambda resource, obj: resource == "finetunejobs" and cache.is_known("FineTuneJob", obj)
+        path = f"{configuration.host}/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs?limit=100"
+        login = kopf_login(connection, lambda resource, namespace: heard.append((resource, namespace)))
+        async with login.aiohttp_session as kopfs, connection.session() as ours:
+            found = await (await kopfs.get(path)).json()
+            await (await kopfs.get(f"{path}&continue=x")).read()
+            await (await ours.get(path)).read()
+        assert [obj["metadata"]["name"] for obj in found["items"]] == ["b"]
+        assert found["metadata"] == {"resourceVersion": "9"}
+        assert heard == [("finetunejobs", "team")], "a list is heard of once, and ours is not Kopf's"
+        await runner.cleanup()
+
+    asyncio.run(act())
