@@ -14,7 +14,7 @@ from finetune_trainer.data.batching import (
     ProcessBatches,
     Steps,
     balance_batches,
-    deal_by_length,
+    bucket_by_length,
 )
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
@@ -34,7 +34,7 @@ def _rows(step: list[list[list[int]]]) -> list[int]:
 @given(lengths=some_lengths, most=st.integers(1, 16), evenly=st.booleans())
 def test_each_row_is_dealt_once_and_no_bin_overflows(lengths: list[int], most: int, evenly: bool) -> None:
     bins = -(-len(lengths) // most)
-    dealt = (balance_batches if evenly else deal_by_length)(lengths, bins, most)
+    dealt = (balance_batches if evenly else bucket_by_length)(lengths, bins, most)
     assert len(dealt) == bins
     assert sorted(index for indices in dealt for index in indices) == list(range(len(lengths)))
     assert all(len(indices) <= most and indices == sorted(indices) for indices in dealt)
@@ -47,7 +47,7 @@ def test_bins_differ_by_no_more_than_one_row(lengths: list[int], bins: int) -> N
 
 
 def test_rows_that_are_padded_lie_beside_rows_of_their_length() -> None:
-    assert deal_by_length([9, 1, 8, 2, 7, 3], 3, 2) == [[0, 2], [4, 5], [1, 3]]
+    assert bucket_by_length([9, 1, 8, 2, 7, 3], 3, 2) == [[0, 2], [4, 5], [1, 3]]
 
 
 @given(

@@ -1,8 +1,8 @@
-"""Which rows make a step, how they are dealt out, and how a micro-batch lies in memory.
+"""Which rows make a step, how they are partitioned over processes and micro-batches, and the tensors of a micro-batch.
 
 The rows of a step depend on the seed and the epoch alone: never on the number of GPUs, the size of a micro-batch or
-whether rows are padded. Only how they are dealt out does, and a step's loss is the mean over all its tokens, so it
-trains the same everywhere.
+packing. Only their partition does, and a step's loss is the mean over all its tokens, so training is the same
+everywhere.
 """
 
 import functools
@@ -20,36 +20,49 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
 
-#: Rows looked at to learn how many tokens a micro-batch will have.
-_LOOKED_AT: Final = 16_384
+#: Rows scanned for the most tokens of a micro-batch.
+_SCANNED_ROWS: Final = 16_384
 
 
 def balance_batches(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
-    """Indices of `lengths` dealt into `bins` of at most `most` each, their sums as even as may be.
+    """Partition rows into bins with balanced token counts (LPT greedy, Graham 1969).
 
-    Longest first, each into the bin that holds least (Graham 1969, LPT). Within a bin the order is that of `lengths`.
+    Args:
+        lengths: Tokens of each row.
+        bins: Number of bins.
+        most: Rows that a bin takes at most.
+
+    Returns:
+        The indices of each bin, in the order of `lengths`.
     """
-    dealt: list[list[int]] = [[] for _ in range(bins)]
+    partition: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0, bin_) for bin_ in range(bins)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         held, bin_ = heapq.heappop(heap)
-        dealt[bin_].append(index)
-        if len(dealt[bin_]) < most:
+        partition[bin_].append(index)
+        if len(partition[bin_]) < most:
             heapq.heappush(heap, (held + lengths[index], bin_))
-    return [sorted(indices) for indices in dealt]
+    return [sorted(indices) for indices in partition]
 
 
-def deal_by_length(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
-    """Indices of `lengths` dealt into `bins` of at most `most` each, so that those of a bin are about equally long:
-    rows that are padded to the longest of them lose least."""
+def bucket_by_length(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
+    """Partition rows into bins of about equally long rows, which wastes the least padding; see balance_batches."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [sorted(order[bin_ * most : (bin_ + 1) * most]) for bin_ in range(bins)]
 
 
 @dataclass
 class Steps:
-    """All micro-batches of a training: steps of `batch_size` rows, each dealt to `world` processes by micro-batches of
-    `micro_batch` rows."""
+    """All micro-batches of a training.
+
+    Attributes:
+        lengths: Tokens of each row.
+        batch_size: Rows of a step (the effective batch).
+        world: Number of processes.
+        micro_batch: Rows of a micro-batch.
+        seed: Of the order of rows.
+        packed: Whether rows are packed; otherwise they are padded.
+    """
 
     lengths: Sequence[int]
     batch_size: int
@@ -58,21 +71,33 @@ class Steps:
     seed: int
     packed: bool
 
-    def epoch(self, number: int) -> Iterator[list[list[list[int]]]]:
-        """For each step, for each of its micro-batches, for each process: indices of rows.
+    @classmethod
+    def from_plan(cls, spec: FineTuneJobSpec, lengths: Sequence[int], plan: ExecutionPlan) -> "Steps":
+        """Return the steps of a training on rows of `lengths` tokens, laid out by `plan`."""
+        return cls(
+            lengths=lengths,
+            batch_size=spec.training.batch_size,
+            world=plan.world_size or 1,
+            micro_batch=plan.micro_batch_size or 1,
+            seed=spec.training.seed,
+            packed=bool(plan.packing),
+        )
 
-        The rest of an epoch is a step of its own, of fewer rows. A process for which none is left gets an empty list.
+    def epoch(self, number: int) -> Iterator[list[list[list[int]]]]:
+        """Yield each step as [micro-batch][process][index of row].
+
+        The rest of an epoch is a step with fewer rows. A process for which no row is left gets an empty list.
         """
         order = _order(len(self.lengths), self.seed, number)
         for first in range(0, len(order), self.batch_size):
-            yield self.dealt(order[first : first + self.batch_size])
+            yield self.partition(order[first : first + self.batch_size])
 
-    def dealt(self, rows: Sequence[int]) -> list[list[list[int]]]:
-        """The rows of one step, dealt out."""
+    def partition(self, rows: Sequence[int]) -> list[list[list[int]]]:
+        """Partition the rows of one step: [micro-batch][process][index of row]."""
         lengths = [self.lengths[row] for row in rows]
         bins = self._passes(len(rows)) * self.world
-        dealt = (balance_batches if self.packed else deal_by_length)(lengths, bins, self.micro_batch)
-        found = [[rows[index] for index in indices] for indices in dealt]
+        partition = (balance_batches if self.packed else bucket_by_length)(lengths, bins, self.micro_batch)
+        found = [[rows[index] for index in indices] for indices in partition]
         return [found[first : first + self.world] for first in range(0, len(found), self.world)]
 
     @property
@@ -82,17 +107,17 @@ class Steps:
         return whole * self._passes(self.batch_size) + self._passes(rest)
 
     def _passes(self, rows: int) -> int:
-        """Micro-batches of each process in a step of `rows`."""
+        """Return the micro-batches of each process in a step of `rows` rows."""
         return -(-rows // (self.micro_batch * self.world))
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens of any micro-batch, padding included; of a long training, of its first steps."""
-        most, looked_at = 0, 0
+        """The most tokens of any micro-batch, padding included (of a long training: of its first steps)."""
+        most, scanned = 0, 0
         for step in chain.from_iterable(self.epoch(number) for number in count()):
             most = max(most, *(self._tokens(rows) for processes in step for rows in processes))
-            looked_at += sum(len(rows) for processes in step for rows in processes)
-            if looked_at >= _LOOKED_AT:
+            scanned += sum(len(rows) for processes in step for rows in processes)
+            if scanned >= _SCANNED_ROWS:
                 break
         return most
 
@@ -101,25 +126,13 @@ class Steps:
         return sum(lengths) if self.packed else len(lengths) * max(lengths, default=0)
 
 
-def of(spec: FineTuneJobSpec, lengths: Sequence[int], plan: ExecutionPlan) -> Steps:
-    """The steps of a training of rows of `lengths` tokens, laid out as `plan` says."""
-    return Steps(
-        lengths=lengths,
-        batch_size=spec.training.batch_size,
-        world=plan.world_size or 1,
-        micro_batch=plan.micro_batch_size or 1,
-        seed=spec.training.seed,
-        packed=bool(plan.packing),
-    )
-
-
 def most_tokens(spec: FineTuneJobSpec, lengths: Sequence[int], world_size: int, packed: bool) -> Callable[[int], int]:
-    """How many tokens the largest micro-batch will have, for sizing: of so many rows of `lengths` tokens."""
+    """Return a function for planning: rows of a micro-batch -> the most tokens of any, for rows of `lengths` tokens."""
 
     @functools.cache
     def of_rows(micro_batch: int) -> int:
         plan = ExecutionPlan(micro_batch_size=micro_batch, world_size=world_size, packing=packed)
-        return of(spec, lengths, plan).most_tokens
+        return Steps.from_plan(spec, lengths, plan).most_tokens
 
     return of_rows
 
@@ -130,7 +143,7 @@ def _order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 class ProcessBatches(Sampler[list[int]]):
-    """The micro-batches of process `rank`, in order."""
+    """Yields the micro-batches of process `rank`, in order."""
 
     def __init__(self, steps: Steps, rank: int) -> None:
         self.steps, self._rank, self._epoch = steps, rank, 0
@@ -157,8 +170,8 @@ class _Rows(Dataset[tuple[list[int], list[int]]]):
         return self._rows.input_ids[index], self._rows.labels[index]
 
 
-class Loader(DataLoader[Any]):
-    """The micro-batches of one process as tensors."""
+class Loader(DataLoader[tuple[list[int], list[int]]]):
+    """Yields the micro-batches of one process as tensors."""
 
     def __init__(
         self,
@@ -167,22 +180,21 @@ class Loader(DataLoader[Any]):
         collate: Callable[[Sequence[tuple[list[int], list[int]]]], dict[str, Any]],
         pinned: bool,
     ) -> None:
-        super().__init__(_Rows(rows), batch_sampler=batches, collate_fn=collate, pin_memory=pinned)
-        self._batches, self._collate = batches, collate
+        self._rows, self._batches, self._collate = _Rows(rows), batches, collate
+        super().__init__(self._rows, batch_sampler=batches, collate_fn=collate, pin_memory=pinned)
 
     def set_epoch(self, epoch: int) -> None:
         self._batches.set_epoch(epoch)
 
     def example(self) -> dict[str, Any]:
-        """A micro-batch to try things out with, about as large as others."""
-        rows: Any = self.dataset
+        """Return a micro-batch for warming up, about as large as the others."""
         size = max(1, self._batches.steps.micro_batch)
-        return self._collate([rows[index] for index in range(min(size, len(rows)))])
+        return self._collate([self._rows[index] for index in range(min(size, len(self._rows)))])
 
 
 @dataclass
 class Collate:
-    """Makes the tensors of a micro-batch: rows end to end when `packed`, else side by side and padded on the right.
+    """Makes the tensors of a micro-batch: rows packed end to end, or side by side and padded on the right.
 
     Both hold input_ids, `target_positions` int64 [targets] into the flattened input_ids, and `target_ids` int64
     [targets], the token that follows each: wherever a label is set, the first of a row excepted. Packed rows come with
@@ -207,7 +219,7 @@ class Collate:
         for length in lengths:
             starts.append(starts[-1] + length)
         total = starts[-1]
-        # Sequences without tokens fill up: a kernel passes over them, and a compiled one is the same for every pass.
+        # Empty sequences fill up: kernels skip them, and compiled code sees the same shape in every pass.
         ends = torch.tensor(starts + [total] * (self.rows - len(rows)), dtype=torch.int32)
         longest = max(self.longest, *lengths)
         return {

@@ -1,4 +1,4 @@
-"""Token ids of many rows in compact memory, the same memory for Python and for Arrow."""
+"""Token ids of many rows in compact memory, shared by Python and Arrow."""
 
 from array import array
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _CHUNK_ROWS: Final = 4096
 
 
 class TokenLists(Sequence[list[int]]):
-    """Lists of token ids, one after another in one block of memory: 4 bytes a token, a tenth of what lists take."""
+    """Lists of token ids in one block of memory: 4 bytes per token, a tenth of Python lists."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
@@ -39,7 +39,7 @@ class TokenLists(Sequence[list[int]]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest list; 0 when there is none."""
+        """Tokens of the longest list; 0 if there is none."""
         return max(self.lengths, default=0)
 
     @property
@@ -48,7 +48,7 @@ class TokenLists(Sequence[list[int]]):
         return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
 
     def arrow(self) -> Any:
-        """The same as a column for Arrow; the tokens are not copied. Nothing can be appended while it lives."""
+        """Return the same as an Arrow column. Tokens are not copied: nothing can be appended while it lives."""
         import numpy
         import pyarrow
 

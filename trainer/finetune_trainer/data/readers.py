@@ -8,14 +8,19 @@ from pathlib import Path, PurePosixPath
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
 
-#: What tools leave beside the data (the `datasets` library passes over the same names).
+#: Metadata that tools leave beside the data (the `datasets` library skips the same names).
 _ABOUT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 def read(path: Path, name: str) -> Iterator[Row]:
-    """The rows of the file at `path`, called `name` in messages; rows that cannot be parsed carry their problem.
+    """Yield the rows of a file; rows that cannot be parsed carry their problem.
 
-    Raises DatasetInvalid for a file of an unknown kind, or one that cannot be read at all.
+    Args:
+        path: The file.
+        name: What messages call it.
+
+    Raises:
+        DatasetInvalid: The file's type is unknown, or it cannot be read at all.
     """
     suffix = path.suffix.lower()
     reader = _READERS.get(suffix)
@@ -25,7 +30,7 @@ def read(path: Path, name: str) -> Iterator[Row]:
 
 
 def is_data_file(path: str) -> bool:
-    """Whether a file at this path below a prefix counts as a shard: of a known kind, not hidden, not about the data."""
+    """Return whether the file at this path holds rows: its type is known, it is not hidden and no metadata."""
     parts = PurePosixPath(path).parts
     hidden = any(part.startswith((".", "_")) for part in parts)
     return Path(path).suffix.lower() in _READERS and not hidden and parts[-1] not in _ABOUT_DATA

@@ -1,4 +1,4 @@
-"""A row of a data file, with its place and its problem."""
+"""A row of a data file, with its location and its problem."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,14 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. `line` counts from 1 (Parquet: the row's number)."""
+    """One row of a file.
+
+    Attributes:
+        file: The file's name in messages.
+        line: Counts from 1 (Parquet: the row's number).
+        data: The parsed row; None if it has a problem.
+        problem: What is wrong with it, or ''.
+    """
 
     file: str
     line: int
@@ -20,6 +27,7 @@ class Row:
     problem: str = ""
 
     def refuse(self, problem: str) -> "Row":
+        """Return the row with its problem instead of its data."""
         return Row(self.file, self.line, None, problem)
 
     def __str__(self) -> str:
@@ -27,7 +35,7 @@ class Row:
 
 
 def refuse_bad_rows(rows: Iterable[Row]) -> None:
-    """Raise DatasetInvalid with the first problems among `rows`, one a line; do nothing when there is none."""
+    """Raise DatasetInvalid with the first problems among `rows`, one per line; do nothing if there is none."""
     bad = [row for row in rows if row.problem]
     if not bad:
         return

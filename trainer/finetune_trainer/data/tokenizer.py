@@ -9,7 +9,7 @@ import structlog
 from finetune_trainer.errors import ConfigInvalid, reason
 
 log = structlog.get_logger(__name__)
-#: Whole names of tokens that models set aside for padding, then of those set aside for anything; best first.
+#: Whole names of tokens that models reserve for padding, then for anything; best first.
 _PAD_TOKENS: Final = (
     r"<\|finetune_right_pad_id\|>",  # Llama 3
     r"<pad>|<PAD>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|pad_token\|>",
@@ -20,9 +20,15 @@ _PAD_TOKENS: Final = (
 
 
 def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`, set up for training: right padding, a pad token that is never EOS.
+    """Load the tokenizer in `folder` for training: right padding, a pad token that is never EOS.
 
-    Raises ConfigInvalid, naming `source`.
+    Args:
+        folder: The base model's files.
+        source: The model's URI, for messages.
+        trust_remote_code: Whether code of the model may run.
+
+    Raises:
+        ConfigInvalid: There is no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -43,7 +49,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
 
 
 def choose_pad_token(tokenizer: Any) -> str:
-    """A token for padding whose loss is masked without masking EOS: the pad token, else unk, else one set aside for it.
+    """Choose a pad token whose loss can be masked without masking EOS: the pad token, else unk, else a reserved one.
 
     Labels never depend on it (padding is masked by position), but other tools mask by id: with pad = EOS they would
     teach the model never to stop, with a word as pad never to say that word, and decoding drops what is special.
@@ -63,7 +69,7 @@ def choose_pad_token(tokenizer: Any) -> str:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings: they are never resized here."""
+    """Raise ConfigInvalid if the tokenizer has more tokens than the model has embeddings: they are never resized."""
     if len(tokenizer) > vocab_size:
         raise ConfigInvalid(
             f"spec.model.source: the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab_size}: "

@@ -15,8 +15,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.context import RunContext
-from finetune_trainer.data import batching
-from finetune_trainer.data.batching import Loader, ProcessBatches
+from finetune_trainer.data.batching import Loader, ProcessBatches, Steps
 from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
@@ -177,7 +176,7 @@ class TrainingSession:
 
     def _loader(self) -> Loader:
         lengths = self.data.train.input_ids.lengths
-        steps = batching.of(self.ctx.spec, lengths, self.plan)
+        steps = Steps.from_plan(self.ctx.spec, lengths, self.plan)
         collate = self.method.collator(self.plan, self.base.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
         pinned = self.model.device.type == "cuda"
         return Loader(self.data.train, ProcessBatches(steps, self.ctx.ranks.rank), collate, pinned)
@@ -199,7 +198,7 @@ class TrainingSession:
         log.warning(f"The GPU ran out of memory at micro-batch {micro}: retrying with {smaller}, same effective batch")
         self.ctx.telemetry.out_of_memory.inc()
         plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
-        most = batching.of(self.ctx.spec, self.data.train.input_ids.lengths, plan).most_tokens
+        most = Steps.from_plan(self.ctx.spec, self.data.train.input_ids.lengths, plan).most_tokens
         plan = plan.model_copy(update={"tokens_per_pass": most})
         self.ctx.report.plan(plan)
         return plan
