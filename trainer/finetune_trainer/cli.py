@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(console)
     reporter = Reporter(place.termination_log)
     if world.local_rank == 0:
-        reporter.forget_earlier_reports()
+        reporter.clear_termination_log()
     stop = StopFlag(lambda: force_exit(reporter))
     try:
         with stop_on_signals(stop, alone=world.size == 1), ExitStack() as exit_stack:
@@ -85,7 +85,10 @@ def parser() -> argparse.ArgumentParser:
             ),
             (constants.ENV_PVC_ROOT, f"where pvc:// claims are mounted (default {constants.PVC_ROOT})"),
             (constants.ENV_LISTEN, f"address of /metrics and /progress (default 0.0.0.0:{constants.TRAINER_PORT})"),
-            ("MLFLOW_TRACKING_URI", "an MLflow server to send every metric to; its other variables hold, too"),
+            (
+                "MLFLOW_TRACKING_URI",
+                "an MLflow server to send every metric to; other MLFLOW_* variables are honored too",
+            ),
             (constants.ENV_TERMINATION_LOG, f"file for the final report (default {constants.TERMINATION_LOG})"),
         )
     )
@@ -116,8 +119,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def force_exit(reporter: Reporter) -> NoReturn:
-    """End the process although something in it still hangs: it was asked to stop, and all is saved."""
-    failure = failure_of(Preempted("Asked to stop; what was saved is whole, what was under way is given up"))
+    """End a process that was asked to stop and still hangs; all that can be saved is saved."""
+    failure = failure_of(Preempted("Forced exit after the grace period; saved checkpoints are intact"))
     log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code)
     reporter.failed(failure)
     os._exit(failure.exit_code)

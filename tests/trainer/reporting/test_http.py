@@ -15,7 +15,7 @@ def _read(address: str | None, path: str = "/metrics") -> str:
 
 
 def test_who_has_asked_may_hear_the_last_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "LAST_CHANCE_SECONDS", 30)
+    monkeypatch.setattr(http, "LAST_SCRAPE_SECONDS", 30)
     numbers, heard = ["first"], []
     pages = {"/metrics": ("text/plain", lambda: numbers[-1].encode())}
 
@@ -33,7 +33,7 @@ def test_who_has_asked_may_hear_the_last_numbers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_answer_under_way_as_the_run_ends_is_not_taken_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "LAST_CHANCE_SECONDS", 30)
+    monkeypatch.setattr(http, "LAST_SCRAPE_SECONDS", 30)
     begun, ended = threading.Event(), threading.Event()
 
     def slowly() -> bytes:
@@ -58,6 +58,6 @@ def test_an_answer_under_way_as_the_run_ends_is_not_taken_for_the_last(monkeypat
 
 
 def test_nobody_is_waited_for_who_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "LAST_CHANCE_SECONDS", 3600)
+    monkeypatch.setattr(http, "LAST_SCRAPE_SECONDS", 3600)
     with http.serve("127.0.0.1:0", {}) as address:
         assert address

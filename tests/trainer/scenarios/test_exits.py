@@ -161,7 +161,7 @@ def test_a_port_in_use_is_a_warning(tiny_model: Path, tmp_path: Path) -> None:
         env = {"FINETUNE_LISTEN": f"127.0.0.1:{taken.getsockname()[1]}"}
         finished = train(job(tmp_path, tiny_model, {"training.maxSteps": 1}), tmp_path, env=env)
     assert finished.exit_code == 0
-    assert "Metrics and progress are not served" in finished.log
+    assert "Serving metrics and progress failed" in finished.log
 
 
 def test_a_long_report_is_cut_to_fit_the_termination_message() -> None:

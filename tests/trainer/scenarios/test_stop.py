@@ -174,7 +174,9 @@ def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None
         signals.TIMEOUT = 0.2
         _stop_in("steps.load_base_model", wait_for_a_thread)()
 
-    _assert_stopped(TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish())
+    stopped = TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish()
+    _assert_stopped(stopped)
+    assert stopped.message == "Forced exit after the grace period; saved checkpoints are intact"
 
 
 def _assert_stopped(stopped: Finished) -> None:

@@ -101,7 +101,7 @@ def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirect
 
 
 def environment(plan: ExecutionPlan) -> dict[str, Any]:
-    """Versions and hardware: what it takes to repeat the run."""
+    """Return versions and hardware: what it takes to repeat the run."""
     import torch
 
     found: dict[str, str] = {}
@@ -123,12 +123,12 @@ def environment(plan: ExecutionPlan) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of training/metrics.jsonl."""
+    """Return the lines of training/metrics.jsonl; none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plot_loss(lines: Iterable[dict[str, Any]], path: Path) -> None:
-    """Training and evaluation loss (nats per token) over optimizer steps, as PNG."""
+    """Draw training and evaluation loss (nats per token) over optimizer steps, as a PNG at `path`."""
     import matplotlib.figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -17,7 +17,13 @@ _ROWS = (
 
 
 def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str) -> str:
-    """The card's text."""
+    """Return the text of README.md.
+
+    Args:
+        job: The job, with every default filled in.
+        metrics: Final metrics, those of the base model as `<name>Before`.
+        base_model: The base model's hub id or URI.
+    """
     name, spec = job.metadata.name, job.spec
     front = yaml.safe_dump(
         {

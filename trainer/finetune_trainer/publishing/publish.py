@@ -1,13 +1,13 @@
-"""Publish an adapter so that a reader finds it whole, and loaded back, or not at all.
+"""Publish an adapter so that readers see all of it, verified, or nothing.
 
-Order: the old manifest goes first (when it may be replaced), then every file is sent and checked, then the caller loads
-back what was sent, then manifest.json is written (If-None-Match: *, unless overwriting), then everything is read once
-more. A crash anywhere leaves no manifest or one over files that are whole and that did load.
+Order: delete the old manifest if it may be replaced, upload and check every file, let the caller load back what was
+uploaded, write manifest.json (If-None-Match: *, unless overwriting), read everything once more. A crash anywhere leaves
+either no manifest, or one over complete files that were loaded back.
 
-The prefix is flat, because readers take it as a PEFT folder. So an adapter that is replaced is gone from the first file
-on (callers check theirs before they call), and two jobs with one output.uri would write over each other's files: a
-publisher looks for a manifest before every file and stops at a stranger's. (A file on its way at that very moment can
-still land on the other's: two live jobs must not share a URI.)
+The prefix is flat, because readers take it as a PEFT folder. So an adapter that is replaced is gone from the first
+upload on (callers verify the local one first), and two jobs with one output.uri would overwrite each other's files: a
+publisher looks for a manifest before every file and stops if it is another job's. (A file that is being uploaded at
+that moment can still overwrite the other's: two live jobs must not share a URI.)
 """
 
 import hashlib
@@ -121,7 +121,7 @@ class AdapterOutput:
         return _adapter(store, manifest, data)
 
     def _existing(self) -> tuple[StoreManifest, bytes] | None:
-        """The manifest at the target. One that is no manifest of ours counts as another job's: None if `overwrite`."""
+        """Return the manifest at the target. One that cannot be read counts as another job's: None if `overwrite`."""
         try:
             return store_manifest.read(self.store)
         except StoreCorrupted as error:
@@ -130,7 +130,7 @@ class AdapterOutput:
             raise AlreadyExists(f"{error}; move it away, change the URI, or set output.overwrite: true") from None
 
     def _published_by_this_job(self, manifest: StoreManifest, data: bytes) -> Adapter | None:
-        """The adapter of `manifest` if it is this job's and whole. Raises AlreadyExists for another job's."""
+        """Return the adapter of `manifest` if it is this job's and complete. Raises AlreadyExists if another job's."""
         ours = self.job.uid is not None and manifest.job is not None and manifest.job.uid == self.job.uid
         if ours and _is_whole(self.store, manifest):
             return _adapter(self.store, manifest, data)
@@ -145,7 +145,7 @@ class AdapterOutput:
 
 
 def _digests(bundle: Bundle) -> dict[str, Digest]:
-    """The digest of every file to publish, by path; large files last, so that small troubles show early."""
+    """Return the digest of every file to publish, by path; large files last, so that errors show early."""
     folder = bundle.folder
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / constants.MANIFEST_FILE]
     missing = [name for name in bundle.artifact.required_files if folder / name not in files]
@@ -178,14 +178,16 @@ def _require_listed(store: Store, digests: Mapping[str, Digest]) -> None:
         missing = [path for path, digest in digests.items() if sizes.get(path) != digest.size]
         if not missing:
             return
-    raise StoreCorrupted(f"{store.field}: {store.uri_of(missing[0])} was sent, but the listing does not have all of it")
+    raise StoreCorrupted(
+        f"{store.field}: {store.uri_of(missing[0])} was uploaded, but the listing shows a missing or truncated object"
+    )
 
 
 def _confirm(store: Store, manifest: StoreManifest, data: bytes) -> None:
-    """Read everything back; a publication that proves broken is withdrawn, if it is still ours."""
+    """Read everything back. Delete the manifest again, if it is still ours, when something is wrong."""
     try:
         if not any(store.read_bytes(constants.MANIFEST_FILE) == data for _ in range(store_manifest.READS)):
-            raise StoreCorrupted(f"{store.field}: another job has published at {store.root} at the same time")
+            raise StoreCorrupted(f"{store.field}: another job published at {store.root} at the same time")
         store_manifest.verify(store, manifest)
     except StoreCorrupted:
         if store.exists(constants.MANIFEST_FILE) and store.read_bytes(constants.MANIFEST_FILE) == data:
@@ -194,7 +196,7 @@ def _confirm(store: Store, manifest: StoreManifest, data: bytes) -> None:
 
 
 def _delete_stale(store: Store, old: StoreManifest, new: StoreManifest) -> None:
-    """Remove what the old adapter had and the new one has not. Files that no manifest named are not ours to delete."""
+    """Delete the old adapter's files that the new one does not have; never files that no manifest names."""
     for path in {file.path for file in old.files} - {file.path for file in new.files}:
         store.delete(path)
 

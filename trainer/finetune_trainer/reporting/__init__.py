@@ -1,1 +1,1 @@
-"""What a run tells the world: report, metrics, logs, progress bar, experiment trackers."""
+"""Reports of a run: TrainerReport, metrics, logs, progress bar, experiment trackers."""

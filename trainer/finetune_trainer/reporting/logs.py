@@ -36,7 +36,7 @@ class _ConsoleStream:
 
 
 def configure(console: Console | None = None, level: int = logging.INFO) -> None:
-    """Send all logging, the libraries' too, to stderr: readable when `console` is given, else JSON lines."""
+    """Send all logging, of libraries too, to stderr: readable above the bar of `console` if given, else JSON lines."""
     stream = logging.StreamHandler(_ConsoleStream(console) if console else sys.stderr)
     stream.setFormatter(_formatter(_readable if console else structlog.processors.JSONRenderer()))
     root = logging.getLogger()
@@ -69,7 +69,7 @@ def copy_to(path: Path) -> None:
 
 
 def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
-    """One line for people: time, what happened, the rest as key=value."""
+    """Return one line for people: time, event, the rest as key=value."""
     when = str(event.pop("timestamp", ""))[11:19]
     level, what, trace = event.pop("level", "info"), event.pop("event", ""), event.pop("exception", "")
     event.pop("stage", None)
@@ -78,8 +78,8 @@ def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
     return f"{when}  {mark}{what}{rest}" + (f"\n{trace}" if trace else "")
 
 
-def _without_passwords(_logger: Any, _method: str, line: str) -> str:
-    """Libraries' texts and tracebacks may hold the URL they were given, with user and password."""
+def _without_passwords(_logger: Any, _method: str, line: Any) -> str:
+    """Remove user and password from URLs, which libraries put into messages and tracebacks."""
     return without_userinfo(line)
 
 

@@ -13,7 +13,7 @@ from finetune_trainer.reporting.report import Reporter
 
 @contextmanager
 def live_progress(console: Console, reporter: Reporter) -> Iterator[None]:
-    """Show step, loss, tokens/s and the time left for as long as the block runs."""
+    """Show step, loss, tokens/s and the time left while the block runs."""
     bar = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),

@@ -14,7 +14,7 @@ _CHECKPOINT_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300)
 
 
 class Telemetry:
-    """The run's metrics in a registry of their own. A gauge appears once its value is known."""
+    """The run's metrics, in a registry of their own. A gauge appears once its value is known."""
 
     _PROGRESS_GAUGES = (
         ("step", "step", "Optimizer steps done."),
@@ -56,7 +56,7 @@ class Telemetry:
         )
 
     def update(self, report: TrainerReport) -> None:
-        """Listener for Reporter."""
+        """Take over the values of `report`; a listener of Reporter."""
         self._stages.enter(report.stage)
         for field, name, text in self._PROGRESS_GAUGES:
             self._set(name, text, getattr(report.progress, field))
@@ -74,7 +74,7 @@ class Telemetry:
             self._set("gpu_memory_peak_bytes", "GPU memory the run reached.", plan.measured_peak_memory_bytes)
 
     def track(self, step: int, values: Mapping[str, Any]) -> None:
-        """What the loop logged at `step`: training (gradNorm, secondsPerStep, tokens) or evaluation (evalLoss)."""
+        """Take over what was logged at `step`: training (gradNorm, secondsPerStep, tokens) or evaluation (evalLoss)."""
         for key, (name, text) in self._TRACKED_GAUGES.items():
             self._set(name, text, values.get(key))
         self.tokens.inc(values.get("tokens") or 0)
@@ -82,13 +82,13 @@ class Telemetry:
             self.evaluations.inc()
 
     def checkpoint_saved(self, seconds: float) -> None:
-        """A checkpoint is in the store; saving it took `seconds`."""
+        """Count a checkpoint that is in the store; saving it took `seconds`."""
         self.checkpoints.inc()
         self._checkpoint_seconds.observe(seconds)
 
     def text(self) -> bytes:
-        """The exposition format of /metrics."""
-        self._stages.bring_up_to_date()
+        """Return the body of /metrics, in Prometheus' exposition format."""
+        self._stages.update()
         return generate_latest(self.registry)
 
     def _set(self, name: str, text: str, value: float | None) -> None:
@@ -103,7 +103,7 @@ class Telemetry:
 
 
 class _Stages:
-    """Time by stage. Written by the run, read by the thread that serves scrapes."""
+    """Seconds by stage. The run enters stages; the HTTP thread reads the time."""
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
@@ -114,14 +114,14 @@ class _Stages:
     def enter(self, stage: Stage) -> None:
         with self._lock:
             if stage != self._now:
-                self._settle()
+                self._add_elapsed()
                 self._now = stage
 
-    def bring_up_to_date(self) -> None:
+    def update(self) -> None:
         with self._lock:
-            self._settle()
+            self._add_elapsed()
 
-    def _settle(self) -> None:
+    def _add_elapsed(self) -> None:
         now = time.monotonic()
         self._gauge.labels(self._now).inc(now - self._since)
         self._since = now

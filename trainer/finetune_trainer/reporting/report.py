@@ -1,4 +1,4 @@
-"""The run's report of itself: kept current for /progress and Prometheus, written at the end as termination message."""
+"""The TrainerReport: current for /progress and Prometheus, at the end written as the pod's termination message."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ from finetune_trainer.stores.json_numbers import drop_non_finite
 
 log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
-#: Bytes that a message too long for the termination log keeps before metrics are left out for it.
+#: Bytes that a message keeps, if it is too long for the termination log, before metrics are dropped instead.
 _LEAST_MESSAGE_BYTES = 256
 Listener = Callable[[TrainerReport], None]
 
@@ -83,14 +83,14 @@ class Reporter:
         self._write_termination_message()
 
     def failed(self, failure: Failure) -> None:
-        """Report `failure`, unless another process of the pod has told why already: the rest fail for lack of it."""
+        """Report `failure`. Keep the termination message if another process of the pod has written the cause."""
         self._change(stage="Failed", reason=failure.reason, message=failure.message)
-        if _cause_is_told(self._termination_log):
+        if _has_cause(self._termination_log):
             return
         self._write_termination_message()
 
-    def forget_earlier_reports(self) -> None:
-        """Empty the termination log, which a former run on this machine may have written."""
+    def clear_termination_log(self) -> None:
+        """Empty the termination log, which an earlier run on this machine may have written."""
         if self._termination_log is not None and self._termination_log.is_file():
             with suppress(OSError):
                 self._termination_log.write_bytes(b"")
@@ -107,10 +107,10 @@ class Reporter:
         try:
             self._termination_log.write_bytes(termination_message(self.report))
         except OSError as error:
-            log.warning(f"The termination message could not be written to {self._termination_log}", error=str(error))
+            log.warning(f"Writing the termination message to {self._termination_log} failed", error=str(error))
 
 
-def _cause_is_told(termination_log: Path | None) -> bool:
+def _has_cause(termination_log: Path | None) -> bool:
     try:
         told = TrainerReport.model_validate_json(termination_log.read_bytes()) if termination_log else None
     except (OSError, ValueError):
@@ -119,9 +119,9 @@ def _cause_is_told(termination_log: Path | None) -> bool:
 
 
 def termination_message(report: TrainerReport, limit: int = constants.TERMINATION_LOG_MAX_BYTES) -> bytes:
-    """`report` as JSON of at most `limit` bytes.
+    """Return `report` as JSON of at most `limit` bytes.
 
-    The message is shortened first; where too little of it would be left, the confusion matrix goes, then all metrics.
+    The message is shortened first. If too little of it would be left, the confusion matrix goes, then all metrics.
     """
     figures = {key: value for key, value in report.metrics.items() if not key.startswith("confusion.")}
     for metrics in (report.metrics, figures):
@@ -132,7 +132,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
 
 
 def _shortened(report: TrainerReport, limit: int, least: int) -> bytes | None:
-    """`report` as JSON with as much of its message as fits; None when that is less than all and than `least` bytes."""
+    """Return `report` as JSON with as much of its message as fits; None if that is less than `least` bytes."""
     text = _json(report)
     if len(text) <= limit:
         return text
@@ -141,7 +141,7 @@ def _shortened(report: TrainerReport, limit: int, least: int) -> bytes | None:
 
 
 def _cut(text: str, room: int) -> str:
-    """The start of `text` that takes `room` bytes within a JSON string."""
+    """Return the start of `text` that takes at most `room` bytes inside a JSON string."""
     for index, character in enumerate(text):
         room -= len(json.dumps(character, ensure_ascii=False).encode()) - 2
         if room < 0:
