@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,13 @@ def test_other_shapes_of_rows_train_and_are_answered(shape: str, tiny_model: Pat
     finished = _train(tmp_path, tiny_model, nli)
     assert f"Training rows are {shape}" in finished.log
     assert "accuracy" in finished.report["metrics"]
+
+
+def test_a_model_whose_sizes_are_not_understood_trains_without_a_prediction(tiny_model: Path, tmp_path: Path) -> None:
+    """The planner does not describe a mixture of experts, which this model claims to be."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
+    finished = _train(tmp_path / "run", model, {})
+    assert "predictedPeakMemoryBytes" not in finished.report["executionPlan"]
+    assert "checkpointedLayers" not in finished.report["executionPlan"]

@@ -100,7 +100,8 @@ class TrainingSession:
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
-        budget = selective_budget(self.base.shape, self.ctx.spec, self.plan.tokens_per_pass or 1)
+        shape = self.base.shape
+        budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
         example = self._loader().example()
         self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
         self.ctx.report.plan(self.plan)
