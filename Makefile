@@ -81,9 +81,10 @@ images: ## Build both images with docker, podman or buildah, and list what is in
 	scripts/build-images.sh
 
 .PHONY: constraints
-constraints: $(VENV)/.dev ## Record the installed versions in constraints.txt
+constraints: $(VENV)/.dev ## Record the installed versions in constraints.txt, and the hashes of what the images install
 	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable 2>/dev/null | sed 's/+cpu//'; } > $(VENV)/frozen
 	mv $(VENV)/frozen constraints.txt
+	$(BIN)/python scripts/lock.py
 
 .PHONY: clean
 clean: ## Remove what the other targets made

@@ -4,7 +4,7 @@
 #   REGISTRY    registry, with the folder there, to name the images after: the chart's image.registry
 #   TAG         their tag; the project's version
 #   PUSH=1      push them as well
-#   BASE        base image, with Python 3.11 or newer
+#   BASE        base image, with Python 3.11 to 3.14: requirements.lock has the hashes for these
 #   SOURCE      address of the source code, for the label of that name
 #   ENGINE      docker, podman or buildah
 #   BUILD_ARGS  more arguments for the build, such as "--build-arg FLASH_ATTN=1 --build-arg DEVEL_BASE=..."

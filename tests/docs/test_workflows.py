@@ -1,4 +1,4 @@
-"""The workflows on GitHub: what they run is pinned, and is what the Makefile offers."""
+"""The workflows on GitHub: what they run is pinned, and is what the Makefile offers; and which tests a target takes."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from support.common import levels
 from support.docs.chart import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
@@ -39,3 +40,26 @@ def test_the_night_runs_everything() -> None:
     text = yaml.safe_load(workflow.read_text())
     assert text[True]["schedule"], "YAML takes the key `on` for true"
     assert "make test-nightly" in [step.get("run") for step in steps(workflow)]
+
+
+@pytest.mark.parametrize(
+    ("path", "fixtures", "level"),
+    [
+        ("integration/test_end_to_end.py", set(), levels.E2E),
+        ("operator/test_process.py", {"cluster", "tmp_path"}, levels.E2E),
+        ("trainer/scenarios/test_kills.py", {"tmp_path"}, levels.SCENARIO),
+        ("trainer/engine/test_loss.py", {"tmp_path"}, levels.UNIT),
+    ],
+)
+def test_a_test_has_its_level_from_its_folder_and_fixtures(path: str, fixtures: set[str], level: str) -> None:
+    assert levels.level_of(Path(path), fixtures) == level
+
+
+def test_every_worker_begins_with_long_tests_and_none_is_lost() -> None:
+    long = [f"{name}[{number}]" for name in levels.LONGEST_FIRST[:4] for number in (1, 2)]
+    names = [*(f"short.py::test_{number}" for number in range(20)), *reversed(long)]
+    order = [names[index] for index in levels.deal(names, 2)]
+    assert sorted(order) == sorted(names)
+    starts = [order[0], order[len(order) // 2]]
+    assert [name.partition("[")[0] for name in starts] == list(levels.LONGEST_FIRST[:2])
+    assert [name for name in levels.LONGEST_FIRST if not (levels.TESTS / name.partition("::")[0]).exists()] == []

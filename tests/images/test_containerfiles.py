@@ -103,7 +103,10 @@ def test_every_extra_it_installs_exists_and_every_package_is_pinned(image: str) 
     runs = " ".join(rest for keyword, rest in instructions(image) if keyword == "RUN")
     installs = re.findall(r"pip install .*?(?=&&|$)", runs)
     assert installs
-    assert all("--constraint constraints.txt" in install for install in installs)
+    by_hash = "--no-deps --require-hashes --requirement requirements.lock"
+    assert all(by_hash in install or "--constraint constraints.txt" in install for install in installs)
+    by_hash_at, own_at = (next(at for at, each in enumerate(installs) if word in each) for word in (by_hash, ".["))
+    assert by_hash_at < own_at
     extras = "operator" if image == "operator" else dict(_arguments(image))["EXTRAS"]
     assert set(extras.split(",")) <= set(_project()["optional-dependencies"])
 

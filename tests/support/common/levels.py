@@ -22,11 +22,11 @@ LONGEST_FIRST = (
     "integration/test_end_to_end.py",
     "trainer/scenarios/test_distributed.py",
     "trainer/scenarios/test_resume.py",
-    "trainer/scenarios/test_kills.py",
     "trainer/scenarios/test_variants.py",
-    "trainer/scenarios/test_exits.py",
+    "integration/test_command_line.py",
     "trainer/scenarios/test_stop.py",
     "trainer/scenarios/test_recovery.py",
+    "trainer/scenarios/test_kills.py",
     "trainer/scenarios/test_remote.py",
 )
 

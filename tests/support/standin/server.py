@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from aiohttp import web
 
-from support.standin import types
+from support.standin import protobuf, types
 from support.standin.api import Api, Options, Target
 from support.standin.logs import forward_log
 from support.standin.selectors import matcher
@@ -62,6 +62,8 @@ def _parse(store: Store, path: str) -> Target:
 
 async def _body(request: web.Request) -> Any:
     if "protobuf" in request.content_type or "cbor" in request.content_type:
+        if secret := protobuf.secret(await request.read()):
+            return secret
         text = f"the body is in an unknown format: {request.content_type}; the stand-in reads JSON and YAML"
         raise Refusal(415, "UnsupportedMediaType", text)
     text = await request.text()

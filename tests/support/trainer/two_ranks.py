@@ -26,7 +26,8 @@ class Pair:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        shared[constants.ENV_TERMINATION_LOG] = str(folder / "termination.json")
+        self._termination = folder / "termination.json"
+        shared[constants.ENV_TERMINATION_LOG] = str(self._termination)
         self.ranks = [
             TrainerProcess(
                 config,
@@ -39,6 +40,10 @@ class Pair:
 
     def finish(self) -> list[Finished]:
         return [rank.finish() for rank in self.ranks]
+
+    def report(self) -> TrainerReport:
+        """What both have left, after the end."""
+        return TrainerReport.model_validate_json(self._termination.read_text())
 
 
 class Torchrun:

@@ -31,13 +31,14 @@ def _losses(out: Path, key: str) -> list[float]:
     return [line[key] for line in metrics_lines(out) if key in line]
 
 
-def test_torchrun_gives_the_losses_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one(tiny_model: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     alone = train(job(one, tiny_model, RUN | {"resources.nodes": 1}), one)
     assert alone.exit_code == 0, alone.log
-    done = Torchrun(job(two, tiny_model, RUN), two)
-    report = done.finish()
-    assert done.process.returncode == 0, done.log[-4000:]
+    pair = Pair(job(two, tiny_model, RUN), two)
+    for each in pair.finish():
+        assert each.exit_code == 0, each.log[-4000:]
+    report = pair.report()
     assert len(_losses(two / "out", "loss")) == 6
     for key in ("loss", "evalLoss", "gradNorm"):
         assert _losses(two / "out", key) == pytest.approx(_losses(one / "out", key), rel=1e-4)
