@@ -1,4 +1,4 @@
-"""Credentials of one role (model, dataset, output, wandb): its mounted Secret first, then the environment."""
+"""Credentials of one role (model, dataset, output, wandb): from its mounted Secret, then from the environment."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from finetune_api import constants
 
-#: Keys that only mean something together: never take one from the Secret and another from the environment.
+#: Keys that belong together: never take one from the Secret and another from the environment.
 _AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
 _MAX_BYTES: Final = 64 * 1024
@@ -19,16 +19,19 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?|[0
 
 @dataclass(frozen=True)
 class Credentials:
-    """Settings and secrets for one role, by environment-style key. Its repr shows no value."""
+    """Settings and secrets of one role, by environment-style key. Its repr shows no value."""
 
     role: str
     values: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     @classmethod
     def for_role(cls, role: str, env: Mapping[str, str] | None = None, secrets_dir: Path | str | None = None) -> Self:
-        """Read the files of <secrets_dir>/<role>, and `env` (default: the process's) for what they do not hold.
+        """Read the files of <secrets_dir>/<role>, and the environment for keys that they lack.
 
-        `secrets_dir` defaults to $FINETUNE_SECRETS_DIR, else names.SECRETS_DIR. A missing folder holds nothing.
+        Args:
+            role: Name of the role.
+            env: Default: the process's environment.
+            secrets_dir: Default: $FINETUNE_SECRETS_DIR, else constants.SECRETS_DIR. It need not exist.
         """
         env = os.environ if env is None else env
         folder = Path(secrets_dir or env.get(constants.ENV_SECRETS_DIR) or constants.SECRETS_DIR) / role
@@ -40,7 +43,7 @@ class Credentials:
         return cls(role, inherited | secret)
 
     def get(self, key: str, default: str | None = None) -> str | None:
-        """The value of `key`; empty counts as absent."""
+        """Return the value of `key`; an empty one counts as absent."""
         return self.values.get(key) or default
 
     @property
@@ -50,7 +53,7 @@ class Credentials:
 
 
 def _read_secret(folder: Path) -> dict[str, str]:
-    """A mounted Secret: one file a key. Kubernetes' own '..data' links are no keys."""
+    """Read a mounted Secret: one file per key. Kubernetes' own '..data' links are no keys."""
     if not folder.is_dir():
         return {}
     files = [path for path in sorted(folder.iterdir()) if _ENV_NAME.match(path.name) and path.is_file()]
@@ -63,9 +66,10 @@ def _read_value(path: Path) -> str:
 
 
 def origin(url: str) -> str:
-    """'https://host:port' of an http(s) URL: all of it that a message may show, for the rest may hold a password.
+    """Return 'https://host:port' of an http(s) URL: all that a message may show, since the rest may hold a password.
 
-    Raises ValueError, whose text does not hold `url`: it may be a key that was put under the wrong name.
+    Raises:
+        ValueError: It is no URL. The text does not show it: it may be a key under the wrong name.
     """
     try:
         parts = urlsplit(url)

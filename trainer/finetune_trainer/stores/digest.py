@@ -1,4 +1,4 @@
-"""Digests of files, computed in one pass with bounded memory."""
+"""Compute digests of files in one pass with bounded memory."""
 
 import base64
 import hashlib
@@ -13,7 +13,13 @@ CHUNK_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Digest:
-    """Size in bytes, SHA-256 as 64 hexadecimal digits, and CRC-32 (ISO-HDLC, the one S3 calls CRC32)."""
+    """The digest of a file.
+
+    Attributes:
+        size: Bytes.
+        sha256: 64 hexadecimal digits.
+        crc32: CRC-32 (ISO-HDLC), which S3 calls CRC32.
+    """
 
     size: int
     sha256: str
@@ -21,12 +27,12 @@ class Digest:
 
     @property
     def crc32_base64(self) -> str:
-        """The CRC as S3's x-amz-checksum-crc32 has it: big-endian, base64."""
+        """The CRC in the form of S3's x-amz-checksum-crc32: big-endian, base64."""
         return base64.b64encode(self.crc32.to_bytes(4, "big")).decode()
 
 
 def digest_chunks(chunks: Iterable[bytes], sink: Callable[[bytes], object] | None = None) -> Digest:
-    """Digest of all `chunks`, each handed to `sink` on the way."""
+    """Return the digest of all `chunks`; each is passed to `sink` on the way."""
     size, sha, crc = 0, hashlib.sha256(), 0
     for chunk in chunks:
         size += len(chunk)
@@ -38,11 +44,11 @@ def digest_chunks(chunks: Iterable[bytes], sink: Callable[[bytes], object] | Non
 
 
 def digest_bytes(data: bytes) -> Digest:
-    """Digest of `data`."""
+    """Return the digest of `data`."""
     return digest_chunks([data])
 
 
 def digest_file(path: Path) -> Digest:
-    """Digest of the file at `path`; raises OSError."""
+    """Return the digest of the file at `path`; raises OSError."""
     with path.open("rb") as file:
         return digest_chunks(iter(lambda: file.read(CHUNK_BYTES), b""))

@@ -1,4 +1,4 @@
-"""A store in a POSIX folder: file:// and pvc:// (a claim mounted below $FINETUNE_PVC_ROOT)."""
+"""A store in a POSIX folder, for file:// and pvc:// (a claim mounted below $FINETUNE_PVC_ROOT)."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ _NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class FolderStore(Store):
-    """Writes go to a hidden temporary file, are flushed to disk, and are then renamed: whole or not at all."""
+    """A folder. Writes go to a hidden temporary file, are flushed to disk and then renamed: whole or not at all."""
 
     def __init__(self, root: Uri, folder: Path, field: str, mount: Path | None = None) -> None:
         super().__init__(root, field)
@@ -96,7 +96,7 @@ class FolderStore(Store):
                     folder.rmdir()
 
     def _expecting(self, path: str, sha256: str | None) -> Callable[[Digest], None]:
-        """Raises StoreCorrupted for bytes with another digest than `sha256`."""
+        """Return a check that raises StoreCorrupted for bytes with another digest than `sha256`."""
 
         def check(digest: Digest) -> None:
             if sha256 is not None and digest.sha256 != sha256:
@@ -123,7 +123,7 @@ class FolderStore(Store):
 
 
 def _explain(error: OSError, field: str, uri: str) -> StoreError:
-    """The store's error for one of the operating system."""
+    """Return the store's error for one of the operating system."""
     what = f"{field}: {uri}"
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return StoreNotFound(f"{what} does not exist (or is no file)")
@@ -147,7 +147,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Entry]:
 
 
 def _copy(source: Path, target: Path, on_progress: OnProgress | None, check: Callable[[Digest], None]) -> None:
-    """Copy; `target` appears only when `check` does not raise."""
+    """Copy a file; `target` appears only if `check` does not raise."""
 
     def moved(chunk: bytes) -> None:
         out.write(chunk)
@@ -160,7 +160,7 @@ def _copy(source: Path, target: Path, on_progress: OnProgress | None, check: Cal
 
 @contextmanager
 def _replacing(target: Path, exclusive: bool = False) -> Iterator[IO[bytes]]:
-    """A file that takes `target`'s place when the block ends well. `exclusive` raises FileExistsError instead."""
+    """Yield a file that replaces `target` if the block succeeds; if `exclusive`, raise FileExistsError instead."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -179,10 +179,10 @@ def _place(partial: Path, target: Path, exclusive: bool) -> None:
         partial.replace(target)
         return
     try:
-        os.link(partial, target)  # unlike rename, fails when the target is there
+        os.link(partial, target)  # unlike rename, fails if the target exists
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        if target.exists():  # a file system without hard links: two writers in the same instant are not told apart
+        if target.exists():  # without hard links, two writers in the same instant are not detected
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         partial.replace(target)

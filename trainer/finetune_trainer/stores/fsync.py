@@ -1,4 +1,4 @@
-"""Files that survive a crash of the machine: bytes reach the disk before the name that vouches for them does."""
+"""Make files survive a crash of the machine: bytes reach the disk before the name that stands for them."""
 
 import os
 from contextlib import suppress
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def replace(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target` once its bytes are on the disk: under its final name a file is whole."""
+    """Flush `partial` to disk, then rename it to `target`: under its final name a file is whole."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(target)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a crash; some network file systems cannot, and need not."""
+    """Flush renames in `folder` to disk; some network file systems cannot, and need not."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -23,6 +23,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_folders(top: Path) -> None:
-    """The same for every folder from `top` downward."""
+    """Flush renames in `top` and all folders below it."""
     for folder, _, _ in os.walk(top):
         sync_folder(Path(folder))

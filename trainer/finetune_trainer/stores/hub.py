@@ -1,4 +1,4 @@
-"""hf:// sources, through huggingface_hub and its cache (which several jobs may share: it locks each file)."""
+"""Fetch hf:// sources with huggingface_hub and its cache, which jobs may share: it locks each file."""
 
 import os
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from finetune_trainer.stores.errors import (
     StoreUnavailable,
 )
 
+#: Tries while the hub does not answer.
 ATTEMPTS: Final = 3
 
 
@@ -34,10 +35,13 @@ def fetch_from_hub(
     ignore: Sequence[str] = (),
     field: str | None = None,
 ) -> Path:
-    """The local folder of a repository's snapshot, or of the file or folder `uri.path` inside it.
+    """Fetch a repository's snapshot and return its folder, or the file or folder `uri.path` inside it.
 
-    $HF_ENDPOINT and $HF_TOKEN of the role are honored. Without a connection, a snapshot that is whole in the cache is
-    taken as it is. Raises StoreNotFound, StoreAccessDenied, StoreMisconfigured, StoreUnavailable.
+    $HF_ENDPOINT and $HF_TOKEN of the role are honored. Without a connection, a snapshot that is complete in the cache
+    is used. For the arguments see fetch.fetch.
+
+    Raises:
+        StoreError: The repository, revision or path does not exist, access is denied, or the hub does not answer.
     """
     field = field or ("dataset.train" if uri.is_dataset else "model.source")
     policy = Retrying(
@@ -82,7 +86,7 @@ def _snapshot(
 
 
 def _shown_endpoint(credentials: Credentials, field: str) -> str:
-    """Scheme, host and port. What is no URL is not told: it may be a token that was put under the wrong name."""
+    """Return scheme, host and port. Never show what is no URL: it may be a token under the wrong name."""
     try:
         return origin(credentials.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
     except ValueError:
@@ -106,7 +110,7 @@ def _explain(error: Exception, where: str, credentials: Credentials, revision: s
             return StoreNotFound(f"{where} does not exist, or the HF_TOKEN in {secret} may not see it")
         return StoreAccessDenied(f"{where} does not exist, or is private: check the name, or set HF_TOKEN in {secret}")
     if status in (401, 403):
-        return StoreAccessDenied(f"{where}: the hub refused the request (HTTP {status}): check HF_TOKEN in {secret}")
+        return StoreAccessDenied(f"{where}: access denied (HTTP {status}): check HF_TOKEN in {secret}")
     if isinstance(error, hub.HFValidationError | hub.RemoteEntryNotFoundError):
         return StoreNotFound(f"{where} cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, hub.EntryNotFoundError):
@@ -118,7 +122,7 @@ def _explain(error: Exception, where: str, credentials: Credentials, revision: s
 
 
 def _status(error: BaseException | None) -> int:
-    """The HTTP status behind `error`, or 0."""
+    """Return the HTTP status behind `error`, or 0."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -128,7 +132,7 @@ def _status(error: BaseException | None) -> int:
 
 
 def _reporting(on_progress: OnProgress | None) -> type[Any]:
-    """A silent progress bar that passes bytes on."""
+    """Return the class of a silent progress bar that reports bytes."""
 
     class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:

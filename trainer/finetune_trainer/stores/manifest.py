@@ -11,17 +11,17 @@ from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.digest import Digest
 from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound
 
-#: Reads before content counts as wrong: from a server that reports no checksum it may have changed on the way.
+#: Reads before content counts as wrong: without a checksum of the server it may have changed on the way.
 READS: Final = 3
 
 
 def records(digests: dict[str, Digest]) -> list[FileRecord]:
-    """The manifest's list of files, sorted by path."""
+    """Return the manifest's list of files, sorted by path."""
     return [FileRecord(path=path, size_bytes=each.size, sha256=each.sha256) for path, each in sorted(digests.items())]
 
 
 def read(store: Store, folder: str = "") -> tuple[StoreManifest, bytes] | None:
-    """The manifest in `folder` and its bytes; None when there is none. Raises StoreCorrupted when it is no manifest."""
+    """Return the manifest in `folder` and its bytes, or None; raises StoreCorrupted if it is no manifest of ours."""
     path = manifest_path(folder)
     problem = ""
     for _ in range(READS):
@@ -40,12 +40,12 @@ def read(store: Store, folder: str = "") -> tuple[StoreManifest, bytes] | None:
 
 
 def manifest_path(folder: str) -> str:
-    """Where `folder`'s manifest is."""
+    """Return the path of the manifest of `folder`."""
     return str(PurePosixPath(folder, constants.MANIFEST_FILE))
 
 
 def verify(store: Store, manifest: StoreManifest, folder: str = "") -> None:
-    """Read every file through and compare; raises StoreCorrupted naming the first that is missing or differs."""
+    """Read every file back and compare; raises StoreCorrupted for the first that is missing or differs."""
     for file in manifest.files:
         path = str(PurePosixPath(folder, file.path))
         try:

@@ -1,6 +1,6 @@
 """Download one object in parallel ranges, each written straight to its place in the file.
 
-s3transfer passes every chunk through a queue to one writing thread, which takes about three times the CPU time.
+s3transfer passes every chunk through a queue to one writing thread, which costs about three times the CPU time.
 """
 
 import os

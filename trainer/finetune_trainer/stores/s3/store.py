@@ -157,7 +157,7 @@ class S3Store(Store):
     def _s3(self) -> s3_client.Clients:
         with self._lock:
             if self._clients is None:
-                self._location("")  # explains an endpoint that is no URL
+                self._location("")  # raises for an endpoint that is no URL
                 # From the pod's environment alone: a Secret is the user's, and could name itself allowed.
                 allowed = os.environ.get(constants.ENV_ALLOWED_S3_ENDPOINTS, "")
                 if not s3_client.is_allowed(self._credentials, allowed):
