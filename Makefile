@@ -45,7 +45,7 @@ lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities
 	$(BIN)/hadolint images/*/Containerfile
 	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }
 	diff -q crds/finetunejobs.yaml charts/finetune-operator/files/finetunejobs.yaml || { echo "The chart's copy is stale: run make crds"; exit 1; }
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/python scripts/generate_docs.py --check
 	$(BIN)/python scripts/dashboards.py --check
 	$(BIN)/python scripts/audit.py | tee $(VENV)/audit.txt
 
@@ -61,7 +61,7 @@ crds: $(VENV)/.dev ## Generate the CRD from the models
 
 .PHONY: docs
 docs: $(VENV)/.dev ## Generate the reference pages and the dashboards
-	$(BIN)/python docs/generate.py
+	$(BIN)/python scripts/generate_docs.py
 	$(BIN)/python scripts/dashboards.py
 
 .PHONY: envtest

@@ -202,7 +202,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_the_generated_pages_are_current() -> None:
-    done = subprocess.run([sys.executable, DOCS / "generate.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "generate_docs.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -239,7 +241,7 @@ def test_every_reason_has_a_cause_and_a_cure() -> None:
     page = (DOCS / "troubleshooting.md").read_text()
     told = set(re.findall(r"^\| (?:\d+ \| )?`(\w+)`", page, re.MULTILINE))
     outcomes = set(exit_codes.REASONS)
-    assert reasons_in_code() - NO_REASONS - told == set(), "tell of them in docs/operator_reasons.py"
+    assert reasons_in_code() - NO_REASONS - told == set(), "tell of them in scripts/operator_reasons.py"
     assert outcomes - told == set()
     assert told - outcomes - reasons_in_code() == set(), "no longer in the code"
 

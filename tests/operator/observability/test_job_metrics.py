@@ -66,5 +66,5 @@ def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
 
 
 def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:
-    explained = runpy.run_path(str(ROOT / "docs" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
+    explained = runpy.run_path(str(ROOT / "scripts" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
     assert set(REASONS) == {*exit_codes.REASONS, *explained}

@@ -164,15 +164,17 @@ def test_after_training_the_next_attempt_publishes(
 
 
 def test_what_hangs_on_leaving_is_left(tiny_model: Path, tmp_path: Path) -> None:
-    def wait_for_a_thread() -> None:
-        with ThreadPoolExecutor() as pool:
-            pool.submit(time.sleep, 1000).result()
-
     def inject() -> None:
+        from finetune_trainer import steps
         from finetune_trainer.runtime import signals
 
+        def stop_and_wait_for_a_thread(*args: Any, **options: Any) -> None:
+            with ThreadPoolExecutor() as pool:
+                pool.submit(time.sleep, 1000)
+                os.kill(os.getpid(), signal.SIGTERM)
+
         signals.TIMEOUT = 0.2
-        _stop_in("steps.load_base_model", wait_for_a_thread)()
+        steps.load_base_model = stop_and_wait_for_a_thread
 
     stopped = TrainerProcess(job(tmp_path, tiny_model, RUN), tmp_path, before=inject).finish()
     _assert_stopped(stopped)
