@@ -43,16 +43,17 @@ def test_the_night_runs_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "fixtures", "level"),
+    ("name", "fixtures", "level"),
     [
         ("integration/test_end_to_end.py", set(), levels.E2E),
         ("operator/test_process.py", {"cluster", "tmp_path"}, levels.E2E),
         ("trainer/scenarios/test_kills.py", {"tmp_path"}, levels.SCENARIO),
-        ("trainer/engine/test_loss.py", {"tmp_path"}, levels.UNIT),
+        ("trainer/engine/test_loss.py::test_one", {"tmp_path"}, levels.UNIT),
+        ("trainer/engine/test_fsdp.py::test_one", {"tmp_path"}, levels.SCENARIO),
     ],
 )
-def test_a_test_has_its_level_from_its_folder_and_fixtures(path: str, fixtures: set[str], level: str) -> None:
-    assert levels.level_of(Path(path), fixtures) == level
+def test_a_test_has_its_level_from_its_folder_and_fixtures(name: str, fixtures: set[str], level: str) -> None:
+    assert levels.level_of(name, fixtures) == level
 
 
 def test_every_worker_begins_with_long_tests_and_none_is_lost() -> None:
@@ -62,4 +63,9 @@ def test_every_worker_begins_with_long_tests_and_none_is_lost() -> None:
     assert sorted(order) == sorted(names)
     starts = [order[0], order[len(order) // 2]]
     assert [name.partition("[")[0] for name in starts] == list(levels.LONGEST_FIRST[:2])
-    assert [name for name in levels.LONGEST_FIRST if not (levels.TESTS / name.partition("::")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted({*levels.LONGEST_FIRST, *levels.LONG_ELSEWHERE}))
+def test_the_long_tests_are_still_where_they_are_said_to_be(name: str) -> None:
+    path, _, start = name.partition("::")
+    assert f"def {start}" in (levels.TESTS / path).read_text()

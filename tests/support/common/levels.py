@@ -1,6 +1,7 @@
 """Which target of the Makefile runs a test, told by where the test lies and what it uses; and which tests begin.
 
-Every test has one level: `unit` (`make test-fast`), `scenario` (whole trainer runs) or `e2e` (on a Kubernetes API).
+Every test has one level: `unit` (`make test-fast`), `scenario` (whole trainer runs and other long ones) or `e2e` (on a
+Kubernetes API).
 A test marked `nightly` is left to `make test-nightly`. A level marked on the test itself wins over its folder.
 """
 
@@ -14,6 +15,14 @@ UNIT, SCENARIO, E2E = LEVELS = ("unit", "scenario", "e2e")
 _E2E_FOLDERS = {"chaos", "integration"}
 _API_SERVERS = {"cluster", "every_cluster", "either_cluster"}
 _SCENARIOS = "scenarios"
+#: How the names of tests elsewhere begin that take as long as a scenario.
+LONG_ELSEWHERE = (
+    "images/test_containerfiles.py::test_the_list_of_packages",
+    "operator/core/test_fuzz.py",
+    "trainer/engine/test_compilation.py::test_selective_checkpointing",
+    "trainer/engine/test_fsdp.py",
+    "trainer/stores/test_faulty_stores.py",
+)
 #: How the names of long tests begin, the longest first: a run on several workers ends no sooner than the test that
 #: began last.
 LONGEST_FIRST = (
@@ -31,11 +40,12 @@ LONGEST_FIRST = (
 )
 
 
-def level_of(path: Path, fixtures: set[str]) -> str:
-    """The level of a test in `path` (relative to tests/) that uses `fixtures`."""
-    if path.parts[0] in _E2E_FOLDERS or fixtures & _API_SERVERS:
+def level_of(name: str, fixtures: set[str]) -> str:
+    """The level of the test of that name (`folder/file.py::test`, below tests/) that uses `fixtures`."""
+    folders = Path(name.partition("::")[0]).parts
+    if folders[0] in _E2E_FOLDERS or fixtures & _API_SERVERS:
         return E2E
-    return SCENARIO if _SCENARIOS in path.parts else UNIT
+    return SCENARIO if _SCENARIOS in folders or name.startswith(LONG_ELSEWHERE) else UNIT
 
 
 def deal(names: Sequence[str], hands: int) -> list[int]:
@@ -64,8 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark every test before `-m` chooses among them, and order what it has chosen."""
     for item in items:
         if not any(item.get_closest_marker(level) for level in LEVELS):
-            item.add_marker(level_of(item.path.relative_to(TESTS), set(getattr(item, "fixturenames", ()))))
+            item.add_marker(level_of(_name(item), set(getattr(item, "fixturenames", ()))))
     yield
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
-    names = [item.nodeid.removeprefix(f"{TESTS.name}/") for item in items]
-    items[:] = [items[index] for index in deal(names, workers)]
+    items[:] = [items[index] for index in deal([_name(item) for item in items], workers)]
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.removeprefix(f"{TESTS.name}/")
