@@ -90,6 +90,6 @@ def _formatter(renderer: Any) -> logging.Formatter:
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
             renderer,
-            _without_passwords,  # type: ignore[list-item]  # after the renderer events are text
+            _without_passwords,
         ],
     )
