@@ -132,6 +132,7 @@ def test_layers_that_cannot_be_compiled_train_as_they_are(
     before = torch.get_rng_state()
     plan = compilation.compile_layers(model, _plan(compiled=True), _batch(5), "fp32")
     assert plan.compiled is False
+    assert model.get_base_model().fused_loss.compiled is False
     assert "torch.compile failed, running eager (slower): RuntimeError: no compiler today" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())

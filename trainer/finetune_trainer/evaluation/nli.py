@@ -17,14 +17,19 @@ _CONFUSION_LABELS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What was read from one answer: whether it holds a JSON object, and the label in it (None: no usable label)."""
+    """What was read from one answer.
+
+    Attributes:
+        valid_json: Whether it holds a JSON object.
+        label: The label in that, None without a usable one.
+    """
 
     valid_json: bool
     label: Label | None
 
 
 def first_object(text: str) -> dict[str, Any] | None:
-    """The first complete JSON object in `text`."""
+    """Return the first complete JSON object in `text`, None without one."""
     decoder = json.JSONDecoder()
     start = text.find("{")
     while start >= 0:
@@ -38,7 +43,7 @@ def first_object(text: str) -> dict[str, Any] | None:
 
 
 def read_answer(text: str, label_key: str) -> Answer:
-    """Read an answer. Labels are compared as text, so 1 and "1" are the same."""
+    """Read the label from an answer. Labels are compared as text, so 1 and "1" are the same."""
     found = first_object(text)
     if found is None:
         return Answer(False, None)
@@ -70,7 +75,7 @@ def split_row(example: Example, marker: str) -> tuple[str | Sequence[Message], s
 
 
 def confusion(right: Sequence[Label], answers: Sequence[Answer]) -> dict[tuple[str, str], int]:
-    """How often (right label, label read) came up; "none" stands for an answer without a label of the set."""
+    """Count the pairs (right label, label read); "none" stands for an answer without a label of the set."""
     known = set(right)
     counts: dict[tuple[str, str], int] = {}
     for label, answer in zip(right, answers, strict=True):
@@ -80,7 +85,7 @@ def confusion(right: Sequence[Label], answers: Sequence[Answer]) -> dict[tuple[s
 
 
 def score(right: Sequence[Label], answers: Sequence[Answer]) -> dict[str, float]:
-    """accuracy, precision, recall, F1, validJson (all 0 to 1), and confusion counts as `confusion.<right>.<read>`.
+    """Return accuracy, precision, recall, F1, validJson (0 to 1), and counts as `confusion.<right>.<read>`.
 
     Labels 0 and 1: precision, recall and F1 are those of label 1. Any other label set: their unweighted means over
     the labels (macro average). An answer without a usable label is wrong.
