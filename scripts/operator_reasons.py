@@ -1,4 +1,4 @@
-"""Cause and cure of every reason the operator itself gives; tests/docs compares the list with the operator's code."""
+"""Cause and fix of every reason that the operator itself gives; tests/docs compares the list with its code."""
 
 from typing import Final, NamedTuple
 
@@ -15,29 +15,29 @@ NOTHING: Final = "Nothing to do."
 #: How an attempt ended (status.attempts[].reason) without an exit code that explains itself.
 ATTEMPTS: Final = {
     "NodeLost": Reason(
-        "The pod was taken from its node: drained, preempted by a higher priority, spot reclaimed, node gone.",
-        "Nothing to do: it is tried again from the last checkpoint and not counted.",
+        "The pod was evicted or its node lost: drained, preempted by a higher priority, spot reclaimed, node gone.",
+        "Nothing to do: the next attempt resumes from the last checkpoint, and this one does not count.",
     ),
-    "Suspended": Reason("`spec.suspend` stopped it.", "Set `spec.suspend: false`, or `finetune resume NAME`."),
+    "Suspended": Reason("Stopped by `spec.suspend`.", "Set `spec.suspend: false`, or `finetune resume NAME`."),
     "JobDeleted": Reason(
         "Somebody deleted the attempt's Job.",
-        "It is tried again. To stop a job use `spec.suspend` or delete the FineTuneJob.",
+        "The operator retries. To stop a job, use `spec.suspend` or delete the FineTuneJob.",
     ),
     "SpecChanged": Reason(
-        "The spec was changed after the attempt's Job was made and before the attempt was recorded.",
+        "The spec was changed after the attempt's Job was created and before the attempt was recorded.",
         "Nothing to do: the next attempt runs the spec as it is now.",
     ),
     "PodLost": Reason(
-        "The Job failed and no pod is left to say why; most often the pod was removed by hand or by a node's cleanup.",
-        "It is tried again. Look at `kubectl get events` of that time when it repeats.",
+        "The Job failed without a container exit code; most often the pod was removed by hand or by a node's cleanup.",
+        "The operator retries. Look at `kubectl get events` of that time when it repeats.",
     ),
     "ReportLost": Reason(
-        "The trainer ended well, but its pod was gone before its report was read.",
+        "The trainer exited 0, but its pod was gone before its report was read.",
         "Nothing to do: the next attempt finds this job's own manifest in the store, verifies it and succeeds.",
     ),
     "TrainerCrashed": Reason(
-        "The trainer ended with an exit code that the table above does not have: a fault nobody foresaw.",
-        "Read `finetune logs NAME`; the traceback is there. It is tried again up to `recovery.maxAttempts`.",
+        "The trainer exited with a code that is not in the table above: an unexpected error.",
+        "Read `finetune logs NAME`; the traceback is there. The operator retries up to `recovery.maxAttempts`.",
     ),
 }
 
@@ -90,20 +90,20 @@ WAITS: Final = {
         "Look at the node's network plugin and at `resources.runtimeClassName`; the kubelet tries again by itself.",
     ),
     "NodeUnreachable": Reason(
-        "A pod was told to stop, its grace is over, and its node has not said that it did: the node is down or cut off."
-        " The pod may still write, so nothing new starts.",
+        "A pod is past its grace period, but its node has not confirmed that it stopped: the node is down or cut off."
+        " The pod may still write, so the next attempt waits.",
         "Bring the node back, or make sure that it is off and delete it: `kubectl delete node NODE`.",
     ),
     "BackingOff": Reason(
-        "An attempt failed in a way that another may mend; the message says when the next one starts.",
+        "An attempt failed with an error that a retry may solve; the message says when the next one starts.",
         "Nothing to do, or read the last attempt's reason in `status.attempts`.",
     ),
     "Stopping": Reason("Something of an earlier attempt is still ending; there are never two writers.", NOTHING),
     "QuotaExceeded": Reason(
-        "The namespace's ResourceQuota refuses the Job.", "Free quota or raise it; it is tried again by itself."
+        "The namespace's ResourceQuota denies the Job.", "Free quota or raise it; the operator retries."
     ),
     "Forbidden": Reason(
-        "The API server forbids the operator to create a child: RBAC, or an admission policy.",
+        "The API server denies the creation of a child: RBAC, or an admission policy.",
         "Install the chart's Role in this namespace (`watch.namespaces`), or change the policy the message names.",
     ),
     "Rejected": Reason(
@@ -116,7 +116,7 @@ WAITS: Final = {
     ),
 }
 
-#: Words that only say where the job stands.
+#: Reasons that only tell where the job stands.
 STATES: Final = {
     "Valid": Reason("Accepted: the spec is right and allowed."),
     "PodsRunning": Reason("Scheduled: every pod runs."),
@@ -124,7 +124,7 @@ STATES: Final = {
     "Starting": Reason("Training: the trainer has not reported yet."),
     "CheckingData": Reason("Training: configuration, credentials, every data row and the output are checked."),
     "LoadingModel": Reason("Training: the base weights are fetched and loaded."),
-    "Training": Reason("Training: optimizer steps are made."),
+    "Training": Reason("Training: training is running."),
     "Evaluating": Reason("Training: the held-out rows are measured."),
     "Publishing": Reason("Training: the adapter goes to the store."),
     "Verifying": Reason("Training: the published adapter is loaded back."),
@@ -142,7 +142,7 @@ STALLED: Final = {
     "Stalled": Reason(
         "Training=False: the trainer has reported neither another step nor another stage for `operator.stalledSeconds`"
         " (30 minutes).",
-        "Read `finetune logs NAME`. A hung collective on several nodes: suspend and resume the job, it goes on from the"
+        "Read `finetune logs NAME`. A hung collective on several nodes: suspend and resume the job, it resumes from the"
         " last checkpoint. Very long steps or downloads: raise the setting.",
     ),
 }

@@ -1,4 +1,4 @@
-"""From where a job stands to the whole plan: status, clean-up, events, and when to look again."""
+"""Complete a step to a plan: status, clean-up, events and requeue time."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from typing import Any
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, Progress
 from finetune_operator.core.attempts import failure, history, progress
-from finetune_operator.core.attempts import history as attempts
 from finetune_operator.core.objects import raw, status_io
 from finetune_operator.core.objects.observed import Child, Observed
 from finetune_operator.core.status import (
@@ -26,7 +25,7 @@ from finetune_operator.core.types import (
 
 
 def plan_cleanup(observed: Observed, status: FineTuneJobStatus, now: datetime) -> Plan:
-    """Stop what still runs, and delete the FineTuneJob (never the adapter) when its time has come."""
+    """Return the plan of a finished job: stop its Jobs, and delete it (never the adapter) after its TTL."""
     left = _ttl_left(observed, status, now)
     if left is not None and left <= 0:
         return Plan(delete=(Target(constants.KIND, observed.job.name, observed.job.uid),))
@@ -41,7 +40,15 @@ def _ttl_left(observed: Observed, status: FineTuneJobStatus, now: datetime) -> f
 def build_plan(
     observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime, view: View | None = None
 ) -> Plan:
-    """The plan that follows from `step`: status, events and clean-up."""
+    """Return the plan that follows from a step.
+
+    Args:
+        observed: The job and its children.
+        status: The recorded status.
+        step: The next step.
+        now: The time, in whole seconds.
+        view: The job's attempts; None for a rejected job.
+    """
     new = _new_status(observed, status, step, now, view)
     patch = status_io.merge_patch(json.loads(observed.job.status), new.manifest())
     over = status_io.is_terminal(new)
@@ -60,13 +67,13 @@ def _new_status(
     observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime, view: View | None
 ) -> FineTuneJobStatus:
     generation = observed.job.generation
-    written = conditions.write(step.scene, status.conditions, generation, now)
-    changed: dict[str, Any] = {"phase": step.scene.phase, "observed_generation": generation, "conditions": written}
+    written = conditions.write(step.state, status.conditions, generation, now)
+    changed: dict[str, Any] = {"phase": step.state.phase, "observed_generation": generation, "conditions": written}
     if view is not None:
-        history = [*view.history, *([step.new_attempt] if step.new_attempt else [])]
-        changed |= {"attempts": history, "progress": _shown_progress(view, step)}
-        if history and status.start_time is None:
-            changed["start_time"] = history[0].started_at or now
+        attempts = [*view.history, *([step.new_attempt] if step.new_attempt else [])]
+        changed |= {"attempts": attempts, "progress": _shown_progress(view, step)}
+        if attempts and status.start_time is None:
+            changed["start_time"] = attempts[0].started_at or now
         if view.report and view.report.execution_plan:
             changed["execution_plan"] = view.report.execution_plan
         if view.ending and view.ending.report:
@@ -77,16 +84,16 @@ def _new_status(
 
 
 def _shown_progress(view: View, step: Step) -> Progress | None:
-    """The progress, with what to expect of it only while the trainer goes on."""
-    goes_on = step.scene.scheduled.status == "True" and step.scene.training.reason != training.STALLED
-    is_over = step.scene.succeeded.status != "Unknown"
-    return view.progress if goes_on or is_over else progress.paused(view.progress)
+    """Return the progress; pace and estimated end only while the trainer makes progress."""
+    is_training = step.state.scheduled.status == "True" and step.state.training.reason != training.STALLED
+    is_over = step.state.succeeded.status != "Unknown"
+    return view.progress if is_training or is_over else progress.paused(view.progress)
 
 
 def _final_status(observed: Observed, status: FineTuneJobStatus, step: Step, now: datetime) -> FineTuneJobStatus:
-    """The last status: nothing is expected any more, and an attempt that still runs ends with the job."""
-    ending = failure.Ending(step.scene.succeeded.reason, step.scene.succeeded.message, finished_at=now)
-    closed = [each if each.reason else attempts.close(each, observed, ending, now) for each in status.attempts]
+    """Return the final status: no estimated end, and an attempt that still runs ends with the job."""
+    ending = failure.Ending(step.state.succeeded.reason, step.state.succeeded.message, finished_at=now)
+    closed = [each if each.reason else history.close(each, observed, ending, now) for each in status.attempts]
     changed = {"completion_time": now, "progress": progress.finished(status.progress), "attempts": closed}
     return status.model_copy(update=changed)
 
@@ -96,7 +103,7 @@ def _stoppable(observed: Observed) -> tuple[Child, ...]:
 
 
 def _old_children(observed: Observed, step: Step) -> tuple[Child, ...]:
-    """Finished Jobs of long ago: a job preempted a hundred times must not keep a hundred Jobs and pods."""
+    """Return old finished Jobs: a job preempted a hundred times must not keep a hundred Jobs and pods."""
     done = sorted((c for c in observed.children if c.finished and not c.deleting), key=lambda c: c.attempt)
     return tuple(done[: -history.KEPT_NOT_COUNTED]) if step.new_attempt else ()
 

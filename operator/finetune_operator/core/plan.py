@@ -1,4 +1,4 @@
-"""The life of a FineTuneJob: what is observed -> what to do. Pure, and the same every time it is asked."""
+"""The life cycle of a FineTuneJob: decide what to do from what is observed. Pure and idempotent."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -30,12 +30,12 @@ from finetune_operator.core.status.conditions import JobConditions
 from finetune_operator.core.types import Plan, Step, View
 from finetune_operator.settings import Settings
 
-#: How often the pods of a Job that is over are looked at while one is said to live.
+#: Check the pods of a finished Job this often while one of them is said to run.
 POD_REFRESH_SECONDS = 10.0
 
 
 def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
-    """What the job needs now. `now` has a zone; sub-second parts are dropped, for statuses hold whole seconds."""
+    """Return what the job needs now. `now` has a time zone; statuses hold whole seconds, so its fraction is dropped."""
     now = now.replace(microsecond=0)
     status = status_io.read(observed.job.status)
     if observed.job.deleting:
@@ -45,24 +45,24 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     spec = policy.read_spec(observed.job)
     if isinstance(spec, policy.Rejection):
         return finish.build_plan(observed, status, Step(conditions.rejected(spec.reason, spec.message)), now)
-    story = history.update(observed, status, spec, now)
-    merged = progress.merge(status.progress, story.report, now)
-    view = View(observed, status, spec, story.history, story.ending, story.report, merged, settings, now)
+    attempts = history.update(observed, status, spec, now)
+    merged = progress.merge(status.progress, attempts.report, now)
+    view = View(observed, status, spec, attempts.history, attempts.ending, attempts.report, merged, settings, now)
     return replace(
-        finish.build_plan(observed, status, _step(view), now, view), needs_pod_refresh=story.needs_pod_refresh
+        finish.build_plan(observed, status, _step(view), now, view), needs_pod_refresh=attempts.needs_pod_refresh
     )
 
 
 def _step(view: View) -> Step:
-    """The lifecycle, from the end to the beginning."""
+    """Return the next step: the life cycle, from the end to the beginning."""
     after: Retry | None = None
     if view.last and not view.live:
         if view.last.reason == failure.SUCCEEDED:
             return Step(conditions.succeeded(view.spec.output.uri, view.last.message or ""))
-        verdict = retry.decide_retry(view.history, view.spec, view.observed.job.uid)
-        if isinstance(verdict, Stop):
-            return Step(conditions.failed(verdict.reason, verdict.message))
-        after = verdict
+        decision = retry.decide_retry(view.history, view.spec, view.observed.job.uid)
+        if isinstance(decision, Stop):
+            return Step(conditions.failed(decision.reason, decision.message))
+        after = decision
     if not view.history and (refusal := policy.check_policy(view.observed.job, view.spec, view.settings)):
         return Step(conditions.rejected(refusal.reason, refusal.message))
     if late := _missed_deadline(view, after):
@@ -79,19 +79,19 @@ def _step(view: View) -> Step:
 
 
 def _replace_superseded(view: View, attempt: Attempt) -> Step:
-    """Stop an attempt that runs another spec; the next one runs the job's."""
+    """Stop an attempt that runs an outdated spec; the next one runs the job's."""
     message = f"waiting for Job {attempt.job_name} and its pods to be gone: {attempt.message}"
     return Step(conditions.waiting("Stopping", message), delete=tuple(c for c in view.unfinished if not c.deleting))
 
 
 def _suspend(view: View) -> Step:
-    """Stop the running attempt gently: its trainer saves a checkpoint within the grace period."""
+    """Stop the running attempt; its trainer saves a checkpoint within the grace period."""
     if view.live is None:
         return Step(conditions.suspended("Suspended", "spec.suspend is true"), delete=view.unfinished)
     mine = _pods(view, view.live)
     lost = pod_set.unreachable(mine, view.now)
     message = wait_reason.unreachable(lost).message if lost else "waiting for the trainer to save a checkpoint and stop"
-    # Kueue would unsuspend an admitted Job, so a queued one is deleted; its pods get the same grace.
+    # Kueue would unsuspend an admitted Job, so a queued one is deleted; its pods get the same grace period.
     ours = tuple(child for child in view.unfinished if not child.queued and not child.suspended)
     queued = tuple(child for child in view.unfinished if child.queued and not child.deleting)
     again = (_until(pod_set.unreachable_at(mine), view.now), _active_countdown(view))
@@ -99,43 +99,43 @@ def _suspend(view: View) -> Step:
 
 
 def _monitor(view: View, attempt: Attempt) -> Step:
-    """An attempt is under way: say why it waits, or what it does."""
+    """Report why the live attempt waits, or what it does."""
     child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
-    scene, due = _attempt_conditions(view, attempt, child, mine)
+    state, due = _attempt_conditions(view, attempt, child, mine)
     again = (due, _pending_left(view), _active_countdown(view), _until(pod_set.unreachable_at(mine), view.now))
-    return Step(scene, recheck_after=again)
+    return Step(state, recheck_after=again)
 
 
 def _attempt_conditions(
     view: View, attempt: Attempt, child: Child | None, mine: list[Pod]
 ) -> tuple[JobConditions, float | None]:
-    """Where an attempt stands, and the seconds after which that is to be looked at again."""
+    """Return the conditions of a live attempt, and the seconds after which to check again."""
     nodes = view.spec.resources.nodes
     if lost := pod_set.unreachable(mine, view.now):
-        notice = wait_reason.unreachable(lost)
-        return conditions.waiting(notice.reason, notice.message), None
+        why = wait_reason.unreachable(lost)
+        return conditions.waiting(why.reason, why.message), None
     if child is None or child.deleting:
         return conditions.waiting("Stopping", f"Job {attempt.job_name} is gone; waiting for its pods to end"), None
     if child.finished:
         if view.status.conditions and not history.is_settled(child, view.now):
-            return conditions.recorded(view.status), 1.0  # its pods' last words are on their way
+            return conditions.recorded(view.status), 1.0  # the last events of its pods are on their way
         again = POD_REFRESH_SECONDS if any(pod.live for pod in mine) else 1.0
         return conditions.waiting("Stopping", f"Job {child.name} is over; reading its result"), again
     if child.suspended and not child.queued and _is_suspended(view):
-        # Still said to be suspended, so that the end of this attempt is known for what it is.
+        # Keep Suspended=True, so that the end of this attempt counts as a suspension.
         return conditions.suspended("Resuming", "waiting for the pods to stop; the next attempt follows"), None
-    # A pod that was told to stop and did is about to be replaced: only one that ended by itself has done its part.
+    # A pod that was told to stop is about to be replaced: only one that ended by itself is done.
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
-        notice = wait_reason.explain(view.observed, child, mine, nodes)
-        return conditions.waiting(notice.reason, notice.message), None
+        why = wait_reason.explain(view.observed, child, mine, nodes)
+        return conditions.waiting(why.reason, why.message), None
     if done == nodes and view.status.conditions:
-        return conditions.recorded(view.status), None  # the Job's own verdict follows in a moment
+        return conditions.recorded(view.status), None  # the Job's own condition follows in a moment
     if any(pod.exit and pod.index == 0 for pod in mine):
         return conditions.running("Finishing", training.finishing()), None
     stalled_at = training.stall_deadline(attempt, pod_set.running_since(mine), view.settings.stalled_seconds)
-    said = training.training(view.report, stalled_at, view.now)
-    return conditions.running(said.reason, said), _until(stalled_at, view.now)
+    value = training.training(view.report, stalled_at, view.now)
+    return conditions.running(value.reason, value), _until(stalled_at, view.now)
 
 
 def _back_off(view: View, retry: Retry) -> Step:
@@ -147,17 +147,17 @@ def _back_off(view: View, retry: Retry) -> Step:
 
 
 def _start(view: View, after: Retry | None) -> Step:
-    """Begin the next attempt, once nothing of an earlier one can still write."""
+    """Start the next attempt, once nothing of an earlier one can still write."""
     observed = view.observed
     if view.unfinished:
-        scene = conditions.waiting("Stopping", f"waiting for Job {view.unfinished[0].name} to be gone")
-        return Step(scene, delete=tuple(child for child in view.unfinished if not child.deleting))
+        state = conditions.waiting("Stopping", f"waiting for Job {view.unfinished[0].name} to be gone")
+        return Step(state, delete=tuple(child for child in view.unfinished if not child.deleting))
     if observed.foreign_children:
         message = f"waiting for {observed.foreign_children[0]} of an earlier job of this name to end"
         return Step(conditions.waiting("Stopping", message), recheck_after=(_pending_left(view, after),))
     if observed.create_blocked:
-        scene = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
-        return Step(scene, recheck_after=(_pending_left(view, after),))
+        state = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
+        return Step(state, recheck_after=(_pending_left(view, after),))
     number, micro = history.next_number(view.history, observed), retry.next_micro_batch(view.history, view.spec)
     name = history.job_name(observed.job, number)
     queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
@@ -171,7 +171,7 @@ def _start(view: View, after: Retry | None) -> Step:
 
 
 def _missed_deadline(view: View, after: Retry | None) -> JobConditions | None:
-    """A deadline that has passed."""
+    """Return the conditions of a job that missed a deadline; None when it missed none."""
     active, pending = _active_left(view), _pending_left(view, after)
     if active is not None and active <= 0:
         limit = view.spec.active_deadline_seconds
@@ -197,12 +197,12 @@ def _active_left(view: View) -> float | None:
 
 
 def _active_countdown(view: View) -> float | None:
-    """Seconds until the active deadline, while it comes nearer: in a queue it does not."""
+    """Return the seconds until the active deadline; None while nothing runs, because the time then stands."""
     return _active_left(view) if _running_since(view) else None
 
 
 def _pending_left(view: View, after: Retry | None = None) -> float | None:
-    """A backoff is no wait for pods, and a job that has run is not pending again."""
+    """Return the seconds until the pending deadline. Neither a backoff nor a job that has run is pending."""
     has_started = view.live is not None and view.live.run_seconds is not None
     if view.spec.suspend or has_started or view.status.progress is not None or (after and after.at > view.now):
         return None

@@ -1,4 +1,4 @@
-"""Whether a job may run at all: its spec's own rules, then the administrator's. One function per rule."""
+"""Decide whether a job may run: first its spec, then the administrator's rules. One function per rule."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,14 +18,14 @@ PROTECTED_PATHS = ("/dev", "/etc", "/proc", "/run", "/sys", "/var/run")
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why the job is not accepted; `reason` is ConfigInvalid or PolicyRefused."""
+    """Why a job is not accepted; `reason` is ConfigInvalid or PolicyRefused."""
 
     reason: str
     message: str
 
 
 def read_spec(job: JobObject) -> FineTuneJobSpec | Rejection:
-    """The spec with its defaults, or the sentences that say what is wrong (older schema, no CRD validation)."""
+    """Return the spec with its defaults, or what is wrong with it (an older schema, or no CRD validation)."""
     data = {
         "apiVersion": constants.API_VERSION,
         "kind": constants.KIND,
@@ -39,7 +39,7 @@ def read_spec(job: JobObject) -> FineTuneJobSpec | Rejection:
 
 
 def check_policy(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Rejection | None:
-    """The first administrator's rule that the job breaks, named; None when it breaks none."""
+    """Return the first administrator's rule that the job breaks; None when it breaks none."""
     for rule in _RULES:
         for sentence in rule(job, spec, policy):
             name = rule.__name__.removeprefix("_")
@@ -80,16 +80,16 @@ def _allow_remote_code(job: JobObject, spec: FineTuneJobSpec, policy: Settings) 
 def _allow_file_output(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
     for field, value in (("spec.output.uri", spec.output.uri), ("spec.checkpoint.uri", spec.checkpoint.uri)):
         if value and value.startswith("file://") and not policy.allow_file_output:
-            yield f"{field}: {value} would vanish with the pod; use s3://bucket/key or pvc://claim/path"
+            yield f"{field}: {value} would be lost with the pod; use s3://bucket/key or pvc://claim/path"
 
 
 def _protected_paths(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
-    """What lies there is the pod's, not the job's: Secrets, tokens, the environment and memory of processes."""
+    """Protect the pod's own files: Secrets, tokens, the environment and memory of processes."""
     for field, value in _uris(spec):
         place = uri.parse(value)
         root = next((path for path in PROTECTED_PATHS if f"{place.path}/".startswith(f"{path}/")), None)
         if place.scheme == "file" and root:
-            yield f"{field}: {value} lies in {root}, which is the system's; a job may not name anything there"
+            yield f"{field}: {value} is inside protected directory {root}"
 
 
 _RULES: tuple[Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]], ...] = (

@@ -1,4 +1,4 @@
-"""The vocabulary of plans: what is known of a job (View), where it stands (Step), what to do (Plan)."""
+"""The types of planning: what is known of a job (View), its next step (Step), what to do (Plan)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """An object to patch or delete, and only that very one: `uid` is a precondition."""
+    """An object to patch or delete; `uid` is a precondition."""
 
     kind: str
     name: str
@@ -29,26 +29,26 @@ class Target:
 class Plan:
     """What to do, in this order: create, write status, suspend, delete, post events.
 
-    Create before saying so, say so before taking away: then a crash in between is seen and mended by the next plan.
+    The status follows what was created and precedes what is deleted, so that the next plan repairs a crash in between.
     """
 
     create: tuple[Object, ...] = ()
     status: Object | None = None
-    """Merge patch of the status, None when it stands."""
+    """Merge patch of the status; None when nothing changes."""
     suspend: tuple[Target, ...] = ()
     delete: tuple[Target, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
-    """Seconds after which time alone changes the plan."""
+    """Seconds after which the plan changes without any event."""
     needs_pod_refresh: bool = False
-    """Read the job's pods from the API server, and plan again (Observed.looked) before anything is done."""
+    """Before doing anything, read the pods from the API server and plan again (Observation.pods_refreshed)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the job stands and what that asks for; the rest of the plan follows from it."""
+    """The conditions of the job and what they require; the rest of the plan follows from it."""
 
-    scene: JobConditions
+    state: JobConditions
     create: tuple[Object, ...] = ()
     suspend: tuple[Child, ...] = ()
     delete: tuple[Child, ...] = ()
@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """A job that is neither over nor refused, with its attempts up to date."""
+    """A job that is neither finished nor rejected, with its attempts up to date."""
 
     observed: Observed
     status: FineTuneJobStatus
@@ -66,7 +66,7 @@ class View:
     history: Sequence[Attempt]
     ending: Ending | None
     report: TrainerReport | None
-    """What the trainer says; its last word, where the last attempt ended just now."""
+    """The trainer's report; the final one, if the last attempt ended now."""
     progress: Progress | None
     settings: Settings
     now: datetime

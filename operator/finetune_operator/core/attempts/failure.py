@@ -1,4 +1,4 @@
-"""One ended attempt -> why it ended."""
+"""Classify why an attempt ended."""
 
 import json
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ REPORT_LOST = "ReportLost"
 CRASHED = "TrainerCrashed"
 
 FINAL = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code and outcome.final)
-#: Endings that are nobody's mistake: they do not count toward recovery.maxAttempts.
+#: Reasons that are not the job's fault: they do not count toward recovery.maxAttempts.
 NOT_COUNTED_AS_FAILURE = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED})
 _KNOWN = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code)
-#: Killed from outside: such an exit says nothing when the pod was disrupted anyway.
+#: Exit codes of a kill from outside: they explain nothing when the pod was disrupted anyway.
 _KILLED = (1, 137, 143)
 _TAIL_LINES, _TAIL_LENGTH = 3, 600
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -41,7 +41,7 @@ _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. `report` is the trainer's last word, where it left one."""
+    """How an attempt ended. `report` is the trainer's final report, where it left one."""
 
     reason: str
     message: str
@@ -51,9 +51,10 @@ class Ending:
 
 
 def final_report(pod: Pod) -> TrainerReport | None:
-    """The report in the pod's termination message; None where there is none or it cannot be read.
+    """Return the report in the pod's termination message; None where there is none that can be read.
 
-    The kubelet puts log lines there when the trainer left nothing, and those are JSON as well; a last word is one.
+    When the trainer left no message, the kubelet puts log lines there. Those are JSON too, but only a final report has
+    a final stage.
     """
     if pod.exit is None or not pod.exit.message.lstrip().startswith("{"):
         return None
@@ -65,8 +66,12 @@ def final_report(pod: Pod) -> TrainerReport | None:
 
 
 def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> Ending:
-    """Why the finished Job `child` ended. `pods` are the last of each rank (pods.current), for an earlier one was
-    replaced and explains nothing. `memory_limit` is resources.memory as the user wrote it.
+    """Return why a finished Job ended.
+
+    Args:
+        child: The finished Job.
+        pods: The last pod of each rank (pod_set.current): earlier ones were replaced and explain nothing.
+        memory_limit: resources.memory as the user wrote it.
     """
     if child.finished == "Complete":
         return _completed(child, pods)
@@ -83,12 +88,17 @@ def _completed(child: Child, pods: Sequence[Pod]) -> Ending:
         report = final_report(pod) if pod.index == 0 and pod.exit and pod.exit.code == 0 else None
         if report and report.adapter:
             return Ending(SUCCEEDED, report.message or "the adapter is published", 0, child.finished_at, report)
-    # The store is the witness: the next attempt finds this job's own manifest, verifies it and reports again.
-    return Ending(REPORT_LOST, "the trainer ended well, but its report is gone with its pod", 0, child.finished_at)
+    # The store knows: the next attempt finds this job's own manifest, verifies it and reports again.
+    return Ending(
+        REPORT_LOST,
+        "Trainer exited 0 but its report was lost; a new attempt verifies the published adapter",
+        0,
+        child.finished_at,
+    )
 
 
 def _root_cause_pod(pods: Sequence[Pod]) -> Pod | None:
-    """The pod that failed first and knows why: when one rank fails, the others fail for the lack of it."""
+    """Return the pod that failed first, those with a reason before others: when one rank fails, all others follow."""
     failed = [pod for pod in pods if pod.exit and pod.exit.code]
     return min(failed, key=lambda pod: (not _explains_failure(pod), _ended_at(pod), pod.index), default=None)
 
@@ -102,17 +112,17 @@ def _ended_at(pod: Pod) -> datetime:
 
 
 def _reason(pod: Pod) -> str:
-    """The named outcome of a pod, or empty. torchrun hides the exit code, so the report is asked as well."""
+    """Return the named outcome of a pod, or empty. torchrun hides the exit code, so the report counts too."""
     if pod.exit is None:
         return ""
     if pod.exit.reason == OOM_KILLED:
         return OOM_KILLED
     report = final_report(pod)
-    said = report.reason if report and report.reason != OOM_KILLED else None
-    outcome = outcome_of(pod.exit.code, said) if pod.exit.code else None
+    reported = report.reason if report and report.reason != OOM_KILLED else None
+    outcome = outcome_of(pod.exit.code, reported) if pod.exit.code else None
     if outcome:
         return outcome.reason
-    return said if said and said in _KNOWN else ""
+    return reported if reported and reported in _KNOWN else ""
 
 
 def _is_killed(pod: Pod) -> bool:
@@ -120,15 +130,15 @@ def _is_killed(pod: Pod) -> bool:
 
 
 def _lost(child: Child, disrupted: Pod | None, blamed: Pod | None) -> Ending:
-    """The pod, or the node under it, was taken away."""
+    """Return the ending of an attempt whose pod or node is gone."""
     code = blamed.exit.code if blamed and blamed.exit else None
     if disrupted or "DisruptionTarget" in child.message:
         why = disrupted.disruption if disrupted else child.message
-        return Ending(NODE_LOST, f"the pod was taken from its node: {why}", code, child.finished_at)
+        return Ending(NODE_LOST, f"pod evicted or its node lost: {why}", code, child.finished_at)
     if blamed:
         return Ending(PREEMPTED, "the pod was deleted before it could save a checkpoint", code, child.finished_at)
     why = child.message or child.reason or "its pod is gone"
-    return Ending(POD_LOST, f"the Job failed and left no exit code: {why}", None, child.finished_at)
+    return Ending(POD_LOST, f"Job failed without a container exit code: {why}", None, child.finished_at)
 
 
 def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:
@@ -140,20 +150,20 @@ def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:
 
 
 def _explain(pod: Pod, reason: str, memory_limit: str) -> str:
-    """A sentence for a trainer that left none, with the last lines of its log."""
+    """Return a sentence for a trainer that left none, with the last lines of its log."""
     exit_ = pod.exit
     assert exit_ is not None
-    said = f"\n{lines}" if (lines := _last_lines(exit_.message)) else ""
+    tail = f"\n{lines}" if (lines := _last_lines(exit_.message)) else ""
     if reason == OOM_KILLED:
         limit = f"its limit of {memory_limit} (resources.memory)" if memory_limit else "what the node could give"
-        return f"the kernel ended the container: its host memory reached {limit}{said}"
+        return f"the kernel ended the container: its host memory reached {limit}{tail}"
     if reason:
-        return f"{REASONS[reason].cause} {REASONS[reason].cure}{said}"
-    return f"the trainer in pod {pod.name} ended with exit code {exit_.code} and no report{said}"
+        return f"{REASONS[reason].cause} {REASONS[reason].cure}{tail}"
+    return f"the trainer in pod {pod.name} ended with exit code {exit_.code} and no report{tail}"
 
 
 def _last_lines(message: str) -> str:
-    """The end of a log; of lines that are JSON, what they say."""
+    """Return the end of a log; lines of JSON are reduced to their message."""
     lines = [line for line in map(_log_text, message.strip().splitlines()) if line]
     return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LENGTH:]
 

@@ -1,4 +1,4 @@
-"""The attempts so far: what status recorded, brought up to date with the Jobs and pods that exist."""
+"""The attempts so far: those recorded in the status, updated from the Jobs and pods that exist."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,31 +20,31 @@ from finetune_operator.core.objects.observed import (
     Pod,
 )
 
-#: Attempts that count are kept for good (there are at most 100); of the others the latest few.
+#: Attempts that count as failures are all kept (at most 100); of the others only the latest.
 KEPT_NOT_COUNTED = 10
-#: How long a finished Job with an exit code missing is given before its pods are looked for.
+#: Wait this long for the exit codes of a finished Job before reading its pods from the API server.
 SETTLE_SECONDS = 5
 _MOST_SKEW_SECONDS = 60
 
 
 def job_name(job: JobObject, number: int) -> str:
-    """Name of the Job of attempt `number` (from 1). The same each time, so that it can never be made twice."""
+    """Return the name of the Job of attempt `number` (from 1). It is always the same, so no Job is created twice."""
     return f"{job.name}-{number}"
 
 
 def number(attempt: Attempt) -> int:
-    """Which attempt this is, from 1; 0 when its name does not say."""
+    """Return the number of an attempt, from 1; 0 when its name does not hold one."""
     suffix = attempt.job_name.rpartition("-")[2]
     return int(suffix) if suffix.isdecimal() and len(suffix) < 10 else 0
 
 
 def next_number(history: Sequence[Attempt], observed: Observed) -> int:
-    """One more than any attempt that is recorded or exists."""
+    """Return one more than the number of any attempt that is recorded or exists."""
     return 1 + max([0, *map(number, history), *(child.attempt for child in observed.children)])
 
 
 def pods_of(observed: Observed, name: str) -> list[Pod]:
-    """The pods of the Job `name`, lowest rank first."""
+    """Return the pods of the Job `name`, lowest rank first."""
     owners = {child.uid for child in observed.children if child.name == name}
     attempt = number(Attempt(job_name=name))
     mine = [pod for pod in observed.pods if pod.owner in owners or (not owners and pod.attempt == attempt)]
@@ -57,25 +57,25 @@ def child_of(observed: Observed, name: str) -> Child | None:
 
 @dataclass(frozen=True)
 class AttemptHistory:
-    """The attempts with every end filled in, oldest first."""
+    """All attempts, oldest first, with the ending of each that has ended."""
 
     history: list[Attempt]
     ending: Ending | None = None
-    """How the last one ended, if it ended just now."""
+    """How the last one ended, if it ended now."""
     report: TrainerReport | None = None
-    """What its trainer says; at its end, the last word."""
+    """The report of its trainer; at its end, the final one."""
     needs_pod_refresh: bool = False
-    """Whether it may have ended, which only a fresh look at its pods can tell."""
+    """Whether it may have ended, which only a fresh list of its pods can tell."""
 
 
 def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime) -> AttemptHistory:
-    """The recorded attempts, brought up to date."""
+    """Return the attempts, updated from the Jobs and pods."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
-        said = spec_revision.SUPERSEDED if spec_revision.is_superseded(child, status, spec) else None
-        history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=said))
+        message = spec_revision.SUPERSEDED if spec_revision.is_superseded(child, status, spec) else None
+        history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=message))
     current: list[Attempt] = []
-    story = AttemptHistory(current)
+    attempts = AttemptHistory(current)
     for attempt in sorted(history.values(), key=number):
         if attempt.reason is None:
             report = _report(attempt, observed)
@@ -83,11 +83,11 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
             found = _detect_ending(attempt, observed, status, spec, now)
             if isinstance(found, Ending):
                 attempt = close(attempt, observed, found, now)
-                story = AttemptHistory(current, found, found.report, story.needs_pod_refresh)
+                attempts = AttemptHistory(current, found, found.report, attempts.needs_pod_refresh)
             else:
-                story = AttemptHistory(current, None, report, story.needs_pod_refresh or found.needs_pod_refresh)
+                attempts = AttemptHistory(current, None, report, attempts.needs_pod_refresh or found.needs_pod_refresh)
         current.append(attempt)
-    return replace(story, history=_pruned(current))
+    return replace(attempts, history=_pruned(current))
 
 
 def _pruned(history: list[Attempt]) -> list[Attempt]:
@@ -97,25 +97,25 @@ def _pruned(history: list[Attempt]) -> list[Attempt]:
 
 
 def _report(attempt: Attempt, observed: Observed) -> TrainerReport | None:
-    """What the trainer of the attempt says, if one runs."""
+    """Return the report of the attempt's trainer, if one runs."""
     leads = any(pod.running and pod.live and pod.index == 0 for pod in pods_of(observed, attempt.job_name))
     return observed.report if leads else None
 
 
 def _updated(attempt: Attempt, observed: Observed, report: TrainerReport | None, now: datetime) -> Attempt:
-    """The attempt with what its pods and its trainer say of it while it lives."""
+    """Return a live attempt, updated from its pods and its report."""
     mine = pods_of(observed, attempt.job_name)
     if attempt.run_seconds is None:
         starts = [pod.started_at for pod in mine if pod.started_at]
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
-    # The time of a pod that ended by itself is added up with the attempt's end, in the same write.
+    # The run time of a pod that ended by itself is added with the attempt's end, in the same write.
     attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
     return progress.record_report(attempt, report, now) if report else attempt
 
 
 @dataclass(frozen=True)
 class _StillOpen:
-    """An attempt that is not over, as far as we know."""
+    """An attempt that has not ended, as far as we know."""
 
     needs_pod_refresh: bool = False
 
@@ -123,19 +123,23 @@ class _StillOpen:
 def _detect_ending(
     attempt: Attempt, observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec, now: datetime
 ) -> Ending | _StillOpen:
-    """How an attempt that was not over is over now. Jobs and pods are watched by different streams, so an end that no
-    pod's exit code bears out is believed only after a look at the pods themselves.
+    """Return how an open attempt has ended, or that it is still open.
+
+    Jobs and pods come from different watches, so an end without an exit code counts only after the pods were read from
+    the API server.
     """
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
-    late = child is not None and is_settled(child, now)
+    settled = child is not None and is_settled(child, now)
     if any(pod.live for pod in mine):
-        return _StillOpen(needs_pod_refresh=late and not observed.pods_refreshed)
+        return _StillOpen(needs_pod_refresh=settled and not observed.pods_refreshed)
     if child and child.finished:
-        told = pod_set.current(mine)
-        if sum(pod.exit is not None for pod in told) < spec.resources.nodes and not (late and observed.pods_refreshed):
-            return _StillOpen(needs_pod_refresh=late)
+        last = pod_set.current(mine)
+        if sum(pod.exit is not None for pod in last) < spec.resources.nodes and not (
+            settled and observed.pods_refreshed
+        ):
+            return _StillOpen(needs_pod_refresh=settled)
         memory = spec.resources.memory
-        return _map_superseded(attempt, failure.classify_exit(child, told, "" if memory is None else str(memory)))
+        return _map_superseded(attempt, failure.classify_exit(child, last, "" if memory is None else str(memory)))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not child.active and not child.queued)
     if child is not None and not (stopping and is_stopped):
@@ -145,34 +149,35 @@ def _detect_ending(
     if is_superseded(attempt):
         return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, finished_at=now)
     if stopping:
-        return Ending(failure.SUSPENDED, "spec.suspend stopped it", finished_at=now)
+        return Ending(failure.SUSPENDED, "stopped by spec.suspend", finished_at=now)
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
 
 
 def is_superseded(attempt: Attempt) -> bool:
-    """Whether an attempt that is not over runs another spec than the job's."""
+    """Return whether an open attempt runs another spec than the job's."""
     return attempt.reason is None and attempt.message == spec_revision.SUPERSEDED
 
 
 def _map_superseded(attempt: Attempt, ending: Ending) -> Ending:
-    """What a superseded attempt ended with says nothing of the spec as it is; but what is published is published."""
+    """Map the outcome of an attempt that ran an outdated spec; only success is kept."""
     if not is_superseded(attempt):
         return ending
     if ending.reason == failure.SUCCEEDED:
-        return replace(ending, message=f"{ending.message}, but by the spec as it was: {spec_revision.SUPERSEDED}")
+        return replace(ending, message=f"{ending.message}, but with an outdated spec: {spec_revision.SUPERSEDED}")
     return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, ending.exit_code, ending.finished_at)
 
 
 def is_settled(child: Child, now: datetime) -> bool:
-    """Whether the Job finished so long ago that what its pods told should be here. The API server's clock may be ahead
-    of ours, but not by an hour.
+    """Return whether the Job finished so long ago that the last events of its pods should be here.
+
+    The API server's clock may be ahead of ours, but not by more than a minute.
     """
     since = (now - child.finished_at).total_seconds() if child.finished_at else SETTLE_SECONDS
     return bool(child.finished) and not -_MOST_SKEW_SECONDS < since < SETTLE_SECONDS
 
 
 def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -> Attempt:
-    """The attempt with its end."""
+    """Return the attempt with its ending filled in."""
     report = ending.report
     plan = report.execution_plan if report else None
     end = ending.finished_at or now

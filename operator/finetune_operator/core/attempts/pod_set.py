@@ -1,4 +1,4 @@
-"""What the pods of one attempt tell together: which of them count, how long they ran, whether one is out of reach."""
+"""The pods of one attempt as a set: which of them count, how long they ran, whether one is unreachable."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from finetune_api.status import Attempt
 from finetune_operator.core.objects.observed import Observed, Pod
 
-#: How far the clocks of nodes, API server and operator may differ without meaning anything.
+#: Tolerated difference between the clocks of nodes, API server and operator.
 SKEW = timedelta(seconds=30)
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -20,35 +20,36 @@ def leader(observed: Observed) -> Pod | None:
 
 
 def current(pods: Iterable[Pod]) -> list[Pod]:
-    """The last pod of each rank, lowest first: the others were replaced within the Job and are history."""
+    """Return the last pod of each rank, lowest first; the Job replaced the others."""
     last = {pod.index: pod for pod in sorted(pods, key=_age)}
     return [last[index] for index in sorted(last)]
 
 
 def _age(pod: Pod) -> tuple[datetime, bool, datetime, int]:
-    """Times are whole seconds; of two pods made in the same one, the second is made when the first is over."""
+    """Return a sort key by age. Of two pods of the same whole second, the later came after the first's end."""
     ended = (pod.exit.finished_at if pod.exit else None) or _LONG_AGO
     return pod.created_at, pod.live, ended, pod.version
 
 
 def running_since(pods: Iterable[Pod]) -> datetime | None:
-    """When the pods that run now began to."""
+    """Return when the first of the running pods started."""
     return min((pod.started_at for pod in pods if pod.running and pod.live and pod.started_at), default=None)
 
 
 def unreachable(pods: Iterable[Pod], now: datetime) -> Pod | None:
-    """A pod whose grace is over and whose node has not said that it stopped: nobody knows whether it still writes."""
+    """Return a pod whose grace period is over but whose node has not confirmed its end: it may still write."""
     return next((pod for pod in pods if pod.live and pod.stop_by and now >= pod.stop_by + SKEW), None)
 
 
 def unreachable_at(pods: Iterable[Pod]) -> datetime | None:
-    """When `unreachable` will find one, should nothing happen."""
+    """Return when `unreachable` will find a pod if nothing changes."""
     return min((pod.stop_by + SKEW for pod in pods if pod.live and pod.stop_by), default=None)
 
 
 def with_run_time(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
-    """The attempt with the time its pods have run added up. A pod counts once it is over, and only once: what is
-    recorded stays true when its pods are forgotten.
+    """Return the attempt with the run time of its ended pods added.
+
+    Each pod counts once, when it has ended, so the recorded time stays right after its pods are gone.
     """
     seconds, until = attempt.run_seconds, attempt.ran_until
     started = sorted((pod for pod in pods if pod.started_at), key=lambda pod: pod.started_at or _LONG_AGO)
@@ -63,7 +64,7 @@ def with_run_time(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
 
 
 def run_seconds(history: Sequence[Attempt], since: datetime | None, now: datetime) -> float:
-    """Seconds that all attempts have run; `since` is when the pods that run now began to."""
+    """Return the seconds that all attempts have run; `since` is the start of the pods that run now."""
     total = 0.0
     for attempt in history:
         if attempt.run_seconds is not None:
@@ -77,8 +78,8 @@ def run_seconds(history: Sequence[Attempt], since: datetime | None, now: datetim
 
 
 def run_seconds_of(attempt: Attempt, pods: Sequence[Pod], end: datetime) -> int:
-    """Seconds that an attempt which ended at `end` has run."""
+    """Return the seconds that an attempt which ended at `end` has run."""
     timed, since = with_run_time(attempt, pods), running_since(current(pods))
     if since is None and timed.run_seconds is not None and timed.ran_until is None:
-        since = timed.started_at  # its pods are gone without a word
+        since = timed.started_at  # its pods are gone without an exit
     return int(run_seconds([timed], since, end))

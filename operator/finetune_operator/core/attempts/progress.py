@@ -8,19 +8,19 @@ TERMINAL_STAGES = ("Succeeded", "Failed")
 
 
 def merge(old: Progress | None, report: TrainerReport | None, now: datetime) -> Progress | None:
-    """The progress to show. It never goes back, and changes only when the trainer says something new."""
+    """Return the progress to show. It never goes back, and changes only when the trainer reports something new."""
     if report is None or report.progress == Progress():
         return old
     new = _complete(report.progress, now)
     if old is None:
         return new
-    if new.step < old.step:  # a resumed attempt catches up first; only its pace is news
+    if new.step < old.step:  # a resumed attempt catches up first; show only its pace
         return old.model_copy(update={field: getattr(new, field) for field in _PACE_FIELDS})
     return old if _content(new) == _content(old) else new
 
 
 def _complete(progress: Progress, now: datetime) -> Progress:
-    """Fill in what follows from the rest. Steps are optimizer steps."""
+    """Fill in the derived fields. Steps are optimizer steps."""
     step, total, eta = progress.step, progress.total_steps, progress.estimated_completion_time
     return progress.model_copy(
         update={
@@ -36,7 +36,7 @@ def _percent(step: int, total: int) -> float:
     return round(min(100.0, 100 * step / total), 1)
 
 
-#: What is true only while pods run.
+#: Fields that hold only while pods run.
 _PACE_FIELDS = ("estimated_completion_time", "tokens_per_second")
 
 
@@ -45,17 +45,17 @@ def _content(progress: Progress) -> Progress:
 
 
 def paused(progress: Progress | None) -> Progress | None:
-    """The progress of a job of which nothing runs: no pace, and no end in sight."""
+    """Return the progress of a job without running pods: no pace and no estimated end."""
     return progress.model_copy(update=dict.fromkeys(_PACE_FIELDS)) if progress else None
 
 
 def finished(progress: Progress | None) -> Progress | None:
-    """The progress of a job that is over: nothing is expected any more."""
+    """Return the progress of a finished job: no estimated end."""
     return progress.model_copy(update={"estimated_completion_time": None}) if progress else None
 
 
 def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Attempt:
-    """The attempt with what its trainer says of it. Another step or stage is news, also below the job's best step."""
+    """Return the attempt, updated from a report. A new step or stage counts as progress, also below the best step."""
     stage = attempt.stage if report.stage in TERMINAL_STAGES else report.stage
     step = attempt.last_step if report.progress == Progress() else report.progress.step
     plan = report.execution_plan

@@ -1,4 +1,4 @@
-"""All ended attempts -> try again, adapt or stop."""
+"""Decide from all ended attempts: retry, retry with a smaller micro-batch, or stop."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,23 +22,22 @@ _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Retry:
-    """Start another attempt at `at`."""
+    """Start another attempt at `at`, because the last one ended with reason `after`."""
 
     at: datetime
     after: str
-    """Reason of the attempt before."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """No further attempt could help, or none is left."""
+    """Stop: no further attempt can succeed, or none is left."""
 
     reason: str
     message: str
 
 
 def decide_retry(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -> Retry | Stop:
-    """What to do after the last of `attempts`, all of which have ended. `uid` seeds the jitter."""
+    """Decide what follows the last of `attempts`, all of which have ended. `uid` seeds the jitter."""
     last = attempts[-1]
     reason, message = last.reason or CRASHED, last.message or ""
     if reason in FINAL:
@@ -56,7 +55,7 @@ def decide_retry(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -
 
 
 def _failures_without_progress(attempts: Sequence[Attempt]) -> int:
-    """Endings in a row that do not count and came no further: a node that evicts at once is not to be hurried."""
+    """Count the latest endings that made no progress and do not count as failures: back off from a node that evicts."""
     count = 0
     for number in range(len(attempts) - 1, -1, -1):
         attempt, before = attempts[number], attempts[:number]
@@ -68,7 +67,7 @@ def _failures_without_progress(attempts: Sequence[Attempt]) -> int:
 
 
 def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> timedelta:
-    """Exponential backoff, ±10 % by a hash, so that every reconcile computes the same moment."""
+    """Return the exponential backoff, ±10 % by a hash, so that every reconcile computes the same time."""
     if last.reason in (OUT_OF_MEMORY, SUSPENDED, SPEC_CHANGED):
         return timedelta(0)
     doublings = min(max(0, failures - 1), 16)
@@ -78,9 +77,9 @@ def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> tim
 
 
 def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
-    """Micro-batch that the next attempt must take because GPU memory ran out before; None while it never did.
+    """Return the micro-batch of the next attempt after a GPU out-of-memory; None when there was none.
 
-    It halves each time, down to a divisor of the sequences per GPU, so that the effective batch stays the same.
+    It halves each time, to a divisor of the sequences per GPU, so that the effective batch stays the same.
     """
     per_gpu = spec.training.batch_size // (spec.resources.nodes * max(1, spec.resources.gpus_per_node))
     size: int | None = None
@@ -94,5 +93,5 @@ def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int 
 
 
 def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` that is <= `at_most`, at least 1."""
+    """Return the largest divisor of `number` that is <= `at_most`, at least 1."""
     return next((d for d in range(min(at_most, number), 1, -1) if number % d == 0), 1)

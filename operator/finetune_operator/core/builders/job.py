@@ -1,7 +1,7 @@
 """The objects one attempt needs: a Job, and a Service for several nodes.
 
-The resolved manifest travels in the pods' annotations and is mounted from there (downward API): an attempt and what it
-is to do are one object, made at once, and no attempt can ever read what was meant for another.
+The resolved manifest is an annotation of the pods and is mounted from there (downward API). So an attempt and its
+manifest are one object, created at once, and no attempt can read the manifest of another.
 """
 
 from typing import Any
@@ -19,9 +19,14 @@ Object = dict[str, Any]
 def build(
     job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings
 ) -> list[Object]:
-    """Everything attempt `attempt` needs, in the order it must be made: the Job comes last.
+    """Return all objects of one attempt, in the order of their creation: the Job comes last.
 
-    `micro_batch` is what the attempt must take after GPU memory ran out; None leaves the choice to the trainer.
+    Args:
+        job: The FineTuneJob.
+        spec: Its spec with defaults.
+        attempt: Number of the attempt, from 1.
+        micro_batch: Micro-batch to force after a GPU out-of-memory; None leaves the choice to the trainer.
+        settings: The operator's settings.
     """
     made: list[Object] = []
     if spec.resources.nodes > 1:
@@ -58,14 +63,14 @@ def _labels(job: JobObject) -> dict[str, str]:
 
 
 def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
-    """The manifest as JSON, which is YAML: what the trainer reads is exactly what the operator understood."""
+    """Return the manifest as JSON, which is YAML: the trainer reads exactly what the operator understood."""
     metadata = Metadata(name=job.name, namespace=job.namespace, uid=job.uid)
     found = FineTuneJob(api_version="finetune.dev/v1alpha1", kind="FineTuneJob", metadata=metadata, spec=spec)
     return found.model_dump_json(by_alias=True, exclude_none=True)
 
 
 def _low_memory_flags(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
-    """Settings of an attempt after GPU memory ran out. The trainer would else fill what a smaller micro-batch frees."""
+    """Return the flags of an attempt after a GPU out-of-memory; else the trainer would fill the freed memory."""
     settings = [f"training.microBatchSize={micro_batch}"]
     if spec.quantization.bits == 4 and spec.quantization.cached_layers == "auto":
         settings.append("quantization.cachedLayers=0")
@@ -104,9 +109,9 @@ def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int |
 
 
 def _failure_rules(nodes: int) -> list[Object]:
-    """What a failed pod means to the Job (KEP-3329). Anything else fails it, for backoffLimit is 0.
+    """Return the pod failure policy (KEP-3329). Anything else fails the Job, because backoffLimit is 0.
 
-    A disrupted single pod is replaced within the Job. One rank of several cannot rejoin: the whole attempt starts anew.
+    The Job replaces a disrupted single pod. One rank of several cannot rejoin, so the whole attempt starts again.
     """
     return [
         {

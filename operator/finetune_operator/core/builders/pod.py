@@ -1,4 +1,4 @@
-"""The trainer's pod template: what runs, with which volumes, under the restricted Pod Security Standard."""
+"""The trainer's pod template: container, volumes, and the restricted Pod Security Standard."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _SECRET_MODE = 0o440
 
 def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str, str], arguments: list[str],
              attempt: int, settings: Settings) -> Object:  # fmt: skip
-    """The pod template of attempt `attempt`, whose Job is `name`."""
+    """Return the pod template of attempt `attempt`, whose Job is `name`."""
     volumes, mounts = _volumes(job, spec, settings)
     pod: Object = {
         "restartPolicy": "Never",
@@ -69,7 +69,7 @@ def _pod_security(settings: Settings) -> Object:
 
 
 def _placement(spec: FineTuneJobSpec, settings: Settings) -> Object:
-    """Where it may run: the user's choice over the administrator's; tolerations of both."""
+    """Return where the pod may run: the user's choice over the administrator's; tolerations of both."""
     asked = spec.resources.manifest()
     tolerations = [*asked.get("tolerations", [])]
     tolerations += [toleration for toleration in settings.tolerations if toleration not in tolerations]
@@ -116,7 +116,7 @@ def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> 
 
 
 def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple[list[Object], list[Object]]:
-    """The volumes and where they are mounted."""
+    """Return the volumes and their mounts."""
     volumes: list[Object] = []
     mounts: list[Object] = []
 
@@ -143,7 +143,7 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
 
 
 def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
-    """Secret names by role (names.SECRET_ROLES)."""
+    """Return the names of Secrets by role (constants.SECRET_ROLES)."""
     wandb = spec.logging.wandb
     found = {
         "model": spec.model.secret_ref,
@@ -155,7 +155,7 @@ def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
 
 
 def claim_names(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """PersistentVolumeClaims of the pvc:// URIs, and whether each is only read."""
+    """Return the PersistentVolumeClaims of the pvc:// URIs, and whether each is read-only."""
     found: dict[str, bool] = {}
     reads = (spec.model.source, spec.dataset.train, spec.dataset.eval, spec.lora.init_from)
     for value, read_only in (*((v, True) for v in reads), (spec.output.uri, False), (spec.checkpoint.uri, False)):

@@ -1,4 +1,4 @@
-"""Several processes for one training: torchrun, its rendezvous, and the headless Service it meets through."""
+"""Distributed training: torchrun, its rendezvous, and the headless Service for it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def is_distributed(spec: FineTuneJobSpec) -> bool:
 
 
 def command(spec: FineTuneJobSpec) -> list[str]:
-    """The container's command; its arguments are the trainer's."""
+    """Return the container's command; its arguments are the trainer's."""
     return (
         ["torchrun", "--no-python", constants.TRAINER_COMMAND] if is_distributed(spec) else [constants.TRAINER_COMMAND]
     )
@@ -27,9 +27,9 @@ def service_name(job_name: str) -> str:
 
 
 def env(spec: FineTuneJobSpec, child_name: str, grace_seconds: int) -> list[Object]:
-    """torchrun reads its options from PET_* (torch.distributed.argparse_util). Rank 0 is completion index 0.
+    """Return torchrun's options as PET_* variables (torch.distributed.argparse_util). Rank 0 is completion index 0.
 
-    Of the pod's `grace_seconds` after SIGTERM torchrun would by itself leave its processes 30 to save a checkpoint in.
+    By default torchrun kills its processes 30 s after SIGTERM; they need the pod's `grace_seconds` for a checkpoint.
     """
     if not is_distributed(spec):
         return []
@@ -53,7 +53,7 @@ def env(spec: FineTuneJobSpec, child_name: str, grace_seconds: int) -> list[Obje
 
 
 def service(job_name: str, metadata: Object) -> Object:
-    """The headless Service; addresses are published before pods are ready, for they wait for each other."""
+    """Return the headless Service. It publishes addresses before pods are ready, because pods wait for each other."""
     return {
         "apiVersion": "v1",
         "kind": "Service",

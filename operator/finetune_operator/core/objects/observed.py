@@ -1,4 +1,4 @@
-"""What the cluster holds for one FineTuneJob: small frozen views of API objects, with only what decisions need.
+"""Small frozen views of API objects, with only what decisions need.
 
 Thousands of views stay in memory, so specs and statuses are kept as compact JSON and read when they are needed.
 """
@@ -44,7 +44,7 @@ class JobObject:
     """GPUs it asks for, over all nodes."""
     attempts: int
     waiting_since: datetime | None
-    """When it began to wait for its pods; None while they run."""
+    """When it started to wait for its pods; None while they run."""
     spec: bytes
     status: bytes
 
@@ -96,7 +96,7 @@ class Child:
     owner: str
     attempt: int
     revision: str
-    """The spec it was made from (core/revision.py); empty where an older version made it."""
+    """The spec it was made from (core/attempts/spec_revision.py); empty where an older version made it."""
     created_at: datetime | None
     suspended: bool
     queued: bool
@@ -134,7 +134,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How the trainer's container ended."""
+    """The termination of the trainer's container."""
 
     code: int
     reason: str
@@ -157,7 +157,7 @@ class Pod:
     ip: str
     deleting: bool
     stop_by: datetime | None
-    """When its grace ends, once it is told to stop."""
+    """End of its grace period, once it is told to stop."""
     started_at: datetime | None
     running: bool
     exit: Exit | None
@@ -172,7 +172,7 @@ class Pod:
     """Reason and message of the container that waits."""
     node: str
     set_up: bool
-    """Whether its volumes are mounted and its network is there."""
+    """Whether its volumes are mounted and its network is ready."""
 
     @property
     def live(self) -> bool:
@@ -236,17 +236,17 @@ def _unschedulable(obj: Raw) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """What an event or a Kueue Workload says about an object that waits."""
+    """Why an object waits, from an event or a Kueue Workload."""
 
     reason: str
     message: str
     at: datetime | None = field(default=None, compare=False)
-    """When it was said last; the same words later tell nothing new."""
+    """When it was last reported; the same reason again is no change."""
 
 
 @dataclass(frozen=True, slots=True)
 class CreateBlocked:
-    """Why the API server would not let a child be created."""
+    """Why the API server denied the creation of a child."""
 
     reason: str
     message: str

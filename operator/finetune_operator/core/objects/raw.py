@@ -7,7 +7,7 @@ Raw = dict[str, Any]
 
 
 def at(obj: Any, *path: str) -> Any:
-    """What lies at `path`, or None."""
+    """Return the value at `path`, or None."""
     for key in path:
         obj = obj.get(key) if isinstance(obj, dict) else None
     return obj
@@ -33,7 +33,7 @@ def mapping(obj: Any, *path: str) -> Raw:
 
 
 def entries(obj: Any, *path: str) -> list[Raw]:
-    """The objects of a list; anything else in it is skipped."""
+    """Return the objects of a list; anything else in it is skipped."""
     value = at(obj, *path)
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
@@ -44,7 +44,7 @@ def labels(obj: Any) -> dict[str, str]:
 
 
 def timestamp(obj: Any, *path: str) -> datetime | None:
-    """An RFC 3339 time, always with a zone, and never so late that nothing can be added to it."""
+    """Return an RFC 3339 time, always with a zone, and early enough that a duration can be added."""
     try:
         parsed = datetime.fromisoformat(text(obj, *path))
     except ValueError:
@@ -53,7 +53,7 @@ def timestamp(obj: Any, *path: str) -> datetime | None:
 
 
 def condition(obj: Any, kind: str) -> Raw:
-    """The condition of that type when its status is True, else an empty one."""
+    """Return the condition of that type when its status is True, else an empty one."""
     for entry in entries(obj, "status", "conditions"):
         if entry.get("type") == kind and entry.get("status") == "True":
             return entry
@@ -61,7 +61,7 @@ def condition(obj: Any, kind: str) -> Raw:
 
 
 def controller(obj: Any) -> Raw:
-    """The owner reference that controls `obj`, or an empty one."""
+    """Return the owner reference that controls `obj`, or an empty one."""
     for owner in entries(obj, "metadata", "ownerReferences"):
         if owner.get("controller") is True:
             return owner
@@ -69,6 +69,6 @@ def controller(obj: Any) -> Raw:
 
 
 def version(obj: Any) -> int:
-    """metadata.resourceVersion as a number (comparable within a resource: KEP-5504), 0 where it is none."""
+    """Return metadata.resourceVersion as a number (comparable within a resource: KEP-5504); 0 where it is none."""
     found = text(obj, "metadata", "resourceVersion")
     return int(found) if found.isdecimal() else 0

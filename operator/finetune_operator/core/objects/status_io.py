@@ -1,4 +1,4 @@
-"""Read the recorded status without trusting it; write the new one as the smallest merge patch."""
+"""Read the recorded status without trusting it; write the new one as a minimal merge patch."""
 
 import json
 from datetime import UTC, datetime
@@ -14,9 +14,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).isoformat()
 
 
 def read(status: bytes) -> FineTuneJobStatus:
-    """The recorded status. What an older version or a person wrote and we cannot read is left out.
+    """Return the recorded status without the parts that we cannot read, of an older version or written by hand.
 
-    A condition is never left out for its details: a finished job must stay finished.
+    No condition is left out for its details: a finished job must stay finished.
     """
     found = json.loads(status)
     if not isinstance(found, dict):
@@ -52,7 +52,7 @@ def _is_condition(entry: Raw) -> bool:
 
 
 def _condition(entry: Raw) -> Raw:
-    """The condition, with whatever cannot be read in it replaced."""
+    """Return the condition, with its unreadable parts replaced."""
     try:
         Condition.model_validate(entry)
     except ValidationError:
@@ -71,13 +71,13 @@ def condition(status: FineTuneJobStatus, kind: str) -> Condition | None:
 
 
 def is_terminal(status: FineTuneJobStatus) -> bool:
-    """Whether the job has ended. It then stays so, whatever happens to its children."""
+    """Return whether the job has ended. It then stays so, whatever happens to its children."""
     summary = condition(status, "Succeeded")
     return summary is not None and summary.status != "Unknown"
 
 
 def merge_patch(old: Any, new: Any) -> Any:
-    """RFC 7396: what turns `old` into `new`; empty where they are equal. Lists are replaced whole."""
+    """Return the RFC 7396 patch that turns `old` into `new`; empty where they are equal. Lists are replaced whole."""
     patch: Raw = {}
     for key in old.keys() | new.keys():
         if key not in new:
@@ -91,7 +91,7 @@ def merge_patch(old: Any, new: Any) -> Any:
 
 
 def _differ(old: Any, new: Any) -> bool:
-    """Whether two JSON values are different. To Python true is 1."""
+    """Return whether two JSON values differ. In Python, True equals 1."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) != len(new) or any(map(_differ, old, new))
     if isinstance(old, dict) and isinstance(new, dict):

@@ -1,4 +1,4 @@
-"""What each situation says in the six conditions and in the phase."""
+"""The six conditions and the phase of each situation of a job."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _ACCEPTED = ConditionValue("True", "Valid")
 
 @dataclass(frozen=True)
 class JobConditions:
-    """A situation of the job: its phase and all six conditions."""
+    """The phase and all six conditions of a job."""
 
     phase: str
     scheduled: ConditionValue
@@ -40,7 +40,7 @@ class JobConditions:
 
 
 def waiting(reason: str, message: str) -> JobConditions:
-    """Nothing runs yet, or nothing runs just now."""
+    """Return the conditions of a job without running pods."""
     phase = "Queued" if reason == "Queued" else "Pending"
     return JobConditions(
         phase,
@@ -51,7 +51,7 @@ def waiting(reason: str, message: str) -> JobConditions:
 
 
 def running(phase: str, training: ConditionValue) -> JobConditions:
-    """The pods run; `training` says what the trainer does."""
+    """Return the conditions of a job whose pods run; `training` tells what the trainer does."""
     return JobConditions(
         phase,
         ConditionValue("True", "PodsRunning"),
@@ -61,21 +61,20 @@ def running(phase: str, training: ConditionValue) -> JobConditions:
 
 
 def recorded(status: FineTuneJobStatus) -> JobConditions:
-    """What the status says already, while nothing better is known."""
-    said = {each.type: ConditionValue(each.status, each.reason, each.message) for each in status.conditions}
+    """Return the recorded conditions, while nothing newer is known."""
+    values = {each.type: ConditionValue(each.status, each.reason, each.message) for each in status.conditions}
     known = running(status.phase or "Starting", ConditionValue("False", "Starting"))
     return replace(
         known,
-        scheduled=said.get("Scheduled", known.scheduled),
-        training=said.get("Training", known.training),
-        succeeded=said.get("Succeeded", known.succeeded),
-        suspended=said.get("Suspended", known.suspended),
+        scheduled=values.get("Scheduled", known.scheduled),
+        training=values.get("Training", known.training),
+        succeeded=values.get("Succeeded", known.succeeded),
+        suspended=values.get("Suspended", known.suspended),
     )
 
 
 def suspended(reason: str, message: str) -> JobConditions:
-    scene = waiting("Suspended", message)
-    return replace(scene, phase="Suspended", suspended=ConditionValue("True", reason, message))
+    return replace(waiting("Suspended", message), phase="Suspended", suspended=ConditionValue("True", reason, message))
 
 
 def failed(reason: str, message: str) -> JobConditions:
@@ -89,24 +88,24 @@ def rejected(reason: str, message: str) -> JobConditions:
     return replace(failed(reason, message), accepted=ConditionValue("False", reason, message))
 
 
-def succeeded(where: str, message: str) -> JobConditions:
+def succeeded(uri: str, message: str) -> JobConditions:
     over = ConditionValue("False", "Finished")
-    published = ConditionValue("True", "Verified", f"the adapter lies at {where}")
+    published = ConditionValue("True", "Verified", f"adapter published at {uri}")
     return JobConditions("Succeeded", over, over, ConditionValue("True", "Succeeded", message), published=published)
 
 
 def _valid_reason(reason: str) -> str:
-    """The reason in the form that Kubernetes asks of one; kubelets and runtimes make up their own."""
+    """Return the reason in the form that Kubernetes requires; kubelets and runtimes use other forms."""
     word = re.sub(r"[^A-Za-z0-9_,:]", "", reason)[:MAX_REASON].strip("_,:")
     return word if word[:1].isalpha() else f"Reason{word}"
 
 
-def write(scene: JobConditions, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
-    """The conditions of `scene`. lastTransitionTime moves only when a status flips."""
+def write(conditions: JobConditions, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
+    """Return the API conditions. lastTransitionTime changes only when a status flips."""
     before = {condition.type: condition for condition in old}
     written = []
     for kind in get_args(ConditionType):
-        new: ConditionValue = getattr(scene, kind.lower())
+        new: ConditionValue = getattr(conditions, kind.lower())
         known = before.get(kind)
         since = known.last_transition_time if known and known.status == new.status else now
         written.append(

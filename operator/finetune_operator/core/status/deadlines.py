@@ -16,14 +16,14 @@ PENDING = "PendingDeadlineExceeded"
 def active_left(
     spec: FineTuneJobSpec, history: Sequence[Attempt], running_since: datetime | None, now: datetime
 ) -> float | None:
-    """Seconds that all attempts together may still run; None without a deadline."""
+    """Return the seconds that all attempts together may still run; None without a deadline."""
     if spec.active_deadline_seconds is None:
         return None
     return spec.active_deadline_seconds - pod_set.run_seconds(history, running_since, now)
 
 
 def pending_left(spec: FineTuneJobSpec, since: datetime | None, now: datetime) -> float | None:
-    """Seconds that the job may still wait for its pods; None without a deadline."""
+    """Return the seconds that the job may still wait for its pods; None without a deadline."""
     if spec.pending_deadline_seconds is None or since is None:
         return None
     return (since + timedelta(seconds=spec.pending_deadline_seconds) - now).total_seconds()
@@ -32,9 +32,7 @@ def pending_left(spec: FineTuneJobSpec, since: datetime | None, now: datetime) -
 def pending_since(
     job: JobObject, status: FineTuneJobStatus, history: Sequence[Attempt], due: datetime | None
 ) -> datetime | None:
-    """When the present wait began: with the attempt, or after what kept it from being made, its backoff (until `due`)
-    included.
-    """
+    """Return when the present wait began: with the attempt, or after the backoff (until `due`) or suspension."""
     last = history[-1] if history else None
     if last and last.reason is None:
         return last.started_at
@@ -44,7 +42,7 @@ def pending_since(
 
 
 def ttl_left(ttl_seconds: int | None, status: FineTuneJobStatus, now: datetime) -> float | None:
-    """Seconds until a finished FineTuneJob is deleted; None when it is kept."""
+    """Return the seconds until a finished FineTuneJob is deleted; None when it is kept."""
     if ttl_seconds is None or status.completion_time is None:
         return None
     return (status.completion_time + timedelta(seconds=ttl_seconds) - now).total_seconds()

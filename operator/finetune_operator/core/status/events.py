@@ -1,4 +1,4 @@
-"""Transitions of the status -> the events a user sees in `kubectl describe`."""
+"""Turn status transitions into the events that `kubectl describe` shows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from finetune_operator.core.status.training import STALLED
 
 Kind = Literal["Normal", "Warning"]
 LONG_WAIT = timedelta(seconds=60)
-#: Stages to which training turns again and again: coming back from them is no news.
+#: Stages between training steps: the return from them posts no event.
 _BESIDE_TRAINING = ("Evaluating", "Publishing", "Verifying")
 
 
@@ -27,7 +27,7 @@ class Event:
 
 
 def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]:
-    """What happened from `old` to `new`."""
+    """Yield the events of the transition from `old` to `new`."""
     yield from _attempts(old, new)
     before = {condition.type: condition for condition in old.conditions}
     for condition in new.conditions:
@@ -60,7 +60,7 @@ def _started_message(attempt: Attempt) -> str:
 
 
 def _warning_or_end(condition: Condition, subject: str) -> Event | None:
-    """The event for a condition that has changed; None where another condition or an attempt tells it."""
+    """Return the event for a changed condition; None where another condition or an attempt posts it."""
     match condition.type, condition.status:
         case "Succeeded", "True":
             return Event("Normal", "Succeeded", condition.message, subject)
@@ -77,23 +77,21 @@ def _warning_or_end(condition: Condition, subject: str) -> Event | None:
 
 
 def _was_long_wait(known: Condition, condition: Condition) -> bool:
-    """Whether its end is worth an event: pods that start at once are told by `Training` a moment later."""
+    """Return whether the end of a wait deserves an event; for pods that start at once, `Training` follows anyway."""
     waited = condition.last_transition_time - known.last_transition_time
     return known.reason != "Pending" or waited >= LONG_WAIT
 
 
 def _progress(known: Condition | None, condition: Condition, subject: str) -> Event | None:
-    """The event for a condition that has changed for the better."""
+    """Return the event for a condition that has improved."""
     was, now = known.reason if known else "", condition.reason
     match condition.type, condition.status:
         case "Scheduled", "True" if known and _was_long_wait(known, condition):
-            return Event("Normal", "PodsRunning", "every pod of the attempt runs", subject)
+            return Event("Normal", "PodsRunning", "all pods of the attempt are running", subject)
         case "Suspended", "False" if known and known.status == "True":
             return Event("Normal", "Resumed", "spec.suspend is false again", subject)
         case "Training", _ if was == STALLED and now != "NotRunning":
-            return Event(
-                "Normal", "Recovered", f"the trainer goes on after it had stalled: {now}", f"{subject}/recovered"
-            )
+            return Event("Normal", "Recovered", f"training recovered from a stall: {now}", f"{subject}/recovered")
         case "Training", "True" if was not in _BESIDE_TRAINING:
-            return Event("Normal", "Training", "optimizer steps are made", subject)
+            return Event("Normal", "Training", "training is running", subject)
     return None

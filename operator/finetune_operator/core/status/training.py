@@ -1,4 +1,4 @@
-"""The trainer's report -> status.progress, and whether training has stalled."""
+"""The Training condition of a running attempt, and when it counts as stalled."""
 
 from datetime import datetime, timedelta
 
@@ -10,13 +10,13 @@ STALLED = "Stalled"
 
 
 def stall_deadline(attempt: Attempt, running_since: datetime | None, limit_seconds: int) -> datetime | None:
-    """When a trainer that says nothing new counts as stalled. Its pod may have been replaced since it last did."""
+    """Return when a trainer without new reports counts as stalled; a replaced pod starts the time again."""
     since = max((moment for moment in (attempt.heard_at, running_since) if moment), default=None)
     return since + timedelta(seconds=limit_seconds) if since else None
 
 
 def training(report: TrainerReport | None, stalled_at: datetime | None, now: datetime) -> ConditionValue:
-    """The Training condition of a running attempt."""
+    """Return the Training condition of a running attempt."""
     if stalled_at and now >= stalled_at:
         doing = f"while {report.stage}" if report else "since its pod started"
         since = stalled_at.isoformat(timespec="seconds")
@@ -31,5 +31,5 @@ def training(report: TrainerReport | None, stalled_at: datetime | None, now: dat
 
 
 def finishing() -> ConditionValue:
-    """The trainer has said its last word."""
+    """Return the Training condition of an attempt whose trainer sent its final report."""
     return ConditionValue("False", "Finishing", "the trainer is done; its pod is about to end")

@@ -1,4 +1,4 @@
-"""Why an attempt is not running yet, in Kubernetes' own words."""
+"""Explain why an attempt is not running yet, with the messages of Kubernetes."""
 
 from collections.abc import Sequence
 
@@ -15,23 +15,28 @@ PENDING = "Pending"
 QUEUED = "Queued"
 UNSCHEDULABLE = "Unschedulable"
 UNREACHABLE = "NodeUnreachable"
-#: Container states that are merely a step on the way.
+#: Container states of a normal start.
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
 
 def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> WaitReason:
-    """The most telling reason; it comes from the scheduler, the kubelet, the Job controller or Kueue. `pods` are the
-    last of each rank.
+    """Return the most specific reason: of the scheduler, the kubelet, the Job controller or Kueue.
+
+    Args:
+        observed: The job.
+        child: The Job of the attempt.
+        pods: The last pod of each rank.
+        nodes: Number of pods that the attempt needs.
     """
     if child.suspended:
         return _queued(observed.job, child, observed.wait_reasons)
     waiting = [pod for pod in pods if pod.live and not pod.running]
     for look in (_unschedulable, _container):
         for pod in waiting:
-            if notice := look(pod):
-                return notice
-    if notice := _from_events(observed.wait_reasons, child, pods, waiting):
-        return notice
+            if reason := look(pod):
+                return reason
+    if reason := _from_events(observed.wait_reasons, child, pods, waiting):
+        return reason
     running = sum(pod.running for pod in pods)
     if running and nodes > 1:
         return WaitReason(PENDING, f"{running} of {nodes} pods run; waiting for the others")
@@ -45,28 +50,28 @@ def starting(job_name: str, nodes: int) -> str:
 
 
 def unreachable(pod: Pod) -> WaitReason:
-    """A pod that should have stopped, and of which its node says nothing."""
+    """Return the reason for a pod whose node has not confirmed that it stopped."""
     node = f"node {pod.node}" if pod.node else "its node"
     by = pod.stop_by.isoformat(timespec="seconds").replace("+00:00", "Z") if pod.stop_by else "now"
     return WaitReason(
         UNREACHABLE,
-        f"pod {pod.name} was to stop by {by}, and {node} has not said that it did. It may still write, so nothing new "
-        "starts until the node is back or removed",
+        f"Pod {pod.name} was due to stop by {by}, but {node} has not confirmed it; the next attempt waits for the node "
+        "to return or be removed",
     )
 
 
 def _from_events(
     wait_reasons: dict[str, WaitReason], child: Child, pods: Sequence[Pod], waiting: Sequence[Pod]
 ) -> WaitReason | None:
-    """What an event says. Nobody takes an event back, so one whose cause is gone is passed over."""
+    """Return the reason that an event gives. Nobody retracts an event, so skip one whose cause is gone."""
     for pod in waiting:
-        if (notice := wait_reasons.get(pod.uid)) and not pod.set_up:
-            return notice
-    notice = wait_reasons.get(child.uid)
+        if (reason := wait_reasons.get(pod.uid)) and not pod.set_up:
+            return reason
+    reason = wait_reasons.get(child.uid)
     made = max((pod.created_at for pod in pods), default=None)
-    is_past = notice and notice.at and made and notice.at < made
-    if notice and notice.reason != QUEUED and not is_past and not any(pod.live for pod in pods):
-        return notice
+    is_past = reason and reason.at and made and reason.at < made
+    if reason and reason.reason != QUEUED and not is_past and not any(pod.live for pod in pods):
+        return reason
     return None
 
 

@@ -73,7 +73,7 @@ def test_an_adapter_that_it_published_is_said_to_be_of_the_old_spec():
     world.exit_pods(0, adapter_report())
     world.settle()
     assert world.outcome == "True"
-    assert "by the spec as it was" in world.condition("Succeeded")["message"]
+    assert "but with an outdated spec" in world.condition("Succeeded")["message"]
 
 
 def test_what_may_change_at_any_time_replaces_nothing():

@@ -100,7 +100,7 @@ def test_a_pod_whose_node_is_gone_is_said_to_be_out_of_reach_and_nothing_new_sta
     reason, message = scheduled(world)
     by = stamp(START + timedelta(seconds=120))
     assert reason == "NodeUnreachable"
-    assert "nli-1-0-" in message and f"was to stop by {by}" in message and "node node-1" in message
+    assert "nli-1-0-" in message and f"was due to stop by {by}" in message and "node node-1" in message
     assert world.events.count("NodeUnreachable") == 1
     world.advance(1700)
     assert scheduled(world) == (reason, message), "the same words, however long it lasts"
@@ -113,7 +113,7 @@ def test_suspending_says_when_the_pod_is_out_of_reach():
     world.settle()
     world.advance(1700)
     world.settle()
-    assert "has not said that it did" in world.condition("Suspended")["message"]
+    assert "has not confirmed it" in world.condition("Suspended")["message"]
 
 
 # Kueue
