@@ -50,9 +50,8 @@ def run(ctx: RunContext) -> Adapter | None:
             steps.check_init_from(init_from, spec)
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
-        state, checkpoint = checkpoints.find(
-            ctx.directory, steps.fingerprint(spec, base.commit, data.splits), base.commit
-        )
+        fingerprint = steps.fingerprint(spec, base.commit, data.splits)
+        state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit)
         plan = steps.plan_execution(spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
         ctx.report.plan(plan)
     ctx.stop_if_requested()
@@ -72,8 +71,7 @@ def run(ctx: RunContext) -> Adapter | None:
     session = steps.TrainingSession(ctx, steps.METHODS["sft"], plan, base, model, data, prompts, checkpoints)
     ctx.metrics.open_trackers(settings, ctx.directory.root, ctx.exit_stack)
     if data.eval and state.needs_baseline(spec.evaluation):
-        with ctx.stage("Evaluating", "Measuring the base model before training"):
-            session.measure_baseline(state)
+        session.measure_baseline(state)
 
     with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving():
         # 9. Train; saves, resumes, evaluates, stops early and survives GPU out-of-memory.

@@ -82,14 +82,15 @@ class TrainingSession:
 
     def measure_baseline(self, state: TrainingState) -> None:
         """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
-        try:
-            state.before = self.evaluator.evaluate(self.model)
-        except EvaluationAborted:
-            message = f"Asked to stop ({self.ctx.stop_reason}) before training began; nothing is lost"
-            raise Preempted(message) from None
-        self.ctx.report.metrics(state.metrics_before())
-        if self.ctx.ranks.is_main:
-            self.ctx.metrics.log_baseline(state.before)
+        with self.ctx.stage("Evaluating", "Measuring the base model before training"):
+            try:
+                state.before = self.evaluator.evaluate(self.model)
+            except EvaluationAborted:
+                message = f"Asked to stop ({self.ctx.stop_reason}) before training began; nothing is lost"
+                raise Preempted(message) from None
+            self.ctx.report.metrics(state.metrics_before())
+            if self.ctx.ranks.is_main:
+                self.ctx.metrics.log_baseline(state.before)
 
     def fit(self, state: TrainingState, checkpoint: Path | None) -> TrainingResult:
         """Train to the end, from `checkpoint` if given, whose state is `state`.
