@@ -21,6 +21,7 @@ from support.cli.run import (
 from support.server.client import wait_until
 from support.trainer.tiny_model import build_model, nli_rows, write_jsonl
 
+pytestmark = pytest.mark.scenario
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

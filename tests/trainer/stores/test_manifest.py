@@ -15,5 +15,5 @@ def test_a_manifest_with_such_numbers_is_readable() -> None:
         metrics={"evalLoss": 0.5} | NO_NUMBERS,
     )
     assert StoreManifest.model_validate_json(manifest.to_bytes()).metrics == {"evalLoss": 0.5}
-    written_before = manifest.to_bytes().replace(b"0.5", b"null")
+    written_before = manifest.to_bytes().replace(b": 0.5", b": null")
     assert StoreManifest.model_validate_json(written_before).metrics == {}
