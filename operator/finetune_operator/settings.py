@@ -9,7 +9,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Settings(BaseSettings):
-    """Every setting has a default that suits production, save `trainer_image`, which follows the release."""
+    """The operator's settings. All defaults suit production; `trainer_image` follows the release."""
 
     model_config = SettingsConfigDict(
         env_prefix="FINETUNE_OPERATOR_", env_parse_none_str="null", frozen=True, use_attribute_docstrings=True
@@ -17,35 +17,35 @@ class Settings(BaseSettings):
 
     # What is served
     namespaces: tuple[str, ...] = ()
-    """Namespaces to serve. Empty: the whole cluster."""
+    """Namespaces to serve. Empty: the whole cluster, which needs a ClusterRole."""
     workers: Annotated[int, Field(ge=1, le=256)] = 16
-    """Jobs reconciled at the same time."""
+    """Jobs reconciled at the same time. More workers shorten the queue and send more API requests."""
     resync_seconds: Positive = 300
-    """Seconds between full lists, which catch whatever a watch has missed."""
+    """Seconds between full lists, which find what a watch missed. Longer saves requests and delays such repairs."""
     start_timeout_seconds: Positive = 300
-    """How long to wait at the start for the API server and the CRD before giving up."""
+    """Seconds to wait at the start for the API server and the CRD; then the process exits with code 1."""
     request_timeout_seconds: Positive = 30
-    """Limit of one API request."""
+    """Timeout of one API request in seconds; the reconcile is retried."""
     progress_interval_seconds: Positive = 15
-    """Least seconds between two looks at one trainer's progress."""
+    """Minimum seconds between two polls of one trainer's progress. Shorter updates the status more often."""
     progress_timeout_seconds: Positive = 3
-    """Limit of one look."""
+    """Timeout of one poll in seconds; the next one follows after the interval."""
     progress_concurrency: Annotated[int, Field(ge=1, le=1000)] = 32
-    """Looks at the same time."""
+    """Polls at the same time; further ones wait."""
     stalled_seconds: Annotated[int, Field(ge=1)] = 1800
-    """A trainer that reports nothing new for this long gets Training=False, reason Stalled."""
+    """Seconds without a new report after which a job gets Training=False, reason Stalled. It is not stopped."""
     kueue: Literal["auto", "enabled", "disabled"] = "auto"
-    """Read Kueue's Workloads to explain what a queued job waits for. auto: when the cluster has them."""
+    """Watch Kueue's Workloads to explain why a queued job waits. auto: when the cluster has them."""
 
     # The trainer's pods
     trainer_image: str = "finetune-trainer:0.1.0"
-    """Image of the trainer."""
+    """Image of the trainer, unless a job sets spec.image."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the trainer's image is pulled."""
     image_pull_secrets: tuple[str, ...] = ()
-    """Names of pull Secrets in the job's namespace."""
+    """Names of pull Secrets; they must exist in the job's namespace."""
     trainer_service_account: str | None = None
-    """ServiceAccount of the trainer's pods (for cloud workload identity); its token is never mounted by us."""
+    """ServiceAccount of the trainer's pods (for cloud workload identity); we never mount its token."""
     trainer_env: dict[str, str] = {}
     """More environment variables for the trainer, such as proxies. Never secrets."""
     node_selector: dict[str, str] = {}
@@ -57,9 +57,9 @@ class Settings(BaseSettings):
     run_as_user: Annotated[int, Field(ge=1)] | None = 65532
     """User, group and fsGroup of the trainer. null: the image's or the platform's (OpenShift)."""
     termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
-    """Time a trainer has to save its checkpoint when it is asked to stop."""
+    """Seconds between SIGTERM and SIGKILL. A trainer that cannot save within them resumes from an older checkpoint."""
     scratch_size_limit: str | None = None
-    """Limit of the scratch volume, such as 100Gi."""
+    """Limit of the scratch volume, such as 100Gi; a pod that exceeds it is evicted. null: no limit."""
 
     # What is allowed
     allowed_images: tuple[str, ...] = ()
@@ -71,9 +71,9 @@ class Settings(BaseSettings):
     allow_remote_code: bool = False
     """Whether jobs may set model.trustRemoteCode."""
     allow_file_output: bool = False
-    """Whether output may go to file://, which in a pod is lost with the pod."""
+    """Whether jobs may write to file://. In a pod such output is lost with the pod."""
     max_gpus_per_job: Annotated[int, Field(ge=0)] | None = None
-    """GPUs that one job may have over all its nodes. null: any number."""
+    """GPUs that one job may request over all its nodes; a job with more is rejected. null: any number."""
     max_gpus_per_job_by_namespace: dict[str, Annotated[int, Field(ge=0)]] = {}
     """The same for single namespaces, instead of the general limit."""
 
@@ -81,18 +81,18 @@ class Settings(BaseSettings):
     http_host: str = "0.0.0.0"  # noqa: S104 -- the kubelet and Prometheus come from outside the pod
     """Address of /healthz, /readyz and /metrics."""
     http_port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    """Port of the same; 0 takes a free one and logs it."""
+    """Port of the HTTP endpoints; 0 takes a free one and logs it."""
     stuck_seconds: Positive = 120
-    """/healthz fails when a job has waited this long for a worker, or a reconcile has run this long."""
+    """Seconds that a job may wait for a worker, or a reconcile may run, before /healthz fails and the pod restarts."""
     job_metrics_limit: Annotated[int, Field(ge=0)] = 200
-    """Running jobs that get gauges of their own (loss, step, tokens/s); those beyond it get none."""
+    """Number of running jobs with gauges of their own (loss, step, tokens/s); further jobs get none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least level that is logged."""
+    """Lowest level that is logged."""
 
     # Kopf
     watch_server_timeout_seconds: Annotated[int, Field(ge=10)] = 300
-    """How long the API server may keep one watch request."""
+    """Seconds after which the API server ends a watch request; Kopf then opens another."""
     watch_client_timeout_seconds: Positive = 330
-    """How long we keep it, should the server forget."""
+    """Seconds after which we end a watch request that the server did not end."""
     watch_inactivity_seconds: Positive = 70
-    """A watch without event or bookmark for this long is renewed (servers send bookmarks each minute)."""
+    """Seconds without event or bookmark after which a watch restarts; servers send a bookmark every minute."""
