@@ -94,8 +94,8 @@ class Bench:
     bucket: str
     folder: Path
 
-    def store(self, path: str, endpoint: str | None = None) -> Store:
-        env = self.s3.env | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
+    def store(self, path: str, endpoint: str | None = None, **settings: str) -> Store:
+        env = self.s3.env | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {}) | settings
         return open_store(parse(f"s3://{self.bucket}/{path}"), Credentials("output", env))
 
 
@@ -205,7 +205,7 @@ def test_parts_of_a_large_file_survive_faults(bench: Bench, monkeypatch) -> None
     faults = Faults(seed=3, rate=0.3, kinds=("reset", "wrong answer", "wrong upload"), only=moves_bytes)
     with faulty(bench.s3.endpoint, faults) as endpoint:
         store = bench.store("large", endpoint)
-        for attempt in range(5):
+        for attempt in range(3):
             store.upload(local, f"weights-{attempt}")
             store.download(f"weights-{attempt}", copy, sha256=expected.sha256)
             assert digest_file(copy) == expected
@@ -247,7 +247,8 @@ def test_a_crash_before_any_request_leaves_no_manifest_or_a_whole_one(bench: Ben
         survived = True
         with faulty(bench.s3.endpoint, faults) as endpoint:
             try:
-                put(new, bench.store(prefix, endpoint), overwrite)
+                store = bench.store(prefix, endpoint, **{constants.ENV_STORE_PATIENCE: "0.2"})  # it never comes back
+                put(new, store, overwrite)
             except StoreUnavailable:
                 survived = False
         objects = bench.s3.objects(bench.bucket, prefix)
