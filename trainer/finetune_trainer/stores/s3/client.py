@@ -24,11 +24,11 @@ MULTIPART_BYTES: Final = 16 * MIB
 PART_BYTES: Final = 8 * MIB
 THREADS: Final = 8
 
-#: Seconds. Only uploads are retried by botocore, for s3transfer cannot retry a part by itself (retry.py does the rest).
+#: Seconds. botocore retries only the parts of large uploads, which s3transfer cannot; retry.py does the rest.
 CONNECT_TIMEOUT: Final = 5
 CONTROL_READ_TIMEOUT: Final = 12
 DATA_READ_TIMEOUT: Final = 60
-UPLOAD_TRIES: Final = 3
+PART_TRIES: Final = 3
 
 #: What an allow-list calls the endpoint of credentials that name none.
 AMAZON: Final = "https://s3.amazonaws.com"
@@ -41,21 +41,21 @@ class Clients:
 
     Attributes:
         control: For small, quick requests.
-        reads: For requests that fetch data and may take longer.
-        writes: For requests that send data.
+        data: For requests that move data and may take longer.
+        parts: For the parts of large uploads, which botocore retries.
         sends_checksums: Whether uploads carry a CRC32 for the server to compare.
     """
 
     control: Any
-    reads: Any
-    writes: Any
+    data: Any
+    parts: Any
     sends_checksums: bool
 
     def send(
         self, local: Path, bucket: str, key: str, checksum: dict[str, str], on_progress: OnProgress | None
     ) -> None:
         """Upload a file in parallel parts, read as they are sent. A failed upload leaves no parts behind."""
-        with TransferManager(self.writes, _transfer_config()) as manager:
+        with TransferManager(self.parts, _transfer_config()) as manager:
             manager.upload(str(local), bucket, key, dict(checksum), _subscribers(on_progress)).result()
 
     def fetch(
@@ -71,7 +71,7 @@ class Clients:
         version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
         size = int(head["ContentLength"])
         return download(
-            partial(self.reads.get_object, Bucket=bucket, Key=key, **version),
+            partial(self.data.get_object, Bucket=bucket, Key=key, **version),
             size,
             local,
             part_bytes=PART_BYTES if size >= MULTIPART_BYTES else max(size, 1),
@@ -155,8 +155,8 @@ def connect(credentials: Credentials) -> Clients:
     try:
         return Clients(
             control=client(CONTROL_READ_TIMEOUT),
-            reads=client(DATA_READ_TIMEOUT),
-            writes=client(DATA_READ_TIMEOUT, UPLOAD_TRIES),
+            data=client(DATA_READ_TIMEOUT),
+            parts=client(DATA_READ_TIMEOUT, PART_TRIES),
             sends_checksums=calculation == "when_supported",
         )
     except InvalidRegionError:

@@ -186,7 +186,7 @@ class S3Store(Store):
 
     def _put(self, path: str, body: Any, digest: Digest, **condition: str) -> None:
         extra = self._checksum(digest) | condition
-        self._s3.writes.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
+        self._s3.data.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
 
     def _abort_leftovers(self, path: str) -> None:
         """Parts of an upload whose process was killed are invisible, yet paid for; there is one writer to a path."""
@@ -237,7 +237,7 @@ class S3Store(Store):
             raise self._corrupted(path, "does not hold the bytes sent")
 
     def _read_through(self, path: str) -> Digest:
-        body = self._s3.reads.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]
+        body = self._s3.data.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]
         return digest_chunks(body.iter_chunks(CHUNK_BYTES))
 
     def _compare(self, path: str, got: Digest, head: dict[str, Any], sha256: str | None) -> None:
