@@ -175,7 +175,19 @@ def test_every_block_of_chart_values_is_accepted(path: Path) -> None:
 
 @each_text
 def test_every_file_named_exists(path: Path) -> None:
-    tops = {"benchmarks", "charts", "crds", "docs", "examples", "images", "operator", "scripts", "tests", "trainer"}
+    tops = {
+        "benchmarks",
+        "charts",
+        "cli",
+        "crds",
+        "docs",
+        "examples",
+        "images",
+        "operator",
+        "scripts",
+        "tests",
+        "trainer",
+    }
     found = [code for code in inline(path) if re.fullmatch(r"[\w./-]+", code) and "/" in code]
     found += [word for words in commands(path) for word in words if re.fullmatch(r"[\w./-]+", word) and "/" in word]
     ours = [name for name in found if name.split("/")[0] in tops and "/build" not in name]
