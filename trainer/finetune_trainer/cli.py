@@ -18,7 +18,6 @@ from rich.console import Console
 
 from finetune_api import constants, exit_codes
 from finetune_api.manifest import ManifestError
-from finetune_trainer import settings as config
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Preempted, failure_of
@@ -29,24 +28,24 @@ from finetune_trainer.reporting.setup import show
 from finetune_trainer.run import run
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
 from finetune_trainer.runtime.workspace import work_folder
-from finetune_trainer.settings import Environment, Ranks
+from finetune_trainer.settings import Environment, Ranks, load
 
 log = structlog.get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the command line says; returns the exit code, whatever happens."""
-    wanted = parser().parse_args(argv)
-    place, world = Environment.from_env(), Ranks.from_env()
-    console = Console(stderr=True) if sys.stderr.isatty() and world.is_main else None
+    """Run the job that the command line names; return the exit code, whatever happens."""
+    options = parser().parse_args(argv)
+    environment, ranks = Environment.from_env(), Ranks.from_env()
+    console = Console(stderr=True) if sys.stderr.isatty() and ranks.is_main else None
     logs.configure(console)
-    reporter = Reporter(place.termination_log)
-    if world.local_rank == 0:
+    reporter = Reporter(environment.termination_log)
+    if ranks.local_rank == 0:
         reporter.clear_termination_log()
     stop = StopFlag(lambda: force_exit(reporter))
     try:
-        with stop_on_signals(stop, alone=world.size == 1), ExitStack() as exit_stack:
-            settings = config.load(wanted.config, wanted.set, place, world)
+        with stop_on_signals(stop, alone=ranks.size == 1), ExitStack() as exit_stack:
+            settings = load(options.config, options.set, environment, ranks)
             directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
             logs.copy_to(directory.root / logs.LOG_FILE)
             telemetry = show(exit_stack, settings, reporter, console)
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error(failure.message, reason=failure.reason, exit_code=failure.exit_code, exc_info=unforeseen)
         reporter.failed(failure)
         return failure.exit_code
-    if world.is_main:
+    if ranks.is_main:
         log.info(reporter.report.message)
     return 0
 
@@ -69,7 +68,7 @@ def cli() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """--config and --set; the help also explains environment variables and exit codes."""
+    """Return the parser of --config and --set; its help also explains environment variables and exit codes."""
     codes = "\n".join(
         f"  {outcome.code:>3}  {outcome.reason:<16} {outcome.cause}"
         for outcome in sorted(exit_codes.REASONS.values(), key=lambda outcome: outcome.code)

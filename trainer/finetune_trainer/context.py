@@ -13,6 +13,7 @@ from finetune_trainer.errors import Preempted
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.runtime.distributed import all_reduce_any, destroy_process_group, run_on_rank_zero
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Ranks, Settings
 
@@ -74,10 +75,7 @@ class RunContext:
 
     def goes_on_alone(self) -> bool:
         """Leave the process group; return whether this rank is the one that publishes."""
-        if self.ranks.size > 1:
-            from finetune_trainer.runtime.distributed import destroy_process_group
-
-            destroy_process_group(self.ranks)
+        destroy_process_group(self.ranks)
         return self.ranks.is_main
 
     def report_final(self, state: TrainingState) -> None:
@@ -93,10 +91,6 @@ class RunContext:
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""
-        if self.ranks.size == 1:
-            return work()
-        from finetune_trainer.runtime.distributed import run_on_rank_zero
-
         return run_on_rank_zero(self.ranks, work)
 
     def stop_if_requested(self, message: str = "before training began; nothing is lost", alone: bool = False) -> None:
@@ -104,10 +98,6 @@ class RunContext:
 
         `alone`: this rank works alone by now.
         """
-        stopping = bool(self.stop)
-        if self.ranks.size > 1 and not alone:
-            from finetune_trainer.runtime.distributed import all_reduce_any
-
-            (stopping,) = all_reduce_any(self.ranks, stopping)
+        (stopping,) = [bool(self.stop)] if alone else all_reduce_any(self.ranks, bool(self.stop))
         if stopping:
             raise Preempted(f"Asked to stop ({self.stop_reason}) {message}")

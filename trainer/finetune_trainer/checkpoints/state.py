@@ -1,4 +1,4 @@
-"""What a run must remember beyond weights and optimizer to go on as if it had never stopped; part of a checkpoint."""
+"""Training state beyond weights and optimizer that an exact resume needs."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -12,9 +12,20 @@ STATE_FILE = "finetune_state.json"
 
 @dataclass
 class TrainingState:
-    """Progress of one run. `metrics` are those of the latest evaluation, `best` and `before` those of two others.
+    """The only state that training changes; all of it is in every checkpoint.
 
-    `finished`: no step is left to train; an evaluation may still be due.
+    Attributes:
+        fingerprint: What decides the run's result.
+        step: Optimizer steps done at the last checkpoint.
+        finished: No step is left to train; an evaluation may still be due.
+        before: Metrics of the base model.
+        metrics: Metrics of the latest evaluation, and the latest training loss.
+        best: Metrics of the best evaluation, at `best_step`.
+        value_to_beat: What early stopping compares with.
+        evaluations_without_gain: How often in a row it was not beaten.
+        evaluation_due: The evaluation at `step` is still to be done.
+        tokens: Real tokens trained on, over all ranks; `train_seconds` the time that took.
+        loss_since_log: Loss summed over the steps since `last_logged_step`.
     """
 
     fingerprint: str = ""
@@ -37,11 +48,11 @@ class TrainingState:
         return evaluation.on_start and not self.before and not self.step
 
     def metrics_before(self) -> dict[str, float]:
-        """The metrics ahead of training as `<name>Before`; the confusion matrix is left out."""
+        """Return the base model's metrics as `<name>Before`, without the confusion matrix."""
         return {f"{key}Before": value for key, value in self.before.items() if "." not in key}
 
     def final_metrics(self, keep_best: bool) -> dict[str, float]:
-        """The metrics of the adapter to publish, with those before training as `<name>Before`, and the speed."""
+        """Return the metrics of the adapter to publish, the base model's as `<name>Before`, and the speed."""
         chosen = self.best if keep_best and self.best else self.metrics
         metrics = chosen | self.metrics_before() | {"trainSeconds": round(self.train_seconds, 3)}
         if self.train_seconds:
@@ -53,7 +64,7 @@ class TrainingState:
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingState":
-        """What `save` wrote to `folder`, perhaps by another version: what this one does not know is left out."""
+        """Read what `save` wrote to `folder`; fields of another version that this one does not know are dropped."""
         known = {field.name for field in fields(cls)}
         found = json.loads((folder / STATE_FILE).read_text())
         return cls(**{key: value for key, value in found.items() if key in known})
