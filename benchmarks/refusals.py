@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-JOB = {
+JOB: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "FineTuneJob",
     "metadata": {"name": "refused"},
@@ -51,7 +52,7 @@ def _refuse(folder: Path, changes: list[str], environment: dict[str, str], row: 
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model/config.json").write_text("{}")
     (folder / "train.jsonl").write_text(row + "\n")
-    job = JOB | {"spec": JOB["spec"] | {"model": {"source": f"file://{folder}/model"}}}  # type: ignore[operator]
+    job = JOB | {"spec": JOB["spec"] | {"model": {"source": f"file://{folder}/model"}}}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     settings = {
         "FINETUNE_SCRATCH_DIR": str(folder / "scratch"),

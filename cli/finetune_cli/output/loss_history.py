@@ -64,6 +64,6 @@ def _parsed(line: str) -> dict[str, Any]:
 
 def _number(value: object) -> float | None:
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        return float(value) if isinstance(value, str | int | float) else None
+    except ValueError:
         return None

@@ -151,7 +151,7 @@ def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
         "output": spec.output.secret_ref,
         "wandb": wandb.secret_ref if wandb else None,
     }
-    return {role: found[role].name for role in constants.SECRET_ROLES if found[role]}  # type: ignore[union-attr]
+    return {role: secret.name for role in constants.SECRET_ROLES if (secret := found[role])}
 
 
 def claim_names(spec: FineTuneJobSpec) -> dict[str, bool]:
