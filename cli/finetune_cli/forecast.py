@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_cli import model_config
 from finetune_cli.errors import CliError
 from finetune_cli.output import formatting
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning import planner
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
@@ -99,10 +100,7 @@ def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> F
     """What the trainer would do on a GPU of `gpu_memory` bytes."""
     try:
         plan = _plan(spec, shape, gpu_memory)
-    except Exception as error:
-        # The trainer's refusals carry an exit code and are a sentence; anything else is a bug.
-        if not hasattr(error, "exit_code"):
-            raise
+    except TrainerError as error:
         return Forecast(None, gpu_memory, False, (f"Does not fit: {error}",))
     return Forecast(
         plan, gpu_memory, True, (f"{_sentence(plan)}.", f"It fits a GPU with {formatting.size(gpu_memory)}.")

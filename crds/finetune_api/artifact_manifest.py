@@ -19,7 +19,7 @@ ArtifactKind = Literal["Adapter"]
 class FileRecord(StatusModel):
     """One file below the manifest's folder."""
 
-    path: Annotated[str, Field(min_length=1, max_length=1024)]
+    path: Annotated[str, Field(max_length=1024)]
     size_bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

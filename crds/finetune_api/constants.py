@@ -49,6 +49,7 @@ ENV_ATTEMPT: Final = "FINETUNE_ATTEMPT"
 # Shell patterns of the S3 endpoints an administrator allows, with commas between; none: any.
 ENV_ALLOWED_S3_ENDPOINTS: Final = "FINETUNE_ALLOWED_S3_ENDPOINTS"
 ENV_STORE_PATIENCE: Final = "FINETUNE_STORE_PATIENCE"  # seconds to wait for a store that is out of reach
+ENV_STORE_TIMEOUT: Final = "FINETUNE_STORE_TIMEOUT"  # seconds to wait for one answer of a store
 
 #: Sub-directories of SECRETS_DIR, one per secretRef of the spec. Each file in one is an environment-style key
 #: (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, HF_TOKEN, WANDB_API_KEY)

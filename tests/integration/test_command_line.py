@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.cli.run import finetune, no_traceback
+from support.cli.run import finetune_process, no_traceback
 from support.installation.installation import Stage, verify_digests
 
 
@@ -17,7 +17,7 @@ def ctl(stage: Stage):
 
     def run(*arguments: str):
         return no_traceback(
-            finetune(*arguments, "-n", stage.kube.namespace or "", env=env, cwd=stage.folder, timeout=400)
+            finetune_process(*arguments, "-n", stage.kube.namespace or "", env=env, cwd=stage.folder, timeout=400)
         )
 
     return run

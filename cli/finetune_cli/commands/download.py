@@ -1,17 +1,17 @@
-"""`finetune download`: an adapter, every byte checked against its manifest, going on where it was cut off."""
+"""`finetune download`: an adapter, every file verified against its manifest, resuming after an interruption."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune_api import constants
+from finetune_cli import storage
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.options import (
     Context,
@@ -23,21 +23,13 @@ from finetune_cli.options import (
 from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
-    from finetune_cli.stores import Remote
+    from finetune_api.artifact_manifest import FileRecord, StoreManifest
+    from finetune_trainer.stores.base import Store
 
 #: Files fetched at the same time.
 PARALLEL = 4
-#: Times one file is taken up, beside the client's own retries.
+#: Tries of one file, each of which resumes where the last one broke off.
 TRIES = 3
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of an adapter, as its manifest names it."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 def download(
@@ -63,32 +55,32 @@ def download(
         finetune download nli ./nli
         finetune download s3://adapters/nli ./nli
     """
-    from finetune_cli.stores import open_remote
-
     address, digest = (source, None) if "://" in source else _of_job(source, namespace, context, kubeconfig)
-    remote = open_remote(address)
-    data = _manifest(remote, address)
-    if digest and digest != f"sha256:{hashlib.sha256(data).hexdigest()}":
-        raise CliError(
-            f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
-            hint=f"to take what is there now: finetune download {address} {folder}",
-            code=Exit.CORRUPT,
-        )
-    files = parse_manifest(data, address)
-    _prepare(folder, data, overwrite)
-    missing = [file for file in files if not _is_here(folder / file.path, file)]
-    _fetch_all(remote, missing, folder)
+    store = storage.open_store(address)
+    with storage.store_errors():
+        manifest, data = _read_manifest(store, address)
+        if digest and digest != f"sha256:{hashlib.sha256(data).hexdigest()}":
+            raise CliError(
+                f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
+                hint=f"to download what it holds now: finetune download {address} {folder}",
+                code=Exit.CORRUPT,
+            )
+        _prepare(folder, data, overwrite)
+        missing = [file for file in manifest.files if not _is_here(folder / file.path, file)]
+        _fetch_all(store, missing, folder)
     (folder / constants.MANIFEST_FILE).write_bytes(data)
     if output:
         fetched = {file.path for file in missing}
         listed = [
-            {"path": f.path, "sizeBytes": f.size, "sha256": f.sha256, "fetched": f.path in fetched} for f in files
+            {"path": file.path, "sizeBytes": file.size_bytes, "sha256": file.sha256, "fetched": file.path in fetched}
+            for file in manifest.files
         ]
         console.structured({"uri": address, "folder": str(folder), "files": listed}, output)
         return
-    total = formatting.size(sum(file.size for file in files))
-    kept = f", {len(files) - len(missing)} of them were here already" if len(missing) < len(files) else ""
-    console.done(f"{len(files)} files, {total}, in {folder}: every digest is right{kept}")
+    count, kept = len(manifest.files), len(manifest.files) - len(missing)
+    already = f" ({kept} of them were already in {folder})" if kept else ""
+    total = formatting.size(manifest.size_bytes)
+    console.done(f"{count} files ({total}) downloaded to {folder}, all checksums verified{already}")
 
 
 def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: Path | None) -> tuple[str, str]:
@@ -106,53 +98,18 @@ def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: P
     return view.status.adapter.uri, view.status.adapter.manifest_digest
 
 
-def _manifest(remote: Remote, address: str) -> bytes:
-    from finetune_cli.stores import MissingError
+def _read_manifest(store: Store, address: str) -> tuple[StoreManifest, bytes]:
+    """Return the manifest of the adapter in `store` and its bytes. Raises CliError, StoreError."""
+    from finetune_trainer.stores import manifest
 
-    try:
-        return remote.read(constants.MANIFEST_FILE)
-    except MissingError:
+    found = manifest.read(store)
+    if found is None:
         raise CliError(
-            f"there is no whole adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
-        ) from None
-
-
-def parse_manifest(data: bytes, address: str) -> list[File]:
-    """The files an adapter's manifest names. Raises CliError for anything else, and for paths that lead elsewhere."""
-    from pydantic import BaseModel, Field, ValidationError
-
-    class Record(BaseModel):
-        path: str
-        sizeBytes: int = Field(ge=0)  # noqa: N815 (as in the file)
-        sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-    class Manifest(BaseModel):
-        kind: str
-        files: list[Record]
-
-    try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "JSON"
-        raise CliError(
-            f"{address}: {constants.MANIFEST_FILE} is damaged: {field}: {first['msg']}", code=Exit.CORRUPT
-        ) from None
-    if manifest.kind != "Adapter":
-        raise CliError(f"{address} holds a {manifest.kind}, not an adapter")
-    for record in manifest.files:
-        if not is_safe(record.path):
-            raise CliError(
-                f"{address}: {constants.MANIFEST_FILE} names a path outside: {record.path!r}", code=Exit.CORRUPT
-            )
-    return [File(record.path, record.sizeBytes, record.sha256) for record in manifest.files]
-
-
-def is_safe(path: str) -> bool:
-    """Whether `path` stays below the folder it is joined to, and leaves the manifest alone. Pure."""
-    parts = path.split("/")
-    strange = "\\" in path or "\0" in path or PurePosixPath(path).is_absolute()
-    return not strange and all(part not in ("", ".", "..") for part in parts) and path != constants.MANIFEST_FILE
+            f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
+        )
+    if found[0].kind != "Adapter":
+        raise CliError(f"{address} holds a {found[0].kind}, not an adapter")
+    return found
 
 
 def _prepare(folder: Path, data: bytes, overwrite: bool) -> None:
@@ -167,8 +124,8 @@ def _prepare(folder: Path, data: bytes, overwrite: bool) -> None:
         raise CliError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
-def _is_here(local: Path, file: File) -> bool:
-    return local.is_file() and local.stat().st_size == file.size and _digest(local).hexdigest() == file.sha256
+def _is_here(local: Path, file: FileRecord) -> bool:
+    return local.is_file() and local.stat().st_size == file.size_bytes and _digest(local).hexdigest() == file.sha256
 
 
 def _digest(path: Path) -> hashlib._Hash:
@@ -176,18 +133,18 @@ def _digest(path: Path) -> hashlib._Hash:
         return hashlib.file_digest(opened, "sha256")
 
 
-def _fetch_all(remote: Remote, files: list[File], folder: Path) -> None:
+def _fetch_all(store: Store, files: list[FileRecord], folder: Path) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console.err(), transient=True) as progress:
-        task = progress.add_task("Downloading", total=sum(file.size for file in files))
+        task = progress.add_task("Downloading", total=sum(file.size_bytes for file in files))
 
         def advance(count: int) -> None:
             progress.advance(task, count)
 
         with ThreadPoolExecutor(PARALLEL) as pool:
-            pending = [pool.submit(fetch, remote, file, folder / file.path, advance) for file in files]
+            pending = [pool.submit(fetch, store, file, folder / file.path, advance) for file in files]
             try:
                 for each in pending:
                     each.result()
@@ -197,8 +154,10 @@ def _fetch_all(remote: Remote, files: list[File], folder: Path) -> None:
                 raise
 
 
-def fetch(remote: Remote, file: File, local: Path, advance: Callable[[int], None]) -> None:
-    """Fetch one file; a connection that is cut is taken up again a few times. Raises CliError."""
+def fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], None]) -> None:
+    """Download one file, resuming a few times when the connection breaks. Raises CliError, StoreError."""
+    from finetune_trainer.stores.errors import StoreUnavailable
+
     counted = 0
 
     def count(number: int) -> None:
@@ -208,36 +167,36 @@ def fetch(remote: Remote, file: File, local: Path, advance: Callable[[int], None
 
     for tries_left in range(TRIES - 1, -1, -1):
         try:
-            _fetch(remote, file, local, count)
+            _fetch(store, file, local, count)
             return
-        except CliError as error:
-            if not error.may_pass or not tries_left:
+        except StoreUnavailable:
+            if not tries_left:
                 raise
             advance(-counted)
             counted = 0
 
 
-def _fetch(remote: Remote, file: File, local: Path, advance: Callable[[int], None]) -> None:
-    """Fetch one file, going on from an earlier, unfinished try of the same content."""
+def _fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], None]) -> None:
+    """Download one file, resuming an earlier, unfinished try of the same content."""
     part = local.with_name(f".{local.name}.{file.sha256[:16]}.part")
+    size = file.size_bytes
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists() and part.stat().st_size > file.size:
+        if part.exists() and part.stat().st_size > size:
             part.unlink()
         digest = _digest(part) if part.exists() else hashlib.sha256()
         start = part.stat().st_size if part.exists() else 0
         advance(start)
         with part.open("ab") as output:
-            # At the end already: a range that starts there would be refused.
-            for chunk in remote.stream(file.path, start) if start < file.size or not file.size else ():
+            # At the end already: a store refuses a range that starts there.
+            for chunk in store.stream(file.path, start) if start < size or not size else ():
                 output.write(chunk)
                 digest.update(chunk)
                 advance(len(chunk))
         if digest.hexdigest() != file.sha256:
             part.unlink()
             raise CliError(
-                f"{remote.root.join(file.path)} is not what its manifest says: SHA-256 {digest.hexdigest()}, not"
-                f" {file.sha256}",
+                f"{store.uri_of(file.path)} has SHA-256 {digest.hexdigest()}, but its manifest says {file.sha256}",
                 hint="it was changed or damaged after publishing",
                 code=Exit.CORRUPT,
             )

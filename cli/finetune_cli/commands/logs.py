@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_api import constants
+from finetune_cli import storage
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.interrupts import insistent_interrupts
 from finetune_cli.options import (
@@ -91,14 +92,16 @@ def _has_started(pod: Object) -> bool:
 
 def _stored(view: View) -> list[str] | None:
     """The log published with the adapter; None when there is none."""
-    from finetune_cli.stores import MissingError, open_remote
-
     if view.status.adapter is None:
         return None
-    try:
-        return open_remote(view.status.adapter.uri).read(LOG_FILE).decode(errors="replace").splitlines()
-    except MissingError:
-        return None
+    store = storage.open_store(view.status.adapter.uri)
+    with storage.store_errors():
+        from finetune_trainer.stores.errors import StoreNotFound
+
+        try:
+            return store.read_bytes(LOG_FILE).decode(errors="replace").splitlines()
+        except StoreNotFound:
+            return None
 
 
 def _why_nothing(view: View, pods: list[Any], attempt: int | None) -> str:

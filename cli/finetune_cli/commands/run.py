@@ -22,6 +22,7 @@ from finetune_api import constants, exit_codes
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.manifests import STDIN_NAME
 from finetune_cli.options import ManifestFile, Overrides
+from finetune_cli.storage import cache_folder
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
@@ -45,12 +46,6 @@ def trainer_command() -> str:
             hint="pip install 'finetune-operator[trainer]', or train in a cluster: finetune submit",
         )
     return command
-
-
-def cache_folder(env: Mapping[str, str]) -> Path:
-    """Where models and data sets are kept between runs: the user's cache, after the XDG base directory rules."""
-    base = env.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "finetune"
 
 
 def free_address() -> str:

@@ -32,9 +32,13 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
     return Cluster(client.ApiClient(settings), namespace or default, settings.host, (min(5, seconds), seconds))
 
 
+def _default_kubeconfig() -> str:
+    """The user's files, with os.pathsep between them. (The client reads $KUBECONFIG only once, when it is imported.)"""
+    return os.environ.get("KUBECONFIG") or "~/.kube/config"
+
+
 def _has_kubeconfig() -> bool:
-    paths = (os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")).split(os.pathsep)
-    return any(Path(path).is_file() for path in paths if path)
+    return any(Path(path).expanduser().is_file() for path in _default_kubeconfig().split(os.pathsep) if path)
 
 
 def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
@@ -42,25 +46,24 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
     import yaml
     from kubernetes import config
 
-    file = str(kubeconfig) if kubeconfig else None
-    shown = file or os.environ.get("KUBECONFIG") or "~/.kube/config"
+    file = str(kubeconfig) if kubeconfig else _default_kubeconfig()
     try:
         contexts, current = config.list_kube_config_contexts(file)
         chosen = next((each for each in contexts if each["name"] == context), None) if context else current
         if chosen is None:
             known = ", ".join(each["name"] for each in contexts) or "none"
-            raise CliError(f"{shown} has no context {context!r}", hint=f"it has: {known}")
+            raise CliError(f"{file} has no context {context!r}", hint=f"it has: {known}")
         config.load_kube_config(file, context, settings, persist_config=False)
     except config.ConfigException as error:
         first = str(error).splitlines()[0].rstrip(".")
         raise CliError(
-            f"no cluster to talk to: {shown}: {first}",
+            f"no cluster to talk to: {file}: {first}",
             hint="kubectl config get-contexts shows what is there; --kubeconfig and --context choose",
             code=Exit.UNREACHABLE,
         ) from None
     except yaml.YAMLError as error:
-        raise CliError(f"{shown}: not YAML: {str(error).splitlines()[0]}") from None
+        raise CliError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
     except (TypeError, AttributeError, KeyError, ValueError, OSError) as error:
         # What the client's loader meets when the file is YAML and something else, or cannot be read.
-        raise CliError(f"{shown}: is no kubeconfig: {error}") from None
+        raise CliError(f"{file}: is no kubeconfig: {error}") from None
     return str((chosen.get("context") or {}).get("namespace") or "default")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants
+from finetune_cli import storage
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _STEP = re.compile(r"^Step ([0-9]+)$")
 TAIL_LINES = 3000
 #: Seconds to wait for a store: the sparkline is an ornament, never worth a pause.
-STORE_SECONDS = 2
+STORE_TIMEOUT = 2
 
 
 def loss_history(cluster: Cluster, view: View) -> list[float]:
@@ -35,10 +36,9 @@ def loss_history(cluster: Cluster, view: View) -> list[float]:
 
 def published(address: str) -> list[str]:
     """Lines of training/metrics.jsonl below an adapter's URI. Raises CliError."""
-    from finetune_cli.stores import open_remote
-
-    remote = open_remote(address, seconds=STORE_SECONDS, tries=1)
-    return remote.read(constants.METRICS_FILE).decode(errors="replace").splitlines()
+    store = storage.open_store(address, timeout=STORE_TIMEOUT)
+    with storage.store_errors():
+        return store.read_bytes(constants.METRICS_FILE).decode(errors="replace").splitlines()
 
 
 def losses(lines: Iterable[str]) -> list[float]:

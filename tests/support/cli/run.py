@@ -1,5 +1,6 @@
-"""Run the real `finetune` executable, as a shell would."""
+"""Run `finetune`: in this process for what a command says, as the real executable for how it starts and ends."""
 
+import io
 import os
 import pty
 import select
@@ -8,8 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from unittest import mock
+
+from finetune_cli.app import main
+from finetune_cli.output import console
 
 FINETUNE = Path(sys.executable).with_name("finetune")
 
@@ -29,6 +34,61 @@ spec:
 
 
 def finetune(
+    *arguments: str, stdin: str = "", env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `finetune arguments…` in this process, where nothing has to be imported; `env` is added to its environment.
+
+    The streams are files, as in a pipe. What needs a process (signals, a terminal, children that print) takes
+    `finetune_process`.
+    """
+    code: str | int | None
+    with (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as out,
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as err,
+        io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8") as given,
+        mock.patch.dict(os.environ, {**_inherited(), **(env or {})}, clear=True),
+        mock.patch.object(sys, "argv", ["finetune", *arguments]),
+        mock.patch.object(sys, "stdin", given),
+        _fresh_consoles(),
+        _same_alarm(),
+        chdir(cwd or Path.cwd()),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        texts = []
+        for stream in (out, err):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(["finetune", *arguments], code if isinstance(code, int) else 0, *texts)
+
+
+@contextmanager
+def _fresh_consoles() -> Iterator[None]:
+    """The consoles look at the environment once."""
+    for each in (console.out, console.err):
+        each.cache_clear()
+    try:
+        yield
+    finally:
+        for each in (console.out, console.err):
+            each.cache_clear()
+
+
+@contextmanager
+def _same_alarm() -> Iterator[None]:
+    """Keep pytest-timeout's alarm, which a command that waits for the cluster cancels."""
+    before = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+def finetune_process(
     *arguments: str,
     stdin: str = "",
     env: Mapping[str, str] | None = None,
@@ -36,7 +96,7 @@ def finetune(
     timeout: float = 300,
     executable: Path = FINETUNE,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `finetune arguments…` to its end; `env` is added to this process's environment."""
+    """Run the executable `finetune arguments…` to its end; `env` is added to this process's environment."""
     return subprocess.run(
         [str(executable), *arguments],
         input=stdin,

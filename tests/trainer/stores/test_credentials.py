@@ -31,6 +31,12 @@ def test_the_environment_serves_when_there_is_no_secret(tmp_path: Path) -> None:
     assert credentials.get("AWS_REGION", "us-east-1") == "us-east-1"
 
 
+def test_outside_a_pod_messages_name_the_environment_alone() -> None:
+    credentials = Credentials.from_environment("model", ENV | {"HF_TOKEN": "token\n"})
+    assert (credentials.where, credentials.get("HF_TOKEN")) == ("in the environment", "token")
+    assert Credentials("model").where == "in the Secret named by model.secretRef or in the environment"
+
+
 def test_the_secret_wins_key_by_key(tmp_path: Path) -> None:
     secret(tmp_path, "output", AWS_REGION="eu-west-1\n")
     credentials = Credentials.for_role("output", ENV | {"AWS_REGION": "us-west-2"}, tmp_path)

@@ -11,7 +11,7 @@ from finetune_api import constants
 from finetune_api.uri import parse
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.digest import digest_bytes, digest_file
+from finetune_trainer.stores.digest import CHUNK_BYTES, digest_bytes, digest_file
 from finetune_trainer.stores.errors import (
     AlreadyExists,
     StoreCorrupted,
@@ -68,6 +68,16 @@ def test_what_is_written_is_read(store: Store) -> None:
     assert store.digest("a/b.txt") == digest_bytes(b"second")
 
 
+def test_a_stream_begins_where_it_is_asked_to(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(CHUNK_BYTES + 1000)
+    (tmp_path / "file").write_bytes(data)
+    store.upload(tmp_path / "file", "weights.bin")
+    store.write_bytes("empty", b"")
+    for start in (0, 1, CHUNK_BYTES + 999):
+        assert b"".join(store.stream("weights.bin", start)) == data[start:]
+    assert b"".join(store.stream("empty")) == b""
+
+
 def test_listing_is_sorted_and_relative_to_the_root(store: Store) -> None:
     for path in ("b", "a/2", "a/1", "ab/3"):
         store.write_bytes(path, path.encode())
@@ -87,7 +97,13 @@ def test_deleting(store: Store) -> None:
 
 def test_reading_what_is_not_there_says_so(store: Store, tmp_path: Path) -> None:
     store.write_bytes("other", b"x")
-    for read in (store.read_bytes, store.size, store.digest, lambda path: store.download(path, tmp_path / "x")):
+    for read in (
+        store.read_bytes,
+        store.size,
+        store.digest,
+        lambda path: list(store.stream(path)),
+        lambda path: store.download(path, tmp_path / "x"),
+    ):
         with pytest.raises(StoreNotFound, match=r"output\.uri: .*/missing"):
             read("missing")
     assert not (tmp_path / "x").exists()

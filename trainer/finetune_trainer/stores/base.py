@@ -1,7 +1,7 @@
 """One small interface to where models, data and adapters live: an S3 bucket, a volume or a folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,13 @@ class Store(ABC):
     @abstractmethod
     def read_bytes(self, path: str) -> bytes:
         """Return the whole of a small object."""
+
+    @abstractmethod
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of the object at `path` from offset `start`, which must lie before its end.
+
+        A connection that breaks off raises StoreUnavailable: call again with the offset reached.
+        """
 
     @abstractmethod
     def digest(self, path: str) -> Digest:

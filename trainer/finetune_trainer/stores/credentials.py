@@ -23,6 +23,7 @@ class Credentials:
 
     role: str
     values: Mapping[str, str] = field(repr=False, default_factory=dict)
+    in_pod: bool = True
 
     @classmethod
     def for_role(cls, role: str, env: Mapping[str, str] | None = None, secrets_dir: Path | str | None = None) -> Self:
@@ -42,14 +43,30 @@ class Credentials:
                 inherited.pop(key, None)
         return cls(role, inherited | secret)
 
+    @classmethod
+    def from_environment(cls, role: str, env: Mapping[str, str] | None = None) -> Self:
+        """Take `env` (default: the process's) alone: on a user's machine there is no Secret."""
+        return cls(role, os.environ if env is None else env, in_pod=False)
+
     def get(self, key: str, default: str | None = None) -> str | None:
-        """Return the value of `key`; an empty one counts as absent."""
-        return self.values.get(key) or default
+        """Return the value of `key` without surrounding whitespace; an empty one counts as absent."""
+        return self.values.get(key, "").strip() or default
 
     @property
     def secret_field(self) -> str:
         """The manifest's field that names this role's Secret."""
         return "logging.wandb.secretRef" if self.role == "wandb" else f"{self.role}.secretRef"
+
+    @property
+    def where(self) -> str:
+        """Where the user sets them, for messages."""
+        secret = f"in the Secret named by {self.secret_field} or " if self.in_pod else ""
+        return f"{secret}in the environment"
+
+    @property
+    def network(self) -> str:
+        """What to check when a server does not answer, for messages."""
+        return "DNS and NetworkPolicies" if self.in_pod else "DNS and your network"
 
 
 def _read_secret(folder: Path) -> dict[str, str]:

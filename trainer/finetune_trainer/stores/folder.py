@@ -57,6 +57,12 @@ class FolderStore(Store):
         with self._explained(path):
             return self._local(path).read_bytes()
 
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        with self._explained(path), self._local(path).open("rb") as file:
+            file.seek(start)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
     def digest(self, path: str) -> Digest:
         with self._explained(path):
             return digest_file(self._local(path))

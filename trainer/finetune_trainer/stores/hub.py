@@ -34,6 +34,7 @@ def fetch_from_hub(
     revision: str | None = None,
     ignore: Sequence[str] = (),
     field: str | None = None,
+    attempts: int = ATTEMPTS,
 ) -> Path:
     """Fetch a repository's snapshot and return its folder, or the file or folder `uri.path` inside it.
 
@@ -45,7 +46,7 @@ def fetch_from_hub(
     """
     field = field or ("dataset.train" if uri.is_dataset else "model.source")
     policy = Retrying(
-        stop=stop_after_attempt(ATTEMPTS),
+        stop=stop_after_attempt(attempts),
         wait=wait_random_exponential(multiplier=0.5, max=5),
         retry=retry_if_exception_type(StoreUnavailable),
         reraise=True,
@@ -91,32 +92,31 @@ def _shown_endpoint(credentials: Credentials, field: str) -> str:
         return origin(credentials.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
     except ValueError:
         raise StoreMisconfigured(
-            f"{field}: HF_ENDPOINT must be http://host:port or https://host"
-            f" (in the Secret named by {credentials.secret_field}, or in the environment)"
+            f"{field}: HF_ENDPOINT must be http://host:port or https://host ({credentials.where})"
         ) from None
 
 
 def _explain(error: Exception, where: str, credentials: Credentials, revision: str | None) -> StoreError:
-    secret = f"the Secret named by {credentials.secret_field}"
+    where_set = credentials.where
     status = _status(error)
     if isinstance(error, hub.GatedRepoError):
         return StoreAccessDenied(
-            f"{where} is gated: accept its terms on the hub, and set HF_TOKEN of that account in {secret}"
+            f"{where} is gated: accept its terms on the hub, and set HF_TOKEN of that account {where_set}"
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return StoreNotFound(f"{where} has no revision {revision or 'main'!r}")
     if isinstance(error, hub.RepositoryNotFoundError):
         if credentials.get("HF_TOKEN"):
-            return StoreNotFound(f"{where} does not exist, or the HF_TOKEN in {secret} may not see it")
-        return StoreAccessDenied(f"{where} does not exist, or is private: check the name, or set HF_TOKEN in {secret}")
+            return StoreNotFound(f"{where} does not exist, or the HF_TOKEN {where_set} may not see it")
+        return StoreAccessDenied(f"{where} does not exist, or is private: check the name, or set HF_TOKEN {where_set}")
     if status in (401, 403):
-        return StoreAccessDenied(f"{where}: access denied (HTTP {status}): check HF_TOKEN in {secret}")
+        return StoreAccessDenied(f"{where}: access denied (HTTP {status}): check HF_TOKEN {where_set}")
     if isinstance(error, hub.HFValidationError | hub.RemoteEntryNotFoundError):
         return StoreNotFound(f"{where} cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, hub.EntryNotFoundError):
         return StoreUnavailable(f"{where} cannot be fetched: {os.strerror(error.errno)}")
     reason = (
-        f"keeps answering HTTP {status}" if status else "does not answer: check HF_ENDPOINT, DNS and NetworkPolicies"
+        f"keeps answering HTTP {status}" if status else f"does not answer: check HF_ENDPOINT, {credentials.network}"
     )
     return StoreUnavailable(f"{where}: the hub {reason}")
 

@@ -157,7 +157,7 @@ def test_a_setting_that_cannot_work_is_named_and_its_value_never_shown(
     env = IMPATIENT | {"AWS_ENDPOINT_URL": "https://127.0.0.1:9"} | {key: value}
     with pytest.raises(StoreMisconfigured) as caught:
         open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
-    expected = f"output.uri: {key} must be {allowed} (in the Secret named by output.secretRef, or in the environment)"
+    expected = f"output.uri: {key} must be {allowed} (in the Secret named by output.secretRef or in the environment)"
     assert str(caught.value) == expected
 
 

@@ -42,12 +42,14 @@ class Clients:
     Attributes:
         control: For small, quick requests.
         data: For requests that move data and may take longer.
+        ranges: For reads from an offset, with which some servers send the checksum of the whole object.
         parts: For the parts of large uploads, which botocore retries.
         sends_checksums: Whether uploads carry a CRC32 for the server to compare.
     """
 
     control: Any
     data: Any
+    ranges: Any
     parts: Any
     sends_checksums: bool
 
@@ -116,7 +118,7 @@ def is_allowed(credentials: Credentials, allowed: str) -> bool:
     return not patterns or any(fnmatchcase(endpoint, pattern) for pattern in patterns)
 
 
-def connect(credentials: Credentials) -> Clients:
+def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Clients:
     """Create clients for these credentials; nothing is sent yet. Without keys, boto3 searches its usual places.
 
     Raises:
@@ -137,25 +139,28 @@ def connect(credentials: Credentials) -> Clients:
         aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
         aws_session_token=credentials.get("AWS_SESSION_TOKEN"),
-        region_name=credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION") or "us-east-1",
+        region_name=credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION"),
     )
     endpoint = endpoint_of(credentials)
 
-    def client(read_timeout: float, tries: int = 1) -> Any:
+    def client(read_timeout: float, tries: int = 1, validation: str = "when_supported") -> Any:
         config = Config(
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=read_timeout,
+            connect_timeout=min(CONNECT_TIMEOUT, timeout),
+            read_timeout=min(read_timeout, timeout),
             retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=4 * THREADS,
             s3={"addressing_style": "path" if endpoint else "auto"},
             request_checksum_calculation=calculation,
+            response_checksum_validation=validation,
         )
-        return session.client("s3", endpoint_url=endpoint, config=config, verify=certificates)
+        region = session.region_name or "us-east-1"  # of the user's profile, where there is one
+        return session.client("s3", region_name=region, endpoint_url=endpoint, config=config, verify=certificates)
 
     try:
         return Clients(
             control=client(CONTROL_READ_TIMEOUT),
             data=client(DATA_READ_TIMEOUT),
+            ranges=client(DATA_READ_TIMEOUT, validation="when_required"),
             parts=client(DATA_READ_TIMEOUT, PART_TRIES),
             sends_checksums=calculation == "when_supported",
         )

@@ -8,6 +8,7 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError as Urllib3Error
 
+from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import (
     BucketNotFound,
     StoreAccessDenied,
@@ -104,7 +105,7 @@ class Location:
     """What a message must name: the manifest's fields, the object, the bucket and the endpoint."""
 
     field: str
-    secret_field: str
+    credentials: Credentials
     uri: str
     bucket: str
     endpoint: str
@@ -150,7 +151,10 @@ def explain(error: BaseException, location: Location) -> StoreError:
     code, status = code_of(error), status_of(error)
     if isinstance(error, _NO_CREDENTIALS):
         missing = "half of the credentials" if isinstance(error, boto.PartialCredentialsError) else "no credentials"
-        return StoreAccessDenied(f"{location.subject}: {missing}: {_set_keys(location.secret_field)}")
+        return StoreAccessDenied(
+            f"{location.subject}: {missing}: set AWS_ACCESS_KEY_ID and"
+            f" AWS_SECRET_ACCESS_KEY {location.credentials.where}"
+        )
     if code == "NoSuchBucket":
         return missing_bucket(location)
     if code in _MISSING_CODES:
@@ -161,31 +165,25 @@ def explain(error: BaseException, location: Location) -> StoreError:
         )
     if code in _DENIED_CODES or status in (401, 403):
         return StoreAccessDenied(
-            f"{location.subject}: access denied ({code or status}): check the keys in the Secret named by"
-            f" {location.secret_field} (or in the environment) and what they may read or write"
+            f"{location.subject}: access denied ({code or status}): check the keys"
+            f" {location.credentials.where} and what they may read or write"
         )
     if status in (301, 307):
         return StoreUnavailable(f"{location.subject}: bucket {location.bucket} is in another region: set AWS_REGION")
     if isinstance(error, boto.ClientError):
         return StoreUnavailable(f"{location.subject}: the store keeps answering {code or 'an error'} (HTTP {status})")
-    return StoreUnavailable(f"{location.subject}: {_reason(error)}: check the endpoint, DNS and NetworkPolicies")
+    return StoreUnavailable(f"{location.subject}: {_reason(error)}: check the endpoint, {location.credentials.network}")
 
 
-def invalid_setting(error: Exception, field: str, secret_field: str) -> StoreMisconfigured:
+def invalid_setting(error: Exception, field: str, credentials: Credentials) -> StoreMisconfigured:
     """Return the error for an InvalidSetting."""
-    return StoreMisconfigured(f"{field}: {error} (in the Secret named by {secret_field}, or in the environment)")
+    return StoreMisconfigured(f"{field}: {error} ({credentials.where})")
 
 
 def missing_bucket(location: Location) -> BucketNotFound:
     """Return the error for a bucket that does not exist."""
     return BucketNotFound(
         f"{location.field}: bucket {location.bucket} does not exist at {location.endpoint}: create it or change the URI"
-    )
-
-
-def _set_keys(secret_field: str) -> str:
-    return (
-        f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the Secret named by {secret_field} or in the environment"
     )
 
 

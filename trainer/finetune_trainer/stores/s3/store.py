@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -55,6 +55,7 @@ class S3Store(Store):
         self._clients: s3_client.Clients | None = None
         self._bucket_seen = False
         self._outage_seconds = self._seconds(constants.ENV_STORE_PATIENCE, retry.OUTAGE_SECONDS)
+        self._timeout = self._seconds(constants.ENV_STORE_TIMEOUT, s3_client.DATA_READ_TIMEOUT)
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
@@ -85,6 +86,16 @@ class S3Store(Store):
             return bytes(answer["Body"].read())
 
         return self._repeat(path, run)
+
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        def run() -> dict[str, Any]:
+            if not start:
+                return dict(self._s3.data.get_object(Bucket=self._bucket, Key=self._key(path)))
+            return dict(self._s3.ranges.get_object(Bucket=self._bucket, Key=self._key(path), Range=f"bytes={start}-"))
+
+        answer = self._repeat(path, run)
+        with self._explained(path), closing(answer["Body"]) as body:
+            yield from body.iter_chunks(CHUNK_BYTES)
 
     def digest(self, path: str) -> Digest:
         return self._repeat(path, lambda: self._read_through(path))
@@ -166,7 +177,7 @@ class S3Store(Store):
                         " (administrator's rule allowed_s3_endpoints)"
                     )
                 try:
-                    self._clients = s3_client.connect(self._credentials)
+                    self._clients = s3_client.connect(self._credentials, self._timeout)
                 except s3_client.InvalidSetting as error:
                     raise self._misconfigured(error) from None
             return self._clients
@@ -260,10 +271,10 @@ class S3Store(Store):
             endpoint = s3_client.shown_endpoint(self._credentials)
         except s3_client.InvalidSetting as error:
             raise self._misconfigured(error) from None
-        return errors.Location(self.field, self._credentials.secret_field, self.uri_of(path), self._bucket, endpoint)
+        return errors.Location(self.field, self._credentials, self.uri_of(path), self._bucket, endpoint)
 
     def _misconfigured(self, error: Exception) -> StoreMisconfigured:
-        return errors.invalid_setting(error, self.field, self._credentials.secret_field)
+        return errors.invalid_setting(error, self.field, self._credentials)
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from finetune_cli.forecast import forecast
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.planner import make_plan
-from support.cli.run import MANIFEST, finetune, no_traceback
+from support.cli.run import MANIFEST, finetune, finetune_process, no_traceback
 
 #: Where nothing listens.
 NOBODY = "http://127.0.0.1:9"
@@ -40,11 +40,11 @@ def model(tmp_path):
 
 @pytest.fixture
 def plan(tmp_path):
-    def run(*arguments, source=None, env=None):
+    def run(*arguments, source=None, env=None, command=finetune):
         text = MANIFEST if source is None else MANIFEST.replace(f"hf://{HUB_NAME}", source)
         (tmp_path / "job.yaml").write_text(text)
         env = {"HF_ENDPOINT": NOBODY, "HF_TOKEN": "", "AWS_EC2_METADATA_DISABLED": "true"} | (env or {})
-        return no_traceback(finetune("plan", "job.yaml", *arguments, cwd=tmp_path, env=env))
+        return no_traceback(command("plan", "job.yaml", *arguments, cwd=tmp_path, env=env))
 
     return run
 
@@ -144,9 +144,9 @@ def test_a_given_configuration_needs_no_network(plan, model):
     ("name", "content", "sentence"),
     [
         ("missing.json", None, "missing.json: cannot be read: No such file or directory"),
-        ("broken.json", "{", "broken.json: is no model's configuration, which is a JSON object"),
-        ("list.json", "[]", "list.json: is no model's configuration"),
-        ("binary.json", "\ud800", "binary.json: is no model's configuration"),
+        ("broken.json", "{", "broken.json: is not a model configuration, which is a JSON object"),
+        ("list.json", "[]", "list.json: is not a model configuration"),
+        ("binary.json", "\ud800", "binary.json: is not a model configuration"),
     ],
 )
 def test_a_given_configuration_that_is_none_is_refused(plan, tmp_path, name, content, sentence):
@@ -161,7 +161,9 @@ def test_from_the_hub_only_the_configuration_is_read_at_the_revision(plan, model
     hub.add(HUB_NAME, model, revisions=("v0.3",))
     result = plan("--gpu-memory", "24Gi", "--set", "model.revision=v0.3", env={"HF_ENDPOINT": hub.endpoint})
     assert (result.returncode, "It fits a GPU with 24.0 GiB." in memory(result)) == (0, True)
-    assert hub.requests == [("GET", f"{HUB_NAME}/resolve/v0.3/config.json")]
+    files = {path.rpartition("/resolve/")[2] for _, path in hub.requests if "/resolve/" in path}
+    assert files == {f"{hub.repositories[HUB_NAME].commit}/config.json"}
+    assert f"api/models/{HUB_NAME}/revision/v0.3" in [path for _, path in hub.requests]
 
 
 def test_from_a_bucket_only_the_configuration_is_read(plan, model, s3, bucket):
@@ -175,8 +177,8 @@ def test_what_cannot_be_told_exits_3_only_when_it_was_asked(plan):
         result = plan(*options)
         assert (result.returncode, result.stderr) == (code, "")
         assert memory(result) == (
-            f"Not predicted: hf://{HUB_NAME} at {NOBODY}: the hub is out of reach: Connection refused."
-            " Give the model's config.json with --model-config FILE."
+            f"Not predicted: model.source: hf://{HUB_NAME}/config.json at {NOBODY}: the hub does not answer: check"
+            " HF_ENDPOINT, DNS and your network. Give the model's config.json with --model-config FILE."
         )
 
 
@@ -198,8 +200,9 @@ def unknown(monkeypatch):
 def test_a_gated_model_needs_the_token(unknown, plan, model, hub):
     hub.add(HUB_NAME, model, token="hf_secret", gated=True)
     gated = (
-        f"Not predicted: hf://{HUB_NAME} at {hub.endpoint} is gated (accept its terms on the hub, and set HF_TOKEN of"
-        " that account). Give the model's config.json with --model-config FILE."
+        f"Not predicted: model.source: hf://{HUB_NAME}/config.json at {hub.endpoint} is gated: accept its terms on the"
+        " hub, and set HF_TOKEN of that account in the environment."
+        " Give the model's config.json with --model-config FILE."
     )
     assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint) == gated
     assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_wrong") == gated
@@ -209,12 +212,24 @@ def test_a_gated_model_needs_the_token(unknown, plan, model, hub):
 @pytest.mark.parametrize(
     ("source", "env", "reason"),
     [
-        ("hf://a/b", {"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT: 'nonsense' is no URL (for example https://"),
-        ("hf://a/b", {"HF_ENDPOINT": "file:///etc"}, "the hub is out of reach: unknown url type: file"),
-        ("hf://a/b", {"HF_ENDPOINT": "http://me:hunter2@127.0.0.1:9"}, "at …@127.0.0.1:9: the hub is out of reach"),
-        ("s3://models/mistral", {"AWS_ENDPOINT_URL": NOBODY}, f"at {NOBODY}: the store is out of reach"),
+        ("hf://a/b", {"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT must be http://host:port or https://host (in the env"),
+        (
+            "hf://a/b",
+            {"HF_ENDPOINT": "file:///etc"},
+            "HF_ENDPOINT must be http://host:port or https://host (in the env",
+        ),
+        (
+            "hf://a/b",
+            {"HF_ENDPOINT": "http://me:hunter2@127.0.0.1:9"},
+            "at http://127.0.0.1:9: the hub does not answer",
+        ),
+        (
+            "s3://models/mistral",
+            {"AWS_ENDPOINT_URL": NOBODY},
+            f"at {NOBODY}: cannot connect: check the endpoint, DNS and your network",
+        ),
         ("pvc://models/mistral", {}, "pvc://models/mistral is a volume in the cluster, which cannot be read from here"),
-        ("file:///no/such/model", {}, "file:///no/such/model/config.json does not exist"),
+        ("file:///no/such/model", {}, "file:///no/such/model/config.json is not there"),
     ],
 )
 def test_what_is_out_of_reach_is_said(unknown, source, env, reason):
@@ -226,10 +241,10 @@ def test_what_is_out_of_reach_is_said(unknown, source, env, reason):
 @pytest.mark.parametrize(
     ("name", "revision", "reason"),
     [
-        ("nobody/nothing", "main", "does not exist, or is private"),
-        (HUB_NAME, "v9", "has no config.json at revision v9"),
-        ("me/empty", "main", "has no config.json at revision main"),
-        ("me/broken", "main", "config.json: is no model's configuration, which is a JSON object"),
+        ("nobody/nothing", "main", "does not exist, or is private: check the name, or set HF_TOKEN in the environment"),
+        (HUB_NAME, "v9", "has no revision 'v9'"),
+        ("me/empty", "main", "the repository me/empty has no 'config.json' at main"),
+        ("me/broken", "main", "config.json: is not a model configuration, which is a JSON object"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(unknown, model, hub, tmp_path, name, revision, reason):
@@ -245,7 +260,7 @@ def test_what_the_hub_does_not_have_is_said(unknown, model, hub, tmp_path, name,
 def test_a_hub_in_trouble_is_said(unknown, model, hub):
     hub.add(HUB_NAME, model)
     hub.broken = True
-    assert "the hub answered HTTP 503" in unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint)
+    assert "the hub keeps answering HTTP 503" in unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint)
 
 
 def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model):
@@ -260,7 +275,9 @@ def test_several_gpus_share_the_batch(plan, model):
 
 
 def test_it_imports_nothing_heavy(plan, model):
-    result = plan("--gpu-memory", "24Gi", source=f"file://{model}", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    result = plan(
+        "--gpu-memory", "24Gi", source=f"file://{model}", env={"PYTHONPROFILEIMPORTTIME": "1"}, command=finetune_process
+    )
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "finetune_trainer" in imported
     assert not imported & {"torch", "transformers", "numpy", "kubernetes", "boto3", "huggingface_hub"}

@@ -5,6 +5,12 @@ import pytest
 from support.cli.run import finetune, no_traceback
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """A cache of the tests' own, in the place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def ctl(cluster, namespace):
     """Run `finetune` in the test's namespace; it never ends with a traceback."""

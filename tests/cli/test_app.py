@@ -1,6 +1,8 @@
 """The command line as a whole: help that teaches, a light start, exit codes that scripts can trust."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import finetune_api
-import finetune_operator
+import finetune_cli
+import finetune_trainer
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
     finetune,
+    finetune_process,
     no_traceback,
 )
 
@@ -22,6 +26,8 @@ COMMANDS = (
     *("submit", "list", "status", "watch", "logs", "suspend", "resume", "delete"),
     "download",
 )
+#: What training needs, and the command line must not.
+TRAINING = ("torch", "transformers", "peft", "datasets", "numpy", "trl", "accelerate", "bitsandbytes")
 HEAVY = ("torch", "transformers", "kopf", "kubernetes", "aiohttp", "boto3", "pydantic", "yaml", "finetune_trainer")
 
 #: What `pip install finetune-operator` brings without any extra.
@@ -52,7 +58,7 @@ def bare(tmp_path):
     installed = Path(importlib.metadata.distribution("typer").locate_file(""))
     for name in BASE_PACKAGES:
         (site / name).symlink_to(installed / name)
-    path = [site, *(Path(package.__path__[0]).parent for package in (finetune_api, finetune_operator))]
+    path = [site, *(Path(package.__path__[0]).parent for package in (finetune_api, finetune_cli, finetune_trainer))]
 
     def run(*arguments):
         code = "import sys; from finetune_cli.app import main; sys.exit(main())"
@@ -68,8 +74,31 @@ def bare(tmp_path):
     return run
 
 
+@pytest.fixture
+def light(tmp_path):
+    """A Python in which nothing that trains can be imported."""
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {TRAINING!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+from finetune_cli.app import main
+sys.exit(main())
+"""
+
+    def run(*arguments, env):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(
+            command, env={**os.environ, **env}, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
 def test_help_lists_the_commands_and_the_exit_codes():
-    result = finetune("--help")
+    result = finetune_process("--help")
     assert result.returncode == 0
     for word in (*COMMANDS, "First steps:", "Exit codes:", "130"):
         assert word in result.stdout
@@ -105,12 +134,12 @@ assert not heavy, heavy
 
 
 def test_version():
-    result = finetune("--version")
+    result = finetune_process("--version")
     assert result.stdout == f"finetune {importlib.metadata.version('finetune-operator')}\n"
 
 
 def test_it_is_also_the_kubectl_plugin():
-    result = finetune("validate", "--help", executable=FINETUNE.with_name("kubectl-finetune"))
+    result = finetune_process("validate", "--help", executable=FINETUNE.with_name("kubectl-finetune"))
     assert "Usage: kubectl finetune validate FILE..." in result.stdout
 
 
@@ -147,7 +176,7 @@ def test_the_shell_completes_commands_and_options():
     assert result.stdout == "complete -o default -F _finetune_completion finetune\n", result.stderr
     for words, answer in (("finetune val", "validate"), ("finetune run --se", "--set")):
         asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        assert finetune(env=asked).stdout.split() == [answer]
+        assert finetune_process(env=asked).stdout.split() == [answer]
 
 
 def test_the_base_installation_validates(bare, tmp_path):
@@ -161,6 +190,24 @@ def test_commands_that_need_more_say_what_to_install(bare, tmp_path):
         result = no_traceback(bare(*arguments))
         assert result.returncode == 1
         assert "is not installed here\nhint:  pip install 'finetune-operator[cli]'" in result.stderr
+
+
+def test_nothing_that_trains_is_needed_to_plan_and_to_download(light, hub, s3, bucket, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    hub.add("mistralai/Mistral-7B-v0.3", model)
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    planned = light("plan", "job.yaml", env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": ""})
+    assert (planned.returncode, "models of type this kind are not counted yet" in planned.stdout) == (0, True), planned
+    (tmp_path / "weights").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    files = [{"path": "weights", "sizeBytes": 7, "sha256": digest}]
+    manifest = {"kind": "Adapter", "createdAt": "2026-01-01T00:00:00Z", "files": files}
+    for name, body in (("weights", b"weights"), ("manifest.json", json.dumps(manifest).encode())):
+        s3.client().put_object(Bucket=bucket, Key=f"nli/{name}", Body=body)
+    downloaded = light("download", f"s3://{bucket}/nli", "out", env=s3.env)
+    assert (downloaded.returncode, downloaded.stderr) == (0, "")
 
 
 def test_running_without_the_trainer_says_what_to_install(bare, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from support.cli.run import finetune, no_traceback
+from support.cli.run import finetune, finetune_process, no_traceback
 from support.server.client import Access
 from support.server.server import CRD_FILE
 
@@ -127,6 +127,6 @@ def test_the_shell_completes_names_of_jobs_and_stays_silent_without_a_cluster(cl
     kube.create(states.job("nli-small"))
     words = f"finetune status -n {namespace} nli"
     asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    assert finetune(env=asked | {"KUBECONFIG": str(cluster.kubeconfig)}).stdout.split() == ["nli-small"]
-    nothing = finetune(env=asked | {"KUBECONFIG": "/nowhere"})
+    assert finetune_process(env=asked | {"KUBECONFIG": str(cluster.kubeconfig)}).stdout.split() == ["nli-small"]
+    nothing = finetune_process(env=asked | {"KUBECONFIG": "/nowhere"})
     assert (nothing.stdout.strip(), nothing.stderr) == ("", "")

@@ -13,7 +13,7 @@ import yaml
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
-    finetune,
+    finetune_process,
     no_traceback,
     on_a_terminal,
     read_until,
@@ -61,7 +61,7 @@ def run(tmp_path):
     (tmp_path / "tmp").mkdir()
 
     def call(*arguments, stdin=""):
-        return no_traceback(finetune("run", *arguments, env=env, stdin=stdin, cwd=tmp_path))
+        return no_traceback(finetune_process("run", *arguments, env=env, stdin=stdin, cwd=tmp_path))
 
     call.env = {**os.environ, **env}
     return call

@@ -54,7 +54,7 @@ def contents(folder: Path):
 def test_every_file_arrives_and_is_checked(fetch, adapter, tmp_path):
     result = fetch(adapter)
     assert result.returncode == 0, result.stderr
-    assert "✓ 5 files, 2.9 MiB, in out: every digest is right" in result.stdout
+    assert "✓ 5 files (2.9 MiB) downloaded to out, all checksums verified\n" in result.stdout
     assert contents(tmp_path / "out") == FILES | {"manifest.json": manifest_of(FILES)}
 
 
@@ -64,7 +64,7 @@ def test_a_second_download_fetches_nothing(fetch, adapter, s3, bucket):
         s3.client().delete_object(Bucket=bucket, Key=f"nli/{key}")
     result = fetch(adapter)
     assert result.returncode == 0, result.stderr
-    assert "5 of them were here already" in result.stdout
+    assert "all checksums verified (5 of them were already in out)" in result.stdout
 
 
 def test_as_data_it_lists_what_is_there_and_what_was_fetched(fetch, adapter, tmp_path):
@@ -95,7 +95,10 @@ def test_damaged_bytes_are_never_taken_for_an_adapter(fetch, adapter, s3, bucket
     s3.client().put_object(Bucket=bucket, Key="nli/adapter_model.safetensors", Body=bytes(damaged))
     result = fetch(adapter)
     assert result.returncode == 5
-    assert f"{adapter}/adapter_model.safetensors is not what its manifest says" in result.stderr
+    assert (
+        f"{adapter}/adapter_model.safetensors has SHA-256 {hashlib.sha256(damaged).hexdigest()}, but its manifest"
+        in result.stderr
+    )
     assert "manifest.json" not in contents(tmp_path / "out")
     assert "adapter_model.safetensors" not in contents(tmp_path / "out")
 
@@ -106,7 +109,7 @@ def test_a_manifest_cannot_write_outside_the_folder(fetch, adapter, s3, bucket, 
     s3.client().put_object(Bucket=bucket, Key="nli/manifest.json", Body=evil)
     result = fetch(adapter)
     assert result.returncode == 5
-    assert f"names a path outside: {path!r}" in result.stderr
+    assert f"{path!r} is not a path below the manifest's folder" in result.stderr
     assert list(tmp_path.rglob("*evil*")) == []
 
 
@@ -126,13 +129,33 @@ def test_another_adapter_in_the_folder_is_kept_unless_asked(fetch, adapter, tmp_
             "{uri}-gone",
             {},
             1,
-            "there is no whole adapter at {uri}-gone: manifest.json, which is written last, is missing",
+            "no complete adapter at {uri}-gone: manifest.json, which is written last, is missing",
         ),
         ("s3://no-such-bucket-here/a", {}, 1, "bucket no-such-bucket-here does not exist"),
-        ("{uri}", {"AWS_SECRET_ACCESS_KEY": "wrong"}, 3, "the store refuses you (SignatureDoesNotMatch)"),
-        ("{uri}", {"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, 3, "the store refuses you (InvalidAccessKeyId)"),
-        ("{uri}", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 3, "the store is out of reach"),
-        ("{uri}", {"AWS_ENDPOINT_URL": "nonsense"}, 1, "AWS_ENDPOINT_URL: 'nonsense' is no URL"),
+        (
+            "{uri}",
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            3,
+            "access denied (SignatureDoesNotMatch): check the keys in the environment",
+        ),
+        (
+            "{uri}",
+            {"AWS_ACCESS_KEY_ID": "AKIAWRONG"},
+            3,
+            "access denied (InvalidAccessKeyId): check the keys in the environment",
+        ),
+        (
+            "{uri}",
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            3,
+            "at http://127.0.0.1:9: cannot connect: check the endpoint, DNS and your network",
+        ),
+        (
+            "{uri}",
+            {"AWS_ENDPOINT_URL": "nonsense"},
+            1,
+            "AWS_ENDPOINT_URL must be http://host:port or https://host (in the environment)",
+        ),
         ("{uri}", {"AWS_PROFILE": "nobody"}, 3, "no credentials"),
         ("pvc://claim/nli", {}, 1, "is a volume in the cluster, which cannot be read from here"),
         ("s3://user:wrong@bucket/a", {}, 1, "must not hold credentials"),
@@ -149,7 +172,7 @@ def test_what_cannot_be_fetched_is_a_sentence(fetch, adapter, uri, env, code, se
 
 def test_what_is_no_adapter_is_refused(fetch, s3, bucket):
     for name, body, sentence in (
-        ("broken", b"{", "manifest.json is damaged"),
+        ("broken", b"{", "manifest.json is no manifest of ours"),
         ("checkpoint", manifest_of(FILES, kind="Checkpoint"), "holds a Checkpoint, not an adapter"),
     ):
         s3.client().put_object(Bucket=bucket, Key=f"{name}/manifest.json", Body=body)
