@@ -229,7 +229,7 @@ def test_a_gated_model_needs_the_token(unknown, plan, model, hub):
             f"at {NOBODY}: cannot connect: check the endpoint, DNS and your network",
         ),
         ("pvc://models/mistral", {}, "pvc://models/mistral is a volume in the cluster, which cannot be read from here"),
-        ("file:///no/such/model", {}, "file:///no/such/model/config.json is not there"),
+        ("file:///no/such/model", {}, "file:///no/such/model/config.json does not exist"),
     ],
 )
 def test_what_is_out_of_reach_is_said(unknown, source, env, reason):
