@@ -35,12 +35,17 @@ class Repository:
 
 @dataclass
 class Hub:
-    """A running hub. `requests` are (method, path), as they came; `broken` makes every answer a 503."""
+    """A running hub.
+
+    `requests` are (method, path), as they came; `broken` makes every answer a 503; files are redirected to `cdn`, the
+    address of another server.
+    """
 
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: bool = False
+    cdn: str = ""
 
     def add(self, name: str, folder: Path, **options: Any) -> None:
         """Serve `folder` as 'owner/name', or 'datasets/owner/name'."""
@@ -100,6 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             return self._error(404, "EntryNotFound")
         headers = {"ETag": f'"{_sha1(file)}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+        if self.hub.cdn:
+            size = str(file.stat().st_size)
+            linked = {"Location": f"{self.hub.cdn}/{path}", "X-Linked-Size": size, "X-Linked-Etag": headers["ETag"]}
+            return self._send(302, b"", headers | linked)
         return self._send(200, file.read_bytes(), headers)
 
     def _error(self, status: int, code: str) -> None:
