@@ -1,6 +1,6 @@
 """FineTuneJob and its spec. A field's docstring is its description in the CRD and in the API reference.
 
-The sections are models of their own: spec_io.py, spec_training.py, spec_evaluation.py and spec_run.py.
+The sections are models of their own: spec_data.py, spec_training.py, spec_evaluation.py and spec_runtime.py.
 Defaults are the recipe: QLoRA for chain-of-thought NLI on Mistral-7B-v0.3 (Dettmers et al. 2023, arXiv:2305.14314).
 """
 

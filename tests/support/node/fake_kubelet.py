@@ -1,4 +1,4 @@
-"""A kubelet that runs nothing: each pod reports Running, then what its job's story says (see simulated_trainer.py).
+"""A kubelet that runs nothing: each pod reports Running, then what its job's story says (see fake_trainer.py).
 
 With the real Job controller it lets hundreds of attempts pass in seconds. It also watches that no two attempts of a job
 could run or do run at once, and counts the Jobs ever made, by the uid of their owner and by name.

@@ -16,7 +16,7 @@ Object = dict[str, Any]
 
 
 def manifest(name: str, story: str = "succeed", labels: dict[str, str] | None = None, **spec: Any) -> Object:
-    """A FineTuneJob whose simulated trainer tells `story` (see simulated_trainer.py)."""
+    """A FineTuneJob whose simulated trainer tells `story` (see fake_trainer.py)."""
     given = {
         "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
         "dataset": {"train": f"s3://simulated/{story}"},

@@ -24,7 +24,7 @@ def rights(rules: list[Object]) -> set[Right]:
 
 
 def job(name: str, story: str, **spec: Any) -> Object:
-    """A FineTuneJob for simulated_trainer, which plays `story`."""
+    """A FineTuneJob for fake_trainer, which plays `story`."""
     return {
         "apiVersion": constants.API_VERSION,
         "kind": constants.KIND,

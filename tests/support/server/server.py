@@ -3,7 +3,7 @@
 `kind` is one of
 - "controllers": etcd, kube-apiserver, kube-controller-manager (Job, garbage collection, namespaces, quota: all real);
 - "apiserver": etcd and kube-apiserver, with the tests' own garbage collector;
-- "standin": the server of standin.py.
+- "standin": the server of standin/.
 Binaries come from $KUBEBUILDER_ASSETS, else /usr/local/kubebuilder/bin, as for controller-runtime's envtest.
 FINETUNE_TEST_CLUSTER picks a kind; without it the first that can run is taken.
 """

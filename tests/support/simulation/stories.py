@@ -1,6 +1,6 @@
 """What the chaos tests play: stories of jobs with the users and queues in them, and what must have become of each.
 
-Users, Kueue and the kubelet (simulated_kubelet.py) are simulated and talk to the API server directly; the operator
+Users, Kueue and the kubelet (fake_kubelet.py) are simulated and talk to the API server directly; the operator
 alone goes through the proxy that does the harm.
 """
 

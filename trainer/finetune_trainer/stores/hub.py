@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
@@ -89,7 +90,7 @@ def _snapshot(
 def _shown_endpoint(credentials: Credentials, field: str) -> str:
     """Return scheme, host and port. Never show what is no URL: it may be a token under the wrong name."""
     try:
-        return origin(credentials.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
+        return origin(credentials.get("HF_ENDPOINT") or constants.ENDPOINT)
     except ValueError:
         raise StoreMisconfigured(
             f"{field}: HF_ENDPOINT must be http://host:port or https://host ({credentials.where})"
