@@ -23,7 +23,7 @@ from finetune_cli.commands import (
     validate,
 )
 from finetune_cli.errors import CliError, Exit
-from finetune_cli.output.console import ReaderGoneError, complain
+from finetune_cli.output.console import ReaderGoneError, print_error
 from finetune_cli.output.help import Command, Group
 
 LOCAL = "On this machine"
@@ -67,7 +67,7 @@ def finetune(
         0    all is well
         1    your input is wrong: a manifest, an option, a name
         2    the job failed
-        3    the cluster or the store is out of reach, or refuses you
+        3    the cluster or the store is out of reach, or access is denied
         4    the wait timed out
         5    a download does not match its digest
         130  interrupted
@@ -107,7 +107,7 @@ def main() -> int:
         code = app(prog_name=name, standalone_mode=False)
     except CliError as error:
         if error.message:
-            complain(error.message, error.hint)
+            print_error(error.message, error.hint)
         return error.code
     except (KeyboardInterrupt, typer.Abort):
         return int(Exit.INTERRUPTED)
@@ -118,6 +118,6 @@ def main() -> int:
             raise
         if message:
             context = getattr(error, "ctx", None)
-            complain(message, f"{context.command_path if context else name} --help")
+            print_error(message, f"{context.command_path if context else name} --help")
         return int(Exit.INVALID)
     return code if isinstance(code, int) else int(Exit.OK)

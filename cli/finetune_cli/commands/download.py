@@ -48,7 +48,7 @@ def download(
 ) -> None:
     """Fetch a published adapter and check every file's SHA-256.
 
-    Run it again after an interruption and it goes on where it stopped. Credentials for s3:// come from the
+    Run it again after an interruption and it resumes where it stopped. Credentials for s3:// come from the
     environment or the profile, as with the aws command: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL.
 
     Examples:

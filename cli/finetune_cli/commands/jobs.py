@@ -153,7 +153,7 @@ def resume(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Let a suspended job go on from its checkpoint.
+    """Resume a suspended job from its checkpoint.
 
     Examples:
         finetune resume nli
@@ -162,7 +162,7 @@ def resume(
     if output:
         console.structured_job(job, output)
         return
-    console.done(f"{name} goes on in namespace {job['metadata']['namespace']}")
+    console.done(f"{name} is resuming in namespace {job['metadata']['namespace']}")
     console.next_commands(f"finetune watch {name}{same_place(namespace, context)}")
 
 

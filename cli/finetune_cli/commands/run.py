@@ -198,8 +198,8 @@ def run(
         1    the manifest is wrong, or asks for what only a cluster has
         65   the data set is wrong
         69   the store or the model hub is out of reach
-        75   stopped, with a checkpoint to go on from
-        77   the store or the hub refuses the credentials
+        75   stopped, with a checkpoint to resume from
+        77   the store or the hub denied access
         78   the manifest asks for something that cannot be done, or the run does not fit the GPU
         90   the GPU ran out of memory
         91   the loss became NaN or infinite

@@ -92,9 +92,9 @@ def watch(
     Exit codes:
         0    the job succeeded
         2    the job failed
-        3    the cluster is out of reach, or refuses you
+        3    the cluster is out of reach, or access is denied
         4    the wait timed out
-        130  interrupted; the job goes on
+        130  interrupted; the job keeps running
     """
     from finetune_cli.kube.connect import connect
 
@@ -111,7 +111,7 @@ def watch_job(cluster: Cluster, name: str, timeout: float | None, output: Output
         else:
             view = _follow(cluster, name, timeout)
     except KeyboardInterrupt:
-        console.note(f"{name} goes on without you watching.")
+        console.note(f"{name} keeps running in the cluster.")
         raise CliError("", code=Exit.INTERRUPTED) from None
     if view.state == "failed":
         raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)

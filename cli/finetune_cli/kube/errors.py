@@ -46,7 +46,7 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
     where = f" in namespace {namespace!r}" if namespace else ""
     if code == 401:
         return CliError(
-            f"the cluster at {server} does not know you: the credentials are missing, wrong or expired",
+            f"unauthorized: the credentials for {server} are missing, wrong or expired",
             hint="log in again, or choose another user with --context",
             code=Exit.UNREACHABLE,
         )

@@ -63,7 +63,7 @@ def note(message: str) -> None:
     err().print(message, style="dim", soft_wrap=True)
 
 
-def complain(message: str, hint: str = "") -> None:
+def print_error(message: str, hint: str = "") -> None:
     """Say what went wrong and what to do. Lines are never broken by us, so that they can be searched."""
     from rich.text import Text
 

@@ -130,11 +130,11 @@ def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, sec
     reason = outcome.reason if outcome else report.reason if report and report.reason else "failed"
     said = report.message if report and report.message else outcome.cause if outcome else ""
     console.err().print()
-    console.complain(
+    console.print_error(
         f"{job.metadata.name}: {reason} after {formatting.duration(seconds)} (exit code {code})"
         + (f": {said}" if said else "")
     )
     if code == exit_codes.ExitCode.PREEMPTED:
-        console.note("hint:  Run the same command again: it goes on from the checkpoint.")
+        console.note("hint:  Run the same command again: it resumes from the checkpoint.")
     elif outcome:
         console.note(f"hint:  {outcome.cure}")

@@ -126,7 +126,7 @@ def test_suspend_and_resume_set_the_spec(ctl, put, kube):
     put(states.job("nli"), states.training())
     assert "nli is being suspended" in ctl("suspend", "nli").stdout
     assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is True
-    assert "nli goes on" in ctl("resume", "nli").stdout
+    assert "nli is resuming" in ctl("resume", "nli").stdout
     assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is False
 
 

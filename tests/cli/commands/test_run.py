@@ -114,10 +114,10 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_pa
         before = read_until(master, "Step 5")
         assert "Step 5" in before, before
         os.write(master, b"\x03")
-        rest = read_until(master, "goes on from the checkpoint")
+        rest = read_until(master, "resumes from the checkpoint")
         assert process.wait(120) == 75, rest
     assert "tiny: Preempted" in rest
-    assert "Run the same command again: it goes on from the checkpoint." in rest
+    assert "Run the same command again: it resumes from the checkpoint." in rest
     assert list((tmp_path / "out" / "checkpoints").iterdir())
     assert not (tmp_path / "out" / "manifest.json").exists()
 

@@ -203,7 +203,7 @@ def test_ctrl_c_ends_the_watch_and_not_the_job(cluster, namespace, put, kube, tm
     with on_a_terminal(("watch", "nli", "-n", namespace), env, tmp_path) as (process, master):
         read_until(master, "1,200/3,400")
         os.write(master, b"\x03")
-        assert "nli goes on without you watching." in read_until(master, "without you watching.")
+        assert "nli keeps running in the cluster." in read_until(master, "in the cluster.")
         assert process.wait(60) == 130
     assert kube.get("FineTuneJob", "nli")["status"]["phase"] == "Training"
 

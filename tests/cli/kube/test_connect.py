@@ -45,7 +45,8 @@ def test_credentials_that_are_wrong(ask, cluster):
         pytest.skip("the stand-in lets everyone in")
     result = ask(Access(cluster.access.server, "wrong-token", cluster.access.ca_file).kubeconfig())
     assert result.returncode == 3
-    assert "does not know you: the credentials are missing, wrong or expired" in result.stderr
+    assert "unauthorized: the credentials for " in result.stderr
+    assert " are missing, wrong or expired" in result.stderr
     assert "wrong-token" not in result.stderr
 
 
