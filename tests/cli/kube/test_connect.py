@@ -56,7 +56,7 @@ def test_a_user_without_the_rights(ask, cluster, kube, namespace):
     kube.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "guest"}})
     result = ask(cluster.access_of_service_account(namespace, "guest").kubeconfig(), "-n", namespace)
     assert result.returncode == 3
-    assert "error: not allowed: finetunejobs.finetune.dev is forbidden" in result.stderr
+    assert "error: access denied: finetunejobs.finetune.dev is forbidden" in result.stderr
 
 
 def test_a_cluster_without_the_crd_says_what_to_install(ask, cluster, kube):

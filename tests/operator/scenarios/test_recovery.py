@@ -164,7 +164,7 @@ def test_a_pod_whose_node_falls_silent_is_waited_for_and_said_to_be_out_of_reach
     node.simulate_silence(pod)
     kube.delete("Pod", pod, gracePeriodSeconds=1)
     said = jobs.wait("nli", "Scheduled", "False", "NodeUnreachable", seconds=60)
-    assert f"pod {pod} was due to stop by" in said["message"] and f"node {node.name}" in said["message"]
+    assert f"Pod {pod} was due to stop by" in said["message"] and f"node {node.name}" in said["message"]
     wait_until(lambda: [e for e in jobs.events("nli") if e["reason"] == "NodeUnreachable"], "an event")
     assert [job["metadata"]["name"] for job in jobs.children("nli")] == ["nli-1"]
     assert len(kube.list("Pod", labelSelector="finetune.dev/job=nli")) == 1
