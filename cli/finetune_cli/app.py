@@ -14,13 +14,17 @@ from typing import Annotated
 import typer
 
 from finetune_cli.commands import (
+    delete,
     download,
-    jobs,
+    list_jobs,
     logs,
     plan,
     run,
     status,
+    submit,
+    suspend,
     validate,
+    watch,
 )
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.output.console import ReaderGoneError, print_error
@@ -81,14 +85,14 @@ def _register(function: Callable[..., None], panel: str, name: str | None = None
 _register(validate.validate, LOCAL)
 _register(plan.plan, LOCAL)
 _register(run.run, LOCAL)
-_register(jobs.submit, CLUSTER)
-_register(jobs.list_jobs, CLUSTER, "list")
+_register(submit.submit, CLUSTER)
+_register(list_jobs.list_jobs, CLUSTER, "list")
 _register(status.status, CLUSTER)
-_register(status.watch, CLUSTER)
+_register(watch.watch, CLUSTER)
 _register(logs.logs, CLUSTER)
-_register(jobs.suspend, CLUSTER)
-_register(jobs.resume, CLUSTER)
-_register(jobs.delete, CLUSTER)
+_register(suspend.suspend, CLUSTER)
+_register(suspend.resume, CLUSTER)
+_register(delete.delete, CLUSTER)
 _register(download.download, RESULTS)
 
 

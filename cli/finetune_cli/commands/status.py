@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from finetune_cli.errors import CliError, Exit
-from finetune_cli.interrupts import insistent_interrupts
 from finetune_cli.options import (
     Context,
     JobName,
     Kubeconfig,
     Namespace,
     Output,
-    OutputFormat,
     same_place,
 )
 from finetune_cli.output import console
 
 if TYPE_CHECKING:
-    from finetune_cli.kube.client import Cluster, Object
     from finetune_cli.output.job_view import View
 
 
@@ -64,134 +56,3 @@ def _suggest(view: View, place: str) -> None:
     }.get(view.state)
     if commands and console.out().is_terminal:
         console.next_commands(*commands)
-
-
-def watch(
-    name: JobName,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            "--timeout", metavar="SECONDS", help="Give up after this long, with exit code 4.", show_default=False
-        ),
-    ] = None,
-    output: Output = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Watch a job until it ends. Ctrl-C leaves it running.
-
-    On a terminal the page of `finetune status` is kept up to date; elsewhere each change is a line, and with -o the
-    whole job each time.
-
-    Examples:
-        finetune watch nli
-        finetune watch nli --timeout 3600 && finetune download nli ./nli
-        finetune watch nli -o json | jq .status.progress
-
-    Exit codes:
-        0    the job succeeded
-        2    the job failed
-        3    the cluster is out of reach, or access is denied
-        4    the wait timed out
-        130  interrupted; the job keeps running
-    """
-    from finetune_cli.kube.connect import connect
-
-    watch_job(connect(namespace, context, kubeconfig), name, timeout, output)
-
-
-def watch_job(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None = None) -> None:
-    """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code."""
-    try:
-        if output:
-            view = _follow_data(cluster, name, timeout, output)
-        elif console.out().is_terminal:
-            view = _follow_live(cluster, name, timeout)
-        else:
-            view = _follow(cluster, name, timeout)
-    except KeyboardInterrupt:
-        console.note(f"{name} keeps running in the cluster.")
-        raise CliError("", code=Exit.INTERRUPTED) from None
-    if view.state == "failed":
-        raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
-
-
-def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
-    """A line for each change."""
-    from finetune_cli.output.pages import change_line
-
-    said = ""
-    with insistent_interrupts():
-        for view in _views(cluster, name, timeout):
-            line = change_line(view, datetime.now(UTC))
-            if line.partition("  ")[2] != said:
-                said = line.partition("  ")[2]
-                console.out().print(line, soft_wrap=True)
-            if view.is_over:
-                break
-    return view
-
-
-def _follow_data(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat) -> View:
-    """The job after each change: JSON documents one after the other, YAML documents between lines of ---."""
-    with insistent_interrupts():
-        for job, view in _states(cluster, name, timeout):
-            if output == OutputFormat.YAML:
-                console.out().print("---")
-            console.structured_job(job, output)
-            if view.is_over:
-                break
-    return view
-
-
-def _follow_live(cluster: Cluster, name: str, timeout: float | None) -> View:
-    """The status page, redrawn: times move on between changes too."""
-    from rich.live import Live
-
-    from finetune_cli.output.loss_history import loss_history
-    from finetune_cli.output.pages import status_page
-
-    losses: list[float] = []
-    shown: list[View] = []
-    last_step = -1
-    live = Live(
-        console=console.out(),
-        refresh_per_second=2,
-        get_renderable=lambda: status_page(shown[-1], datetime.now(UTC), losses) if shown else "",
-    )
-    # The interrupts' block is the inner one: it is left before Live puts the terminal in order.
-    with live, insistent_interrupts():
-        for view in _views(cluster, name, timeout):
-            if not shown:
-                losses.extend(loss_history(cluster, view))
-            last_step = _remember(view, losses, last_step)
-            shown[:] = [view]
-            live.refresh()
-            if view.is_over:
-                break
-    return view
-
-
-def _remember(view: View, losses: list[float], last_step: int) -> int:
-    """Add a new step's loss to the history; returns the last step seen."""
-    progress = view.status.progress
-    if progress is None or progress.loss is None or progress.step == last_step:
-        return last_step
-    losses.append(progress.loss)
-    return progress.step
-
-
-def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]:
-    return (view for _, view in _states(cluster, name, timeout))
-
-
-def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, View]]:
-    from finetune_cli.output.job_view import View
-
-    deadline = time.monotonic() + timeout if timeout else None
-    for job in cluster.follow(name, deadline):
-        if job is None:
-            raise CliError(f"{name} was deleted while it was watched")
-        yield job, View.of(job)
-    raise CliError(f"{name} has not ended within {timeout:g} s", code=Exit.TIMED_OUT)

@@ -1,0 +1,58 @@
+"""`finetune list`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_api import constants
+from finetune_cli.options import (
+    Context,
+    Kubeconfig,
+    Namespace,
+    Output,
+)
+from finetune_cli.output import console
+
+if TYPE_CHECKING:
+    pass
+
+
+def list_jobs(
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of every namespace.")] = False,
+    selector: Annotated[
+        str | None, typer.Option("--selector", "-l", help="By labels, such as team=nlp.", show_default=False)
+    ] = None,
+    output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """List FineTuneJobs, newest first: how far they are, and why they wait.
+
+    Examples:
+        finetune list
+        finetune list -A -l team=nlp
+        finetune list -o json | jq '.items[].status.metrics.evalLoss'
+    """
+    from finetune_cli.kube.connect import connect
+
+    cluster = connect(namespace, context, kubeconfig)
+    found = cluster.jobs(everywhere=everywhere, selector=selector)
+    found.sort(key=lambda job: job["metadata"].get("creationTimestamp", ""), reverse=True)
+    if output:
+        console.structured(
+            {"apiVersion": constants.API_VERSION, "kind": f"{constants.KIND}List", "items": found}, output
+        )
+        return
+    if not found:
+        console.note("No FineTuneJobs" + ("." if everywhere else f" in namespace {cluster.namespace}."))
+        return
+    from finetune_cli.output.job_view import View
+    from finetune_cli.output.pages import job_table
+
+    console.page(
+        job_table([View.of(job) for job in found], datetime.now(UTC), namespaces=everywhere), console.PIPED_TABLE_WIDTH
+    )

@@ -1,0 +1,82 @@
+"""`finetune submit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli.errors import CliError
+from finetune_cli.options import (
+    Context,
+    Kubeconfig,
+    ManifestFile,
+    Namespace,
+    Output,
+    Overrides,
+)
+from finetune_cli.output import console
+
+if TYPE_CHECKING:
+    from finetune_api.manifest import Document
+
+
+def submit(
+    file: ManifestFile,
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Submit under another name, for a variant.", show_default=False)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and watch it train.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take over fields that something else has set.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the cluster check it, and change nothing.")] = False,
+    output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Create a FineTuneJob in the cluster, or change one (server-side apply).
+
+    The manifest is checked here first. Once training has begun, only suspend, ttlSecondsAfterFinished,
+    activeDeadlineSeconds and recovery may change.
+
+    Examples:
+        finetune submit job.yaml
+        finetune submit job.yaml --watch
+        finetune submit job.yaml --name nli-rank32 --set lora.rank=32 --set output.uri=s3://adapters/nli-rank32
+    """
+    from finetune_api import manifest
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.manifests import refused, the_job
+
+    _, document = the_job(file)
+    if name and isinstance(document.data, dict) and isinstance(document.data.get("metadata"), dict):
+        document.data["metadata"]["name"] = name
+    try:
+        # No base folder: a path of this machine means nothing to the cluster.
+        job = manifest.check(document, None, overrides or ())
+    except manifest.ManifestError as error:
+        raise refused(error) from None
+    if namespace and job.metadata.namespace and namespace != job.metadata.namespace:
+        raise CliError(f"{file} is for namespace {job.metadata.namespace!r}, --namespace says {namespace!r}")
+    cluster = connect(namespace or job.metadata.namespace, context, kubeconfig)
+    result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
+    metadata = result["metadata"]
+    verb = "created" if is_new else "applied"
+    if not output:
+        console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
+    if watch and not dry_run:
+        from finetune_cli.commands.watch import watch_job
+
+        watch_job(cluster, metadata["name"], timeout=None, output=output)
+    elif output:
+        console.structured_job(result, output)
+    elif not dry_run:
+        option = f" -n {namespace}" if namespace else ""
+        console.next_commands(
+            f"finetune watch {metadata['name']}{option}", f"finetune logs -f {metadata['name']}{option}"
+        )
+
+
+def _without_status(document: Document) -> dict[str, Any]:
+    return {key: value for key, value in document.data.items() if key != "status"}
