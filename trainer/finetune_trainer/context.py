@@ -57,7 +57,7 @@ class RunContext:
         return self.stop.reason or "another process"
 
     def stage(self, stage: Stage, message: str) -> AbstractContextManager[None]:
-        """Report what the run does while the block runs; the time of each stage is a metric."""
+        """Report what the run does from here on; the time of each stage is a metric."""
         return self.report.stage(stage, message)
 
     def is_stopping(self) -> bool:

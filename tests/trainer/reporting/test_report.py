@@ -19,7 +19,7 @@ def test_numbers_that_json_does_not_have_are_left_out_of_the_report() -> None:
     assert (again.progress.loss, again.progress.learning_rate) == (None, 0.1)
 
 
-def test_a_stage_inside_another_gives_way_to_it() -> None:
+def test_a_stage_stands_until_the_next_begins_and_never_goes_back() -> None:
     reporter, seen = Reporter(), list[tuple[str, str]]()
     reporter.listen(lambda report: seen.append((report.stage, report.message)))
     with reporter.stage("CheckingData", "looking"):
@@ -34,7 +34,6 @@ def test_a_stage_inside_another_gives_way_to_it() -> None:
         ("CheckingData", "looking"),
         ("Publishing", "sending"),
         ("Verifying", "loading"),
-        ("Publishing", "sending"),
         ("Succeeded", "done"),
     ]
 

@@ -29,7 +29,6 @@ class Reporter:
         self._lock = threading.Lock()
         self._report = TrainerReport()
         self._listeners: list[Listener] = []
-        self._stage: tuple[Stage, str] | None = None
         self._termination_log = termination_log
 
     @property
@@ -42,20 +41,13 @@ class Reporter:
 
     @contextmanager
     def stage(self, stage: Stage, message: str) -> Iterator[None]:
-        """Report that the run is in `stage` while the block runs; listeners time it (Prometheus, by stage).
+        """Report that the run is in `stage` from here on; listeners time it (Prometheus, by stage).
 
-        After a block inside another's the outer stage goes on; after an outermost one the last stage stands until the
-        next begins.
+        The stage stands until the next begins: it never goes back.
         """
-        outer, self._stage = self._stage, (stage, message)
         log.info(message, stage=stage)
         self._change(stage=stage, message=message)
-        try:
-            yield
-            if outer is not None and self.report.stage == stage:  # it has not ended meanwhile
-                self._change(stage=outer[0], message=outer[1])
-        finally:
-            self._stage = outer
+        yield
 
     def plan(self, plan: ExecutionPlan) -> None:
         self._change(execution_plan=plan)

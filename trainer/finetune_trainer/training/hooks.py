@@ -132,9 +132,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         elif self._batches.agreed_to_stop():
             self.preempt(state, control)
-        if control.should_save:
-            self.before_save(state)
-        elif control.should_log:
+        if control.should_log:
             self._finite.check(state.global_step)
 
     def rewind(self) -> None:
@@ -160,6 +158,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
             return
         loss = self._mean_loss() / (state.global_step - self.run.last_logged_step)
         self._loss, self.run.last_logged_step = torch.zeros_like(self._loss), state.global_step
+        state.log_history[-1]["loss"] = loss  # transformers averages over the steps since a resume only
         tokens, seconds, steps = self._throughput.interval()
         tokens = all_reduce_sum(self._ctx.ranks, tokens)
         rate = tokens / seconds if seconds else None
@@ -203,8 +202,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
                 return self._evaluator.evaluate(self._model)
             except EvaluationAborted:
                 self.preempt(state, control)
-        self.before_save(state)
-        return {}
+                return {}
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
@@ -225,7 +223,6 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
             metric, patience = evaluation.early_stopping.metric, evaluation.early_stopping.patience
             log.info(f"Stopping early: {metric} has not improved in {patience} evaluations")
             self.stopped_early = control.should_training_stop = control.should_save = True
-            self.before_save(state)
 
     # Saving
 

@@ -87,7 +87,6 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def save_now(self) -> None:
         """Save and upload a checkpoint of the last step boundary, outside the training loop."""
-        self._hooks.before_save(self.state)
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -108,6 +107,11 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(*args, **options)
         self._hooks.gradient_norm = norm
         return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Check the weights first, whoever asked for the save."""
+        self._hooks.before_save(self.state)
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter without asking the hub about embeddings."""

@@ -106,12 +106,13 @@ class TrainingSession:
         example = self._loader().example()
         self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
         self.ctx.report.plan(self.plan)
+        has_trained = False
         while True:
             trainer, hooks = self._trainer(state)
             clear_cache(shared_lora_inputs(self.model))
             _free_memory()
             try:
-                has_trained = self._train(trainer, hooks, checkpoint)
+                has_trained = self._train(trainer, hooks, checkpoint) or has_trained
             except StepAborted:
                 _save_boundary(trainer, hooks)
                 raise self._preempted(hooks.run) from None

@@ -18,7 +18,8 @@ class Throughput:
     _running_since: float | None = None
 
     def start(self) -> None:
-        self._running_since = time.monotonic()
+        if self._running_since is None:
+            self._running_since = time.monotonic()
 
     def stop(self) -> None:
         if self._running_since is not None:
