@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adapter, Stage
@@ -19,6 +19,7 @@ from finetune_trainer.settings import Ranks, Settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_BEFORE_TRAINING: Final = "before training began; nothing is lost"
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,15 @@ class RunContext:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""
         return run_on_rank_zero(self.ranks, work)
 
-    def stop_if_requested(self, message: str = "before training began; nothing is lost", alone: bool = False) -> None:
+    def preempted(self, message: str = _BEFORE_TRAINING) -> Preempted:
+        """Return the error of a run that was asked to stop."""
+        return Preempted(f"Asked to stop ({self.stop_reason}) {message}")
+
+    def stop_if_requested(self, message: str = _BEFORE_TRAINING, alone: bool = False) -> None:
         """Raise Preempted on all ranks if any rank got a stop signal: the others would hang in a collective.
 
         `alone`: this rank works alone by now.
         """
         (stopping,) = [bool(self.stop)] if alone else all_reduce_any(self.ranks, bool(self.stop))
         if stopping:
-            raise Preempted(f"Asked to stop ({self.stop_reason}) {message}")
+            raise self.preempted(message)

@@ -62,6 +62,7 @@ class TrainingSession:
         prompts: Held-out rows to answer.
         checkpoints: Where checkpoints go.
         evaluator: Measures the held-out rows, the training rows where there are none.
+        has_trained: Whether this process has trained: its peak of memory tells something only then.
     """
 
     ctx: RunContext
@@ -73,6 +74,7 @@ class TrainingSession:
     prompts: Sequence[EvalPrompt]
     checkpoints: CheckpointManager
     evaluator: Evaluator = field(init=False)
+    has_trained: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         spec, ranks, rows = self.ctx.spec, self.ctx.ranks, self.data.eval or self.data.train
@@ -86,8 +88,7 @@ class TrainingSession:
             try:
                 state.before = self.evaluator.evaluate(self.model)
             except EvaluationAborted:
-                message = f"Asked to stop ({self.ctx.stop_reason}) before training began; nothing is lost"
-                raise Preempted(message) from None
+                raise self.ctx.preempted() from None
             self.ctx.report.metrics(state.metrics_before())
             if self.ctx.ranks.is_main:
                 self.ctx.metrics.log_baseline(state.before)
@@ -106,13 +107,12 @@ class TrainingSession:
         example = self._loader().example()
         self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
         self.ctx.report.plan(self.plan)
-        has_trained = False
         while True:
             trainer, hooks = self._trainer(state)
             clear_cache(shared_lora_inputs(self.model))
             _free_memory()
             try:
-                has_trained = self._train(trainer, hooks, checkpoint) or has_trained
+                self._train(trainer, hooks, checkpoint)
             except StepAborted:
                 _save_boundary(trainer, hooks)
                 raise self._preempted(hooks.run) from None
@@ -125,12 +125,12 @@ class TrainingSession:
                 continue
             if hooks.preempted:
                 raise self._preempted(hooks.run)
-            plan = self._with_measured_memory() if has_trained else self.plan
+            plan = self._with_measured_memory() if self.has_trained else self.plan
             self.ctx.report.plan(plan)
             return TrainingResult(hooks.run, plan)
 
-    def _train(self, trainer: QloraTrainer, hooks: TrainingHooks, checkpoint: Path | None) -> bool:
-        """Do the evaluation that was due at `checkpoint`, then the steps that are left; return whether any were."""
+    def _train(self, trainer: QloraTrainer, hooks: TrainingHooks, checkpoint: Path | None) -> None:
+        """Do the evaluation that was due at `checkpoint`, then the steps that are left."""
         state = hooks.run
         if checkpoint and state.evaluation_due:
             log.info(f"Evaluating at step {state.step}: an earlier attempt did not finish it")
@@ -138,15 +138,15 @@ class TrainingSession:
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             trainer.evaluate()
             if hooks.preempted:
-                return False
+                return
             state.finished |= hooks.stopped_early
         if checkpoint and state.finished:
             log.info(f"Training is complete (step {state.step}); only publishing remains")
             load_adapter_weights(self.model, checkpoint)
             self.ctx.report.progress(step=state.step, total_steps=state.step)
-            return False
+            return
+        self.has_trained = True  # also when it fails: a retry may find nothing left to train
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return True
 
     def _preempted(self, state: TrainingState) -> Preempted:
         saved = f"step {state.step} is saved" if state.step else "before the first step; nothing is lost"
