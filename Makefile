@@ -5,7 +5,8 @@ SHELL := /usr/bin/env bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# The tests wait a third of their time, so three workers fill two cores.
+WORKERS ?= 3
 TESTS ?= tests
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
