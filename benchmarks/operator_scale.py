@@ -129,7 +129,7 @@ def writes(operator: OperatorProcess) -> float:
 
 
 def calls(operator: OperatorProcess) -> float:
-    """Requests other than watches and the regular lists."""
+    """Return requests other than watches and the regular lists."""
     total = operator.metric(REQUESTS) or 0
     return total - sum(operator.metric(REQUESTS, verb=verb) or 0 for verb in ("watch", "list"))
 
@@ -145,7 +145,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def servers(cluster: clusters.Cluster) -> list[psutil.Process]:
-    """etcd and kube-apiserver (or the stand-in): their folder is in their command lines."""
+    """Find etcd and kube-apiserver (or the stand-in): their folder is in their command lines."""
     found = psutil.process_iter(["cmdline"])
     return [process for process in found if str(cluster.folder) in " ".join(process.info["cmdline"] or [])]
 
@@ -196,7 +196,7 @@ async def measure(cluster: clusters.Cluster, operator: OperatorProcess, namespac
 
 
 def restart(cluster: clusters.Cluster, folder: Path, namespace: str) -> Figures:
-    """A new operator over everything that is there."""
+    """Start a new operator over everything that is there."""
     began = time.monotonic()
     with running(cluster.kubeconfig, folder, SETTINGS | {"namespaces": [namespace]}) as operator:
         operator.wait_idle(300)

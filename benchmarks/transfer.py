@@ -74,7 +74,7 @@ def run_python(job: dict[str, Any]) -> dict[str, float]:
 
 
 def run_rclone(job: dict[str, Any]) -> dict[str, float]:
-    """The same with `rclone copyto`, its start (about 0.05 s) included; as many parts at once as ours."""
+    """Return the same with `rclone copyto`, its start (about 0.05 s) included; as many parts at once as ours."""
     from support.stores.s3 import rclone_binary
 
     env = job["env"]
@@ -138,7 +138,7 @@ def measure(
 
 
 def report(measured: dict[str, Any]) -> str:
-    """A table: median MiB/s, peak memory, and the ratio of ours to each other one (median over the rounds)."""
+    """Return a table: median MiB/s, peak memory, and the ratio of ours to each other one (median over the rounds)."""
     lines = [f"{measured['mib']} MiB against {measured['server']}, {os.cpu_count()} cores"]
     for direction in ("upload", "download"):
         ours = measured["results"][f"{direction} ours"]

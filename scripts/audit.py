@@ -19,7 +19,7 @@ CANARY: Final = "jinja2==2.10"
 
 
 def ask(requirements: Path, service: list[str]) -> list[dict[str, Any]] | None:
-    """What pip-audit says of each package; None when it gets no answer."""
+    """Return what pip-audit says of each package; None when it gets no answer."""
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--no-deps", "--disable-pip",
                "--progress-spinner=off", "--vulnerability-service=osv", "--timeout=5", "--format=json",
                *service]  # fmt: skip

@@ -43,12 +43,12 @@ class Source:
         return expr
 
     def range(self, expr: str) -> list[dict[str, Any]]:
-        """The series of `expr` over the span. Raises OSError when Prometheus does not answer, or refuses."""
+        """Return the series of `expr` over the span. Raises OSError when Prometheus does not answer, or refuses."""
         query = {"query": self.fill(expr), "start": self.start, "end": self.end, "step": self.step}
         return self._get("query_range", query)
 
     def instant(self, expr: str) -> list[dict[str, Any]]:
-        """The values of `expr` at the end of the span."""
+        """Return the values of `expr` at the end of the span."""
         return self._get("query", {"query": self.fill(expr), "time": self.end})
 
     def _get(self, what: str, query: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def scaled(value: float, unit: str, like: float | None = None) -> str:
 
 
 def multiple(value: float, unit: str) -> tuple[float, str]:
-    """The multiple of `unit` that suits `value`, and its name."""
+    """Return the multiple of `unit` that suits `value`, and its name."""
     if unit == "bytes":
         power = min(4, int(math.log(max(1.0, value), 1024)))
         return 1024**power, (" B", " KiB", " MiB", " GiB", " TiB")[power]
@@ -124,7 +124,7 @@ def series_of(panel: dict[str, Any], source: Source) -> Series:
 
 
 def _with_gaps(points: list[tuple[float, float]], most: float) -> tuple[list[float], list[float]]:
-    """Times and values, with a NaN wherever more than `most` seconds are missing, so that no line bridges it."""
+    """Return times and values, with a NaN wherever more than `most` seconds are missing, so that no line bridges it."""
     whole = points[:1]
     for before, after in pairwise(points):
         if after[0] - before[0] > most:

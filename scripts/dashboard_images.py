@@ -26,7 +26,7 @@ from support.server import server as clusters  # noqa: E402
 
 
 def tell(live: Scene, minutes: float) -> float:
-    """The story to draw; returns when it began.
+    """Write the story to draw; return when it began.
 
     A job is preempted, resumes and is published; one trains on, one fails, one waits for GPUs. For a moment the API
     server does not answer.

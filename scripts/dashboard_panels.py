@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `queries`: legend -> PromQL. `kind`: timeseries, stat or table. `unit`: Grafana's name of it, where
-    "short" is a plain number and "suffix:x" a number followed by x.
+    """One panel.
+
+    Attributes:
+        queries: Legend -> PromQL.
+        kind: timeseries, stat or table.
+        unit: Grafana's name; "short" is a plain number, "suffix:x" a number followed by x.
     """
 
     title: str

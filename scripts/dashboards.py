@@ -102,7 +102,7 @@ def _panel(panel: Panel) -> Json:
 
 
 def _override(name: str, key: str, value: Any) -> Json:
-    """What one series, or one column of a table, has for itself."""
+    """Return what one series, or one column of a table, has for itself."""
     return {"matcher": {"id": "byName", "options": name}, "properties": [{"id": key, "value": value}]}
 
 

@@ -1,7 +1,7 @@
 """Draw a dashboard of the chart as a PNG, panel by panel where Grafana would place it, from a Prometheus' answers.
 
-    python scripts/draw_dashboard.py job job.png --prometheus http://localhost:9090 \
-        --minutes 30 --var namespace=research --var job=nli
+python scripts/draw_dashboard.py job job.png --prometheus http://localhost:9090 \
+    --minutes 30 --var namespace=research --var job=nli
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Card:
         )
 
     def line(self, xs: Sequence[float], down: float, **style: Any) -> None:
-        """A horizontal line `down` inches below the top."""
+        """Draw a horizontal line `down` inches below the top."""
         y = self.bottom + self.height - down
         places = [self.left + x for x in xs]
         self.figure.add_artist(Line2D(places, [y, y], transform=self.figure.dpi_scale_trans, **style))
@@ -80,7 +80,7 @@ def draw(dashboard: dict[str, Any], source: Source, out: Path, note: str = "", d
 
 @mpl.rc_context(STYLE)
 def paint(dashboard: dict[str, Any], source: Source, note: str = "") -> tuple[Figure, list[str]]:
-    """The figure, and the titles of panels that had no data."""
+    """Return the figure, and the titles of panels that had no data."""
     cells = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in dashboard["panels"])
     width, height = 24 * CELL_WIDTH + 0.2, cells * CELL_HEIGHT + HEADER + 0.1
     figure = plt.figure(figsize=(width, height), facecolor="#f4f5f6")
@@ -181,7 +181,7 @@ def _moments(source: Source, width: float) -> list[float]:
 
 
 def _together(found: Series) -> list[list[float]]:
-    """The moments, then each series' values at them, zero where it has none."""
+    """Return the moments, then each series' values at them, zero where it has none."""
     moments = sorted({moment for _, times, _ in found for moment in times})
     known = [dict(zip(times, values, strict=True)) for _, times, values in found]
     finite = [{moment: value for moment, value in one.items() if math.isfinite(value)} for one in known]
@@ -197,7 +197,7 @@ def _bars(axes: Axes, rows: list[list[float]], colors: list[str]) -> None:
 
 
 def _colors(names: list[str], panel: dict[str, Any]) -> list[str]:
-    """The panel's own color for a name, else the next one of the palette."""
+    """Return the panel's own color for a name, else the next one of the palette."""
     own = {name: color["fixedColor"] for name, color in _overrides(panel, "color").items()}
     return [own.get(name, COLORS[index % len(COLORS)]) for index, name in enumerate(names)]
 

@@ -45,7 +45,7 @@ def archive_name(version: str) -> str:
 
 
 def newest(releases: Iterable[str], version: str) -> str:
-    """The newest release of `version` (1.36, or 1.36.2 for that one alone)."""
+    """Return the newest release of `version` (1.36, or 1.36.2 for that one alone)."""
     wanted = version.removeprefix("v")
     numbered = {
         name: [int(part) for part in name.removeprefix("v").split(".")] for name in releases if _PLAIN.match(name)

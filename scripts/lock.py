@@ -37,7 +37,7 @@ def pins(text: str) -> Pins:
 
 
 def closure(lines: Iterable[str], python: str, processor: str) -> set[str]:
-    """The names of all that these requirements need on such a machine, as the installed packages tell it."""
+    """Return the names of all that these requirements need on such a machine, as the installed packages tell it."""
     machine = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": processor}
     seen: set[tuple[str, str]] = set()
     wanted = [(line, "") for line in lines]
@@ -56,7 +56,7 @@ def closure(lines: Iterable[str], python: str, processor: str) -> set[str]:
 
 
 def requirements(image: str) -> Iterator[str]:
-    """What pyproject.toml asks for in the image."""
+    """Return what pyproject.toml asks for in the image."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     yield from project["dependencies"]
     for extra in IMAGES[image]:
@@ -64,7 +64,7 @@ def requirements(image: str) -> Iterator[str]:
 
 
 def hashes(wanted: Pins, python: str, processor: str) -> dict[str, str]:
-    """The SHA-256 of the file that pip takes for each package on such a machine."""
+    """Return the SHA-256 of the file that pip takes for each package on such a machine."""
     tags = [f"manylinux_2_{minor}_{processor}" for minor in range(GLIBC_MINOR, 4, -1)]
     tags += [f"manylinux{year}_{processor}" for year in ("2014", "2010", "1")]
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def hashes(wanted: Pins, python: str, processor: str) -> dict[str, str]:
 
 
 def lock(image: str, pinned: Pins) -> str:
-    """The text of the image's lock file."""
+    """Return the text of the image's lock file."""
     found: dict[str, set[str]] = defaultdict(set)
     for python in PYTHONS:
         for processor in PROCESSORS:

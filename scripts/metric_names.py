@@ -17,7 +17,7 @@ _CELLS = str.maketrans({"|": "\\|", "\n": " "})
 
 
 def operator() -> list[Metric]:
-    """The operator's metrics. Its gauges are read through Operator's own wiring, over empty parts."""
+    """Return the operator's metrics. Its gauges are read through Operator's own wiring, over empty parts."""
     from finetune_api.status import Progress
     from finetune_operator.core.objects.kinds import ObjectKey
     from finetune_operator.main import Operator
@@ -44,7 +44,7 @@ def operator() -> list[Metric]:
 
 
 def trainer() -> list[Metric]:
-    """The trainer's metrics, with every value known."""
+    """Return the trainer's metrics, with every value known."""
     from finetune_api.status import ExecutionPlan, Progress, TrainerReport
     from finetune_trainer.reporting import gpu
     from finetune_trainer.reporting.prometheus import Telemetry
@@ -81,7 +81,7 @@ def _collected(registry: CollectorRegistry) -> list[Metric]:
 
 
 def name(metric: Metric) -> str:
-    """The name to ask Prometheus for; a histogram's has _bucket, _sum and _count."""
+    """Return the name to ask Prometheus for; a histogram's has _bucket, _sum and _count."""
     return f"{metric.name}_total" if metric.type == "counter" else metric.name
 
 
@@ -114,7 +114,7 @@ def _code(text: str) -> str:
 
 
 def alerts() -> list[str]:
-    """The chart's alert rules."""
+    """Return the chart's alert rules."""
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     rows = [
         f"| `{rule['alert']}` | {rule['labels']['severity']} | {_code(rule['expr'])} | {rule.get('for', '')} |"

@@ -50,7 +50,7 @@ def build():
 
 
 def trl(v):
-    """The model and its tokenizer, and what else SFTTrainer and SFTConfig take for the recipe."""
+    """Return the model and its tokenizer, and what else SFTTrainer and SFTConfig take for the recipe."""
     import torch
     from peft import LoraConfig, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -86,7 +86,7 @@ def trl(v):
 
 
 def unsloth(v):
-    """The same from Unsloth, with the optimizer that its own notebooks use."""
+    """Return the same from Unsloth, with the optimizer that its own notebooks use."""
     os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
     import torch
     from unsloth import FastLanguageModel

@@ -111,7 +111,7 @@ cli()
 
 
 def limited(gib: int) -> str:
-    """The trainer, made to believe that the GPU has `gib` GiB; the whole of it when 0."""
+    """Return the trainer, made to believe that the GPU has `gib` GiB; the whole of it when 0."""
     if not gib:
         return ""
     return f"""
@@ -130,7 +130,7 @@ cli()
 
 
 def write_rows(path: Path, rows: int = 1200, longest: int = 512) -> None:
-    """The row lengths of reference.py as text: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
+    """Return text rows as long as reference.py's: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
     rnd = random.Random(0)
     # t1, t2 and t3 are special tokens, which the tokenizer would find at the start of t123.
     words = [f"t{number}" for number in range(10, 32768) if str(number)[0] not in "123"]

@@ -97,7 +97,7 @@ _register(download.download, RESULTS)
 
 
 def _usage_error(error: Exception) -> str | None:
-    """What Typer says of wrong arguments, or None when `error` is something else."""
+    """Return what Typer says of wrong arguments, or None when `error` is something else."""
     # Typer keeps its exception classes private, save BadParameter, which is one of them.
     formatted = getattr(error, "format_message", None)
     return str(formatted()) if formatted else None

@@ -97,7 +97,7 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
 
 
 def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> Forecast:
-    """What the trainer would do on a GPU of `gpu_memory` bytes."""
+    """Return what the trainer would do on a GPU of `gpu_memory` bytes."""
     try:
         plan = _plan(spec, shape, gpu_memory)
     except TrainerError as error:
@@ -108,7 +108,7 @@ def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> F
 
 
 def _without_memory(spec: FineTuneJobSpec, shape: ModelShape) -> Forecast:
-    """What the trainer would do with all the memory it could want, and with as little as it gets by with."""
+    """Return what the trainer would do with all the memory it could want, and with as little as it gets by with."""
     plan, least = _plan(spec, shape, 0), _plan(_frugal(spec), shape, 0)
     lines = [f"{_sentence(plan)}."]
     if least != plan:

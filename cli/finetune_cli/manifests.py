@@ -47,12 +47,12 @@ def read(name: str) -> Source:
 
 
 def refused(error: ManifestError) -> CliError:
-    """A manifest's problems, one a line, as the end of a command."""
+    """Return a manifest's problems, one a line, as the end of a command."""
     return CliError(str(error))
 
 
 def foreign_kind(document: Document) -> str | None:
-    """The kind of a document that plainly is something else (a Secret, say); None for ours and for broken ones."""
+    """Return the kind of a document that plainly is something else (a Secret, say); None for ours and broken ones."""
     if document.is_job or not isinstance(document.data, dict):
         return None
     kind, version = document.data.get("kind"), document.data.get("apiVersion")
@@ -60,7 +60,7 @@ def foreign_kind(document: Document) -> str | None:
 
 
 def documents(source: Source) -> list[Document]:
-    """The documents of a manifest. Raises ManifestError for text that is not YAML, CliError when there are none."""
+    """Return the documents of a manifest. Raises ManifestError for text that is not YAML, CliError if there is none."""
     from finetune_api.manifest import parse
 
     found = parse(source.text, source.name)
@@ -72,7 +72,7 @@ def documents(source: Source) -> list[Document]:
 
 
 def the_job(name: str) -> tuple[Source, Document]:
-    """The one FineTuneJob of a file, other kinds aside. Raises CliError when there is none or more than one."""
+    """Return the one FineTuneJob of a file, other kinds aside. Raises CliError when there is none or more than one."""
     from finetune_api.manifest import ManifestError
 
     source = read(name)

@@ -48,7 +48,7 @@ Overrides = Annotated[
 
 
 def job_name(value: str) -> str:
-    """A name that a FineTuneJob can have; anything else would ask the cluster for something else."""
+    """Return a name that a FineTuneJob can have; anything else would ask the cluster for something else."""
     import re
 
     if not re.fullmatch(constants.NAME_PATTERN, value):
@@ -101,5 +101,5 @@ Output = Annotated[
 
 
 def same_place(namespace: str | None, context: str | None) -> str:
-    """The options that make the next command act where this one did."""
+    """Return the options that make the next command act where this one did."""
     return (f" -n {namespace}" if namespace else "") + (f" --context {context}" if context else "")

@@ -59,7 +59,7 @@ class StoreManifest(StatusModel):
         return sum(file.size_bytes for file in self.files)
 
     def to_bytes(self) -> bytes:
-        """The JSON text as stored; its SHA-256 is the publication's digest."""
+        """Return the JSON text as stored; its SHA-256 is the publication's digest."""
         return self.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode() + b"\n"
 
 

@@ -22,7 +22,7 @@ class Rule:
     field: str = ""
 
     def schema(self) -> dict[str, str]:
-        """The rule as an entry of x-kubernetes-validations (KEP-2876)."""
+        """Return the rule as an entry of x-kubernetes-validations (KEP-2876)."""
         entry = {"rule": self.cel, "message": self.message}
         return entry | ({"fieldPath": f".{self.field}"} if self.field else {})
 
@@ -43,7 +43,7 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """A known field that is null counts as not given, as on the API server ("lora:" with nothing after it)."""
+        """Treat a known field that is null as not given, as on the API server ("lora:" with nothing after it)."""
         if not isinstance(data, dict) or None not in data.values():
             return data
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias)}
@@ -58,5 +58,5 @@ class ApiModel(BaseModel):
         return self
 
     def manifest(self) -> dict[str, Any]:
-        """The model as it stands in YAML: camelCase, unset optional fields left out."""
+        """Return the model as it stands in YAML: camelCase, unset optional fields left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

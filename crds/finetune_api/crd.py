@@ -34,7 +34,7 @@ _COLUMNS = (
 
 
 def structural(schema: Schema, definitions: Schema) -> Schema:
-    """A pydantic JSON schema node (draft 2020-12) as a Kubernetes structural schema (OpenAPI v3.0)."""
+    """Return a pydantic JSON schema node (draft 2020-12) as a Kubernetes structural schema (OpenAPI v3.0)."""
     if "$ref" in schema:
         target = definitions[schema["$ref"].rsplit("/", 1)[1]]
         return structural(target, definitions) | (
@@ -81,7 +81,7 @@ def _with_rules_and_defaults(schema: Schema, model: type[ApiModel]) -> Schema:
 
 
 def model_of(field: FieldInfo) -> type[ApiModel] | None:
-    """The API model that a field holds (directly, optionally, or in a list), if any."""
+    """Return the API model that a field holds (directly, optionally, or in a list), if any."""
     candidates: list[Any] = [field.annotation]
     while candidates:
         candidate = candidates.pop()
@@ -92,7 +92,7 @@ def model_of(field: FieldInfo) -> type[ApiModel] | None:
 
 
 def model_schema(model: type[ApiModel]) -> Schema:
-    """The structural schema of one model."""
+    """Return the structural schema of one model."""
     raw = model.model_json_schema(by_alias=True, mode="validation")
     return _with_rules_and_defaults(structural(raw, raw.get("$defs", {})), model)
 
@@ -129,7 +129,7 @@ def _root_rules() -> list[dict[str, str]]:
 
 
 def crd() -> dict[str, Any]:
-    """The CustomResourceDefinition as plain data."""
+    """Return the CustomResourceDefinition as plain data."""
     schema = {
         "type": "object",
         "description": "One fine-tuning run: a base model and a data set in, a verified LoRA adapter out.",
@@ -176,7 +176,7 @@ def crd() -> dict[str, Any]:
 
 
 def render() -> str:
-    """The CRD as YAML text."""
+    """Return the CRD as YAML text."""
     plain = json.loads(json.dumps(crd()))  # shared nodes would come out as YAML anchors
     return _HEADER + yaml.safe_dump(plain, sort_keys=False, width=120)
 

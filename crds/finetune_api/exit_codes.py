@@ -121,7 +121,7 @@ OUTCOMES: Final[dict[int, Outcome]] = {outcome.code: outcome for outcome in reve
 
 
 def outcome_of(code: int, reason: str | None = None) -> Outcome | None:
-    """The outcome of an exit code; where several share it, the one that `reason` names."""
+    """Return the outcome of an exit code; where several share it, the one that `reason` names."""
     named = REASONS.get(reason or "")
     return named if named and named.code == code else OUTCOMES.get(code)
 

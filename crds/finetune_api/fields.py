@@ -11,12 +11,12 @@ from finetune_api.patterns import TextRule
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """The error that ends in `message`, which may hold braces."""
+    """Return the error that ends in `message`, which may hold braces."""
     return PydanticCustomError("said", "{message}", {"message": message})
 
 
 def text_type(*rules: TextRule, max_length: int) -> Any:
-    """A text of at most `max_length` characters that satisfies `rules`, told of in their order."""
+    """Return a text of at most `max_length` characters that satisfies `rules`, told of in their order."""
 
     def check(value: str) -> str:
         for rule in rules:
@@ -87,7 +87,7 @@ Quantity = Annotated[
 
 
 def _number_or(*words: str, least: int, most: int) -> list[Any]:
-    """What makes a type of a number from `least` to `most`, or one of `words`."""
+    """Return what makes a type of a number from `least` to `most`, or one of `words`."""
     message = f"must be {', '.join(words)} or a number from {least} to {most}"
 
     def check(value: Any) -> Any:

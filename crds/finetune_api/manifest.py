@@ -85,7 +85,7 @@ _EXPECTED = {
 
 
 def _known_fields(path: Path_) -> list[str]:
-    """The field names allowed where `path` ends."""
+    """Return the field names allowed where `path` ends."""
     model: type[BaseModel] | None = FineTuneJob
     for part in path:
         if isinstance(part, int) or model is None:
@@ -138,7 +138,7 @@ def check(document: Document, base: Path | None = None, overrides: Sequence[str]
 
 
 def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
-    """The one FineTuneJob in `text`. Raises ManifestError when there is none, several, or a wrong one."""
+    """Return the one FineTuneJob in `text`. Raises ManifestError when there is none, several, or a wrong one."""
     documents = parse(text, source)
     jobs = [document for document in documents if document.is_job] or documents
     if len(jobs) != 1:
@@ -148,7 +148,7 @@ def load_text(text: str, source: str, base: Path | None = None, overrides: Seque
 
 
 def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:
-    """The FineTuneJob in the file at `path`. Raises ManifestError, also for a file that cannot be read."""
+    """Return the FineTuneJob in the file at `path`. Raises ManifestError, also for a file that cannot be read."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

@@ -26,12 +26,12 @@ class TextRule:
         return self.cel_of("self")
 
     def cel_of(self, value: str) -> str:
-        """The rule as a CEL expression over the expression `value`."""
+        """Return the rule as a CEL expression over the expression `value`."""
         literal = "'" + self.pattern.replace("\\", "\\\\").replace("'", "\\'") + "'"
         return f"{'!' if self.refused else ''}{value}.matches({literal})"
 
     def schema(self) -> dict[str, str]:
-        """The rule as an entry of a text field's x-kubernetes-validations."""
+        """Return the rule as an entry of a text field's x-kubernetes-validations."""
         return {"rule": self.cel, "message": self.message}
 
 

@@ -23,7 +23,7 @@ Time = Annotated[datetime, AfterValidator(_plausible)]
 
 
 def _finite(values: Any) -> Any:
-    """The mapping without numbers that JSON does not have: NaN or infinity would make a whole status unwritable."""
+    """Return the mapping without NaN and infinity: JSON has neither, so they would make a whole status unwritable."""
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if not _is_no_number(value)}

@@ -30,12 +30,12 @@ WRITABLE: Final = ("s3", "pvc", "file")
 
 
 def pattern(schemes: tuple[str, ...]) -> str:
-    """The anchored RE2 pattern of a URI of one of `schemes`."""
+    """Return the anchored RE2 pattern of a URI of one of `schemes`."""
     return "^(" + "|".join(FORMS[scheme][0] for scheme in schemes) + ")$"
 
 
 def allowed(schemes: tuple[str, ...]) -> str:
-    """The forms of `schemes` in words: 's3://bucket/key, pvc://claim/path or file:///absolute/path'."""
+    """Return the forms of `schemes` in words: 's3://bucket/key, pvc://claim/path or file:///absolute/path'."""
     forms = [FORMS[scheme][1] for scheme in schemes]
     return ", ".join(forms[:-1]) + f" or {forms[-1]}"
 
@@ -48,7 +48,7 @@ def redacted(text: str) -> str:
 
 @cache
 def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
-    """What a URI field taking `schemes` checks, in the order a user should hear of it."""
+    """Return what a URI field taking `schemes` checks, in the order a user should hear of it."""
     return (
         TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
         TextRule(PARENT_PATTERN, "must not hold '.' or '..' path segments", True),
@@ -77,7 +77,7 @@ class Uri:
         return f"{self.scheme}://{prefix}{self.authority}" + (f"/{self.path}" if self.path else "")
 
     def join(self, *parts: str) -> "Uri":
-        """The URI of something below this one."""
+        """Return the URI of something below this one."""
         path = "/".join([self.path.rstrip("/"), *(part.strip("/") for part in parts)])
         return Uri(self.scheme, self.authority, path if self.scheme == "file" else path.lstrip("/"), self.is_dataset)
 

@@ -99,7 +99,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def parse(text: str, source: str) -> list[Document]:
-    """The YAML documents of `text`, the objects of a List one by one. Raises ManifestError for what is not YAML."""
+    """Return the YAML documents of `text`, the objects of a List one by one. Raises ManifestError if it is not YAML."""
     documents = []
     try:
         loader = _Loader(text)
@@ -151,7 +151,7 @@ def _walk(node: yaml.Node, path: Path_, document: Document) -> None:
 
 
 def _key(node: yaml.Node, path: Path_, source: str) -> str:
-    """The text of a key; as in JSON, 1 and true are text there."""
+    """Return the text of a key; as in JSON, 1 and true are text there."""
     if not isinstance(node, yaml.ScalarNode) or not node.value.isprintable():
         raise ManifestError(
             [
@@ -169,7 +169,7 @@ def _key(node: yaml.Node, path: Path_, source: str) -> str:
 
 
 def _unlisted(document: Document) -> Iterator[Document]:
-    """The objects of a List (as `kubectl get -o yaml` prints several), or the document itself."""
+    """Return the objects of a List (as `kubectl get -o yaml` prints several), or the document itself."""
     data = document.data
     is_list = isinstance(data, dict) and data.get("kind") in ("List", f"{constants.KIND}List")
     if not is_list or not isinstance(data.get("items"), list):

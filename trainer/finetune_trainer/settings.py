@@ -89,7 +89,7 @@ def load(path: Path, overrides: Sequence[str], environment: Environment, ranks: 
 
 
 def resolved_job(job: FineTuneJob) -> dict[str, Any]:
-    """The manifest with every default filled in; of the metadata only what names the job."""
+    """Return the manifest with every default filled in; of the metadata only what names the job."""
     manifest = job.manifest()
     named = {key: value for key, value in manifest["metadata"].items() if key in ("name", "namespace", "uid")}
     return {

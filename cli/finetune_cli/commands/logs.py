@@ -91,7 +91,7 @@ def _has_started(pod: Object) -> bool:
 
 
 def _stored(view: View) -> list[str] | None:
-    """The log published with the adapter; None when there is none."""
+    """Return the log published with the adapter; None when there is none."""
     if view.status.adapter is None:
         return None
     store = storage.open_store(view.status.adapter.uri)
@@ -184,7 +184,7 @@ def _print(lines: Iterable[str], *, raw: bool) -> None:
 
 
 def readable(line: str) -> tuple[str, str]:
-    """A JSON log line as text and its style; any other line as it is. Pure."""
+    """Return a JSON log line as text and its style; any other line as it is. Pure."""
     try:
         entry = json.loads(line) if line.startswith("{") else None
     except ValueError:

@@ -70,7 +70,7 @@ class Batch:
 
 
 def batch(spec: FineTuneJobSpec) -> Batch:
-    """The effective batch and what it is made of."""
+    """Return the effective batch and what it is made of."""
     processes = spec.resources.nodes * max(1, spec.resources.gpus_per_node)
     effective, micro = spec.training.batch_size, spec.training.micro_batch_size
     share = effective // processes
@@ -189,7 +189,7 @@ def _shown(value: Any) -> str:
 
 
 def batch_sentence(made: Batch) -> str:
-    """The decomposition in words."""
+    """Return the decomposition in words."""
     gpus = f"{made.processes} GPU{'' if made.processes == 1 else 's'}"
     total = f"{made.effective} sequences per optimizer step"
     if made.micro is not None:

@@ -49,14 +49,14 @@ def trainer_command() -> str:
 
 
 def free_address() -> str:
-    """A 127.0.0.1 address that nobody listens on."""
+    """Return a 127.0.0.1 address that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def environment(env: Mapping[str, str], temporary: Path) -> dict[str, str]:
-    """The trainer's environment: the user's, and where it leaves a path open, one of this user instead of a pod's."""
+    """Return the trainer's environment: the user's; a path it leaves open is one of this user, not a pod's."""
     defaults = {
         constants.ENV_SCRATCH_DIR: str(temporary / "scratch"),
         constants.ENV_CACHE_DIR: str(cache_folder(env)),
@@ -113,7 +113,7 @@ def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
 
 
 def launcher(job: FineTuneJob, trainer: str) -> list[str]:
-    """The start of the command: torchrun, one process per GPU, where there are several."""
+    """Return the start of the command: torchrun, one process per GPU, where there are several."""
     gpus = job.spec.resources.gpus_per_node
     if gpus < 2:
         return [trainer]
@@ -129,7 +129,7 @@ def launcher(job: FineTuneJob, trainer: str) -> list[str]:
 
 
 def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str], temporary: Path) -> list[str]:
-    """The trainer's own arguments: the user's file where there is one, so that its messages name it."""
+    """Return the trainer's own arguments: the user's file where there is one, so that its messages name it."""
     if source.name != STDIN_NAME:
         return ["--config", source.name, *(part for override in overrides for part in ("--set", override))]
     import yaml
@@ -140,7 +140,7 @@ def trainer_arguments(source: Source, job: FineTuneJob, overrides: Sequence[str]
 
 
 def trainers_code(code: int, report: TrainerReport | None) -> int:
-    """The trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
+    """Return the trainer's exit code. torchrun ends with 1 whatever its processes ended with; the report tells."""
     outcome = exit_codes.REASONS.get(report.reason or "") if code == 1 and report else None
     return int(outcome.code) if outcome else code
 

@@ -61,7 +61,7 @@ def resume(
 
 
 def _set_suspend(name: str, value: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
-    """The job with spec.suspend at `value`."""
+    """Return the job with spec.suspend at `value`."""
     from finetune_cli.kube.connect import connect
     from finetune_cli.output.job_view import View
 

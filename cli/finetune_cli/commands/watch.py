@@ -78,7 +78,7 @@ def watch_job(cluster: Cluster, name: str, timeout: float | None, output: Output
 
 
 def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
-    """A line for each change."""
+    """Print a line for each change."""
     from finetune_cli.output.pages import change_line
 
     said = ""
@@ -94,7 +94,7 @@ def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
 
 
 def _follow_data(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat) -> View:
-    """The job after each change: JSON documents one after the other, YAML documents between lines of ---."""
+    """Print the job after each change: JSON documents one after the other, YAML documents between lines of ---."""
     with insistent_interrupts():
         for job, view in _states(cluster, name, timeout):
             if output == OutputFormat.YAML:
@@ -106,7 +106,7 @@ def _follow_data(cluster: Cluster, name: str, timeout: float | None, output: Out
 
 
 def _follow_live(cluster: Cluster, name: str, timeout: float | None) -> View:
-    """The status page, redrawn: times move on between changes too."""
+    """Redraw the status page: times move on between changes too."""
     from rich.live import Live
 
     from finetune_cli.output.loss_history import loss_history

@@ -100,7 +100,7 @@ class Cluster:
             )
 
     def follow(self, name: str, deadline: float | None = None, *, poll: bool = False) -> Iterator[Object | None]:
-        """The job now and after every change, None once it is deleted; ends at `deadline` (time.monotonic()).
+        """Yield the job now and after every change, None once it is deleted; end at `deadline` (time.monotonic()).
 
         With `poll`, also every few seconds without a change. Outlives short losses of connection.
         """
@@ -187,7 +187,7 @@ class Cluster:
 
 
 def _checked(answer: Any) -> Any:
-    """A raw answer of the client, unless it is an error: those it does not raise by itself."""
+    """Return a raw answer of the client, unless it is an error: those it does not raise by itself."""
     from kubernetes.client.exceptions import ApiException
 
     if not 200 <= answer.status < 300:
@@ -202,7 +202,7 @@ def _watch_seconds(deadline: float | None, poll: bool) -> int:
 
 
 def attempt_of(pod: Object) -> int:
-    """The attempt a pod belongs to; 0 when it does not say."""
+    """Return the attempt a pod belongs to; 0 when it does not say."""
     label = str((pod["metadata"].get("labels") or {}).get(constants.LABEL_ATTEMPT, ""))
     return int(label) if label.isdigit() else 0
 

@@ -33,7 +33,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
 
 
 def _default_kubeconfig() -> str:
-    """The user's files, with os.pathsep between them. (The client reads $KUBECONFIG only once, when it is imported.)"""
+    """Return the user's files, joined by os.pathsep. The client reads $KUBECONFIG only once, when it is imported."""
     return os.environ.get("KUBECONFIG") or "~/.kube/config"
 
 

@@ -31,7 +31,7 @@ def explained(server: str, namespace: str, name: str = "", what: str = constants
 
 
 def _status(error: Any) -> dict[str, Any]:
-    """The Status object in an answer; only a message where it holds something else."""
+    """Return the Status object in an answer; only a message where it holds something else."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
     try:
         parsed = json.loads(body)
@@ -41,7 +41,7 @@ def _status(error: Any) -> dict[str, Any]:
 
 
 def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name: str, what: str) -> CliError:
-    """The sentence for an HTTP error. Pure."""
+    """Return the sentence for an HTTP error. Pure."""
     message = str(status.get("message") or f"HTTP {code}")
     where = f" in namespace {namespace!r}" if namespace else ""
     if code == 401:

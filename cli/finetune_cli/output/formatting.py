@@ -10,7 +10,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
-    """A time span with two digits that matter: '45 s', '3 min 12 s', '42 min', '2 h 5 min', '4 d 3 h'."""
+    """Return a time span with two digits that matter: '45 s', '3 min 12 s', '42 min', '2 h 5 min', '4 d 3 h'."""
     total = max(0, round(seconds))
     units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
     for (name, size), (lower_name, lower_size) in itertools.pairwise((*units, ("", 0))):
@@ -51,17 +51,17 @@ def number(value: float) -> str:
 
 
 def loss(value: float) -> str:
-    """A loss with the same number of digits whatever its size, so that two compare at a glance: '2.3100'."""
+    """Return a loss with the same number of digits whatever its size, so that two compare at a glance: '2.3100'."""
     return f"{value:.4f}"
 
 
 def percent(share: float) -> str:
-    """A share of 1: '91 %', '99.5 %'; only a whole is '100 %'."""
+    """Return a share of 1: '91 %', '99.5 %'; only a whole is '100 %'."""
     return f"{round(share * 100, 1):g} %"
 
 
 def bar(share: float, width: int) -> str:
-    """A progress bar of `width` columns for a share of 1."""
+    """Return a progress bar of `width` columns for a share of 1."""
     filled = round(min(max(share, 0.0), 1.0) * width)
     return "━" * filled + "╌" * (width - filled)
 

@@ -22,7 +22,7 @@ EXIT_CODES = "Exit codes:"
 
 
 def paragraphs(doc: str) -> list[tuple[str, list[str]]]:
-    """A docstring as (title, lines): prose has no title and one line; a section keeps its lines as they stand."""
+    """Return a docstring as (title, lines): prose has no title and one line; a section keeps its lines as they are."""
     blocks: list[tuple[str, list[str]]] = []
     for block in inspect.cleandoc(doc).split("\n\n"):
         first, *rest = block.split("\n")
@@ -34,7 +34,7 @@ def paragraphs(doc: str) -> list[tuple[str, list[str]]]:
 
 
 def _example(line: str) -> Text:
-    """A line of a section: the command bright, its remark after two spaces and a # dim."""
+    """Return a line of a section: the command bright, its remark after two spaces and a # dim."""
     from rich.text import Text
 
     command, mark, remark = line.partition("  #")

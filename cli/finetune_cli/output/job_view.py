@@ -44,7 +44,7 @@ class View:
         )
 
     def condition(self, kind: str) -> Condition | None:
-        """The condition of that type."""
+        """Return the condition of that type."""
         return next((each for each in self.status.conditions if each.type == kind), None)
 
     def is_true(self, kind: str) -> bool:

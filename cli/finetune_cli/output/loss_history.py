@@ -42,7 +42,7 @@ def published(address: str) -> list[str]:
 
 
 def losses(lines: Iterable[str]) -> list[float]:
-    """The losses in JSON lines, of metrics.jsonl or of a pod's log, by step; a step done twice counts once. Pure."""
+    """Return the losses in JSON lines (metrics.jsonl or a pod's log) by step; a step done twice counts once. Pure."""
     found: dict[int, float] = {}
     for line in lines:
         entry = _parsed(line)

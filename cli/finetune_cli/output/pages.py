@@ -27,7 +27,7 @@ MIN_HISTORY = 3
 
 
 def job_table(views: Sequence[View], now: datetime, *, namespaces: bool) -> Table:
-    """The table of `finetune list`."""
+    """Return the table of `finetune list`."""
     columns: list[tuple[str, list[str | Text]]] = [
         ("NAMESPACE", [view.namespace if namespaces else "" for view in views]),
         ("NAME", [Text(view.name, style="bold") for view in views]),
@@ -66,7 +66,7 @@ def _left(view: View, now: datetime) -> str:
 
 
 def status_page(view: View, now: datetime, losses: Sequence[float] = ()) -> RenderableType:
-    """The page of `finetune status`. `losses` are training losses, oldest first, for the sparkline."""
+    """Return the page of `finetune status`. `losses` are training losses, oldest first, for the sparkline."""
     return Group(*_blocks(view, now, losses))
 
 

@@ -25,7 +25,7 @@ COMPARED = (
 
 
 def read_report(path: Path) -> TrainerReport | None:
-    """The trainer's last word, or None when it left none."""
+    """Return the trainer's last word, or None when it left none."""
     from pydantic import ValidationError
 
     from finetune_api.status import TrainerReport
@@ -49,12 +49,12 @@ def gains(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def local_path(address: str) -> str:
-    """A file:// URI as a path; any other unchanged."""
+    """Return a file:// URI as a path; any other unchanged."""
     return address.removeprefix("file://").rstrip("/") if address.startswith("file://") else address
 
 
 def base_argument(job: FineTuneJob) -> str:
-    """What from_pretrained takes for the base model, as Python source."""
+    """Return what from_pretrained takes for the base model, as Python source."""
     model = job.spec.model
     parsed = uri.parse(model.source)
     if parsed.scheme == "hf":
@@ -63,7 +63,7 @@ def base_argument(job: FineTuneJob) -> str:
 
 
 def load_lines(job: FineTuneJob, folder: str) -> list[str]:
-    """The five lines of Python that load the adapter in `folder` on its base model."""
+    """Return the five lines of Python that load the adapter in `folder` on its base model."""
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -49,7 +49,7 @@ class CheckpointManager:
         self._on_saved = on_saved
 
     def pinned_commit(self) -> str | None:
-        """The hub's commit of the base model that an earlier attempt of this very job trained on.
+        """Return the hub's commit of the base model that an earlier attempt of this very job trained on.
 
         Pin it: a branch may move between attempts, even by a word in the README. None for a first attempt.
         """

@@ -84,7 +84,7 @@ def save(
 
 
 def newest(store: Store) -> StoreManifest | None:
-    """The manifest of the newest checkpoint that has one; its files are not looked at."""
+    """Return the manifest of the newest checkpoint that has one; its files are not looked at."""
     return next((manifest for _, manifest in _whole(store)), None)
 
 
@@ -161,7 +161,7 @@ def _download(store: Store, source: str, manifest: StoreManifest, folder: Path, 
 
 @contextmanager
 def _several_at_once() -> Iterator[ThreadPoolExecutor]:
-    """A pool for transfers; one that fails, or a signal, keeps those that wait from starting."""
+    """Yield a pool for transfers; one that fails, or a signal, keeps those that wait from starting."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE)
     try:
         yield pool
@@ -170,7 +170,7 @@ def _several_at_once() -> Iterator[ThreadPoolExecutor]:
 
 
 def _whole(store: Store) -> Iterator[tuple[int, StoreManifest]]:
-    """Steps that have a readable manifest, newest first."""
+    """Return the steps that have a readable manifest, newest first."""
     paths = {entry.path for entry in store.list()}
     for step in sorted(_steps(paths), reverse=True):
         if store_manifest.manifest_path(folder_of(step)) not in paths:

@@ -161,8 +161,10 @@ def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """A permutation of int32 whose every output bit depends on every input bit (lowbias32 of C. Wellons' Hash
-    Prospector)."""
+    """Return a permutation of int32 whose every output bit depends on every input bit.
+
+    Source: lowbias32 of C. Wellons' Hash Prospector.
+    """
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return x ^ ((x >> 16) & 0xFFFF)

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def never() -> bool:
-    """The answer where nobody asks this process to stop."""
+    """Return the answer of a process that nobody asks to stop."""
     return False
 
 
@@ -71,7 +71,7 @@ class LockstepBatches:
         return results
 
     def _try(self, batch: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> list[T] | None:
-        """The result as a list of one, an empty list for an empty batch, None when the batch needs too much memory.
+        """Return the result as a list of one; an empty list for no rows; None if the batch needs too much memory.
 
         Raises:
             torch.OutOfMemoryError: When no smaller batch can help, or the other ranks wait for this one's weights.

@@ -84,7 +84,7 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
 
 
 def _read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
-    """The configuration in `folder`, and its model on the meta device."""
+    """Return the configuration in `folder`, and its model on the meta device."""
     from transformers import AutoConfig
 
     try:

@@ -208,7 +208,7 @@ def _saved_when_compiled(shape: ModelShape, spec: FineTuneJobSpec, width: int) -
 
 
 def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
-    """The same if the adapters' inputs, outputs of norms and dropout, are recomputed too.
+    """Return the same if the adapters' inputs, outputs of norms and dropout, are recomputed too.
 
     The cheapest step of selective checkpointing (Korthikanti et al. 2022, arXiv:2205.05198).
     """

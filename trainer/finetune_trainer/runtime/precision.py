@@ -4,7 +4,7 @@ from typing import Any
 
 
 def torch_dtype(name: str) -> Any:
-    """Return torch's dtype for 'bf16', 'bfloat16', 'fp16', …"""
+    """Return torch's dtype for 'bf16', 'bfloat16', 'fp16' and so on."""
     import torch
 
     return {

@@ -252,7 +252,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         run.loss_since_log = self._mean_loss()
 
     def _mean_loss(self) -> float:
-        """The loss summed since the last log line, as the mean over ranks."""
+        """Return the loss summed since the last log line, as the mean over ranks."""
         ranks, total = self._ctx.ranks, self._loss
         if ranks.size > 1:
             total = total.clone()

@@ -74,7 +74,7 @@ class JobObject:
 
 
 def _gpus(resources: Raw) -> int:
-    """The API server fills in the defaults; without it they are one node with one GPU."""
+    """Read the size; the API server fills in the defaults, without it they are one node with one GPU."""
     nodes, each = resources.get("nodes", 1), resources.get("gpusPerNode", 1)
     return nodes * each if isinstance(nodes, int) and isinstance(each, int) else 0
 

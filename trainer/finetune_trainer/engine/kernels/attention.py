@@ -48,7 +48,7 @@ def _forward(
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: its output, and log2 of its softmax's denominator. Longest tiles come first."""
+    """Compute a tile of queries of one head: output and log2 of the softmax's denominator. Longest tiles come first."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     start, length = _bounds(STARTS, sequence)
     first = tile * M
@@ -88,7 +88,7 @@ def _backward_of_queries(
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, do_t, do_h, dq_t, dq_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: their gradient, and DELTA, the sum of OUT * DOUT, for the keys' part."""
+    """Compute a tile of queries of one head: their gradient, and DELTA, the sum of OUT * DOUT, for the keys' part."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     start, length = _bounds(STARTS, sequence)
     first = tile * M
@@ -127,7 +127,7 @@ def _backward_of_keys(
     q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, dk_t, dk_h, dv_t, dv_h,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys and values of one head: their gradients, from all GROUP heads of queries that read them."""
+    """Compute a tile of keys and values of one head: their gradients from all GROUP heads of queries that read them."""
     head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, length = _bounds(STARTS, sequence)
     first = tile * N
@@ -200,7 +200,7 @@ def attention_backward(
     longest: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of query, key and value, from that of `attention`'s output and both of its results."""
+    """Return the gradients of query, key and value, from that of `attention`'s output and both of its results."""
     gradient, query, key, value = (_with_dense_rows(each) for each in (gradient, query, key, value))
     tokens, heads, head_dim = query.shape
     dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value))

@@ -43,7 +43,7 @@ def _dequantize(
 def dequantize(
     packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weights [outputs, inputs] in `dtype` of two in each byte of `packed`, which are indices into `code` [16].
+    """Return the weights [outputs, inputs] in `dtype`; each byte of `packed` holds two indices into `code` [16].
 
     `scales`: one for each block of weights, float32; or, quantized once more, uint8 indices, the values they stand for
     [256], a scale for each 256 of them, and the number to add to all (a scalar).
@@ -64,8 +64,10 @@ def dequantize(
 def product(
     x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int]
 ) -> torch.Tensor:
-    """x W^T [..., outputs] of `x` [..., inputs] and the weights W that `dequantize` makes, in the type of `x`. W does
-    not outlive it: the backward pass dequantizes again."""
+    """Return x W^T [..., outputs] of `x` [..., inputs] and the weights W that `dequantize` makes, in the type of `x`.
+
+    W does not outlive it: the backward pass dequantizes again.
+    """
     return torch.nn.functional.linear(x, dequantize(packed, scales, code, shape, x.dtype))
 
 

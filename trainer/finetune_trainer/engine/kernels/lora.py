@@ -36,7 +36,7 @@ def _add_product(
 
 @torch.library.custom_op("finetune::add_product", mutates_args=())
 def add_product(base: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """base + z b^T, summed in float32: `base` [..., columns], `z` [..., rank], `b` [columns, rank], of one type."""
+    """Return base + z b^T, summed in float32: `base` [..., columns], `z` [..., rank], `b` [columns, rank], one type."""
     flat, z, b = (each if each.stride(-1) == 1 else each.contiguous() for each in (base, z, b))
     flat, z = (each.flatten(0, -2) for each in (flat, z))
     rows, columns = flat.shape

@@ -68,7 +68,7 @@ class MlflowTracker(Tracker):
 
 
 def _run_of(experiment: str, uid: str) -> str | None:
-    """The id of the run that an earlier attempt of this job has begun."""
+    """Return the id of the run that an earlier attempt of this job has begun."""
     from mlflow import MlflowClient
 
     found = MlflowClient().search_runs([experiment], f"tags.`{_UID_TAG}` = '{uid}'", max_results=1)

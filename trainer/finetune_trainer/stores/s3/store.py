@@ -220,7 +220,7 @@ class S3Store(Store):
         return self._repeat(path, run)
 
     def _require_bucket(self, path: str) -> None:
-        """A HEAD's 404 has no body to say whether the object or the whole bucket is missing: ask once."""
+        """Ask once whether the bucket exists: a HEAD's 404 does not tell the object from the bucket."""
         if self._bucket_seen:
             return
         try:
