@@ -46,6 +46,7 @@ ENV_SCRATCH_DIR: Final = "FINETUNE_SCRATCH_DIR"
 ENV_TERMINATION_LOG: Final = "FINETUNE_TERMINATION_LOG"
 ENV_LISTEN: Final = "FINETUNE_LISTEN"  # host:port of /metrics and /progress
 ENV_ATTEMPT: Final = "FINETUNE_ATTEMPT"
+ENV_NODE: Final = "FINETUNE_NODE"  # the pod's node; set in pods of the operator alone
 # Shell patterns of the S3 endpoints an administrator allows, with commas between; none: any.
 ENV_ALLOWED_S3_ENDPOINTS: Final = "FINETUNE_ALLOWED_S3_ENDPOINTS"
 ENV_STORE_PATIENCE: Final = "FINETUNE_STORE_PATIENCE"  # seconds to wait for a store that is out of reach

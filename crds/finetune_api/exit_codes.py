@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     CONFIG_INVALID = 78  # EX_CONFIG
     GPU_OUT_OF_MEMORY = 90
     DIVERGED = 91
+    GPU_UNAVAILABLE = 92
     KILLED = 137  # 128 + SIGKILL
 
 
@@ -94,6 +95,13 @@ _OUTCOMES: Final = (
         True,
         "The loss became NaN or infinite.",
         "Lower learningRate, raise warmupRatio, or look at the data around the step named.",
+    ),
+    Outcome(
+        ExitCode.GPU_UNAVAILABLE,
+        "GpuUnavailable",
+        False,
+        "The node gave the pod no GPU, or CUDA does not start there: its GPU driver or device plugin is at fault.",
+        "It is retried on another node. Repair the node that the message names: its driver, then its device plugin.",
     ),
     Outcome(
         ExitCode.KILLED,

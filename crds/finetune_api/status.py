@@ -165,6 +165,8 @@ class Attempt(StatusModel):
     """How it ended, in a sentence."""
     exit_code: int | None = None
     """The trainer's exit code."""
+    node: Annotated[str, Field(max_length=253)] | None = None
+    """Node of the pod that explains how it ended."""
     started_at: Time | None = None
     """When its first pod started; until then, when the Job was created."""
     finished_at: Time | None = None

@@ -57,6 +57,12 @@ class GpuOutOfMemory(TrainerError):
     exit_code = ExitCode.GPU_OUT_OF_MEMORY
 
 
+class GpuUnavailable(TrainerError):
+    """This node has no GPU that works, though it should."""
+
+    exit_code = ExitCode.GPU_UNAVAILABLE
+
+
 class Diverged(TrainerError):
     """The loss became NaN or infinite."""
 

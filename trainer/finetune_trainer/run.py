@@ -20,7 +20,9 @@ def run(ctx: RunContext) -> Adapter | None:
     spec, settings, ranks = ctx.spec, ctx.settings, ctx.ranks
     check_trackers(settings)
     if ranks.size > 1:
-        start_runtime(spec, ranks)  # on_rank_zero is a collective; a single process stays torch-free until step 4
+        start_runtime(
+            spec, ranks, settings.environment.node
+        )  # on_rank_zero is a collective; a single process stays torch-free until step 4
 
     with ctx.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}"):
         # 1. Can we write the output? Did an earlier attempt already publish this job's adapter?
@@ -37,7 +39,7 @@ def run(ctx: RunContext) -> Adapter | None:
         rows = read_rows(train_files, eval_files, spec.dataset)
 
         # 4. Import torch, join the process group, check the GPUs that the spec asks for.
-        device = start_runtime(spec, ranks)
+        device = start_runtime(spec, ranks, settings.environment.node)
         from finetune_trainer import steps
 
         steps.set_compile_cache(settings.environment.compile_cache)

@@ -22,6 +22,8 @@ class Environment:
     termination_log: Path
     listen: str
     attempt: int
+    node: str
+    """The pod's node; '' outside a pod of the operator."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Environment":
@@ -35,6 +37,7 @@ class Environment:
             termination_log=Path(env.get(constants.ENV_TERMINATION_LOG, constants.TERMINATION_LOG)),
             listen=env.get(constants.ENV_LISTEN, f"0.0.0.0:{constants.TRAINER_PORT}"),
             attempt=int(attempt) if attempt.isdigit() else 1,
+            node=env.get(constants.ENV_NODE, ""),
         )
 
     @property

@@ -127,7 +127,7 @@ def _attempt_conditions(
     # A pod that was told to stop is about to be replaced: only one that ended by itself is done.
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
-        why = wait_reason.explain(view.observed, child, mine, nodes)
+        why = wait_reason.explain(view.observed, child, mine, nodes, retry.nodes_to_avoid(view.history))
         return conditions.waiting(why.reason, why.message), None
     if done == nodes and view.status.conditions:
         return conditions.recorded(view.status), None  # the Job's own condition follows in a moment
@@ -159,12 +159,12 @@ def _start(view: View, after: Retry | None) -> Step:
         state = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
         return Step(state, recheck_after=(_pending_left(view, after),))
     number, micro = history.next_number(view.history, observed), retry.next_micro_batch(view.history, view.spec)
-    name = history.job_name(observed.job, number)
+    name, avoided = history.job_name(observed.job, number), retry.nodes_to_avoid(view.history)
     queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(
         conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),
-        create=tuple(job.build(observed.job, view.spec, number, micro, view.settings)),
+        create=tuple(job.build(observed.job, view.spec, number, micro, view.settings, avoided)),
         new_attempt=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
         recheck_after=(view.spec.pending_deadline_seconds,),
     )

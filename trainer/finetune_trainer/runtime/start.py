@@ -11,13 +11,19 @@ if TYPE_CHECKING:
     from finetune_trainer.runtime.device import RuntimeDevice
 
 
-def start_runtime(spec: FineTuneJobSpec, ranks: Ranks) -> "RuntimeDevice":
+def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "RuntimeDevice":
     """Import torch and the libraries on it, join the process group, check the GPUs and seed the generators.
 
     With several ranks this is a collective. May be called again: what has been done is kept.
 
+    Args:
+        spec: The job.
+        ranks: This process among the job's.
+        node: The pod's node, which should have the GPUs; '' outside a pod.
+
     Raises:
         ConfigInvalid: When the GPUs that the spec asks for are not there.
+        GpuUnavailable: The same in a pod.
     """
     # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,4 +36,4 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks) -> "RuntimeDevice":
         from trl import SFTTrainer  # noqa: F401
 
         from finetune_trainer.runtime import device
-    return device.start(spec, ranks)
+    return device.start(spec, ranks, node)

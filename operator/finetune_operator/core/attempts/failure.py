@@ -20,6 +20,7 @@ from finetune_operator.core.objects.observed import Child, Pod
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 PREEMPTED = OUTCOMES[ExitCode.PREEMPTED].reason
 OUT_OF_MEMORY = OUTCOMES[ExitCode.GPU_OUT_OF_MEMORY].reason
+GPU_UNAVAILABLE = OUTCOMES[ExitCode.GPU_UNAVAILABLE].reason
 OOM_KILLED = REASONS["OOMKilled"].reason
 NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
@@ -48,6 +49,8 @@ class Ending:
     exit_code: int | None = None
     finished_at: datetime | None = None
     report: TrainerReport | None = None
+    node: str = ""
+    """Node of the pod that explains it."""
 
 
 def final_report(pod: Pod) -> TrainerReport | None:
@@ -146,7 +149,7 @@ def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:
     report, reason = final_report(pod), _reason(pod)
     message = report.message if report and report.message else _explain(pod, reason, memory_limit)
     ended = pod.exit.finished_at or child.finished_at
-    return Ending(reason or CRASHED, message, pod.exit.code, ended, report)
+    return Ending(reason or CRASHED, message, pod.exit.code, ended, report, pod.node)
 
 
 def _explain(pod: Pod, reason: str, memory_limit: str) -> str:

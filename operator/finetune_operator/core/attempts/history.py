@@ -186,6 +186,7 @@ def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -
             "reason": ending.reason,
             "message": ending.message[:1024],
             "exit_code": ending.exit_code,
+            "node": ending.node[:253] or None,
             "finished_at": end,
             "last_step": report.progress.step if report else attempt.last_step,
             "run_seconds": pod_set.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),

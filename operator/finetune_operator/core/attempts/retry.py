@@ -10,6 +10,7 @@ from finetune_api.status import Attempt
 from finetune_operator.core.attempts.failure import (
     CRASHED,
     FINAL,
+    GPU_UNAVAILABLE,
     NOT_COUNTED_AS_FAILURE,
     OUT_OF_MEMORY,
     SPEC_CHANGED,
@@ -90,6 +91,11 @@ def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int 
         tried = attempt.micro_batch_size or size or (asked if isinstance(asked, int) else per_gpu)
         size = _divisor(per_gpu, min(tried, size or tried) // 2)
     return size
+
+
+def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
+    """Return the nodes on which an attempt found no GPU that works: the next one must run elsewhere."""
+    return sorted({attempt.node for attempt in attempts if attempt.reason == GPU_UNAVAILABLE and attempt.node})
 
 
 def _divisor(number: int, at_most: int) -> int:

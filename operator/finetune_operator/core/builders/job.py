@@ -4,12 +4,13 @@ The resolved manifest is an annotation of the pods and is mounted from there (do
 manifest are one object, created at once, and no attempt can read the manifest of another.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from finetune_api import constants, exit_codes
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core.attempts import history, spec_revision
-from finetune_operator.core.builders import pod, torchrun
+from finetune_operator.core.builders import node_affinity, pod, torchrun
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
@@ -17,7 +18,12 @@ Object = dict[str, Any]
 
 
 def build(
-    job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings
+    job: JobObject,
+    spec: FineTuneJobSpec,
+    attempt: int,
+    micro_batch: int | None,
+    settings: Settings,
+    avoided_nodes: Sequence[str] = (),
 ) -> list[Object]:
     """Return all objects of one attempt, in the order of their creation: the Job comes last.
 
@@ -27,11 +33,13 @@ def build(
         attempt: Number of the attempt, from 1.
         micro_batch: Micro-batch to force after a GPU out-of-memory; None leaves the choice to the trainer.
         settings: The operator's settings.
+        avoided_nodes: Nodes that must not run it.
     """
     made: list[Object] = []
     if spec.resources.nodes > 1:
         made.append(torchrun.service(job.name, _metadata(job, torchrun.service_name(job.name))))
     made.append(_job(job, spec, attempt, micro_batch, settings))
+    node_affinity.avoid(made[-1]["spec"]["template"]["spec"], avoided_nodes)
     return made
 
 

@@ -112,7 +112,8 @@ def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> 
     if settings.allowed_s3_endpoints:
         values[constants.ENV_ALLOWED_S3_ENDPOINTS] = ",".join(settings.allowed_s3_endpoints)
     plain = [{"name": key, "value": value} for key, value in values.items()]
-    return plain + torchrun.env(spec, name, settings.termination_grace_seconds)
+    node = {"name": constants.ENV_NODE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
+    return [*plain, node, *torchrun.env(spec, name, settings.termination_grace_seconds)]
 
 
 def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple[list[Object], list[Object]]:

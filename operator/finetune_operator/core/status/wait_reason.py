@@ -1,8 +1,10 @@
 """Explain why an attempt is not running yet, with the messages of Kubernetes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from finetune_api import constants
+from finetune_operator.core.attempts.failure import GPU_UNAVAILABLE
 from finetune_operator.core.objects.observed import (
     Child,
     JobObject,
@@ -19,7 +21,9 @@ UNREACHABLE = "NodeUnreachable"
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
 
-def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> WaitReason:
+def explain(
+    observed: Observed, child: Child, pods: Sequence[Pod], nodes: int, avoided: Sequence[str] = ()
+) -> WaitReason:
     """Return the most specific reason: of the scheduler, the kubelet, the Job controller or Kueue.
 
     Args:
@@ -27,14 +31,16 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
         child: The Job of the attempt.
         pods: The last pod of each rank.
         nodes: Number of pods that the attempt needs.
+        avoided: Nodes on which an earlier attempt found no GPU.
     """
     if child.suspended:
         return _queued(observed.job, child, observed.wait_reasons)
     waiting = [pod for pod in pods if pod.live and not pod.running]
-    for look in (_unschedulable, _container):
-        for pod in waiting:
-            if reason := look(pod):
-                return reason
+    if reason := _first(_unschedulable, waiting):
+        left_out = f"; left out after {GPU_UNAVAILABLE}: {', '.join(avoided)}" if avoided else ""
+        return replace(reason, message=f"{reason.message}{left_out}")
+    if reason := _first(_container, waiting):
+        return reason
     if reason := _from_events(observed.wait_reasons, child, pods, waiting):
         return reason
     running = sum(pod.running for pod in pods)
@@ -43,6 +49,10 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
     if any(pod.live and pod.deleting for pod in pods) or (pods and not any(pod.live for pod in pods)):
         return WaitReason(PENDING, "a pod was lost; Kubernetes is replacing it")
     return WaitReason(PENDING, starting(child.name, nodes))
+
+
+def _first(look: Callable[[Pod], WaitReason | None], pods: Sequence[Pod]) -> WaitReason | None:
+    return next((reason for pod in pods if (reason := look(pod))), None)
 
 
 def starting(job_name: str, nodes: int) -> str:
