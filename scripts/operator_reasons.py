@@ -31,6 +31,10 @@ ATTEMPTS: Final = {
         "The Job failed without a container exit code; most often the pod was removed by hand or by a node's cleanup.",
         "The operator retries. Look at `kubectl get events` of that time when it repeats.",
     ),
+    "InitContainerFailed": Reason(
+        "An init container, which a webhook or mesh added to the pod, failed, so that the trainer never started.",
+        "Read the init container's exit code and last lines in the message. The operator retries.",
+    ),
     "ReportLost": Reason(
         "The trainer exited 0, but its pod was gone before its report was read.",
         "Nothing to do: the next attempt finds this job's own manifest in the store, verifies it and succeeds.",

@@ -26,6 +26,7 @@ REASONS = tuple(
         {
             *exit_codes.REASONS,
             failure.CRASHED,
+            failure.INIT_FAILED,
             failure.JOB_DELETED,
             failure.NODE_LOST,
             failure.POD_LOST,

@@ -86,7 +86,7 @@ class Cache:
             self._tombstones.popitem(last=False)
         self._wait_reasons.pop(uid, None)
         self._deleted_pods.pop(uid, None)
-        if isinstance(view, Pod) and (view.exit or view.disruption) and view.owner in self._keys:
+        if isinstance(view, Pod) and (view.exit or view.disruption or view.init) and view.owner in self._keys:
             deleted = [*self._deleted_pods.get(view.owner, []), view]
             spare = [pod.uid for pod in deleted if pod.index == view.index][:-KEPT_DELETED_PODS]
             self._deleted_pods[view.owner] = [pod for pod in deleted if pod.uid not in spare]

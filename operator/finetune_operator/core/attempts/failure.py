@@ -27,6 +27,7 @@ SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
 SPEC_CHANGED = "SpecChanged"
 POD_LOST = "PodLost"
+INIT_FAILED = "InitContainerFailed"
 REPORT_LOST = "ReportLost"
 CRASHED = "TrainerCrashed"
 
@@ -81,6 +82,9 @@ def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> 
     blamed = _root_cause_pod(pods)
     disrupted = next((pod for pod in pods if pod.disruption), None)
     is_lost = disrupted is not None or "DisruptionTarget" in child.message
+    unstarted = next((pod for pod in pods if pod.init and pod.init.exit and pod.init.exit.code), None)
+    if blamed is None and unstarted and not is_lost:
+        return _init_failed(child, unstarted)
     if blamed is None or (is_lost and not _explains_failure(blamed)) or (blamed.deleting and _is_killed(blamed)):
         return _lost(child, disrupted, blamed)
     return _failed(child, blamed, memory_limit)
@@ -142,6 +146,16 @@ def _lost(child: Child, disrupted: Pod | None, blamed: Pod | None) -> Ending:
         return Ending(PREEMPTED, "the pod was deleted before it could save a checkpoint", code, child.finished_at)
     why = child.message or child.reason or "its pod is gone"
     return Ending(POD_LOST, f"Job failed without a container exit code: {why}", None, child.finished_at)
+
+
+def _init_failed(child: Child, pod: Pod) -> Ending:
+    """Return the ending of an attempt whose trainer never started, because an init container of its pod failed."""
+    assert pod.init and pod.init.exit
+    exit_ = pod.init.exit
+    tail = f"\n{lines}" if (lines := _last_lines(exit_.message)) else ""
+    why = f" ({exit_.reason})" if exit_.reason not in ("", "Error") else ""
+    message = f"init container {pod.init.name} of pod {pod.name} ended with exit code {exit_.code}{why}{tail}"
+    return Ending(INIT_FAILED, message, None, exit_.finished_at or child.finished_at, node=pod.node)
 
 
 def _failed(child: Child, pod: Pod, memory_limit: str) -> Ending:

@@ -134,12 +134,23 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The termination of the trainer's container."""
+    """The termination of a container."""
 
     code: int
     reason: str
     message: str
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class InitContainer:
+    """The init container that a pod is at, before its trainer starts; webhooks add them."""
+
+    name: str
+    waiting: tuple[str, str]
+    """Reason and message while it waits."""
+    running: bool
+    exit: Exit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,8 @@ class Pod:
     """The scheduler's sentence while there is no node for it."""
     waiting: tuple[str, str]
     """Reason and message of the container that waits."""
+    init: InitContainer | None
+    """The init container that has not succeeded yet."""
     node: str
     set_up: bool
     """Whether its volumes are mounted and its network is ready."""
@@ -184,7 +197,7 @@ class Pod:
         statuses = raw.entries(obj, "status", "containerStatuses")
         trainer = next((s for s in statuses if s.get("name") == constants.TRAINER_CONTAINER), {})
         ended = raw.mapping(trainer, "state", "terminated")
-        waiting = raw.mapping(trainer, "state", "waiting")
+        running, waiting = raw.mapping(trainer, "state", "running"), raw.mapping(trainer, "state", "waiting")
         disrupted = raw.condition(obj, "DisruptionTarget")
         index = raw.text(obj, "metadata", "annotations", _INDEX_ANNOTATION) or raw.labels(obj).get(
             _INDEX_ANNOTATION, ""
@@ -201,14 +214,15 @@ class Pod:
             ip=raw.text(obj, "status", "podIP"),
             deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
             stop_by=raw.timestamp(obj, "metadata", "deletionTimestamp"),  # Kubernetes has added the grace already
-            started_at=raw.timestamp(trainer, "state", "running", "startedAt") or raw.timestamp(ended, "startedAt"),
-            running=bool(raw.mapping(trainer, "state", "running")),
+            started_at=raw.timestamp(running, "startedAt") or raw.timestamp(ended, "startedAt"),
+            running=bool(running),
             exit=_exit(ended) if ended else None,
             reason=raw.text(obj, "status", "reason"),
             message=raw.text(obj, "status", "message"),
             disruption=raw.text(disrupted, "message") or raw.text(disrupted, "reason"),
             unschedulable=_unschedulable(obj),
             waiting=(raw.text(waiting, "reason"), raw.text(waiting, "message")),
+            init=None if running or ended else _init_container(obj),
             node=raw.text(obj, "spec", "nodeName"),
             set_up=bool(raw.condition(obj, "PodReadyToStartContainers")),
         )
@@ -225,6 +239,24 @@ def _exit(ended: Raw) -> Exit:
         message=raw.text(ended, "message"),
         finished_at=raw.timestamp(ended, "finishedAt"),
     )
+
+
+def _init_container(obj: Raw) -> InitContainer | None:
+    """Return the first init container that holds up those after it; a sidecar only until it has started."""
+    containers = raw.entries(obj, "spec", "initContainers")
+    sidecars = {raw.text(each, "name") for each in containers if each.get("restartPolicy") == "Always"}
+    for status in raw.entries(obj, "status", "initContainerStatuses"):
+        name, ended = raw.text(status, "name"), raw.mapping(status, "state", "terminated")
+        if status.get("started") is True if name in sidecars else ended and not raw.integer(ended, "exitCode"):
+            continue
+        waiting = raw.mapping(status, "state", "waiting")
+        return InitContainer(
+            name=name,
+            waiting=(raw.text(waiting, "reason"), raw.text(waiting, "message")),
+            running=bool(raw.mapping(status, "state", "running")),
+            exit=_exit(ended) if ended else None,
+        )
+    return None
 
 
 def _unschedulable(obj: Raw) -> str:

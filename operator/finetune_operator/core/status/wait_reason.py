@@ -43,6 +43,9 @@ def explain(
         return reason
     if reason := _from_events(observed.wait_reasons, child, pods, waiting):
         return reason
+    for pod in waiting:
+        if pod.init and pod.init.running:
+            return WaitReason(PENDING, f"init container {pod.init.name} of pod {pod.name} is running")
     running = sum(pod.running for pod in pods)
     if running and nodes > 1:
         return WaitReason(PENDING, f"{running} of {nodes} pods run; waiting for the others")
@@ -101,5 +104,9 @@ def _unschedulable(pod: Pod) -> WaitReason | None:
 
 
 def _container(pod: Pod) -> WaitReason | None:
+    """Return the kubelet's reason, of an init container before the trainer's."""
+    if pod.init and pod.init.waiting[0] not in _ON_THE_WAY:
+        reason, message = pod.init.waiting
+        return WaitReason(reason, f"init container {pod.init.name}: {message or reason}")
     reason, message = pod.waiting
     return None if reason in _ON_THE_WAY else WaitReason(reason, message or f"the container waits: {reason}")
