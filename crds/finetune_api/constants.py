@@ -35,6 +35,8 @@ SECRETS_DIR: Final = "/var/run/secrets/finetune"
 PVC_ROOT: Final = "/mnt/pvc"
 CACHE_DIR: Final = "/mnt/cache"
 SCRATCH_DIR: Final = "/scratch"
+#: $HOME of a trainer: nothing can be written there. Programs take configuration from it, some of which runs commands.
+NO_HOME: Final = "/nonexistent"
 TERMINATION_LOG: Final = "/dev/termination-log"
 TERMINATION_LOG_MAX_BYTES: Final = 4096
 TRAINER_PORT: Final = 9400

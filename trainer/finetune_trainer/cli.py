@@ -26,6 +26,7 @@ from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.reporting.setup import show
 from finetune_trainer.run import run
+from finetune_trainer.runtime.environment import set_defaults
 from finetune_trainer.runtime.signals import StopFlag, stop_on_signals
 from finetune_trainer.runtime.workspace import work_folder
 from finetune_trainer.settings import Environment, Ranks, load
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line names; return the exit code, whatever happens."""
     options = parser().parse_args(argv)
     environment, ranks = Environment.from_env(), Ranks.from_env()
+    set_defaults(environment.scratch)
     console = Console(stderr=True) if sys.stderr.isatty() and ranks.is_main else None
     logs.configure(console)
     reporter = Reporter(environment.termination_log)

@@ -58,6 +58,10 @@ def free_address() -> str:
 def environment(env: Mapping[str, str], temporary: Path) -> dict[str, str]:
     """Return the trainer's environment: the user's; a path it leaves open is one of this user, not a pod's."""
     defaults = {
+        # On a user's own machine the usual places are read; a trainer alone reads none of them.
+        "AWS_CONFIG_FILE": "~/.aws/config",
+        "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
+        "AWS_EC2_METADATA_DISABLED": "false",
         constants.ENV_SCRATCH_DIR: str(temporary / "scratch"),
         constants.ENV_CACHE_DIR: str(cache_folder(env)),
         constants.ENV_LISTEN: free_address(),

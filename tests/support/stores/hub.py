@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +38,8 @@ class Hub:
     """A running hub.
 
     `requests` are (method, path), as they came; `broken` makes every answer a 503; files are redirected to `cdn`, the
-    address of another server.
+    address of another server. A hostile hub adds `headers` to every answer, and passes what its API says through
+    `twist`.
     """
 
     endpoint: str = ""
@@ -46,6 +47,8 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: bool = False
     cdn: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    twist: Callable[[Any], Any] = lambda answer: answer
 
     def add(self, name: str, folder: Path, **options: Any) -> None:
         """Serve `folder` as 'owner/name', or 'datasets/owner/name'."""
@@ -98,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": path, "oid": _sha1(file), "size": file.stat().st_size}
                 for path, file in files.items()
             ]
-        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        self._send(200, json.dumps(self.hub.twist(answer)).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repository: Repository, path: str) -> None:
         file = repository.files().get(path)
@@ -116,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response_only(status)
-        for name, value in headers.items():
+        for name, value in (headers | self.hub.headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

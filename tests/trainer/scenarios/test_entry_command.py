@@ -36,7 +36,7 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """As `docker run --volume folder:/job image …`: the image's environment, and those variables that a user gives."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    given = {"HOME": str(scratch), constants.ENV_SCRATCH_DIR: str(scratch), constants.ENV_LISTEN: "127.0.0.1:0"}
+    given = {constants.ENV_SCRATCH_DIR: str(scratch), constants.ENV_LISTEN: "127.0.0.1:0"}
     given |= {constants.ENV_TERMINATION_LOG: str(scratch / "report.json"), "OMP_NUM_THREADS": "1"}
     command = [*_entry_command(), *arguments]
     return subprocess.run(command, cwd=scratch, env=_environment() | given, capture_output=True, text=True, timeout=300)

@@ -31,7 +31,7 @@ class RuntimeDevice(Device):
 def start(spec: FineTuneJobSpec, ranks: Ranks, node: str) -> RuntimeDevice:
     """Quiet the libraries, check the GPUs that the spec asks for, join the process group, and seed.
 
-    Use runtime.start.start_runtime, which also sets the environment that must be set before torch is imported.
+    Use runtime.start.start_runtime, which imports this module when torch is needed.
     """
     quiet_libraries()
     wanted = spec.resources.gpus_per_node

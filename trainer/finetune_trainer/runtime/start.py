@@ -1,6 +1,5 @@
 """Start what a run computes with. Importable without torch, which takes seconds to import."""
 
-import os
 from typing import TYPE_CHECKING
 
 from finetune_api.spec import FineTuneJobSpec
@@ -25,12 +24,6 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "Runti
         ConfigInvalid: When the GPUs that the spec asks for are not there.
         GpuUnavailable: The same in a pod.
     """
-    # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Micro-batches have any number of tokens: memory that one has left must serve the next.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with freeze_imports():
         import peft  # noqa: F401 -- a run needs these two anyway: here their objects are frozen with the others
         from trl import SFTTrainer  # noqa: F401

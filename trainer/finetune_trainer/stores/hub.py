@@ -21,9 +21,13 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     StoreUnavailable,
 )
+from finetune_trainer.stores.hub_answers import UnsafeAnswer, checked_client
+
+huggingface_hub.set_client_factory(checked_client)
 
 #: Tries while the hub does not answer.
 ATTEMPTS: Final = 3
+HUB: Final = "https://huggingface.co"
 
 
 def fetch_from_hub(
@@ -52,7 +56,10 @@ def fetch_from_hub(
         retry=retry_if_exception_type(StoreUnavailable),
         reraise=True,
     )
-    where = f"{field}: {uri} at {_shown_endpoint(credentials, field)}"
+    endpoint = _shown_endpoint(credentials, field)
+    where = f"{field}: {uri} at {endpoint}"
+    if endpoint != HUB:  # a mirror must not answer for the hub, nor for another mirror
+        cache = cache / "mirrors" / endpoint.replace("://", "-").replace(":", "-")
     folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, where)
     found = folder / uri.path if uri.path else folder
     if not found.exists():
@@ -100,6 +107,8 @@ def _shown_endpoint(credentials: Credentials, field: str) -> str:
 def _explain(error: Exception, where: str, credentials: Credentials, revision: str | None) -> StoreError:
     where_set = credentials.where
     status = _status(error)
+    if isinstance(error, UnsafeAnswer):
+        return StoreMisconfigured(f"{where}: the hub's answer is refused: {error}: check HF_ENDPOINT {where_set}")
     if isinstance(error, hub.GatedRepoError):
         return StoreAccessDenied(
             f"{where} is gated: accept its terms on the hub, and set HF_TOKEN of that account {where_set}"

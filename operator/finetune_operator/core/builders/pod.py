@@ -105,7 +105,7 @@ def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> 
         constants.ENV_TERMINATION_LOG: constants.TERMINATION_LOG,
         constants.ENV_LISTEN: f"0.0.0.0:{constants.TRAINER_PORT}",
         constants.ENV_ATTEMPT: str(attempt),
-        "HOME": constants.SCRATCH_DIR,
+        "HOME": constants.NO_HOME,
         "TMPDIR": TEMP_DIR,
         **settings.trainer_env,
     }

@@ -1,0 +1,102 @@
+"""Check the names that a hub gives before its client makes paths of them.
+
+huggingface_hub 2.4 uses a server's ETag and commit as parts of a path, as they come: `../` and absolute ones too.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import httpx2
+from huggingface_hub.utils._http import default_client_factory
+
+from finetune_api import artifact_manifest
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
+_API: Final = re.compile(r"/api/(models|datasets)/(?!.*/resolve/)")
+_IS_API: Final = "finetune.is_api"
+_HEADERS: Final = (("X-Repo-Commit", _COMMIT), ("X-Xet-Hash", _ID))
+#: An ETag names a file only in an answer to HEAD; elsewhere it may hold a slash.
+_HEAD_HEADERS: Final = (("ETag", _ID), ("X-Linked-Etag", _ID))
+_SHOWN: Final = 80
+
+
+class UnsafeAnswer(ValueError):
+    """A hub names a file, a commit or a content by something that is no safe file name."""
+
+
+def checked_client() -> httpx2.Client:
+    """Return the hub library's own HTTP client, which raises UnsafeAnswer for an answer with an unsafe name."""
+    client = default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = {"request": [*hooks["request"], _mark], "response": [*hooks["response"], check]}
+    return client
+
+
+def _mark(request: httpx2.Request) -> None:
+    """Note that this is a question to the hub's API: a redirect keeps the note, and may lead anywhere."""
+    request.extensions.setdefault(_IS_API, _API.search(request.url.path) is not None)
+
+
+def check(response: httpx2.Response) -> None:
+    """Raise UnsafeAnswer if `response` holds a name that would lead out of the cache."""
+    headers = (*_HEADERS, *(_HEAD_HEADERS if response.request.method == "HEAD" else ()))
+    for header, allowed in headers:
+        value = response.headers.get(header)
+        if value is not None and not allowed.fullmatch(_unquoted(value)):
+            raise _unsafe(header, value)
+    if response.request.extensions.get(_IS_API):
+        following = response.links.get("next", {}).get("url", "")
+        if following and not _API.search(httpx2.URL(following).path):  # its answer would pass for a file
+            raise UnsafeAnswer("its next page is not one of its API")
+        response.read()
+        _check_body(response.content)
+
+
+def _unquoted(etag: str) -> str:
+    """Return an ETag as the hub's client takes it."""
+    return etag.lstrip("W/").strip('"')
+
+
+def _check_body(body: bytes) -> None:
+    try:
+        answer = json.loads(body)
+    except ValueError:  # an error page: the hub's client says so
+        return
+    for what, value in _names(answer):
+        is_safe = _is_file(value) if what == "file" else isinstance(value, str) and _is_id(what, value)
+        if value is not None and not is_safe:
+            raise _unsafe(what, value)
+
+
+def _names(answer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what the API names: of a repository its commit and files, of a tree each file and its content."""
+    if isinstance(answer, dict):
+        yield "commit", answer.get("sha")
+        yield from (("file", file.get("rfilename")) for file in _dicts(answer.get("siblings")))
+    for entry in _dicts(answer):
+        yield "file", entry.get("path")
+        yield "content", entry.get("oid")
+        yield "content", entry.get("xetHash")
+        yield from (("content", lfs.get(key)) for lfs in _dicts([entry.get("lfs")]) for key in ("oid", "sha256"))
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    return (item for item in value if isinstance(item, dict)) if isinstance(value, list) else iter(())
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and artifact_manifest.is_safe(value) and value.isprintable()
+
+
+def _is_id(what: str, value: str) -> bool:
+    return (_COMMIT if what == "commit" else _ID).fullmatch(value) is not None
+
+
+def _unsafe(what: str, value: object) -> UnsafeAnswer:
+    shown = repr(value)
+    return UnsafeAnswer(
+        f"its {what} {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}…'} is not safe as the name of a file"
+    )
