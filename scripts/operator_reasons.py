@@ -25,7 +25,7 @@ ATTEMPTS: Final = {
     ),
     "SpecChanged": Reason(
         "The spec was changed after the attempt's Job was created and before the attempt was recorded.",
-        "Nothing to do: the next attempt runs the spec as it is now.",
+        "Nothing to do: the next attempt runs the spec as it is now, if the administrator's rules allow it.",
     ),
     "PodLost": Reason(
         "The Job failed without a container exit code; most often the pod was removed by hand or by a node's cleanup.",

@@ -63,7 +63,8 @@ def _step(view: View) -> Step:
         if isinstance(decision, Stop):
             return Step(conditions.failed(decision.reason, decision.message))
         after = decision
-    if not view.history and (refusal := policy.check_policy(view.observed.job, view.spec, view.settings)):
+    # No Job is ever built past this: a spec may change until its first attempt is recorded, and the rules at any time.
+    if not view.live and (refusal := policy.check_policy(view.observed.job, view.spec, view.settings)):
         return Step(conditions.rejected(refusal.reason, refusal.message))
     if late := _missed_deadline(view, after):
         return Step(late)

@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from finetune_api import constants
 from finetune_operator.core.controllers import Controller
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
@@ -136,6 +137,8 @@ class Reconciler:
             stored = await self._client.ensure(obj, owner.uid)
             if obj["kind"] in self._cache.registry.watched:
                 self._cache.put_own_write(obj["kind"], stored)
+            if _revision(stored) != _revision(obj):
+                raise Conflict(f"{obj['kind']} {obj['metadata']['name']} exists already, made from another spec")
 
     async def _write_status(
         self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, status: Raw
@@ -174,3 +177,7 @@ class Reconciler:
         for target in gone:
             self._cache.tombstone(target.kind, target.uid)
         return not gone
+
+
+def _revision(obj: Raw) -> str:
+    return raw.text(obj, "metadata", "annotations", constants.ANNOTATION_REVISION)

@@ -130,6 +130,27 @@ def test_simulated_api_after_an_answer_that_was_lost_the_job_is_read_again_befor
     api.run(act)
 
 
+def test_simulated_api_a_job_that_exists_already_and_was_made_from_another_spec_is_not_recorded_as_this_one(api: Api):
+    """The answer to its creation was lost, and the user changed the spec before the watch of Jobs showed it."""
+
+    def answer(method: str, name: str, body: Raw) -> tuple[int, Raw]:
+        if method == "POST":
+            return status(409, "AlreadyExists")
+        earlier = child()
+        earlier["metadata"]["annotations"] = {constants.ANNOTATION_REVISION: "earlier"}
+        return (200, earlier) if method == "GET" else api.well(method, name, body)
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        with pytest.raises(Conflict, match="made from another spec"):
+            await reconcile(KEY)
+        assert api.calls == ["POST jobs", "GET nli-1"], "no status"
+        await reconcile(KEY)
+        assert api.calls[2:] == ["PATCH status", "DELETE nli-1"], "now it is known, and stopped"
+
+    api.answer = answer
+    api.run(act)
+
+
 def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: Api):
     """Each look shows the same version: a webhook or a proxy gone wrong."""
 

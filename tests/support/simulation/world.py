@@ -173,7 +173,10 @@ class World(ImaginedCluster):
                 self.changed("Job", obj)
         if obj["kind"] == "Job":
             self.cache.put("Job", copy.deepcopy(kept[name]))
-        return True
+        revision = constants.ANNOTATION_REVISION
+        return kept[name]["metadata"].get("annotations", {}).get(revision) == obj["metadata"].get(
+            "annotations", {}
+        ).get(revision)
 
     def _write_status(self, patch: Object) -> bool:
         seen = self.cache.owner(_KEY)
