@@ -3,15 +3,21 @@
 Publishers write it last: where it is, the publication is complete.
 """
 
+import re
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune_api import constants
+from finetune_api.plain_text import is_plain_line
 from finetune_api.status import Count, Metrics, StatusModel
 
 SCHEMA_VERSION: Final = 1
+#: More than any manifest of ours has; readers stop there.
+MAX_BYTES: Final = 4 << 20
+MAX_FILES: Final = 10_000
 #: What a job can publish; the trainer has one module for each (finetune_trainer.publishing.artifacts).
 ArtifactKind = Literal["Adapter"]
 
@@ -25,9 +31,9 @@ class FileRecord(StatusModel):
 
     @field_validator("path")
     @classmethod
-    def _stay_inside(cls, path: str) -> str:
-        if not is_safe(path) or path == constants.MANIFEST_FILE:
-            raise ValueError(f"{path!r} is not a path below the manifest's folder")
+    def _may_be_written(cls, path: str) -> str:
+        if fault := fault_of_name(path):
+            raise ValueError(f"{path!r} is no name for a file of ours: it {fault}")
         return path
 
 
@@ -50,8 +56,22 @@ class StoreManifest(StatusModel):
     base_commit: str | None = None
     rank: Count | None = None
     step: Count | None = None
-    files: Annotated[list[FileRecord], Field(min_length=1)]
+    files: Annotated[list[FileRecord], Field(min_length=1, max_length=MAX_FILES)]
     metrics: Metrics | None = None
+
+    @model_validator(mode="after")
+    def _one_file_for_each_name(self) -> Self:
+        """Also where upper and lower case are one: a second file must not replace the first, which was checked."""
+        names: set[str] = set()
+        for file in self.files:
+            name = file.path.casefold()
+            if name in names:
+                raise ValueError(f"{file.path!r} is listed twice")
+            names.add(name)
+        for file in self.files:
+            if not names.isdisjoint(str(parent) for parent in PurePosixPath(file.path.casefold()).parents):
+                raise ValueError(f"{file.path!r} lies in another file")
+        return self
 
     @property
     def size_bytes(self) -> int:
@@ -63,7 +83,29 @@ class StoreManifest(StatusModel):
         return self.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode() + b"\n"
 
 
-def is_safe(path: str) -> bool:
-    """Return whether `path`, joined to a folder, stays below that folder."""
-    parts = path.split("/")
-    return bool(path) and "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in parts)
+def fault_of_path(path: str) -> str:
+    """Return why `path`, which somebody else chose, must not be joined to a folder, as "it …"; empty if it may.
+
+    A path without a fault stays below the folder on every system.
+    """
+    if not is_plain_line(path):
+        return "holds control or invisible characters"
+    if "\\" in path or re.match("[A-Za-z]:", path):
+        return "holds a backslash or begins with a drive letter"
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        return "is empty, absolute or has an empty, '.' or '..' part"
+    return ""
+
+
+def fault_of_name(path: str) -> str:
+    """Return why a manifest must not list `path`, as "it …"; empty if it may.
+
+    Users download into folders of their own, where hidden files configure shells and tools.
+    """
+    if fault := fault_of_path(path):
+        return fault
+    if any(part.startswith(".") for part in path.split("/")):
+        return "has a part that begins with a dot"
+    if ":" in path:
+        return "holds a colon"
+    return "is the manifest's own name" if path.casefold() == constants.MANIFEST_FILE else ""

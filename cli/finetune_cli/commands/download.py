@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_api import constants
-from finetune_cli import storage
+from finetune_cli import storage, target_folder
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.options import (
     Context,
@@ -21,6 +21,7 @@ from finetune_cli.options import (
     complete_job,
 )
 from finetune_cli.output import console, formatting
+from finetune_cli.target_folder import TargetFolder
 
 if TYPE_CHECKING:
     from finetune_api.artifact_manifest import FileRecord, StoreManifest
@@ -48,8 +49,10 @@ def download(
 ) -> None:
     """Fetch a published adapter and check every file's SHA-256.
 
-    Run it again after an interruption and it resumes where it stopped. Credentials for s3:// come from the
-    environment or the profile, as with the aws command: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL.
+    Files appear in DIR once all of them are whole and checked. Only files of an earlier download are replaced, never
+    others, and nothing is written through links. Run it again after an interruption and it resumes where it stopped.
+    Credentials for s3:// come from the environment or the profile, as with the aws command: AWS_ACCESS_KEY_ID,
+    AWS_PROFILE, AWS_ENDPOINT_URL.
 
     Examples:
         finetune download nli ./nli
@@ -65,10 +68,16 @@ def download(
                 hint=f"to download what it holds now: finetune download {address} {folder}",
                 code=Exit.CORRUPT,
             )
-        _prepare(folder, data, overwrite)
-        missing = [file for file in manifest.files if not _is_here(folder / file.path, file)]
-        _fetch_all(store, missing, folder)
-    (folder / constants.MANIFEST_FILE).write_bytes(data)
+    target = TargetFolder(folder, manifest, data, overwrite)
+    try:
+        with storage.store_errors():
+            _fetch_all(store, target)
+    except CliError as error:
+        if error.code == Exit.CORRUPT:
+            target.discard()
+        raise
+    target.place()
+    missing = target.missing
     if output:
         fetched = {file.path for file in missing}
         listed = [
@@ -112,39 +121,18 @@ def _read_manifest(store: Store, address: str) -> tuple[StoreManifest, bytes]:
     return found
 
 
-def _prepare(folder: Path, data: bytes, overwrite: bool) -> None:
-    """Make the folder; refuse one that holds another adapter. From here until the end it holds no manifest."""
-    here = folder / constants.MANIFEST_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if here.exists() and here.read_bytes() != data and not overwrite:
-            raise CliError(f"{folder} holds another adapter", hint="choose another folder, or add --overwrite")
-        here.unlink(missing_ok=True)
-    except OSError as error:
-        raise CliError(f"{folder}: cannot be written: {error.strerror}") from None
-
-
-def _is_here(local: Path, file: FileRecord) -> bool:
-    return local.is_file() and local.stat().st_size == file.size_bytes and _digest(local).hexdigest() == file.sha256
-
-
-def _digest(path: Path) -> hashlib._Hash:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256")
-
-
-def _fetch_all(store: Store, files: list[FileRecord], folder: Path) -> None:
+def _fetch_all(store: Store, target: TargetFolder) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console.err(), transient=True) as progress:
-        task = progress.add_task("Downloading", total=sum(file.size_bytes for file in files))
+        task = progress.add_task("Downloading", total=sum(file.size_bytes for file in target.missing))
 
         def advance(count: int) -> None:
             progress.advance(task, count)
 
         with ThreadPoolExecutor(PARALLEL) as pool:
-            pending = [pool.submit(fetch, store, file, folder / file.path, advance) for file in files]
+            pending = [pool.submit(fetch, store, file, target.part(file), advance) for file in target.missing]
             try:
                 for each in pending:
                     each.result()
@@ -154,8 +142,8 @@ def _fetch_all(store: Store, files: list[FileRecord], folder: Path) -> None:
                 raise
 
 
-def fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], None]) -> None:
-    """Download one file, resuming a few times when the connection breaks. Raises CliError, StoreError."""
+def fetch(store: Store, file: FileRecord, part: Path, advance: Callable[[int], None]) -> None:
+    """Download one file to `part`, resuming a few times when the connection breaks. Raises CliError, StoreError."""
     from finetune_trainer.stores.errors import StoreUnavailable
 
     counted = 0
@@ -167,7 +155,7 @@ def fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], 
 
     for tries_left in range(TRIES - 1, -1, -1):
         try:
-            _fetch(store, file, local, count)
+            _fetch(store, file, part, count)
             return
         except StoreUnavailable:
             if not tries_left:
@@ -176,30 +164,31 @@ def fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], 
             counted = 0
 
 
-def _fetch(store: Store, file: FileRecord, local: Path, advance: Callable[[int], None]) -> None:
-    """Download one file, resuming an earlier, unfinished try of the same content."""
-    part = local.with_name(f".{local.name}.{file.sha256[:16]}.part")
-    size = file.size_bytes
+def _fetch(store: Store, file: FileRecord, part: Path, advance: Callable[[int], None]) -> None:
+    """Download one file, resuming an earlier, unfinished try of the same content. Never takes more than its size."""
     try:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists() and part.stat().st_size > size:
+        if part.exists() and part.stat().st_size > file.size_bytes:
             part.unlink()
-        digest = _digest(part) if part.exists() else hashlib.sha256()
-        start = part.stat().st_size if part.exists() else 0
-        advance(start)
+        digest = target_folder.digest_of(part) if part.exists() else hashlib.sha256()
+        size = part.stat().st_size if part.exists() else 0
+        advance(size)
         with part.open("ab") as output:
             # At the end already: a store refuses a range that starts there.
-            for chunk in store.stream(file.path, start) if start < size or not size else ():
+            for chunk in store.stream(file.path, size) if size < file.size_bytes or not file.size_bytes else ():
+                size += len(chunk)
+                if size > file.size_bytes:
+                    raise _corrupt(store, file, f"has more than the {file.size_bytes:,} bytes that its manifest says")
                 output.write(chunk)
                 digest.update(chunk)
                 advance(len(chunk))
-        if digest.hexdigest() != file.sha256:
-            part.unlink()
-            raise CliError(
-                f"{store.uri_of(file.path)} has SHA-256 {digest.hexdigest()}, but its manifest says {file.sha256}",
-                hint="it was changed or damaged after publishing",
-                code=Exit.CORRUPT,
-            )
-        part.replace(local)
     except OSError as error:
-        raise CliError(f"{local}: cannot be written: {error.strerror}") from None
+        raise CliError(f"{part}: cannot be written: {error.strerror}") from None
+    if size != file.size_bytes:
+        raise _corrupt(store, file, f"has {size:,} bytes, but its manifest says {file.size_bytes:,}")
+    if digest.hexdigest() != file.sha256:
+        raise _corrupt(store, file, f"has SHA-256 {digest.hexdigest()}, but its manifest says {file.sha256}")
+
+
+def _corrupt(store: Store, file: FileRecord, how: str) -> CliError:
+    hint = "it was changed or damaged after publishing; nothing was written"
+    return CliError(f"{store.uri_of(file.path)} {how}", hint=hint, code=Exit.CORRUPT)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api import artifact_manifest
 from finetune_api.uri import Uri
 from finetune_trainer.stores.digest import Digest
 
@@ -61,8 +62,8 @@ class Store(ABC):
         """Return every object below the folder `prefix`, sorted by path; none if it does not exist."""
 
     @abstractmethod
-    def read_bytes(self, path: str) -> bytes:
-        """Return the whole of a small object."""
+    def read_bytes(self, path: str, limit: int = artifact_manifest.MAX_BYTES) -> bytes:
+        """Return the whole of a small object; raises StoreCorrupted when it has more than `limit` bytes."""
 
     @abstractmethod
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:

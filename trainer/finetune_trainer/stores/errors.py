@@ -22,6 +22,11 @@ class StoreCorrupted(StoreUnavailable):
     """Bytes in the store, or on the way from it, differ from those that were written."""
 
 
+def too_large(subject: str, limit: int) -> StoreCorrupted:
+    """Return the error for an object of which no more than `limit` bytes are read."""
+    return StoreCorrupted(f"{subject} has more than {limit / 2**20:g} MiB: it cannot be what it should be")
+
+
 class StoreAccessDenied(StoreError):
     """Credentials are missing or wrong, or do not allow access to this path."""
 

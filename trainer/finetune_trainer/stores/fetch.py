@@ -86,8 +86,8 @@ def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
         found = "only files that are not used here" if listed else "neither an object nor a prefix"
         raise StoreNotFound(f"{store.field}: {store.root} is {found}")
     for entry in entries:
-        if not artifact_manifest.is_safe(entry.path):
-            raise StoreNotFound(f"{store.field}: {store.root} contains an unsafe object key: {entry.path!r}")
+        if fault := artifact_manifest.fault_of_path(entry.path):
+            raise StoreNotFound(f"{store.field}: {store.root} contains an unsafe object key: {entry.path!r} {fault}")
     return entries
 
 

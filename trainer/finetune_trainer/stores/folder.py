@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
+from finetune_api import artifact_manifest
 from finetune_api.uri import Uri
 from finetune_trainer.stores.base import Entry, OnProgress, Store
 from finetune_trainer.stores.digest import (
@@ -25,6 +26,7 @@ from finetune_trainer.stores.errors import (
     StoreError,
     StoreNotFound,
     StoreUnavailable,
+    too_large,
 )
 from finetune_trainer.stores.fsync import sync_folder
 
@@ -53,9 +55,12 @@ class FolderStore(Store):
             folder = self._local(prefix)
             return sorted(_walk(folder, self._folder)) if folder.is_dir() else []
 
-    def read_bytes(self, path: str) -> bytes:
-        with self._explained(path):
-            return self._local(path).read_bytes()
+    def read_bytes(self, path: str, limit: int = artifact_manifest.MAX_BYTES) -> bytes:
+        with self._explained(path), self._local(path).open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise too_large(f"{self.field}: {self.uri_of(path)}", limit)
+        return data
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         with self._explained(path), self._local(path).open("rb") as file:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from botocore.exceptions import ClientError
 
-from finetune_api import constants
+from finetune_api import artifact_manifest, constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores import fsync
 from finetune_trainer.stores.base import Entry, OnProgress, Store
@@ -34,6 +34,7 @@ from finetune_trainer.stores.errors import (
     StoreMisconfigured,
     StoreNotFound,
     on_local_disk,
+    too_large,
 )
 from finetune_trainer.stores.s3 import client as s3_client
 from finetune_trainer.stores.s3 import errors, retry
@@ -80,12 +81,20 @@ class S3Store(Store):
 
         return self._repeat(prefix, run)
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, limit: int = artifact_manifest.MAX_BYTES) -> bytes:
         def run() -> bytes:
-            answer = self._s3.control.get_object(Bucket=self._bucket, Key=self._key(path))
-            return bytes(answer["Body"].read())
+            data = bytearray()
+            with closing(self._s3.control.get_object(Bucket=self._bucket, Key=self._key(path))["Body"]) as body:
+                for chunk in body.iter_chunks(CHUNK_BYTES):
+                    data += chunk
+                    if len(data) > limit:
+                        break
+            return bytes(data)
 
-        return self._repeat(path, run)
+        data = self._repeat(path, run)
+        if len(data) > limit:
+            raise too_large(self._location(path).subject, limit)
+        return data
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         def run() -> dict[str, Any]:
