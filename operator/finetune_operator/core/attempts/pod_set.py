@@ -78,8 +78,13 @@ def run_seconds(history: Sequence[Attempt], since: datetime | None, now: datetim
 
 
 def run_seconds_of(attempt: Attempt, pods: Sequence[Pod], end: datetime) -> int:
-    """Return the seconds that an attempt which ended at `end` has run."""
+    """Return the seconds that an attempt which ended at `end` has run.
+
+    Nobody saw the end of pods that are gone without an exit, and the operator may have been down since: they count
+    until their trainer last reported something new.
+    """
     timed, since = with_run_time(attempt, pods), running_since(current(pods))
     if since is None and timed.run_seconds is not None and timed.ran_until is None:
-        since = timed.started_at  # its pods are gone without an exit
+        since = timed.started_at
+        end = min(end, timed.heard_at or since or end)
     return int(run_seconds([timed], since, end))
