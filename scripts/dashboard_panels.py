@@ -54,6 +54,7 @@ _PHASES = {
     "Publishing": "#a352cc",
     "Verifying": "#ca95e5",
     "Finishing": "#96d98d",
+    "NotAnswering": "#b877d9",
     "Stalled": "#8d6e63",
     "Suspended": "#5c6670",
     "Succeeded": "#56a64b",
@@ -61,6 +62,7 @@ _PHASES = {
 }
 _NS = 'namespace=~"$namespace"'
 _JOB = 'namespace="$namespace", finetunejob="$job"'
+_BY_NAME = 'namespace="$namespace", name="$job"'
 _HOLDING = 'phase!~"Pending|Queued|Suspended|Succeeded|Failed"'
 _BAD = 'reason!~"Succeeded|Preempted|NodeLost|Suspended"'
 _OPERATOR = 'job="finetune-operator"'
@@ -138,13 +140,14 @@ FLEET = Dashboard(
                   " the object store.", "s",
                   {"checkpoint": _mean("finetune_trainer_checkpoint_duration_seconds", _NS),
                    "adapter": f"avg({_published(_NS)})"}, width=6),
-            Panel("Unfinished jobs", "Those that run, then those that wait, up to operator.jobMetricsLimit.", "locale",
+            Panel("Jobs", "Those that run, wait or have ended, each up to operator.jobMetricsLimit.", "locale",
                   {"Step": f"finetune_operator_job_step{{{_NS}}}",
                    "Steps": f"finetune_operator_job_steps{{{_NS}}}",
+                   "Done": f"finetune_operator_job_progress_ratio{{{_NS}}}",
                    "Loss": f"finetune_operator_job_loss{{{_NS}}}",
                    "Tokens/s": f"finetune_operator_job_tokens_per_second{{{_NS}}}",
                    "Attempts": f"finetune_operator_job_attempts{{{_NS}}}"},
-                  "table", 24, columns={"Loss": _LOSS, "Tokens/s": _TOKENS}),
+                  "table", 24, columns={"Done": "percentunit", "Loss": _LOSS, "Tokens/s": _TOKENS}),
         ),
         "Operator": (
             Panel("Queue", "Jobs that wait for one of the operator's workers, and those that wait for their time"
@@ -188,18 +191,22 @@ JOB = Dashboard(
     rows={
         "Now": (
             Panel("Progress", "Optimizer steps done, of all that are planned.", "percentunit",
-                  {"done": f"max(finetune_trainer_step{{{_JOB}}}) / max(finetune_trainer_steps{{{_JOB}}})"}, "stat", 4),
+                  {"done": f"max(finetune_operator_job_progress_ratio{{{_BY_NAME}}})"
+                           f" or max(finetune_trainer_step{{{_JOB}}}) / max(finetune_trainer_steps{{{_JOB}}})"},
+                  "stat", 4),
             Panel("Time left", "Until the last step, at the present speed.", "s",
                   {"left": "clamp_min(max(finetune_trainer_estimated_completion_timestamp_seconds"
                            f"{{{_JOB}}}) - time(), 0)"}, "stat", 4),
             Panel("Loss", "Latest training loss, nats per token.", _LOSS,
-                  {"loss": f"max(finetune_trainer_loss{{{_JOB}}})"}, "stat", 4),
+                  {"loss": f"max(finetune_trainer_loss{{{_JOB}}})"
+                           f" or max(finetune_operator_job_loss{{{_BY_NAME}}})"}, "stat", 4),
             Panel("Evaluation loss", "Latest loss on the held-out rows, nats per token.", _LOSS,
-                  {"loss": f"max(finetune_trainer_eval_loss{{{_JOB}}})"}, "stat", 4),
+                  {"loss": f"max(finetune_trainer_eval_loss{{{_JOB}}})"
+                           f" or max(finetune_operator_job_eval_loss{{{_BY_NAME}}})"}, "stat", 4),
             Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", _TOKENS,
                   {"tokens/s": f"max(finetune_trainer_tokens_per_second{{{_JOB}}})"}, "stat", 4),
             Panel("Attempts", "Attempts so far, preemptions included.", "short",
-                  {"attempts": 'max(finetune_operator_job_attempts{namespace="$namespace", name="$job"})'
+                  {"attempts": f"max(finetune_operator_job_attempts{{{_BY_NAME}}})"
                                f" or count(count by (attempt) (finetune_trainer_step{{{_JOB}}}))"}, "stat", 4),
         ),
         "Learning": (

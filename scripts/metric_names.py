@@ -27,18 +27,19 @@ def operator() -> list[Metric]:
     metrics = Metrics()
     job: Any = SimpleNamespace(namespace="", name="", phase="Pending", gpus=0, attempts=0, waiting_since=None)
     JobMetrics(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry)
-    progress = Progress(step=1, total_steps=1, loss=1.0, tokens_per_second=1.0)
+    progress = Progress(step=1, total_steps=1, percent=1.0, loss=1.0, eval_loss=1.0, tokens_per_second=1.0)
     parts: Any = SimpleNamespace(
         queue=SimpleNamespace(depth=0, delayed=0, longest_wait_seconds=lambda: 0.0),
         relister=SimpleNamespace(age=lambda: 0.0, denied={"": 403}),
         recorder=SimpleNamespace(depth=0),
         connection=SimpleNamespace(freshness=SimpleNamespace(ages=lambda: {("pods", ""): 0.0})),
-        cache=SimpleNamespace(sizes=lambda: {"Pod": 0}),
+        cache=SimpleNamespace(sizes=lambda: {"Pod": 0}, owners=lambda view: []),
         poller=SimpleNamespace(
             reports=lambda: [(ObjectKey("FineTuneJob", "a", "b"), SimpleNamespace(progress=progress))]
         ),
         settings=SimpleNamespace(job_metrics_limit=1),
     )
+    parts._progress = lambda: Operator._progress(parts)
     metrics.watch(Operator._readings(parts))
     return _collected(metrics.registry)
 

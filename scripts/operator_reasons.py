@@ -143,6 +143,12 @@ STATES: Final = {
 }
 
 STALLED: Final = {
+    "NotAnswering": Reason(
+        "Training=Unknown: the trainer, which had reported before, has missed three polls in a row; the message says"
+        " since when. Its node is down or cut off, or a NetworkPolicy blocks port 9400.",
+        "Look at the pod's node (`kubectl get nodes`). Once Kubernetes gives the node up, after five minutes as a"
+        " rule, it replaces the pod. `Training` returns by itself when the trainer answers.",
+    ),
     "Stalled": Reason(
         "Training=False: the trainer has reported neither another step nor another stage for `operator.stalledSeconds`"
         " (30 minutes).",
@@ -155,7 +161,7 @@ STALLED: Final = {
 EVENTS: Final = {
     "AttemptStarted": Reason("A Job was created."),
     "Resumed": Reason("`spec.suspend` is false again."),
-    "Recovered": Reason("The trainer reports again after it had stalled."),
+    "Recovered": Reason("The trainer reports again after it had stalled or not answered."),
     "AttemptEnded": Reason("An attempt ended without success; the message holds its reason."),
 }
 

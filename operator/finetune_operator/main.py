@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from itertools import islice
 
 import structlog
@@ -14,6 +15,7 @@ import uvloop
 from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
+from finetune_api.status import Progress
 from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
@@ -21,7 +23,7 @@ from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.session import Connection
 from finetune_operator.observability import health, logs
-from finetune_operator.observability.job_metrics import JobMetrics
+from finetune_operator.observability.job_metrics import JobMetrics, final_progress
 from finetune_operator.observability.metrics import Metrics, Readings
 from finetune_operator.reconcile.clock import Clock
 from finetune_operator.reconcile.event_recorder import EventRecorder
@@ -77,6 +79,7 @@ class Operator:
             settings.progress_timeout_seconds,
             settings.progress_concurrency,
             lambda key: self.queue.add(key),
+            clock=self.clock,
         )
         self.recorder = EventRecorder(self.client, metrics, lambda: self.queue.depth > 0)
         job_metrics = JobMetrics(
@@ -158,10 +161,14 @@ class Operator:
             watch_ages=self.connection.freshness.ages,
             denied=lambda: self.relister.denied,
             objects=self.cache.sizes,
-            progress=lambda: islice(
-                ((key, report.progress) for key, report in self.poller.reports()), self.settings.job_metrics_limit
-            ),
+            progress=self._progress,
         )
+
+    def _progress(self) -> Iterator[tuple[ObjectKey, Progress]]:
+        """Return the progress of running jobs and of finished ones, at most the limit of each."""
+        limit = self.settings.job_metrics_limit
+        yield from islice(((key, report.progress) for key, report in self.poller.reports()), limit)
+        yield from final_progress(self.cache.owners(JobObject), limit)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises SystemExit with a sentence when it cannot start."""

@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     stuck_seconds: Positive = 120
     """Seconds that a job may wait for a worker, or a reconcile may run, before /healthz fails and the pod restarts."""
     job_metrics_limit: Annotated[int, Field(ge=0)] = 200
-    """Number of running jobs with gauges of their own (loss, step, tokens/s); further jobs get none."""
+    """Number of running jobs, and of finished ones, with gauges of their own (loss, step); further jobs get none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
 

@@ -85,7 +85,8 @@ def _new_status(
 
 def _shown_progress(view: View, step: Step) -> Progress | None:
     """Return the progress; pace and estimated end only while the trainer makes progress."""
-    is_training = step.state.scheduled.status == "True" and step.state.training.reason != training.STALLED
+    stands = step.state.training.reason in (training.STALLED, training.NOT_ANSWERING)
+    is_training = step.state.scheduled.status == "True" and not stands
     is_over = step.state.succeeded.status != "Unknown"
     return view.progress if is_training or is_over else progress.paused(view.progress)
 
@@ -94,7 +95,8 @@ def _final_status(observed: Observed, status: FineTuneJobStatus, step: Step, now
     """Return the final status: no estimated end, and an attempt that still runs ends with the job."""
     ending = failure.Ending(step.state.succeeded.reason, step.state.succeeded.message, finished_at=now)
     closed = [each if each.reason else history.close(each, observed, ending, now) for each in status.attempts]
-    changed = {"completion_time": now, "progress": progress.finished(status.progress), "attempts": closed}
+    final = progress.finished(status.progress, step.state.succeeded.status == "True")
+    changed = {"completion_time": now, "progress": final, "attempts": closed}
     return status.model_copy(update=changed)
 
 

@@ -134,8 +134,13 @@ def _attempt_conditions(
         return conditions.recorded(view.status), None  # the Job's own condition follows in a moment
     if any(pod.exit and pod.index == 0 for pod in mine):
         return conditions.running("Finishing", training.finishing()), None
-    stalled_at = training.stall_deadline(attempt, pod_set.running_since(mine), view.settings.stalled_seconds)
-    value = training.training(view.report, stalled_at, view.now)
+    since, silent_since = pod_set.running_since(mine), view.observed.silent_since
+    if not training.was_heard(attempt, since):
+        silent_since = None  # it still starts
+    elif view.report is None and silent_since is None:
+        return conditions.recorded(view.status), None  # this operator has just started
+    stalled_at = training.stall_deadline(attempt, since, view.settings.stalled_seconds)
+    value = training.training(view.report, stalled_at, silent_since, view.now)
     return conditions.running(value.reason, value), _until(stalled_at, view.now)
 
 

@@ -6,14 +6,17 @@ Gauges are read from the cache at each scrape; counters grow with each status wr
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from finetune_api import exit_codes
+from finetune_api.status import Progress
 from finetune_operator.core.attempts import failure
 from finetune_operator.core.objects import status_io
+from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
 from finetune_operator.observability.metrics import PHASES, PREFIX, gauge
 
@@ -37,6 +40,17 @@ REASONS = tuple(
     )
 )
 _TO_FIRST_STEP = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 86400)
+
+
+def final_progress(jobs: Iterable[JobObject], limit: int) -> Iterator[tuple[ObjectKey, Progress]]:
+    """Yield the final progress, without a pace, of the `limit` finished jobs that changed last.
+
+    A scrape sees a job that trained for less than its interval, or its last steps, only here.
+    """
+    finished = (job for job in jobs if job.phase in TERMINAL_PHASES)
+    for job in nlargest(limit, finished, key=lambda job: job.version):
+        if progress := status_io.read(job.status).progress:
+            yield job.key, progress.model_copy(update={"tokens_per_second": None})
 
 
 class JobMetrics(Collector):

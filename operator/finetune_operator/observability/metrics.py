@@ -26,6 +26,7 @@ PHASES = (
     "Queued",
     *get_args(RunningStage),
     "Finishing",
+    "NotAnswering",
     "Stalled",
     "Suspended",
     "Succeeded",
@@ -91,7 +92,7 @@ class Readings:
     """Namespaces that may not be listed, with the HTTP status."""
     objects: Callable[[], Mapping[str, int]]
     progress: Callable[[], Iterable[tuple[ObjectKey, Progress]]]
-    """Key and progress of running jobs, already cut to the limit."""
+    """Key and progress of running and of finished jobs, already cut to the limit."""
 
 
 class _Scraped(Collector):
@@ -124,12 +125,15 @@ class _Scraped(Collector):
         fields = {
             "step": ("step", "Optimizer steps done."),
             "total_steps": ("steps", "Optimizer steps in all."),
+            "percent": ("progress_ratio", "Share of the training that is done; 1 once the job has succeeded."),
             "loss": ("loss", "Latest training loss, nats per token."),
+            "eval_loss": ("eval_loss", "Latest evaluation loss, nats per token."),
             "tokens_per_second": ("tokens_per_second", "Real tokens over all GPUs."),
         }
         found = [((key.namespace, key.name), progress) for key, progress in self._readings.progress()]
         for field, (suffix, text) in fields.items():
-            values = {key: value for key, progress in found if (value := getattr(progress, field)) is not None}
+            scale = 0.01 if field == "percent" else 1
+            values = {key: value * scale for key, progress in found if (value := getattr(progress, field)) is not None}
             yield gauge(f"job_{suffix}", text, ("namespace", "name"), values)
 
 

@@ -118,7 +118,8 @@ class Reconciler:
             self._poller.follow(key, leader.uid, leader.ip)
         else:
             self._poller.unfollow(key)
-        return snapshot.owner, replace(observed, report=self._poller.report(key))
+        silent_since = self._poller.silent_since(key)
+        return snapshot.owner, replace(observed, report=self._poller.report(key), silent_since=silent_since)
 
     async def _refresh_pods(self, key: ObjectKey, controller: Controller[Any]) -> None:
         """Read the pods from the API server: their watch may be behind that of Jobs."""

@@ -5,6 +5,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import aiohttp
 import structlog
@@ -19,18 +20,23 @@ log = structlog.get_logger(__name__)
 MAX_BYTES = 64 * 1024
 #: Poll a trainer that has not answered yet this often: it has just started.
 EAGER_SECONDS = 2.0
+#: A trainer is silent after so many polls in a row without a report.
+SILENT_POLLS = 3
 
 
 @dataclass
 class _Trainer:
     pod_uid: str
     ip: str
+    heard_at: datetime
+    """When it last answered; before its first answer, when it was first polled."""
     report: TrainerReport | None = None
-    asking: bool = False
+    missed: int = 0
+    """Polls without a report since then."""
 
 
 class ProgressPoller:
-    """Polls one rank-0 pod per job; `on_change` is called with the key when its report changes."""
+    """Polls one rank-0 pod per job; `on_change` gets the key when its report changes, or when it falls silent."""
 
     def __init__(
         self,
@@ -39,10 +45,11 @@ class ProgressPoller:
         concurrency: int,
         on_change: Callable[[ObjectKey], None],
         port: int | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._interval, self._timeout = interval, aiohttp.ClientTimeout(total=timeout)
         self._slots = asyncio.Semaphore(concurrency)
-        self._on_change = on_change
+        self._on_change, self._clock = on_change, clock
         self._port = port or constants.TRAINER_PORT
         self._trainers: dict[ObjectKey, _Trainer] = {}
         self._order = itertools.count()
@@ -53,7 +60,7 @@ class ProgressPoller:
         """Poll that pod from now on, and forget the report of any other pod of the job."""
         known = self._trainers.get(key)
         if known is None or (known.pod_uid, known.ip) != (pod_uid, ip):
-            self._trainers[key] = _Trainer(pod_uid, ip)
+            self._trainers[key] = _Trainer(pod_uid, ip, self._clock())
             self._schedule(key, pod_uid, 0)
 
     def unfollow(self, key: ObjectKey) -> None:
@@ -64,6 +71,11 @@ class ProgressPoller:
         """Return the latest report of the followed trainer."""
         known = self._trainers.get(key)
         return known.report if known else None
+
+    def silent_since(self, key: ObjectKey) -> datetime | None:
+        """Return when the followed trainer last answered; None while it answers."""
+        known = self._trainers.get(key)
+        return known.heard_at if known and known.missed >= SILENT_POLLS else None
 
     def reports(self) -> Iterator[tuple[ObjectKey, TrainerReport]]:
         return ((key, trainer.report) for key, trainer in self._trainers.items() if trainer.report)
@@ -107,10 +119,18 @@ class ProgressPoller:
             self._slots.release()
         if self._trainers.get(key) is not trainer:
             return
-        if report is not None and report != trainer.report:
-            trainer.report = report
+        if self._take(trainer, report):
             self._on_change(key)
         self._schedule(key, trainer.pod_uid, self._interval if trainer.report else min(EAGER_SECONDS, self._interval))
+
+    def _take(self, trainer: _Trainer, report: TrainerReport | None) -> bool:
+        """Keep the outcome of a poll; return whether it is news."""
+        if report is None:
+            trainer.missed += 1
+            return trainer.missed == SILENT_POLLS
+        is_news = report != trainer.report or trainer.missed >= SILENT_POLLS
+        trainer.report, trainer.missed, trainer.heard_at = report, 0, self._clock()
+        return is_news
 
     async def _ask(self, session: aiohttp.ClientSession, key: ObjectKey, trainer: _Trainer) -> TrainerReport | None:
         host = f"[{trainer.ip}]" if ":" in trainer.ip else trainer.ip

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api import exit_codes
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.observability.job_metrics import REASONS, JobMetrics
+from finetune_operator.observability.job_metrics import REASONS, JobMetrics, final_progress
+from finetune_operator.observability.metrics import Metrics, Readings
 
 ROOT = Path(__file__).resolve().parents[3]
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -68,3 +69,29 @@ def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
 def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:
     explained = runpy.run_path(str(ROOT / "scripts" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
     assert set(REASONS) == {*exit_codes.REASONS, *explained}
+
+
+def test_finished_jobs_keep_their_final_values_the_latest_up_to_the_limit() -> None:
+    def finished(number: int, phase: str = "Succeeded") -> JobObject:
+        progress = {"step": number, "totalSteps": 9, "percent": 100, "loss": 0.5, "tokensPerSecond": 7}
+        metadata = {"name": f"nli-{number}", "namespace": "a", "uid": str(number), "resourceVersion": str(number)}
+        return JobObject.from_api({"metadata": metadata, "status": {"phase": phase, "progress": progress}})
+
+    jobs = [finished(3), finished(1), finished(4, "Training"), finished(2, "Failed")]
+    found = dict(final_progress(jobs, 2))
+    assert [(key.name, progress.step) for key, progress in found.items()] == [("nli-3", 3), ("nli-2", 2)]
+    assert {progress.tokens_per_second for progress in found.values()} == {None}, "it has no pace any more"
+    assert list(final_progress(jobs[2:3], 2)) == []
+    metrics = Metrics()
+    readings = Readings({}, dict, dict, dict, lambda: [*final_progress(jobs, 1), *found.items()])
+    metrics.watch(readings)
+    samples = {
+        s.name: s.value for m in metrics.registry.collect() for s in m.samples if s.labels.get("name") == "nli-3"
+    }
+    prefix = "finetune_operator_job"
+    assert samples == {
+        f"{prefix}_step": 3,
+        f"{prefix}_steps": 9,
+        f"{prefix}_progress_ratio": 1,
+        f"{prefix}_loss": 0.5,
+    }

@@ -5,6 +5,7 @@ reconciles a second. Statuses are checked against the CRD's schema, as the real 
 import copy
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from finetune_operator.kube.urls import path
 from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache
-from support.simulation.cluster import KINDS
+from support.simulation.cluster import KINDS, START
 from support.simulation.world import World, merged
 
 Object = dict[str, Any]
@@ -117,6 +118,9 @@ class OneTrainer:
             return TrainerReport.model_validate_json(self.body) if self.asked else None
         except ValueError:
             return None
+
+    def silent_since(self, key: ObjectKey) -> datetime | None:
+        return START if self.asked and self.report(key) is None else None
 
 
 class OneOperator:

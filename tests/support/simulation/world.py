@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api import constants
@@ -66,6 +66,7 @@ class World(ImaginedCluster):
         self.lag, self.skew = lag, skew
         self.cache = Cache()
         self.report: TrainerReport | None = None
+        self.silent_since: datetime | None = None
         self.asked = ""
         self.events: list[str] = []
         super().__init__(labels, **spec)
@@ -85,8 +86,8 @@ class World(ImaginedCluster):
         observed = FINETUNE_JOB.observe(snapshot)
         leader = FINETUNE_JOB.leader(observed)
         if (leader.uid if leader else "") != self.asked:
-            self.asked, self.report = leader.uid if leader else "", None
-        return replace(observed, report=self.report)
+            self.asked, self.report, self.silent_since = leader.uid if leader else "", None, None
+        return replace(observed, report=self.report, silent_since=self.silent_since)
 
     def plan(self) -> Plan:
         now = self.now + timedelta(seconds=self.skew)
@@ -128,7 +129,7 @@ class World(ImaginedCluster):
     def restart(self) -> None:
         """A new operator with nothing in memory but what the API server holds."""
         self.cache = Cache()
-        self.report, self.asked = None, ""
+        self.report, self.silent_since, self.asked = None, None, ""
         for stream in self.streams.values():
             stream.clear()
         for kind, objects in ((constants.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
@@ -227,6 +228,13 @@ class World(ImaginedCluster):
         self.observed()
         if self.asked:
             self.report = TrainerReport.model_validate({"stage": stage, "progress": progress})
+            self.silent_since = None
+
+    def falls_silent(self) -> None:
+        """The trainer that is asked has missed several polls, and the operator acts on it."""
+        self.observed()
+        self.silent_since = self.now
+        self.settle()
 
     def says(self, stage: str = "Training", **progress: Any) -> None:
         """The same, and the operator acts on it."""

@@ -49,9 +49,12 @@ def paused(progress: Progress | None) -> Progress | None:
     return progress.model_copy(update=dict.fromkeys(_PACE_FIELDS)) if progress else None
 
 
-def finished(progress: Progress | None) -> Progress | None:
-    """Return the progress of a finished job: no estimated end."""
-    return progress.model_copy(update={"estimated_completion_time": None}) if progress else None
+def finished(progress: Progress | None, succeeded: bool) -> Progress | None:
+    """Return the progress of a finished job: no estimated end; 100 % if it succeeded, also when it stopped early."""
+    if progress is None:
+        return None
+    percent = 100.0 if succeeded else progress.percent
+    return progress.model_copy(update={"estimated_completion_time": None, "percent": percent})
 
 
 def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Attempt:

@@ -290,6 +290,8 @@ class Observation:
 
     report: TrainerReport | None = None
     """The latest report of the leader's trainer (Controller.leader)."""
+    silent_since: datetime | None = None
+    """When it last answered, once it has missed several polls."""
     create_blocked: CreateBlocked | None = None
     """Why a child of the last plan could not be created; the same plan must not be made again."""
     pods_refreshed: bool = False

@@ -8,7 +8,7 @@ from typing import Literal
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
 from finetune_operator.core.attempts.failure import NOT_COUNTED_AS_FAILURE, SUCCEEDED
 from finetune_operator.core.objects import status_io
-from finetune_operator.core.status.training import STALLED
+from finetune_operator.core.status.training import NOT_ANSWERING, STALLED
 
 Kind = Literal["Normal", "Warning"]
 LONG_WAIT = timedelta(seconds=60)
@@ -71,8 +71,8 @@ def _warning_or_end(condition: Condition, subject: str) -> Event | None:
         case "Scheduled", "False" if condition.reason not in ("Pending", "Finished", "Suspended", "BackingOff"):
             kind: Kind = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
             return Event(kind, condition.reason, condition.message, subject)
-        case "Training", "False" if condition.reason == STALLED:
-            return Event("Warning", STALLED, condition.message, subject)
+        case "Training", _ if condition.reason in (STALLED, NOT_ANSWERING):
+            return Event("Warning", condition.reason, condition.message, subject)
     return None
 
 
@@ -92,6 +92,8 @@ def _progress(known: Condition | None, condition: Condition, subject: str) -> Ev
             return Event("Normal", "Resumed", "spec.suspend is false again", subject)
         case "Training", _ if was == STALLED and now != "NotRunning":
             return Event("Normal", "Recovered", f"training recovered from a stall: {now}", f"{subject}/recovered")
+        case "Training", _ if was == NOT_ANSWERING and now != "NotRunning":
+            return Event("Normal", "Recovered", f"the trainer answers again: {now}", f"{subject}/answers")
         case "Training", "True" if was not in _BESIDE_TRAINING:
             return Event("Normal", "Training", "training is running", subject)
     return None

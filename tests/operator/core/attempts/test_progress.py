@@ -7,7 +7,7 @@ import pytest
 from finetune_api import exit_codes
 from finetune_api.status import TrainerReport
 from finetune_operator.core.plan import plan
-from support.simulation.world import World, is_empty, stamp
+from support.simulation.world import World, adapter_report, is_empty, stamp
 
 
 def started(**spec: object) -> World:
@@ -197,3 +197,21 @@ def test_the_report_of_another_pod_is_not_taken_for_this_attempts():
 
     made = plan(replace(observed, report=stale), world.settings, world.now)
     assert made.status is None, "no pod runs, so nobody can have said it"
+
+
+@pytest.mark.parametrize("step", [40, 100])
+def test_a_job_that_has_succeeded_is_done_in_however_few_steps(step: int):
+    world = started()
+    world.says(step=30, totalSteps=100)
+    world.exit_pods(0, adapter_report(step))
+    world.settle()
+    progress = world.status["progress"]
+    assert (progress["summary"], progress["percent"]) == (f"{step}/100", 100)
+
+
+def test_a_job_that_has_failed_is_as_far_as_it_came():
+    world = started()
+    world.says(step=30, totalSteps=100)
+    world.exit_pods(exit_codes.ExitCode.DIVERGED)
+    world.settle()
+    assert (world.outcome, world.status["progress"]["percent"]) == ("False", 30)
