@@ -154,6 +154,15 @@ class Adapter(StatusModel):
     """LoRA rank."""
 
 
+class Resumption(StatusModel):
+    """The checkpoint that a trainer went on from."""
+
+    step: Count
+    """Optimizer steps it holds."""
+    job_uid: Annotated[str, Field(max_length=64)] | None = None
+    """Uid of the FineTuneJob that saved it, where that is another one: an earlier job with the same checkpoints."""
+
+
 class Attempt(StatusModel):
     """One attempt: one batch/v1 Job."""
 
@@ -183,6 +192,14 @@ class Attempt(StatusModel):
     """When the last of its pods that has ended did so."""
     micro_batch_size: Count | None = None
     """Micro-batch it ran with."""
+    resumed_from: Resumption | None = None
+    """Checkpoint that its latest pod went on from; absent where it began at step 0."""
+    disruptions: Count | None = None
+    """Pods of it that Kubernetes evicted or preempted, or whose node went away."""
+    disrupted_at: Time | None = None
+    """When that last happened."""
+    disruption: Annotated[str, Field(max_length=512)] | None = None
+    """Why it last happened."""
 
 
 class FineTuneJobStatus(StatusModel):
@@ -243,3 +260,5 @@ class TrainerReport(StatusModel):
     """Latest values of every metric, as in status.metrics."""
     adapter: Adapter | None = None
     """Once published."""
+    resumed_from: Resumption | None = None
+    """Once the checkpoint to go on from is chosen."""
