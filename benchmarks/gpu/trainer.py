@@ -9,6 +9,7 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b long        # the same with rows of up to 2,048 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
+    python benchmarks/gpu/trainer.py /tmp/mistral7b answers     # an evaluation with 200 answers of 256 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
@@ -108,6 +109,23 @@ layout_search.LayoutSearch._fitting = lambda case, shape, sharded: fitting(case,
 from finetune_trainer.cli import cli
 cli()
 """
+#: The trainer with answers from transformers' own `generate`.
+GENERATE = """
+from finetune_trainer.evaluation import generation
+init = generation.AnswerGenerator.__init__
+def plainly(self, *args, **options):
+    init(self, *args, **options)
+    self._plain = True
+generation.AnswerGenerator.__init__ = plainly
+from finetune_trainer.cli import cli
+cli()
+"""
+ANSWERS = [
+    "evaluation.metrics=[loss,nli]",
+    "evaluation.everySteps=10",
+    "evaluation.generation.maxNewTokens=256",
+    "evaluation.generation.answerMarker=t99",
+]
 
 
 def limited(gib: int) -> str:
@@ -129,15 +147,15 @@ cli()
 """
 
 
-def write_rows(path: Path, rows: int = 1200, longest: int = 512) -> None:
-    """Return text rows as long as reference.py's: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
+def write_rows(path: Path, rows: int = 1200, longest: int = 512, answer: str = "") -> None:
+    """Write text rows as long as reference.py's: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
     rnd = random.Random(0)
     # t1, t2 and t3 are special tokens, which the tokenizer would find at the start of t123.
     words = [f"t{number}" for number in range(10, 32768) if str(number)[0] not in "123"]
     with path.open("w") as file:
         for _ in range(rows):
             count = min(longest, max(longest * 200 // 512, int(rnd.gauss(325, 45) * longest / 512)))
-            file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count))}) + "\n")
+            file.write(json.dumps({"text": " ".join(rnd.choices(words, k=count)) + answer}) + "\n")
 
 
 def reference(options: dict[str, Any], command: str = "run", python: str = sys.executable) -> None:
@@ -198,8 +216,24 @@ def train(
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
         "prediction_error": round(predicted / measured - 1, 3),
+        "evaluation_seconds": _evaluation_seconds(list(map(_as_json, answer.stderr.splitlines()))),
+        "metrics": report.get("metrics"),
+        "warnings": [
+            line["event"] for line in map(_as_json, answer.stderr.splitlines()) if line.get("level") == "warning"
+        ],
         "plan": plan,
     }
+
+
+def _evaluation_seconds(lines: list[dict[str, Any]]) -> list[float]:
+    """Return how long each evaluation took, the base model's first: from the line before it to the line after it."""
+    stamped = [line for line in lines if line.get("timestamp")]
+    times = [datetime.fromisoformat(line["timestamp"]) for line in stamped]
+    return [
+        round((after - before).total_seconds(), 2)
+        for before, after, line, following in zip(times, times[1:], stamped, stamped[1:], strict=False)
+        if line.get("stage") == "Evaluating" or "evalLoss" in following
+    ]
 
 
 def _is_ready(line: dict[str, Any]) -> bool:
@@ -249,6 +283,12 @@ def main() -> None:
             for precision in ("bf16", "fp8"):
                 result = train(folder, precision, [f"training.precision={precision}"], 60, 10)
                 print("RESULT", json.dumps(result), flush=True)
+        elif sys.argv[2] == "answers":
+            write_rows(folder / "eval.jsonl", 200, 400, answer=' t99 {"label": 1}')
+            wanted = [f"dataset.eval=file://{folder}/eval.jsonl", *ANSWERS]
+            for name, script in (("generate", GENERATE), ("decode", ""), ("decode, 24 GiB", limited(24))):
+                if _wanted(name):
+                    print("RESULT", json.dumps(train(folder, name, wanted, 20, 5, script=script)), flush=True)
         elif sys.argv[2] == "losses":
             for name, settings in (("plain", PLAIN), ("engine", [])):
                 once = [*settings, "lora.dropout=0"]

@@ -191,8 +191,8 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
     def inject() -> None:
         import torch
 
-        from finetune_trainer.evaluation import evaluator
         from finetune_trainer.evaluation.evaluator import Evaluator
+        from finetune_trainer.evaluation.generation import AnswerGenerator
 
         def limited(original: Any, size: Any) -> Any:
             def call(*args: Any, **options: Any) -> Any:
@@ -203,7 +203,7 @@ def test_a_simulated_oom_in_an_evaluation_only_shrinks_the_evaluations_batch(tin
             return call
 
         Evaluator.sum_loss = limited(Evaluator.sum_loss, lambda args: len(args[2]))
-        evaluator.generate_answers = limited(evaluator.generate_answers, lambda args: len(args[2]))
+        AnswerGenerator.__call__ = limited(AnswerGenerator.__call__, lambda args: len(args[2]))
 
     nli = {"evaluation.metrics": ["loss", "nli"], "evaluation.generation": {"maxNewTokens": 4}}
     plain = train(job(tmp_path / "plain", tiny_model, RUN | nli), tmp_path / "plain")

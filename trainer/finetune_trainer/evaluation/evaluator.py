@@ -14,7 +14,7 @@ from finetune_trainer.data.dataset import Rows, TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
-from finetune_trainer.evaluation.generation import generate_answers
+from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import LockstepBatches, never
 from finetune_trainer.methods import Method
 from finetune_trainer.runtime.distributed import all_gather
@@ -22,8 +22,6 @@ from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import Ranks
 
-#: Prompts answered at one time.
-_GENERATION_BATCH: Final = 32
 #: Rows that show whether an adapter loaded back computes the same.
 _SAMPLE: Final = 8
 
@@ -104,7 +102,13 @@ class Evaluator:
         size, self._sharded = plan.micro_batch_size or 1, bool(plan.sharded)
         self._collate = method.collator(plan, tokenizer.pad_token_id, size)
         self._batches = LockstepBatches(ranks, size, interrupted, self._sharded)
-        self._generations = LockstepBatches(ranks, _GENERATION_BATCH, interrupted, self._sharded)
+        self._generations = LockstepBatches(ranks, max(1, len(prompts)), interrupted, self._sharded)
+        self._generate = AnswerGenerator(
+            tokenizer,
+            spec.evaluation.generation.max_new_tokens,
+            lockstep=self._sharded,
+            interrupted=self._generations.interrupted,
+        )
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Measure `model` on all rows.
@@ -147,16 +151,12 @@ class Evaluator:
         settings = self._spec.evaluation.generation
 
         def answer(batch: Sequence[EvalPrompt]) -> list[nli.Answer]:
-            texts = generate_answers(
-                model,
-                self._tokenizer,
-                [each.prompt for each in batch],
-                settings.max_new_tokens,
-                lockstep=self._sharded,
-                interrupted=self._generations.interrupted,
-            )
+            texts = self._generate(model, [each.prompt for each in batch])
             return [nli.read_answer(text, settings.label_key) for text in texts]
 
+        prompts = [each.prompt for each in self._prompts]
+        fitting = all_gather(self._ranks, self._generate.rows_at_once(model, prompts))
+        self._generations.size = min(self._generations.size, *fitting)
         results = self._generations.run(self._prompts, answer)
         labels = [each.label for batch, _ in results for each in batch]
         read = [each for _, answered in results for each in answered]

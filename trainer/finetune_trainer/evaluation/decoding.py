@@ -1,0 +1,330 @@
+"""Greedy decoding in one wide batch: keys and values stay where they are, and on a GPU a CUDA graph holds a step.
+
+transformers' `generate` starts about 1,500 kernels a token from Python and copies its cache to grow it. Here a step is
+started once for all its kernels, over a cache of fixed size. The tokens are those that `generate` finds, up to ties:
+each batch is checked against a plain forward pass.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+import torch
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from finetune_trainer.errors import type_and_reason
+
+log = structlog.get_logger(__name__)
+_NAME: Final = "finetune_decode"
+#: Tokens between two looks at what the rows have found: a look waits for the GPU.
+STRIDE: Final = 16
+#: The cache's length is a multiple of this, as attention kernels like it.
+_ALIGNED: Final = 64
+#: Prompt tokens of one forward pass; it bounds the activations.
+_PREFILL_TOKENS: Final = 16_384
+#: The part of the free memory that keys and values may take.
+_MEMORY_SHARE: Final = 0.6
+#: A token is right if the plain pass finds it best, or this close to the best: relative to its largest logit.
+TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+class DecodingUnsupported(Exception):
+    """This model cannot be decoded here; the message says why."""
+
+
+class _FixedCache(Cache):  # type: ignore[misc]
+    """Keys and values of all layers, [rows, heads, length, head_dim]; each step writes at `cursor`."""
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self._rows, self._length = rows, length
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fill(self, first_row: int, prefilled: DynamicCache, width: int) -> None:
+        """Take over the prompts' keys and values."""
+        for index, layer in enumerate(prefilled.layers):
+            if type(layer) is not DynamicLayer or layer.keys.shape[2] != width:
+                raise DecodingUnsupported(f"layer {index} does not keep the keys of all tokens")
+            if index == len(self._tensors):
+                self._tensors.append((self._empty(layer.keys), self._empty(layer.values)))
+            for whole, part in zip(self._tensors[index], (layer.keys, layer.values), strict=True):
+                whole[first_row : first_row + len(part), :, :width] = part
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self._rows, like.shape[1], self._length, like.shape[3])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._tensors[layer_idx]
+        keys.index_copy_(2, self.cursor, key_states)
+        values.index_copy_(2, self.cursor, value_states)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the length of the tensors. Positions and masks do not depend on it: the step gives both."""
+        return self._length
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute one token's attention as transformers asks for it (AttentionInterface).
+
+    The query heads that share a key are computed as if they were tokens, so that keys are read once and never repeated.
+    """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise DecodingUnsupported("its attention has a soft cap, sinks or a position bias")
+    if query.shape[2] != 1 or attention_mask is None or attention_mask.shape[-1] != key.shape[2]:
+        raise DecodingUnsupported("its attention is not asked for one token over the whole cache")
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise DecodingUnsupported(f"its attention sees {sliding_window} tokens alone")
+    rows, heads, _, head_dim = query.shape
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim).to(key.dtype)
+    mask = attention_mask.to(key.dtype)
+    found = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(rows, 1, heads, value.shape[3]), None
+
+
+@dataclass
+class _State:
+    """Everything a step reads and writes, on the device; always the same tensors.
+
+    Attributes:
+        cache: Keys and values.
+        tokens: The newest token of each row [rows, 1].
+        positions: Its position among its row's own tokens [rows, 1].
+        mask: Added to attention's products, 0 or -inf, [rows, 1, 1, length].
+        found: The answers so far [rows, max_new_tokens].
+        count: How many tokens each row of `found` has [1].
+        done: Rows that need no more tokens [rows].
+    """
+
+    cache: _FixedCache
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    found: torch.Tensor
+    count: torch.Tensor
+    done: torch.Tensor
+
+
+def rows_that_fit(model: Any, longest: int, max_new_tokens: int, rows: int) -> int:
+    """Return how many rows can be decoded at one time, at most `rows`: all of them on a CPU.
+
+    Args:
+        model: The PEFT model.
+        longest: The longest prompt in tokens.
+        max_new_tokens: The most tokens of an answer.
+        rows: How many rows there are.
+    """
+    if model.device.type != "cuda":
+        return rows
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = 2 * text.num_hidden_layers * heads * head_dim * 2 * _length(longest, max_new_tokens)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(1, min(rows, int(free * _MEMORY_SHARE / size)))
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    pad: int,
+    end: int,
+    is_complete: Callable[[Sequence[int]], bool],
+    interrupted: Callable[[], bool],
+) -> list[list[int]]:
+    """Continue each prompt greedily, all in one batch.
+
+    Args:
+        model: The PEFT model, in evaluation mode; no gradients are taken.
+        prompts: Token ids.
+        max_new_tokens: The most tokens of an answer.
+        pad: The token before shorter prompts.
+        end: The token that ends an answer; it is left out.
+        is_complete: Whether an answer needs no token after its last.
+        interrupted: Asked every STRIDE tokens; true ends all answers where they are.
+
+    Returns:
+        The new tokens of each prompt, up to and with the one that made it complete.
+
+    Raises:
+        DecodingUnsupported: When the model does not compute this way what it computes plainly.
+    """
+    config, before = model.config, model.config._attn_implementation
+    state = _prefill(model, prompts, max_new_tokens, pad)
+    AttentionInterface.register(_NAME, _attention)
+    config._attn_implementation = _NAME
+    try:
+        answers = _run(model, state, end, pad, is_complete, interrupted)
+    finally:
+        config._attn_implementation = before
+    shortest = min(range(len(prompts)), key=lambda row: len(prompts[row]))
+    if problem := _problem(model, prompts[shortest], answers[shortest]):
+        raise DecodingUnsupported(problem)
+    return answers
+
+
+def _length(longest: int, max_new_tokens: int) -> int:
+    return -(-(longest + max_new_tokens) // _ALIGNED) * _ALIGNED
+
+
+def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int) -> _State:
+    """Compute the prompts, padded on the left, and the first token of each answer."""
+    device, rows, width = model.device, len(prompts), max(map(len, prompts))
+    length = _length(width, max_new_tokens)
+    ids = torch.tensor([[pad] * (width - len(each)) + list(each) for each in prompts], device=device)
+    real = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=device)
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    cache, first = _FixedCache(rows, length, device), []
+    step = max(1, _PREFILL_TOKENS // width)
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        prefilled = DynamicCache(config=model.config.get_text_config())
+        logits = model(
+            input_ids=ids[part],
+            attention_mask=real[part],
+            position_ids=positions[part],
+            past_key_values=prefilled,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        cache.fill(begin, prefilled, width)
+        first.append(logits[:, -1].argmax(-1))
+    tokens = torch.cat(first)
+    mask = torch.full((rows, 1, 1, length), -torch.inf, device=device)
+    mask[:, 0, 0, :width].masked_fill_(real.bool(), 0.0)
+    cache.cursor.fill_(width)
+    found = torch.full((rows, max_new_tokens), pad, dtype=torch.int64, device=device)
+    found[:, 0] = tokens
+    return _State(
+        cache=cache,
+        tokens=tokens[:, None].clone(),
+        positions=real.sum(-1, keepdim=True),
+        mask=mask,
+        found=found,
+        count=torch.ones(1, dtype=torch.int64, device=device),
+        done=torch.zeros(rows, dtype=torch.bool, device=device),
+    )
+
+
+def _step(model: Any, state: _State, end: int, pad: int) -> None:
+    """Compute one more token of each row, all on the device."""
+    state.mask.index_fill_(3, state.cache.cursor, 0.0)
+    logits = model(
+        input_ids=state.tokens,
+        attention_mask=state.mask,
+        position_ids=state.positions,
+        past_key_values=state.cache,
+        use_cache=True,
+    ).logits
+    state.done |= state.tokens[:, 0] == end
+    best = torch.where(state.done, pad, logits[:, -1].argmax(-1))
+    state.found.index_copy_(1, state.count, best[:, None])
+    state.tokens.copy_(best[:, None])
+    for counter in (state.positions, state.cache.cursor, state.count):
+        counter.add_(1)
+
+
+def _run(
+    model: Any,
+    state: _State,
+    end: int,
+    pad: int,
+    is_complete: Callable[[Sequence[int]], bool],
+    interrupted: Callable[[], bool],
+) -> list[list[int]]:
+    rows, most = state.found.shape
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    step: Callable[[], None] = functools.partial(_step, model, state, end, pad)
+    live, read, made = set(range(rows)), 0, 1
+    while True:
+        new = state.found[:, read:made].tolist()
+        read = made
+        for row in sorted(live):
+            if _extended(answers[row], new[row], end, is_complete):
+                live.remove(row)
+        if not live or made == most or interrupted():
+            return answers
+        state.done.fill_(True)
+        state.done[sorted(live)] = False
+        if made == 1:
+            step()  # libraries set themselves up in their first call, which a graph may not hold
+            made += 1
+            step = _captured(step, state.found.device)
+        for _ in range(min(STRIDE, most - made)):
+            step()
+            made += 1
+
+
+def _extended(answer: list[int], new: Sequence[int], end: int, is_complete: Callable[[Sequence[int]], bool]) -> bool:
+    """Add tokens to `answer` until it ends; return whether it did."""
+    for token in new:
+        if token == end:
+            return True
+        answer.append(token)
+        if is_complete(answer):
+            return True
+    return False
+
+
+def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return `step` as one CUDA graph; as it is where it cannot be captured, or there is no GPU."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Casts that autocast keeps for later would lie in the graph's own memory.
+        with (
+            torch.cuda.graph(graph),
+            torch.autocast(
+                device.type,
+                dtype=torch.get_autocast_dtype(device.type),
+                enabled=torch.is_autocast_enabled(device.type),
+                cache_enabled=False,
+            ),
+        ):
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.warning(f"Answers are generated without a CUDA graph, which is slower: {type_and_reason(error)}")
+        torch.cuda.synchronize(device)
+        return step
+    return graph.replay
+
+
+def _problem(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> str | None:
+    """Return where a plain forward pass over a whole row finds other tokens than `answer`, None if it does not."""
+    if not answer:
+        return None
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0].float()
+    gap = (logits.amax(-1).float() - chosen) / logits.abs().amax(-1).float()
+    dtype = logits.dtype
+    if torch.is_autocast_enabled(model.device.type):
+        dtype = torch.get_autocast_dtype(model.device.type)
+    worst = float(gap.max())
+    if worst <= TOLERANCE[dtype]:
+        return None
+    return (
+        f"token {int(gap.argmax()) + 1} of an answer is not the best one of a plain pass, by {worst:.1%} of its logits"
+    )
