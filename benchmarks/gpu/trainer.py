@@ -284,11 +284,11 @@ def main() -> None:
                 result = train(folder, precision, [f"training.precision={precision}"], 60, 10)
                 print("RESULT", json.dumps(result), flush=True)
         elif sys.argv[2] == "answers":
-            write_rows(folder / "eval.jsonl", 200, 400, answer=' t99 {"label": 1}')
+            write_rows(folder / "eval.jsonl", 200, 400, answer=' t99 {"predicted_label": 1}')
             wanted = [f"dataset.eval=file://{folder}/eval.jsonl", *ANSWERS]
-            for name, script in (("generate", GENERATE), ("decode", ""), ("decode, 24 GiB", limited(24))):
+            for name, script in (("decode", ""), ("decode, 24 GiB", limited(24)), ("generate", GENERATE)):
                 if _wanted(name):
-                    print("RESULT", json.dumps(train(folder, name, wanted, 20, 5, script=script)), flush=True)
+                    print("RESULT", json.dumps(train(folder, name, wanted, 10, 5, script=script)), flush=True)
         elif sys.argv[2] == "losses":
             for name, settings in (("plain", PLAIN), ("engine", [])):
                 once = [*settings, "lora.dropout=0"]
