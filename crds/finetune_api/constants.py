@@ -51,6 +51,8 @@ ENV_ATTEMPT: Final = "FINETUNE_ATTEMPT"
 ENV_NODE: Final = "FINETUNE_NODE"  # the pod's node; set in pods of the operator alone
 # Shell patterns of the S3 endpoints an administrator allows, with commas between; none: any.
 ENV_ALLOWED_S3_ENDPOINTS: Final = "FINETUNE_ALLOWED_S3_ENDPOINTS"
+# The same for the endpoints of model hubs and experiment trackers.
+ENV_ALLOWED_ENDPOINTS: Final = "FINETUNE_ALLOWED_ENDPOINTS"
 ENV_STORE_PATIENCE: Final = "FINETUNE_STORE_PATIENCE"  # seconds to wait for a store that is out of reach
 ENV_STORE_TIMEOUT: Final = "FINETUNE_STORE_TIMEOUT"  # seconds to wait for one answer of a store
 

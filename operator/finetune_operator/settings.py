@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from finetune_api.fields import Quantity
+
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -49,7 +51,7 @@ class Settings(BaseSettings):
     trainer_env: dict[str, str] = {}
     """More environment variables for the trainer, such as proxies. Never secrets."""
     node_selector: dict[str, str] = {}
-    """Node labels to require; a job's own selector wins."""
+    """Node labels to require; a job that asks for another value of one is rejected."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Taints to tolerate, besides a job's own."""
     pod_annotations: dict[str, str] = {}
@@ -59,15 +61,33 @@ class Settings(BaseSettings):
     termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
     """Seconds between SIGTERM and SIGKILL. A trainer that cannot save within them resumes from an older checkpoint."""
     scratch_size_limit: str | None = None
-    """Limit of the scratch volume, such as 100Gi; a pod that exceeds it is evicted. null: no limit."""
+    """Limit of the scratch volume, and of /tmp, such as 100Gi; a pod that exceeds it is evicted. null: no limit."""
+    default_memory: Quantity | None = None
+    """Memory request and limit of a pod whose job sets no resources.memory, such as 64Gi. null: none."""
+    host_users: bool = True
+    """Whether pods share the node's user ids. false gives each pod a user namespace (the node must support it)."""
+    isolated_namespaces: tuple[str, ...] = ()
+    """Namespaces with the chart's NetworkPolicy for trainers; there, only pods of one job reach each other."""
 
     # What is allowed
     allowed_images: tuple[str, ...] = ()
-    """Patterns (shell wildcards) that spec.image must match. Empty: only the operator's own image."""
+    """Patterns that spec.image must match, part by part. Empty: only the operator's own image."""
     allowed_s3_buckets: tuple[str, ...] = ()
     """Patterns that every s3:// bucket must match. Empty: any."""
     allowed_s3_endpoints: tuple[str, ...] = ()
     """Patterns that the endpoint URL in a Secret must match; the trainer checks it. Empty: any."""
+    allowed_hub_endpoints: tuple[str, ...] = ()
+    """The same for the endpoints of model hubs and experiment trackers."""
+    allowed_gpu_resources: tuple[str, ...] = ()
+    """Patterns that resources.gpuResource must match. Empty: any."""
+    allowed_priority_classes: tuple[str, ...] = ()
+    """Patterns that resources.priorityClassName must match. Empty: any but system-*."""
+    allowed_runtime_classes: tuple[str, ...] = ()
+    """Patterns that resources.runtimeClassName must match. Empty: any."""
+    allowed_tolerations: tuple[str, ...] = ()
+    """Patterns that the taint keys of resources.tolerations must match, besides `tolerations`. Empty: any."""
+    max_shared_memory: Quantity | None = "64Gi"
+    """Largest resources.sharedMemory, which takes the node's memory. null: any."""
     allow_remote_code: bool = False
     """Whether jobs may set model.trustRemoteCode."""
     allow_file_output: bool = False

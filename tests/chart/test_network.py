@@ -8,6 +8,7 @@ import helm_python
 import pytest
 import yaml
 
+from finetune_operator.core.builders import torchrun
 from support.docs.chart import (
     CHART,
     NAMESPACE,
@@ -217,6 +218,20 @@ def test_progress_and_metrics_are_read_by_the_operator_and_by_monitoring_alone()
         assert allows(policy, "ingress", port, {"namespace": "monitoring", "labels": {"app": "prometheus"}})
         assert not allows(policy, "ingress", port, {"namespace": "elsewhere", "labels": {"app": "prometheus"}})
         assert not allows(policy, "ingress", port, {"namespace": NAMESPACE, "labels": {"app": "database"}})
+
+
+def test_the_ports_of_a_job_are_open_to_its_own_pods_alone() -> None:
+    """torchrun's rendezvous asks nobody: what the chart's policy and the operator's for a job let in together."""
+    _, trainers = policies()
+    job = torchrun.network_policy("nli", {"namespace": NAMESPACE})
+    job["spec"]["policyTypes"].append("Egress")  # as `allows` wants it
+    for labels, is_let_in in ((TRAINER, True), ({"finetune.dev/job": "nli2"}, False), ({"app": "database"}, False)):
+        peer = {"namespace": NAMESPACE, "labels": labels}
+        assert any(allows(policy, "ingress", 29500, peer) for policy in (trainers, job)) is is_let_in
+        assert not allows(trainers, "ingress", 9400, peer)
+    assert selects(job["spec"]["podSelector"], TRAINER)
+    assert not selects(job["spec"]["podSelector"], {"finetune.dev/job": "nli2"})
+    assert not allows(job, "ingress", 29500, {"namespace": "elsewhere", "labels": TRAINER})
 
 
 def test_an_operator_for_every_namespace_reads_progress_in_every_namespace() -> None:

@@ -72,7 +72,8 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         access = cluster.access_of_service_account(namespace, ACCOUNT)
         kubeconfig = access.write_kubeconfig(folder / "kubeconfig")
         path = {"PATH": fake_trainer.install(folder / "bin")}
-        settings = {"namespaces": [namespace], "stalled_seconds": 5, "termination_grace_seconds": 5}
+        settings = {"namespaces": [namespace], "isolated_namespaces": [namespace]}
+        settings |= {"stalled_seconds": 5, "termination_grace_seconds": 5}
         account = Kube(access, namespace)
         with (
             ProcessNode(cluster, namespace, folder, env=path) as node,

@@ -52,7 +52,8 @@ def test_the_charts_defaults_are_the_operators(monkeypatch: pytest.MonkeyPatch) 
     found = settings_of(monkeypatch, environment()).model_dump()
     defaults = Settings.model_construct().model_dump()
     different = {field for field in found if found[field] != defaults[field]}
-    assert different <= {"namespaces", "trainer_image"}
+    assert different <= {"namespaces", "isolated_namespaces", "trainer_image"}
+    assert found["isolated_namespaces"] == (NAMESPACE,)  # the chart's NetworkPolicy for trainers is there
     assert found["namespaces"] == (NAMESPACE,)
     assert found["trainer_image"] == "finetune-trainer:0.1.0"  # what `make images` makes; the chart always names it
 
@@ -77,3 +78,12 @@ def test_no_gpus_at_all_is_a_limit_and_not_its_absence(monkeypatch: pytest.Monke
     none = settings_of(monkeypatch, environment({"policy": {"maxGpusPerJob": 0}}))
     unlimited = settings_of(monkeypatch, environment())
     assert (none.max_gpus_per_job, unlimited.max_gpus_per_job) == (0, None)
+
+
+def test_jobs_are_isolated_only_where_the_charts_policy_lets_the_operator_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    off: dict[str, Any] = {"enabled": False}
+    everywhere: dict[str, Any] = {"watch": {"allNamespaces": True}}
+    assert settings_of(monkeypatch, environment({"networkPolicy": off})).isolated_namespaces == ()
+    assert settings_of(monkeypatch, environment(everywhere)).isolated_namespaces == ()
+    named = {**everywhere, "networkPolicy": {"trainer": {"namespaces": ["research"]}}}
+    assert settings_of(monkeypatch, environment(named)).isolated_namespaces == ("research",)

@@ -125,6 +125,11 @@ REFUSED = [
     ("trainer: {terminationGracePeriodSeconds: 0}", "/trainer/terminationGracePeriodSeconds"),
     ("policy: {maxGpusPerJob: -1}", "/policy/maxGpusPerJob"),
     ("policy: {allowedS3Endpoints: ['https://s3.example.com*']}", "/policy/allowedS3Endpoints/0"),
+    ("policy: {allowedHubEndpoints: ['https://huggingface.co*']}", "/policy/allowedHubEndpoints/0"),
+    ("policy: {allowedImages: ['registry.example.com*/team/trainer']}", "/policy/allowedImages/0"),
+    ("policy: {allowedImages: ['registry.example.com/team/trainer:']}", "/policy/allowedImages/0"),
+    ("policy: {maxSharedMemory: 64 GB}", "/policy/maxSharedMemory"),
+    ("trainer: {defaultMemory: lots}", "/trainer/defaultMemory"),
     ("policy: {maxGpusPerJobByNamespace: {research: many}}", "/policy/maxGpusPerJobByNamespace/research"),
     ("operator: {logLevel: verbose}", "/operator/logLevel"),
     ("operator: {workers: 0}", "/operator/workers"),
@@ -149,6 +154,20 @@ def test_patterns_of_endpoints_that_end_elsewhere_are_taken() -> None:
     patterns = ["*", "https://*", "http://127.0.0.1:*", "https://*.example.com", "https://s3.example.com/*"]
     with helm_python.Chart.load(CHART) as chart:
         chart.validate_schema(chart.merge_values({"policy": {"allowedS3Endpoints": patterns}}))
+
+
+def test_patterns_of_images_are_taken() -> None:
+    patterns = [
+        "*",
+        "*/*",
+        "trainer:1.*",
+        "*.example.com/team/*",
+        "r.example:5000/a:1",
+        "r.example:*/a",
+        "r.example/a@sha256:*",
+    ]
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(chart.merge_values({"policy": {"allowedImages": patterns}}))
 
 
 def test_rendering_checks_the_schema_too() -> None:

@@ -56,16 +56,20 @@ def test_gauges_of_single_jobs_are_bounded(start_operator: StartOperator, node: 
 @pytest.mark.parametrize(
     ("setting", "spec", "rule"),
     [
-        ({"allowed_images": ["ghcr.io/team/*"]}, {"image": "docker.io/evil:1"}, "allowed_images"),
-        ({"max_gpus_per_job": 2}, {"resources": {"gpusPerNode": 4}, "training": {"batchSize": 16}}, "max_gpus_per_job"),
-        ({"allowed_s3_buckets": ["team-*"]}, {}, "allowed_s3_buckets"),
+        ({"allowed_images": ["ghcr.io/team/*"]}, {"image": "docker.io/evil:1"}, "policy.allowedImages"),
+        (
+            {"max_gpus_per_job": 2},
+            {"resources": {"gpusPerNode": 4}, "training": {"batchSize": 16}},
+            "policy.maxGpusPerJob",
+        ),
+        ({"allowed_s3_buckets": ["team-*"]}, {}, "policy.allowedS3Buckets"),
         (
             {},
             {"model": {"source": "hf://example/model", "revision": "a" * 40, "trustRemoteCode": True}},
-            "allow_remote_code",
+            "policy.allowRemoteCode",
         ),
-        ({}, {"output": {"uri": "file:///adapters/nli"}}, "allow_file_output"),
-        ({}, {"dataset": {"train": "file:///var/run/secrets/finetune/output"}}, "protected_paths"),
+        ({}, {"output": {"uri": "file:///adapters/nli"}}, "file output"),
+        ({}, {"dataset": {"train": "file:///var/run/secrets/finetune/output"}}, "protected paths"),
     ],
 )
 def test_an_administrators_rule_refuses_by_its_name(setting, spec, rule, start_operator: StartOperator, jobs: Jobs):
@@ -80,12 +84,15 @@ def test_an_administrators_rule_refuses_by_its_name(setting, spec, rule, start_o
 def test_defaults_of_the_administrator_reach_the_pods(start_operator: StartOperator, jobs: Jobs):
     toleration = {"key": "gpu", "operator": "Exists"}
     endpoints = ["https://s3.example.com", "https://*.internal"]
-    start_operator(node_selector={"pool": "gpu", "zone": "a"}, tolerations=[toleration], allowed_s3_endpoints=endpoints)
+    limits = {"default_memory": "32Gi", "host_users": False}
+    start_operator(node_selector={"pool": "gpu"}, tolerations=[toleration], allowed_s3_endpoints=endpoints, **limits)
     own = {"key": "spot", "operator": "Exists"}
     jobs.create("nli", resources={"gpusPerNode": 0, "nodeSelector": {"zone": "b"}, "tolerations": [own]})
     pod = wait_until(lambda: jobs.children("nli"), "its Job")[0]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"pool": "gpu", "zone": "b"}
     assert pod["tolerations"] == [own, toleration]
+    assert pod["hostUsers"] is False
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi"}
     env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
     assert env["FINETUNE_ALLOWED_S3_ENDPOINTS"] == ",".join(endpoints)
 

@@ -32,9 +32,18 @@
   "RUN_AS_USER" $trainer.runAsUser
   "TERMINATION_GRACE_SECONDS" $trainer.terminationGracePeriodSeconds
   "SCRATCH_SIZE_LIMIT" $trainer.scratchSizeLimit
+  "DEFAULT_MEMORY" $trainer.defaultMemory
+  "HOST_USERS" $trainer.hostUsers
+  "ISOLATED_NAMESPACES" (.Values.networkPolicy.enabled | ternary (include "finetune-operator.trainerNamespaces" . | fromJson).items list)
   "ALLOWED_IMAGES" $policy.allowedImages
   "ALLOWED_S3_BUCKETS" $policy.allowedS3Buckets
   "ALLOWED_S3_ENDPOINTS" $policy.allowedS3Endpoints
+  "ALLOWED_HUB_ENDPOINTS" $policy.allowedHubEndpoints
+  "ALLOWED_GPU_RESOURCES" $policy.allowedGpuResources
+  "ALLOWED_PRIORITY_CLASSES" $policy.allowedPriorityClasses
+  "ALLOWED_RUNTIME_CLASSES" $policy.allowedRuntimeClasses
+  "ALLOWED_TOLERATIONS" $policy.allowedTolerations
+  "MAX_SHARED_MEMORY" $policy.maxSharedMemory
   "ALLOW_REMOTE_CODE" $policy.allowRemoteCode
   "MAX_GPUS_PER_JOB" $policy.maxGpusPerJob
   "MAX_GPUS_PER_JOB_BY_NAMESPACE" $policy.maxGpusPerJobByNamespace

@@ -1,13 +1,15 @@
 """Decide whether a job may run: first its spec, then the administrator's rules. One function per rule."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from finetune_api import constants, manifest, uri
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.core import image_reference
+from finetune_operator.core.objects import quantity
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
@@ -40,20 +42,20 @@ def read_spec(job: JobObject) -> FineTuneJobSpec | Rejection:
 
 def check_policy(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Rejection | None:
     """Return the first administrator's rule that the job breaks; None when it breaks none."""
-    for rule in _RULES:
+    for name, rule in RULES.items():
         for sentence in rule(job, spec, policy):
-            name = rule.__name__.removeprefix("_")
             return Rejection(REFUSED, f"{sentence} (administrator's rule {name})")
     return None
 
 
-def _allowed_images(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
-    patterns = policy.allowed_images
-    if spec.image and spec.image != policy.trainer_image and not any(fnmatchcase(spec.image, p) for p in patterns):
-        yield f"spec.image: {spec.image} is not allowed; allowed: {', '.join((policy.trainer_image, *patterns))}"
+def _images(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    allowed = policy.allowed_images
+    is_own = spec.image in (None, policy.trainer_image)
+    if spec.image and not is_own and not any(image_reference.is_allowed(spec.image, pattern) for pattern in allowed):
+        yield f"spec.image: {spec.image} is not allowed; allowed: {', '.join((policy.trainer_image, *allowed))}"
 
 
-def _max_gpus_per_job(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+def _gpus(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
     limit = policy.max_gpus_per_job_by_namespace.get(job.namespace, policy.max_gpus_per_job)
     asked = spec.resources.nodes * spec.resources.gpus_per_node
     if limit is not None and asked > limit:
@@ -63,21 +65,58 @@ def _max_gpus_per_job(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -
         )
 
 
-def _allowed_s3_buckets(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+def _gpu_resources(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    if spec.resources.gpus_per_node:
+        yield from _not_in(policy.allowed_gpu_resources, "spec.resources.gpuResource", spec.resources.gpu_resource)
+
+
+def _shared_memory(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    asked, limit = spec.resources.shared_memory, policy.max_shared_memory
+    if limit is not None and quantity.value(asked) > quantity.value(limit):
+        yield f"spec.resources.sharedMemory: {asked} is more than the {limit} that a pod may have"
+
+
+def _priority_classes(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    field, asked = "spec.resources.priorityClassName", spec.resources.priority_class_name
+    if asked:
+        yield from _not_in(policy.allowed_priority_classes, field, asked)
+        if asked.startswith("system-") and not policy.allowed_priority_classes:
+            yield f"{field}: {asked} is for the cluster's own pods and would evict them; take another class"
+
+
+def _runtime_classes(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    if asked := spec.resources.runtime_class_name:
+        yield from _not_in(policy.allowed_runtime_classes, "spec.resources.runtimeClassName", asked)
+
+
+def _tolerations(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    """Compare keys. A toleration without one tolerates every taint: only the pattern * allows it."""
+    for index, toleration in enumerate(spec.resources.tolerations or ()):
+        if toleration.manifest() not in policy.tolerations:
+            field = f"spec.resources.tolerations[{index}].key"
+            yield from _not_in(policy.allowed_tolerations, field, toleration.key or "")
+
+
+def _node_selector(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+    for label, value in (spec.resources.node_selector or {}).items():
+        required = policy.node_selector.get(label, value)
+        if value != required:
+            yield f"spec.resources.nodeSelector: {label}={value} is not allowed; trainers run on {label}={required}"
+
+
+def _s3_buckets(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
     for field, value in _uris(spec):
         place = uri.parse(value)
-        if policy.allowed_s3_buckets and place.scheme == "s3":
-            patterns = policy.allowed_s3_buckets
-            if not any(fnmatchcase(place.authority, pattern) for pattern in patterns):
-                yield f"{field}: bucket {place.authority} is not allowed; allowed: {', '.join(patterns)}"
+        if place.scheme == "s3":
+            yield from _not_in(policy.allowed_s3_buckets, field, place.authority, "bucket ")
 
 
-def _allow_remote_code(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+def _remote_code(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
     if spec.model.trust_remote_code and not policy.allow_remote_code:
         yield "spec.model.trustRemoteCode: not allowed on this cluster"
 
 
-def _allow_file_output(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
+def _file_output(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:
     for field, value in (("spec.output.uri", spec.output.uri), ("spec.checkpoint.uri", spec.checkpoint.uri)):
         if value and value.startswith("file://") and not policy.allow_file_output:
             yield f"{field}: {value} would be lost with the pod; use s3://bucket/key or pvc://claim/path"
@@ -92,14 +131,28 @@ def _protected_paths(job: JobObject, spec: FineTuneJobSpec, policy: Settings) ->
             yield f"{field}: {value} is inside protected directory {root}"
 
 
-_RULES: tuple[Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]], ...] = (
-    _allowed_images,
-    _max_gpus_per_job,
-    _allowed_s3_buckets,
-    _allow_remote_code,
-    _allow_file_output,
-    _protected_paths,
-)
+#: The rules, by the name an administrator knows: the chart's value, or what has none.
+RULES: dict[str, Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]]] = {
+    "policy.allowedImages": _images,
+    "policy.maxGpusPerJob": _gpus,
+    "policy.allowedGpuResources": _gpu_resources,
+    "policy.maxSharedMemory": _shared_memory,
+    "policy.allowedPriorityClasses": _priority_classes,
+    "policy.allowedRuntimeClasses": _runtime_classes,
+    "policy.allowedTolerations": _tolerations,
+    "trainer.nodeSelector": _node_selector,
+    "policy.allowedS3Buckets": _s3_buckets,
+    "policy.allowRemoteCode": _remote_code,
+    "file output": _file_output,
+    "protected paths": _protected_paths,
+}
+
+
+def _not_in(allowed: Sequence[str], field: str, asked: str, what: str = "") -> Iterator[str]:
+    """Yield a sentence when there are `allowed` patterns and `asked` matches none."""
+    if allowed and not any(fnmatchcase(asked, pattern) for pattern in allowed):
+        shown = f"{what}{asked}" if asked else "an empty key, which tolerates every taint,"
+        yield f"{field}: {shown} is not allowed; allowed: {', '.join(allowed)}"
 
 
 def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:

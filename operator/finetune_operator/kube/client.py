@@ -26,7 +26,7 @@ _JSON = "application/json"
 #: Ask for answers without spec, data and status where only the metadata matters.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 _OWNED = {"fieldManager": constants.FIELD_MANAGER}
-_KINDS = (kinds.FINETUNE_JOB, kinds.JOB, kinds.POD, kinds.SERVICE, kinds.EVENT)
+_KINDS = (kinds.FINETUNE_JOB, kinds.JOB, kinds.POD, kinds.SERVICE, kinds.NETWORK_POLICY, kinds.EVENT)
 
 
 class ApiError(Exception):
@@ -62,7 +62,7 @@ class KubeClient:
     """The requests that the operator makes.
 
     Every method raises ApiError for an answer of 400 or more, OSError when the connection fails, or TimeoutError.
-    `more` are the kinds to reach besides FineTuneJobs, Jobs, pods, Services and events.
+    `more` are the kinds to reach besides FineTuneJobs, Jobs, pods, Services, NetworkPolicies and events.
     """
 
     def __init__(

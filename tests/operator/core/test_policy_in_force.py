@@ -36,8 +36,14 @@ SPECS = st.fixed_dictionaries(
             [{"train": f"{where}/train.jsonl"} for where in ("s3://ours", "s3://theirs", "file:///run")]
         ),
         "output": st.sampled_from([{"uri": "s3://ours/nli"}, {"uri": "s3://theirs/nli"}, {"uri": "file:///adapters"}]),
-        "resources": st.builds(
-            lambda nodes, each: {"nodes": nodes, "gpusPerNode": each}, st.integers(1, 2), st.sampled_from([0, 1, 4])
+        "resources": st.fixed_dictionaries(
+            {"nodes": st.integers(1, 2), "gpusPerNode": st.sampled_from([0, 1, 4])},
+            optional={
+                "nodeSelector": st.sampled_from([{"pool": "gpu"}, {"pool": "system"}]),
+                "tolerations": st.sampled_from([[{"key": "gpu"}], [{"operator": "Exists"}]]),
+                "priorityClassName": st.sampled_from(["low", "system-node-critical"]),
+                "sharedMemory": st.sampled_from(["1Gi", "1Ti"]),
+            },
         ),
         "suspend": st.booleans(),
     },
@@ -49,6 +55,10 @@ POLICIES = st.builds(
     allowed_s3_buckets=st.sampled_from([(), ("ours",)]),
     allow_remote_code=st.booleans(),
     allow_file_output=st.booleans(),
+    node_selector=st.sampled_from([{}, {"pool": "gpu"}]),
+    allowed_tolerations=st.sampled_from([(), ("gpu",)]),
+    allowed_priority_classes=st.sampled_from([(), ("low",)]),
+    max_shared_memory=st.sampled_from(["64Gi", None]),
     max_gpus_per_job=st.sampled_from([None, 0, 2]),
     max_gpus_per_job_by_namespace=st.sampled_from([{}, {"team": 1}]),
 )
@@ -73,7 +83,13 @@ def broken_rules(job: Object, policy: Settings) -> list[str]:
     gpus = job["spec"]["parallelism"] * container["resources"].get("limits", {}).get("nvidia.com/gpu", 0)
     most = policy.max_gpus_per_job_by_namespace.get("team", policy.max_gpus_per_job)
     buckets = policy.allowed_s3_buckets
+    pool, keys = pod.get("nodeSelector", {}).get("pool"), [t.get("key") for t in pod.get("tolerations", [])]
+    shm = next(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm")
     found = {
+        "pool": bool(policy.node_selector) and pool != "gpu",
+        "tolerations": bool(policy.allowed_tolerations) and None in keys,
+        "priority": pod.get("priorityClassName", "low") != "low",
+        "shared memory": policy.max_shared_memory is not None and shm == "1Ti",
         "image": container["image"] != OWN and (container["image"] != TEAMS or not policy.allowed_images),
         "gpus": most is not None and gpus > most,
         "buckets": any(u.startswith("s3:") and u.split("/")[2] not in buckets for u in uris) and bool(buckets),
@@ -189,7 +205,7 @@ def test_an_attempt_under_way_outlives_a_stricter_rule_and_the_next_one_is_refus
     world.exit_pods(exit_codes.ExitCode.PREEMPTED)
     world.settle()
     assert (world.outcome, world.condition("Accepted")["reason"]) == ("False", "PolicyRefused")
-    assert world.condition("Succeeded")["message"].endswith("(administrator's rule allowed_s3_buckets)")
+    assert world.condition("Succeeded")["message"].endswith("(administrator's rule policy.allowedS3Buckets)")
     assert (world.built, world.reasons) == (1, ["Preempted"])
 
 

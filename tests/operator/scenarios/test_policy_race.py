@@ -20,9 +20,9 @@ from support.server.server import Cluster
 Object = dict[str, Any]
 #: What no rule lets through by default -> the rule that must say so.
 ATTACKS: dict[str, tuple[Object, str]] = {
-    "image": ({"image": "registry.example.com/evil/trainer:1"}, "allowed_images"),
-    "code": ({"model": {"revision": "a" * 40, "trustRemoteCode": True}}, "allow_remote_code"),
-    "environ": ({"dataset": {"train": "file:///proc/self/environ"}}, "protected_paths"),
+    "image": ({"image": "registry.example.com/evil/trainer:1"}, "policy.allowedImages"),
+    "code": ({"model": {"revision": "a" * 40, "trustRemoteCode": True}}, "policy.allowRemoteCode"),
+    "environ": ({"dataset": {"train": "file:///proc/self/environ"}}, "protected paths"),
 }
 Hook = Callable[[str], Awaitable[None]]
 

@@ -108,6 +108,32 @@ def test_a_package_that_is_missing_is_named_with_the_setting(
         open_trackers.check_trackers(settings)
 
 
+@pytest.mark.parametrize(
+    "address", ["https://evil.example", "https://me:s3cret@evil.example/x.internal", "file:///s3cret", "databricks"]
+)
+def test_an_endpoint_that_the_administrator_does_not_allow_is_refused_by_the_rules_name(
+    address: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TRACKERS["mlflow"], "package", "json")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    open_trackers.check_trackers(settings)
+    monkeypatch.setenv(constants.ENV_ALLOWED_ENDPOINTS, "https://*.internal")
+    with pytest.raises(ConfigInvalid, match=r"^MLFLOW_TRACKING_URI: .*allowedHubEndpoints\)$") as refused:
+        open_trackers.check_trackers(settings)
+    assert "s3cret" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cret@mlflow.internal")
+    open_trackers.check_trackers(settings)
+
+
+def test_where_weights_and_biases_sends_to_is_told_to_its_client_and_checked(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = TRACKERS["wandb"](settings, tmp_path)
+    assert tracker.endpoint() == "https://api.wandb.ai"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.evil.example")
+    assert tracker.endpoint() == "https://wandb.evil.example"
+
+
 def test_each_tracker_has_a_role_of_the_api(settings: Settings, tmp_path: Path) -> None:
     assert {name: each.name for name, each in TRACKERS.items()} == {name: name for name in ("wandb", "mlflow")}
     assert {each(settings, tmp_path).role for each in TRACKERS.values()} <= set(constants.SECRET_ROLES)

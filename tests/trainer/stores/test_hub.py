@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
-from finetune_api import uri
+from finetune_api import constants, uri
 from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import StoreMisconfigured
 from finetune_trainer.stores.hub import fetch_from_hub
 from support.stores.hub import Hub
 
@@ -60,3 +62,30 @@ def test_a_file_server_on_another_host_never_sees_the_token(
     assert (folder / "config.json").read_bytes() == b'{"a": 1}'
     assert seen, "the file came from the other host"
     assert set(seen) == {None}
+
+
+def test_an_endpoint_in_a_secret_that_the_administrator_does_not_allow_is_asked_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(constants.ENV_ALLOWED_ENDPOINTS, "https://huggingface.co,https://*.internal")
+    secret = tmp_path / "secrets" / "model"
+    secret.mkdir(parents=True)
+    with _cdn(b"{}") as (address, seen):
+        for trick in (address, f"{address}/x.internal", f"{address}#.internal", address.replace("//", "//a.internal@")):
+            (secret / "HF_ENDPOINT").write_text(trick)
+            (secret / constants.ENV_ALLOWED_ENDPOINTS).write_text("*")
+            credentials = Credentials.for_role("model", secrets_dir=tmp_path / "secrets")
+            with pytest.raises(StoreMisconfigured) as refused:
+                fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "cache")
+            assert str(refused.value) == (
+                f"model.source: hf://me/model: HF_ENDPOINT {address} is not allowed here; allowed: "
+                "https://huggingface.co,https://*.internal (administrator's rule policy.allowedHubEndpoints)"
+            )
+        assert seen == []
+
+
+def test_the_hub_itself_needs_to_be_allowed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(constants.ENV_ALLOWED_ENDPOINTS, "https://hub.internal")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://huggingface.co")
+    with pytest.raises(StoreMisconfigured, match=r"https://huggingface\.co is not allowed here"):
+        fetch_from_hub(uri.parse("hf://me/model"), Credentials("model", {}), tmp_path / "cache")

@@ -13,6 +13,7 @@ from finetune_trainer.errors import ConfigInvalid, reason
 from finetune_trainer.reporting.tracker import Tracker
 from finetune_trainer.reporting.trackers import TRACKERS
 from finetune_trainer.settings import Settings
+from finetune_trainer.stores import endpoints
 
 log = structlog.get_logger(__name__)
 #: Takes the numbers of a step.
@@ -24,10 +25,12 @@ class TrackerFailed(Exception):
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise ConfigInvalid if a tracker is asked for whose package is not installed."""
+    """Raise ConfigInvalid if a tracker is asked for whose package is not installed or whose endpoint is not allowed."""
     for tracker in _configured(settings, Path()):
         if importlib.util.find_spec(tracker.package) is None:
             raise ConfigInvalid(f"{tracker.setting}: the {tracker.package} package is not installed here")
+        if (url := tracker.endpoint()) and (refusal := endpoints.refusal(url)):
+            raise ConfigInvalid(f"{tracker.setting}: {tracker.title} at {refusal}")
 
 
 @contextmanager

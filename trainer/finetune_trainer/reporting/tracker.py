@@ -47,6 +47,10 @@ class Tracker(ABC):
     def configured(self) -> bool:
         """Return whether the job or the environment asks for it."""
 
+    def endpoint(self) -> str | None:
+        """Return the URL it sends to, which the administrator must allow; None where it is none of the network."""
+        return None
+
     @abstractmethod
     def open(self) -> None:
         """Import the package and begin the job's run, or go on with it."""

@@ -12,6 +12,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm.auto import tqdm
 
 from finetune_api.uri import Uri
+from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.errors import (
@@ -57,6 +58,8 @@ def fetch_from_hub(
         reraise=True,
     )
     endpoint = _shown_endpoint(credentials, field)
+    if refusal := endpoints.refusal(endpoint):
+        raise StoreMisconfigured(f"{field}: {uri}: HF_ENDPOINT {refusal}")
     where = f"{field}: {uri} at {endpoint}"
     if endpoint != HUB:  # a mirror must not answer for the hub, nor for another mirror
         cache = cache / "mirrors" / endpoint.replace("://", "-").replace(":", "-")

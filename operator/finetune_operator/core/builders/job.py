@@ -1,4 +1,4 @@
-"""The objects one attempt needs: a Job, and a Service for several nodes.
+"""The objects one attempt needs: a Job, and for several nodes a Service and a NetworkPolicy.
 
 The resolved manifest is an annotation of the pods and is mounted from there (downward API). So an attempt and its
 manifest are one object, created at once, and no attempt can read the manifest of another.
@@ -37,7 +37,10 @@ def build(
     """
     made: list[Object] = []
     if spec.resources.nodes > 1:
-        made.append(torchrun.service(job.name, _metadata(job, torchrun.service_name(job.name))))
+        metadata = _metadata(job, torchrun.service_name(job.name))
+        made.append(torchrun.service(job.name, metadata))
+        if job.namespace in settings.isolated_namespaces:
+            made.append(torchrun.network_policy(job.name, metadata))
     made.append(_job(job, spec, attempt, micro_batch, settings))
     node_affinity.avoid(made[-1]["spec"]["template"]["spec"], avoided_nodes)
     return made

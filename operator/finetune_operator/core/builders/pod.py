@@ -34,7 +34,7 @@ def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str,
                 "args": arguments,
                 "env": _env(spec, name, attempt, settings),
                 "ports": [{"name": METRICS_PORT, "containerPort": constants.TRAINER_PORT, "protocol": "TCP"}],
-                "resources": _resources(spec),
+                "resources": _resources(spec, settings),
                 "volumeMounts": mounts,
                 "terminationMessagePath": constants.TERMINATION_LOG,
                 # A crash before the report, such as a failed import, shows its last lines. Logs never hold a secret.
@@ -52,6 +52,8 @@ def template(job: JobObject, spec: FineTuneJobSpec, name: str, labels: dict[str,
     }
     if settings.trainer_service_account:
         pod["serviceAccountName"] = settings.trainer_service_account
+    if not settings.host_users:
+        pod["hostUsers"] = False
     if settings.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
     if spec.resources.nodes > 1:
@@ -69,12 +71,12 @@ def _pod_security(settings: Settings) -> Object:
 
 
 def _placement(spec: FineTuneJobSpec, settings: Settings) -> Object:
-    """Return where the pod may run: the user's choice over the administrator's; tolerations of both."""
+    """Return where the pod may run: the administrator's node labels over the user's; tolerations of both."""
     asked = spec.resources.manifest()
     tolerations = [*asked.get("tolerations", [])]
     tolerations += [toleration for toleration in settings.tolerations if toleration not in tolerations]
     found: Object = {
-        "nodeSelector": {**settings.node_selector, **asked.get("nodeSelector", {})},
+        "nodeSelector": {**asked.get("nodeSelector", {}), **settings.node_selector},
         "tolerations": tolerations,
         "affinity": asked.get("affinity"),
         "priorityClassName": asked.get("priorityClassName"),
@@ -83,14 +85,15 @@ def _placement(spec: FineTuneJobSpec, settings: Settings) -> Object:
     return {key: value for key, value in found.items() if value}
 
 
-def _resources(spec: FineTuneJobSpec) -> Object:
+def _resources(spec: FineTuneJobSpec, settings: Settings) -> Object:
     asked = spec.resources
+    memory = settings.default_memory if asked.memory is None else asked.memory
     limits: Object = {}
     requests: Object = {}
     if asked.cpu is not None:
         requests["cpu"] = asked.cpu
-    if asked.memory is not None:
-        requests["memory"] = limits["memory"] = asked.memory
+    if memory is not None:
+        requests["memory"] = limits["memory"] = memory
     if asked.gpus_per_node:
         requests[asked.gpu_resource] = limits[asked.gpu_resource] = asked.gpus_per_node
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
@@ -107,10 +110,14 @@ def _env(spec: FineTuneJobSpec, name: str, attempt: int, settings: Settings) -> 
         constants.ENV_ATTEMPT: str(attempt),
         "HOME": constants.NO_HOME,
         "TMPDIR": TEMP_DIR,
+        # A container runtime shows every GPU of the node to an image that asks for all and to a pod that requests none.
+        **({} if spec.resources.gpus_per_node else {"NVIDIA_VISIBLE_DEVICES": "void"}),
         **settings.trainer_env,
     }
     if settings.allowed_s3_endpoints:
         values[constants.ENV_ALLOWED_S3_ENDPOINTS] = ",".join(settings.allowed_s3_endpoints)
+    if settings.allowed_hub_endpoints:
+        values[constants.ENV_ALLOWED_ENDPOINTS] = ",".join(settings.allowed_hub_endpoints)
     plain = [{"name": key, "value": value} for key, value in values.items()]
     node = {"name": constants.ENV_NODE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
     return [*plain, node, *torchrun.env(spec, name, settings.termination_grace_seconds)]
@@ -130,7 +137,7 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
     manifest = {"items": [{"path": constants.CONFIG_FILE, "fieldRef": field}]}
     mount("config", constants.CONFIG_DIR, {"downwardAPI": manifest}, True)
     mount("scratch", constants.SCRATCH_DIR, {"emptyDir": scratch})
-    mount("tmp", TEMP_DIR, {"emptyDir": {}})
+    mount("tmp", TEMP_DIR, {"emptyDir": scratch})
     mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
     for role, secret in secret_names(spec).items():
         source = {"secret": {"secretName": secret, "optional": False, "defaultMode": _SECRET_MODE}}

@@ -1,4 +1,4 @@
-"""Distributed training: torchrun, its rendezvous, and the headless Service for it."""
+"""Distributed training: torchrun, its rendezvous, and the Service and NetworkPolicy for it."""
 
 from typing import Any
 
@@ -64,4 +64,18 @@ def service(job_name: str, metadata: Object) -> Object:
             "selector": {constants.LABEL_JOB: job_name},
             "ports": [{"name": "rendezvous", "port": PORT, "protocol": "TCP"}],
         },
+    }
+
+
+def network_policy(job_name: str, metadata: Object) -> Object:
+    """Return the policy that lets the pods of this job reach each other; the chart's lets no other trainer in.
+
+    Neither torchrun's rendezvous nor NCCL knows who connects. NCCL chooses its ports, so all of them are open.
+    """
+    mine = {"matchLabels": {constants.LABEL_JOB: job_name}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {**metadata, "name": service_name(job_name)},
+        "spec": {"podSelector": mine, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": mine}]}]},
     }

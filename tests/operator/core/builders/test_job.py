@@ -179,14 +179,51 @@ def test_placement_reaches_the_pod_as_the_user_wrote_it():
     assert not set(asked) & set(pod_of(made())), "and nothing is there that nobody asked for"
 
 
-def test_a_users_placement_wins_over_the_administrators_and_tolerations_add_up():
+def test_the_administrators_node_labels_win_and_tolerations_add_up():
     ours = {"key": "spot", "operator": "Exists"}
     settings = Settings(node_selector={"zone": "b", "pool": "gpu"}, tolerations=(ours,))
     theirs = {"key": "gpu", "operator": "Exists"}
     pod = pod_of(made(settings=settings, resources={"nodeSelector": {"zone": "a"}, "tolerations": [theirs, ours]}))
-    assert pod["nodeSelector"] == {"zone": "a", "pool": "gpu"}
+    assert pod["nodeSelector"] == {"zone": "b", "pool": "gpu"}
     assert pod["tolerations"] == [theirs, ours]
 
 
 def test_a_crash_without_a_report_leaves_its_last_lines():
     assert pod_of(made())["containers"][0]["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_a_pod_without_gpus_is_shown_none():
+    assert env_of(made(resources={"gpusPerNode": 0}))["NVIDIA_VISIBLE_DEVICES"] == "void"
+    assert "NVIDIA_VISIBLE_DEVICES" not in env_of(made())
+
+
+def test_limits_of_the_administrator_hold_where_a_job_sets_none():
+    limits = Settings(default_memory="32Gi", scratch_size_limit="100Gi")
+    pod = pod_of(made(settings=limits))
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "32Gi"
+    sizes = {volume["name"]: volume["emptyDir"].get("sizeLimit") for volume in pod["volumes"] if "emptyDir" in volume}
+    assert sizes == {"scratch": "100Gi", "tmp": "100Gi", "shm": "8Gi"}
+    own = pod_of(made(settings=limits, resources={"memory": "64Gi"}))["containers"][0]["resources"]
+    assert own["limits"]["memory"] == own["requests"]["memory"] == "64Gi"
+
+
+def test_user_namespaces_are_by_choice():
+    assert "hostUsers" not in pod_of(made())
+    assert pod_of(made(settings=Settings(host_users=False)))["hostUsers"] is False
+
+
+def test_endpoints_that_are_allowed_are_told_to_the_trainer_in_its_own_environment():
+    told = env_of(made(settings=Settings(allowed_hub_endpoints=("https://huggingface.co", "https://*.internal"))))
+    assert told[constants.ENV_ALLOWED_ENDPOINTS] == "https://huggingface.co,https://*.internal"
+    assert constants.ENV_ALLOWED_ENDPOINTS not in env_of(made())
+
+
+def test_a_job_of_several_nodes_is_isolated_where_the_administrator_isolates():
+    isolated = Settings(isolated_namespaces=("team",))
+    service, policy, job = made(settings=isolated, **FULL)
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+    assert policy["metadata"]["ownerReferences"] == job["metadata"]["ownerReferences"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert policy["spec"]["podSelector"]["matchLabels"] == service["spec"]["selector"]
+    assert len(made(settings=isolated)) == 1, "one pod needs nobody"
+    assert len(made(settings=Settings(isolated_namespaces=("other",)), **FULL)) == 2

@@ -217,7 +217,7 @@ def test_an_endpoint_outside_the_administrators_list_is_refused_before_anything_
 ) -> None:
     bucket = s3.make_bucket()
     monkeypatch.setenv(constants.ENV_ALLOWED_S3_ENDPOINTS, "https://s3.example.com, https://*.internal")
-    with pytest.raises(StoreMisconfigured, match=r"not allowed here; allowed: .*allowed_s3_endpoints"):
+    with pytest.raises(StoreMisconfigured, match=r"not allowed here; allowed: .*policy.allowedS3Endpoints"):
         s3_store(s3, bucket).exists("a")
     secret = {constants.ENV_ALLOWED_S3_ENDPOINTS: "*"}
     with pytest.raises(StoreMisconfigured):

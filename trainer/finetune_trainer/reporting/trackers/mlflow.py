@@ -31,6 +31,9 @@ class MlflowTracker(Tracker):
     def configured(self) -> bool:
         return bool(self.credentials.get(_ADDRESS))
 
+    def endpoint(self) -> str | None:
+        return self.credentials.get(_ADDRESS)
+
     def open(self) -> None:
         variables = {key: value for key in _VARIABLES if (value := self.credentials.get(key))}
         os.environ.update(variables)  # where MLflow looks for them

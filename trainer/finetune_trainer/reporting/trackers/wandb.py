@@ -18,6 +18,9 @@ class WandbTracker(Tracker):
     def configured(self) -> bool:
         return self.job.spec.logging.wandb is not None
 
+    def endpoint(self) -> str:
+        return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
     def open(self) -> None:
         import wandb
 
@@ -33,6 +36,7 @@ class WandbTracker(Tracker):
             config=resolved_job(self.job)["spec"],
             dir=os.environ.get("WANDB_DIR", str(self.work)),
             settings=wandb.Settings(
+                base_url=self.endpoint(),
                 api_key=self.credentials.get("WANDB_API_KEY"),
                 silent=True,
                 console="off",

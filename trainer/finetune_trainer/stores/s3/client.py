@@ -1,7 +1,6 @@
 """boto3 clients with bounded timeouts and retries, and whole-file transfers in parallel parts."""
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ from botocore.exceptions import InvalidRegionError, PartialCredentialsError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
+from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.digest import Digest
@@ -111,11 +111,9 @@ def _endpoint_key(credentials: Credentials) -> str:
 def is_allowed(credentials: Credentials, allowed: str) -> bool:
     """Return whether the endpoint matches one of the `allowed` shell patterns (comma-separated; empty allows any).
 
-    Only its scheme, host and port are compared: no path, user or query can make another host match.
+    See endpoints.is_allowed.
     """
-    endpoint = origin(endpoint_of(credentials) or AMAZON)
-    patterns = [pattern.strip().rstrip("/") for pattern in allowed.split(",") if pattern.strip()]
-    return not patterns or any(fnmatchcase(endpoint, pattern) for pattern in patterns)
+    return endpoints.is_allowed(endpoint_of(credentials) or AMAZON, allowed)
 
 
 def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Clients:

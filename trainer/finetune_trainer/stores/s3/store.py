@@ -183,7 +183,7 @@ class S3Store(Store):
                 if not s3_client.is_allowed(self._credentials, allowed):
                     raise StoreMisconfigured(
                         f"{self._location('').subject}: this endpoint is not allowed here; allowed: {allowed}"
-                        " (administrator's rule allowed_s3_endpoints)"
+                        " (administrator's rule policy.allowedS3Endpoints)"
                     )
                 try:
                     self._clients = s3_client.connect(self._credentials, self._timeout)
