@@ -16,7 +16,8 @@ V = TypeVar("V")
 #: Deleted pods kept per rank of a Job: a pod may be gone before its Job says that it failed, and with it the exit code.
 KEPT_DELETED_PODS = 3
 MAX_TOMBSTONES = 20_000
-MAX_WAIT_REASONS = 10_000
+#: Kept for each namespace, so that whoever writes many events pushes out only those of a namespace of theirs.
+MAX_WAIT_REASONS = 2_000
 MAX_OWN_WRITES = 1_000
 
 
@@ -33,7 +34,8 @@ class Cache:
         self._keys: dict[str, tuple[ObjectKey, ...]] = {}
         self._tombstones: OrderedDict[str, str] = OrderedDict()
         """What is known to be deleted; for a Job, the uid of its owner."""
-        self._wait_reasons: OrderedDict[str, WaitReason] = OrderedDict()
+        self._wait_reasons: dict[str, OrderedDict[str, WaitReason]] = {}
+        """By namespace and uid: whoever can write events in one namespace may name any uid."""
         self._listed: dict[tuple[str, str], int] = {}
         self._own_writes: OrderedDict[tuple[str, int], None] = OrderedDict()
 
@@ -84,9 +86,12 @@ class Cache:
         self._tombstones[uid] = view.owner if isinstance(view, Child) else self._tombstones.get(uid, "")
         while len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-        self._wait_reasons.pop(uid, None)
+        for key in keys:
+            self._forget_wait_reason(key.namespace, uid)
         self._deleted_pods.pop(uid, None)
-        if isinstance(view, Pod) and (view.exit or view.disruption or view.init) and view.owner in self._keys:
+        has_ended = isinstance(view, Pod) and (view.exit or view.disruption or view.init)
+        # A pod of another namespace, or of another job, may name any Job as its owner.
+        if isinstance(view, Pod) and has_ended and set(keys) & set(self._keys.get(view.owner, ())):
             deleted = [*self._deleted_pods.get(view.owner, []), view]
             spare = [pod.uid for pod in deleted if pod.index == view.index][:-KEPT_DELETED_PODS]
             self._deleted_pods[view.owner] = [pod for pod in deleted if pod.uid not in spare]
@@ -188,29 +193,40 @@ class Cache:
             children=children,
             deleted_pods=tuple(pod for uid in uids for pod in self._deleted_pods.get(uid, ())),
             tombstones={uid: self._tombstones[uid] for uid in owners if uid in self._tombstones},
-            wait_reasons={uid: self._wait_reasons[uid] for uid in uids if uid in self._wait_reasons},
+            wait_reasons={uid: reason for uid in uids if (reason := self.wait_reason(key.namespace, uid))},
         )
 
-    def set_wait_reason(self, uid: str, reason: WaitReason) -> bool:
-        """Keep why object `uid` waits; return whether that is news.
+    def set_wait_reason(self, namespace: str, uid: str, reason: WaitReason) -> bool:
+        """Keep why object `uid` waits, as told in `namespace`; return whether that is news.
 
         It may come before the object itself, and a watch that restarts replays older ones.
         """
-        known = self._wait_reasons.get(uid)
+        known = self.wait_reason(namespace, uid)
         if uid in self._tombstones or (known and known.at and reason.at and reason.at < known.at):
             return False
-        self._wait_reasons[uid] = reason
-        while len(self._wait_reasons) > MAX_WAIT_REASONS:
-            self._wait_reasons.popitem(last=False)
+        kept = self._wait_reasons.setdefault(namespace, OrderedDict())
+        kept[uid] = reason
+        while len(kept) > MAX_WAIT_REASONS:
+            kept.popitem(last=False)
         return known != reason
 
-    def retract(self, uid: str, reason: str, message: str | None = None) -> bool:
+    def wait_reason(self, namespace: str, uid: str) -> WaitReason | None:
+        """Return why the object `uid` of `namespace` waits."""
+        return self._wait_reasons.get(namespace, {}).get(uid)
+
+    def retract(self, namespace: str, uid: str, reason: str, message: str | None = None) -> bool:
         """Forget why object `uid` waits if it is for `reason` (with that very message); return whether it was."""
-        known = self._wait_reasons.get(uid)
+        known = self.wait_reason(namespace, uid)
         if known is None or known.reason != reason or message not in (None, known.message):
             return False
-        del self._wait_reasons[uid]
+        self._forget_wait_reason(namespace, uid)
         return True
+
+    def _forget_wait_reason(self, namespace: str, uid: str) -> None:
+        if kept := self._wait_reasons.get(namespace):
+            kept.pop(uid, None)
+            if not kept:
+                del self._wait_reasons[namespace]
 
     def keys_of_uid(self, uid: str) -> tuple[ObjectKey, ...]:
         """Return the keys that a cached object belongs to."""

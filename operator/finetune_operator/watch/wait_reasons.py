@@ -15,6 +15,7 @@ from finetune_operator.core.objects import kinds, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject, WaitReason
 from finetune_operator.core.objects.raw import Raw
+from finetune_operator.core.status.conditions import MAX_MESSAGE
 from finetune_operator.core.status.wait_reason import QUEUED
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.urls import path
@@ -39,8 +40,9 @@ KUEUE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class WaitReasonUpdate:
-    """Why object `uid` waits; or, with `is_retracted`, that this reason is gone."""
+    """Why object `uid` waits, as told in `namespace`; or, with `is_retracted`, that this reason is gone."""
 
+    namespace: str
     uid: str
     reason: WaitReason
     is_retracted: bool = False
@@ -49,11 +51,10 @@ class WaitReasonUpdate:
 def from_event(obj: Raw, deleted: bool = False) -> WaitReasonUpdate | None:
     """Read why the involved object of an event waits. An event expires when nobody repeats it for an hour."""
     uid, reason = raw.text(obj, "involvedObject", "uid"), raw.text(obj, "reason")
-    return (
-        WaitReasonUpdate(uid, WaitReason(reason, raw.text(obj, "message"), _last_repeated(obj)), deleted)
-        if uid and reason
-        else None
-    )
+    if not uid or not reason:
+        return None
+    why = WaitReason(reason, raw.text(obj, "message")[:MAX_MESSAGE], _last_repeated(obj))
+    return WaitReasonUpdate(raw.text(obj, "metadata", "namespace"), uid, why, deleted)
 
 
 def _last_repeated(event: Raw) -> datetime | None:
@@ -68,12 +69,13 @@ def from_workload(obj: Raw, deleted: bool = False) -> WaitReasonUpdate | None:
     quota = _condition(obj, "QuotaReserved")
     if not uid or (not quota and not deleted):
         return None
-    if deleted or raw.condition(obj, "Admitted"):
-        return WaitReasonUpdate(uid, WaitReason(QUEUED, ""), is_retracted=True)
-    if quota.get("status") != "True":
-        return WaitReasonUpdate(uid, WaitReason(QUEUED, raw.text(quota, "message")))
-    checks = "; ".join(_checks(obj))
-    return WaitReasonUpdate(uid, WaitReason(QUEUED, f"quota is reserved; waiting for {checks or 'its admission'}"))
+    is_over, message = deleted or bool(raw.condition(obj, "Admitted")), ""
+    if not is_over and quota.get("status") != "True":
+        message = raw.text(quota, "message")
+    elif not is_over:
+        message = f"quota is reserved; waiting for {'; '.join(_checks(obj)) or 'its admission'}"
+    why = WaitReason(QUEUED, message[:MAX_MESSAGE])
+    return WaitReasonUpdate(raw.text(obj, "metadata", "namespace"), uid, why, is_over)
 
 
 def _condition(obj: Raw, kind: str) -> Raw:
@@ -162,10 +164,11 @@ class WaitReasonWatcher:
         """Put one update into the cache, and queue the jobs it changes."""
         if update is None:
             return
+        where, uid, reason = update.namespace, update.uid, update.reason
         if update.is_retracted:
-            changed = self._cache.retract(update.uid, update.reason.reason, update.reason.message or None)
+            changed = self._cache.retract(where, uid, reason.reason, reason.message or None)
         else:
-            changed = self._cache.set_wait_reason(update.uid, update.reason)
-        if changed:
-            for key in self._cache.keys_of_uid(update.uid):
+            changed = self._cache.set_wait_reason(where, uid, reason)
+        for key in self._cache.keys_of_uid(uid) if changed else ():
+            if key.namespace == where:
                 self._on_change(key)

@@ -204,6 +204,18 @@ def test_of_deleted_pods_every_rank_is_remembered_until_the_job_says_how_it_ende
     assert {pod.index: pod.exit.code for pod in observed.pods if pod.exit} == {0: 65} | dict.fromkeys(range(1, 40), 1)
 
 
+def test_a_deleted_pod_of_another_namespace_or_job_is_no_pod_of_ours_whomever_it_names_as_its_owner():
+    cache = Cache()
+    cache.put("FineTuneJob", job())
+    cache.put("Job", child())
+    for uid, change in (("p1", {"namespace": "evil"}), ("p2", {"labels": {"finetune.dev/job": "other"}})):
+        pod = ended(0, uid, code=77)
+        pod["metadata"] |= change
+        cache.put("Pod", pod)
+        cache.drop("Pod", pod)
+    assert observed_in(cache).pods == ()
+
+
 def test_a_rank_that_is_replaced_again_and_again_does_not_fill_the_memory():
     cache = Cache()
     cache.put("FineTuneJob", job())

@@ -10,7 +10,7 @@ import pytest
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WaitReason
 from finetune_operator.kube.client import ApiError
-from finetune_operator.watch.cache import Cache
+from finetune_operator.watch.cache import MAX_WAIT_REASONS, Cache
 from finetune_operator.watch.wait_reasons import (
     EVENT_SELECTORS,
     KUEUE_GROUP,
@@ -52,13 +52,18 @@ def said(known: Cache) -> dict[str, str]:
 
 
 def event(message: str, **times: Any) -> Object:
-    return {"involvedObject": {"uid": "p1", "kind": "Pod"}, "reason": "FailedMount", "message": message} | times
+    meta = {"namespace": "team"} | times.pop("metadata", {})
+    about = {"uid": "p1", "kind": "Pod"}
+    return {"metadata": meta, "involvedObject": about, "reason": "FailedMount", "message": message} | times
 
 
 def workload(*conditions: tuple[str, str, str], checks: list[Object] | None = None) -> Object:
     listed = [{"type": kind, "status": status, "message": message} for kind, status, message in conditions]
     labels = {"kueue.x-k8s.io/job-uid": "c1"}
-    return {"metadata": {"labels": labels}, "status": {"conditions": listed, "admissionChecks": checks or []}}
+    return {
+        "metadata": {"labels": labels, "namespace": "team"},
+        "status": {"conditions": listed, "admissionChecks": checks or []},
+    }
 
 
 OLD, NEW = "2026-11-01T12:00:00Z", "2026-11-01T12:10:00Z"
@@ -87,6 +92,33 @@ def test_an_event_that_is_repeated_later_in_the_same_words_is_no_news():
     words = [from_event(event("same", lastTimestamp=at)) for at in (OLD, NEW)]
     assert follow(known, *words) == [KEY]
     assert known.snapshot(KEY).wait_reasons["p1"].at == datetime(2026, 11, 1, 12, 10, tzinfo=UTC)
+
+
+def test_what_is_told_in_another_namespace_is_not_about_our_objects():
+    """Whoever can write events or Workloads in one namespace may name any uid."""
+    known = cache()
+    foreign = event("send your password to evil.example", metadata={"namespace": "evil"})
+    theirs = workload(("QuotaReserved", "False", "never"))
+    theirs["metadata"]["namespace"] = "evil"
+    foreign["involvedObject"]["namespace"] = "team"
+    assert follow(known, from_event(foreign), from_workload(theirs)) == []
+    assert said(known) == {}
+    ours = (from_event(event("ours")), from_workload(workload(("QuotaReserved", "False", "no quota"))))
+    follow(known, *ours, from_event(foreign), from_event(foreign, deleted=True), from_workload(theirs, deleted=True))
+    assert said(known) == {"p1": "ours", "c1": "no quota"}
+
+
+def test_a_namespace_full_of_events_pushes_out_its_own_alone_and_none_is_long():
+    known = cache()
+    follow(known, from_event(event("ours")))
+    for number in range(MAX_WAIT_REASONS + 5):
+        flood = event("x" * 100_000, metadata={"namespace": "evil"})
+        flood["involvedObject"]["uid"] = f"u{number}"
+        update = from_event(flood)
+        assert update and len(update.reason.message) <= 4096
+        follow(known, update)
+    assert said(known) == {"p1": "ours"}
+    assert [known.wait_reason("evil", f"u{number}") is None for number in (0, 4, 5)] == [True, True, False]
 
 
 def test_an_event_that_expires_is_no_longer_said_and_takes_no_other_with_it():
@@ -123,7 +155,7 @@ def test_a_workload_that_is_gone_says_nothing():
 
 def test_an_admitted_workload_leaves_the_job_controllers_words_alone():
     known = cache()
-    known.set_wait_reason("c1", WaitReason("FailedCreate", "exceeded quota"))
+    known.set_wait_reason("team", "c1", WaitReason("FailedCreate", "exceeded quota"))
     assert follow(known, from_workload(workload(("QuotaReserved", "True", ""), ("Admitted", "True", "")))) == []
     assert said(known) == {"c1": "exceeded quota"}
 
@@ -203,10 +235,7 @@ def test_kueue_is_not_looked_for_where_it_is_switched_off():
 
 
 def test_notices_come_from_events_and_workloads():
-    about = {"uid": "p1", "kind": "Pod"}
-    event = {"involvedObject": about, "reason": "FailedMount", "message": 'secret "x" not found'}
-    assert from_event(event) == WaitReasonUpdate("p1", WaitReason("FailedMount", 'secret "x" not found'))
-    condition = {"type": "QuotaReserved", "status": "False", "message": "no quota"}
-    workload = {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "c1"}}, "status": {"conditions": [condition]}}
-    assert from_workload(workload) == WaitReasonUpdate("c1", WaitReason("Queued", "no quota"))
-    assert from_workload({"metadata": {}, "status": {"conditions": "?"}}) is None
+    missing = from_event(event('secret "x" not found'))
+    assert missing == WaitReasonUpdate("team", "p1", WaitReason("FailedMount", 'secret "x" not found'))
+    queued = from_workload(workload(("QuotaReserved", "False", "no quota")))
+    assert queued == WaitReasonUpdate("team", "c1", WaitReason("Queued", "no quota"))

@@ -46,7 +46,7 @@ def uid(obj: dict[str, dict[str, str]]) -> str:
 def test_kueues_word_is_over_once_it_has_admitted_the_job():
     world = World(labels=QUEUE)
     world.settle()
-    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), NO_QUOTA)
+    world.cache.set_wait_reason("team", uid(world.jobs["nli-1"]), NO_QUOTA)
     assert scheduled(world) == ("Queued", f"waiting in queue gpu: {NO_QUOTA.message}")
     world.kueue_admits()
     assert scheduled(world) == ("Pending", "waiting for the pod of Job nli-1 to start")
@@ -58,14 +58,14 @@ def test_kueues_word_is_over_once_it_has_admitted_the_job():
 def test_a_queued_job_does_not_repeat_what_the_job_controller_said_before():
     world = World(labels=QUEUE)
     world.settle()
-    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota"))
+    world.cache.set_wait_reason("team", uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota"))
     assert scheduled(world) == ("Queued", "waiting for Kueue to admit it to queue gpu")
 
 
 def test_the_job_controllers_failure_is_over_once_there_are_pods():
     world = World()
     world.settle()
-    world.cache.set_wait_reason(uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota", START))
+    world.cache.set_wait_reason("team", uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded quota", START))
     assert scheduled(world) == ("FailedCreate", "exceeded quota")
     world.advance(5)
     name = pending_pod(world, reason="ContainerCreating")
@@ -73,7 +73,7 @@ def test_the_job_controllers_failure_is_over_once_there_are_pods():
     world.end_pod(name, 137, disrupted="evicted by API")
     assert scheduled(world) == ("Pending", "a pod was lost; Kubernetes is replacing it")
     world.cache.set_wait_reason(
-        uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded again", START + timedelta(seconds=6))
+        "team", uid(world.jobs["nli-1"]), WaitReason("FailedCreate", "exceeded again", START + timedelta(seconds=6))
     )
     assert scheduled(world) == ("FailedCreate", "exceeded again")
 
@@ -82,7 +82,7 @@ def test_a_failed_mount_is_over_once_the_volumes_are_mounted():
     world = World()
     world.settle()
     name = pending_pod(world, reason="ContainerCreating")
-    world.cache.set_wait_reason(uid(world.pods[name]), WaitReason("FailedMount", 'secret "x" not found'))
+    world.cache.set_wait_reason("team", uid(world.pods[name]), WaitReason("FailedMount", 'secret "x" not found'))
     assert scheduled(world)[0] == "FailedMount"
     world.pods[name]["status"]["conditions"] = [{"type": "PodReadyToStartContainers", "status": "True"}]
     world.changed("Pod", world.pods[name])
