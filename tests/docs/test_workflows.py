@@ -1,5 +1,6 @@
 """The workflows on GitHub: what they run is pinned, and is what the Makefile offers; and which tests a target takes."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,45 @@ def test_every_make_target_exists(path: Path) -> None:
     assert set(asked) <= targets
 
 
+@each_workflow
+def test_the_token_can_only_read_but_where_a_job_asks_for_more(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert all(isinstance(job.get("permissions", {}), dict) for job in workflow["jobs"].values()), "never write-all"
+    checkouts = [step for step in steps(path) if step.get("uses", "").startswith("actions/checkout@")]
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+@each_workflow
+def test_no_command_is_built_from_what_others_can_write(path: Path) -> None:
+    """GitHub pastes an expression into the script as it is; through `env` it stays data."""
+    assert [step["run"] for step in steps(path) if "${{" in step.get("run", "")] == []
+
+
+def test_a_release_is_signed_with_provenance_and_names_images_by_digest() -> None:
+    release = ROOT / ".github" / "workflows" / "release.yml"
+    scripts = "\n".join(step.get("run", "") for step in steps(release))
+    attested = [step["with"] for step in steps(release) if "attest-build-provenance" in step.get("uses", "")]
+    assert [each["subject-name"].rpartition("/")[2] for each in attested] == [
+        *("finetune-operator", "finetune-trainer", "finetune-operator")
+    ]
+    assert all(each["push-to-registry"] and "outputs" in each["subject-digest"] for each in attested)
+    signed = re.findall(r"cosign (sign|attest) .*?(\S+)$", scripts.replace('"', ""), re.MULTILINE)
+    assert [command for command, _ in signed] == ["sign", "attest", "sign"]
+    assert all(reference.endswith("@$digest") for _, reference in signed)
+    assert ".image.digest = strenv(OPERATOR)" in scripts and ".trainer.image.digest = strenv(TRAINER)" in scripts
+
+
+def test_the_update_bot_reads_every_file_that_pins() -> None:
+    config = json.loads((ROOT / ".github" / "renovate.json").read_text())
+    (pattern,) = config["pip_requirements"]["managerFilePatterns"]
+    assert re.search(pattern.strip("/"), "constraints.txt")
+    assert {"docker:pinDigests", "helpers:pinGitHubActionDigestsToSemver"} <= set(config["extends"])
+    assert all((ROOT / "images" / image / "Containerfile").exists() for image in ("operator", "trainer"))
+
+
 def test_the_night_runs_everything() -> None:
-    (workflow,) = WORKFLOWS
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
     text = yaml.safe_load(workflow.read_text())
     assert text[True]["schedule"], "YAML takes the key `on` for true"
     assert "make test-nightly" in [step.get("run") for step in steps(workflow)]

@@ -73,11 +73,12 @@ def test_no_shell_stands_between_the_kubelet_and_the_program(image: str) -> None
 
 
 @EACH
-def test_the_base_is_an_argument_pinned_to_a_patch_version(image: str) -> None:
+def test_the_base_is_an_argument_pinned_to_a_patch_version_and_a_digest(image: str) -> None:
     found = instructions(image)
     (base,) = [rest for keyword, rest in found if keyword == "ARG" and rest.startswith("BASE=")]
-    assert re.fullmatch(r"BASE=docker\.io/library/python:3\.\d+\.\d+-slim-bookworm", base)
-    assert {rest.split()[0] for keyword, rest in found if keyword == "FROM"} <= {"${BASE}", "${DEVEL_BASE}", "build"}
+    assert re.fullmatch(r"BASE=docker\.io/library/python:3\.\d+\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", base)
+    stages = {"${BASE}", "${DEVEL_BASE}", "build", "runtime"}
+    assert {rest.split()[0] for keyword, rest in found if keyword == "FROM"} <= stages
 
 
 def test_both_have_the_same_base() -> None:
@@ -170,7 +171,8 @@ def test_the_trainers_working_folder_is_its_users() -> None:
 
 
 def test_the_trainer_has_what_compiles_its_kernels() -> None:
-    (install,) = [rest for keyword, rest in last_stage("trainer") if keyword == "RUN" and "apt-get install" in rest]
+    assert last_stage("trainer")[0] == ("FROM", "runtime")
+    (install,) = [rest for keyword, rest in instructions("trainer") if keyword == "RUN" and "apt-get install" in rest]
     assert {"gcc", "libc6-dev", "--no-install-recommends"} <= set(install.split())
     assert "rm -rf /var/lib/apt/lists/*" in install
 
