@@ -212,7 +212,8 @@ class Cache:
 
     def wait_reason(self, namespace: str, uid: str) -> WaitReason | None:
         """Return why the object `uid` of `namespace` waits."""
-        return self._wait_reasons.get(namespace, {}).get(uid)
+        kept = self._wait_reasons.get(namespace)
+        return kept.get(uid) if kept else None
 
     def retract(self, namespace: str, uid: str, reason: str, message: str | None = None) -> bool:
         """Forget why object `uid` waits if it is for `reason` (with that very message); return whether it was."""

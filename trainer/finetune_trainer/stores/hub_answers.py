@@ -88,7 +88,7 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_file(value: Any) -> bool:
-    return isinstance(value, str) and artifact_manifest.is_safe(value) and value.isprintable()
+    return isinstance(value, str) and not artifact_manifest.fault_of_path(value)
 
 
 def _is_id(what: str, value: str) -> bool:
