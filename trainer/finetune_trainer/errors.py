@@ -7,7 +7,7 @@ from typing import ClassVar, Final
 
 from finetune_api.exit_codes import OUTCOMES, ExitCode
 from finetune_api.manifest import ManifestError
-from finetune_trainer.redact import without_userinfo
+from finetune_trainer.redact import redacted
 
 #: Exit code of a failure nobody foresaw, and its reason.
 UNEXPECTED: Final = 1
@@ -126,15 +126,15 @@ def _exit_code(error: BaseException) -> ExitCode | None:
 def _text(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted; run again to resume from the last checkpoint"
-    text = str(error).strip()
+    text = redacted(str(error).strip())
     if isinstance(error, TrainerError | ManifestError) or not text:
         return text
-    return without_userinfo(text.splitlines()[0].rstrip("."))
+    return text.splitlines()[0].rstrip(".")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the text of `error`; '' if it has none."""
-    return (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of the text of `error`, without secrets; '' if it has none."""
+    return (redacted(str(error)).strip().splitlines() or [""])[0]
 
 
 def reason(error: BaseException) -> str:

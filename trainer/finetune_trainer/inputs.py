@@ -1,5 +1,6 @@
 """Fetch what the spec names, into the shared cache or in place: the base model, data files, an earlier adapter."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Final
 
 import structlog
 
+from finetune_api import artifact_manifest, constants
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
 from finetune_trainer.data.dataset import DataFile
@@ -16,6 +18,8 @@ from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import BucketNotFound, StoreNotFound
 from finetune_trainer.stores.fetch import fetch
+from finetune_trainer.stores.mirror import WEIGHTS, mirror
+from finetune_trainer.stores.tree import Tree
 
 log = structlog.get_logger(__name__)
 #: Weights in formats that can run code when they are read, and copies for other frameworks.
@@ -33,7 +37,6 @@ _NEVER: Final = (
     "original/*",
     "consolidated*.safetensors",
 )
-_WEIGHTS: Final = "*.safetensors"
 #: The splits of a hub data set that suit a field, best first.
 _SPLITS: Final = {"spec.dataset.train": ("train",), "spec.dataset.eval": ("validation", "test")}
 
@@ -51,21 +54,22 @@ class ModelFiles:
     revision: str | None
 
 
-def fetch_model_metadata(settings: Settings, commit: str | None = None) -> ModelFiles:
+def fetch_model_metadata(settings: Settings, work: Path, commit: str | None = None) -> ModelFiles:
     """Fetch config.json, tokenizer and all other files of the base model except its weights.
 
     Args:
         settings: Name the model and where the cache is.
+        work: A folder of this process.
         commit: Commit that an earlier attempt pinned; it overrides `spec.model.revision`.
 
     Raises:
         ConfigInvalid: There is no config.json.
         StoreError: The model cannot be fetched.
     """
-    return _model(settings, (*_NEVER, _WEIGHTS), commit or settings.spec.model.revision)
+    return _model(settings, work / "model", (*_NEVER, WEIGHTS), commit or settings.spec.model.revision)
 
 
-def fetch_model_weights(settings: Settings, commit: str | None) -> Path:
+def fetch_model_weights(settings: Settings, work: Path, commit: str | None) -> Path:
     """Fetch the whole base model, safetensors weights included, and return its folder.
 
     Raises:
@@ -73,27 +77,36 @@ def fetch_model_weights(settings: Settings, commit: str | None) -> Path:
         StoreError: The model cannot be fetched.
     """
     source = settings.spec.model.source
-    folder = _model(settings, _NEVER, commit).folder
-    if not any(folder.glob(_WEIGHTS)):
+    folder = _model(settings, work / "base", _NEVER, commit).folder
+    if not any(folder.glob(WEIGHTS)):
         raise ConfigInvalid(
             f"spec.model.source: {source} has no .safetensors weights; other formats can run code and are not read"
         )
+    for index in folder.glob(f"{WEIGHTS}.index.json"):
+        _check_index(index, f"spec.model.source: {source}")
     return folder
 
 
-def fetch_adapter(settings: Settings) -> Path | None:
+def fetch_adapter(settings: Settings, work: Path) -> Path | None:
     """Fetch the adapter of `spec.lora.initFrom` to continue from; None if the spec names none.
 
     Raises:
-        ConfigInvalid: It is no adapter.
+        ConfigInvalid: It is no adapter, or one whose weights are not in the safetensors format.
         StoreError: The adapter cannot be fetched.
     """
-    source = settings.spec.lora.init_from
+    source, field = settings.spec.lora.init_from, "spec.lora.initFrom"
     if source is None:
         return None
-    folder = _fetch(settings, parse(source), "model", "spec.lora.initFrom", ("checkpoints/*", "training/*"))
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigInvalid(f"spec.lora.initFrom: {source} holds no adapter: adapter_config.json is missing")
+    uri, ignore = parse(source), (*_NEVER, "checkpoints/*", "training/*")
+    folder = mirror(
+        _tree(settings, uri, field), _fetch(settings, uri, "model", field, ignore), work / "adapter", ignore
+    )
+    if not (folder / constants.ADAPTER_CONFIG_FILE).is_file():
+        raise ConfigInvalid(f"{field}: {source} holds no adapter: {constants.ADAPTER_CONFIG_FILE} is missing")
+    if not (folder / constants.ADAPTER_WEIGHTS_FILE).is_file():
+        raise ConfigInvalid(
+            f"{field}: {source} has no {constants.ADAPTER_WEIGHTS_FILE}; other formats can run code and are not read"
+        )
     return folder
 
 
@@ -125,15 +138,16 @@ def _data_files(settings: Settings, source: str, field: str) -> list[DataFile]:
         raise
     except StoreNotFound as error:
         raise DatasetInvalid(str(error)) from None
-    if found.is_file():
-        return [DataFile(found, found.name, field)]
-    every = sorted(path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file())
+    tree = _tree(settings, uri, field)
+    if not found.is_dir():
+        return [DataFile(found, found.name, field, tree.open)]
+    every = sorted(path.relative_to(found).as_posix() for path in tree.files(found))
     paths = [path for path in every if is_data_file(path)]
     if not paths:
         raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
     if uri.scheme == "hf":
         paths = _of_split(paths, split, uri, field)
-    return [DataFile(found / path, path, field) for path in paths]
+    return [DataFile(found / path, path, field, tree.open) for path in paths]
 
 
 def _fetch_data(settings: Settings, uri: Uri, field: str) -> tuple[Uri, Path, str]:
@@ -151,12 +165,28 @@ def _fetch_data(settings: Settings, uri: Uri, field: str) -> tuple[Uri, Path, st
         return parent, _fetch(settings, parent, "dataset", field), name
 
 
-def _model(settings: Settings, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
-    uri = parse(settings.spec.model.source)
-    folder = _fetch(settings, uri, "model", "spec.model.source", ignore, revision)
+def _model(settings: Settings, target: Path, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
+    uri, field = parse(settings.spec.model.source), "spec.model.source"
+    found = _fetch(settings, uri, "model", field, ignore, revision)
+    folder = mirror(_tree(settings, uri, field), found, target, ignore)
     if not (folder / "config.json").is_file():
-        raise ConfigInvalid(f"spec.model.source: {uri} holds no model: config.json is missing")
-    return ModelFiles(folder, _commit(folder) or revision if uri.scheme == "hf" else None)
+        raise ConfigInvalid(f"{field}: {uri} holds no model: config.json is missing")
+    return ModelFiles(folder, _commit(found) or revision if uri.scheme == "hf" else None)
+
+
+def _check_index(index: Path, subject: str) -> None:
+    """Raise ConfigInvalid unless the index of sharded weights names files beside it."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ConfigInvalid(f"{subject}: {index.name} is no index of weights: weight_map is missing") from None
+    for name in names:
+        if not isinstance(name, str) or not artifact_manifest.is_safe(name) or not (index.parent / name).is_file():
+            raise ConfigInvalid(f"{subject}: {index.name} names {name!r}, which is no file of the model")
+
+
+def _tree(settings: Settings, uri: Uri, field: str) -> Tree:
+    return Tree.of(uri, field, settings.environment.model_cache)
 
 
 def _fetch(
@@ -189,9 +219,9 @@ def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit of a snapshot in the hub's cache (…/snapshots/<commit>/…)."""
-    parts = folder.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    """Return the commit of a snapshot in the hub's cache (…/models--org--name/snapshots/<commit>/…)."""
+    below = [part for part in (folder, *folder.parents) if part.parent.name == "snapshots"]
+    return below[0].name if below else None
 
 
 def _log_progress(field: str, uri: str, every: int = 1 << 30) -> Callable[[int], None]:

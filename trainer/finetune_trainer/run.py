@@ -32,7 +32,7 @@ def run(ctx: RunContext) -> Adapter | None:
             return ctx.succeeded(adapter, published_earlier(ctx, output, checkpoints))
 
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
-        model_files = fetch_model_metadata(settings, checkpoints.pinned_commit())
+        model_files = fetch_model_metadata(settings, ctx.directory.inputs, checkpoints.pinned_commit())
         train_files, eval_files = fetch_data_files(settings)
 
         # 3. Parse and check every row. No torch so far: bad input fails in about a second.
@@ -48,7 +48,7 @@ def run(ctx: RunContext) -> Adapter | None:
         base = steps.inspect_base_model(model_files, spec)
         data = tokenize(rows, base.tokenizer, spec)
         prompts = steps.eval_prompts(rows.eval, data.encoder, spec.evaluation)
-        if init_from := fetch_adapter(settings):
+        if init_from := fetch_adapter(settings, ctx.directory.inputs):
             steps.check_init_from(init_from, spec)
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
@@ -60,7 +60,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
     with ctx.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights"):
         # 7. Load and quantize the weights, attach the adapter, apply the plan.
-        weights = fetch_model_weights(settings, base.commit)
+        weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
         steps.seed(spec.training.seed)
         with weights_must_fit(spec.model.source, spec.quantization.bits):
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)

@@ -8,8 +8,9 @@ import pytest
 
 from finetune_api import constants
 from finetune_trainer.errors import failure_of
-from finetune_trainer.redact import without_userinfo
+from finetune_trainer.redact import redacted
 from finetune_trainer.stores.credentials import Credentials, origin
+from finetune_trainer.stores.errors import StoreMisconfigured
 
 ENV = {"AWS_ACCESS_KEY_ID": "env-id", "AWS_SECRET_ACCESS_KEY": "env-secret", "AWS_SESSION_TOKEN": "env-token"}
 
@@ -98,7 +99,7 @@ def test_what_is_no_url_is_not_echoed(value: str) -> None:
 
 def test_passwords_in_other_peoples_texts_are_cut_out() -> None:
     text = "Failed: http://me:CANARY@host:1/x and 'https://CANARY@other', mail me@host"
-    assert without_userinfo(text) == "Failed: http://host:1/x and 'https://other', mail me@host"
+    assert redacted(text) == "Failed: http://host:1/x and 'https://other', mail me@host"
     assert failure_of(RuntimeError(text)).message.startswith("Unexpected RuntimeError: Failed: http://host:1/x and ")
 
 
@@ -119,3 +120,20 @@ except ValueError as error:
         assert "Traceback" in text
         assert text.count("http://tracker:5000") == 2
         assert "CANARY" not in text
+
+
+@pytest.mark.parametrize("value", ["hf_CANARY\nx", "hf_CANARY\r\nX-Other: 1", "hf_CANARY x", "CANARYé", "\0CANARY"])
+@pytest.mark.parametrize("key", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN"])
+def test_a_value_that_no_header_can_carry_is_refused_by_its_key(key: str, value: str) -> None:
+    sentence = rf"^{key} must be one line of visible ASCII .* \(in the Secret named by model\.secretRef or in the env"
+    with pytest.raises(StoreMisconfigured, match=sentence) as caught:
+        Credentials("model", {key: value}).get(key)
+    assert "CANARY" not in str(caught.value)
+    assert Credentials("model", {key: "\n hf_CANARY \n"}).get(key) == "hf_CANARY", "space around it goes"
+
+
+def test_a_password_may_hold_any_visible_character() -> None:
+    credentials = Credentials("output", {"MLFLOW_TRACKING_PASSWORD": "pass wörd", "MLFLOW_TRACKING_USERNAME": "a\nb"})
+    assert credentials.get("MLFLOW_TRACKING_PASSWORD") == "pass wörd"
+    with pytest.raises(StoreMisconfigured, match="MLFLOW_TRACKING_USERNAME"):
+        credentials.get("MLFLOW_TRACKING_USERNAME")

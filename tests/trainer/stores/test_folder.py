@@ -6,9 +6,11 @@ import pytest
 
 from finetune_api import constants
 from finetune_api.uri import parse
+from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import (
     BucketNotFound,
+    LeadsOutside,
     StoreNotFound,
     StoreUnavailable,
 )
@@ -40,3 +42,47 @@ def test_a_folder_is_not_left(tmp_path: Path, path: str) -> None:
     store = open_store(parse(f"file://{tmp_path}/root"), Credentials("output", {}))
     with pytest.raises(StoreNotFound, match="leads out of"):
         store.write_bytes(path, b"x")
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> tuple[Store, Path]:
+    """A claim's store, and a folder outside the claim to which `out` and `file` of the claim lead."""
+    outside, root = tmp_path / "outside", tmp_path / "claims" / "data" / "root"
+    for folder in (outside, root):
+        folder.mkdir(parents=True)
+    (outside / "secret").write_text("CANARY")
+    (root / "out").symlink_to(outside)
+    (root / "file").symlink_to(outside / "secret")
+    env = {constants.ENV_PVC_ROOT: str(tmp_path / "claims")}
+    return open_store(parse("pvc://data/root"), Credentials("output", {}), env=env), outside
+
+
+def test_links_out_of_a_claim_are_neither_read_nor_written(linked: tuple[Store, Path], tmp_path: Path) -> None:
+    store, outside = linked
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for path in ("file", "out/secret"):
+        for touch in (
+            lambda path=path: store.exists(path),
+            lambda path=path: store.size(path),
+            lambda path=path: store.read_bytes(path),
+            lambda path=path: list(store.stream(path)),
+            lambda path=path: store.digest(path),
+            lambda path=path: store.download(path, tmp_path / "copy"),
+            lambda path=path: store.write_bytes(path, b"x"),
+            lambda path=path: store.write_bytes(path, b"x", if_none_match=True),
+            lambda path=path: store.upload(mine, path),
+            lambda path=path: store.delete(path),
+        ):
+            with pytest.raises(
+                LeadsOutside, match=r"output\.uri: pvc://data/root: .* leads out of .*/claims/data, thr"
+            ):
+                touch()
+    with pytest.raises(LeadsOutside):
+        store.list("out")
+    with pytest.raises(LeadsOutside):
+        store.upload(mine, "out/new/file")
+    assert store.list() == []
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert (outside / "secret").read_text() == "CANARY"
+    assert not (tmp_path / "copy").exists()

@@ -19,6 +19,11 @@ class RunDirectory:
     root: Path
 
     @property
+    def inputs(self) -> Path:
+        """What is read of the base model and of an earlier adapter."""
+        return self.root / "inputs"
+
+    @property
     def training(self) -> Path:
         return self.root / "adapter" / constants.TRAINING_DIR
 

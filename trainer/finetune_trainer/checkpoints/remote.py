@@ -55,7 +55,7 @@ def save(
     dropping old ones is logged, never raised.
     """
     target = folder_of(step)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     with _several_at_once() as pool:
         digests = {
             path.relative_to(folder).as_posix(): digest

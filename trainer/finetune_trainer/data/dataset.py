@@ -33,11 +33,13 @@ class DataFile:
         path: Where it is.
         name: What messages call it.
         field: The manifest's field that led to it.
+        open_file: Opens it.
     """
 
     path: Path
     name: str
     field: str = ""
+    open_file: readers.Open = lambda path: path.open("rb")
 
     @property
     def full_name(self) -> str:
@@ -46,7 +48,11 @@ class DataFile:
 
     def rows(self, row_format: RowFormat) -> Iterator[Row]:
         """Yield its rows, each with its problem if it is not of `row_format`."""
-        return (row_format.checked(row) for row in readers.read(self.path, self.full_name))
+        return (row_format.checked(row) for row in self.raw_rows())
+
+    def raw_rows(self) -> Iterator[Row]:
+        """Yield its rows as they are."""
+        return readers.read(self.path, self.full_name, self.open_file)
 
 
 class Rows(Sequence[Row]):
@@ -191,7 +197,7 @@ def _format(files: Sequence[DataFile], dataset: DatasetSpec) -> RowFormat:
     """Return the spec's format; for `auto` the one that the columns of the first usable row fit."""
     if dataset.format != "auto":
         return formats.named(dataset.format, dataset.text_field)
-    head = islice(chain.from_iterable(readers.read(file.path, file.full_name) for file in files), _BATCH)
+    head = islice(chain.from_iterable(file.raw_rows() for file in files), _BATCH)
     first = next((row for row in head if isinstance(row.data, dict)), None)
     if first is None:
         return formats.named("text", dataset.text_field)

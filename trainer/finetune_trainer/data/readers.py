@@ -1,23 +1,31 @@
 """Read rows from JSON Lines, JSON, CSV and Parquet files."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
+
+#: Opens a file to read its bytes.
+Open = Callable[[Path], BinaryIO]
+#: Yields the rows of an open file, which messages call by a name.
+Reader = Callable[[BinaryIO, str], Iterator[Row]]
 
 #: Metadata that tools leave beside the data (the `datasets` library skips the same names).
 _ABOUT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
-def read(path: Path, name: str) -> Iterator[Row]:
+def read(path: Path, name: str, open_file: Open) -> Iterator[Row]:
     """Yield the rows of a file; rows that cannot be parsed carry their problem.
 
     Args:
         path: The file.
         name: What messages call it.
+        open_file: Opens it.
 
     Raises:
         DatasetInvalid: The file's type is unknown, or it cannot be read at all.
@@ -26,7 +34,12 @@ def read(path: Path, name: str) -> Iterator[Row]:
     reader = _READERS.get(suffix)
     if reader is None:
         raise DatasetInvalid(f"{name}: has an unknown file type; known are {', '.join(sorted(_READERS))}")
-    return reader(path, name)
+    return _rows(reader, path, name, open_file)
+
+
+def _rows(reader: Reader, path: Path, name: str, open_file: Open) -> Iterator[Row]:
+    with open_file(path) as file:
+        yield from reader(file, name)
 
 
 def is_data_file(path: str) -> bool:
@@ -36,13 +49,12 @@ def is_data_file(path: str) -> bool:
     return Path(path).suffix.lower() in _READERS and not hidden and parts[-1] not in _ABOUT_DATA
 
 
-def _json_lines(path: Path, name: str) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield _parsed(raw, name, number)
+def _json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
+    for number, raw in enumerate(file, 1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if raw.strip():
+            yield _parsed(raw, name, number)
 
 
 def _parsed(raw: bytes, name: str, line: int) -> Row:
@@ -56,9 +68,9 @@ def _parsed(raw: bytes, name: str, line: int) -> Row:
         return Row(name, line, None, "is not usable JSON: nested too deep")
 
 
-def _json_array(path: Path, name: str) -> Iterator[Row]:
+def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DatasetInvalid(f"{name}: is not UTF-8 text") from None
     decoder = json.JSONDecoder()
@@ -90,34 +102,33 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
-def _csv(path: Path, name: str) -> Iterator[Row]:
+def _csv(file: BinaryIO, name: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
-                return
-            end = reader.line_num
-            for cells in reader:
-                start, end = end + 1, reader.line_num
-                if len(cells) == len(header):
-                    yield Row(name, start, dict(zip(header, cells, strict=True)))
-                elif cells:
-                    yield Row(name, start, None, f"has {len(cells)} cells; the header names {len(header)}")
-        except csv.Error as error:
-            yield Row(name, reader.line_num, None, f"is not CSV: {error}")
-        except UnicodeDecodeError:
-            yield Row(name, reader.line_num + 1, None, "is not UTF-8 text")
+    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        end = reader.line_num
+        for cells in reader:
+            start, end = end + 1, reader.line_num
+            if len(cells) == len(header):
+                yield Row(name, start, dict(zip(header, cells, strict=True)))
+            elif cells:
+                yield Row(name, start, None, f"has {len(cells)} cells; the header names {len(header)}")
+    except csv.Error as error:
+        yield Row(name, reader.line_num, None, f"is not CSV: {error}")
+    except UnicodeDecodeError:
+        yield Row(name, reader.line_num + 1, None, "is not UTF-8 text")
 
 
-def _parquet(path: Path, name: str) -> Iterator[Row]:
+def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for data in batch.to_pylist():
                 number += 1
                 yield Row(name, number, data)
@@ -125,7 +136,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         raise DatasetInvalid(f"{name}: is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+_READERS: dict[str, Reader] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

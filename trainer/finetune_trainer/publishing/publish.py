@@ -147,7 +147,10 @@ class AdapterOutput:
 def _digests(bundle: Bundle) -> dict[str, Digest]:
     """Return the digest of every file to publish, by path; large files last, so that errors show early."""
     folder = bundle.folder
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / constants.MANIFEST_FILE]
+    found = [path for path in folder.rglob("*") if path != folder / constants.MANIFEST_FILE]
+    if link := next((path for path in found if path.is_symlink()), None):
+        raise ValueError(f"{link} is a symbolic link: only files made by this run are published")
+    files = [path for path in found if path.is_file()]
     missing = [name for name in bundle.artifact.required_files if folder / name not in files]
     if missing:
         raise ValueError(f"{folder} holds no {bundle.artifact.kind.lower()}: {' and '.join(missing)} missing")

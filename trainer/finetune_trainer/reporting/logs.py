@@ -2,13 +2,14 @@
 
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 from rich.console import Console
 
-from finetune_trainer.redact import without_userinfo
+from finetune_trainer.redact import redacted
 
 #: The copy of the log in the run's scratch directory, and in the adapter's training/.
 LOG_FILE: Final = "log.txt"
@@ -46,6 +47,7 @@ def configure(console: Console | None = None, level: int = logging.INFO) -> None
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels
     logging.captureWarnings(True)
+    threading.excepthook = _log_thread_error
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
@@ -78,9 +80,17 @@ def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
     return f"{when}  {mark}{what}{rest}" + (f"\n{trace}" if trace else "")
 
 
-def _without_passwords(_logger: Any, _method: str, line: Any) -> str:
-    """Remove user and password from URLs, which libraries put into messages and tracebacks."""
-    return without_userinfo(line)
+def _without_secrets(_logger: Any, _method: str, line: Any) -> str:
+    """Remove what libraries quote in messages and tracebacks: headers, keys, users and passwords of URLs."""
+    return redacted(line)
+
+
+def _log_thread_error(args: "threading.ExceptHookArgs") -> None:
+    """Log what ends a thread: Python's own report would go to stderr as it is."""
+    if args.exc_type is not SystemExit:
+        name = args.thread.name if args.thread else "?"
+        cause = args.exc_value or args.exc_type()
+        logging.getLogger(__name__).error(f"A thread ({name}) failed", exc_info=cause)
 
 
 def _formatter(renderer: Any) -> logging.Formatter:
@@ -90,6 +100,6 @@ def _formatter(renderer: Any) -> logging.Formatter:
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
             renderer,
-            _without_passwords,
+            _without_secrets,
         ],
     )

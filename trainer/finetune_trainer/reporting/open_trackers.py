@@ -1,7 +1,6 @@
 """Open the experiment trackers that a job or its environment asks for, and keep their trouble from ending a run."""
 
 import importlib.util
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import structlog
 
 from finetune_trainer.errors import ConfigInvalid, reason
+from finetune_trainer.redact import remember
 from finetune_trainer.reporting.tracker import Tracker
 from finetune_trainer.reporting.trackers import TRACKERS
 from finetune_trainer.settings import Settings
@@ -25,8 +25,12 @@ class TrackerFailed(Exception):
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise ConfigInvalid if a tracker is asked for whose package is not installed or whose endpoint is not allowed."""
+    """Refuse a tracker whose package is not installed, whose key cannot be one, or whose endpoint is not allowed.
+
+    Raises ConfigInvalid or StoreMisconfigured.
+    """
     for tracker in _configured(settings, Path()):
+        tracker.secrets()
         if importlib.util.find_spec(tracker.package) is None:
             raise ConfigInvalid(f"{tracker.setting}: the {tracker.package} package is not installed here")
         if (url := tracker.endpoint()) and (refusal := endpoints.refusal(url)):
@@ -56,11 +60,10 @@ def open_trackers(settings: Settings, work: Path) -> Iterator[dict[str, Track]]:
 
 
 def without_secrets(error: Exception, secrets: Collection[str]) -> str:
-    """Return the first line of what `error` says without `secrets`, nor the user and password of any URL."""
-    line = reason(error)
+    """Return the first line of what `error` says without `secrets`, nor any other that may stand in a message."""
     for secret in secrets:
-        line = line.replace(secret, "…")
-    return re.sub(r"(?<=://)[^/\s@]*@", "…@", line)
+        remember(secret)
+    return reason(error)
 
 
 def _configured(settings: Settings, work: Path) -> list[Tracker]:

@@ -9,9 +9,22 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 from finetune_api import constants
+from finetune_trainer import redact
+from finetune_trainer.stores.errors import StoreMisconfigured
 
 #: Keys that belong together: never take one from the Secret and another from the environment.
 _AWS_IDENTITY: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+#: Keys whose values are sent in a header: other characters would break it, and the library's error would quote them.
+_HEADER_KEYS: Final = (
+    *_AWS_IDENTITY,
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "WANDB_API_KEY",
+)
+#: Keys of a Secret whose values messages may show, for they say where something is and not who asks.
+_PUBLIC: Final = re.compile(r".*(_REGION|_ENDPOINT|_ENDPOINT_URL|_ENDPOINT_URL_S3|_URI|_URL|_NAME|_USERNAME|_BUNDLE)")
 _ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
 _MAX_BYTES: Final = 64 * 1024
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?|[0-9A-Fa-f:.]+")
@@ -37,6 +50,9 @@ class Credentials:
         env = os.environ if env is None else env
         folder = Path(secrets_dir or env.get(constants.ENV_SECRETS_DIR) or constants.SECRETS_DIR) / role
         secret = _read_secret(folder)
+        for key in (*secret, *(key for key in _HEADER_KEYS if key in env)):
+            if not _PUBLIC.fullmatch(key):
+                redact.remember(secret.get(key) or env[key])
         inherited = dict(env)
         if any(key in secret for key in _AWS_IDENTITY[:2]):
             for key in _AWS_IDENTITY:
@@ -49,8 +65,18 @@ class Credentials:
         return cls(role, os.environ if env is None else env, in_pod=False)
 
     def get(self, key: str, default: str | None = None) -> str | None:
-        """Return the value of `key` without surrounding whitespace; an empty one counts as absent."""
-        return self.values.get(key, "").strip() or default
+        """Return the value of `key` without surrounding whitespace; an empty one counts as absent.
+
+        Raises:
+            StoreMisconfigured: It holds a character that no such value can hold. The text does not show it.
+        """
+        value = self.values.get(key, "").strip()
+        if key in _HEADER_KEYS and not _fits_header(key, value):
+            raise StoreMisconfigured(
+                f"{key} must be one line of visible ASCII characters; this one holds a line break or another character"
+                f" that no header can carry: copy it again ({self.where})"
+            )
+        return value or default
 
     @property
     def secret_field(self) -> str:
@@ -67,6 +93,11 @@ class Credentials:
     def network(self) -> str:
         """What to check when a server does not answer, for messages."""
         return "DNS and NetworkPolicies" if self.in_pod else "DNS and your network"
+
+
+def _fits_header(key: str, value: str) -> bool:
+    is_password = key.endswith(("_PASSWORD", "_USERNAME"))  # encoded before they are sent
+    return value.isprintable() if is_password else all("!" <= character <= "~" for character in value)
 
 
 def _read_secret(folder: Path) -> dict[str, str]:

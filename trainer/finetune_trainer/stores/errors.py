@@ -45,6 +45,12 @@ class StoreNotFound(StoreError):
     exit_code = ExitCode.CONFIG_INVALID
 
 
+class LeadsOutside(StoreError):
+    """A symbolic link leads out of the folder or claim that the manifest names."""
+
+    exit_code = ExitCode.CONFIG_INVALID
+
+
 class BucketNotFound(StoreNotFound):
     """The bucket, claim or disk itself does not exist: the manifest or the cluster must change."""
 

@@ -16,11 +16,11 @@ from finetune_trainer.stores.digest import (
     CHUNK_BYTES,
     Digest,
     digest_chunks,
-    digest_file,
 )
 from finetune_trainer.stores.errors import (
     AlreadyExists,
     BucketNotFound,
+    LeadsOutside,
     StoreAccessDenied,
     StoreCorrupted,
     StoreError,
@@ -29,6 +29,7 @@ from finetune_trainer.stores.errors import (
     too_large,
 )
 from finetune_trainer.stores.fsync import sync_folder
+from finetune_trainer.stores.tree import Tree
 
 _PARTIAL: Final = re.compile(r"^\..+\.[0-9a-f]{32}\.partial$")
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -37,9 +38,11 @@ _NO_HARD_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 class FolderStore(Store):
     """A folder. Writes go to a hidden temporary file, are flushed to disk and then renamed: whole or not at all."""
 
-    def __init__(self, root: Uri, folder: Path, field: str, mount: Path | None = None) -> None:
+    def __init__(self, root: Uri, folder: Path, tree: Tree, field: str, mount: Path | None = None) -> None:
+        """`tree` is what `folder` may reach; `mount` the folder that must be there, for a claim."""
         super().__init__(root, field)
         self.local_folder = self._folder = folder
+        self._tree = tree
         self._mount = mount
 
     def exists(self, path: str) -> bool:
@@ -53,24 +56,24 @@ class FolderStore(Store):
     def list(self, prefix: str = "") -> list[Entry]:
         with self._explained(prefix):
             folder = self._local(prefix)
-            return sorted(_walk(folder, self._folder)) if folder.is_dir() else []
+            return sorted(self._walk(folder)) if folder.is_dir() else []
 
     def read_bytes(self, path: str, limit: int = artifact_manifest.MAX_BYTES) -> bytes:
-        with self._explained(path), self._local(path).open("rb") as file:
+        with self._explained(path), self._tree.open(self._local(path)) as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise too_large(f"{self.field}: {self.uri_of(path)}", limit)
         return data
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
-        with self._explained(path), self._local(path).open("rb") as file:
+        with self._explained(path), self._tree.open(self._local(path)) as file:
             file.seek(start)
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
     def digest(self, path: str) -> Digest:
-        with self._explained(path):
-            return digest_file(self._local(path))
+        with self._explained(path), self._tree.open(self._local(path)) as file:
+            return digest_chunks(iter(lambda: file.read(CHUNK_BYTES), b""))
 
     def write_bytes(self, path: str, data: bytes, if_none_match: bool = False) -> None:
         with self._explained(path):
@@ -81,20 +84,20 @@ class FolderStore(Store):
             except FileExistsError:
                 if not target.is_file():  # it is a parent that is in the way
                     raise
-                if target.read_bytes() != data:
+                if self.read_bytes(path) != data:
                     raise AlreadyExists(f"{self.field}: {self.uri_of(path)} is already there") from None
 
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
     ) -> None:
-        with self._explained(path):
-            _copy(local, self._local(path), on_progress, self._expecting(path, digest.sha256 if digest else None))
+        with self._explained(path), local.open("rb") as file:
+            _copy(file, self._local(path), on_progress, self._expecting(path, digest.sha256 if digest else None))
 
     def download(
         self, path: str, local: Path, on_progress: OnProgress | None = None, sha256: str | None = None
     ) -> None:
-        with self._explained(path):
-            _copy(self._local(path), local, on_progress, self._expecting(path, sha256))
+        with self._explained(path), self._tree.open(self._local(path)) as file:
+            _copy(file, local, on_progress, self._expecting(path, sha256))
 
     def delete(self, path: str) -> None:
         with self._explained(path):
@@ -118,7 +121,21 @@ class FolderStore(Store):
     def _local(self, path: str) -> Path:
         if path.startswith("/") or any(part in ("..", ".") for part in path.split("/")):
             raise StoreNotFound(f"{self.field}: path {path!r} leads out of {self.root}")
-        return self._folder / path if path else self._folder
+        local = self._folder / path if path else self._folder
+        self._tree.check(local)
+        return local
+
+    def _walk(self, folder: Path) -> Iterator[Entry]:
+        def fail(error: OSError) -> None:
+            raise error
+
+        for parent, _, files in os.walk(folder, onerror=fail):
+            for name in files:
+                file = Path(parent, name)
+                if not _PARTIAL.match(name):
+                    with suppress(FileNotFoundError, LeadsOutside):  # removed since, or a link that leads nowhere
+                        self._tree.check(file)
+                        yield Entry(file.relative_to(self._folder).as_posix(), file.stat().st_size)
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -145,19 +162,7 @@ def _explain(error: OSError, field: str, uri: str) -> StoreError:
     return StoreUnavailable(f"{what}: {error.strerror or error}")
 
 
-def _walk(folder: Path, root: Path) -> Iterator[Entry]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, _, files in os.walk(folder, onerror=fail):
-        for name in files:
-            file = Path(parent, name)
-            if not _PARTIAL.match(name):
-                with suppress(FileNotFoundError):  # removed since, or a dangling link
-                    yield Entry(file.relative_to(root).as_posix(), file.stat().st_size)
-
-
-def _copy(source: Path, target: Path, on_progress: OnProgress | None, check: Callable[[Digest], None]) -> None:
+def _copy(source: IO[bytes], target: Path, on_progress: OnProgress | None, check: Callable[[Digest], None]) -> None:
     """Copy a file; `target` appears only if `check` does not raise."""
 
     def moved(chunk: bytes) -> None:
@@ -165,8 +170,8 @@ def _copy(source: Path, target: Path, on_progress: OnProgress | None, check: Cal
         if on_progress is not None:
             on_progress(len(chunk))
 
-    with source.open("rb") as file, _replacing(target) as out:
-        check(digest_chunks(iter(lambda: file.read(CHUNK_BYTES), b""), moved))
+    with _replacing(target) as out:
+        check(digest_chunks(iter(lambda: source.read(CHUNK_BYTES), b""), moved))
 
 
 @contextmanager

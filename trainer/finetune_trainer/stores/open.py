@@ -9,6 +9,7 @@ from finetune_api import constants
 from finetune_api.uri import Uri
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.tree import Tree
 
 #: Opens the store below a URI: (URI, credentials, the manifest's field for messages, environment).
 Opener = Callable[[Uri, Credentials, str, Mapping[str, str]], Store]
@@ -41,14 +42,14 @@ def _open_s3(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, s
 def _open_folder(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
     from finetune_trainer.stores.folder import FolderStore
 
-    return FolderStore(uri, Path(uri.path), field)
+    return FolderStore(uri, Path(uri.path), Tree.of(uri, field, env=env), field)
 
 
 def _open_claim(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
     from finetune_trainer.stores.folder import FolderStore
 
     mount = Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT) / uri.authority
-    return FolderStore(uri, mount / uri.path, field, mount=mount)
+    return FolderStore(uri, mount / uri.path, Tree.of(uri, field, env=env), field, mount=mount)
 
 
 #: Each scheme's store. Its module is imported when the scheme is first used: boto3 alone takes half a second.
