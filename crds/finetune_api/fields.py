@@ -35,7 +35,7 @@ def text_type(*rules: TextRule, max_length: int) -> Any:
 Name = text_type(patterns.NAME, max_length=253)
 # The length is part of the pattern: 253 is what the API server allows any name.
 JobName = text_type(patterns.JOB_NAME, max_length=253)
-Revision = text_type(patterns.REVISION, max_length=128)
+Revision = text_type(patterns.REVISION, patterns.REVISION_SEGMENTS, max_length=128)
 ExtendedResource = text_type(patterns.EXTENDED_RESOURCE, max_length=253)
 Image = text_type(patterns.IMAGE, max_length=512)
 ReadableUri = text_type(*uri.rules(uri.READABLE), max_length=uri.MAX_LENGTH)

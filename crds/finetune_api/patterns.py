@@ -45,6 +45,9 @@ REVISION = TextRule(
     r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
     "must be a branch, tag or commit: letters, digits and . _ / -, a letter or digit first",
 )
+REVISION_SEGMENTS = TextRule(
+    r"[.][.]|/[.]|//|[./]$", "must not hold '..', nor a path segment that is empty or begins with a dot", True
+)
 EXTENDED_RESOURCE = TextRule(
     r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", "must be an extended resource with its domain, such as nvidia.com/gpu"
 )

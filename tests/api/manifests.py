@@ -63,6 +63,7 @@ _CREDENTIALS = "must not hold credentials: put them in a Secret"
 
 ACCEPTED = [
     _accepted("only model, dataset and output"),
+    _accepted("hub model at a pull request", {"spec.model.revision": "refs/pr/1"}),
     _accepted("hub model at a tag", {"spec.model.revision": "v0.3"}),
     _accepted("model in a bucket", {"spec.model.source": "s3://models/mistral/7b"}),
     _accepted("model on a volume", {"spec.model.source": "pvc://models/mistral-7b"}),
@@ -221,6 +222,10 @@ REFUSED = [
     _refused("endless memory", {"spec.resources.memory": "1" * 33}, "spec.resources.memory", _QUANTITY, "Too long"),
     _refused("fraction without quotes", {"spec.resources.cpu": 1.5}, "spec.resources.cpu", _QUANTITY, "must be of type integer,string"),
     _refused("quantity as a boolean", {"spec.resources.cpu": True}, "spec.resources.cpu", _QUANTITY, "must be of type integer,string"),
+    *(
+        _refused(f"revision {revision}", {"spec.model.revision": revision}, "spec.model.revision", "must not hold '..'")
+        for revision in ("a/../../b", "a..b", "a/..", "a/.", "a/./b", "a//b", "a/", "a/.git", "v1.")
+    ),
     _refused("revision with a space", {"spec.model.revision": "my branch"}, "spec.model.revision", "must be a branch, tag or commit"),
     _refused("unqualified GPU resource", {"spec.resources.gpuResource": "gpu"}, "spec.resources.gpuResource", "must be an extended resource with its domain, such as nvidia.com/gpu"),
     _refused("secret name with a slash", {"spec.output.secretRef": {"name": "a/b"}}, "spec.output.secretRef.name", _OBJECT_NAME),

@@ -173,7 +173,8 @@ def start(kind: str | None = None, history: int = 100_000) -> Iterator[Cluster]:
 @contextmanager
 def _standin(folder: Path, history: int) -> Iterator[Access]:
     port = free_port()
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "support.standin.server", "--port", str(port), "--history", str(history)]
     process = Process(command, folder / "standin.log", env)
     try:

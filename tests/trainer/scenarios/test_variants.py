@@ -184,6 +184,7 @@ def test_an_earlier_adapter_of_another_shape_is_refused(
     }
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier/adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "earlier/adapter_model.safetensors").write_bytes(b"")
     config = job(tmp_path, tiny_model, TWO_STEPS | {"lora.initFrom": f"file://{tmp_path}/earlier"} | changes)
     finished = train(config, tmp_path)
     assert finished.exit_code == ExitCode.CONFIG_INVALID

@@ -11,8 +11,9 @@ from typing import Any
 from finetune_trainer.data.row_format import CompletionExample, Example, Message, TextExample
 
 Label = Hashable
-#: Largest label set whose confusion matrix goes into the flat metrics.
+#: Largest label set, and longest label in it, whose confusion matrix goes into the flat metrics.
 _CONFUSION_LABELS = 4
+_LABEL_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def score(right: Sequence[Label], answers: Sequence[Answer]) -> dict[str, float]
         "f1": f1,
         "validJson": sum(answer.valid_json for answer in answers) / len(answers),
     }
-    if len(labels) <= _CONFUSION_LABELS:
+    if len(labels) <= _CONFUSION_LABELS and all(len(label) <= _LABEL_LENGTH for label in labels):
         metrics |= {
             f"confusion.{label}.{read}": float(counts.get((label, read), 0))
             for label in labels

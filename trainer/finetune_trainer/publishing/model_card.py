@@ -1,11 +1,14 @@
 """The model card: README.md of a published adapter, with the front matter that hubs read."""
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import yaml
 
 from finetune_api.spec import FineTuneJob
 
+_CONFUSION: Final = "confusion."
 _ROWS = (
     ("evalLoss", "held-out loss (nats per token)"),
     ("accuracy", "accuracy"),
@@ -58,19 +61,34 @@ def _results(metrics: Mapping[str, float]) -> Iterator[str]:
 
 
 def _confusion(metrics: Mapping[str, float]) -> Iterator[str]:
-    cells = {tuple(key.split(".")[1:]): int(value) for key, value in metrics.items() if key.startswith("confusion.")}
-    if not cells:
+    counts = {key.removeprefix(_CONFUSION): value for key, value in metrics.items() if key.startswith(_CONFUSION)}
+    right = sorted(_labels(counts))
+    if not right:
         return
-    right = sorted({cell[0] for cell in cells})
     read = [*right, "none"]
     lines = [
-        "| right label | " + " | ".join(f"answered {label}" for label in read) + " |",
+        "| right label | " + " | ".join(f"answered {_as_text(label)}" for label in read) + " |",
         "| --- " * (len(read) + 1) + "|",
     ]
     lines += [
-        f"| {label} | " + " | ".join(str(cells.get((label, other), 0)) for other in read) + " |" for label in right
+        f"| {_as_text(label)} | " + " | ".join(str(int(counts.get(f"{label}.{other}", 0))) for other in read) + " |"
+        for label in right
     ]
     yield "Confusion matrix (held-out rows):\n\n" + "\n".join(lines)
+
+
+def _labels(pairs: Mapping[str, float]) -> Iterator[str]:
+    """Yield the labels of the pairs '<right>.<read>'. A label may hold a dot; each is paired with itself."""
+    for pair in pairs:
+        label, other = pair[: len(pair) // 2], pair[len(pair) // 2 :]
+        if other == f".{label}":
+            yield label
+
+
+def _as_text(given: str) -> str:
+    """Return what data or a user gave as text of Markdown: no markup, HTML, link or end of line comes of it."""
+    shown = "".join(character if character.isprintable() else " " for character in given)
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in " ".join(shown.split()))
 
 
 def _settings(job: FineTuneJob) -> Iterator[tuple[str, object]]:
@@ -83,7 +101,8 @@ def _settings(job: FineTuneJob) -> Iterator[tuple[str, object]]:
     yield "base weights", f"{quantization.type}{double}" if quantization.bits == 4 else f"{quantization.bits} bits"
     variants = [name for name, wanted in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if wanted]
     yield "adapter", ", ".join([f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}", *variants])
-    yield "target modules", ", ".join(lora.target_modules)
+    modules = (name if re.fullmatch(r"[A-Za-z0-9_.-]+", name) else _as_text(name) for name in lora.target_modules)
+    yield "target modules", ", ".join(modules)
     yield "epochs", training.epochs
     if training.max_steps:
         yield "steps at most", training.max_steps

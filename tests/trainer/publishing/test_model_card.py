@@ -1,0 +1,60 @@
+"""The model card shows what data and users gave as text: no HTML, link, table cell or front matter comes of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_api.manifest import load_file
+from finetune_trainer.evaluation.nli import read_answer, score
+from finetune_trainer.publishing.model_card import render
+from support.trainer.process import job
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[free](https://evil.example)",
+    "https://evil.example",
+    "www.evil.example",
+    "a | b | c",
+    "x\n---\nlicense: evil\n---\n# Title",
+    "`code` **bold** _it_ ~~no~~",
+    "![x](http://evil/x.png)",
+    "&lt;b&gt;",
+    "\x1b[31mred\u202e",
+    "a.b.c",
+]
+
+
+def _card(folder: Path, metrics: dict[str, float], **changes: Any) -> str:
+    return render(load_file(job(folder, folder / "model", changes)), metrics, "org/base")
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_a_label_is_text(label: str, tmp_path: Path) -> None:
+    metrics = score([label, "1", label], [read_answer("{}", "label")] * 3)
+    assert f"confusion.{label}.none" in metrics
+    plain = _card(tmp_path, score(["0", "1", "0"], [read_answer("{}", "label")] * 3))
+    card = _card(tmp_path, metrics)
+    assert card.count("\n") == plain.count("\n"), "no line more"
+    [row] = [line for line in card.splitlines() if line.startswith("| ") and line.endswith("| 0 | 0 | 2 |")]
+    shown = row.removeprefix("| ").removesuffix(" | 0 | 0 | 2 |")
+    assert not set(shown) - set("&#;") & set("<>[]()|`*_~!:/.\\\n\x1b\u202e")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
+
+
+def test_a_module_with_a_strange_name_is_text(tmp_path: Path) -> None:
+    card = _card(tmp_path, {}, **{"lora.targetModules": ["q_proj", "<b>x</b>\n# y"]})
+    assert "target modules: q_proj, &#60;b&#62;x&#60;&#47;b&#62; &#35; y" in card
+
+
+def test_ordinary_labels_read_as_they_are(tmp_path: Path) -> None:
+    answers = [read_answer(f'{{"label": "{label}"}}', "label") for label in ("yes", "no", "no")]
+    card = _card(tmp_path, score(["yes", "no", "yes"], answers))
+    assert "| right label | answered no | answered yes | answered none |" in card
+    assert "| yes | 1 | 1 | 0 |" in card
+
+
+def test_a_long_label_has_no_matrix() -> None:
+    assert not [key for key in score(["x" * 100, "y"], [read_answer("{}", "l")] * 2) if key.startswith("confusion")]
