@@ -181,7 +181,7 @@ def _check_index(index: Path, subject: str) -> None:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ConfigInvalid(f"{subject}: {index.name} is no index of weights: weight_map is missing") from None
     for name in names:
-        if not isinstance(name, str) or not artifact_manifest.is_safe(name) or not (index.parent / name).is_file():
+        if not isinstance(name, str) or artifact_manifest.fault_of_path(name) or not (index.parent / name).is_file():
             raise ConfigInvalid(f"{subject}: {index.name} names {name!r}, which is no file of the model")
 
 
