@@ -1,5 +1,6 @@
 """How a run fails: one exception per exit code, and the sentence that the user reads."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from finetune_trainer.redact import redacted
 #: Exit code of a failure nobody foresaw, and its reason.
 UNEXPECTED: Final = 1
 UNEXPECTED_REASON: Final = "Error"
+#: Characters of a library's message that are shown.
+_LONGEST: Final = 400
 
 
 class TrainerError(Exception):
@@ -140,6 +143,11 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """Return the first line of the text of `error`, or the name of its type."""
     return first_line(error) or type(error).__name__
+
+
+def whole_text(error: BaseException) -> str:
+    """Return the text of `error` on one line, cut where it is too long to read; the name of its type if it has none."""
+    return textwrap.shorten(str(error), _LONGEST, placeholder=" …") or type(error).__name__
 
 
 def type_and_reason(error: BaseException) -> str:

@@ -59,8 +59,9 @@ def run(ctx: RunContext) -> Adapter | None:
     ctx.stop_if_requested()
 
     with ctx.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights"):
-        # 7. Load and quantize the weights, attach the adapter, apply the plan.
+        # 7. Check, load and quantize the weights, attach the adapter, apply the plan.
         weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
+        ctx.on_rank_zero(lambda: steps.check_weights(weights, base, spec))
         steps.seed(spec.training.seed)
         with weights_must_fit(spec.model.source, spec.quantization.bits):
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)

@@ -6,7 +6,9 @@ from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_bas
 from finetune_trainer.evaluation.evaluator import eval_prompts
 from finetune_trainer.methods import METHODS
 from finetune_trainer.model.adapter import attach_adapter, check_init_from
-from finetune_trainer.model.base import inspect_base_model, load_base_model
+from finetune_trainer.model.base import inspect_base_model
+from finetune_trainer.model.checkpoint import check_weights
+from finetune_trainer.model.weights import load_base_model
 from finetune_trainer.publishing.bundle import write_bundle
 from finetune_trainer.publishing.verify import make_verifier
 from finetune_trainer.runtime.device import seed
@@ -18,6 +20,7 @@ __all__ = [
     "apply_plan",
     "attach_adapter",
     "check_init_from",
+    "check_weights",
     "eval_prompts",
     "fingerprint",
     "inspect_base_model",

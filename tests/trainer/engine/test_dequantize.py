@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_trainer.engine import modules
 from finetune_trainer.engine.dequantize import dequantized, keep_dequantized
-from finetune_trainer.model.base import keep_weights_trainable
+from finetune_trainer.model.weights import keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
 
 

@@ -12,7 +12,8 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles
 from finetune_trainer.model import adapter
-from finetune_trainer.model.base import inspect_base_model, load_base_model
+from finetune_trainer.model.base import inspect_base_model
+from finetune_trainer.model.weights import load_base_model
 
 
 def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:

@@ -1,6 +1,7 @@
 """The base model: what cannot be trained is refused before its weights load."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ from finetune_trainer.inputs import ModelFiles
 from finetune_trainer.model.base import inspect_base_model
 
 
-def test_a_model_that_is_quantized_already_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "kind"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+    ],
+)
+def test_a_model_that_is_quantized_already_is_refused(
+    stored: dict[str, Any], kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = stored
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigInvalid, match="is quantized already"):
+    with pytest.raises(ConfigInvalid, match=f"is quantized already, with {kind}; take the original weights"):
         inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))
 
 
@@ -36,4 +48,11 @@ def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:
 def test_a_folder_that_is_no_causal_model_is_explained(text: str, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigInvalid, match="is no usable causal language model"):
+        inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_explained_in_whole_sentences(tiny_model: Path, tmp_path: Path) -> None:
+    """The first line of transformers' sentence ends with a colon."""
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(ConfigInvalid, match=r"has no usable tokenizer: .* one of: \(1\) a `tokenizers` library"):
         inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_trainer.data.batching import Steps
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
-from finetune_trainer.model.base import keep_weights_trainable
+from finetune_trainer.model.weights import keep_weights_trainable
 from support.trainer.process import job, metrics_lines, train
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import structlog
 
-from finetune_trainer.errors import ConfigInvalid, reason
+from finetune_trainer.errors import ConfigInvalid, whole_text
 
 log = structlog.get_logger(__name__)
 #: Whole names of tokens that models reserve for padding, then for anything; best first.
@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {reason(error)}") from None
+        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {whole_text(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
     tokenizer.padding_side = "right"

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from finetune_trainer.errors import Diverged
-from finetune_trainer.model.base import layout
+from finetune_trainer.model.architecture import layout
 from finetune_trainer.publishing.artifact import Check, LossMeter, Trained, VerificationFailed
 from finetune_trainer.stores.errors import StoreCorrupted
 

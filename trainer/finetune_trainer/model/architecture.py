@@ -1,0 +1,116 @@
+"""Which class of transformers a base model is, and its modules without their weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import ConfigInvalid, whole_text
+
+
+def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
+    """Return transformers' configuration in `folder`, and its model on the meta device.
+
+    Raises:
+        ConfigInvalid: When config.json cannot be read, or is no causal language model's.
+    """
+    from transformers import AutoConfig
+
+    source, trusted = spec.model.source, spec.model.trust_remote_code
+    kind = _model_type(folder, source)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("it has an encoder and a decoder")
+        return config, layout(config, spec)
+    except Exception as error:  # transformers checks little of what it reads, so anything can go wrong
+        raise ConfigInvalid(
+            f"spec.model.source: {source} (model_type {kind}) is no usable causal language model: {_explained(error)}"
+        ) from None
+
+
+def _model_type(folder: Path, source: str) -> str:
+    subject = f"spec.model.source: {source} is no usable causal language model: its config.json"
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigInvalid(f"{subject} is no JSON: {whole_text(error)}") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not kind:
+        raise ConfigInvalid(f"{subject} names no model_type")
+    return str(kind)
+
+
+def _explained(error: Exception) -> str:
+    import transformers
+
+    text = whole_text(error)
+    if "Unrecognized configuration class" in text:
+        return "models of this type are none"
+    if "does not recognize this architecture" in text or text.startswith("Unrecognized model"):
+        return f"transformers {transformers.__version__} does not know this type"
+    return text
+
+
+def model_class(config: Any) -> Any:
+    """Return transformers' Auto class for the model of `config`.
+
+    A multimodal checkpoint is loaded as the class that it names, whole: an adapter's names are those of its weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal, multimodal = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
+    kind = type(config)
+    if kind not in multimodal:
+        return AutoModelForCausalLM
+    named = (getattr(config, "architectures", None) or [None])[0]
+    whole = named in {each.__name__ for each in _classes(multimodal[kind])}
+    return AutoModelForImageTextToText if whole or kind not in causal else AutoModelForCausalLM
+
+
+def _classes(found: Any) -> tuple[Any, ...]:
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def layout(config: Any, spec: FineTuneJobSpec, attention: str | None = None) -> Any:
+    """Return the model of `config` without memory: its modules, on torch's meta device.
+
+    Args:
+        config: transformers' configuration.
+        spec: The job's spec.
+        attention: The attention implementation; None takes transformers' own choice.
+    """
+    import torch
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("meta"):
+        return model_class(config).from_config(config, trust_remote_code=spec.model.trust_remote_code, **options)
+
+
+def language_part(model: Any) -> str:
+    """Return the name of the module that is the language model; '' where the whole model is one."""
+    config = model.config
+    if config.get_text_config(decoder=True) is config:
+        return ""
+    decoder = model.get_decoder()
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    return names[decoder]
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Return the (input, output) widths of each layer of the language part that can get an adapter, without the head.
+
+    These are linear layers, and GPT-2's Conv1D, which are the same with their weights on their side.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head, within = model.get_output_embeddings(), language_part(model)
+    found = {}
+    for name, module in model.named_modules():
+        if module is head or not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        if not within or name.startswith(f"{within}."):
+            inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+            found[name] = (int(inputs), int(outputs))
+    return found

@@ -1,0 +1,148 @@
+"""The files of a base model's weights: each is whole, and holds every tensor that the model needs, in numbers."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import torch
+from safetensors import SafetensorError, safe_open
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import ConfigInvalid, whole_text
+from finetune_trainer.model.architecture import model_class
+from finetune_trainer.model.base import BaseModel
+
+log = structlog.get_logger(__name__)
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_LFS_POINTER: Final = b"version https://git-lfs"
+#: Names listed of what may be hundreds.
+_LISTED: Final = 5
+#: Where transformers looks for an adapter that lies beside a base model: nowhere.
+NO_ADAPTER: Final = {"subfolder": "no-adapter"}
+
+
+def check_weights(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
+    """Check that the weights in `folder` are all of the model's, of its shapes, and finite. No model is loaded.
+
+    A weight that is missing would be random, and training would go on without a word. Tensors that the model has no
+    place for are logged: they are not loaded. So is an adapter that lies beside the weights.
+
+    Raises:
+        ConfigInvalid: Naming the file, or the tensors.
+    """
+    if (folder / "adapter_config.json").exists():
+        log.warning(f"An adapter lies beside the weights of {spec.model.source}: it is ignored, the base model is used")
+    files = _files(folder, spec.model.source)
+    for file in files:
+        _check_file(file, spec.model.source)
+    if not base.quantized:  # transformers cannot lay out quantized weights without loading them
+        check_names(_loading_info(folder, base, spec), spec.model.source)
+
+
+def check_names(info: Mapping[str, Any], source: str, quiet: bool = False) -> None:
+    """Check transformers' report of a load: no tensor may be missing, or of another shape.
+
+    Tensors without a place in the model are logged, unless `quiet`.
+
+    Raises:
+        ConfigInvalid: Naming the tensors.
+    """
+    unexpected = info["unexpected_keys"]
+    left_over = f"; it holds {_some(unexpected)}, which the model has no place for" if unexpected else ""
+    if missing := info["missing_keys"]:
+        raise ConfigInvalid(f"spec.model.source: the weights of {source} lack {_some(missing)}{left_over}")
+    if mismatched := info["mismatched_keys"]:
+        name, found, wanted = sorted(mismatched, key=str)[0]
+        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise ConfigInvalid(
+            f"spec.model.source: the weights of {source} do not fit its config.json: {name} has shape {list(found)},"
+            f" the model's has {list(wanted)}{more}"
+        )
+    if errors := info.get("error_msgs"):
+        raise ConfigInvalid(f"spec.model.source: the weights of {source} cannot be read: {'; '.join(errors)[:400]}")
+    if unexpected and not quiet:
+        log.warning(f"Weights of {source} that this model has no place for are not loaded: {_some(unexpected)}")
+
+
+def _some(names: Any) -> str:
+    """Return the first few of the names, and how many there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
+
+
+def _files(folder: Path, source: str) -> list[Path]:
+    """Return the files that transformers will load. Raises ConfigInvalid."""
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    index = folder / _INDEX
+    if not index.exists():
+        there = ", ".join(islice(sorted(path.name for path in folder.glob("*.safetensors")), _LISTED))
+        raise ConfigInvalid(
+            f"spec.model.source: {source} has neither {_SINGLE} nor {_INDEX}, which names the parts; it has {there}"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigInvalid(f"spec.model.source: {_INDEX} of {source} is no index of weights") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ConfigInvalid(f"spec.model.source: {source} lacks {_some(missing)}, which its {_INDEX} names")
+    return [folder / name for name in names]
+
+
+def _check_file(file: Path, source: str) -> None:
+    """Raise ConfigInvalid if `file` cannot be read whole, or holds NaN or infinity."""
+    try:
+        for name, tensor in _tensors(file):
+            if not is_finite(tensor):
+                raise ConfigInvalid(f"spec.model.source: {file.name} of {source} has NaN or infinity in {name}")
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+        why = (
+            "a Git LFS pointer, not the file it stands for: fetch it with git lfs pull"
+            if is_pointer
+            else f"cut or damaged ({whole_text(error)}): fetch it again"
+        )
+        raise ConfigInvalid(f"spec.model.source: {file.name} of {source} is {why}") from None
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118, it is no dict
+            yield name, opened.get_tensor(name)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all of `tensor` is finite. A sum is the fastest way to see it; one that overflows is no proof."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # torch does not sum FP8
+        tensor = tensor.to(torch.bfloat16)
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _loading_info(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> dict[str, Any]:
+    """Return what transformers says of a load without memory: names and shapes alone, in milliseconds."""
+    try:
+        _, info = model_class(base.config).from_pretrained(
+            folder,
+            config=base.config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=spec.model.trust_remote_code,
+            device_map={"": "meta"},
+            adapter_kwargs=NO_ADAPTER,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever it is, the files are the cause
+        raise ConfigInvalid(
+            f"spec.model.source: the weights of {spec.model.source} cannot be read: {whole_text(error)}"
+        ) from None
+    return dict(info)
