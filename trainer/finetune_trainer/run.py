@@ -1,5 +1,7 @@
 """One run in thirteen steps, from the FineTuneJob to the verified adapter."""
 
+from functools import partial
+
 from finetune_api.status import Adapter
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
@@ -54,7 +56,8 @@ def run(ctx: RunContext) -> Adapter | None:
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
         state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit)
-        plan = steps.plan_execution(spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
+        make_plan = partial(steps.plan_execution, spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
+        plan = make_plan()
         ctx.report.plan(plan)
     ctx.stop_if_requested()
 
@@ -65,9 +68,18 @@ def run(ctx: RunContext) -> Adapter | None:
         steps.seed(spec.training.seed)
         with weights_must_fit(spec.model.source, spec.quantization.bits):
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)
+            # What the plan relies on is proven with a few tokens; sharded weights compute only once they are in place.
+            prove = partial(
+                steps.prove_plan, spec=spec, base=base, ranks=ranks, rows=data.train.input_ids, replan=make_plan
+            )
+            if not plan.sharded:
+                plan = prove(model, plan)
             steps.prepare_base(model, plan, spec)
             model = steps.attach_adapter(model, spec.lora, base.name, base.commit, init_from)
             steps.apply_plan(model, plan, spec, ranks, device)
+            if plan.sharded:
+                plan = prove(model, plan)
+            ctx.report.plan(plan)
     ctx.stop_if_requested()
 
     # 8. Measure the base model once; a resumed run has the numbers in its state.

@@ -2,7 +2,7 @@
 
 from finetune_trainer.checkpoints.fingerprint import fingerprint
 from finetune_trainer.engine.compilation import set_compile_cache
-from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base
+from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base, prove_plan
 from finetune_trainer.evaluation.evaluator import eval_prompts
 from finetune_trainer.methods import METHODS
 from finetune_trainer.model.adapter import attach_adapter, check_init_from
@@ -28,6 +28,7 @@ __all__ = [
     "make_verifier",
     "plan_execution",
     "prepare_base",
+    "prove_plan",
     "seed",
     "set_compile_cache",
     "write_bundle",

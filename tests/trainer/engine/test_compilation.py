@@ -18,7 +18,7 @@ from finetune_trainer.engine import (
     modules,
 )
 from finetune_trainer.engine.lora import share_lora_inputs
-from finetune_trainer.engine.loss import patch_fused_loss
+from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.model.weights import keep_weights_trainable
 from support.trainer.tiny_model import build_model
 

@@ -16,7 +16,7 @@ from finetune_trainer.engine.lora import (
     share_lora_inputs,
     shared_lora_inputs,
 )
-from finetune_trainer.engine.loss import patch_fused_loss
+from finetune_trainer.engine.model_loss import patch_fused_loss
 from support.trainer.triton import interpreted
 
 IDS = torch.arange(4, 44)[None]

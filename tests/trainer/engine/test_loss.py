@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine import loss
-from finetune_trainer.engine.loss import patch_fused_loss, summed_cross_entropy
+from finetune_trainer.engine.loss import summed_cross_entropy
+from finetune_trainer.engine.model_loss import patch_fused_loss
 
 SMALL = {
     "vocab_size": 97,

@@ -79,5 +79,5 @@ def test_stored_weights_that_are_missing_are_named(stored: Path, tmp_path: Path)
     folder = shutil.copytree(stored, tmp_path / "model")
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "norm.weight" not in k}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigInvalid, match="lack model.layers.0.input_layernorm.weight"):
+    with pytest.raises(ConfigInvalid, match=r"lack model\.layers\.0\.input_layernorm"):
         _load(folder, _spec(folder))

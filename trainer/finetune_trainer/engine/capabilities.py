@@ -27,11 +27,12 @@ def choose_attention(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevi
     if wanted != "auto":
         reason = _attention_unsupported(wanted, spec, base, device)
         if reason:
-            raise ConfigInvalid(f"spec.model.attention: {wanted} {reason}; take auto, sdpa or eager")
+            others = "auto, sdpa or eager" if base.attention == "sdpa" else "auto or eager"
+            raise ConfigInvalid(f"spec.model.attention: {wanted} {reason}; take {others}")
         log.info(f"Attention: {wanted} (as asked for)")
         return wanted
     reasons = {name: _attention_unsupported(name, spec, base, device) for name in ("flash_attention_2", attention.NAME)}
-    chosen = next((name for name, reason in reasons.items() if reason is None), "sdpa")
+    chosen = next((name for name, reason in reasons.items() if reason is None), base.attention)
     log.info(
         f"Attention: {chosen} (the fastest that runs here)",
         **{name: reason for name, reason in reasons.items() if reason},
@@ -42,13 +43,14 @@ def choose_attention(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevi
 def _attention_unsupported(name: str, spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> str | None:
     """Return why the implementation `name` cannot be used, None if it can."""
     if name in ("sdpa", "eager"):
-        return None
+        return base.attention_problem(name, spec)
     if not spec.resources.gpus_per_node:
         return "needs a GPU"
     if spec.training.precision == "fp32":
         return "computes in half precision, and training.precision is fp32"
     if name == "flash_attention_2":
-        return None if importlib.util.find_spec("flash_attn") else "needs the flash-attn package"
+        installed = importlib.util.find_spec("flash_attn")
+        return base.attention_problem(name, spec) if installed else "needs the flash-attn package"
     if not base.open_attention:
         return "cannot be put into this model: its code brings its own attention"
     if torch.cuda.get_device_capability(device.torch_name) < attention.MIN_COMPUTE_CAPABILITY:

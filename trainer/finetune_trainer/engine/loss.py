@@ -7,19 +7,13 @@ arXiv:2411.09009).
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Final
 
 import torch
 
-from finetune_trainer.runtime.patches import packed_sequences_known, restore_forward, swap_forward
-
 #: The most tokens of one tile.
 TILE: Final = 1024
-#: Attention implementations that are told where sequences begin, and need no mask.
-_FOR_SEQUENCES: Final = ("varlen", "flash_attention_2")
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,26 @@ class Logits:
 
     @classmethod
     def of(cls, config: Any) -> "Logits":
-        """Read transformers' settings: Gemma caps, Cohere, Falcon-H1, MiniCPM and Granite scale."""
-        text = config.get_text_config()
+        """Read transformers' settings: Gemma caps, Cohere, Falcon-H1, MiniCPM and Granite scale.
+
+        Names are no proof: engine.proof compares the logits with the model's own.
+        """
+        text = config.get_text_config(decoder=True)
         scales = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
         scale = next((float(scale) for scale in scales if scale is not None), None)
         divisor = getattr(text, "logits_scaling", None)
         if scale is None and divisor is not None:
             scale = float(divisor) if text.model_type == "hyperclovax" else 1 / divisor
-        return cls(1.0 if scale is None else scale, float(getattr(text, "final_logit_softcapping", None) or 0.0))
+        caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        cap = next((float(cap) for cap in caps if cap), 0.0)
+        return cls(1.0 if scale is None else scale, cap)
+
+    def of_product(self, product: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the head's `product`, in float32."""
+        full = product.float()
+        if self.scale != 1.0:
+            full = full * self.scale
+        return torch.tanh(full / self.cap) * self.cap if self.cap else full
 
 
 _Tile = Callable[[torch.Tensor, torch.Tensor, Logits, bool], tuple[torch.Tensor, torch.Tensor | None]]
@@ -53,11 +59,7 @@ def _tile(
     product: torch.Tensor, targets: torch.Tensor, logits: Logits, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the summed loss of the head's `product` [tokens, vocabulary] in float32, and its gradient in its type."""
-    full = product.float()
-    if logits.scale != 1.0:
-        full = full * logits.scale
-    if logits.cap:
-        full = torch.tanh(full / logits.cap) * logits.cap
+    full = logits.of_product(product)
     normalizer = full.logsumexp(-1, keepdim=True)
     index = targets[:, None]
     loss = (normalizer - full.gather(-1, index)).sum()
@@ -147,44 +149,6 @@ def _compiled_tile() -> _Tile:
     return tile
 
 
-@dataclass
-class FusedLoss:
-    """Settings of a model's fused loss, which may change while it trains.
-
-    Attributes:
-        logits: What the model does to its head's product.
-        compiled: Whether the tiles are computed by torch.compile.
-    """
-
-    logits: Logits
-    compiled: bool = False
-
-
-def patch_fused_loss(core: Any) -> None:
-    """Patch `core.forward` to return the summed loss when `target_positions` and `target_ids` are passed.
-
-    `core` is a causal language model of transformers; without targets it answers as ever. Its forward pass is patched,
-    and not called around, so that wrappers (PEFT, autocast, FSDP) hold. Settings are at `core.fused_loss`.
-    """
-    restore_forward(core)
-    plain, core.fused_loss = core.forward, FusedLoss(Logits.of(core.config))
-
-    @functools.wraps(type(core).forward)  # generation looks at the signature
-    def forward(
-        self: Any,
-        *args: Any,
-        target_positions: torch.Tensor | None = None,
-        target_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if target_positions is None or target_ids is None:
-            return plain(*args, **kwargs)
-        kwargs.pop("labels", None)
-        # A mask would not be made: the collator says where sequences begin.
-        known = "cu_seq_lens_q" in kwargs and self.config._attn_implementation in _FOR_SEQUENCES
-        with packed_sequences_known() if known else nullcontext():
-            hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        head, settings = self.get_output_embeddings(), self.fused_loss
-        return summed_cross_entropy(hidden, head, target_positions, target_ids, settings.logits, settings.compiled)
-
-    swap_forward(core, MethodType(forward, core))
+def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss in nats of `logits` [targets, vocabulary], summed over all targets, as a float32 scalar."""
+    return _tile(logits, targets, Logits(), False)[0]

@@ -1,6 +1,6 @@
 """Choose a run's execution plan, and put it into effect on the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -11,11 +11,14 @@ from finetune_trainer.data import batching
 from finetune_trainer.engine import capabilities, fp8, fsdp
 from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
 from finetune_trainer.engine.lora import share_lora_inputs
-from finetune_trainer.engine.loss import patch_fused_loss
+from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.modules import decoder_layers
+from finetune_trainer.engine.proof import Findings, prove
+from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning import planner
 from finetune_trainer.runtime.device import RuntimeDevice
+from finetune_trainer.runtime.distributed import all_gather
 from finetune_trainer.settings import Ranks
 
 log = structlog.get_logger(__name__)
@@ -28,6 +31,7 @@ def plan_execution(
     ranks: Ranks,
     train_lengths: Sequence[int],
     longest: int,
+    findings: Findings | None = None,
 ) -> ExecutionPlan:
     """Choose the fastest execution plan that fits the device, and log it.
 
@@ -38,12 +42,15 @@ def plan_execution(
         ranks: This process among the job's.
         train_lengths: The length of each training row in tokens.
         longest: The longest row that is trained on or evaluated, in tokens.
+        findings: What was proven of the loaded model; None before it is.
 
     Raises:
         ConfigInvalid: When the spec asks for what cannot run here.
         WontFit: When no plan fits; the message has the changes that would make it fit.
     """
-    attention = capabilities.choose_attention(spec, base, device)
+    attention = findings.attention if findings else capabilities.choose_attention(spec, base, device)
+    if findings and findings.packing_problem:
+        spec = spec.model_copy(update={"training": spec.training.model_copy(update={"packing": "disabled"})})
     packed = planner.uses_packing(spec, device, attention)
     plan = planner.make_plan(
         spec,
@@ -60,6 +67,39 @@ def plan_execution(
     if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing))):
         log.info(f"The decoder layers are not compiled: {reason}")
     return plan
+
+
+def prove_plan(
+    model: Any,
+    plan: ExecutionPlan,
+    spec: FineTuneJobSpec,
+    base: BaseModel,
+    ranks: Ranks,
+    rows: Sequence[list[int]],
+    replan: Callable[[Findings], ExecutionPlan],
+) -> ExecutionPlan:
+    """Prove of the loaded model what `plan` relies on; return it, or the plan that holds instead.
+
+    Args:
+        model: The base model, or the PEFT model on it.
+        plan: The plan so far.
+        spec: The job's spec.
+        base: The base model's tokenizer.
+        ranks: This process among the job's; all of them take the same plan.
+        rows: Token ids of the training rows.
+        replan: Makes a plan for what was found.
+
+    Raises:
+        ConfigInvalid: When the model cannot be trained, or not in the way that the spec demands.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    findings = Findings.agreed(all_gather(ranks, prove(core, spec, plan, rows, base.tokenizer.pad_token_id)))
+    core.fused_loss.own = findings.own_loss
+    if findings.packing_problem and spec.training.packing == "enabled":
+        raise ConfigInvalid(f"spec.training.packing: enabled, but {findings.packing_problem}; take auto or disabled")
+    if findings.packing_problem:
+        log.warning(f"Rows are padded, not packed: {findings.packing_problem}")
+    return replan(findings) if findings.packing_problem or findings.attention != plan.attention else plan
 
 
 def prepare_base(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec) -> None:

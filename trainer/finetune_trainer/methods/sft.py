@@ -11,7 +11,7 @@ from finetune_trainer.methods.base import Collator
 
 
 class Sft:
-    """Supervised fine-tuning on a model whose forward returns the summed loss (engine.loss)."""
+    """Supervised fine-tuning on a model whose forward returns the summed loss (engine.model_loss)."""
 
     name = "sft"
     minimized = frozenset({"evalLoss"})

@@ -72,7 +72,7 @@ PATCHES: Final = (
     Patch(
         name="transformers: forward of a causal language model",
         why="Logits of all tokens at one time take more memory than anything else.",
-        check="engine.loss: is the loss still the base model, then the head, then cross-entropy of the next token?",
+        check="engine.model_loss: is the loss still the base model, the head, then cross-entropy of the next token?",
         sources={
             "transformers.models.mistral.modeling_mistral:MistralForCausalLM.forward": (
                 "3f2da57b7c1e8d82c633fd7277a1b6ea599fd535b319875db6ec46d4a1331804",  # 5.23
