@@ -26,7 +26,7 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
     given = ctx.params
     try:
         cluster = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig"), seconds=2)
-        found = [str(job["metadata"]["name"]) for job in cluster.jobs()]
+        found = [str(job["metadata"]["name"]) for job in cluster.jobs().items]
     except Exception:
         # A shell asks at every Tab: silence is the only good answer to whatever went wrong.
         return []

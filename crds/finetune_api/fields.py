@@ -112,7 +112,24 @@ def _without_null_values(value: Any) -> Any:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
+MAX_LABEL_KEY = 317
+LabelKey = Annotated[str, Field(max_length=MAX_LABEL_KEY)]
+LabelValue = Annotated[str, Field(max_length=63)]
+NamespaceName = Annotated[str, Field(max_length=63)]
+_LONG_KEY = f"keys must have at most {MAX_LABEL_KEY} characters"
+
+
+def _check_keys(value: dict[str, str]) -> dict[str, str]:
+    if any(len(key) > MAX_LABEL_KEY for key in value):
+        raise refusal(_LONG_KEY)
+    return value
+
+
+_KEYS_RULE: Any = {"rule": f"self.all(key, size(key) <= {MAX_LABEL_KEY})", "message": _LONG_KEY}
 #: The API server drops keys whose value is null.
-NodeLabels = Annotated[
-    dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32), BeforeValidator(_without_null_values)
+Labels = Annotated[
+    dict[str, LabelValue],
+    Field(max_length=32, json_schema_extra={"x-kubernetes-validations": [_KEYS_RULE]}),
+    BeforeValidator(_without_null_values),
+    AfterValidator(_check_keys),
 ]

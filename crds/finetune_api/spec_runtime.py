@@ -1,11 +1,22 @@
 """Sections of the spec: checkpoints, logging, what each pod asks for, and what happens after a failure."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.fields import ExtendedResource, Name, NodeLabels, PositiveInt, Quantity, Text, WritableUri
+from finetune_api.fields import (
+    ExtendedResource,
+    LabelKey,
+    Labels,
+    LabelValue,
+    Name,
+    PositiveInt,
+    Quantity,
+    Text,
+    WritableUri,
+)
+from finetune_api.spec_affinity import Affinity
 from finetune_api.spec_data import SecretRef
 
 
@@ -45,15 +56,15 @@ class Logging(ApiModel):
 class Toleration(ApiModel):
     """A pod toleration, as in Kubernetes."""
 
-    key: Annotated[str, Field(max_length=317)] | None = None
+    key: LabelKey | None = None
     """Taint key; empty with operator Exists matches all."""
     operator: Literal["Exists", "Equal"] | None = None
     """Exists or Equal (the default)."""
-    value: Annotated[str, Field(max_length=63)] | None = None
+    value: LabelValue | None = None
     """Taint value, for Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect to tolerate; empty means all."""
-    toleration_seconds: Annotated[int, Field(ge=0)] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """For NoExecute: how long."""
 
 
@@ -72,13 +83,11 @@ class Resources(ApiModel):
     """Memory request and limit."""
     shared_memory: Quantity = "8Gi"
     """Size of /dev/shm (a memory-backed volume; NCCL needs more than the default 64 MiB)."""
-    node_selector: NodeLabels | None = None
+    node_selector: Labels | None = None
     """Node labels to require."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = None
     """Taints to tolerate."""
-    affinity: (
-        Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})] | None
-    ) = None
+    affinity: Affinity | None = None
     """Pod affinity, as in Kubernetes."""
     priority_class_name: Name | None = None
     """PriorityClass of the pods."""

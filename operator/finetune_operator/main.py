@@ -20,7 +20,8 @@ from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.kube.session import Connection
 from finetune_operator.observability import health, logs
 from finetune_operator.observability.job_metrics import JobMetrics, final_progress
@@ -71,7 +72,7 @@ class Operator:
         self.settings, self.connection, self.metrics, self.registry = settings, connection, metrics, registry
         self.session = connection.session()
         host, timeout = connection.configuration.host, settings.request_timeout_seconds
-        self.client = KubeClient(self.session, host, timeout, registry.watched.values())
+        self.client = KubeClient(self.session, host, timeout, registry.watched.values(), metrics.unreadable)
         self.cache = Cache(registry)
         self.clock = clock or Clock()
         self.poller = ProgressPoller(
@@ -98,6 +99,7 @@ class Operator:
             on_change=self.queue.add,
             on_denied=connection.freshness.evict_namespace,
             on_restored=lambda: self.source.restart(),
+            on_unreadable=metrics.unreadable,
         )
         self.stop = asyncio.Event()
         self.source: WatchSource = KopfSource(
@@ -114,6 +116,7 @@ class Operator:
         self.health = health.Health(self._health_signals(), settings, HEARTBEAT_SECONDS, watched)
         connection.on_date = self.clock.observe
         connection.is_echo, connection.is_known = self._is_echo, self._is_known
+        connection.on_unreadable = metrics.unreadable
         metrics.watch(self._readings())
 
     async def _reconcile(self, key: ObjectKey) -> Result:

@@ -46,12 +46,54 @@ class Case:
         return document
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object in an object in an object…"""
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
 def _accepted(name: str, changes: dict[str, Any] | None = None) -> Case:
     return Case(name, changes or {})
 
 
 def _refused(name: str, changes: dict[str, Any], blamed: str, says: str, server_says: str | None = None) -> Case:
     return Case(name, changes, blamed, says, server_says)
+
+
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+_NODES = f"spec.resources.affinity.nodeAffinity.{_REQUIRED}.nodeSelectorTerms"
+_TERM = {
+    "topologyKey": "topology.kubernetes.io/zone",
+    "labelSelector": {"matchLabels": {"app": "web"}, "matchExpressions": [{"key": "tier", "operator": "Exists"}]},
+    "namespaces": ["default"],
+    "namespaceSelector": {},
+    "matchLabelKeys": ["pod-template-hash"],
+}
+AFFINITY: dict[str, Any] = {
+    "nodeAffinity": {
+        _REQUIRED: {
+            "nodeSelectorTerms": [
+                {
+                    "matchExpressions": [{"key": "gpu", "operator": "NotIn", "values": ["t4", "p4"]}],
+                    "matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-1"]}],
+                }
+            ]
+        },
+        _PREFERRED: [
+            {"weight": 1, "preference": {"matchExpressions": [{"key": "ram", "operator": "Gt", "values": ["9"]}]}}
+        ],
+    },
+    "podAffinity": {_REQUIRED: [_TERM], _PREFERRED: [{"weight": 100, "podAffinityTerm": _TERM}]},
+    "podAntiAffinity": {_REQUIRED: [{"topologyKey": "kubernetes.io/hostname", "mismatchLabelKeys": ["app"]}]},
+}
+
+
+def _expressions(*values: int) -> list[dict[str, Any]]:
+    """An expression with so many values, for each number given."""
+    return [{"key": "zone", "operator": "In", "values": [f"z{index}" for index in range(count)]} for count in values]
 
 
 _EVAL = {"spec.dataset.eval": "s3://data/nli/test_ft.jsonl"}
@@ -114,11 +156,14 @@ ACCEPTED = [
         "spec.resources": {
             "nodeSelector": {"gpu": "h200"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-            "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}},
+            "affinity": AFFINITY,
             "priorityClassName": "high",
             "runtimeClassName": "nvidia",
         }
     }),
+    _accepted("affinity left empty", {"spec.resources.affinity": {"podAffinity": {}, "nodeAffinity": None}}),
+    _accepted("as many values as an affinity may hold", {_NODES: [{"matchExpressions": _expressions(31, 31)}]}),
+    _accepted("as long a key as a node label may have", {"spec.resources.nodeSelector": {"k" * 317: "v" * 63}}),
     _accepted("shared cache", {"spec.cache": {"claimName": "model-cache"}}),
     _accepted("deadlines and clean-up", {
         "spec.activeDeadlineSeconds": 3600, "spec.pendingDeadlineSeconds": 600, "spec.ttlSecondsAfterFinished": 0,
@@ -239,6 +284,17 @@ REFUSED = [
     _refused("name too long", {"metadata.name": "a" * 51}, "metadata.name", _NAME),
     _refused("name with a dot", {"metadata.name": "nli.v1"}, "metadata.name", _NAME),
     _refused("name starting with a digit", {"metadata.name": "7b"}, "metadata.name", _NAME),
+    _refused("misspelled affinity", {"spec.resources.affinity": {"nodeAffinty": {}}}, "spec.resources.affinity.nodeAffinty", "unknown field"),
+    _refused("affinity nested without end", {"spec.resources.affinity": nested(30)}, "spec.resources.affinity.a", "unknown field"),
+    _refused("affinity that is a list", {"spec.resources.affinity": []}, "spec.resources.affinity", "must be of type object"),
+    _refused("unknown operator", {_NODES: [{"matchExpressions": [{"key": "a", "operator": "Equals", "values": ["b"]}]}]}, _NODES, "supported values"),
+    _refused("operator without values", {_NODES: [{"matchExpressions": [{"key": "a", "operator": "In"}]}]}, _NODES, "must be given for In"),
+    _refused("values that are not looked at", {_NODES: [{"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}]}, _NODES, "left out for Exists"),
+    _refused("no term", {_NODES: []}, _NODES, "at least 1 item"),
+    _refused("too many terms", {_NODES: [{}] * 17}, _NODES, "at most 16 items", "must have at most 16 items"),
+    _refused("too many values in all", {_NODES: [{"matchExpressions": _expressions(31)}, {"matchExpressions": _expressions(32)}]}, "spec.resources.affinity.nodeAffinity", "must hold at most 64 expressions, values, labels, keys and namespaces in all"),
+    _refused("too many labels of pods in all", {f"spec.resources.affinity.podAffinity.{_REQUIRED}": [{"topologyKey": "a", "labelSelector": {"matchLabels": {f"l{i}": "" for i in range(22)}}}] * 3}, "spec.resources.affinity.podAffinity", "must hold at most 64 expressions"),
+    _refused("too long a key of a node label", {"spec.resources.nodeSelector": {"k" * 318: "v"}}, "spec.resources.nodeSelector", "keys must have at most 317 characters"),
 ]  # fmt: skip
 
 CASES = [*ACCEPTED, *REFUSED]

@@ -40,8 +40,10 @@ def list_jobs(
     from finetune_cli.kube.connect import connect
 
     cluster = connect(namespace, context, kubeconfig)
-    found = cluster.jobs(everywhere=everywhere, selector=selector)
-    found.sort(key=lambda job: job["metadata"].get("creationTimestamp", ""), reverse=True)
+    listing = cluster.jobs(everywhere=everywhere, selector=selector)
+    if listing.lost:
+        console.note(f"{listing.lost} of the jobs cannot be read, not even their names")
+    found = sorted(listing.items, key=lambda job: job["metadata"].get("creationTimestamp", ""), reverse=True)
     if output:
         console.structured(
             {"apiVersion": constants.API_VERSION, "kind": f"{constants.KIND}List", "items": found}, output

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from finetune_api import constants
+from finetune_api import answers, constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube.errors import explained
 
@@ -43,20 +43,22 @@ class Cluster:
     def get(self, name: str) -> Object:
         """One FineTuneJob."""
         with explained(self.server, self.namespace, name):
-            return dict(
-                self._custom().get_namespaced_custom_object(*self._place(), name, _request_timeout=self.timeout)
+            answer = self._custom().get_namespaced_custom_object(
+                *self._place(), name, _preload_content=False, _request_timeout=self.timeout
             )
+            return answers.read_object(_checked(answer).data)[0]
 
-    def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> list[Object]:
+    def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> answers.Listing:
         """FineTuneJobs of the namespace, or of all."""
-        options: Any = {"_request_timeout": self.timeout} | ({"label_selector": selector} if selector else {})
+        options: Any = {"_request_timeout": self.timeout, "_preload_content": False}
+        options |= {"label_selector": selector} if selector else {}
         group, version, namespace, plural = self._place()
         with explained(self.server, "" if everywhere else namespace):
             if everywhere:
                 found = self._custom().list_cluster_custom_object(group, version, plural, **options)
             else:
                 found = self._custom().list_namespaced_custom_object(group, version, namespace, plural, **options)
-        return list(found["items"])
+            return answers.read_list(_checked(found).data)
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
         """Create or change a FineTuneJob by server-side apply; says too whether it is new."""

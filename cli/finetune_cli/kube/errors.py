@@ -21,6 +21,13 @@ def explained(server: str, namespace: str, name: str = "", what: str = constants
         yield
     except ApiException as error:
         raise refusal(error.status or 0, _status(error), server, namespace, name, what) from None
+    except (RecursionError, ValueError) as error:
+        why = "an object in it nests too deep" if isinstance(error, RecursionError) else str(error)
+        raise CliError(
+            f"the answer of the cluster at {server} cannot be read: {why}",
+            hint="finetune list shows which job cannot be read; is a proxy in between?",
+            code=Exit.UNREACHABLE,
+        ) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise CliError(
             f"the cluster at {server} is out of reach: {reason(error)}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from finetune_api import exit_codes
+from finetune_api import answers, exit_codes
 from finetune_api.status import Condition, FineTuneJobStatus
 
 State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
@@ -23,6 +24,8 @@ class View:
     created: datetime | None
     spec: dict[str, Any]
     status: FineTuneJobStatus
+    is_cut: bool = False
+    """Whether something in it nests too deep to be read."""
 
     @classmethod
     def of(cls, job: dict[str, Any]) -> View:
@@ -41,6 +44,7 @@ class View:
             created=datetime.fromisoformat(created) if created else None,
             spec=job.get("spec") or {},
             status=status,
+            is_cut=answers.TOO_DEEP in json.dumps([job.get("spec"), job.get("status")]),
         )
 
     def condition(self, kind: str) -> Condition | None:
@@ -70,6 +74,8 @@ class View:
     @property
     def phase(self) -> str:
         """The operator's word for it."""
+        if self.is_cut:
+            return "Unreadable"
         return self.status.phase or ("Suspended" if self.spec.get("suspend") else "Pending")
 
     @property
@@ -78,6 +84,8 @@ class View:
 
         Both are empty when there is nothing to explain.
         """
+        if self.is_cut and self.state != "failed":
+            return "Why", f"something in its spec is {answers.TOO_DEEP}: delete the job and create it anew"
         if not self.status.conditions:
             return (
                 "Why",

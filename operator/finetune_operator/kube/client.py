@@ -1,24 +1,34 @@
 """The client of the API server: plain dicts in and out. No other module sends requests, except Kopf."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from yarl import URL
 
-from finetune_api import constants
+from finetune_api import answers, constants
 from finetune_operator.core.objects import kinds, raw
 from finetune_operator.core.objects.kinds import Kind, ObjectKey
 from finetune_operator.core.objects.raw import Raw
-from finetune_operator.kube.urls import path
+from finetune_operator.kube.errors import (
+    ApiError,
+    CreateDenied,
+    UnreadableAnswer,
+    create_error,
+    error_of,
+    unreadable,
+)
+from finetune_operator.kube.urls import path, resource_of
 
 MERGE_PATCH = "application/merge-patch+json"
 #: Objects per page: few, because a page takes tens of times more memory than bytes on the wire.
 PAGE = 100
+#: A page with more bytes than this is read in smaller ones.
+PAGE_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
 #: A watch that is silent for this long is dead: servers send bookmarks every minute.
 SILENCE_SECONDS = 70
@@ -29,48 +39,45 @@ _OWNED = {"fieldManager": constants.FIELD_MANAGER}
 _KINDS = (kinds.FINETUNE_JOB, kinds.JOB, kinds.POD, kinds.SERVICE, kinds.NETWORK_POLICY, kinds.EVENT)
 
 
-class ApiError(Exception):
-    """The API server answered with an error. `code` is the HTTP status, `reason` the reason of its Status object."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        self.code, self.reason, self.message = code, reason, message
-        super().__init__(f"{code} {reason}: {message}")
-
-
-class CreateDenied(Exception):
-    """A child cannot be created for now: its name is taken, a quota is full, or an admission webhook denied it."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason, self.message = reason, message
-        super().__init__(f"{reason}: {message}")
-
-
-class NamespaceTerminating(Exception):
-    """The namespace is being deleted, and all objects of the job with it: there is nothing left to do or to report."""
-
-
 @dataclass(frozen=True)
 class Page:
-    """One page of a list. `version` is the resource version of the list; no page follows the `last` one."""
+    """One page of a list. `version` is the resource version of the list; no page follows the `last` one.
+
+    A page that is not `whole` leaves objects out that cannot be read: they exist all the same.
+    """
 
     items: list[Raw]
     version: int
     last: bool
+    whole: bool = True
 
 
 class KubeClient:
     """The requests that the operator makes.
 
     Every method raises ApiError for an answer of 400 or more, OSError when the connection fails, or TimeoutError.
-    `more` are the kinds to reach besides FineTuneJobs, Jobs, pods, Services, NetworkPolicies and events.
+    An answer of 200 that is no JSON object is a failed connection, too.
+
+    Args:
+        session: The session to send with.
+        server: URL of the API server.
+        timeout_seconds: Timeout of a request, but not of a watch.
+        more: The kinds to reach besides FineTuneJobs, Jobs, pods, Services, NetworkPolicies and events.
+        on_unreadable: Called with (resource, count) for objects that can be read in parts only, or not at all.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, server: str, timeout_seconds: float, more: Iterable[Kind] = ()
+        self,
+        session: aiohttp.ClientSession,
+        server: str,
+        timeout_seconds: float,
+        more: Iterable[Kind] = (),
+        on_unreadable: Callable[[str, int], None] = lambda resource, count: None,
     ) -> None:
         self._session, self._server = session, server.rstrip("/")
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._kinds = {kind.name: kind for kind in (*_KINDS, *more)}
+        self._on_unreadable = on_unreadable
 
     def _path(self, kind: str, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
         return path(self._kinds[kind], namespace, name, subresource)
@@ -86,8 +93,13 @@ class KubeClient:
     ) -> Raw:
         """Send a request; return the answer as plain data."""
         data = await self.send(method, where, body, query, content_type, accept)
-        found = from_json(data)
-        return found if isinstance(found, dict) else {}
+        try:
+            found, is_whole = answers.read_object(data)
+        except ValueError as error:
+            raise unreadable(where, data, error) from None
+        if not is_whole:
+            self._on_unreadable(resource_of(where), 1)
+        return found
 
     async def send(
         self,
@@ -106,7 +118,7 @@ class KubeClient:
             async with self._session.request(method, url, data=data, headers=headers, timeout=self._timeout) as answer:
                 found = await answer.read()
         if answer.status >= 400:
-            raise _error(answer.status, found)
+            raise error_of(answer.status, found)
         return found
 
     def _url(self, where: str, query: Mapping[str, str] | None) -> URL:
@@ -125,12 +137,16 @@ class KubeClient:
 
     async def get(self, kind: str, namespace: str, name: str) -> Raw | None:
         """Return the object; None where there is none."""
+        where = self._path(kind, namespace, name)
         try:
-            return await self.request("GET", self._path(kind, namespace, name))
+            found = await self.request("GET", where)
         except ApiError as error:
             if error.code == 404:
                 return None
             raise
+        if not raw.text(found, "metadata", "uid"):
+            raise UnreadableAnswer(f"the answer of {where} is no object: it has no uid")
+        return found
 
     async def ensure(self, obj: Raw, owner_uid: str) -> Raw:
         """Create a child, or return the one that an earlier reconcile created.
@@ -151,7 +167,7 @@ class KubeClient:
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
                 return await self._existing(obj, owner_uid)
-            if refusal := _classify_create_error(kind, name, error):
+            if refusal := create_error(kind, name, error):
                 raise refusal from error
             raise
         return {**obj, "metadata": {**obj["metadata"], **raw.mapping(made, "metadata")}}
@@ -215,14 +231,26 @@ class KubeClient:
 
     async def pages(self, kind: str, namespace: str | None, label_selector: str = "") -> AsyncIterator[Page]:
         """Yield all objects of a kind, page by page, from one consistent snapshot."""
-        query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
+        where, token, limit = self._path(kind, namespace), "", PAGE
+        query = {"labelSelector": label_selector} if label_selector else {}
         while True:
-            found = await self.request("GET", self._path(kind, namespace), query=query)
-            token = raw.text(found, "metadata", "continue")
-            yield Page(raw.entries(found, "items"), raw.version(found), not token)
+            more = {"continue": token} if token else {}
+            data = await self.send("GET", where, query={"limit": str(limit), **query, **more}, accept=_JSON)
+            if len(data) > PAGE_BYTES and limit > 1:
+                limit = max(1, limit * PAGE_BYTES // len(data) // 2)
+                continue
+            try:
+                found = answers.read_list(data)
+            except ValueError as error:
+                raise unreadable(where, data, error) from None
+            if not (version := raw.version(found.head)):
+                raise UnreadableAnswer(f"the answer of {where} is no list: it has no resourceVersion")
+            if count := len(found.cut) + found.lost:
+                self._on_unreadable(resource_of(where), count)
+            token = raw.text(found.head, "metadata", "continue")
+            yield Page(found.items, version, not token, not found.lost)
             if not token:
                 return
-            query["continue"] = token
 
     async def watch(self, where: str, query: Mapping[str, str], seconds: int) -> AsyncIterator[Raw]:
         """Yield the events of a watch, the present state first, until the server ends it after `seconds`."""
@@ -232,12 +260,25 @@ class KubeClient:
         with _as_os_errors():
             async with self._session.get(url, headers={"Accept": _JSON}, timeout=timeout) as answer:
                 if answer.status >= 400:
-                    raise _error(answer.status, await answer.read())
+                    raise error_of(answer.status, await answer.read())
                 rest = b""
                 async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
-                        yield _event(line)
+                        yield self._event(where, line)
+
+    def _event(self, where: str, line: bytes) -> Raw:
+        """Parse one line of a watch. Raises ApiError for an error that comes as an event, such as 410 Gone."""
+        try:
+            event, is_whole = answers.read_object(line)
+        except ValueError as error:
+            raise unreadable(where, line, error) from None
+        if not is_whole:
+            self._on_unreadable(resource_of(where), 1)
+        if event.get("type") == "ERROR":
+            status = raw.mapping(event, "object")
+            raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
+        return event
 
 
 def encoded(body: Any) -> bytes:
@@ -252,33 +293,3 @@ def _as_os_errors() -> Iterator[None]:
         yield
     except aiohttp.ClientError as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
-
-
-def _error(code: int, data: bytes) -> ApiError:
-    try:
-        status = from_json(data)
-    except ValueError:
-        return ApiError(code, "", data[:200].decode(errors="replace"))
-    return ApiError(code, raw.text(status, "reason"), raw.text(status, "message"))
-
-
-def _event(line: bytes) -> Raw:
-    """Parse one line of a watch. Raises ApiError for an error that comes as an event, such as 410 Gone."""
-    event: Raw = from_json(line)
-    if event.get("type") == "ERROR":
-        status = raw.mapping(event, "object")
-        raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
-    return event
-
-
-def _classify_create_error(kind: str, name: str, error: ApiError) -> CreateDenied | NamespaceTerminating | None:
-    """Return the exception for a create that will fail again; None for a temporary error of the server."""
-    if error.code == 403:
-        if "exceeded quota" in error.message:
-            return CreateDenied("QuotaExceeded", error.message)
-        if "being terminated" in error.message:
-            return NamespaceTerminating(error.message)
-        return CreateDenied("Forbidden", f"{kind} {name}: {error.message}")
-    if error.code in (400, 422):
-        return CreateDenied("Rejected", f"{kind} {name}: {error.message}")
-    return None

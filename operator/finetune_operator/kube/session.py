@@ -10,10 +10,12 @@ from kubernetes.aio import config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.api_client import ApiClient
 
+from finetune_api import answers
 from finetune_operator.core.objects.raw import Raw
+from finetune_operator.kube.errors import unreadable
 from finetune_operator.kube.freshness import CREDENTIALS_SECONDS, Freshness, Reachability
 from finetune_operator.kube.urls import resource_of, verb_of
-from finetune_operator.kube.watch_stream import Events, Expired, version_in
+from finetune_operator.kube.watch_stream import Events, Expired, show_event
 
 #: Called with (verb, resource, code) after each request; the code is "error" when no answer came.
 OnRequest = Callable[[str, str, str], None]
@@ -28,6 +30,7 @@ class Connection:
         on_date: Called with the Date header of each answer.
         is_echo: Tells whether a watch event (resource, version) only echoes a write of our own; watches skip it.
         is_known: Tells whether an object (resource, object) is in the cache; parsed lists leave it out.
+        on_unreadable: Called with (resource, count) for objects that can be read in parts only, or not at all.
     """
 
     def __init__(self, configuration: Configuration, on_request: OnRequest) -> None:
@@ -36,6 +39,7 @@ class Connection:
         self.on_date: Callable[[str], None] = lambda date: None
         self.is_echo: Callable[[str, int], bool] = lambda resource, version: False
         self.is_known: Callable[[str, Raw], bool] = lambda resource, obj: False
+        self.on_unreadable: Callable[[str, int], None] = lambda resource, count: None
         self._on_request = on_request
         self._credentials: dict[str, str] = {}
         self._credentials_due = 0.0
@@ -115,15 +119,28 @@ class Connection:
                     self.content = Events(  # type: ignore[assignment]
                         self.content,
                         lambda: connection.freshness.record(url),
-                        lambda line: connection.is_echo(resource, version_in(line)),
+                        lambda line: show_event(
+                            line,
+                            lambda version: connection.is_echo(resource, version),
+                            lambda: connection.on_unreadable(resource, 1),
+                        ),
                     )
                 return self
 
             async def json(self, **options: Any) -> Any:
-                found = await super().json(**options)
-                if isinstance(found, dict) and isinstance(items := found.get("items"), list):
-                    resource = resource_of(self.url.path)
-                    found["items"] = [obj for obj in items if not connection.is_known(resource, obj)]
-                return found
+                resource, data = resource_of(self.url.path), await self.read()
+                try:
+                    found = answers.read_list(data)
+                except ValueError:
+                    return self._no_list(data)
+                if count := len(found.cut) + found.lost:
+                    connection.on_unreadable(resource, count)
+                return {**found.head, "items": [obj for obj in found.items if not connection.is_known(resource, obj)]}
+
+            def _no_list(self, data: bytes) -> Any:
+                try:
+                    return answers.read_object(data)[0]
+                except ValueError as error:  # which Kopf would not survive
+                    raise aiohttp.ClientConnectionError(str(unreadable(self.url.path, data, error))) from None
 
         return Response

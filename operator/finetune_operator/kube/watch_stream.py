@@ -1,22 +1,27 @@
-"""The body of a watch response as Kopf reads it: skip echoes, turn a 410 status into an event, find versions."""
+"""The body of a watch response as Kopf reads it: without echoes, cut where it is too deep, and a 410 as an event."""
 
 from collections.abc import Callable
 
 import aiohttp
 from aiohttp.streams import AsyncStreamIterator
+from pydantic_core import to_json
+
+from finetune_api import answers
+from finetune_operator.core.objects import raw
 
 
 class Events:
-    """The lines of a watch without those for which `skip` is true; `on_data` is called for every chunk.
+    """The lines of a watch, each as `show` returns it, without those for which it returns None.
 
-    Half of all events echo our own writes, and Kopf takes longer for one event than a whole reconcile does.
+    Half of all events echo our own writes, and Kopf takes longer for one event than a whole reconcile does. `on_data`
+    is called for every chunk.
     """
 
     def __init__(
-        self, content: aiohttp.StreamReader, on_data: Callable[[], None], skip: Callable[[bytes], bool]
+        self, content: aiohttp.StreamReader, on_data: Callable[[], None], show: Callable[[bytes], bytes | None]
     ) -> None:
         self._content = content
-        self._on_data, self._skip = on_data, skip
+        self._on_data, self._show = on_data, show
         self._rest = b""
 
     def __getattr__(self, name: str) -> object:
@@ -26,14 +31,34 @@ class Events:
         return AsyncStreamIterator(lambda: self._read(size))
 
     async def _read(self, size: int) -> bytes:
-        """Return some whole lines, or the rest at the end."""
+        """Return some whole lines, or nothing at the end. A line that is cut off there is no event."""
         while chunk := await self._content.read(size):
             self._on_data()
             *lines, self._rest = (self._rest + chunk).split(b"\n")
-            if kept := [line for line in lines if not self._skip(line)]:
-                return b"\n".join([*kept, b""])
-        rest, self._rest = self._rest, b""
-        return rest
+            if shown := [line for line in map(self._show, lines) if line is not None]:
+                return b"\n".join([*shown, b""])
+        return b""
+
+
+def show_event(line: bytes, is_echo: Callable[[int], bool], on_unreadable: Callable[[], None]) -> bytes | None:
+    """Return a line of a watch as Kopf can read it; None for an echo, and for what is no event.
+
+    Args:
+        line: The line as the API server sent it.
+        is_echo: Tells whether the object in that version only echoes a write of our own.
+        on_unreadable: Called when the line cannot be read, or only in parts.
+    """
+    try:
+        event, is_whole = answers.read_object(line)
+        if not isinstance(event.get("object"), dict) or not isinstance(event.get("type"), str):
+            raise ValueError("no event")
+    except ValueError:
+        on_unreadable()
+        return None
+    if not is_whole:
+        on_unreadable()
+        return to_json(event)
+    return None if is_echo(raw.version(event["object"])) else line
 
 
 #: The event by which a server ends a watch whose resource version is too old.
@@ -58,16 +83,3 @@ class Expired:
     async def _read(self) -> bytes:
         event, self._left = self._left, b""
         return event
-
-
-_VERSION = b'"resourceVersion":"'
-
-
-def version_in(line: bytes) -> int:
-    """Return the resource version in a line of JSON without parsing it; 0 where there is none.
-
-    Quotes within strings are escaped, so no text of a user can look like the key.
-    """
-    begin = line.find(_VERSION) + len(_VERSION)
-    found = line[begin : line.find(b'"', begin)]
-    return int(found) if begin >= len(_VERSION) and found.isdigit() else 0

@@ -60,6 +60,17 @@ class Metrics:
             f"{PREFIX}_events_dropped", "Events given up because too many waited.", registry=self.registry
         )
 
+        self._unreadable = Counter(
+            f"{PREFIX}_unreadable_objects",
+            "Objects of which the API server's answers could be read in parts only, or not at all.",
+            ["resource"],
+            registry=self.registry,
+        )
+
+    def unreadable(self, resource: str, count: int) -> None:
+        """Count objects that nest too deep, or are no JSON."""
+        self._unreadable.labels(resource).inc(count)
+
     def api_call(self, verb: str, resource: str, code: str) -> None:
         """Count a request to the API server; `code` is "error" when no answer came."""
         self._api_calls.labels(verb, resource, code).inc()

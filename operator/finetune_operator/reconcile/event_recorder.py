@@ -15,7 +15,8 @@ from finetune_operator.core.objects.kinds import Kind
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.kube.urls import path
 from finetune_operator.observability.metrics import Metrics
 

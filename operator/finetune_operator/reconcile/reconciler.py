@@ -15,7 +15,8 @@ from finetune_operator.core.objects.observed import CreateBlocked, Observation
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView
 from finetune_operator.core.types import Plan
-from finetune_operator.kube.client import ApiError, CreateDenied, KubeClient, NamespaceTerminating
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError, CreateDenied, NamespaceTerminating
 from finetune_operator.reconcile.event_recorder import EventRecorder
 from finetune_operator.reconcile.work_queue import Result
 from finetune_operator.settings import Settings

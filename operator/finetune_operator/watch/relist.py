@@ -11,7 +11,9 @@ import structlog
 
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.kinds import ObjectKey
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.core.objects.raw import Raw
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.watch.cache import Cache
 
 log = structlog.get_logger(__name__)
@@ -34,6 +36,7 @@ class Relister:
         on_change: Called with the key of every reconciled object, and of everything that is gone.
         on_denied: Called with a namespace that may not be listed.
         on_restored: Called when etcd was restored from a backup.
+        on_unreadable: Called with (resource, count) for objects that cannot be read.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class Relister:
         on_change: Callable[[ObjectKey], None],
         on_denied: Callable[[str], None],
         on_restored: Callable[[], None],
+        on_unreadable: Callable[[str, int], None] = lambda resource, count: None,
     ) -> None:
         self._client, self._cache, self._namespaces = client, cache, namespaces or ("",)
         self._interval, self._on_change = interval, on_change
-        self._on_denied, self._on_restored = on_denied, on_restored
+        self._on_denied, self._on_restored, self._on_unreadable = on_denied, on_restored, on_unreadable
         self._requested = asyncio.Event()
         self._listed_by_source: set[tuple[str, str]] = set()
         self._last_attempt = self._last_success = time.monotonic()
@@ -96,6 +100,9 @@ class Relister:
             except (ApiError, OSError, TimeoutError) as error:
                 log.warning("relist failed; retrying", error=str(error) or type(error).__name__)
                 succeeded = False
+            except Exception:
+                log.exception("relist failed; retrying")
+                succeeded = False
             finally:
                 self._last_attempt = time.monotonic()
 
@@ -136,7 +143,7 @@ class Relister:
         registry = self._cache.registry
         for kind in registry.watched:
             uids: list[str] = []
-            version, is_back = 0, False
+            version, is_back, is_whole = 0, False, True
             async for page in self._client.pages(kind, namespace, registry.label_selector(kind)):
                 if not uids and (is_back := self._cache.is_newer_than(kind, namespace, page.version)):
                     log.warning(
@@ -144,11 +151,23 @@ class Relister:
                     )
                     self._on_restored()
                 version = page.version
+                is_whole = is_whole and page.whole
                 for obj in page.items:
-                    self._cache.put(kind, obj, force=is_back)
                     uids.append(raw.text(obj, "metadata", "uid"))
-            gone |= self._cache.keep_only(kind, uids, version, namespace, force=is_back)
+                    self._put(kind, obj, force=is_back)
+            if is_whole:
+                gone |= self._cache.keep_only(kind, uids, version, namespace, force=is_back)
+            else:
+                log.error("a list holds objects that cannot be read; skipping them", kind=kind, namespace=namespace)
         return gone
+
+    def _put(self, kind: str, obj: Raw, force: bool) -> None:
+        try:
+            self._cache.put(kind, obj, force)
+        except Exception:
+            name = f"{raw.text(obj, 'metadata', 'namespace')}/{raw.text(obj, 'metadata', 'name')}"
+            log.exception("object cannot be read; skipping it", kind=kind, name=name)
+            self._on_unreadable(self._cache.registry.watched[kind].plural, 1)
 
     def _deny(self, namespace: str, error: ApiError) -> set[ObjectKey]:
         """Stop serving a namespace until it may be listed again."""

@@ -17,7 +17,8 @@ from finetune_operator.core.objects.observed import JobObject, WaitReason
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.conditions import MAX_MESSAGE
 from finetune_operator.core.status.wait_reason import QUEUED
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.kube.urls import path
 from finetune_operator.watch.cache import Cache
 

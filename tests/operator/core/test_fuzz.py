@@ -17,7 +17,7 @@ from finetune_api import constants, exit_codes
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.plan import plan
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.reconcile.reconciler import Conflict
 from support.simulation.api import OneOperator, check_status
 from support.simulation.world import (

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WaitReason
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.watch.cache import MAX_WAIT_REASONS, Cache
 from finetune_operator.watch.wait_reasons import (
     EVENT_SELECTORS,

@@ -20,7 +20,8 @@ from finetune_operator.core.objects import kinds, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import ApiError
 from finetune_operator.kube.urls import path
 from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.reconcile.reconciler import Reconciler

@@ -4,6 +4,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 Raw = dict[str, Any]
+#: Characters of a text that are read. Views stay in memory, and must not grow with what users write.
+MAX_TEXT = 8192
+#: What Kubernetes allows the value of a label.
+MAX_LABEL = 63
 
 
 def at(obj: Any, *path: str) -> Any:
@@ -14,8 +18,9 @@ def at(obj: Any, *path: str) -> Any:
 
 
 def text(obj: Any, *path: str) -> str:
+    """Return the text at `path`, at most MAX_TEXT characters of it."""
     value = at(obj, *path)
-    return value if isinstance(value, str) else ""
+    return value[:MAX_TEXT] if isinstance(value, str) else ""
 
 
 def integer(obj: Any, *path: str) -> int:
@@ -40,7 +45,7 @@ def entries(obj: Any, *path: str) -> list[Raw]:
 
 def labels(obj: Any) -> dict[str, str]:
     found = mapping(obj, "metadata", "labels")
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    return {key: value for key, value in found.items() if isinstance(value, str) and len(value) <= MAX_LABEL}
 
 
 def timestamp(obj: Any, *path: str) -> datetime | None:
@@ -71,4 +76,4 @@ def controller(obj: Any) -> Raw:
 def version(obj: Any) -> int:
     """Return metadata.resourceVersion as a number (comparable within a resource: KEP-5504); 0 where it is none."""
     found = text(obj, "metadata", "resourceVersion")
-    return int(found) if found.isdecimal() else 0
+    return int(found) if found.isdecimal() and len(found) < 20 else 0
