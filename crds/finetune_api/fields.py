@@ -40,6 +40,7 @@ ExtendedResource = text_type(patterns.EXTENDED_RESOURCE, max_length=253)
 Image = text_type(patterns.IMAGE, max_length=512)
 ReadableUri = text_type(*uri.rules(uri.READABLE), max_length=uri.MAX_LENGTH)
 WritableUri = text_type(*uri.rules(uri.WRITABLE), max_length=uri.MAX_LENGTH)
+RowTemplate = text_type(*patterns.ROW_TEMPLATE, max_length=4096)
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 Switch = Literal["auto", "enabled", "disabled"]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -132,4 +133,42 @@ Labels = Annotated[
     Field(max_length=32, json_schema_extra={"x-kubernetes-validations": [_KEYS_RULE]}),
     BeforeValidator(_without_null_values),
     AfterValidator(_check_keys),
+]
+
+#: Columns of all data formats.
+COLUMNS = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "tools",
+    "chat_template_kwargs",
+)
+_COLUMNS_MESSAGE = f"must name columns of {', '.join(COLUMNS)}"
+
+
+def _check_columns(value: dict[str, str]) -> dict[str, str]:
+    if not set(value) <= set(COLUMNS):
+        raise refusal(_COLUMNS_MESSAGE)
+    return value
+
+
+Columns = Annotated[
+    dict[str, Text],
+    Field(
+        min_length=1,
+        max_length=len(COLUMNS),
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {"rule": f"self.all(name, name in {list(COLUMNS)})", "message": _COLUMNS_MESSAGE},
+            ]
+        },
+    ),
+    BeforeValidator(_without_null_values),
+    AfterValidator(_check_columns),
 ]

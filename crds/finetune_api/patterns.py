@@ -55,3 +55,9 @@ IMAGE = TextRule(
     r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
     "must be an image such as registry.example.com/team/trainer:1.2, a letter or digit first, no spaces",
 )
+ROW_TEMPLATE = (
+    TextRule(
+        "^([^{}]|[{][{]|[}][}]|[{][^{}]+[}])*$", "must hold whole column names in braces; {{ and }} stand for braces"
+    ),
+    TextRule("[{][^{}]+[}]", "must hold the name of a column in braces, such as {question}"),
+)

@@ -4,7 +4,7 @@ import re
 from typing import ClassVar, Literal
 
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import Name, ReadableUri, Revision, Text, WritableUri
+from finetune_api.fields import Columns, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri
 
 
 class SecretRef(ApiModel):
@@ -39,16 +39,41 @@ class Model(ApiModel):
 
 
 class Dataset(ApiModel):
-    """Training and evaluation rows: JSON Lines, JSON, CSV or Parquet; a file, or a prefix holding many."""
+    """Training and evaluation rows: JSON Lines, JSON or CSV (also as .gz, .zst or .xz), or Parquet; a file, or a prefix
+    holding many."""
+
+    RULES: ClassVar = (
+        Rule(
+            "self.textField == 'text' || !has(self.columns) || !('text' in self.columns)",
+            lambda d: d.text_field == "text" or "text" not in (d.columns or {}),
+            "is given by dataset.textField already",
+            "columns",
+        ),
+        Rule(
+            "has(self.template) ? self.format in ['auto', 'template'] : self.format != 'template'",
+            lambda d: d.format in ("auto", "template") if d.template is not None else d.format != "template",
+            "must be template, or auto, where dataset.template is set, and only there",
+            "format",
+        ),
+    )
 
     train: ReadableUri
     """Training rows."""
     eval: ReadableUri | None = None
     """Held-out rows for the evaluation loss, early stopping and keepBest."""
-    format: Literal["auto", "text", "prompt-completion", "messages"] = "auto"
-    """Shape of a row. auto looks at the columns: text, prompt and completion, or messages."""
+    format: Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca", "template"] = "auto"
+    """Shape of a row. auto looks at the columns of the first: messages (with OpenAI's tools and weights too),
+    conversations (sharegpt), prompt and completion, instruction and output (alpaca), or text."""
     text_field: Text = "text"
     """Column that holds the whole text, when the format is text."""
+    columns: Columns | None = None
+    """What the data calls the columns of its format, such as {prompt: question, completion: answer}."""
+    template: RowTemplate | None = None
+    """Text of a row, with the names of columns in braces: "Q: {question}". A column completion (or output) is learned
+    and the rest is its prompt; without one the whole text is learned. {{ and }} stand for braces."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """What is learned: the assistant's turns (of a prompt and completion, the completion), or every token. Of plain
+    texts, every token is."""
     secret_ref: SecretRef | None = None
     """Secret with AWS_* keys or HF_TOKEN for the data."""
 

@@ -117,6 +117,12 @@ ACCEPTED = [
     _accepted("path with a colon and an at sign", {"spec.model.source": "file:///models@1/a:b@c"}),
     _accepted("volume path with a colon and an at sign", {"spec.model.source": "pvc://models/a:b@c"}),
     _accepted("hub file with a colon and an at sign", {"spec.dataset.train": "hf://datasets/me/nli/a:b@c"}),
+    _accepted("rows of another format", {"spec.dataset": {"train": "s3://data/x", "format": "sharegpt", "loss": "all"}}),
+    _accepted("columns of other names", {
+        "spec.dataset.columns": {"prompt": "question", "completion": "answer", "tools": None},
+    }),
+    _accepted("template of a row", {"spec.dataset.template": "### {instruction}\n{{literal}} {my column}\n"}),
+    _accepted("template by its name", {"spec.dataset.template": "{a}", "spec.dataset.format": "template"}),
     _accepted("secrets for every role", {
         "spec.model.secretRef": {"name": "hf-token"},
         "spec.dataset.secretRef": {"name": "data.key"},
@@ -185,6 +191,17 @@ ACCEPTED = [
 ]  # fmt: skip
 
 REFUSED = [
+    _refused("unknown format", {"spec.dataset.format": "csv"}, "spec.dataset.format", '"auto", "text", "prompt-completion"'),
+    _refused("unknown loss", {"spec.dataset.loss": "answer"}, "spec.dataset.loss", '"assistant", "all"'),
+    _refused("column of no format", {"spec.dataset.columns": {"question": "q"}}, "spec.dataset.columns", "must name columns of text, prompt, completion"),
+    _refused("no columns", {"spec.dataset.columns": {}}, "spec.dataset.columns", "should have at least 1"),
+    _refused("column without a name", {"spec.dataset.columns": {"prompt": ""}}, "spec.dataset.columns.prompt", "should have at least 1 character", "at least 1 chars long"),
+    _refused("text column twice", {"spec.dataset.columns": {"text": "a"}, "spec.dataset.textField": "b"}, "spec.dataset.columns", "is given by dataset.textField already"),
+    _refused("template of another format", {"spec.dataset.template": "{a}", "spec.dataset.format": "text"}, "spec.dataset.format", "must be template, or auto"),
+    _refused("format without its template", {"spec.dataset.format": "template"}, "spec.dataset.format", "where dataset.template is set, and only there"),
+    _refused("template without a column", {"spec.dataset.template": "text"}, "spec.dataset.template", "must hold the name of a column in braces"),
+    _refused("template of half a column", {"spec.dataset.template": "{a} {b"}, "spec.dataset.template", "must hold whole column names in braces"),
+    _refused("endless template", {"spec.dataset.template": "{a}" * 2000}, "spec.dataset.template", "should have at most 4096 characters", "Too long"),
     _refused("no model", {"spec.model": REMOVE}, "spec.model", "Required value"),
     _refused("no dataset", {"spec.dataset": REMOVE}, "spec.dataset", "Required value"),
     _refused("no output", {"spec.output": REMOVE}, "spec.output", "Required value"),

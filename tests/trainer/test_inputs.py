@@ -1,10 +1,12 @@
 """Of a data set on the hub only the wanted split is read: test rows are never trained on."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import fetch_data_files
 from finetune_trainer.settings import Environment, Ranks, load
@@ -61,3 +63,19 @@ def test_a_split_that_is_not_there_names_the_field_and_the_splits(
         _shards(hub, tmp_path, f"{URI}/trian", "train", monkeypatch)
     with pytest.raises(DatasetInvalid, match=r"org/rows has no 'no-such\.jsonl' at main"):
         _shards(hub, tmp_path, f"{URI}/no-such.jsonl", "train", monkeypatch)
+
+
+def test_a_folder_is_read_whole_compressed_files_too(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    (folder / "notes.md").touch()
+    manifest = job(tmp_path, tmp_path / "no-model", {"dataset.train": f"file://{folder}"})
+    settings = load(manifest, [], Environment.from_env(), Ranks())
+    files, _ = fetch_data_files(settings)
+    assert [file.name for file in files] == ["a.jsonl", "b.jsonl.gz"]
+    assert [row.data["text"] for row in read_rows(files, [], settings.spec.dataset).train] == ["one", "two"]
+    (folder / "c.jsonl.bz2").touch()
+    with pytest.raises(DatasetInvalid, match=r"c\.jsonl\.bz2 is compressed in a way that is not read: use \.gz"):
+        fetch_data_files(settings)

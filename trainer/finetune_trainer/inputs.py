@@ -11,8 +11,8 @@ import structlog
 from finetune_api import artifact_manifest, constants
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
-from finetune_trainer.data.dataset import DataFile
-from finetune_trainer.data.readers import is_data_file
+from finetune_trainer.data.readers import is_data_file, is_unread_data
+from finetune_trainer.data.row_files import DataFile
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials
@@ -143,6 +143,10 @@ def _data_files(settings: Settings, source: str, field: str) -> list[DataFile]:
         return [DataFile(found, found.name, field, tree.open)]
     every = sorted(path.relative_to(found).as_posix() for path in tree.files(found))
     paths = [path for path in every if is_data_file(path)]
+    if unread := [path for path in every if is_unread_data(path)]:
+        raise DatasetInvalid(
+            f"{field}: {uri}: {unread[0]} is compressed in a way that is not read: use .gz, .zst or .xz"
+        )
     if not paths:
         raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
     if uri.scheme == "hf":

@@ -5,7 +5,8 @@ from functools import partial
 from finetune_api.status import Adapter
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
-from finetune_trainer.data.dataset import read_rows, tokenize
+from finetune_trainer.data.dataset import tokenize
+from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import weights_must_fit
 from finetune_trainer.inputs import fetch_adapter, fetch_data_files, fetch_model_metadata, fetch_model_weights
 from finetune_trainer.publishing.earlier import published_earlier

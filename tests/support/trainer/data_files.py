@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.spec_data import Dataset
-from finetune_trainer.data.dataset import DataFile, Rows, read_rows
+from finetune_trainer.data.row_files import DataFile, Rows, read_rows
 
 ROWS = [{"text": "one"}, {"text": 'two\nlines, "quoted"'}, {"text": "drei · 三"}]
 
@@ -29,10 +29,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(files: list[DataFile], **dataset: str) -> Rows:
+def read(files: list[DataFile], **dataset: Any) -> Rows:
     return read_rows(files, [], Dataset(train="file:///data", **dataset)).train
 
 
-def load(path: Path, **dataset: str) -> tuple[list[Any], str]:
+def load(path: Path, **dataset: Any) -> tuple[list[Any], str]:
     rows = read([DataFile(path, path.name)], **dataset)
     return [row.data for row in rows], rows.format.name

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import structlog
 
-from finetune_trainer.data.dataset import DataFile, encode
+from finetune_trainer.data.dataset import encode
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.row_files import DataFile
 from finetune_trainer.errors import DatasetInvalid
 from support.trainer.data_files import ROWS, read, write
 

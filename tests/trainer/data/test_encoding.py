@@ -8,7 +8,7 @@ import structlog
 
 from finetune_trainer.data import formats
 from finetune_trainer.data.dataset import encode
-from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.encoding import Encoder, RowProblem
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.tokenizer import load_tokenizer
 from finetune_trainer.errors import DatasetInvalid
@@ -78,19 +78,46 @@ def test_a_conversation_the_template_refuses_is_a_bad_row(tokenizer: Any) -> Non
         encode([row], formats.named("messages"), Encoder(tokenizer, 128), "training")
 
 
-def test_a_template_that_does_not_mark_the_assistant_is_said_once(tiny_model: Path) -> None:
+def test_a_template_that_never_ends_a_turn_is_said_once(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model, "x")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     encoder, rows = Encoder(tokenizer, 128), [Row("f", 1, CHAT)] * 3
     with structlog.testing.capture_logs() as logs:
-        learned = encode(rows, formats.named("messages"), encoder, "training")
+        encode(rows, formats.named("messages"), encoder, "training")
         encode(rows, formats.named("messages"), encoder, "evaluation")
-    assert learned.labels[0] == learned.input_ids[0], "users' words are learned, too"
     [warning] = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
-    assert warning == "Chat template has no {% generation %} markers: training on all tokens, user turns included"
+    assert warning.startswith("Chat template never writes </s>, the tokenizer's end-of-sequence token")
     with structlog.testing.capture_logs() as logs:
         encode(rows, formats.named("messages"), Encoder(load_tokenizer(tiny_model, "x"), 128), "training")
     assert not [entry for entry in logs if entry["log_level"] == "warning"]
+
+
+@pytest.mark.parametrize("row", [TEXT, {"prompt": "anna has", "completion": " tea and bread"}, CHAT])
+def test_everything_is_learned_where_the_job_says_so(row: dict[str, Any], tokenizer: Any) -> None:
+    shape = "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
+    learned = next(Encoder(tokenizer, 128, learns_all=True).encode([formats.named(shape).to_example(row)]))
+    assert learned.labels == learned.input_ids == _one(tokenizer, row, shape).input_ids
+
+
+def test_rows_keep_their_order_whatever_is_tokenized_together(tokenizer: Any) -> None:
+    rows = [("messages", CHAT), ("text", TEXT), ("prompt-completion", {"prompt": "anna", "completion": " has"})] * 3
+    rows.insert(4, ("messages", {"messages": [{"role": "system", "content": "x"}]}))
+    examples = [formats.named(shape).to_example(row) for shape, row in rows]
+    together = list(Encoder(tokenizer, 128).encode(examples))
+    assert isinstance(together[4], RowProblem)
+    assert together == [next(Encoder(tokenizer, 128).encode([example])) for example in examples]
+
+
+def test_one_bos_and_one_eos_where_text_and_tokenizer_both_bring_them(tiny_model: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(tiny_model, "x")
+    ids = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ids)
+    for text in ("the cat sat", "<s>the cat sat</s>"):
+        row = _one(tokenizer, {"text": text}, "text")
+        assert [row.input_ids.count(token) for _, token in ids] == [1, 1]
+        assert (row.input_ids[0], row.input_ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
@@ -105,3 +132,17 @@ def test_rows_cut_to_the_prompt_are_left_out(tokenizer: Any) -> None:
     assert (result.dropped, len(result.input_ids)) == (1, 1)
     with pytest.raises(DatasetInvalid, match="no training row has a token left to learn from"):
         encode(rows[:1], formats.named("prompt-completion"), Encoder(tokenizer, 20), "training")
+
+
+def test_rows_of_no_tokens_are_told_from_cut_ones(tokenizer: Any) -> None:
+    class Silent:
+        chat_template = bos_token_id = None
+        eos_token_id = 0
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [[] for _ in texts]}
+
+    rows = [Row("f", number, {"text": "tea"}) for number in (1, 2)]
+    sentence = r"^spec\.dataset\.train: the tokenizer makes no token of what is to be learned of any training row$"
+    with pytest.raises(DatasetInvalid, match=sentence):
+        encode(rows, formats.named("text"), Encoder(Silent(), 20), "training")

@@ -55,13 +55,12 @@ class TestPadToken:
         assert tokenizer.pad_token == "<|reserved_special_token_0|>"
         assert tokenizer.decode(tokenizer(sentence)["input_ids"], skip_special_tokens=True) == sentence
 
-    def test_else_a_sentence_never_the_end_of_sequence(self) -> None:
-        with pytest.raises(ConfigInvalid, match="no token to pad with other than the end-of-sequence token"):
-            choose_pad_token(_byte_level_bpe(["<|im_start|>", "<tool_call>"]))
+    def test_else_the_end_of_sequence_for_labels_never_depend_on_it(self) -> None:
+        """Qwen2's base, Phi-2, GPT-2, Falcon: no token to spare, and padding is masked by position."""
+        assert choose_pad_token(_byte_level_bpe(["<|im_start|>", "<tool_call>"])) == "<|end_of_text|>"
         as_gpt2 = _byte_level_bpe([])
         as_gpt2.unk_token = as_gpt2.bos_token = as_gpt2.pad_token = as_gpt2.eos_token
-        with pytest.raises(ConfigInvalid, match="no token to pad with"):
-            choose_pad_token(as_gpt2)
+        assert choose_pad_token(as_gpt2) == as_gpt2.eos_token
 
 
 def _byte_level_bpe(spare: list[str]) -> Any:
@@ -98,3 +97,20 @@ def _change(model: Path, to: Path, changes: dict[str, Any]) -> None:
         (to / name).write_bytes((model / name).read_bytes())
     config = json.loads((model / "tokenizer_config.json").read_text()) | changes
     (to / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_tokenizer_that_its_class_rebuilds_to_nothing_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    _change(tiny_model, tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    _without_alphabet(tmp_path / "tokenizer.json")
+    with pytest.raises(
+        ConfigInvalid, match=r"s3://x/y makes no token of any text: its class, Qwen2Tokenizer, does not"
+    ):
+        load_tokenizer(tmp_path, "s3://x/y")
+
+
+def _without_alphabet(path: Path) -> None:
+    """Keep whole words only, as a word-level vocabulary does."""
+    content = json.loads(path.read_text())
+    content["model"] |= {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "Hello": 3}, "merges": [], "unk_token": None}
+    path.write_text(json.dumps(content))

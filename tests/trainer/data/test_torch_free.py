@@ -23,7 +23,8 @@ for package in (finetune_trainer.planning, finetune_trainer.stores):
         importlib.import_module(module.name)
 
 from pathlib import Path
-from finetune_trainer.data.dataset import read_rows
+import finetune_trainer.data.dataset
+from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.inputs import fetch_data_files
 from finetune_trainer.settings import Environment, Ranks, load

@@ -28,7 +28,7 @@ HOSTILE = [
 
 
 def _card(folder: Path, metrics: dict[str, float], **changes: Any) -> str:
-    return render(load_file(job(folder, folder / "model", changes)), metrics, "org/base")
+    return render(load_file(job(folder, folder / "model", changes)), metrics, "org/base", "<pad>")
 
 
 @pytest.mark.parametrize("label", HOSTILE)

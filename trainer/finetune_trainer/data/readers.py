@@ -3,12 +3,21 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
+from finetune_trainer.data import compression
 from finetune_trainer.data.rows import Row
-from finetune_trainer.errors import DatasetInvalid
+from finetune_trainer.errors import DatasetInvalid, reason
+
+#: Bytes of one row at most, and of a JSON array, which is read as a whole: a few compressed bytes may be very many.
+_ROW_LIMIT: Final = 64 << 20
+_ARRAY_LIMIT: Final = 2 << 30
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_NUMBER: Final = "is not usable JSON: a whole number has more than 4,300 digits"
+_TOO_DEEP: Final = "is not usable JSON: nested too deep"
 
 #: Opens a file to read its bytes.
 Open = Callable[[Path], BinaryIO]
@@ -30,27 +39,52 @@ def read(path: Path, name: str, open_file: Open) -> Iterator[Row]:
     Raises:
         DatasetInvalid: The file's type is unknown, or it cannot be read at all.
     """
-    suffix = path.suffix.lower()
+    suffix, compressed = compression.split_suffix(path.name)
     reader = _READERS.get(suffix)
-    if reader is None:
-        raise DatasetInvalid(f"{name}: has an unknown file type; known are {', '.join(sorted(_READERS))}")
-    return _rows(reader, path, name, open_file)
+    if reader is None or (compressed and suffix == ".parquet"):
+        known = ", ".join(sorted(_READERS))
+        raise DatasetInvalid(
+            f"{name}: has an unknown file type; known are {known},"
+            f" and all but .parquet with {', '.join(compression.SUFFIXES)}"
+        )
+    return _rows(reader, path, name, open_file, compressed)
 
 
-def _rows(reader: Reader, path: Path, name: str, open_file: Open) -> Iterator[Row]:
+def _rows(reader: Reader, path: Path, name: str, open_file: Open, compressed: str) -> Iterator[Row]:
     with open_file(path) as file:
-        yield from reader(file, name)
+        if not compressed:
+            yield from reader(file, name)
+            return
+        try:
+            yield from reader(compression.decompressed(file, compressed, name), name)
+        except compression.DAMAGED as error:
+            raise DatasetInvalid(f"{name}: is not a whole {compressed} file: {reason(error)}") from None
 
 
 def is_data_file(path: str) -> bool:
     """Return whether the file at this path holds rows: its type is known, it is not hidden and no metadata."""
+    suffix, compressed = compression.split_suffix(path)
+    return suffix in _READERS and not (compressed and suffix == ".parquet") and not _is_beside_data(path)
+
+
+def is_unread_data(path: str) -> bool:
+    """Return whether the file at this path holds rows that cannot be read, for they are compressed in another way."""
+    inner, last = Path(Path(path).stem).suffix.lower(), Path(path).suffix.lower()
+    unread = last in compression.UNREAD or (last in compression.SUFFIXES and inner == ".parquet")
+    return unread and inner in _READERS and not _is_beside_data(path)
+
+
+def _is_beside_data(path: str) -> bool:
     parts = PurePosixPath(path).parts
-    hidden = any(part.startswith((".", "_")) for part in parts)
-    return Path(path).suffix.lower() in _READERS and not hidden and parts[-1] not in _ABOUT_DATA
+    return any(part.startswith((".", "_")) for part in parts) or parts[-1] in _ABOUT_DATA
 
 
 def _json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
-    for number, raw in enumerate(file, 1):
+    number = 0
+    while raw := file.readline(_ROW_LIMIT + 1):
+        number += 1
+        if len(raw) > _ROW_LIMIT:
+            raise DatasetInvalid(f"{name}:{number}: is longer than {_ROW_LIMIT >> 20} MiB")
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
@@ -59,18 +93,37 @@ def _json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
 
 def _parsed(raw: bytes, name: str, line: int) -> Row:
     try:
-        return Row(name, line, json.loads(raw.decode("utf-8")))
+        text = raw.decode("utf-8")
+        data = json.loads(text)
     except UnicodeDecodeError:
         return Row(name, line, None, "is not UTF-8 text")
     except json.JSONDecodeError as error:
         return Row(name, line, None, f"is not JSON: {error.msg} at column {error.colno}")
+    except ValueError:
+        return Row(name, line, None, _LONG_NUMBER)
     except RecursionError:
-        return Row(name, line, None, "is not usable JSON: nested too deep")
+        return Row(name, line, None, _TOO_DEEP)
+    return Row(name, line, data, _half_character(text, data))
+
+
+def _half_character(text: str, data: Any) -> str:
+    """Return what is wrong if JSON text escapes half of a surrogate pair, or ''. No tokenizer takes such a text."""
+    if not _SURROGATE.search(text):
+        return ""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"holds \\u{ord(error.object[error.start]):04x}, half of a surrogate pair, which is no character"
+    return ""
 
 
 def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
+    raw = file.read(_ARRAY_LIMIT + 1)
+    if len(raw) > _ARRAY_LIMIT:
+        raise DatasetInvalid(f"{name}: is larger than {_ARRAY_LIMIT >> 30} GiB: write one object a line, as .jsonl")
     try:
-        text = file.read().decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
+        del raw
     except UnicodeDecodeError:
         raise DatasetInvalid(f"{name}: is not UTF-8 text") from None
     decoder = json.JSONDecoder()
@@ -86,7 +139,10 @@ def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             yield Row(name, error.lineno, None, f"is not JSON: {error.msg} at column {error.colno}")
             return
-        yield Row(name, line, value)
+        except (ValueError, RecursionError) as error:
+            yield Row(name, line, None, _TOO_DEEP if isinstance(error, RecursionError) else _LONG_NUMBER)
+            return
+        yield Row(name, line, value, _half_character(text[counted:position], value))
         position = _skip(text, position)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
@@ -103,7 +159,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def _csv(file: BinaryIO, name: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(_ROW_LIMIT)
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     try:
         header = next(reader, None)
@@ -131,9 +187,16 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for data in batch.to_pylist():
                 number += 1
-                yield Row(name, number, data)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatasetInvalid(f"{name}: is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+                yield Row(name, number, {column: _without_nulls(value) for column, value in data.items()})
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DatasetInvalid(f"{name}: is not a readable Parquet file: {reason(error)}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return `value` without the keys that its objects lack: Parquet gives all objects of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Reader] = {

@@ -9,6 +9,7 @@ import structlog
 from finetune_trainer.errors import ConfigInvalid, whole_text
 
 log = structlog.get_logger(__name__)
+_SAMPLE: Final = "Hello world, these are 12 plain words: naïve, 你好!"
 #: Whole names of tokens that models reserve for padding, then for anything; best first.
 _PAD_TOKENS: Final = (
     r"<\|finetune_right_pad_id\|>",  # Llama 3
@@ -20,7 +21,7 @@ _PAD_TOKENS: Final = (
 
 
 def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer in `folder` for training: right padding, a pad token that is never EOS.
+    """Load the tokenizer in `folder` for training: right padding, a pad token that is EOS only for want of another.
 
     Args:
         folder: The base model's files.
@@ -28,7 +29,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
         trust_remote_code: Whether code of the model may run.
 
     Raises:
-        ConfigInvalid: There is no usable tokenizer.
+        ConfigInvalid: There is no usable tokenizer, or it makes no tokens.
     """
     from transformers import AutoTokenizer
 
@@ -41,6 +42,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
     tokenizer.padding_side = "right"
+    _check_tokens(tokenizer, folder, source)
     pad = choose_pad_token(tokenizer)
     if pad != tokenizer.pad_token:
         tokenizer.pad_token = pad
@@ -49,23 +51,45 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
 
 
 def choose_pad_token(tokenizer: Any) -> str:
-    """Choose a pad token whose loss can be masked without masking EOS: the pad token, else unk, else a reserved one.
+    """Choose a pad token: the tokenizer's own, else unk, else a reserved one, and EOS if there is nothing to spare.
 
     Labels never depend on it (padding is masked by position), but other tools mask by id: with pad = EOS they would
     teach the model never to stop, with a word as pad never to say that word, and decoding drops what is special.
-    So only an added token whose whole name says that it stands in no text will do. Raises ConfigInvalid when the
-    vocabulary has nothing to spare.
+    So only an added token whose whole name says that it stands in no text is taken before EOS.
     """
     never = {None, tokenizer.eos_token, tokenizer.bos_token}
     added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     spare = (token for pattern in _PAD_TOKENS for token in added if re.fullmatch(pattern, token))
-    for candidate in (tokenizer.pad_token, tokenizer.unk_token, *spare):
-        if candidate not in never:
-            return str(candidate)
-    raise ConfigInvalid(
-        "spec.model.source: the tokenizer has no token to pad with other than the end-of-sequence token: "
-        "give it a pad_token in tokenizer_config.json"
-    )
+    candidates = (tokenizer.pad_token, tokenizer.unk_token, *spare)
+    return str(next((token for token in candidates if token not in never), tokenizer.eos_token))
+
+
+def _check_tokens(tokenizer: Any, folder: Path, source: str) -> None:
+    """Refuse a tokenizer that makes nothing of text, and warn of one that makes something else than its own file.
+
+    transformers rebuilds the tokenizers of some families from their class, whatever tokenizer.json holds.
+    """
+    made = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    if not made:
+        raise ConfigInvalid(
+            f"spec.model.source: the tokenizer of {source} makes no token of any text: its class,"
+            f" {type(tokenizer).__name__}, does not fit its vocabulary: set tokenizer_class in tokenizer_config.json"
+        )
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        expected = Tokenizer.from_file(str(file)).encode(_SAMPLE, add_special_tokens=False).ids
+    except Exception as error:  # tokenizers raises nothing more exact
+        log.debug("tokenizer.json cannot be read alone", error=whole_text(error))
+        return
+    if expected != made:
+        log.warning(
+            f"The tokenizer of {source} makes other tokens of text than its tokenizer.json: its class,"
+            f" {type(tokenizer).__name__}, may not fit"
+        )
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

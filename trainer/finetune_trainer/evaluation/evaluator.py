@@ -10,8 +10,10 @@ import torch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_evaluation import Evaluation
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.dataset import Rows, TokenizedDataset
+from finetune_trainer.data.chat_template import TemplateError
+from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.row_files import Rows
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.generation import AnswerGenerator
@@ -58,7 +60,11 @@ def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) ->
         if label is None:
             bad.append(row.refuse(f"the answer has no JSON object with {settings.label_key!r}"))
             continue
-        ids = encoder.prompt(prompt) if isinstance(prompt, str) else encoder.chat_prompt(prompt)
+        try:
+            ids = encoder.prompt(prompt) if isinstance(prompt, str) else encoder.chat_prompt(prompt)
+        except TemplateError as error:
+            bad.append(row.refuse(str(error)))
+            continue
         result.append(EvalPrompt(ids, label))
     refuse_bad_rows(bad)
     return result

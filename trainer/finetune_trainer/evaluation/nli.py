@@ -5,10 +5,10 @@ An answer is text with a JSON object in it (chain of thought and label); its fir
 
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune_trainer.data.row_format import CompletionExample, Example, Message, TextExample
+from finetune_trainer.data.row_format import ChatExample, CompletionExample, Example, TextExample
 
 Label = Hashable
 #: Largest label set, and longest label in it, whose confusion matrix goes into the flat metrics.
@@ -54,8 +54,8 @@ def read_answer(text: str, label_key: str) -> Answer:
     return Answer(True, str(value) if isinstance(value, str | int | float) else None)
 
 
-def split_row(example: Example, marker: str) -> tuple[str | Sequence[Message], str] | str:
-    """Split an example into its prompt (text, or messages) and the right answer.
+def split_row(example: Example, marker: str) -> tuple[str | ChatExample, str] | str:
+    """Split an example into its prompt (a text, or a conversation without the answer) and the right answer.
 
     Args:
         example: A held-out row.
@@ -72,7 +72,7 @@ def split_row(example: Example, marker: str) -> tuple[str | Sequence[Message], s
     last = example.messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
         return "the last message is not the assistant's answer"
-    return example.messages[:-1], last["content"]
+    return replace(example, messages=example.messages[:-1]), last["content"]
 
 
 def confusion(right: Sequence[Label], answers: Sequence[Answer]) -> dict[tuple[str, str], int]:

@@ -85,7 +85,8 @@ def write_bundle(
     artifact.build(Trained(spec, model, base, plan), directory.adapter)
     base.tokenizer.save_pretrained(str(directory.adapter))
     write_provenance(job, plan, directory)
-    (directory.adapter / "README.md").write_text(model_card.render(job, metrics, base.name))
+    card = model_card.render(job, metrics, base.name, base.tokenizer.pad_token)
+    (directory.adapter / "README.md").write_text(card)
     return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step)
 
 

@@ -19,13 +19,14 @@ _ROWS = (
 )
 
 
-def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str) -> str:
+def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str, pad_token: str | None) -> str:
     """Return the text of README.md.
 
     Args:
         job: The job, with every default filled in.
         metrics: Final metrics, those of the base model as `<name>Before`.
         base_model: The base model's hub id or URI.
+        pad_token: The tokenizer's; no loss was taken on it.
     """
     name, spec = job.metadata.name, job.spec
     front = yaml.safe_dump(
@@ -44,7 +45,7 @@ def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str) -> s
         "## Results\n\n" + "\n".join(_results(metrics)),
         *_confusion(metrics),
         "![Loss over steps](training/loss.png)",
-        "## Training\n\n" + "\n".join(f"- {key}: {value}" for key, value in _settings(job)),
+        "## Training\n\n" + "\n".join(f"- {key}: {value}" for key, value in _settings(job, pad_token)),
         _usage(spec.output.uri, base_model, name, spec.lora.rank),
     ]
     return "\n\n".join(parts) + "\n"
@@ -91,11 +92,12 @@ def _as_text(given: str) -> str:
     return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in " ".join(shown.split()))
 
 
-def _settings(job: FineTuneJob) -> Iterator[tuple[str, object]]:
+def _settings(job: FineTuneJob, pad_token: str | None) -> Iterator[tuple[str, object]]:
     spec = job.spec
     yield "training rows", f"`{spec.dataset.train}`"
     if spec.dataset.eval:
         yield "held-out rows", f"`{spec.dataset.eval}`"
+    yield "padding token", f"{_as_text(pad_token or 'none')}, masked by its position: never learned"
     quantization, lora, training = spec.quantization, spec.lora, spec.training
     double = " with double quantization" if quantization.double_quant else ""
     yield "base weights", f"{quantization.type}{double}" if quantization.bits == 4 else f"{quantization.bits} bits"

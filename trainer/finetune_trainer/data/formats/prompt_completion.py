@@ -2,13 +2,8 @@
 
 from typing import Any
 
-from finetune_trainer.data.row_format import (
-    ChatExample,
-    CompletionExample,
-    RowFormat,
-    messages_problem,
-    text_problem,
-)
+from finetune_trainer.data.conversation import chat_example, messages_problem, template_problem
+from finetune_trainer.data.row_format import CHAT_COLUMNS, ChatExample, CompletionExample, RowFormat
 
 
 class PromptCompletionFormat(RowFormat):
@@ -16,17 +11,20 @@ class PromptCompletionFormat(RowFormat):
 
     name = "prompt-completion"
     columns = ("prompt", "completion")
+    optional = CHAT_COLUMNS
 
     def check(self, data: dict[str, Any]) -> str:
         prompt, completion = data["prompt"], data["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return text_problem("prompt", prompt) or text_problem("completion", completion)
+            return self.text_problem("prompt", prompt) or self.text_problem("completion", completion)
+        names = self.called("prompt"), self.called("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            return messages_problem("prompt", prompt) or messages_problem("completion", completion)
-        return "'prompt' and 'completion' must both be strings, or both lists of messages"
+            problem = messages_problem(names[0], prompt) or messages_problem(names[1], completion)
+            return problem or template_problem(data)
+        return f"{names[0]!r} and {names[1]!r} must both be strings, or both lists of messages"
 
     def to_example(self, data: dict[str, Any]) -> CompletionExample | ChatExample:
         prompt, completion = data["prompt"], data["completion"]
         if isinstance(prompt, str):
             return CompletionExample(prompt, completion)
-        return ChatExample([*prompt, *completion], prompt_messages=len(prompt))
+        return chat_example([*prompt, *completion], data, prompt_messages=len(prompt))

@@ -1,0 +1,153 @@
+"""Data files -> checked rows, read from disk on every pass. Torch-free: rows are checked before torch is imported."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Final, overload
+
+import structlog
+
+from finetune_api.spec_data import Dataset as DatasetSpec
+from finetune_trainer.data import formats, readers
+from finetune_trainer.data.row_format import FormatOptions, RowFormat
+from finetune_trainer.data.rows import Row, refuse_bad_rows
+from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
+
+log = structlog.get_logger(__name__)
+_HEAD: Final = 1000
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data file on this disk.
+
+    Attributes:
+        path: Where it is.
+        name: What messages call it.
+        field: The manifest's field that led to it.
+        open_file: Opens it.
+    """
+
+    path: Path
+    name: str
+    field: str = ""
+    open_file: readers.Open = lambda path: path.open("rb")
+
+    @property
+    def full_name(self) -> str:
+        """The beginning of a message about it: 'spec.dataset.train: part/1.jsonl'."""
+        return f"{self.field}: {self.name}" if self.field else self.name
+
+    def rows(self, row_format: RowFormat) -> Iterator[Row]:
+        """Yield its rows, each with its problem if it is not of `row_format`."""
+        return (row_format.checked(row) for row in self.raw_rows())
+
+    def raw_rows(self) -> Iterator[Row]:
+        """Yield its rows as they are."""
+        return readers.read(self.path, self.full_name, self.open_file)
+
+
+class Rows(Sequence[Row]):
+    """The checked rows of data files. They are read from disk on every pass: a large set is never held in memory."""
+
+    def __init__(self, files: Sequence[DataFile], row_format: RowFormat, count: int) -> None:
+        self._files = tuple(files)
+        self._count = count
+        self.format = row_format
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(file.rows(self.format) for file in self._files)
+
+    @overload
+    def __getitem__(self, wanted: int) -> Row: ...
+    @overload
+    def __getitem__(self, wanted: slice) -> list[Row]: ...
+    def __getitem__(self, wanted: int | slice) -> Row | list[Row]:
+        if isinstance(wanted, slice):
+            return list(islice(self, *wanted.indices(len(self))))
+        return next(islice(self, range(len(self))[wanted], None))
+
+
+@dataclass(frozen=True)
+class RowSplits:
+    """The training rows, and the evaluation rows if the spec names any."""
+
+    train: Rows
+    eval: Rows | None = None
+
+
+def read_rows(train: Sequence[DataFile], evaluation: Sequence[DataFile], dataset: DatasetSpec) -> RowSplits:
+    """Read and check every row of the training and the evaluation files.
+
+    Args:
+        train: The files of `dataset.train`.
+        evaluation: The files of `dataset.eval`; none if it is not set.
+        dataset: The spec's section, for the format and its columns.
+
+    Raises:
+        DatasetInvalid: Rows are bad (the first ones are named by field, file and line), or there are none.
+    """
+    rows = _load(train, dataset)
+    return RowSplits(rows, _load(evaluation, dataset) if evaluation else None)
+
+
+def _load(files: Sequence[DataFile], dataset: DatasetSpec) -> Rows:
+    """Check every row of `files`; warn of files without rows among others."""
+    row_format = _format(files, dataset)
+    counts = dict.fromkeys(files, 0)
+
+    def counted() -> Iterator[Row]:
+        for file in files:
+            for row in file.rows(row_format):
+                counts[file] += 1
+                yield row
+
+    refuse_bad_rows(counted())
+    _warn_of_empty([file for file, count in counts.items() if not count], len(files))
+    return Rows(files, row_format, sum(counts.values()))
+
+
+def _warn_of_empty(empty: Sequence[DataFile], among: int) -> None:
+    if not empty:
+        return
+    names = ", ".join(file.name for file in empty[:3]) + (" …" if len(empty) > 3 else "")
+    where = f"{empty[0].field}: {names}" if empty[0].field else names
+    if len(empty) == among:
+        raise DatasetInvalid(f"{where}: has no rows")
+    log.warning(f"{where}: {len(empty)} of {among} data files {'has' if len(empty) == 1 else 'have'} no rows")
+
+
+def _format(files: Sequence[DataFile], dataset: DatasetSpec) -> RowFormat:
+    """Return the spec's format; for `auto` the one that the columns of the first usable row fit."""
+    options = FormatOptions.of(dataset)
+    head = islice(chain.from_iterable(file.raw_rows() for file in files), _HEAD)
+    first = next((row for row in head if isinstance(row.data, dict)), None)
+    if dataset.format != "auto":
+        found = formats.named(dataset.format, options)
+    elif first is None:
+        return formats.named("text", options)
+    else:
+        detected = formats.detect(first.data, options)
+        if detected is None:
+            columns = ", ".join(map(repr, first.data)) or "none"
+            raise DatasetInvalid(
+                f"{first.file}:{first.line}: columns are {columns}; needed are {formats.needed_columns(options)}"
+                " (dataset.columns gives other names)"
+            )
+        found = detected
+    _check_columns(found, dataset)
+    if first is not None and (unused := found.unused(first.data)):
+        log.info(f"{first.file}: Nothing is learned of the columns {', '.join(unused[:20])}", format=found.name)
+    return found
+
+
+def _check_columns(row_format: RowFormat, dataset: DatasetSpec) -> None:
+    """Refuse names for columns that the format does not have."""
+    known = (*row_format.columns, *row_format.optional)
+    if strange := [column for column in dataset.columns or () if column not in known]:
+        names = ", ".join(known)
+        raise ConfigInvalid(f"spec.dataset.columns: {strange[0]!r} is no column of {row_format.name} rows, but {names}")
