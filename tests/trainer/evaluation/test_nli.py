@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.data import formats
+from finetune_trainer.data.row_format import ChatExample
 from finetune_trainer.evaluation.nli import (
     Answer,
     first_object,
@@ -74,6 +75,6 @@ def test_rows_of_every_shape_part_into_question_and_answer() -> None:
     assert split("text", {"text": "x [/INST] q [/INST] a"}, "[/INST]") == ("x [/INST] q [/INST]", " a")
     assert split("text", {"text": "q"}, "[/INST]") == "'text' has no answer marker '[/INST]'"
     assert split("prompt-completion", {"prompt": "q", "completion": "a"}) == ("q", "a")
-    assert split("prompt-completion", {"prompt": chat[:1], "completion": chat[1:]}) == (chat[:1], "a")
-    assert split("messages", {"messages": chat}) == (chat[:1], "a")
+    assert split("prompt-completion", {"prompt": chat[:1], "completion": chat[1:]}) == (ChatExample(chat[:1], 1), "a")
+    assert split("messages", {"messages": chat}) == (ChatExample(chat[:1]), "a")
     assert split("messages", {"messages": chat[:1]}) == "the last message is not the assistant's answer"
