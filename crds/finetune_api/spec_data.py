@@ -39,8 +39,7 @@ class Model(ApiModel):
 
 
 class Dataset(ApiModel):
-    """Training and evaluation rows: JSON Lines, JSON or CSV (also as .gz, .zst or .xz), or Parquet; a file, or a prefix
-    holding many."""
+    """Training and evaluation rows: JSON Lines, JSON, CSV (also as .gz, .xz, .zst) or Parquet; a file, or a prefix."""
 
     RULES: ClassVar = (
         Rule(
