@@ -107,7 +107,7 @@ def test_wrong_tokens_are_noticed_and_generated_anew(tokenizer: Any, monkeypatch
     monkeypatch.setattr(decoding, "_attention", short)
     found, expected, log = both(build("llama"), tokenizer)
     assert found == expected
-    assert "is not the best one of a plain pass" in log[0]
+    assert "its tokens are not those of a plain pass" in log[0]
 
 
 def test_a_stop_ends_all_answers_at_the_next_look(tokenizer: Any) -> None:

@@ -27,8 +27,9 @@ _ALIGNED: Final = 64
 _PREFILL_TOKENS: Final = 16_384
 #: The part of the free memory that keys and values may take.
 _MEMORY_SHARE: Final = 0.6
-#: A token is right if the plain pass finds it best, or this close to the best: relative to its largest logit.
-TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+#: How far below the plain pass's best token an answer's tokens may be, at worst and in the mean, as a part of the largest
+#: logit. Two ways to compute in half precision differ by up to 3 % on random weights.
+TOLERANCE: Final = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.1, 0.01), torch.float16: (0.05, 0.005)}
 
 
 class DecodingUnsupported(Exception):
@@ -322,9 +323,7 @@ def _problem(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> str | 
     dtype = logits.dtype
     if torch.is_autocast_enabled(model.device.type):
         dtype = torch.get_autocast_dtype(model.device.type)
-    worst = float(gap.max())
-    if worst <= TOLERANCE[dtype]:
+    worst, mean = float(gap.max()), float(gap.mean())
+    if worst <= TOLERANCE[dtype][0] and mean <= TOLERANCE[dtype][1]:
         return None
-    return (
-        f"token {int(gap.argmax()) + 1} of an answer is not the best one of a plain pass, by {worst:.1%} of its logits"
-    )
+    return f"its tokens are not those of a plain pass: up to {worst:.1%} below the best one, {mean:.1%} on average"
