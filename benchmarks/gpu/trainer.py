@@ -122,7 +122,8 @@ cli()
 """
 ANSWERS = [
     "evaluation.metrics=[loss,nli]",
-    "evaluation.everySteps=10",
+    "evaluation.everySteps=5",
+    "training.compile=disabled",
     "evaluation.generation.maxNewTokens=256",
     "evaluation.generation.answerMarker=t99",
 ]

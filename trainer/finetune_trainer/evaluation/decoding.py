@@ -27,8 +27,8 @@ _ALIGNED: Final = 64
 _PREFILL_TOKENS: Final = 16_384
 #: The part of the free memory that keys and values may take.
 _MEMORY_SHARE: Final = 0.6
-#: How far below the plain pass's best token an answer's tokens may be, at worst and in the mean, as a part of the largest
-#: logit. Two ways to compute in half precision differ by up to 3 % on random weights.
+#: How far below the plain pass's best token an answer's tokens may be, at worst and on average, as a part of the
+#: largest logit. Two ways to compute in half precision differ by up to 3 % on random weights.
 TOLERANCE: Final = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.1, 0.01), torch.float16: (0.05, 0.005)}
 
 

@@ -1,10 +1,12 @@
 """Held-out loss and NLI metrics of a model, the same on any number of ranks."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import structlog
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
@@ -24,6 +26,7 @@ from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import Ranks
 
+log = structlog.get_logger(__name__)
 #: Rows that show whether an adapter loaded back computes the same.
 _SAMPLE: Final = 8
 
@@ -126,9 +129,13 @@ class Evaluator:
             EvaluationAborted: On every rank alike, when one was asked to stop.
         """
         with self._evaluating(model):
+            began = time.monotonic()
             metrics = {"evalLoss": self._mean_loss(model)}
+            log.info(f"Evaluated {len(self._rows.input_ids)} rows in {time.monotonic() - began:.1f} s")
             if self._prompts:
+                began = time.monotonic()
                 metrics |= self._nli_metrics(model)
+                log.info(f"Answered {len(self._prompts)} prompts in {time.monotonic() - began:.1f} s")
         return metrics
 
     def loss_of(self, model: Any) -> float:
