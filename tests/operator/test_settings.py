@@ -1,5 +1,7 @@
 """What an administrator sets, each setting tried with an operator of its own on a Kubernetes API."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -19,6 +21,39 @@ def test_a_trainer_that_stands_still_is_flagged(
     jobs.create("nli", "hang")
     jobs.wait("nli", "Training", "False", "Stalled")
     wait_until(lambda: [e for e in jobs.events("nli") if e["reason"] == "Stalled"], "an event")
+
+
+def test_a_trainer_that_no_longer_answers_is_said_to_be_silent_until_it_does(
+    start_operator: StartOperator, node: ProcessNode, jobs: Jobs
+):
+    operator = start_operator(progress_interval_seconds=0.1, progress_timeout_seconds=0.1)
+    jobs.create("nli", "run")
+    jobs.wait("nli", "Training", "True")
+    for pid in node.pids():
+        os.kill(pid, signal.SIGSTOP)
+    silent = jobs.wait("nli", "Training", "Unknown", "NotAnswering")
+    assert "has not answered since" in silent["message"]
+    assert jobs.status("nli")["phase"] == "NotAnswering"
+    assert operator.metric("finetune_operator_jobs", phase="NotAnswering") == 1
+    for pid in node.pids():
+        os.kill(pid, signal.SIGCONT)
+    jobs.wait("nli", "Training", "True")
+
+
+def test_a_job_that_no_scrape_saw_leaves_its_final_values_until_it_is_deleted(
+    start_operator: StartOperator, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    operator = start_operator(progress_interval_seconds=60)
+    jobs.create("nli", "succeed")
+    jobs.wait_over("nli")
+
+    def values() -> dict[str, float | None]:
+        names = ("step", "steps", "progress_ratio", "tokens_per_second")
+        return {name: operator.metric(f"finetune_operator_job_{name}", name="nli") for name in names}
+
+    assert values() == {"step": 20, "steps": 20, "progress_ratio": 1, "tokens_per_second": None}
+    kube.delete("FineTuneJob", "nli")
+    wait_until(lambda: not any(values().values()), "they go with the job")
 
 
 def test_progress_is_written_no_more_often_than_the_setting_says(

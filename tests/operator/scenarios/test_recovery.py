@@ -2,6 +2,7 @@
 
 import pytest
 
+from finetune_api import constants
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs
 from support.operator.process import OperatorProcess
@@ -34,6 +35,25 @@ def test_the_attempts_are_used_up(operator: OperatorProcess, node: ProcessNode, 
     assert (over["reason"], jobs.reasons("nli")) == ("TrainerCrashed", ["TrainerCrashed"] * 2)
     assert over["message"].startswith("2 of 2 attempts failed")
     assert "act crash: exit 3" in over["message"], "the last line of its log"
+
+
+def test_a_node_without_a_gpu_that_works_is_left_out(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    jobs.create("nli", "fail-92/run", recovery={"maxAttempts": 4, "backoffSeconds": 0})
+    waiting = jobs.wait("nli", "Scheduled", "False", "Unschedulable")
+    assert waiting["message"].endswith(
+        f"didn't match Pod's node affinity/selector.; left out after GpuUnavailable: {node.name}"
+    )
+    first, second = jobs.status("nli")["attempts"]
+    assert (first["reason"], first["exitCode"], first["node"]) == ("GpuUnavailable", 92, node.name)
+    assert "reason" not in second
+    (variable,) = [
+        each
+        for each in kube.get("Job", "nli-2")["spec"]["template"]["spec"]["containers"][0]["env"]
+        if each["name"] == constants.ENV_NODE
+    ]
+    assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
 
 
 def test_a_drained_pod_is_replaced_and_does_not_explain_how_its_replacement_ends(

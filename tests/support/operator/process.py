@@ -36,7 +36,7 @@ class OperatorProcess:
     def get(self, path: str) -> requests.Response:
         return self._session.get(f"{self.url}{path}", timeout=10)
 
-    def metric(self, name: str, **labels: str) -> float | None:
+    def metric(self, name: str, /, **labels: str) -> float | None:
         """The sum of the samples of that name with these labels; None where there is none."""
         found = [
             sample.value
