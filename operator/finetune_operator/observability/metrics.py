@@ -18,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from finetune_api.status import Progress, RunningStage
+from finetune_operator.core.attempts.progress import percent
 from finetune_operator.core.objects.kinds import ObjectKey
 
 PREFIX = "finetune_operator"
@@ -136,16 +137,17 @@ class _Scraped(Collector):
         fields = {
             "step": ("step", "Optimizer steps done."),
             "total_steps": ("steps", "Optimizer steps in all."),
-            "percent": ("progress_ratio", "Share of the training that is done; 1 once the job has succeeded."),
             "loss": ("loss", "Latest training loss, nats per token."),
             "eval_loss": ("eval_loss", "Latest evaluation loss, nats per token."),
             "tokens_per_second": ("tokens_per_second", "Real tokens over all GPUs."),
         }
         found = [((key.namespace, key.name), progress) for key, progress in self._readings.progress()]
         for field, (suffix, text) in fields.items():
-            scale = 0.01 if field == "percent" else 1
-            values = {key: value * scale for key, progress in found if (value := getattr(progress, field)) is not None}
+            values = {key: value for key, progress in found if (value := getattr(progress, field)) is not None}
             yield gauge(f"job_{suffix}", text, ("namespace", "name"), values)
+        done = {key: value / 100 for key, progress in found if (value := percent(progress)) is not None}
+        text = "Share of the training that is done; 1 once the job has succeeded."
+        yield gauge("job_progress_ratio", text, ("namespace", "name"), done)
 
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:

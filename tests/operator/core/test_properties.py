@@ -205,6 +205,12 @@ class Life(RuleBasedStateMachine):
         self.world.hears(stage, step=step, totalSteps=100)
 
     @alive
+    @rule()
+    def trainer_falls_silent(self) -> None:
+        self.world.observed()
+        self.world.silent_since = self.world.now
+
+    @alive
     @rule(first=st.integers(0, 100), more=st.integers(1, 5), seconds=st.sampled_from([1, 1700]))
     def a_trainer_that_advances_is_not_stalled(self, first: int, more: int, seconds: int) -> None:
         self.pods_run()

@@ -25,15 +25,18 @@ def _complete(progress: Progress, now: datetime) -> Progress:
     return progress.model_copy(
         update={
             "summary": progress.summary or (f"{step}/{total}" if total else str(step)),
-            "percent": progress.percent if progress.percent is not None else (_percent(step, total) if total else None),
+            "percent": percent(progress),
             "updated_at": (progress.updated_at or now).replace(microsecond=0),
             "estimated_completion_time": eta.replace(microsecond=0) if eta and eta > now else None,
         }
     )
 
 
-def _percent(step: int, total: int) -> float:
-    return round(min(100.0, 100 * step / total), 1)
+def percent(progress: Progress) -> float | None:
+    """Return how much of the training is done, as the trainer says or as its steps tell."""
+    if progress.percent is not None or not progress.total_steps:
+        return progress.percent
+    return round(min(100.0, 100 * progress.step / progress.total_steps), 1)
 
 
 #: Fields that hold only while pods run.
@@ -53,8 +56,8 @@ def finished(progress: Progress | None, succeeded: bool) -> Progress | None:
     """Return the progress of a finished job: no estimated end; 100 % if it succeeded, also when it stopped early."""
     if progress is None:
         return None
-    percent = 100.0 if succeeded else progress.percent
-    return progress.model_copy(update={"estimated_completion_time": None, "percent": percent})
+    done = 100.0 if succeeded else progress.percent
+    return progress.model_copy(update={"estimated_completion_time": None, "percent": done})
 
 
 def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Attempt:
