@@ -109,6 +109,7 @@ def test_names_are_unique_and_namespaces_explicit(name: str) -> None:
     keys = [(o["apiVersion"], o["kind"], o["metadata"].get("namespace"), o["metadata"]["name"]) for o in found]
     assert len(keys) == len(set(keys))
     cluster_wide = {"CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", "PriorityClass"}
+    cluster_wide |= {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
     assert {kind for _, kind, namespace, _ in keys if namespace is None} <= cluster_wide
 
 
