@@ -70,7 +70,8 @@ def from_workload(obj: Raw, deleted: bool = False) -> WaitReasonUpdate | None:
     quota = _condition(obj, "QuotaReserved")
     if not uid or (not quota and not deleted):
         return None
-    is_over, message = deleted or bool(raw.condition(obj, "Admitted")), ""
+    message = ""
+    is_over = deleted or bool(raw.condition(obj, "Admitted"))
     if not is_over and quota.get("status") != "True":
         message = raw.text(quota, "message")
     elif not is_over:
