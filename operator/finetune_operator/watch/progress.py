@@ -7,21 +7,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import aiohttp
 import structlog
 from pydantic import ValidationError
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.watch import bounded_http
 
 log = structlog.get_logger(__name__)
 
-MAX_BYTES = 64 * 1024
 #: Poll a trainer that has not answered yet this often: it has just started.
 EAGER_SECONDS = 2.0
 #: A trainer is silent after so many polls in a row without a report.
 SILENT_POLLS = 3
+#: A silent trainer is polled less and less often, down to once in so many intervals: it must not take others' turns.
+SLOWEST = 8
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ProgressPoller:
         port: int | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._interval, self._timeout = interval, aiohttp.ClientTimeout(total=timeout)
+        self._interval, self._timeout = interval, timeout
         self._slots = asyncio.Semaphore(concurrency)
         self._on_change, self._clock = on_change, clock
         self._port = port or constants.TRAINER_PORT
@@ -87,17 +88,14 @@ class ProgressPoller:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        async with (
-            aiohttp.ClientSession(timeout=self._timeout, trust_env=False) as session,
-            asyncio.TaskGroup() as group,
-        ):
+        async with asyncio.TaskGroup() as group:
             while True:
                 await self._sleep()
                 _, _, key, pod_uid = heapq.heappop(self._due)
                 trainer = self._trainers.get(key)
                 if trainer and trainer.pod_uid == pod_uid:
                     await self._slots.acquire()
-                    group.create_task(self._turn(session, key, trainer))
+                    group.create_task(self._turn(key, trainer))
 
     async def _sleep(self) -> None:
         """Until the first one is due."""
@@ -112,16 +110,22 @@ class ProgressPoller:
             except TimeoutError:
                 return
 
-    async def _turn(self, session: aiohttp.ClientSession, key: ObjectKey, trainer: _Trainer) -> None:
+    async def _turn(self, key: ObjectKey, trainer: _Trainer) -> None:
         try:
-            report = await self._ask(session, key, trainer)
+            report = await self._ask(key, trainer)
         finally:
             self._slots.release()
         if self._trainers.get(key) is not trainer:
             return
         if self._take(trainer, report):
             self._on_change(key)
-        self._schedule(key, trainer.pod_uid, self._interval if trainer.report else min(EAGER_SECONDS, self._interval))
+        self._schedule(key, trainer.pod_uid, self._pause(trainer))
+
+    def _pause(self, trainer: _Trainer) -> float:
+        """Return the seconds until the next poll."""
+        if trainer.missed >= SILENT_POLLS:
+            return self._interval * min(SLOWEST, 2 ** min(trainer.missed - SILENT_POLLS, 10))
+        return self._interval if trainer.report else min(EAGER_SECONDS, self._interval)
 
     def _take(self, trainer: _Trainer, report: TrainerReport | None) -> bool:
         """Keep the outcome of a poll; return whether it is news."""
@@ -132,20 +136,13 @@ class ProgressPoller:
         trainer.report, trainer.missed, trainer.heard_at = report, 0, self._clock()
         return is_news
 
-    async def _ask(self, session: aiohttp.ClientSession, key: ObjectKey, trainer: _Trainer) -> TrainerReport | None:
-        host = f"[{trainer.ip}]" if ":" in trainer.ip else trainer.ip
+    async def _ask(self, key: ObjectKey, trainer: _Trainer) -> TrainerReport | None:
         try:
-            async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as answer:
-                if answer.status != 200:
-                    return None
-                body = b""
-                async for chunk in answer.content.iter_chunked(MAX_BYTES):
-                    body += chunk
-                    if len(body) > MAX_BYTES:
-                        log.warning("trainer progress is too long; ignoring it", key=str(key), ip=trainer.ip)
-                        return None
-                return TrainerReport.model_validate_json(body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            body = await bounded_http.get(trainer.ip, self._port, "/progress", self._timeout)
+            return TrainerReport.model_validate_json(body)
+        except bounded_http.BadAnswer as error:
+            log.debug("trainer progress is no answer; ignoring it", key=str(key), ip=trainer.ip, error=str(error))
+        except (TimeoutError, OSError) as error:
             log.debug("trainer does not answer; retrying", key=str(key), ip=trainer.ip, error=type(error).__name__)
         except ValidationError:
             log.warning("trainer progress is unreadable; ignoring it", key=str(key), ip=trainer.ip)
