@@ -122,9 +122,14 @@ def _immutability() -> list[dict[str, str]]:
     return rules
 
 
-def _root_rules() -> list[dict[str, str]]:
+def _root_rules() -> list[dict[str, Any]]:
     # The server takes no fieldPath into metadata, so the sentence names the field.
-    name = {"rule": JOB_NAME.cel_of("self.metadata.name"), "message": f"metadata.name {JOB_NAME.message}"}
+    # Only at creation, for a name cannot change: an older object must take the status that refuses it.
+    name = {
+        "rule": f"oldSelf.hasValue() || {JOB_NAME.cel_of('self.metadata.name')}",
+        "optionalOldSelf": True,
+        "message": f"metadata.name {JOB_NAME.message}",
+    }
     return [name, *_immutability()]
 
 

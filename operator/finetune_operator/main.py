@@ -87,7 +87,14 @@ class Operator:
             lambda: self.cache.owners(JobObject), settings.job_metrics_limit, self.clock, metrics.registry
         )
         self.reconciler = Reconciler(
-            self.client, self.cache, self.poller, self.recorder, job_metrics.record_status, settings, self.clock
+            self.client,
+            self.cache,
+            self.poller,
+            self.recorder,
+            job_metrics.record_status,
+            settings,
+            self.clock,
+            metrics.status_denied.inc,
         )
         self.queue = WorkQueue(self._reconcile, settings.workers, on_done=self._done)
         self.wait_reasons = WaitReasonWatcher(self.client, self.cache, settings.namespaces, self.queue.add)

@@ -30,12 +30,14 @@ PAGE = 100
 #: A page with more bytes than this is read in smaller ones.
 PAGE_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
-#: A watch that is silent for this long is dead: servers send bookmarks every minute.
+#: A watch that is silent for this long is dead: servers send bookmarks every minute, but none for events.
 SILENCE_SECONDS = 70
+WITHOUT_BOOKMARKS = (kinds.EVENT.plural,)
 _JSON = "application/json"
 #: Ask for answers without spec, data and status where only the metadata matters.
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
-_OWNED = {"fieldManager": constants.FIELD_MANAGER}
+#: Of every write: who we are, and that a field which the server does not know is an error, not dropped in silence.
+OWNED = {"fieldManager": constants.FIELD_MANAGER, "fieldValidation": "Strict"}
 _KINDS = (kinds.FINETUNE_JOB, kinds.JOB, kinds.POD, kinds.SERVICE, kinds.NETWORK_POLICY, kinds.EVENT)
 
 
@@ -163,7 +165,7 @@ class KubeClient:
         """
         kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
         try:
-            made = await self.request("POST", self._path(kind, namespace), obj, _OWNED, accept=METADATA_ONLY)
+            made = await self.request("POST", self._path(kind, namespace), obj, OWNED, accept=METADATA_ONLY)
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
                 return await self._existing(obj, owner_uid)
@@ -194,13 +196,13 @@ class KubeClient:
         """Merge-patch the status of an object with that uid and version; a 409 says that it has changed since."""
         body = {"metadata": {"uid": uid, "resourceVersion": str(version)}, "status": status}
         where = self._path(key.kind, key.namespace, key.name, "status")
-        return await self.request("PATCH", where, body, _OWNED, MERGE_PATCH)
+        return await self.request("PATCH", where, body, OWNED, MERGE_PATCH)
 
     async def suspend(self, namespace: str, name: str, uid: str) -> Raw | None:
         """Suspend a Job: Kubernetes stops its pods with their grace period. Return None when that Job is gone."""
         body = {"metadata": {"uid": uid}, "spec": {"suspend": True}}
         try:
-            return await self.request("PATCH", self._path("Job", namespace, name), body, _OWNED, MERGE_PATCH)
+            return await self.request("PATCH", self._path("Job", namespace, name), body, OWNED, MERGE_PATCH)
         except ApiError as error:
             if not await self._is_gone(error, uid, "Job", namespace, name):
                 raise
@@ -256,7 +258,8 @@ class KubeClient:
         """Yield the events of a watch, the present state first, until the server ends it after `seconds`."""
         common = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "0"}
         url = self._url(where, {**common, "timeoutSeconds": str(seconds), **query})
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_read=SILENCE_SECONDS)
+        silence = None if resource_of(where) in WITHOUT_BOOKMARKS else SILENCE_SECONDS
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_read=silence)
         with _as_os_errors():
             async with self._session.get(url, headers={"Accept": _JSON}, timeout=timeout) as answer:
                 if answer.status >= 400:

@@ -3,6 +3,7 @@
 import time
 import urllib.request
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import aiohttp
@@ -10,7 +11,7 @@ from kubernetes.aio import config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.api_client import ApiClient
 
-from finetune_api import answers
+from finetune_api import answers, constants
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.errors import unreadable
 from finetune_operator.kube.freshness import CREDENTIALS_SECONDS, Freshness, Reachability
@@ -48,7 +49,11 @@ class Connection:
         self._trace.on_request_end.append(self._count)
         self._trace.on_request_exception.append(self._count_failure)
         # trust_env takes two threads per request, so it is on only where there is a proxy.
-        options = {"response_class": self._response_class(), "trust_env": bool(urllib.request.getproxies())}
+        options: dict[str, Any] = {
+            "response_class": self._response_class(),
+            "trust_env": bool(urllib.request.getproxies()),
+            "headers": {"User-Agent": f"{constants.FIELD_MANAGER}/{version('finetune-operator')}"},
+        }
         if configuration.proxy:
             options["proxy"] = configuration.proxy
         configuration.client_session_kwargs = options
@@ -121,7 +126,7 @@ class Connection:
                         lambda: connection.freshness.record(url),
                         lambda line: show_event(
                             line,
-                            lambda version: connection.is_echo(resource, version),
+                            lambda seen: connection.is_echo(resource, seen),
                             lambda: connection.on_unreadable(resource, 1),
                         ),
                     )

@@ -5,7 +5,7 @@ Gauges are read from the cache at each scrape; counters grow with each status wr
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -39,6 +39,8 @@ REASONS = tuple(
         }
     )
 )
+#: A namespace without jobs keeps its counters this long, for the scrapes to come.
+KEPT_WITHOUT_JOBS = timedelta(hours=1)
 _TO_FIRST_STEP = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 86400)
 
 
@@ -64,7 +66,8 @@ class JobMetrics(Collector):
         registry: CollectorRegistry,
     ) -> None:
         self._jobs, self._limit, self._clock = jobs, limit, clock
-        self._namespaces: set[str] = set()
+        self._namespaces: dict[str, datetime] = {}
+        """When each namespace with counters last had a job."""
         registry.register(self)  # before the counters: `collect` creates their zeros
         self._attempts = Counter(
             f"{PREFIX}_attempts_ended", "Ended attempts by reason.", ["namespace", "reason"], registry=registry
@@ -94,10 +97,18 @@ class JobMetrics(Collector):
 
     def _start_at_zero(self, namespace: str) -> None:
         if namespace not in self._namespaces:
-            self._namespaces.add(namespace)
             self._first_step.labels(namespace)
             for reason in REASONS:
                 self._attempts.labels(namespace, reason)
+        self._namespaces[namespace] = self._clock()
+
+    def _forget_vanished(self) -> None:
+        """Remove the counters of namespaces that have long had no job: a cluster makes and deletes them without end."""
+        now = self._clock()
+        for namespace in [name for name, seen in self._namespaces.items() if now - seen > KEPT_WITHOUT_JOBS]:
+            del self._namespaces[namespace]
+            self._first_step.remove(namespace)
+            self._attempts.remove_by_labels({"namespace": namespace})
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: registering must not read the cache."""
@@ -108,6 +119,7 @@ class JobMetrics(Collector):
         namespaces = {job.namespace for job in jobs}
         for namespace in namespaces:
             self._start_at_zero(namespace)
+        self._forget_vanished()
         phases = {(namespace, phase): 0 for namespace in namespaces for phase in PHASES}
         phases |= Tally((job.namespace, job.phase) for job in jobs)
         yield gauge("jobs", "FineTuneJobs by phase.", ("namespace", "phase"), phases)

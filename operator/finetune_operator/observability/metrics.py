@@ -68,6 +68,12 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.status_denied = Counter(
+            f"{PREFIX}_status_writes_denied",
+            "Statuses that the API server calls invalid; each is tried again at the next full list.",
+            registry=self.registry,
+        )
+
     def unreadable(self, resource: str, count: int) -> None:
         """Count objects that nest too deep, or are no JSON."""
         self._unreadable.labels(resource).inc(count)

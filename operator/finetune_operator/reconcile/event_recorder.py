@@ -15,7 +15,7 @@ from finetune_operator.core.objects.kinds import Kind
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import OWNED, KubeClient
 from finetune_operator.kube.errors import ApiError
 from finetune_operator.kube.urls import path
 from finetune_operator.observability.metrics import Metrics
@@ -130,7 +130,7 @@ class EventRecorder:
     async def _send(self, event: Raw) -> None:
         for attempt in range(_TRIES):
             try:
-                await self._client.send("POST", path(kinds.EVENT, event["metadata"]["namespace"]), event)
+                await self._client.send("POST", path(kinds.EVENT, event["metadata"]["namespace"]), event, OWNED)
                 return
             except ApiError as error:
                 if error.code == 409:

@@ -26,12 +26,17 @@ from finetune_operator.watch.progress import ProgressPoller
 log = structlog.get_logger(__name__)
 
 _CHANGED_OR_GONE = (404, 409, 410)
+_INVALID = (400, 422)
 #: Check again after this time that a namespace that was being deleted is gone.
 _TERMINATING_SECONDS = 60.0
 
 
 class Conflict(Exception):
     """The object has changed since it was read: plan again after a pause, as after an error."""
+
+
+class StatusDenied(Exception):
+    """The API server calls the object invalid with its new status, and will do so until somebody changes the object."""
 
 
 class Reconciler:
@@ -45,6 +50,7 @@ class Reconciler:
         on_status: Called with (old, new) after each status write.
         settings: The operator's settings.
         clock: Returns the time.
+        on_status_denied: Called when the API server calls an object with its new status invalid.
     """
 
     def __init__(
@@ -56,9 +62,11 @@ class Reconciler:
         on_status: Callable[[ReconciledView, ReconciledView], None],
         settings: Settings,
         clock: Callable[[], datetime],
+        on_status_denied: Callable[[], None] = lambda: None,
     ) -> None:
         self._client, self._cache, self._poller, self._recorder = client, cache, poller, recorder
         self._on_status, self._settings, self._clock = on_status, settings, clock
+        self._on_status_denied = on_status_denied
         self._in_doubt: set[ObjectKey] = set()
 
     async def __call__(self, key: ObjectKey) -> Result:
@@ -100,8 +108,13 @@ class Reconciler:
             blocked = True
             why = CreateBlocked(denial.reason, denial.message)
             plan = controller.plan(replace(observed, create_blocked=why), self._settings, now)
-        if plan.status is not None:
-            await self._write_status(key, controller, owner, plan.status)
+        try:
+            if plan.status is not None:
+                await self._write_status(key, controller, owner, plan.status)
+        except StatusDenied as denial:
+            log.error("status denied; waiting for a change of the object", key=str(key), error=str(denial))
+            self._on_status_denied()
+            return Result()
         was_there = await self._suspend_and_delete(key, plan)
         for event in plan.events:
             log.info("event", key=str(key), reason=event.reason, message=event.message)
@@ -125,13 +138,14 @@ class Reconciler:
     async def _refresh_pods(self, key: ObjectKey, controller: Controller[Any]) -> None:
         """Read the pods from the API server: their watch may be behind that of Jobs."""
         label = next(child.owner_label for child in controller.children if child.kind == POD)
-        uids, version = [], 0
+        uids, version, is_whole = [], 0, True
         async for page in self._client.pages(POD.name, key.namespace, f"{label}={key.name}"):
-            version = page.version
+            version, is_whole = page.version, is_whole and page.whole
             for pod in page.items:
                 self._cache.put(POD.name, pod)
                 uids.append(raw.text(pod, "metadata", "uid"))
-        self._cache.keep_only(POD.name, uids, version, only=key)
+        if is_whole:
+            self._cache.keep_only(POD.name, uids, version, only=key)
 
     async def _create(self, owner: ReconciledView, plan: Plan) -> None:
         """Create the children in their order; the Job comes last, so that its pods find the rest."""
@@ -148,6 +162,8 @@ class Reconciler:
         try:
             stored = await self._client.patch_status(key, status, owner.uid, owner.version)
         except ApiError as error:
+            if error.code in _INVALID:
+                raise StatusDenied(error.message) from error
             if error.code not in _CHANGED_OR_GONE:
                 raise
             await self._refresh(key, owner)

@@ -1,9 +1,12 @@
-"""A work queue like client-go's: one worker per key, no duplicates, exponential backoff, delayed requeue."""
+"""A work queue like client-go's: one worker per key, no duplicates, exponential backoff, delayed requeue.
+
+Namespaces take turns: one with ten thousand jobs delays another's by one reconcile, not by ten thousand.
+"""
 
 import asyncio
 import random
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -52,7 +55,8 @@ class WorkQueue:
         self._workers = workers
         self._backoff = backoff or Backoff()
         self._on_done = on_done
-        self._ready: deque[ObjectKey] = deque()
+        self._ready: OrderedDict[str, deque[ObjectKey]] = OrderedDict()
+        """By namespace; the first one's turn is next."""
         self._waiting_since: dict[ObjectKey, float] = {}
         self._running_since: dict[ObjectKey, float] = {}
         self._again: dict[ObjectKey, bool] = {}
@@ -75,7 +79,7 @@ class WorkQueue:
             self._again[key] = changed or self._again.get(key, False)
         elif key not in self._waiting_since:
             self._waiting_since[key] = time.monotonic()
-            self._ready.append(key)
+            self._ready.setdefault(key.namespace, deque()).append(key)
             self._wake.release()
 
     def add_after(self, key: ObjectKey, seconds: float) -> None:
@@ -100,7 +104,7 @@ class WorkQueue:
     async def _work(self) -> None:
         while True:
             await self._wake.acquire()
-            key = self._ready.popleft()
+            key = self._next()
             del self._waiting_since[key]
             started = self._running_since[key] = time.monotonic()
             error: Exception | None = None
@@ -112,6 +116,14 @@ class WorkQueue:
                 del self._running_since[key]
             self._on_done(key, time.monotonic() - started, error)
             self._settle(key, result, failed=error is not None)
+
+    def _next(self) -> ObjectKey:
+        """Take the oldest key of the namespace whose turn it is."""
+        namespace, keys = self._ready.popitem(last=False)
+        key = keys.popleft()
+        if keys:
+            self._ready[namespace] = keys
+        return key
 
     def _settle(self, key: ObjectKey, result: Result, failed: bool) -> None:
         """Schedule the next reconcile of `key`."""
@@ -133,7 +145,7 @@ class WorkQueue:
     @property
     def depth(self) -> int:
         """The number of keys that wait for a worker."""
-        return len(self._ready)
+        return len(self._waiting_since)
 
     @property
     def delayed(self) -> int:

@@ -124,7 +124,7 @@ class ProgressPoller:
     def _pause(self, trainer: _Trainer) -> float:
         """Return the seconds until the next poll."""
         if trainer.missed >= SILENT_POLLS:
-            return self._interval * min(SLOWEST, 2 ** min(trainer.missed - SILENT_POLLS, 10))
+            return self._interval * min(SLOWEST, 2.0 ** min(trainer.missed - SILENT_POLLS, 10))
         return self._interval if trainer.report else min(EAGER_SECONDS, self._interval)
 
     def _take(self, trainer: _Trainer, report: TrainerReport | None) -> bool:

@@ -1,7 +1,7 @@
 """The fleet's counters: no ending goes unseen by Prometheus' increase(), which needs a 0 before the 1."""
 
 import runpy
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api import exit_codes
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.observability.job_metrics import REASONS, JobMetrics, final_progress
+from finetune_operator.observability.job_metrics import KEPT_WITHOUT_JOBS, REASONS, JobMetrics, final_progress
 from finetune_operator.observability.metrics import Metrics, Readings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,6 +64,23 @@ def test_zeros_stay_when_the_last_job_of_a_namespace_is_gone() -> None:
     generate_latest(registry)
     jobs.clear()
     assert ended(registry, "research") == dict.fromkeys(REASONS, 0.0)
+
+
+def test_counters_of_a_namespace_that_has_long_had_no_job_are_removed() -> None:
+    jobs, now = [job("research"), job("products")], [NOW]
+    registry = CollectorRegistry()
+    one = JobMetrics(lambda: jobs, 10, lambda: now[0], registry)
+    one.record_status(job("brief", None), job("brief", "DatasetInvalid"))
+    generate_latest(registry)
+    jobs.pop(0)
+    now[0] += KEPT_WITHOUT_JOBS
+    assert ended(registry, "research") == ended(registry, "products") == dict.fromkeys(REASONS, 0.0)
+    now[0] += timedelta(seconds=1)
+    generate_latest(registry)
+    text = generate_latest(registry).decode()
+    assert 'namespace="products"' in text
+    assert 'namespace="research"' not in text
+    assert 'namespace="brief"' not in text
 
 
 def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:

@@ -72,6 +72,8 @@ class Api:
     async def _handle(self, request: web.Request) -> web.Response:
         name = request.path.rpartition("/")[2]
         self.calls.append(f"{request.method} {name}")
+        if request.method in ("POST", "PATCH", "PUT"):
+            assert request.query["fieldValidation"] == "Strict", "what we misspell must not be dropped in silence"
         code, body = self.answer(request.method, name, await request.json() if request.can_read_body else {})
         return web.json_response(body, status=code)
 
@@ -88,7 +90,8 @@ class Api:
                 job_metrics = JobMetrics(lambda: self.cache.owners(JobObject), 10, lambda: NOW, self.metrics.registry)
                 poller = ProgressPoller(1, 1, 1, lambda key: None)
                 on_status, settings = job_metrics.record_status, Settings()
-                reconcile = Reconciler(cluster, self.cache, poller, recorder, on_status, settings, lambda: NOW)
+                denied = self.metrics.status_denied.inc
+                reconcile = Reconciler(cluster, self.cache, poller, recorder, on_status, settings, lambda: NOW, denied)
                 await act(cluster, reconcile, recorder)
             await runner.cleanup()
 
@@ -166,6 +169,22 @@ def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: 
         assert {type(error) for error in errors} == {Conflict}
 
     api.answer = answer
+    api.run(act)
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_simulated_api_a_status_that_the_object_cannot_take_is_counted_and_not_tried_for_ever(code: int, api: Api):
+    """Stored before a rule of the schema, which every write now breaks."""
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        assert await reconcile(KEY) == Result()
+        assert await reconcile(KEY) == Result(), "as at the next full list"
+        assert api.calls.count("PATCH status") == 2
+        assert api.calls.count("POST jobs") == 1
+        assert api.metrics.registry.get_sample_value("finetune_operator_status_writes_denied_total") == 2
+
+    refused = status(code, "Invalid", "metadata.name must be at most 50")
+    api.answer = lambda method, name, body: refused if method == "PATCH" else api.well(method, name, body)
     api.run(act)
 
 

@@ -144,3 +144,30 @@ def test_a_job_that_is_well_again_may_be_hurried_again():
     queue = WorkQueue(reconcile, 1, Backoff(0.01, 0.01))
     asyncio.run(turns_within(0.2, queue, lambda: queue.add(KEY)))
     assert len(seen) > 3
+
+
+def test_namespaces_take_turns_so_a_crowd_in_one_delays_no_other():
+    order: list[ObjectKey] = []
+
+    async def reconcile(key: ObjectKey) -> Result:
+        order.append(key)
+        if len(order) == len(crowd) + 3:
+            last.set()
+        return Result()
+
+    last = asyncio.Event()
+    crowd = [ObjectKey("FineTuneJob", "crowd", f"j{index}") for index in range(10_000)]
+    first, second = ObjectKey("FineTuneJob", "small", "a"), ObjectKey("FineTuneJob", "tiny", "b")
+    queue = WorkQueue(reconcile, workers=1)
+
+    async def act() -> None:
+        for key in crowd:
+            queue.add(key)
+        for key in (first, second, ObjectKey("FineTuneJob", "small", "c")):
+            queue.add(key)
+        assert queue.depth == len(crowd) + 3
+        await last.wait()
+
+    asyncio.run(run_queue(queue, act))
+    assert order[:5] == [crowd[0], first, second, crowd[1], ObjectKey("FineTuneJob", "small", "c")]
+    assert [key for key in order if key.namespace == "crowd"] == crowd, "in their order, and none is lost"

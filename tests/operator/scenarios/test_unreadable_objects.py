@@ -13,7 +13,7 @@ from finetune_api import answers
 from finetune_operator.core.objects import raw
 from support.cli.run import finetune, no_traceback
 from support.operator.fixtures import Jobs, StartOperator, manifest
-from support.server.client import Kube, path_of, wait_until
+from support.server.client import ApiError, Kube, path_of, wait_until
 from support.server.server import CRD_FILE, Cluster
 
 #: A little less than pydantic's parser reads, more than it reads, more than Python's reads.
@@ -22,13 +22,16 @@ LEVELS = {"shallow": 185, "deep": 230, "deeper": 1_200, "deepest": 3_000}
 
 @pytest.fixture
 def loosened(cluster: Cluster, kube: Kube) -> Iterator[None]:
-    """The CRD as it was when affinity was free."""
+    """The CRD as it was when affinity was free and a name had any length."""
     if not cluster.is_real:
         pytest.skip("the stand-in asks today's models, whatever the CRD says")
     crd = yaml.safe_load(CRD_FILE.read_text())
     schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     resources = schema["properties"]["spec"]["properties"]["resources"]["properties"]
     resources["affinity"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    schema["x-kubernetes-validations"] = [
+        rule for rule in schema["x-kubernetes-validations"] if not rule["message"].startswith("metadata.name")
+    ]
     cluster.kube.patch(crd["kind"], crd["metadata"]["name"], {"spec": {"versions": crd["spec"]["versions"]}})
     try:
         yield
@@ -97,3 +100,30 @@ def test_objects_that_nest_without_end_are_refused_and_cost_no_other_job(
         shown = no_traceback(finetune(*arguments, "-n", str(jobs.kube.namespace), env=env))
         assert shown.returncode == 0, shown.stderr
         assert "deeper" in shown.stdout
+
+
+def test_an_older_job_with_too_long_a_name_is_refused_once_with_a_condition(
+    loosened: None, jobs: Jobs, cluster: Cluster, start_operator: StartOperator
+):
+    name = "n" + "a" * 50
+    create_deep(jobs.kube, "ready", 10)  # the CRD is loosened
+    asked(jobs.kube, "DELETE", "ready")
+    jobs.create(name)
+    cluster.apply_crd()
+    wait_until(lambda: refuses(jobs, "n" + "b" * 50), "the CRD is as it was")
+    operator = start_operator()
+    refused = jobs.wait(name, "Accepted", "False", "ConfigInvalid")
+    assert "metadata.name" in refused["message"]
+    assert "must be at most 50 lowercase letters" in refused["message"]
+    operator.wait_idle()
+    assert (operator.metric("finetune_operator_errors_total") or 0) == 0
+    assert jobs.children(name) == []
+
+
+def refuses(jobs: Jobs, name: str) -> bool:
+    try:
+        jobs.create(name)
+    except ApiError as error:
+        return "metadata.name must be at most 50" in error.message
+    jobs.kube.delete("FineTuneJob", name)
+    return False

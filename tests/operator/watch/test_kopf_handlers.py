@@ -1,7 +1,11 @@
 """What Kopf's session shows it, and tells us."""
 
 import asyncio
+import json
+from importlib.metadata import version
 
+import aiohttp
+import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
@@ -42,3 +46,43 @@ def test_kopf_is_told_of_its_lists_only_what_is_new_and_we_are_told_that_it_list
         await runner.cleanup()
 
     asyncio.run(act())
+
+
+def test_what_kopf_cannot_read_is_cut_or_a_failed_connection_and_requests_carry_our_name():
+    """A page of a sign-in proxy, and an object that nests deeper than Python's parser goes."""
+    deep = json.dumps({"metadata": {"name": "deep"}, "spec": "here"}).replace('"here"', "[" * 1500 + "]" * 1500)
+    bodies = {
+        "/html": "<!DOCTYPE html>",
+        "/list": f'{{"metadata":{{"resourceVersion":"9"}},"items":[{{"metadata":{{"name":"a"}}}},{deep}]}}',
+        "/deep": deep,
+    }
+    agents: set[str] = set()
+    unreadable: list[tuple[str, int]] = []
+
+    async def act() -> None:
+        async def answer(request: web.Request) -> web.Response:
+            agents.add(request.headers["User-Agent"])
+            return web.Response(text=bodies[request.path[len("/apis/finetune.dev/v1alpha1") :]])
+
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        configuration = Configuration()
+        configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        connection = Connection(configuration, Metrics().api_call)
+        connection.on_unreadable = lambda resource, count: unreadable.append((resource, count))
+        root = f"{configuration.host}/apis/finetune.dev/v1alpha1"
+        async with kopf_login(connection, lambda resource, namespace: None).aiohttp_session as kopfs:
+            found = await (await kopfs.get(f"{root}/list")).json()
+            assert [item["metadata"]["name"] for item in found["items"]] == ["a", "deep"]
+            json.dumps(found)
+            assert (await (await kopfs.get(f"{root}/deep")).json())["metadata"] == {"name": "deep"}
+            with pytest.raises(aiohttp.ClientConnectionError, match="cannot be read"):
+                await (await kopfs.get(f"{root}/html")).json()
+        await runner.cleanup()
+
+    asyncio.run(act())
+    assert unreadable == [("list", 1)]
+    assert agents == {f"finetune-operator/{version('finetune-operator')}"}

@@ -170,7 +170,10 @@ def _custom_refusals(resource: Resource, new: Object, old: Object | None) -> lis
     causes = list(standin_schema.problems(body, resource.schema or {}))
     if causes or (resource.group, resource.kind) != (constants.GROUP, constants.KIND):
         return causes
-    return [*_rule_refusals(new, resource.schema or {}), *(_immutability_refusals(new, old) if old else [])]
+    broken = _rule_refusals(new, resource.schema or {})
+    if old:  # as the rule says: a name cannot change, and only a new one is checked
+        broken = [cause for cause in broken if "metadata.name" not in cause.message]
+    return [*broken, *(_immutability_refusals(new, old) if old else [])]
 
 
 def _rule_refusals(job: Object, schema: Object) -> list[Cause]:
