@@ -64,7 +64,7 @@ def _bounded(path: Path) -> bytes:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(data) if len(data) <= MAX_BYTES else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise CliError(f"{where}: is not a model configuration, which is a JSON object")

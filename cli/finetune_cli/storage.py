@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from finetune_api import constants, uri
 from finetune_api.exit_codes import ExitCode
 from finetune_cli.errors import CliError, Exit
+from finetune_cli.text_lines import text_lines
 
 if TYPE_CHECKING:
     from finetune_trainer.errors import TrainerError
@@ -59,6 +60,29 @@ def open_store(address: str, *, role: str = "output", subject: str = "adapter", 
         env |= {constants.ENV_STORE_PATIENCE: "0", constants.ENV_STORE_TIMEOUT: str(timeout)}
     with store_errors():
         return open_trainer_store(root, Credentials.from_environment(role, env), field=subject)
+
+
+class TooLargeError(CliError):
+    """A text in a store is larger than it can be."""
+
+
+def read_lines(store: Store, path: str, limit: int) -> Iterator[str]:
+    """Yield the lines of a text file in `store`, at most `limit` bytes of them.
+
+    Raises:
+        TooLargeError: After those, if there is more.
+        StoreError: The file cannot be read.
+    """
+
+    def chunks() -> Iterator[bytes]:
+        left = limit
+        for chunk in store.stream(path):
+            yield chunk[:left]
+            left -= len(chunk)
+            if left < 0:
+                raise TooLargeError(f"{store.uri_of(path)} is larger than {limit >> 20} MiB: the rest is not read")
+
+    return text_lines(chunks())
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 #: What a terminal obeys: a control sequence (colors, cursor), or a string to it (title, link, clipboard) with its end.
 _SEQUENCE: Final = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9b-\x9f]*(?:\x07|\x1b\\|\x9c)"
 )
 _LINE_END: Final = re.compile("\r\n?|[\u2028\u2029\x85]")
 #: C0 but tab and newline, DEL, C1, lone surrogates, and format characters. Joiners stay: some scripts need them.

@@ -34,6 +34,7 @@ def delete(
     Examples:
         finetune delete nli
     """
+    from finetune_api.plain_text import one_line
     from finetune_cli.kube.connect import connect
     from finetune_cli.output.job_view import View
 
@@ -41,7 +42,7 @@ def delete(
     job = cluster.get(name)
     view = View.of(job)
     if not view.is_over and not yes and console.out().is_terminal:
-        typer.confirm(f"{name} has not ended ({view.phase}). Delete it?", abort=True)
+        typer.confirm(f"{name} has not ended ({one_line(view.phase)}). Delete it?", abort=True)
     cluster.delete(name)
     if output:
         console.structured_job(job, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from finetune_cli.output.job_view import View
 
 LOG_FILE = f"{constants.TRAINING_DIR}/log.txt"
+#: Of a log in a store, no more than this is shown.
+MAX_LOG_BYTES = 64 << 20
 _LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
 _HIDDEN = ("event", "level", "timestamp", "logger")
 
@@ -38,7 +41,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on as lines are written, until the job ends.")
     ] = False,
     tail: Annotated[
-        int | None, typer.Option("--tail", metavar="LINES", help="Only the last lines.", show_default=False)
+        int | None, typer.Option("--tail", min=0, metavar="LINES", help="Only the last lines.", show_default=False)
     ] = None,
     attempt: Annotated[
         int | None,
@@ -74,11 +77,9 @@ def logs(
     if pods and _has_started(pods[0]):
         _print(cluster.log(pods[0]["metadata"]["name"], tail=tail), raw=raw)
         return
-    lines = _stored(view) if attempt is None or attempt == len(view.status.attempts) else None
-    if lines is None:
+    is_published = attempt is None or attempt == len(view.status.attempts)
+    if not (is_published and _print_stored(view, tail)):
         raise CliError(_why_nothing(view, pods, attempt), hint=f"finetune status {name}")
-    for line in lines[-tail:] if tail is not None else lines:
-        console.out().print(line, soft_wrap=True)
 
 
 def _has_started(pod: Object) -> bool:
@@ -90,18 +91,21 @@ def _has_started(pod: Object) -> bool:
     )
 
 
-def _stored(view: View) -> list[str] | None:
-    """Return the log published with the adapter; None when there is none."""
+def _print_stored(view: View, tail: int | None) -> bool:
+    """Print the log published with the adapter. False when there is none."""
     if view.status.adapter is None:
-        return None
+        return False
     store = storage.open_store(view.status.adapter.uri)
     with storage.store_errors():
         from finetune_trainer.stores.errors import StoreNotFound
 
+        lines = storage.read_lines(store, LOG_FILE, MAX_LOG_BYTES)
         try:
-            return store.read_bytes(LOG_FILE).decode(errors="replace").splitlines()
+            for line in lines if tail is None else deque(lines, maxlen=tail):
+                console.out().print(line, soft_wrap=True)
         except StoreNotFound:
-            return None
+            return False
+    return True
 
 
 def _why_nothing(view: View, pods: list[Any], attempt: int | None) -> str:
@@ -187,7 +191,7 @@ def readable(line: str) -> tuple[str, str]:
     """Return a JSON log line as text and its style; any other line as it is. Pure."""
     try:
         entry = json.loads(line) if line.startswith("{") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict) or "event" not in entry:
         return line, ""

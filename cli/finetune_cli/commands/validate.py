@@ -23,6 +23,7 @@ class Tally:
 def check(file: str, tally: Tally) -> None:
     """Validate every document of `file` into `tally`."""
     from finetune_api import manifest
+    from finetune_api.plain_text import one_line
     from finetune_cli.manifests import documents, foreign_kind, read
 
     try:
@@ -35,13 +36,13 @@ def check(file: str, tally: Tally) -> None:
     for document in found:
         if kind := foreign_kind(document):
             tally.skipped.append(
-                f"{document.source}:{document.lines[()]}: {kind} is not checked, only FineTuneJobs are"
+                f"{document.source}:{document.lines[()]}: {one_line(kind)} is not checked, only FineTuneJobs are"
             )
             continue
         try:
             tally.valid.append(manifest.check(document, source.base).metadata.name)
         except manifest.ManifestError as error:
-            tally.problems.extend(str(problem) for problem in error.problems)
+            tally.problems.extend(one_line(str(problem)) for problem in error.problems)
             tally.invalid += 1
 
 

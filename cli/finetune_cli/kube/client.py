@@ -13,6 +13,7 @@ from typing import Any
 from finetune_api import answers, constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube.errors import explained
+from finetune_cli.text_lines import text_lines
 
 Object = dict[str, Any]
 
@@ -172,12 +173,7 @@ class Cluster:
                 _request_timeout=(self.timeout[0], SILENCE_SECONDS) if follow else self.timeout,
                 **options,
             )
-            rest = b""
-            for chunk in _checked(answer).stream(amt=None):
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from (line.decode(errors="replace") for line in lines)
-            if rest:
-                yield rest.decode(errors="replace")
+            yield from text_lines(_checked(answer).stream(amt=None))
 
     def _custom(self) -> Any:
         from kubernetes import client

@@ -1,13 +1,18 @@
-"""Where the command line writes: results to stdout, everything said about them to stderr. Never markup from data."""
+"""Where the command line writes: results to stdout, everything said about them to stderr.
+
+Whatever is printed may come from a cluster, a store or a pod: it is never markup, and no terminal obeys it.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 #: Columns of a page that goes to a file or a pipe, which have no width of their own.
 PIPED_WIDTH = 120
@@ -22,14 +27,21 @@ class ReaderGoneError(Exception):
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    class PipeAware(Console):
+    from finetune_api.plain_text import plain
+
+    class SafeConsole(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            # Everything printed passes here, tables and live pages too. Rich's own colors are not in the text.
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=plain(segment.text))
+
         def on_broken_pipe(self) -> None:
             # Rich would exit 1 here, which is no news under `set -o pipefail`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
             raise ReaderGoneError
 
     # markup and highlight are off: names and messages come from users and clusters.
-    console = PipeAware(stderr=stderr, markup=False, highlight=False, soft_wrap=False, emoji=False)
+    console = SafeConsole(stderr=stderr, markup=False, highlight=False, soft_wrap=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     return console
@@ -81,16 +93,22 @@ def done(message: str) -> None:
 
 
 def structured(data: object, form: str) -> None:
-    """Print `data` as JSON or YAML, for programs."""
+    """Print `data` as JSON or YAML, for programs. What a terminal would obey is escaped, so that no value changes."""
+    from finetune_api.plain_text import plain
+
+    written = _dump(data, form, as_ascii=False)
+    out().print(written if plain(written) == written else _dump(data, form, as_ascii=True), soft_wrap=True)
+
+
+def _dump(data: object, form: str, *, as_ascii: bool) -> str:
     if form == "json":
         import json
 
-        written = json.dumps(data, indent=2, ensure_ascii=False)
-    else:
-        import yaml
+        # JSON escapes all controls but DEL.
+        return json.dumps(data, indent=2, ensure_ascii=as_ascii).replace("\x7f", "\\u007f" if as_ascii else "\x7f")
+    import yaml
 
-        written = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip("\n")
-    out().print(written, soft_wrap=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=not as_ascii).rstrip("\n")
 
 
 def structured_job(job: dict[str, Any], form: str) -> None:

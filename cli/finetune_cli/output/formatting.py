@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 BARS = "▁▂▃▄▅▆▇█"
+#: The largest value that is drawn: a sum of a million stays finite.
+LARGEST = 1e300
 
 
 def duration(seconds: float) -> str:
@@ -43,7 +45,7 @@ def size(count: float) -> str:
 
 def number(value: float) -> str:
     """About four significant digits, thousands grouped: '0.4213', '2e-05', '18,004'."""
-    if value and abs(value) < 1e-3:
+    if value and not 1e-3 <= abs(value) < 1e15:
         return f"{value:.3g}"
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
@@ -52,7 +54,7 @@ def number(value: float) -> str:
 
 def loss(value: float) -> str:
     """Return a loss with the same number of digits whatever its size, so that two compare at a glance: '2.3100'."""
-    return f"{value:.4f}"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def percent(share: float) -> str:
@@ -68,7 +70,7 @@ def bar(share: float, width: int) -> str:
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """`values` as a line of at most `width` block characters, means of equal stretches, from lowest to highest."""
-    finite = [value for value in values if value == value and abs(value) != float("inf")]
+    finite = [value for value in values if abs(value) < LARGEST]  # NaN is not
     if not finite or width < 1:
         return ""
     count = min(width, len(finite))

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from finetune_api import answers, exit_codes
+from finetune_api.plain_text import plain_values
 from finetune_api.status import Condition, FineTuneJobStatus
 
 State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
@@ -32,6 +33,7 @@ class View:
         """Read a job; a status of another version that cannot be read counts as empty."""
         from pydantic import ValidationError
 
+        job = plain_values(job)
         metadata = job.get("metadata") or {}
         try:
             status = FineTuneJobStatus.model_validate(job.get("status") or {})

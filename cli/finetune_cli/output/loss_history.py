@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants
 from finetune_cli import storage
 from finetune_cli.errors import CliError
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_cli.kube.client import Cluster
@@ -19,6 +20,8 @@ _STEP = re.compile(r"^Step ([0-9]+)$")
 TAIL_LINES = 3000
 #: Seconds to wait for a store: the sparkline is an ornament, never worth a pause.
 STORE_TIMEOUT = 2
+#: More than the metrics of any run have.
+MAX_METRICS_BYTES = 8 << 20
 
 
 def loss_history(cluster: Cluster, view: View) -> list[float]:
@@ -29,16 +32,18 @@ def loss_history(cluster: Cluster, view: View) -> list[float]:
         if view.status.progress and view.status.progress.step:
             pods = cluster.pods(view.name)
             return losses(cluster.log(pods[0]["metadata"]["name"], tail=TAIL_LINES)) if pods else []
+    except storage.TooLargeError as error:
+        console.note(f"no loss curve: {error.message}")
     except CliError:
         pass
     return []
 
 
-def published(address: str) -> list[str]:
+def published(address: str) -> Iterator[str]:
     """Lines of training/metrics.jsonl below an adapter's URI. Raises CliError."""
     store = storage.open_store(address, timeout=STORE_TIMEOUT)
     with storage.store_errors():
-        return store.read_bytes(constants.METRICS_FILE).decode(errors="replace").splitlines()
+        yield from storage.read_lines(store, constants.METRICS_FILE, MAX_METRICS_BYTES)
 
 
 def losses(lines: Iterable[str]) -> list[float]:
@@ -57,7 +62,7 @@ def losses(lines: Iterable[str]) -> list[float]:
 def _parsed(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line) if line.startswith("{") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
 
@@ -65,5 +70,5 @@ def _parsed(line: str) -> dict[str, Any]:
 def _number(value: object) -> float | None:
     try:
         return float(value) if isinstance(value, str | int | float) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.plain_text import one_line
 from finetune_api.status import Attempt
 from finetune_cli.output import formatting
 from finetune_cli.output.job_view import View
@@ -57,7 +58,7 @@ def _loss(view: View) -> str:
 def _why_or_adapter(view: View) -> Text:
     adapter = view.status.adapter
     words, style = (adapter.uri, "") if adapter else (view.why, "dim")
-    return Text(words, style=style, no_wrap=True, overflow="ellipsis")
+    return Text(one_line(words), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _left(view: View, now: datetime) -> str:
@@ -256,5 +257,5 @@ def change_line(view: View, now: datetime) -> str:
     if progress and progress.loss is not None:
         parts.append(f"loss {formatting.loss(progress.loss)}")
     if view.why:
-        parts.append(view.why)
+        parts.append(one_line(view.why))
     return "  ".join(parts)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_api import constants
+from finetune_api import constants, plain_text
 from finetune_api.status import FineTuneJobStatus, Progress
 from finetune_operator.core.attempts import failure, history, progress
 from finetune_operator.core.objects import raw, status_io
@@ -50,7 +50,11 @@ def build_plan(
         view: The job's attempts; None for a rejected job.
     """
     new = _new_status(observed, status, step, now, view)
-    patch = status_io.merge_patch(json.loads(observed.job.status), new.manifest())
+    # Messages of pods, trainers and events end up in terminals: this is where all of them enter the status.
+    written = plain_text.plain_values(found := new.manifest())
+    if written != found:
+        new = FineTuneJobStatus.model_validate(written)
+    patch = status_io.merge_patch(json.loads(observed.job.status), written)
     over = status_io.is_terminal(new)
     again = [seconds for seconds in step.recheck_after if seconds is not None and seconds > 0]
     return Plan(

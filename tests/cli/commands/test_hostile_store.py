@@ -1,4 +1,4 @@
-"""download from a store that somebody else fills: a user's files, disk, memory and terminal stay the user's."""
+"""A store that somebody else fills: a user's files, disk, memory and terminal stay the user's."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import pytest
 from finetune_api import artifact_manifest
 from finetune_cli.target_folder import STAGING
 from support.cli.run import finetune, no_traceback
+from support.simulation import job_states as states
 
 WEIGHTS = b"weights"
 
@@ -186,3 +187,28 @@ def test_an_interrupted_replacement_still_knows_whose_files_lie_there(publish, f
     assert "holds another adapter" in fetch(uri).stderr
     assert fetch(uri, "--overwrite").returncode == 0
     assert tree(out) == {"a": b"new", "b": b"new", "manifest.json": (tmp_path / "store" / "manifest.json").read_bytes()}
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "sentence"),
+    [
+        ("status", "metrics.jsonl", "no loss curve: {uri}/training/metrics.jsonl is larger than 8 MiB"),
+        ("logs", "log.txt", "error: {uri}/training/log.txt is larger than 64 MiB: the rest is not read"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"a", b'{"step": 1, "loss": 1.5}\n'], ids=["one line", "lines"])
+def test_of_metrics_and_logs_no_more_is_read_than_a_run_leaves(ctl, put, tmp_path, command, file, sentence, content):
+    training = tmp_path / "training"
+    training.mkdir()
+    with (training / file).open("wb") as out:
+        for _ in range(80):
+            out.write(content * ((1 << 20) // len(content) + 1))
+    put(states.job("nli"), states.succeeded(f"file://{tmp_path}"))
+    options = ("--tail", "3") if command == "logs" else ()
+    ctl(command, "nli", *options)  # what is imported once does not count
+    tracemalloc.start()
+    result = ctl(command, "nli", *options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sentence.format(uri=f"file://{tmp_path}") in result.stderr
+    assert peak < 40 << 20

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from finetune_api import constants, exit_codes
+from finetune_api.plain_text import plain
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.plan import plan
@@ -41,6 +42,7 @@ JUNK: tuple[Any, ...] = (
         "Unknown",
         "no word",
         [{"type": "Succeeded"}],
+        "\x1b]0;title\x07\x1b[2J\x9b1A\rAll is well\u202e",
     ),
 )
 #: What a trainer's JSON may hold besides.
@@ -141,6 +143,7 @@ def test_mutated_objects_never_crash_or_wedge_the_plan(seed: int):
         if made.status is not None:
             check_status(merged(world.job.get("status"), made.status))
         json.dumps([made.create, made.status])
+        assert all(plain(event.message) == event.message for event in made.events)
 
 
 @pytest.mark.parametrize("seed", range(2))

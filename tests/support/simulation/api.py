@@ -14,6 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from finetune_api import constants
+from finetune_api.plain_text import plain_values
 from finetune_api.status import TrainerReport
 from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects import kinds, raw
@@ -36,10 +37,11 @@ _STATUS = jsonschema.Draft202012Validator(_SCHEMA)
 
 
 def check_status(status: Object) -> None:
-    """Raise AssertionError for a status that the API server would refuse, or prune."""
+    """Raise AssertionError for a status that the API server would refuse or prune, or that a terminal would obey."""
     wrong = [f"{'.'.join(map(str, error.path))}: {error.message[:200]}" for error in _STATUS.iter_errors(status)]
     assert not wrong, wrong
     json.dumps(status, allow_nan=False)
+    assert plain_values(status) == status
 
 
 class ImaginedApi(KubeClient):
