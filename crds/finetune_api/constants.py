@@ -38,7 +38,8 @@ SCRATCH_DIR: Final = "/scratch"
 #: $HOME of a trainer: nothing can be written there. Programs take configuration from it, some of which runs commands.
 NO_HOME: Final = "/nonexistent"
 TERMINATION_LOG: Final = "/dev/termination-log"
-TERMINATION_LOG_MAX_BYTES: Final = 4096
+#: The kubelet divides 12 KiB among a pod's containers: with six more beside the trainer, its report is still whole.
+TERMINATION_LOG_MAX_BYTES: Final = 1536
 TRAINER_PORT: Final = 9400
 
 ENV_SECRETS_DIR: Final = "FINETUNE_SECRETS_DIR"

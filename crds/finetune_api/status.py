@@ -244,7 +244,7 @@ Stage = Literal[RunningStage, "Succeeded", "Failed"]
 
 
 class TrainerReport(StatusModel):
-    """What a trainer says of itself: the body of /progress, and, at the end, of its termination message (≤ 4 KiB)."""
+    """What a trainer says of itself: the body of /progress, and, at the end, of its termination message (≤ 1.5 KiB)."""
 
     stage: Stage = "Starting"
     """What it is doing."""

@@ -232,6 +232,8 @@ def test_a_job_created_anew_publishes_what_the_old_one_had_finished(
     finished = train(anew, tmp_path)
     assert finished.exit_code == 0, finished.log
     assert not _steps_trained(finished)
+    assert finished.report["resumedFrom"] == {"step": STEPS, "jobUid": "old"}
+    assert f"checkpoint at step {STEPS}, which an earlier job of this name saved (uid old)" in finished.log
     _assert_same(tmp_path / "new", unbroken)
 
 

@@ -1,5 +1,6 @@
 """The run's checkpoints in the store: find the one to resume from, upload new ones."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,11 @@ import structlog
 
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
+from finetune_api.status import Resumption
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.parse import require_usable
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.runtime.distributed import run_on_rank_zero
@@ -29,6 +32,9 @@ class CheckpointManager:
     Where that is the same, the run is the same whoever began it, so a job that was deleted and created anew goes on
     where the old one stopped, and only publishes what the old one had finished. Where it is not, the job is refused, or
     drops them with output.overwrite; never those of a job with another name, which may be running.
+
+    Attributes:
+        resumption: The checkpoint that `find` chose; known to rank 0.
     """
 
     def __init__(self, settings: Settings, on_saved: Callable[[float], None] = lambda _: None) -> None:
@@ -47,6 +53,7 @@ class CheckpointManager:
         self._base_commit: str | None = None
         self._ranks = settings.ranks
         self._on_saved = on_saved
+        self.resumption: Resumption | None = None
 
     def pinned_commit(self) -> str | None:
         """Return the hub's commit of the base model that an earlier attempt of this very job trained on.
@@ -55,7 +62,8 @@ class CheckpointManager:
         """
         manifest = run_on_rank_zero(self._ranks, lambda: remote.newest(self._store))
         is_ours = manifest is not None and manifest.job is not None and manifest.job.uid == self._job.uid
-        return manifest.base_commit if manifest and is_ours and self._job.uid else None
+        commit = manifest.base_commit if manifest and is_ours and self._job.uid else None
+        return commit if commit and re.fullmatch("[0-9a-f]{40,64}", commit) else None
 
     def find(
         self, directory: RunDirectory, fingerprint: str, base_commit: str | None
@@ -85,13 +93,17 @@ class CheckpointManager:
 
     def _newest(self, directory: RunDirectory, fingerprint: str) -> tuple[TrainingState, Path | None]:
         new = TrainingState(fingerprint=fingerprint)
-        manifest = remote.resume(self._store, directory.checkpoint)
+        manifest = remote.resume(self._store, directory.checkpoint, check=require_usable)
         if manifest is None:
             return new, None
         local = directory.checkpoint(manifest.step or 0)
         state = directory.take_from_checkpoint(local)
         if state.fingerprint == fingerprint:
-            log.info(f"Resuming from the checkpoint at step {state.step}", step=state.step)
+            owner = manifest.job.uid if manifest.job else None
+            earlier = owner if owner != self._job.uid else None
+            self.resumption = Resumption(step=state.step, job_uid=earlier[:64] if earlier else None)
+            whose = f", which an earlier job of this name saved (uid {earlier})" if earlier else ""
+            log.info(f"Resuming from the checkpoint at step {state.step}{whose}", step=state.step)
             return state, local
         self._refuse_unless_ours_to_drop(manifest)
         log.warning(f"Deleting the checkpoints of another run at {self._store.root} (output.overwrite is true)")

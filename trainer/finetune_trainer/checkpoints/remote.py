@@ -89,18 +89,24 @@ def newest(store: Store) -> StoreManifest | None:
 
 
 def resume(
-    store: Store, folder_for: Callable[[int], Path], on_progress: OnProgress | None = None
+    store: Store,
+    folder_for: Callable[[int], Path],
+    on_progress: OnProgress | None = None,
+    check: Callable[[Path, int], object] = lambda folder, step: None,
 ) -> StoreManifest | None:
     """Restore the newest checkpoint that verifies (else the one before, …) to `folder_for` its step.
 
-    Returns its manifest (`.step` says where the run goes on), None when there is nothing to resume from. A store that
-    does not answer raises StoreUnavailable: it never passes for an older checkpoint or for none.
+    `check` raises StoreCorrupted for the folder of a step that no run can go on from. Returns the manifest (`.step`
+    says where the run goes on), None when there is nothing to resume from. A store that does not answer raises
+    StoreUnavailable: it never passes for an older checkpoint or for none.
     """
     for step, manifest in _whole(store):
         try:
             _restore(store, step, manifest, folder_for(step), on_progress)
+            check(folder_for(step), step)
         except (StoreCorrupted, StoreNotFound) as error:
             log.warning("A checkpoint is broken, trying the one before", step=step, error=str(error))
+            shutil.rmtree(folder_for(step), ignore_errors=True)
         else:
             return manifest
     return None
@@ -180,7 +186,8 @@ def _whole(store: Store) -> Iterator[tuple[int, StoreManifest]]:
         except StoreCorrupted as error:
             log.warning("A checkpoint's manifest is broken, trying the one before", step=step, error=str(error))
             continue
-        if found is None or found[0].kind != "Checkpoint":
+        if found is None or found[0].kind != "Checkpoint" or found[0].step != step:
+            log.warning("What is stored as a checkpoint is none, trying the one before", step=step)
             continue
         yield step, found[0]
 

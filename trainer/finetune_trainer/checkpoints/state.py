@@ -1,8 +1,10 @@
 """Training state beyond weights and optimizer that an exact resume needs."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from finetune_api.spec_evaluation import Evaluation
 from finetune_trainer.stores.json_numbers import drop_non_finite
@@ -64,7 +66,13 @@ class TrainingState:
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingState":
-        """Read what `save` wrote to `folder`; fields of another version that this one does not know are dropped."""
-        known = {field.name for field in fields(cls)}
-        found = json.loads((folder / STATE_FILE).read_text())
-        return cls(**{key: value for key, value in found.items() if key in known})
+        """Read what `save` wrote to `folder`; fields of another version that this one does not know are dropped.
+
+        Raises ValueError, OSError or RecursionError if that is not there.
+        """
+        found = json.loads((folder / STATE_FILE).read_bytes())
+        try:
+            return TypeAdapter(cls).validate_python(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

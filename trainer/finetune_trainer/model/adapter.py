@@ -7,9 +7,10 @@ from typing import Any
 
 import structlog
 
+from finetune_api import constants
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_training import Lora
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import ConfigInvalid, first_line
 
 log = structlog.get_logger(__name__)
 ALL_LINEAR = "all-linear"
@@ -61,7 +62,12 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
     Raises:
         ConfigInvalid: Naming the first field that differs.
     """
-    found = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        found = json.loads((folder / constants.ADAPTER_CONFIG_FILE).read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigInvalid(f"spec.lora.initFrom: {constants.ADAPTER_CONFIG_FILE} is no JSON object")
     lora = spec.lora
     targets = found.get("target_modules")
     expected: dict[str, tuple[Any, Any]] = {
@@ -71,7 +77,7 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
         "dora": (bool(found.get("use_dora")), lora.dora),
     }
     if lora.target_modules != [ALL_LINEAR] and isinstance(targets, list):
-        expected["targetModules"] = (sorted(targets), sorted(lora.target_modules))
+        expected["targetModules"] = (sorted(map(str, targets)), sorted(lora.target_modules))
     for field, (theirs, ours) in expected.items():
         if theirs != ours:
             raise ConfigInvalid(f"spec.lora.{field}: {ours}, but the adapter at spec.lora.initFrom has {theirs}")
@@ -112,8 +118,14 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
-    weights = load_peft_weights(str(folder), device="cpu")
+    if not (folder / constants.ADAPTER_WEIGHTS_FILE).is_file():  # else PEFT would read a pickle, or ask the hub
+        raise ConfigInvalid(f"the adapter in {folder} has no {constants.ADAPTER_WEIGHTS_FILE}")
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except SafetensorError as error:
+        raise ConfigInvalid(f"the adapter in {folder} cannot be read: {first_line(error)}") from None
     try:
         result = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 
 from finetune_api import constants, exit_codes
-from finetune_api.status import Adapter, ExecutionPlan, Progress, Stage, TrainerReport
+from finetune_api.status import Adapter, ExecutionPlan, Progress, Resumption, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
@@ -19,6 +19,9 @@ log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
 #: Bytes that a message keeps, if it is too long for the termination log, before metrics are dropped instead.
 _LEAST_MESSAGE_BYTES = 256
+_FIRST = ("adapter", "stage", "reason", "message", "resumedFrom")
+_TOLD_BEFORE = ("learning_rate", "tokens_per_second", "estimated_completion_time", "updated_at")
+_PLAN = ("micro_batch_size", "gradient_accumulation_steps", "predicted_peak_memory_bytes", "measured_peak_memory_bytes")
 Listener = Callable[[TrainerReport], None]
 
 
@@ -48,6 +51,9 @@ class Reporter:
         log.info(message, stage=stage)
         self._change(stage=stage, message=message)
         yield
+
+    def resumed_from(self, checkpoint: Resumption | None) -> None:
+        self._change(resumed_from=checkpoint)
 
     def plan(self, plan: ExecutionPlan) -> None:
         self._change(execution_plan=plan)
@@ -111,16 +117,43 @@ def _has_cause(termination_log: Path | None) -> bool:
 
 
 def termination_message(report: TrainerReport, limit: int = constants.TERMINATION_LOG_MAX_BYTES) -> bytes:
-    """Return `report` as JSON of at most `limit` bytes.
+    """Return `report` as JSON of at most `limit` bytes, the adapter first.
 
-    The message is shortened first. If too little of it would be left, the confusion matrix goes, then all metrics.
+    Digits and figures that /progress has told go first, then the end of the message, the confusion matrix, all metrics.
     """
-    figures = {key: value for key, value in report.metrics.items() if not key.startswith("confusion.")}
-    for metrics in (report.metrics, figures):
-        text = _shortened(report.model_copy(update={"metrics": metrics}), limit, _LEAST_MESSAGE_BYTES)
-        if text is not None:
-            return text
-    return _shortened(report.model_copy(update={"metrics": {}}), limit, least=0) or b"{}"
+    text = _json(report)
+    if len(text) <= limit:
+        return text
+    lean = report.model_copy(
+        update={
+            "metrics": {key: _rounded(value) for key, value in report.metrics.items()},
+            "progress": report.progress.model_copy(update=dict.fromkeys(_TOLD_BEFORE)),
+            "execution_plan": _kept(report.execution_plan),
+        }
+    )
+    figures = {key: value for key, value in lean.metrics.items() if not key.startswith("confusion.")}
+    for metrics in (lean.metrics, figures):
+        shorter = _shortened(lean.model_copy(update={"metrics": metrics}), limit, _LEAST_MESSAGE_BYTES)
+        if shorter is not None:
+            return shorter
+    least = lean.model_copy(update={"metrics": {}, "execution_plan": None})
+    if (shorter := _shortened(least, limit, least=0)) is not None:
+        return shorter
+    if least.adapter:  # both of its URIs are long: the base model's also stands in the job's spec
+        brief = least.adapter.model_copy(update={"base_model": _cut(least.adapter.base_model, 64)})
+        least = least.model_copy(
+            update={"adapter": brief, "message": "", "progress": Progress(step=least.progress.step)}
+        )
+    return _json(least)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _kept(plan: ExecutionPlan | None) -> ExecutionPlan | None:
+    """Return what the next attempt is planned by, and what the next job is sized by."""
+    return ExecutionPlan(**{key: getattr(plan, key) for key in _PLAN}) if plan else None
 
 
 def _shortened(report: TrainerReport, limit: int, least: int) -> bytes | None:
@@ -142,4 +175,7 @@ def _cut(text: str, room: int) -> str:
 
 
 def _json(report: TrainerReport) -> bytes:
-    return report.model_dump_json(by_alias=True, exclude_none=True).encode()
+    """Return `report` as JSON. The adapter comes first: the kubelet cuts the end off, where containers are many."""
+    data = report.model_dump(mode="json", by_alias=True, exclude_none=True)
+    ordered = {key: data[key] for key in _FIRST if key in data} | data
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,108 @@
+"""A checkpoint that is whole and still cannot be used gives way to the one before, and the log says which and why."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from structlog.testing import capture_logs
+
+from finetune_api.uri import parse
+from finetune_trainer.checkpoints import remote
+from finetune_trainer.checkpoints.parse import require_usable
+from finetune_trainer.checkpoints.state import STATE_FILE, TrainingState
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.open import open_store
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    (folder / "best").mkdir(parents=True)
+    TrainingState(fingerprint="f", step=step, before={"loss": 1.0}, best_step=None).save(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for path in ("adapter_model.safetensors", "best/adapter_model.safetensors"):
+        save_file({"lora_A": np.ones(4, "float32")}, folder / path)
+    for path in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with zipfile.ZipFile(folder / path, "w") as archive:
+            archive.writestr("data.pkl", "x")
+    return folder
+
+
+def _written(path: str, data: bytes | str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).write_bytes(data.encode() if isinstance(data, str) else data) and None
+
+
+def _state(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / STATE_FILE).read_text()) | changes
+        (folder / STATE_FILE).write_text(json.dumps(found))
+
+    return damage
+
+
+def _gone(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).unlink()
+
+
+def _huge(folder: Path) -> None:
+    with (folder / STATE_FILE).open("r+b") as file:
+        file.truncate(65 << 20)
+
+
+DAMAGE = {
+    "state: empty": (_written(STATE_FILE, ""), "JSONDecodeError"),
+    "state: half": (_written(STATE_FILE, '{"step": 6, "fing'), "JSONDecodeError"),
+    "state: a list": (_written(STATE_FILE, "[]"), STATE_FILE),
+    "state: no text": (_written(STATE_FILE, b"\xff\xfe\x00"), "UnicodeDecodeError"),
+    "state: nested": (_written(STATE_FILE, "[" * 200_000), "RecursionError"),
+    "state: types": (_state(tokens="many"), "tokens"),
+    "state: dict types": (_state(before=[1]), "before"),
+    "state: null": (_state(metrics=None), "metrics"),
+    "state: another step": (_state(step=5), "is of step 5, not 6"),
+    "state: huge": (_huge, "larger than 64 MiB"),
+    "state: gone": (_gone(STATE_FILE), "FileNotFoundError"),
+    "trainer: no step": (_written("trainer_state.json", "{}"), "KeyError"),
+    "trainer: list": (_written("trainer_state.json", "[1]"), "TypeError"),
+    "trainer: another step": (_written("trainer_state.json", '{"global_step": 7}'), "of step 7, not 6"),
+    "trainer: gone": (_gone("trainer_state.json"), "FileNotFoundError"),
+    "metrics: half": (_written("metrics.jsonl", '{"step": 1}\n{"st'), "metrics.jsonl"),
+    "metrics: no step": (_written("metrics.jsonl", '{"loss": 1}\n'), "KeyError"),
+    "metrics: number": (_written("metrics.jsonl", "5\n"), "TypeError"),
+    "weights: empty": (_written("adapter_model.safetensors", b""), "SafetensorError"),
+    "weights: header": (_written("adapter_model.safetensors", b"\xff" * 64), "SafetensorError"),
+    "weights: cut": (_written("adapter_model.safetensors", (64).to_bytes(8, "little") + b"{}"), "SafetensorError"),
+    "weights: none": (_written("adapter_model.safetensors", (2).to_bytes(8, "little") + b"{}"), "no tensors"),
+    "weights: a pickle": (_gone("adapter_model.safetensors"), "adapter_model.safetensors"),
+    "best: broken": (_written("best/adapter_model.safetensors", b"\0" * 9), "adapter_model.safetensors"),
+    "optimizer: cut": (_written("optimizer.pt", b"PK\x03\x04half"), "optimizer.pt cannot be used: BadZipFile"),
+    "random state: a pickle": (_written("rng_state.pth", b"\x80\x04."), "rng_state.pth cannot be used: BadZipFile"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_parse_gives_way_to_the_one_before(kind: str, tmp_path: Path) -> None:
+    damage, reason = DAMAGE[kind]
+    store = open_store(parse(f"file://{tmp_path}/store"), Credentials("output", {}))
+    for step in (3, 6):
+        folder = _checkpoint(tmp_path / f"saved-{step}", step)
+        if step == 6:
+            damage(folder)
+        remote.save(folder, store, step, keep=5)
+    with capture_logs() as logs:
+        found = remote.resume(store, lambda step: tmp_path / f"local-{step}", check=require_usable)
+    assert found is not None and found.step == 3
+    assert require_usable(tmp_path / "local-3", 3).fingerprint == "f"
+    assert not (tmp_path / "local-6").exists()
+    [line] = logs
+    assert (line["event"], line["step"]) == ("A checkpoint is broken, trying the one before", 6)
+    assert reason in line["error"] and "\n" not in line["error"]
+
+
+def test_a_manifest_that_names_another_step_is_no_checkpoint(tmp_path: Path) -> None:
+    store = open_store(parse(f"file://{tmp_path}/store"), Credentials("output", {}))
+    remote.save(_checkpoint(tmp_path / "saved", 3), store, 3, keep=5)
+    (tmp_path / "store" / "step-00000003").rename(tmp_path / "store" / "step-00000009")
+    assert remote.resume(store, lambda step: tmp_path / f"local-{step}", check=require_usable) is None

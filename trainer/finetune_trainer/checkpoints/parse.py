@@ -1,0 +1,74 @@
+"""Whether a checkpoint, every byte of which is there, is one that a run can go on from."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from finetune_api import constants
+from finetune_trainer.checkpoints.state import STATE_FILE, TrainingState
+from finetune_trainer.errors import type_and_reason
+from finetune_trainer.stores.errors import StoreCorrupted
+
+T = TypeVar("T")
+_TRAINER_STATE: Final = "trainer_state.json"
+_METRICS: Final = Path(constants.METRICS_FILE).name
+#: No state is larger, whatever the run: a larger file would only fill the memory.
+_MAX_STATE_BYTES: Final = 64 << 20
+
+
+def require_usable(folder: Path, step: int) -> TrainingState:
+    """Return the run's memory of the checkpoint of `step` in `folder`.
+
+    Raises:
+        StoreCorrupted: A file is missing or does not parse. The text names it.
+    """
+    state = _parsed(folder / STATE_FILE, lambda path: TrainingState.load(path.parent))
+    if state.step != step:
+        raise StoreCorrupted(f"{STATE_FILE} is of step {state.step}, not {step}")
+    _parsed(folder / _TRAINER_STATE, lambda path: _require_step(path, step))
+    if (folder / _METRICS).exists():
+        _parsed(folder / _METRICS, _require_lines, limit=None)
+    weights = {folder / constants.ADAPTER_WEIGHTS_FILE, *folder.rglob("*.safetensors")}
+    for path in sorted(weights):
+        _parsed(path, _require_tensors, limit=None)
+    for path in sorted(folder.glob("*.pt*")):
+        _parsed(path, _require_archive, limit=None)
+    return state
+
+
+def _parsed(path: Path, parse: Callable[[Path], T], limit: int | None = _MAX_STATE_BYTES) -> T:
+    try:
+        if limit is not None and path.stat().st_size > limit:
+            raise ValueError(f"larger than {limit >> 20} MiB")
+        return parse(path)
+    except Exception as error:
+        raise StoreCorrupted(f"{path.name} cannot be used: {type_and_reason(error)}") from None
+
+
+def _require_step(path: Path, step: int) -> None:
+    found = json.loads(path.read_bytes())["global_step"]
+    if found != step:
+        raise ValueError(f"of step {found}, not {step}")
+
+
+def _require_lines(path: Path) -> None:
+    with path.open("rb") as file:
+        for line in file:
+            if not isinstance(json.loads(line)["step"], int):
+                raise ValueError("a line without a step")
+
+
+def _require_tensors(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(path), "numpy") as file:
+        if not list(file.keys()):
+            raise ValueError("no tensors")
+
+
+def _require_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if not archive.namelist():
+            raise ValueError("empty")
