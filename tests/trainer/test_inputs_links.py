@@ -10,7 +10,7 @@ import pytest
 
 from finetune_api import constants
 from finetune_trainer import inputs
-from finetune_trainer.data.dataset import read_rows
+from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.settings import Environment, Ranks, Settings, load
 from finetune_trainer.stores.errors import LeadsOutside
