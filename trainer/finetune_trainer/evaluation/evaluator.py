@@ -22,6 +22,7 @@ from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import LockstepBatches, never
 from finetune_trainer.methods import Method
 from finetune_trainer.runtime.distributed import all_gather
+from finetune_trainer.runtime.peak_memory import uncounted_memory
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.settings import Ranks
@@ -134,7 +135,8 @@ class Evaluator:
             log.info(f"Evaluated {len(self._rows.input_ids)} rows in {time.monotonic() - began:.1f} s")
             if self._prompts:
                 began = time.monotonic()
-                metrics |= self._nli_metrics(model)
+                with uncounted_memory():
+                    metrics |= self._nli_metrics(model)
                 log.info(f"Answered {len(self._prompts)} prompts in {time.monotonic() - began:.1f} s")
         return metrics
 

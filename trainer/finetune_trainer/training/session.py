@@ -26,6 +26,7 @@ from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.memory import selective_budget
+from finetune_trainer.runtime.peak_memory import peak, reset_peak
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
 from finetune_trainer.training.loop import QloraTrainer
@@ -223,7 +224,7 @@ class TrainingSession:
     def _with_measured_memory(self) -> ExecutionPlan:
         if not torch.cuda.is_initialized():
             return self.plan
-        return self.plan.model_copy(update={"measured_peak_memory_bytes": torch.cuda.max_memory_allocated()})
+        return self.plan.model_copy(update={"measured_peak_memory_bytes": peak()})
 
 
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
@@ -251,4 +252,4 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
