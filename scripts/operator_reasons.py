@@ -39,6 +39,12 @@ ATTEMPTS: Final = {
         "The trainer exited 0, but its pod was gone before its report was read.",
         "Nothing to do: the next attempt finds this job's own manifest in the store, verifies it and succeeds.",
     ),
+    "JobDeadlineExceeded": Reason(
+        "The attempt's Job or pod ran into an `activeDeadlineSeconds` of its own, which this operator never sets: an"
+        " admission policy or a webhook does.",
+        "Except these Jobs from the policy. The operator retries from the last checkpoint, up to"
+        " `recovery.maxAttempts`; save more often (`checkpoint.everySteps`) than the deadline strikes.",
+    ),
     "TrainerCrashed": Reason(
         "The trainer exited with a code that is not in the table above: an unexpected error.",
         "Read `finetune logs NAME`; the traceback is there. The operator retries up to `recovery.maxAttempts`.",
@@ -162,6 +168,14 @@ EVENTS: Final = {
     "AttemptStarted": Reason("A Job was created."),
     "Resumed": Reason("`spec.suspend` is false again."),
     "Recovered": Reason("The trainer reports again after it had stalled or not answered."),
+    "PodDisrupted": Reason(
+        "Kubernetes evicted or preempted a pod of the attempt, or lost its node; the message is its own. A pod of one"
+        " node is replaced, and resumes from the last checkpoint. `status.attempts[].disruptions` counts them."
+    ),
+    "ResumedFromCheckpoint": Reason(
+        "Training resumed at the step that the message names. A Warning when an earlier FineTuneJob saved that"
+        " checkpoint: to start at step 0, choose another `output.uri`, or delete its checkpoints."
+    ),
     "AttemptEnded": Reason("An attempt ended without success; the message holds its reason."),
 }
 

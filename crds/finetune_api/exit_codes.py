@@ -114,8 +114,16 @@ _OUTCOMES: Final = (
         ExitCode.KILLED,
         "OOMKilled",
         True,
-        "The kernel ended the container: its host memory reached resources.memory, or the node had none left.",
-        "Raise resources.memory above the limit the message names, or set it where it names none.",
+        "The kernel ended the container: its host memory reached its limit, or the node had none left.",
+        "Set resources.memory above the limit that the message names; where it names none, set one.",
+    ),
+    Outcome(  # told by the kubelet
+        ExitCode.KILLED,
+        "StorageLimitExceeded",
+        True,
+        "The pod wrote more to a volume of its own (scratch, shm) or to its disk than it may: the kubelet ended it.",
+        "Volume shm: raise resources.sharedMemory. Volume scratch or the pod's disk: use cache, so that the model is"
+        " not downloaded there, or ask the administrator to raise trainer.scratchSizeLimit or the namespace's limit.",
     ),
 )
 

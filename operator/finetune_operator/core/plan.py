@@ -130,18 +130,23 @@ def _attempt_conditions(
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
         why = wait_reason.explain(view.observed, child, mine, nodes, retry.nodes_to_avoid(view.history))
         return conditions.waiting(why.reason, why.message), None
-    if done == nodes and view.status.conditions:
+    held = _until(history.held_open_until(mine, nodes), view.now)
+    if done == nodes and view.status.conditions and held is None:
         return conditions.recorded(view.status), None  # the Job's own condition follows in a moment
-    if any(pod.exit and pod.index == 0 for pod in mine):
-        return conditions.running("Finishing", training.finishing()), None
+    if ended := next((pod.exit for pod in mine if pod.exit and pod.index == 0), None):
+        stalled_at = training.stall_deadline(attempt, ended.finished_at, view.settings.stalled_seconds)
+        value = training.finishing([name for pod in mine for name in pod.beside], stalled_at, view.now)
+        return conditions.running(value.reason, value), held or _until(stalled_at, view.now)
     since, silent_since = pod_set.running_since(mine), view.observed.silent_since
     if not training.was_heard(attempt, since):
         silent_since = None  # it still starts
     elif view.report is None and silent_since is None:
         return conditions.recorded(view.status), None  # this operator has just started
     stalled_at = training.stall_deadline(attempt, since, view.settings.stalled_seconds)
-    value = training.training(view.report, stalled_at, silent_since, view.now)
-    return conditions.running(value.reason, value), _until(stalled_at, view.now)
+    resumed = progress.resumption(attempt.resumed_from)
+    value = training.training(view.report, stalled_at, silent_since, view.now, resumed)
+    due = _until(stalled_at, view.now) if held is None else held
+    return conditions.running(value.reason, value), due
 
 
 def _back_off(view: View, retry: Retry) -> Step:
@@ -161,6 +166,9 @@ def _start(view: View, after: Retry | None) -> Step:
     if observed.foreign_children:
         message = f"waiting for {observed.foreign_children[0]} of an earlier job of this name to end"
         return Step(conditions.waiting("Stopping", message), recheck_after=(_pending_left(view, after),))
+    if running := next((pod for pod in observed.pods if pod.live), None):
+        state = conditions.waiting("Stopping", f"waiting for pod {running.name} of an earlier attempt to end")
+        return Step(state, recheck_after=(_pending_left(view, after),))
     if observed.create_blocked:
         state = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
         return Step(state, recheck_after=(_pending_left(view, after),))

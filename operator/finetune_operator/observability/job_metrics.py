@@ -30,6 +30,7 @@ REASONS = tuple(
             *exit_codes.REASONS,
             failure.CRASHED,
             failure.INIT_FAILED,
+            failure.JOB_DEADLINE,
             failure.JOB_DELETED,
             failure.NODE_LOST,
             failure.POD_LOST,
@@ -72,6 +73,12 @@ class JobMetrics(Collector):
         self._attempts = Counter(
             f"{PREFIX}_attempts_ended", "Ended attempts by reason.", ["namespace", "reason"], registry=registry
         )
+        self._disruptions = Counter(
+            f"{PREFIX}_pod_disruptions",
+            "Pods of attempts that were evicted, preempted, or lost with their node.",
+            ["namespace"],
+            registry=registry,
+        )
         self._first_step = Histogram(
             f"{PREFIX}_time_to_first_step_seconds",
             "From a job's creation to its first optimizer step.",
@@ -90,6 +97,10 @@ class JobMetrics(Collector):
         for attempt in new.attempts:
             if attempt.reason and attempt.job_name not in ended:
                 self._attempts.labels(after.namespace, attempt.reason).inc()
+        disrupted = {attempt.job_name: attempt.disruptions or 0 for attempt in old.attempts}
+        for attempt in new.attempts:
+            more = (attempt.disruptions or 0) - disrupted.get(attempt.job_name, 0)
+            self._disruptions.labels(after.namespace).inc(max(0, more))
         started = not (old.progress and old.progress.step) and new.progress and new.progress.step
         if started and after.created_at:
             seconds = (self._clock() - after.created_at).total_seconds()
@@ -98,6 +109,7 @@ class JobMetrics(Collector):
     def _start_at_zero(self, namespace: str) -> None:
         if namespace not in self._namespaces:
             self._first_step.labels(namespace)
+            self._disruptions.labels(namespace)
             for reason in REASONS:
                 self._attempts.labels(namespace, reason)
         self._namespaces[namespace] = self._clock()

@@ -125,9 +125,14 @@ class ImaginedCluster:
         """SIGTERM: deletionTimestamp, grace included; the end comes when `exit_pods` or `lose_pods` says so."""
         for name in self.live_pods():
             if name.startswith(f"{job_name}-"):
-                by = self.now + timedelta(seconds=GRACE_SECONDS)
-                self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(by))
-                self.changed("Pod", self.pods[name])
+                self.stop_pod(name)
+
+    def stop_pod(self, name: str) -> None:
+        """One pod is told to stop."""
+        by = self.now + timedelta(seconds=GRACE_SECONDS)
+        told = {"deletionTimestamp": stamp(by), "deletionGracePeriodSeconds": GRACE_SECONDS}
+        self.pods[name]["metadata"] = told | self.pods[name]["metadata"]
+        self.changed("Pod", self.pods[name])
 
     def exit_pods(
         self,
@@ -160,8 +165,10 @@ class ImaginedCluster:
         container["state"] = {"terminated": ended | {"startedAt": began, "finishedAt": stamp(self.now)}}
         pod["status"]["phase"] = "Failed" if code else "Succeeded"
         if disrupted:
-            pod["metadata"].setdefault("deletionTimestamp", stamp(self.now))
-            pod["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True", "message": disrupted}]
+            told = {"deletionTimestamp": stamp(self.now), "deletionGracePeriodSeconds": 0}
+            pod["metadata"] = told | pod["metadata"]
+            condition = {"type": "DisruptionTarget", "status": "True", "message": disrupted}
+            pod["status"]["conditions"] = [condition | {"lastTransitionTime": stamp(self.now)}]
         self.changed("Pod", pod)
 
     def remove_pods(self) -> None:
@@ -177,13 +184,14 @@ class ImaginedCluster:
             self._gone("Pod", self.pods.pop(name))
         self.conclude("Failed")
 
-    def conclude(self, kind: str) -> None:
+    def conclude(self, kind: str, reason: str = "", message: str = "") -> None:
         """The Job controller ends the Jobs of which no pod lives."""
         alive = {self._owner(self.pods[name]) for name in self.live_pods()}
         for name in self.runnable():
             child = self.jobs[name]
             if child["metadata"]["uid"] not in alive:
                 condition = {"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}
+                condition |= {"reason": reason, "message": message}
                 child["status"] = {"conditions": [condition]}
                 self.changed("Job", child)
 

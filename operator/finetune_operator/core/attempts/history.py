@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
@@ -25,6 +25,8 @@ KEPT_NOT_COUNTED = 10
 #: Wait this long for the exit codes of a finished Job before reading its pods from the API server.
 SETTLE_SECONDS = 5
 _MOST_SKEW_SECONDS = 60
+#: Give the other containers of a pod this long to end after the trainer, as native sidecars do.
+HELD_OPEN = timedelta(seconds=30)
 
 
 def job_name(job: JobObject, number: int) -> str:
@@ -110,6 +112,7 @@ def _updated(attempt: Attempt, observed: Observed, report: TrainerReport | None,
         attempt = attempt.model_copy(update={"started_at": min(starts, default=attempt.started_at)})
     # The run time of a pod that ended by itself is added with the attempt's end, in the same write.
     attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
+    attempt = pod_set.with_disruptions(attempt, mine)
     return progress.record_report(attempt, report, now) if report else attempt
 
 
@@ -130,6 +133,9 @@ def _detect_ending(
     """
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
     settled = child is not None and is_settled(child, now)
+    memory = "" if spec.resources.memory is None else str(spec.resources.memory)
+    if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
+        return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), memory))
     if any(pod.live for pod in mine):
         return _StillOpen(needs_pod_refresh=settled and not observed.pods_refreshed)
     if child and child.finished:
@@ -138,10 +144,9 @@ def _detect_ending(
             settled and observed.pods_refreshed
         ):
             return _StillOpen(needs_pod_refresh=settled)
-        memory = spec.resources.memory
-        return _map_superseded(attempt, failure.classify_exit(child, last, "" if memory is None else str(memory)))
+        return _map_superseded(attempt, failure.classify_exit(child, last, memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
-    is_stopped = child is None or (child.suspended and not child.active and not child.queued)
+    is_stopped = child is None or (child.suspended and not (child.active or child.terminating) and not child.queued)
     if child is not None and not (stopping and is_stopped):
         return _StillOpen()
     if not observed.pods_refreshed:
@@ -151,6 +156,23 @@ def _detect_ending(
     if stopping:
         return Ending(failure.SUSPENDED, "stopped by spec.suspend", finished_at=now)
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
+
+
+def held_open_until(pods: Sequence[Pod], nodes: int) -> datetime | None:
+    """Return when to stop waiting for a Job whose outcome is known, but whose pods other containers keep running.
+
+    It is known once one trainer has failed, or all have ended. Pods that were told to stop end by themselves.
+    """
+    last = [pod for pod in pod_set.current(pods) if pod.exit and not pod.deleting and not pod.disruption]
+    held = [pod.exit.finished_at for pod in last if pod.held_open and pod.exit and pod.exit.finished_at]
+    is_known = len(last) == nodes or any(pod.exit and pod.exit.code for pod in last if pod.held_open)
+    return max(held) + HELD_OPEN if held and is_known else None
+
+
+def is_held_open(pods: Sequence[Pod], nodes: int, now: datetime) -> bool:
+    """Return whether the trainers' own end has to decide, because the Job's will not come."""
+    until = held_open_until(pods, nodes)
+    return until is not None and now >= until
 
 
 def is_superseded(attempt: Attempt) -> bool:
@@ -189,6 +211,7 @@ def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -
             "node": ending.node[:253] or None,
             "finished_at": end,
             "last_step": report.progress.step if report else attempt.last_step,
+            "resumed_from": (report.resumed_from if report else None) or attempt.resumed_from,
             "run_seconds": pod_set.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),
             "micro_batch_size": plan.micro_batch_size if plan and plan.micro_batch_size else attempt.micro_batch_size,
         }

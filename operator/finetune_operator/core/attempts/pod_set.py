@@ -63,6 +63,27 @@ def with_run_time(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
     return attempt.model_copy(update={"run_seconds": seconds, "ran_until": until})
 
 
+def with_disruptions(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
+    """Return the attempt with the disruptions of its pods counted, each once, and why the last one happened.
+
+    The pods are replaced and forgotten, so what was counted is told by its time.
+    """
+    before = attempt.disrupted_at or _LONG_AGO
+    found = {pod.disrupted_at or pod.created_at: pod for pod in pods if pod.disruption}
+    new = sorted(moment for moment in found if moment > before)
+    if not new:
+        return attempt
+    last = found[new[-1]]
+    why = ": ".join(part for part in (f"pod {last.name}", last.reason, last.disruption) if part)
+    return attempt.model_copy(
+        update={
+            "disruptions": (attempt.disruptions or 0) + len(new),
+            "disrupted_at": new[-1].replace(microsecond=0),
+            "disruption": why[:512],
+        }
+    )
+
+
 def run_seconds(history: Sequence[Attempt], since: datetime | None, now: datetime) -> float:
     """Return the seconds that all attempts have run; `since` is the start of the pods that run now."""
     total = 0.0

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from finetune_api.status import Attempt, Progress, TrainerReport
+from finetune_api.status import Attempt, Progress, Resumption, TrainerReport
 
 TERMINAL_STAGES = ("Succeeded", "Failed")
 
@@ -52,6 +52,14 @@ def paused(progress: Progress | None) -> Progress | None:
     return progress.model_copy(update=dict.fromkeys(_PACE_FIELDS)) if progress else None
 
 
+def resumption(found: Resumption | None) -> str:
+    """Return where training went on, as a phrase; empty where it began at step 0."""
+    if found is None:
+        return ""
+    whose = f" of an earlier FineTuneJob (uid {found.job_uid})" if found.job_uid else ""
+    return f"resumed from step {found.step}{whose}"
+
+
 def finished(progress: Progress | None, succeeded: bool) -> Progress | None:
     """Return the progress of a finished job: no estimated end; 100 % if it succeeded, also when it stopped early."""
     if progress is None:
@@ -69,5 +77,11 @@ def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Att
     is_news = (stage, step) != (attempt.stage, attempt.last_step)
     heard_at = now if is_news or attempt.heard_at is None else attempt.heard_at
     return attempt.model_copy(
-        update={"stage": stage, "last_step": step, "micro_batch_size": micro, "heard_at": heard_at}
+        update={
+            "stage": stage,
+            "last_step": step,
+            "micro_batch_size": micro,
+            "heard_at": heard_at,
+            "resumed_from": report.resumed_from or attempt.resumed_from,
+        }
     )

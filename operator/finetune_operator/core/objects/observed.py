@@ -4,7 +4,7 @@ Thousands of views stay in memory, so specs and statuses are kept as compact JSO
 """
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic_core import to_json
@@ -102,6 +102,8 @@ class Child:
     queued: bool
     """Whether Kueue decides when it runs."""
     active: int
+    terminating: int
+    """Pods that were told to stop and have not."""
     finished: str
     """Complete, Failed, or empty while it is not over (KEP-3939: only after every pod has ended)."""
     finished_at: datetime | None
@@ -124,6 +126,7 @@ class Child:
             suspended=raw.flag(obj, "spec", "suspend"),
             queued=constants.LABEL_KUEUE_QUEUE in found,
             active=raw.integer(obj, "status", "active"),
+            terminating=raw.integer(obj, "status", "terminating"),
             finished=kind,
             finished_at=raw.timestamp(obj, "status", "completionTime") or raw.timestamp(end, "lastTransitionTime"),
             reason=raw.text(end, "reason"),
@@ -169,6 +172,8 @@ class Pod:
     deleting: bool
     stop_by: datetime | None
     """End of its grace period, once it is told to stop."""
+    deleted_at: datetime | None
+    """When it was told to stop."""
     started_at: datetime | None
     running: bool
     exit: Exit | None
@@ -177,6 +182,7 @@ class Pod:
     message: str
     disruption: str
     """Message of the DisruptionTarget condition, or its reason; empty when it was not disrupted."""
+    disrupted_at: datetime | None
     unschedulable: str
     """The scheduler's sentence while there is no node for it."""
     waiting: tuple[str, str]
@@ -186,11 +192,20 @@ class Pod:
     node: str
     set_up: bool
     """Whether its volumes are mounted and its network is ready."""
+    memory_limit: str
+    """The trainer's limit in force: a LimitRange or a webhook may have set it."""
+    beside: tuple[str, ...]
+    """Other containers that still run."""
 
     @property
     def live(self) -> bool:
-        """Whether its container may still run."""
-        return self.phase in _ACTIVE_PHASES
+        """Whether its trainer may still run. Other containers of the pod write nothing of ours."""
+        return self.phase in _ACTIVE_PHASES and self.exit is None
+
+    @property
+    def held_open(self) -> bool:
+        """Whether its trainer has ended but other containers keep it from ending."""
+        return self.phase in _ACTIVE_PHASES and self.exit is not None
 
     @classmethod
     def from_api(cls, obj: Raw) -> "Pod":
@@ -219,17 +234,41 @@ class Pod:
             exit=_exit(ended) if ended else None,
             reason=raw.text(obj, "status", "reason"),
             message=raw.text(obj, "status", "message"),
+            deleted_at=_deleted_at(obj),
             disruption=raw.text(disrupted, "message") or raw.text(disrupted, "reason"),
+            disrupted_at=raw.timestamp(disrupted, "lastTransitionTime"),
             unschedulable=_unschedulable(obj),
             waiting=(raw.text(waiting, "reason"), raw.text(waiting, "message")),
             init=None if running or ended else _init_container(obj),
             node=raw.text(obj, "spec", "nodeName"),
             set_up=bool(raw.condition(obj, "PodReadyToStartContainers")),
+            memory_limit=_memory_limit(obj),
+            beside=_running_beside(obj),
         )
 
 
 def _number(value: str) -> int:
     return int(value) if value.isdecimal() and len(value) < 10 else 0
+
+
+def _deleted_at(obj: Raw) -> datetime | None:
+    """Return when the pod was told to stop: Kubernetes keeps the end of its grace period, and its length."""
+    end = raw.timestamp(obj, "metadata", "deletionTimestamp")
+    grace = min(max(0, raw.integer(obj, "metadata", "deletionGracePeriodSeconds")), 10**8)
+    return end - timedelta(seconds=grace) if end and end.year > _LONG_AGO.year else end
+
+
+def _memory_limit(obj: Raw) -> str:
+    for container in raw.entries(obj, "spec", "containers"):
+        if container.get("name") == constants.TRAINER_CONTAINER:
+            return str(raw.at(container, "resources", "limits", "memory") or "")[:64]
+    return ""
+
+
+def _running_beside(obj: Raw) -> tuple[str, ...]:
+    found = [*raw.entries(obj, "status", "containerStatuses"), *raw.entries(obj, "status", "initContainerStatuses")]
+    names = (raw.text(each, "name") for each in found if raw.mapping(each, "state", "running"))
+    return tuple(name for name in names if name != constants.TRAINER_CONTAINER)
 
 
 def _exit(ended: Raw) -> Exit:

@@ -6,12 +6,15 @@ from datetime import timedelta
 from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
+from finetune_operator.core.attempts import progress
 from finetune_operator.core.attempts.failure import NOT_COUNTED_AS_FAILURE, SUCCEEDED
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.status.training import NOT_ANSWERING, STALLED
 
 Kind = Literal["Normal", "Warning"]
 LONG_WAIT = timedelta(seconds=60)
+DISRUPTED = "PodDisrupted"
+RESUMED = "ResumedFromCheckpoint"
 #: Stages between training steps: the return from them posts no event.
 _BESIDE_TRAINING = ("Evaluating", "Publishing", "Verifying")
 
@@ -48,10 +51,22 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]
         before = known.get(attempt.job_name)
         if before is None:
             yield Event("Normal", "AttemptStarted", _started_message(attempt), f"{attempt.job_name}/started")
+        yield from _within(before or Attempt(job_name=attempt.job_name), attempt)
         if attempt.reason not in (None, SUCCEEDED) and (before is None or before.reason is None):
             kind: Kind = "Normal" if attempt.reason in NOT_COUNTED_AS_FAILURE else "Warning"
             message = f"{attempt.job_name}: {attempt.reason}: {attempt.message or ''}"
             yield Event(kind, "AttemptEnded", message, f"{attempt.job_name}/ended")
+
+
+def _within(before: Attempt, attempt: Attempt) -> Iterator[Event]:
+    """Yield the events of what happened to the pods of one attempt."""
+    name = attempt.job_name
+    if attempt.disruptions and attempt.disruptions != before.disruptions:
+        yield Event("Warning", DISRUPTED, f"{name}: {attempt.disruption}", f"{name}/disrupted/{attempt.disruptions}")
+    if attempt.resumed_from and attempt.resumed_from != before.resumed_from:
+        kind: Kind = "Warning" if attempt.resumed_from.job_uid else "Normal"
+        message = f"{name} {progress.resumption(attempt.resumed_from)}"
+        yield Event(kind, RESUMED, message, f"{name}/resumed/{attempt.resumed_from.step}")
 
 
 def _started_message(attempt: Attempt) -> str:

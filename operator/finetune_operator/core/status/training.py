@@ -1,5 +1,6 @@
 """The Training condition of a running attempt, and when it counts as stalled."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from finetune_api.status import Attempt, TrainerReport
@@ -22,9 +23,21 @@ def was_heard(attempt: Attempt, running_since: datetime | None) -> bool:
 
 
 def training(
-    report: TrainerReport | None, stalled_at: datetime | None, silent_since: datetime | None, now: datetime
+    report: TrainerReport | None,
+    stalled_at: datetime | None,
+    silent_since: datetime | None,
+    now: datetime,
+    resumed: str = "",
 ) -> ConditionValue:
-    """Return the Training condition of a running attempt; `silent_since`: when a trainer that was heard went silent."""
+    """Return the Training condition of a running attempt.
+
+    Args:
+        report: The latest of its trainer.
+        stalled_at: When it counts as stalled.
+        silent_since: When a trainer that was heard went silent.
+        now: The time.
+        resumed: Where training went on, as a phrase.
+    """
     if stalled_at and now >= stalled_at:
         doing = f"while {report.stage}" if report else "since its pod started"
         since = stalled_at.isoformat(timespec="seconds")
@@ -42,9 +55,25 @@ def training(
         return ConditionValue("False", "Starting", "the trainer has not reported yet")
     if report.stage in TERMINAL_STAGES:
         return finishing()
-    return ConditionValue("True" if report.stage == "Training" else "False", report.stage)
+    return ConditionValue("True" if report.stage == "Training" else "False", report.stage, resumed)
 
 
-def finishing() -> ConditionValue:
-    """Return the Training condition of an attempt whose trainer sent its final report."""
-    return ConditionValue("False", "Finishing", "the trainer is done; its pod is about to end")
+def finishing(
+    beside: Sequence[str] = (), stalled_at: datetime | None = None, now: datetime | None = None
+) -> ConditionValue:
+    """Return the Training condition of an attempt whose first trainer is done.
+
+    Args:
+        beside: Other containers of its pods that still run.
+        stalled_at: When that has lasted too long, for a trainer of another pod still runs.
+        now: The time.
+    """
+    waits = f"waiting for container {', '.join(dict.fromkeys(beside))}" if beside else "its pod is about to end"
+    if stalled_at and now and now >= stalled_at:
+        since = stalled_at.isoformat(timespec="seconds")
+        return ConditionValue(
+            "False",
+            STALLED,
+            f"the first trainer is done, but its attempt has not ended: {waits}; limit passed at {since}",
+        )
+    return ConditionValue("False", "Finishing", f"the trainer is done; {waits}")
