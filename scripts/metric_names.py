@@ -101,6 +101,7 @@ _SILENT = {
     "finetune_operator_api_requests": ["verb", "resource", "code"],
     "finetune_operator_errors": ["error"],
     "finetune_operator_attempts_ended": ["namespace", "reason"],
+    "finetune_operator_pod_disruptions": ["namespace"],
     "finetune_operator_time_to_first_step_seconds": ["namespace"],
 }
 

@@ -267,7 +267,7 @@ def _memory_limit(obj: Raw) -> str:
 
 def _running_beside(obj: Raw) -> tuple[str, ...]:
     found = [*raw.entries(obj, "status", "containerStatuses"), *raw.entries(obj, "status", "initContainerStatuses")]
-    names = (raw.text(each, "name") for each in found if raw.mapping(each, "state", "running"))
+    names = (raw.text(each, "name") for each in found if raw.at(each, "state", "running") is not None)
     return tuple(name for name in names if name != constants.TRAINER_CONTAINER)
 
 
