@@ -231,7 +231,8 @@ def reasons_in_code() -> set[str]:
     """Every reason that the operator's code spells out: given to a call, or kept in a constant."""
     found: set[str] = set(get_args(Stage)) - {"Failed"}
     folder = ROOT / "operator/finetune_operator"
-    for path in [*(folder / "core").rglob("*.py"), folder / "kube/client.py", folder / "watch/wait_reasons.py"]:
+    files = (folder / name for name in ("kube/client.py", "kube/errors.py", "watch/wait_reasons.py"))
+    for path in [*(folder / "core").rglob("*.py"), *files]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
