@@ -27,8 +27,9 @@ class TextRule:
 
     def cel_of(self, value: str) -> str:
         """Return the rule as a CEL expression over the expression `value`."""
-        literal = "'" + self.pattern.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        return f"{'!' if self.refused else ''}{value}.matches({literal})"
+        escaped = self.pattern.replace("\\", "\\\\").replace("'", "\\'")
+        literal = "".join(char if char.isascii() else f"\\U{ord(char):08x}" for char in escaped)
+        return f"{'!' if self.refused else ''}{value}.matches('{literal}')"
 
     def schema(self) -> dict[str, str]:
         """Return the rule as an entry of a text field's x-kubernetes-validations."""

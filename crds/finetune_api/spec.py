@@ -10,6 +10,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, Rule
 from finetune_api.fields import Image, JobName, Seconds
+from finetune_api.places import PLACES
 from finetune_api.spec_data import (
     Cache,
     Dataset,
@@ -27,7 +28,8 @@ from finetune_api.spec_training import Lora, Quantization, Training
 
 __all__ = ["IMMUTABLE", "FineTuneJob", "FineTuneJobSpec", "Generation", "Metadata"]
 
-_EVAL_NEEDED = "needs held-out rows: set dataset.eval"
+_EVAL_NEEDED = "needs held-out rows: set dataset.eval or dataset.evalFraction"
+_HOLDS_OUT = "(has(self.dataset.eval) || has(self.dataset.evalFraction))"
 
 
 def _world_size(spec: Any) -> int:
@@ -39,24 +41,19 @@ def _micro(spec: Any) -> int:
     return micro if isinstance(micro, int) else 1
 
 
-def _cel_folder(uri: str) -> str:
-    """CEL for the URI with a slash last: with and without one it is the same folder."""
-    return f"({uri} + ({uri}.endsWith('/') ? '' : '/'))"
-
-
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and where the adapter goes. Only model, dataset and output are needed."""
 
     RULES: ClassVar = (
         Rule(
-            "!has(self.evaluation.earlyStopping) || has(self.dataset.eval)",
-            lambda s: s.evaluation.early_stopping is None or s.dataset.eval is not None,
+            f"!has(self.evaluation.earlyStopping) || {_HOLDS_OUT}",
+            lambda s: s.evaluation.early_stopping is None or s.dataset.holds_out,
             _EVAL_NEEDED,
             "evaluation.earlyStopping",
         ),
         Rule(
-            "!('nli' in self.evaluation.metrics) || has(self.dataset.eval)",
-            lambda s: "nli" not in s.evaluation.metrics or s.dataset.eval is not None,
+            f"!('nli' in self.evaluation.metrics) || {_HOLDS_OUT}",
+            lambda s: "nli" not in s.evaluation.metrics or s.dataset.holds_out,
             _EVAL_NEEDED,
             "evaluation.metrics",
         ),
@@ -85,12 +82,7 @@ class FineTuneJobSpec(ApiModel):
             "needs quantization.bits 4 or 16",
             "lora.dora",
         ),
-        Rule(
-            f"!has(self.lora.initFrom) || {_cel_folder('self.lora.initFrom')} != {_cel_folder('self.output.uri')}",
-            lambda s: s.lora.init_from is None or s.lora.init_from.rstrip("/") != s.output.uri.rstrip("/"),
-            "must differ from lora.initFrom, which would be replaced while it is read",
-            "output.uri",
-        ),
+        *PLACES,
     )
 
     model: Model

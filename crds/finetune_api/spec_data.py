@@ -1,7 +1,9 @@
 """Sections of the spec: what a job reads and where its adapter goes."""
 
 import re
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from finetune_api.base import ApiModel, Rule
 from finetune_api.fields import Columns, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri
@@ -38,10 +40,31 @@ class Model(ApiModel):
     """Attention implementation. auto takes the fastest that is installed and says which."""
 
 
+class Source(ApiModel):
+    """One of several sources of training rows."""
+
+    uri: ReadableUri
+    """Where its rows lie, as in dataset.train."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1
+    """How often an epoch holds each row. 0.3: three rows of ten, always the same; 2.5: every row twice, half thrice."""
+
+
 class Dataset(ApiModel):
     """Training and evaluation rows: JSON Lines, JSON, CSV (also as .gz, .xz, .zst) or Parquet; a file, or a prefix."""
 
     RULES: ClassVar = (
+        Rule(
+            "has(self.train) != has(self.sources)",
+            lambda d: (d.train is None) != (d.sources is None),
+            "must be given, or dataset.sources in its place",
+            "train",
+        ),
+        Rule(
+            "!has(self.eval) || !has(self.evalFraction)",
+            lambda d: d.eval is None or d.eval_fraction is None,
+            "must not be given beside dataset.eval",
+            "evalFraction",
+        ),
         Rule(
             "self.textField == 'text' || !has(self.columns) || !('text' in self.columns)",
             lambda d: d.text_field == "text" or "text" not in (d.columns or {}),
@@ -56,10 +79,15 @@ class Dataset(ApiModel):
         ),
     )
 
-    train: ReadableUri
-    """Training rows."""
+    train: ReadableUri | None = None
+    """Training rows. Needed, or sources."""
+    sources: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
+    """Several sources of training rows, each with a weight, in place of train."""
     eval: ReadableUri | None = None
     """Held-out rows for the evaluation loss, early stopping and keepBest."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Part of the training rows to hold out instead of dataset.eval, chosen by training.seed and what a row says: equal
+    rows stay together, and every attempt holds out the same."""
     format: Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca", "template"] = "auto"
     """Shape of a row. auto looks at the columns of the first: messages (with OpenAI's tools and weights too),
     conversations (sharegpt), prompt and completion, instruction and output (alpaca), or text."""
@@ -75,6 +103,17 @@ class Dataset(ApiModel):
     texts, every token is."""
     secret_ref: SecretRef | None = None
     """Secret with AWS_* keys or HF_TOKEN for the data."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.eval is not None or self.eval_fraction is not None
+
+    @property
+    def uris(self) -> dict[str, str]:
+        """All that is read, by its field below dataset."""
+        found = {f"sources[{index}].uri": source.uri for index, source in enumerate(self.sources or ())}
+        return {name: uri for name, uri in (("train", self.train), *found.items(), ("eval", self.eval)) if uri}
 
 
 class Cache(ApiModel):

@@ -11,7 +11,29 @@ from typing import Final
 from finetune_api.patterns import TextRule
 
 MAX_LENGTH: Final = 1024
-_SEGMENT = r"[A-Za-z0-9._~@+=,:-]+"
+# Letters of all languages, and their marks. Not in these ranges: spaces but the plain one, what turns the direction of
+# writing or is not seen (but the two joiners that Persian and Indian words need), private use, half characters.
+_BEYOND_ASCII = "".join(
+    f"{chr(first)}-{chr(last)}"
+    for first, last in (
+        (0xA1, 0xAC),
+        (0xAE, 0x61B),
+        (0x61D, 0x167F),
+        (0x1681, 0x180D),
+        (0x180F, 0x1FFF),
+        (0x200C, 0x200D),
+        (0x2010, 0x2027),
+        (0x2030, 0x205E),
+        (0x2070, 0x2FFF),
+        (0x3001, 0xD7FF),
+        (0xF900, 0xFDCF),
+        (0xFDF0, 0xFEFE),
+        (0xFF00, 0xFFEF),
+        (0x10000, 0x3FFFD),
+    )
+)
+_CHARACTERS = f"A-Za-z0-9._~@+=,:%!(){_BEYOND_ASCII}-"
+_SEGMENT = f"[{_CHARACTERS}]([ {_CHARACTERS}]*[{_CHARACTERS}])?"
 _PATH = rf"(/{_SEGMENT})*/?"
 FORMS: Final = {
     "hf": (rf"hf://(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*{_PATH}", "hf://owner/name"),
@@ -53,7 +75,9 @@ def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
         TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
         TextRule(PARENT_PATTERN, "must not hold '.' or '..' path segments", True),
         TextRule(
-            pattern(schemes), f"must be {allowed(schemes)}; a path may hold letters, digits and . _ ~ @ + = , : -"
+            pattern(schemes),
+            f"must be {allowed(schemes)}; a path may hold letters of any language, digits, . _ ~ @ + = , : - % ! ( )"
+            " and spaces inside a name",
         ),
     )
 

@@ -9,6 +9,7 @@ from typing import Final
 import structlog
 
 from finetune_api import artifact_manifest, constants
+from finetune_api.spec_data import Source
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
 from finetune_trainer.data.readers import is_data_file, is_unread_data
@@ -38,7 +39,7 @@ _NEVER: Final = (
     "consolidated*.safetensors",
 )
 #: The splits of a hub data set that suit a field, best first.
-_SPLITS: Final = {"spec.dataset.train": ("train",), "spec.dataset.eval": ("validation", "test")}
+_SPLITS: Final = {"spec.dataset.eval": ("validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def fetch_adapter(settings: Settings, work: Path) -> Path | None:
 
 
 def fetch_data_files(settings: Settings) -> tuple[list[DataFile], list[DataFile]]:
-    """Fetch the files of `dataset.train` and of `dataset.eval` (none if it is not set).
+    """Fetch the files of `dataset.train` or its sources, and of `dataset.eval` (none if it is not set).
 
     A URI names one file, or all below a prefix; of a data set on the hub, the files of one split.
 
@@ -120,7 +121,11 @@ def fetch_data_files(settings: Settings) -> tuple[list[DataFile], list[DataFile]
         StoreError: The files cannot be fetched.
     """
     dataset = settings.spec.dataset
-    train = _data_files(settings, dataset.train, "spec.dataset.train")
+    sources = [Source(uri=dataset.train)] if dataset.train else dataset.sources or []
+    train = []
+    for index, source in enumerate(sources):
+        field = "spec.dataset.train" if dataset.train else f"spec.dataset.sources[{index}].uri"
+        train += [replace(file, weight=source.weight) for file in _data_files(settings, source.uri, field)]
     return train, _data_files(settings, dataset.eval, "spec.dataset.eval") if dataset.eval else []
 
 
@@ -212,7 +217,9 @@ def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
     """Return the paths that belong to `split`, or with '' to the split that suits the field."""
     try:
         chosen = (
-            hub_splits.named(paths, split, str(uri)) if split else hub_splits.choose(paths, _SPLITS[field], str(uri))
+            hub_splits.named(paths, split, str(uri))
+            if split
+            else hub_splits.choose(paths, _SPLITS.get(field, ("train",)), str(uri))
         )
     except ValueError as error:
         raise DatasetInvalid(f"{field}: {error}") from None

@@ -39,7 +39,7 @@ def run(ctx: RunContext) -> Adapter | None:
         train_files, eval_files = fetch_data_files(settings)
 
         # 3. Parse and check every row. No torch so far: bad input fails in about a second.
-        rows = read_rows(train_files, eval_files, spec.dataset)
+        rows = read_rows(train_files, eval_files, spec.dataset, spec.training.seed)
 
         # 4. Import torch, join the process group, check the GPUs that the spec asks for.
         device = start_runtime(spec, ranks, settings.environment.node)

@@ -101,8 +101,7 @@ def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
         )
     sources = {
         "model.source": spec.model.source,
-        "dataset.train": spec.dataset.train,
-        "dataset.eval": spec.dataset.eval,
+        **{f"dataset.{name}": uri for name, uri in spec.dataset.uris.items()},
         "lora.initFrom": spec.lora.init_from,
         "checkpoint.uri": spec.checkpoint.uri,
         "output.uri": spec.output.uri,

@@ -158,8 +158,7 @@ def _not_in(allowed: Sequence[str], field: str, asked: str, what: str = "") -> I
 def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
     candidates: tuple[tuple[str, Any], ...] = (
         ("spec.model.source", spec.model.source),
-        ("spec.dataset.train", spec.dataset.train),
-        ("spec.dataset.eval", spec.dataset.eval),
+        *((f"spec.dataset.{name}", value) for name, value in spec.dataset.uris.items()),
         ("spec.lora.initFrom", spec.lora.init_from),
         ("spec.checkpoint.uri", spec.checkpoint.uri),
         ("spec.output.uri", spec.output.uri),

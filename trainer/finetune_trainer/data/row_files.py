@@ -1,8 +1,10 @@
 """Data files -> checked rows, read from disk on every pass. Torch-free: rows are checked before torch is imported."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Final, overload
 
@@ -27,12 +29,14 @@ class DataFile:
         name: What messages call it.
         field: The manifest's field that led to it.
         open_file: Opens it.
+        weight: How often an epoch holds each of its rows (`dataset.sources`).
     """
 
     path: Path
     name: str
     field: str = ""
     open_file: readers.Open = lambda path: path.open("rb")
+    weight: float = 1
 
     @property
     def full_name(self) -> str:
@@ -48,19 +52,58 @@ class DataFile:
         return readers.read(self.path, self.full_name, self.open_file)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which rows of the training files are taken, by what they say: the same in every attempt.
+
+    Attributes:
+        seed: Of the choice (`training.seed`).
+        fraction: Part of the rows that is held out (`dataset.evalFraction`).
+        held_out: Whether these rows are taken, or the others.
+    """
+
+    seed: int = 0
+    fraction: float = 0
+    held_out: bool = False
+
+    def taken(self, row: Row, weight: float) -> int:
+        """Return how often the row is taken. Held-out rows are evaluated once, whatever their weight."""
+        if self.fraction and (self._number(row, "hold out") < self.fraction) != self.held_out:
+            return 0
+        if self.held_out:
+            return 1
+        whole = int(weight)
+        return whole + (weight > whole and self._number(row, "weigh") < weight - whole)
+
+    def _number(self, row: Row, purpose: str) -> float:
+        """Return a number from 0 to 1 that is the row's own for this purpose."""
+        said = json.dumps(row.data, sort_keys=True, default=str)
+        digest = hashlib.blake2b(f"{self.seed} {purpose} {said}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) / 2**64
+
+
 class Rows(Sequence[Row]):
     """The checked rows of data files. They are read from disk on every pass: a large set is never held in memory."""
 
-    def __init__(self, files: Sequence[DataFile], row_format: RowFormat, count: int) -> None:
+    def __init__(
+        self, files: Sequence[DataFile], row_format: RowFormat, count: int, choice: Choice | None = None
+    ) -> None:
         self._files = tuple(files)
         self._count = count
+        self._choice = choice
         self.format = row_format
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Row]:
-        return chain.from_iterable(file.rows(self.format) for file in self._files)
+        return chain.from_iterable(map(self._of_file, self._files))
+
+    def _of_file(self, file: DataFile) -> Iterator[Row]:
+        choice = self._choice
+        if choice is None:
+            return file.rows(self.format)
+        return chain.from_iterable(repeat(row, choice.taken(row, file.weight)) for row in file.rows(self.format))
 
     @overload
     def __getitem__(self, wanted: int) -> Row: ...
@@ -80,35 +123,55 @@ class RowSplits:
     eval: Rows | None = None
 
 
-def read_rows(train: Sequence[DataFile], evaluation: Sequence[DataFile], dataset: DatasetSpec) -> RowSplits:
+def read_rows(
+    train: Sequence[DataFile], evaluation: Sequence[DataFile], dataset: DatasetSpec, seed: int = 0
+) -> RowSplits:
     """Read and check every row of the training and the evaluation files.
 
     Args:
         train: The files of `dataset.train`.
         evaluation: The files of `dataset.eval`; none if it is not set.
-        dataset: The spec's section, for the format and its columns.
+        dataset: The spec's section: the format, its columns, how much is held out.
+        seed: Of what is held out, and of parts of sources.
 
     Raises:
         DatasetInvalid: Rows are bad (the first ones are named by field, file and line), or there are none.
     """
-    rows = _load(train, dataset)
-    return RowSplits(rows, _load(evaluation, dataset) if evaluation else None)
+    fraction = dataset.eval_fraction or 0
+    if not fraction and all(file.weight == 1 for file in train):
+        rows = _load(train, dataset, [None])
+    else:
+        choices = [Choice(seed, fraction), *([Choice(seed, fraction, held_out=True)] if fraction else [])]
+        rows = _load(train, dataset, choices)
+        _refuse_nothing(rows, train, dataset)
+    held_out = _load(evaluation, dataset, [None]) if evaluation else rows[1:]
+    return RowSplits(rows[0], held_out[0] if held_out else None)
 
 
-def _load(files: Sequence[DataFile], dataset: DatasetSpec) -> Rows:
-    """Check every row of `files`; warn of files without rows among others."""
+def _load(files: Sequence[DataFile], dataset: DatasetSpec, choices: Sequence[Choice | None]) -> list[Rows]:
+    """Check every row of `files`, and return what each choice takes; warn of files without rows among others."""
     row_format = _format(files, dataset)
-    counts = dict.fromkeys(files, 0)
+    counts, taken = dict.fromkeys(files, 0), [0] * len(choices)
 
     def counted() -> Iterator[Row]:
         for file in files:
             for row in file.rows(row_format):
                 counts[file] += 1
+                for index, choice in enumerate(choices):
+                    taken[index] += 1 if choice is None or row.problem else choice.taken(row, file.weight)
                 yield row
 
     refuse_bad_rows(counted())
     _warn_of_empty([file for file, count in counts.items() if not count], len(files))
-    return Rows(files, row_format, sum(counts.values()))
+    return [Rows(files, row_format, count, choice) for choice, count in zip(choices, taken, strict=True)]
+
+
+def _refuse_nothing(splits: Sequence[Rows], files: Sequence[DataFile], dataset: DatasetSpec) -> None:
+    """Refuse a choice that takes no row."""
+    for rows, role in zip(splits, ("train on", "hold out"), strict=False):
+        if not len(rows):
+            field = "evalFraction" if dataset.eval_fraction else "sources"
+            raise DatasetInvalid(f"spec.dataset.{field}: leaves no row to {role}: give more rows, or other shares")
 
 
 def _warn_of_empty(empty: Sequence[DataFile], among: int) -> None:

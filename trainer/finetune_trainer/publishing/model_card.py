@@ -94,9 +94,13 @@ def _as_text(given: str) -> str:
 
 def _settings(job: FineTuneJob, pad_token: str | None) -> Iterator[tuple[str, object]]:
     spec = job.spec
-    yield "training rows", f"`{spec.dataset.train}`"
+    weighted = {source.uri: source.weight for source in spec.dataset.sources or ()}
+    sources = [f"`{uri}` × {weight:g}" for uri, weight in weighted.items()] or [f"`{spec.dataset.train}`"]
+    yield "training rows", ", ".join(sources)
     if spec.dataset.eval:
         yield "held-out rows", f"`{spec.dataset.eval}`"
+    if spec.dataset.eval_fraction:
+        yield "held-out rows", f"{spec.dataset.eval_fraction:g} of the training rows"
     yield "padding token", f"{_as_text(pad_token or 'none')}, masked by its position: never learned"
     quantization, lora, training = spec.quantization, spec.lora, spec.training
     double = " with double quantization" if quantization.double_quant else ""

@@ -165,7 +165,7 @@ def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
 def claim_names(spec: FineTuneJobSpec) -> dict[str, bool]:
     """Return the PersistentVolumeClaims of the pvc:// URIs, and whether each is read-only."""
     found: dict[str, bool] = {}
-    reads = (spec.model.source, spec.dataset.train, spec.dataset.eval, spec.lora.init_from)
+    reads = (spec.model.source, *spec.dataset.uris.values(), spec.lora.init_from)
     for value, read_only in (*((v, True) for v in reads), (spec.output.uri, False), (spec.checkpoint.uri, False)):
         place = uri.parse(value) if value else None
         if place and place.scheme == "pvc":
