@@ -14,6 +14,7 @@ from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
 from finetune_trainer.data.readers import is_data_file, is_unread_data
 from finetune_trainer.data.row_files import DataFile
+from finetune_trainer.data.tokenizer import drop_file_names
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials
@@ -180,6 +181,7 @@ def _model(settings: Settings, target: Path, ignore: tuple[str, ...], revision: 
     folder = mirror(_tree(settings, uri, field), found, target, ignore)
     if not (folder / "config.json").is_file():
         raise ConfigInvalid(f"{field}: {uri} holds no model: config.json is missing")
+    drop_file_names(folder)
     return ModelFiles(folder, _commit(found) or revision if uri.scheme == "hf" else None)
 
 
