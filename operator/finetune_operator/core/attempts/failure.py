@@ -70,9 +70,11 @@ def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> 
     if "DisruptionTarget" in child.message or (blamed and blamed.disruption):
         why = (blamed.disruption if blamed else "") or child.message
         return Ending(NODE_LOST, f"pod evicted or its node lost: {why}", _code(blamed), child.finished_at)
+    unstarted = root_cause.failed_before_training(pods)
+    if unstarted and (blamed is None or root_cause.was_told_to_stop(blamed)):
+        return _init_failed(child, unstarted)
     if blamed is None:
-        unstarted = next((pod for pod in pods if pod.init and pod.init.exit and pod.init.exit.code), None)
-        return _init_failed(child, unstarted) if unstarted else _pod_lost(child, pods)
+        return _pod_lost(child, pods)
     if root_cause.was_told_to_stop(blamed) and root_cause.is_killed(blamed):
         message = "the pod was deleted before it could save a checkpoint"
         return Ending(PREEMPTED, message, _code(blamed), child.finished_at)
@@ -117,6 +119,9 @@ def _init_failed(child: Child, pod: Pod) -> Ending:
     """Return the ending of an attempt whose trainer never started, because an init container of its pod failed."""
     assert pod.init and pod.init.exit
     exit_ = pod.init.exit
+    if root_cause.was_stopped_before_training(pod):
+        message = f"the pod was deleted while its init container {pod.init.name} ran"
+        return Ending(PREEMPTED, message, None, child.finished_at)
     tail = f"\n{lines}" if (lines := last_lines(exit_.message)) else ""
     why = f" ({exit_.reason})" if exit_.reason not in ("", "Error") else ""
     message = f"init container {pod.init.name} of pod {pod.name} ended with exit code {exit_.code}{why}{tail}"

@@ -15,9 +15,9 @@ DEADLINE = "JobDeadlineExceeded"
 
 _KNOWN = frozenset({outcome.reason for outcome in REASONS.values() if outcome.code})
 #: Exit codes of a signal. After a report they only say that the trainer took too long to leave.
-_SIGNALS = (137, 143)
+SIGNALS = (137, 143)
 #: Exit codes that a kill from outside may have, where no report says otherwise.
-_KILLED = (1, *_SIGNALS)
+_KILLED = (1, *SIGNALS)
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -70,6 +70,17 @@ def was_told_to_stop(pod: Pod) -> bool:
     return pod.deleted_at is not None and (pod.exit is None or pod.deleted_at <= _ended_at(pod))
 
 
+def failed_before_training(pods: Sequence[Pod]) -> Pod | None:
+    """Return the pod whose trainer never started, because its init container failed; a stopped one comes last."""
+    failed = [pod for pod in pods if pod.init and pod.init.exit and pod.init.exit.code]
+    return min(failed, key=was_stopped_before_training, default=None)
+
+
+def was_stopped_before_training(pod: Pod) -> bool:
+    """Return whether the pod's init container ended because the pod was deleted."""
+    return was_told_to_stop(pod) and bool(pod.init and pod.init.exit and pod.init.exit.code in SIGNALS)
+
+
 def _follows_another(pod: Pod, failed: Sequence[Pod]) -> bool:
     """Return whether `pod` was told to stop when another pod had already ended."""
     told = pod.deleted_at
@@ -94,7 +105,7 @@ def named_reason(pod: Pod) -> str:
         return ""
     report = final_report(pod)
     reported = (report.reason or "") if report and report.reason != OOM_KILLED else ""
-    if pod.exit.code in _SIGNALS and reported:
+    if pod.exit.code in SIGNALS and reported:
         return reported if reported in _KNOWN else ""
     outcome = outcome_of(pod.exit.code, reported)
     return outcome.reason if outcome else reported if reported in _KNOWN else ""

@@ -111,3 +111,52 @@ def test_what_an_init_container_says_is_nothing_once_the_trainer_has_run() -> No
     world.exit_pods(65)
     world.settle()
     assert world.reasons == ["DatasetInvalid"]
+
+
+def test_one_that_was_stopped_with_its_pod_does_not_count() -> None:
+    world = World(recovery={"maxAttempts": 1})
+    name = at_init(world, RUNNING)
+    world.stop_pods("nli-1")
+    world.pods[name]["status"] |= {"phase": "Failed", "initContainerStatuses": [{"name": "init-0", **ended(143)}]}
+    world.changed("Pod", world.pods[name])
+    world.conclude("Failed")
+    world.settle()
+    world.advance(10)
+    world.settle()
+    assert (world.outcome, world.reasons[0]) == ("Unknown", "Preempted")
+    assert world.status["attempts"][0]["message"] == "the pod was deleted while its init container init-0 ran"
+
+
+@pytest.mark.parametrize("other", ["trains", "saves", "is at its init container"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_fails_explains_why_the_job_stopped_the_other_rank(rank: int, other: str) -> None:
+    world = World(resources={"nodes": 2})
+    world.settle()
+    world.start_pods()
+    names = sorted(world.live_pods())
+    failing, stopped = names[rank], names[1 - rank]
+    for name, at_its_init in ((failing, True), (stopped, other == "is at its init container")):
+        if at_its_init:
+            world.pods[name]["status"] = {"phase": "Pending", "initContainerStatuses": [{"name": "init-0", **RUNNING}]}
+            world.pods[name]["status"]["containerStatuses"] = [{"name": "trainer", **waiting("PodInitializing")}]
+            world.changed("Pod", world.pods[name])
+    world.settle()
+    failed = {"name": "init-0", **ended(126, at=stamp(world.now))}
+    world.pods[failing]["status"] |= {"phase": "Failed", "initContainerStatuses": [failed]}
+    world.changed("Pod", world.pods[failing])
+    world.advance(5)
+    world.stop_pods("nli-1")
+    if other == "is at its init container":
+        killed = {"name": "init-0", **ended(143, at=stamp(world.now))}
+        world.pods[stopped]["status"] |= {"phase": "Failed", "initContainerStatuses": [killed]}
+        world.changed("Pod", world.pods[stopped])
+    elif other == "saves":
+        world.end_pod(stopped, 75, '{"stage": "Failed", "reason": "Preempted", "message": "saved"}')
+    else:
+        world.end_pod(stopped, 137)
+    world.conclude("Failed")
+    world.settle()
+    world.advance(10)
+    world.settle()
+    assert world.reasons[0] == INIT_FAILED, world.status["attempts"][0]
+    assert "init container init-0" in world.status["attempts"][0]["message"]
