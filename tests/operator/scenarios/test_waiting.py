@@ -9,7 +9,7 @@ from finetune_api import constants
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs
 from support.operator.process import OperatorProcess
-from support.server.client import Kube, wait_until
+from support.server.client import STRATEGIC, Kube, wait_until
 from support.server.server import Cluster
 
 QUOTA = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}
@@ -34,6 +34,31 @@ def test_its_image_cannot_be_pulled_simulated(operator: OperatorProcess, node: P
     jobs.create("nli")
     said = jobs.wait("nli", "Scheduled", "False", "ImagePullBackOff")
     assert "manifest unknown" in said["message"]
+
+
+def test_its_init_container_waits_and_then_fails_simulated(
+    operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+):
+    """The test plays the kubelet of a pod to which a webhook has added an init container."""
+    node.simulate_unschedulable("held")
+    jobs.create("nli", recovery={"maxAttempts": 1})
+    jobs.wait("nli", "Scheduled", "False", "Unschedulable")
+    (pod,) = kube.list("Pod", labelSelector=f"{constants.LABEL_JOB}=nli")
+
+    def report(phase: str, state: dict[str, object]) -> None:
+        init = {"name": "mesh", "image": "mesh:1", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+        scheduled = {"type": "PodScheduled", "status": "True"}
+        status = {"phase": phase, "conditions": [scheduled], "initContainerStatuses": [init]}
+        kube.patch("Pod", pod["metadata"]["name"], {"status": status}, subresource="status", content_type=STRATEGIC)
+
+    report("Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "manifest unknown"}})
+    assert (
+        jobs.wait("nli", "Scheduled", "False", "ImagePullBackOff")["message"] == "init container mesh: manifest unknown"
+    )
+    report("Failed", {"terminated": {"exitCode": 126, "reason": "Error", "message": "iptables: Permission denied"}})
+    over = jobs.wait_over("nli")
+    assert over["reason"] == "InitContainerFailed"
+    assert "init container mesh of pod" in over["message"] and over["message"].endswith("iptables: Permission denied")
 
 
 def test_its_secret_is_missing(operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
