@@ -16,6 +16,7 @@ EXECUTION_ONLY_FIELDS: Final = frozenset(
         "model.secretRef",
         "model.attention",
         "dataset.secretRef",
+        "dataset.loss",  # the labels count
         "training.microBatchSize",  # may shrink between attempts
         "training.packing",
         "training.gradientCheckpointing",
