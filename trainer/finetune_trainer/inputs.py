@@ -14,7 +14,7 @@ from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits
 from finetune_trainer.data.readers import is_data_file, is_unread_data
 from finetune_trainer.data.row_files import DataFile
-from finetune_trainer.data.tokenizer import drop_file_names
+from finetune_trainer.data.tokenizer_files import drop_file_names
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials

@@ -1,6 +1,5 @@
 """Load the tokenizer and check it against the base model."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +10,6 @@ from finetune_trainer.errors import ConfigInvalid, whole_text
 
 log = structlog.get_logger(__name__)
 _SAMPLE: Final = "Hello world, these are 12 plain words: naïve, 你好!"
-#: Settings by which tokenizers' classes take files, or their content, or anything (init_inputs).
-_FILE_SETTINGS: Final = re.compile(r"(?!name_or_path).*_(file|files|path|dir|spm)|vocab|merges|init_inputs")
-_LONGEST_PATH: Final = 4096
 #: Whole names of tokens that models reserve for padding, then for anything; best first.
 _PAD_TOKENS: Final = (
     r"<\|finetune_right_pad_id\|>",  # Llama 3
@@ -22,31 +18,6 @@ _PAD_TOKENS: Final = (
     r"<\|reserved_(special_)?token_\d+\|>|<\|placeholder\d+\|>|<SPECIAL_\d+>",  # Llama 3, Phi 3, Mistral's newer ones
     r"\[control_\d+\]|<unused_?\d+>|\[unused\d+\]",  # Mistral 7B, Gemma
 )
-
-
-def drop_file_names(folder: Path) -> None:
-    """Take out of tokenizer_config.json in `folder`, a copy of ours, what names files or is passed to a class as it is.
-
-    transformers finds a tokenizer's files by their usual names. Classes open others that the author of a model names
-    there, wherever they lie, and what is read from them would be published with the tokenizer.
-    """
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # told when the tokenizer is loaded
-        return
-    if not isinstance(config, dict):
-        return
-    dropped = sorted(key for key, value in config.items() if _names_file(key, value))
-    if dropped:
-        log.info("Settings of the tokenizer that name files are ignored", settings=dropped)
-        path.write_text(json.dumps({key: value for key, value in config.items() if key not in dropped}))
-
-
-def _names_file(key: str, value: Any) -> bool:
-    if _FILE_SETTINGS.fullmatch(key):
-        return value is not None
-    return isinstance(value, str) and len(value) < _LONGEST_PATH and Path(value).is_absolute() and Path(value).exists()
 
 
 def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -> Any:
