@@ -114,23 +114,30 @@ def _without_null_values(value: Any) -> Any:
 
 
 MAX_LABEL_KEY = 317
-LabelKey = Annotated[str, Field(max_length=MAX_LABEL_KEY)]
-LabelValue = Annotated[str, Field(max_length=63)]
-NamespaceName = Annotated[str, Field(max_length=63)]
+ModuleName = text_type(patterns.MODULE, max_length=128)
+LabelKey = text_type(patterns.LABEL_KEY, max_length=MAX_LABEL_KEY)
+LabelValue = text_type(patterns.LABEL_VALUE, max_length=63)
+NamespaceName = text_type(patterns.NAMESPACE, max_length=63)
 _LONG_KEY = f"keys must have at most {MAX_LABEL_KEY} characters"
+_BAD_KEY = f"a key {patterns.LABEL_KEY.message}"
+_KEYS_RULES: list[Any] = [
+    {"rule": f"self.all(key, size(key) <= {MAX_LABEL_KEY})", "message": _LONG_KEY},
+    {"rule": f"self.all(key, {patterns.LABEL_KEY.cel_of('key')})", "message": _BAD_KEY},
+]
 
 
 def _check_keys(value: dict[str, str]) -> dict[str, str]:
     if any(len(key) > MAX_LABEL_KEY for key in value):
         raise refusal(_LONG_KEY)
+    if not all(map(patterns.LABEL_KEY.holds, value)):
+        raise refusal(_BAD_KEY)
     return value
 
 
-_KEYS_RULE: Any = {"rule": f"self.all(key, size(key) <= {MAX_LABEL_KEY})", "message": _LONG_KEY}
 #: The API server drops keys whose value is null.
 Labels = Annotated[
     dict[str, LabelValue],
-    Field(max_length=32, json_schema_extra={"x-kubernetes-validations": [_KEYS_RULE]}),
+    Field(max_length=32, json_schema_extra={"x-kubernetes-validations": _KEYS_RULES}),
     BeforeValidator(_without_null_values),
     AfterValidator(_check_keys),
 ]

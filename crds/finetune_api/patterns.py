@@ -56,6 +56,23 @@ IMAGE = TextRule(
     r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
     "must be an image such as registry.example.com/team/trainer:1.2, a letter or digit first, no spaces",
 )
+MODULE = TextRule(
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+    "must be the name of a layer such as q_proj: letters, digits and _ . -, or all-linear",
+)
+LABEL_KEY = TextRule(
+    r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+    "must be the key of a label such as zone or example.com/zone: letters, digits and . _ -, a letter or digit first"
+    " and last",
+)
+LABEL_VALUE = TextRule(
+    r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$",
+    "must be the value of a label: letters, digits and . _ -, a letter or digit first and last, or empty",
+)
+NAMESPACE = TextRule(
+    r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+    "must be the name of a namespace: lowercase letters, digits and dashes, a letter or digit first and last",
+)
 ROW_TEMPLATE = (
     TextRule(
         "^([^{}]|[{][{]|[}][}]|[{][^{}]+[}])*$", "must hold whole column names in braces; {{ and }} stand for braces"

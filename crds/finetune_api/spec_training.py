@@ -10,10 +10,10 @@ from finetune_api.fields import (
     Fraction,
     LayerCount,
     MicroBatchSize,
+    ModuleName,
     PositiveInt,
     ReadableUri,
     Switch,
-    Text,
 )
 
 
@@ -41,7 +41,12 @@ class Lora(ApiModel):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: Fraction = 0.05
     """Dropout before the first update matrix. Adapters of one layer that read the same input drop the same."""
-    target_modules: Annotated[list[Text], Field(min_length=1, max_length=64)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
     """Names of the linear layers that get an adapter; [all-linear] takes every one but the head."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
