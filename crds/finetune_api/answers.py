@@ -5,7 +5,7 @@ all other objects of the same answer, are read.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,6 +13,8 @@ from pydantic_core import from_json
 
 #: Levels of one object that are read when it nests too deep to be read whole. A valid object has fewer than 40.
 MAX_DEPTH: Final = 64
+#: A longer list is read item by item: parsed, it takes thirty times its bytes.
+TOGETHER_BYTES: Final = 4 << 20
 #: Stands for what was cut off. No field of the API takes a text where it takes an object or a list.
 TOO_DEEP: Final = f"not read: nested more than {MAX_DEPTH} levels deep"
 _CUT = b'"' + TOO_DEEP.encode() + b'"'
@@ -47,18 +49,23 @@ def read_object(data: bytes) -> tuple[dict[str, Any], bool]:
     return found, is_whole
 
 
-def read_list(data: bytes) -> Listing:
-    """Return the list. Raises ValueError for an answer that is none: an empty list must never be mistaken."""
+def read_list(data: bytes, is_wanted: Callable[[dict[str, Any]], bool] = lambda item: True) -> Listing:
+    """Return the list with the items that are wanted; those of a long answer are in memory one after another.
+
+    Raises ValueError for an answer that is no list: it must never be taken for an empty one.
+    """
+    if len(data) > TOGETHER_BYTES:
+        return _read_apart(data, is_wanted)
     try:
         head = from_json(data)
     except ValueError:
-        return _read_apart(data)
+        return _read_apart(data, is_wanted)
     found = head.pop("items", 0) if isinstance(head, dict) else 0
     found = [] if found is None else found  # as Go may write an empty list
     if not isinstance(found, list) or not isinstance(head.get("metadata"), dict):
         raise ValueError(_NO_LIST)
     items = [item for item in found if isinstance(item, dict)]
-    return Listing(head, items, lost=len(found) - len(items))
+    return Listing(head, [item for item in items if is_wanted(item)], lost=len(found) - len(items))
 
 
 def _read(data: bytes) -> tuple[Any, bool]:
@@ -71,7 +78,7 @@ def _read(data: bytes) -> tuple[Any, bool]:
     return from_json(shallow), False
 
 
-def _read_apart(data: bytes) -> Listing:
+def _read_apart(data: bytes, is_wanted: Callable[[dict[str, Any]], bool]) -> Listing:
     """Read one item after another: one that cannot be read costs no other."""
     spans, (begin, end) = _items(data)
     head, _ = _read(data[:begin] + data[end:])
@@ -82,6 +89,8 @@ def _read_apart(data: bytes) -> Listing:
             item, is_whole = read_object(data[first:last])
         except ValueError:
             lost += 1
+            continue
+        if not is_wanted(item):
             continue
         if not is_whole:
             cut.add(len(items))

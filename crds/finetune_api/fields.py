@@ -136,7 +136,7 @@ def _check_keys(value: dict[str, str]) -> dict[str, str]:
 
 #: The API server drops keys whose value is null.
 Labels = Annotated[
-    dict[str, LabelValue],
+    dict[str, LabelValue],  # type: ignore[valid-type]
     Field(max_length=32, json_schema_extra={"x-kubernetes-validations": _KEYS_RULES}),
     BeforeValidator(_without_null_values),
     AfterValidator(_check_keys),

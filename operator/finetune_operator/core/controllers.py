@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from finetune_api import constants
@@ -38,6 +39,8 @@ class Controller(Generic[O]):
         children: The kinds to watch for it.
         observe: Turn cached objects into the input of `plan`.
         plan: The pure decision. It must return an empty plan once nothing is left to do.
+        keep: Return what of an object stays in memory.
+        is_whole: Whether an object that stays in memory is all there; else it is read again for each plan.
         leader: The pod whose /progress becomes `Observation.report`; None while there is none.
     """
 
@@ -46,12 +49,16 @@ class Controller(Generic[O]):
     children: tuple[ChildKind, ...]
     observe: Callable[[Snapshot], O]
     plan: Callable[[O, Settings, datetime], Plan]
+    keep: Callable[[Any], ReconciledView] = lambda view: view
+    is_whole: Callable[[Any], bool] = lambda view: True
     leader: Callable[[O], Pod | None] = lambda observed: None
 
 
 FINETUNE_JOB: Controller[Observed] = Controller(
     kind=kinds.FINETUNE_JOB,
     view=JobObject.from_api,
+    keep=JobObject.kept,
+    is_whole=lambda job: job.is_whole,
     children=(
         ChildKind(kinds.JOB, Child.from_api, constants.LABEL_JOB),
         ChildKind(kinds.POD, Pod.from_api, constants.LABEL_JOB),
@@ -60,6 +67,10 @@ FINETUNE_JOB: Controller[Observed] = Controller(
     plan=plan.plan,
     leader=pod_set.leader,
 )
+
+
+def _kept(controller: Controller[Any], obj: Raw) -> View:
+    return controller.keep(controller.view(obj))
 
 
 class Registry:
@@ -72,7 +83,7 @@ class Registry:
         self.watched: dict[str, Kind] = {}
         """Every kind to watch, by name."""
         for controller in controllers:
-            self._watch(controller.kind, controller.view)
+            self._watch(controller.kind, partial(_kept, controller))
         for controller in controllers:
             for child in controller.children:
                 self._watch(child.kind, child.view)
@@ -91,7 +102,7 @@ class Registry:
         return [controller.kind for controller in self._controllers.values()]
 
     def view(self, kind: str, obj: Raw) -> View:
-        """Read an object of a watched kind."""
+        """Read what of an object of a watched kind stays in memory."""
         return self._views[kind](obj)
 
     def keys_of(self, kind: str, obj: Raw) -> tuple[ObjectKey, ...]:

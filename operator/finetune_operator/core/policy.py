@@ -18,6 +18,10 @@ REFUSED = "PolicyRefused"
 PROTECTED_PATHS = ("/dev", "/etc", "/proc", "/run", "/sys", "/var/run")
 
 
+#: More than the schema lets a spec hold; one stored before it had bounds is not even looked at.
+MAX_SPEC_BYTES = 192 * 1024
+
+
 @dataclass(frozen=True)
 class Rejection:
     """Why a job is not accepted; `reason` is ConfigInvalid or PolicyRefused."""
@@ -28,6 +32,8 @@ class Rejection:
 
 def read_spec(job: JobObject) -> FineTuneJobSpec | Rejection:
     """Return the spec with its defaults, or what is wrong with it (an older schema, or no CRD validation)."""
+    if len(job.spec) > MAX_SPEC_BYTES:
+        return Rejection(INVALID, f"spec: Too long: {len(job.spec)} bytes: a valid one has at most {MAX_SPEC_BYTES}")
     data = {
         "apiVersion": constants.API_VERSION,
         "kind": constants.KIND,

@@ -135,12 +135,12 @@ class Connection:
             async def json(self, **options: Any) -> Any:
                 resource, data = resource_of(self.url.path), await self.read()
                 try:
-                    found = answers.read_list(data)
+                    found = answers.read_list(data, lambda obj: not connection.is_known(resource, obj))
                 except ValueError:
                     return self._no_list(data)
                 if count := len(found.cut) + found.lost:
                     connection.on_unreadable(resource, count)
-                return {**found.head, "items": [obj for obj in found.items if not connection.is_known(resource, obj)]}
+                return {**found.head, "items": found.items}
 
             def _no_list(self, data: bytes) -> Any:
                 try:

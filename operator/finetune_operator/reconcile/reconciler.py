@@ -86,7 +86,7 @@ class Reconciler:
             raise
 
     async def _reconcile(self, key: ObjectKey, controller: Controller[Any]) -> Result:
-        found = self._observe(key, controller)
+        found = await self._observe(key, controller)
         if found is None:
             return Result()
         now = self._clock()
@@ -94,7 +94,7 @@ class Reconciler:
         plan: Plan = controller.plan(observed, self._settings, now)
         if plan.needs_pod_refresh:
             await self._refresh_pods(key, controller)
-            if (found := self._observe(key, controller)) is None:
+            if (found := await self._observe(key, controller)) is None:
                 return Result()
             owner, observed = found[0], replace(found[1], pods_refreshed=True)
             plan = controller.plan(observed, self._settings, now)
@@ -121,12 +121,14 @@ class Reconciler:
             self._recorder.post(controller.kind, owner, event, now)
         return Result(plan.requeue_after, blocked) if was_there else Result(after=0.0)
 
-    def _observe(self, key: ObjectKey, controller: Controller[Any]) -> tuple[ReconciledView, Observation] | None:
+    async def _observe(self, key: ObjectKey, controller: Controller[Any]) -> tuple[ReconciledView, Observation] | None:
         """Return the object and all that is known of it; the report is that of the present leader, never an earlier."""
         snapshot = self._cache.snapshot(key)
         if snapshot is None:
             self._poller.unfollow(key)
             return None
+        if not controller.is_whole(snapshot.owner):
+            snapshot = replace(snapshot, owner=await self._read_whole(key, controller, snapshot.owner))
         observed: Observation = controller.observe(snapshot)
         if leader := controller.leader(observed):
             self._poller.follow(key, leader.uid, leader.ip)
@@ -134,6 +136,13 @@ class Reconciler:
             self._poller.unfollow(key)
         silent_since = self._poller.silent_since(key)
         return snapshot.owner, replace(observed, report=self._poller.report(key), silent_since=silent_since)
+
+    async def _read_whole(self, key: ObjectKey, controller: Controller[Any], known: ReconciledView) -> ReconciledView:
+        """Return all of an object of which the cache holds only a part. Raises Conflict when it is another by now."""
+        found = await self._refresh(key, known)
+        if found is None or raw.text(found, "metadata", "uid") != known.uid:
+            raise Conflict(f"{key} has just been deleted")
+        return controller.view(found)
 
     async def _refresh_pods(self, key: ObjectKey, controller: Controller[Any]) -> None:
         """Read the pods from the API server: their watch may be behind that of Jobs."""
@@ -171,7 +180,7 @@ class Reconciler:
         self._cache.put_own_write(key.kind, stored)
         self._on_status(owner, controller.view(stored))
 
-    async def _refresh(self, key: ObjectKey, owner: ReconciledView) -> None:
+    async def _refresh(self, key: ObjectKey, owner: ReconciledView) -> Raw | None:
         """Read the object itself from the API server: its watch is behind, or missed its deletion."""
         found = await self._client.get(key.kind, key.namespace, key.name)
         uid = found["metadata"]["uid"] if found else None
@@ -179,6 +188,7 @@ class Reconciler:
             self._cache.tombstone(key.kind, owner.uid)
         if found:
             self._cache.put(key.kind, found)
+        return found
 
     async def _suspend_and_delete(self, key: ObjectKey, plan: Plan) -> bool:
         """Suspend and delete; return False when something was gone already, so that another plan is needed."""

@@ -27,6 +27,7 @@ from finetune_operator.reconcile.work_queue import Backoff, Result, WorkQueue
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 from finetune_operator.watch.progress import ProgressPoller
+from support.common.largest import largest_job
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
 KEY = ObjectKey(constants.KIND, "team", "nli")
@@ -60,6 +61,7 @@ class Api:
     def __init__(self) -> None:
         self.answer: Answer = self.well
         self.calls: list[str] = []
+        self.written: Raw = {}
         self.metrics = Metrics()
         self.cache = Cache()
 
@@ -167,6 +169,34 @@ def test_simulated_api_conflicts_without_end_are_tried_with_growing_pauses(api: 
         work.cancel()
         assert 2 <= len(errors) <= 8, "40,000 turns a second is what an immediate retry makes"
         assert {type(error) for error in errors} == {Conflict}
+
+    api.answer = answer
+    api.run(act)
+
+
+def test_simulated_api_of_a_large_job_little_is_kept_and_the_rest_is_read_when_it_is_planned(api: Api):
+    large = largest_job("nli")["spec"] | {"image": None}
+    api.cache = Cache()
+    api.cache.put(constants.KIND, job(**large))
+    kept = api.cache.owner(KEY)
+    assert isinstance(kept, JobObject)
+    assert len(kept.spec + kept.status) < 10
+
+    def answer(method: str, name: str, body: Raw) -> tuple[int, Raw]:
+        if method == "PATCH":
+            api.written = job(version=8, **large) | {"status": body["status"]}
+            return 200, api.written
+        return (200, api.written) if method == "GET" else api.well(method, name, body)
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        api.written = job(**large)
+        await reconcile(KEY)
+        assert api.calls == ["GET nli", "POST jobs", "PATCH status"]
+        await reconcile(KEY)
+        assert api.calls[3:] == ["GET nli"], "there is nothing to do"
+        api.written["metadata"]["uid"] = "another"
+        with pytest.raises(Conflict):
+            await reconcile(KEY)
 
     api.answer = answer
     api.run(act)

@@ -47,10 +47,8 @@ def largest_job(name: str) -> Object:
         return _name(1024, f"s3://bucket/{place}/")
 
     secret = {"name": _name(253, "secret")}
-    tolerations = [
-        {"key": _key(index), "operator": "Equal", "value": "v" * 63, "effect": "NoExecute", "tolerationSeconds": 2**31 - 1}
-        for index in range(32)
-    ]  # fmt: skip
+    toleration = {"operator": "Equal", "value": "v" * 63, "effect": "NoExecute", "tolerationSeconds": 2**31 - 1}
+    tolerations = [toleration | {"key": _key(index)} for index in range(32)]
     spec: Object = {
         "model": {"source": uri("model"), "revision": "r" * 128, "secretRef": secret},
         "dataset": {

@@ -3,7 +3,7 @@
 Thousands of views stay in memory, so specs and statuses are kept as compact JSON and read when they are needed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +21,10 @@ _JOB_FINISHED = ("Complete", "Failed")
 WAITING_PHASES = ("Pending", "Queued")
 _ACTIVE_PHASES = ("Pending", "Running", "Unknown", "")
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+#: Bytes of spec and status that stay in memory; larger ones, which hardly any job has, are read when they are needed.
+KEPT_BYTES = 16 * 1024
 
 
 def _packed(value: Any) -> bytes:
@@ -47,6 +51,14 @@ class JobObject:
     """When it started to wait for its pods; None while they run."""
     spec: bytes
     status: bytes
+    is_whole: bool = True
+    """Whether spec and status are here; else they are to be read from the API server."""
+
+    def kept(self) -> "JobObject":
+        """Return what of the job stays in memory: little, whatever it holds."""
+        if len(self.spec) + len(self.status) <= KEPT_BYTES:
+            return self
+        return replace(self, spec=b"{}", status=b"{}", is_whole=False)
 
     @property
     def key(self) -> ObjectKey:
