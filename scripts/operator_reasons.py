@@ -36,7 +36,7 @@ ATTEMPTS: Final = {
         "Read the init container's exit code and last lines in the message. The operator retries.",
     ),
     "ReportLost": Reason(
-        "The trainer exited 0, but its pod was gone before its report was read.",
+        "The trainer exited 0, but its pod was gone before its report was read, or its report is none of this job's.",
         "Nothing to do: the next attempt finds this job's own manifest in the store, verifies it and succeeds.",
     ),
     "JobDeadlineExceeded": Reason(
@@ -144,7 +144,7 @@ STATES: Final = {
     "Suspending": Reason("Suspended: the trainer saves a checkpoint and stops."),
     "Resuming": Reason("Suspended: the old pods end, then the next attempt starts."),
     "NotYet": Reason("Published: the adapter is published at the end."),
-    "Verified": Reason("Published: the adapter was read back, compared and loaded."),
+    "Reported": Reason("Published: the trainer reports that it published the adapter, read it back and loaded it."),
     "Succeeded": Reason("Succeeded: the adapter is in `status.adapter`."),
 }
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
+from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 #: At most what every JSON reader keeps exactly: the API server refuses a status with a larger integer.
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -36,13 +37,24 @@ def _is_no_number(value: Any) -> bool:
         return False
 
 
+MAX_METRICS = 256
+_MAX_METRIC_NAME = 128
+
+
 def _numbers(values: Any) -> Any:
-    """Like `_finite`, and without null, which is how some writers say NaN."""
+    """Like `_finite`, without null, which is how some writers say NaN, and no more than MAX_METRICS."""
     found = _finite(values)
-    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        return found
+    kept = [(key, value) for key, value in found.items() if value is not None and len(str(key)) <= _MAX_METRIC_NAME]
+    return dict(kept[:MAX_METRICS])
 
 
-Metrics = Annotated[dict[str, float], BeforeValidator(_numbers)]
+Metrics = Annotated[dict[str, float], Field(max_length=MAX_METRICS), BeforeValidator(_numbers)]
+
+
+def _cut_to(length: int) -> BeforeValidator:
+    return BeforeValidator(lambda value: value[:length] if isinstance(value, str) else value)
 
 
 class StatusModel(ApiModel):
@@ -142,13 +154,13 @@ class ExecutionPlan(StatusModel):
 class Adapter(StatusModel):
     """The published adapter."""
 
-    uri: str
-    """Prefix that holds it."""
-    manifest_digest: str
+    uri: Annotated[str, Field(max_length=MAX_URI_LENGTH)]
+    """Prefix that holds it: output.uri."""
+    manifest_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     """sha256:<hex> of manifest.json, which in turn holds the digest of every file."""
     size_bytes: Count
     """Bytes of all files in the manifest."""
-    base_model: str
+    base_model: Annotated[str, Field(max_length=MAX_URI_LENGTH)]
     """Model the adapter belongs to."""
     rank: Count
     """LoRA rank."""
@@ -248,9 +260,9 @@ class TrainerReport(StatusModel):
 
     stage: Stage = "Starting"
     """What it is doing."""
-    reason: str | None = None
+    reason: Annotated[str, _cut_to(64)] | None = None
     """At the end: the outcome, as in names.REASONS."""
-    message: str = ""
+    message: Annotated[str, _cut_to(4096)] = ""
     """What it is doing, or why it failed, in a sentence."""
     progress: Progress = Field(default_factory=Progress)
     """How far the training is."""

@@ -327,7 +327,7 @@ def test_the_administrators_rules_refuse_by_name_and_make_nothing():
     world = World(settings=settings, resources={"nodes": 2, "gpusPerNode": 4})
     world.settle()
     assert world.condition("Accepted")["reason"] == "PolicyRefused"
-    assert "max_gpus_per_job" in world.condition("Succeeded")["message"]
+    assert "policy.maxGpusPerJob" in world.condition("Succeeded")["message"]
     assert not world.jobs and not world.others
 
 

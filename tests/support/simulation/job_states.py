@@ -119,7 +119,7 @@ def succeeded(uri: str, digest: str = "sha256:" + "ab" * 32) -> Object:
             accepted(),
             scheduled(),
             condition("Training", "False", "Finished"),
-            condition("Published", "True", "Published"),
+            condition("Published", "True", "Reported"),
             condition("Succeeded", "True", "Succeeded", "The adapter is published and was loaded back."),
         ],
         "progress": {"step": 3400, "totalSteps": 3400, "summary": "3400/3400", "percent": 100, "loss": 0.3871},

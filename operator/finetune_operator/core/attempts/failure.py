@@ -48,20 +48,21 @@ class Ending:
     """Node of the pod that explains it."""
 
 
-def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> Ending:
+def classify_exit(child: Child, pods: Sequence[Pod], output: str, memory_limit: str = "") -> Ending:
     """Return why an attempt ended: its Job has, or the trainers of its pods have.
 
     Args:
         child: The Job.
         pods: The last pod of each rank (pod_set.current): earlier ones were replaced and explain nothing.
+        output: output.uri.
         memory_limit: resources.memory as the user wrote it.
     """
-    if success := _published(child, pods):
+    if success := _published(child, pods, output):
         return success
     blamed = root_cause.find(pods)
     if child.finished == "Complete" or (blamed is None and any(pod.index == 0 and pod.exit for pod in pods)):
         # The store knows: the next attempt finds this job's own manifest, verifies it and reports again.
-        message = "Trainer exited 0 but its report was lost; a new attempt verifies the published adapter"
+        message = f"Trainer exited 0 but {_why_unread(pods)}; a new attempt verifies the published adapter"
         return Ending(REPORT_LOST, message, 0, child.finished_at)
     if blamed and root_cause.is_named(blamed):
         return _failed(child, blamed, memory_limit)
@@ -81,15 +82,26 @@ def classify_exit(child: Child, pods: Sequence[Pod], memory_limit: str = "") -> 
     return _failed(child, blamed, memory_limit)
 
 
-def _published(child: Child, pods: Sequence[Pod]) -> Ending | None:
-    """Return the success that rank 0 reported. It stands, however the containers and the Job ended after it."""
+def _published(child: Child, pods: Sequence[Pod], output: str) -> Ending | None:
+    """Return the success that rank 0 reported. It stands, however the containers and the Job ended after it.
+
+    Whoever gets at the pod can write a report, and users follow its URI: it can only be the job's own.
+    """
     for pod in pods:
         report = final_report(pod) if pod.index == 0 else None
-        if report and report.stage == SUCCEEDED and report.adapter:
+        is_here = report and report.adapter and report.adapter.uri.rstrip("/") == output.rstrip("/")
+        if report and report.stage == SUCCEEDED and is_here:
             assert pod.exit is not None
             ended = child.finished_at or pod.exit.finished_at
             return Ending(SUCCEEDED, report.message or "the adapter is published", pod.exit.code, ended, report)
     return None
+
+
+def _why_unread(pods: Sequence[Pod]) -> str:
+    found = next((report for pod in pods if pod.index == 0 and (report := final_report(pod))), None)
+    if found and found.adapter:
+        return f"reported an adapter at {found.adapter.uri}, which is not output.uri"
+    return "its report was lost"
 
 
 def _code(pod: Pod | None) -> int | None:

@@ -135,7 +135,7 @@ def _detect_ending(
     settled = child is not None and is_settled(child, now)
     memory = "" if spec.resources.memory is None else str(spec.resources.memory)
     if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
-        return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), memory))
+        return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), spec.output.uri, memory))
     if any(pod.live for pod in mine):
         return _StillOpen(needs_pod_refresh=settled and not observed.pods_refreshed)
     if child and child.finished:
@@ -144,7 +144,7 @@ def _detect_ending(
             settled and observed.pods_refreshed
         ):
             return _StillOpen(needs_pod_refresh=settled)
-        return _map_superseded(attempt, failure.classify_exit(child, last, memory))
+        return _map_superseded(attempt, failure.classify_exit(child, last, spec.output.uri, memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not (child.active or child.terminating) and not child.queued)
     if child is not None and not (stopping and is_stopped):

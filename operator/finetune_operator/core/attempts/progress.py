@@ -1,5 +1,6 @@
 """Merge the trainer's report into status.progress and into the current attempt."""
 
+import math
 from datetime import datetime
 
 from finetune_api.status import Attempt, Progress, Resumption, TrainerReport
@@ -22,14 +23,22 @@ def merge(old: Progress | None, report: TrainerReport | None, now: datetime) -> 
 def _complete(progress: Progress, now: datetime) -> Progress:
     """Fill in the derived fields. Steps are optimizer steps."""
     step, total, eta = progress.step, progress.total_steps, progress.estimated_completion_time
+    rounded = {name: _rounded(value) for name, value in progress if isinstance(value, float)}
     return progress.model_copy(
-        update={
+        update=rounded
+        | {
             "summary": progress.summary or (f"{step}/{total}" if total else str(step)),
             "percent": percent(progress),
             "updated_at": (progress.updated_at or now).replace(microsecond=0),
             "estimated_completion_time": eta.replace(microsecond=0) if eta and eta > now else None,
         }
     )
+
+
+def _rounded(value: float) -> float:
+    """Return `value` with the digits that matter: kubectl's columns show all there are."""
+    rounded = float(f"{value:.5g}")
+    return rounded if math.isfinite(rounded) else value
 
 
 def percent(progress: Progress) -> float | None:
