@@ -81,7 +81,8 @@ WAITS: Final = {
     "Unschedulable": Reason(
         "No node fits; the message is the scheduler's own sentence.",
         "Compare `spec.resources` (GPUs, `gpuResource`, memory, node selector, tolerations) with"
-        " `kubectl describe nodes`; check that the device plugin runs.",
+        " `kubectl describe nodes`; check that the device plugin runs. Nodes that are left out had no GPU that works:"
+        " repair them and create the job again.",
     ),
     "FailedCreate": Reason(
         "The Job controller cannot create the pod: quota, Pod Security, a webhook, a missing ServiceAccount.",
