@@ -1,10 +1,10 @@
 """Sections of the spec: how the base is stored, what the adapter is, and how it is trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune_api.base import ApiModel
+from finetune_api.base import ApiModel, Rule
 from finetune_api.fields import (
     Checkpointing,
     Fraction,
@@ -32,8 +32,20 @@ class Quantization(ApiModel):
     """Decoder layers that keep 4-bit weights dequantized: same numbers, more speed and memory. auto: what fits."""
 
 
+LayerIndex = Annotated[int, Field(ge=0, le=1023)]
+
+
 class Lora(ApiModel):
     """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    RULES: ClassVar = (
+        Rule(
+            "!has(self.targetPattern) || !has(self.layersToTransform)",
+            lambda lora: not lora.target_pattern or not lora.layers_to_transform,
+            "goes with targetModules only: the pattern itself can name layers",
+            "layersToTransform",
+        ),
+    )
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank r of the update matrices."""
@@ -48,6 +60,12 @@ class Lora(ApiModel):
         "o_proj",
     ]
     """Names of the linear layers that get an adapter; [all-linear] takes every one but the head."""
+    target_pattern: Text | None = None
+    """Regular expression for the full names of the layers that get an adapter; it takes the place of targetModules."""
+    layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=1024)] | None = None
+    """Decoder layers that get adapters, counted from 0; all of them if not given. It goes with targetModules."""
+    modules_to_save: Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
+    """Modules that are trained whole and published with the adapter, such as embed_tokens and lm_head."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
     rslora: bool = False

@@ -77,7 +77,7 @@ def run(ctx: RunContext) -> Adapter | None:
             if not plan.sharded:
                 plan = prove(model, plan)
             steps.prepare_base(model, plan, spec)
-            model = steps.attach_adapter(model, spec.lora, base.name, base.commit, init_from)
+            model = steps.attach_adapter(model, base, spec.lora, init_from)
             steps.apply_plan(model, plan, spec, ranks, device)
             if plan.sharded:
                 plan = prove(model, plan)

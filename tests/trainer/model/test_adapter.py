@@ -13,6 +13,7 @@ from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles
 from finetune_trainer.model import adapter
 from finetune_trainer.model.base import inspect_base_model
+from finetune_trainer.model.targets import check_target_modules
 from finetune_trainer.model.weights import load_base_model
 
 
@@ -30,10 +31,10 @@ def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:
 
 def _load(tiny_model: Path, **sections: Any) -> Any:
     spec = _spec(tiny_model, **sections)
-    base = inspect_base_model(ModelFiles(tiny_model, None), spec)
+    base = inspect_base_model(ModelFiles(tiny_model, "abc"), spec)
     torch.manual_seed(0)
     loaded = load_base_model(tiny_model, base, spec, ExecutionPlan(attention="sdpa"), "cpu")
-    return adapter.attach_adapter(loaded, spec.lora, "org/base", "abc")
+    return adapter.attach_adapter(loaded, base, spec.lora)
 
 
 def _gradients(adapted: Any) -> dict[str, torch.Tensor]:
@@ -78,9 +79,9 @@ def test_four_bits_are_close_to_the_weights_they_stand_for(tiny_model: Path) -> 
 def test_target_modules_must_be_layers_of_the_model(wanted: list[str], problem: str, tiny_model: Path) -> None:
     base = inspect_base_model(ModelFiles(tiny_model, None), _spec(tiny_model))
     with pytest.raises(ConfigInvalid, match=problem):
-        adapter.check_target_modules(wanted, base.linear_layers)
-    adapter.check_target_modules(["q_proj", "model.layers.1.mlp.up_proj"], base.linear_layers)
-    adapter.check_target_modules(["all-linear"], base.linear_layers)
+        check_target_modules(wanted, base.linear_layers)
+    check_target_modules(["q_proj", "model.layers.1.mlp.up_proj"], base.linear_layers)
+    check_target_modules(["all-linear"], base.linear_layers)
 
 
 def test_all_linear_takes_every_layer_but_the_head(tiny_model: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_adapter_names_the_served_model_and_its_revision(tiny_model: Path, t
     adapted = _load(tiny_model)
     adapter.save_adapter(adapted, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+    assert (config["base_model_name_or_path"], config["revision"]) == (f"file://{tiny_model}", "abc")
     assert not (tmp_path / "README.md").exists()
 
 

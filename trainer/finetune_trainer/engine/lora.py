@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from finetune_trainer.planning.memory import SAME_INPUT
 from finetune_trainer.runtime.patches import restore_forward, swap_forward
@@ -95,6 +96,7 @@ def _groups(parent: Any) -> Iterator[list[Any]]:
 def _is_plain(module: Any) -> bool:
     return (
         isinstance(module, LoraLayer)
+        and not isinstance(module, ParamWrapper)  # experts: the layer is their own, with arguments of its own
         and _ADAPTER not in module.lora_variant
         and isinstance(dict(module.lora_A).get(_ADAPTER), torch.nn.Linear)
     )

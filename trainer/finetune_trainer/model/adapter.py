@@ -1,7 +1,7 @@
-"""The LoRA adapter: its configuration, its weights, and the checks on both."""
+"""The LoRA adapter on a model: attached, continued, saved and loaded."""
 
+import copy
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,10 @@ from finetune_api import constants
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid, first_line
+from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.targets import ALL_LINEAR, drop_inputs
 
 log = structlog.get_logger(__name__)
-ALL_LINEAR = "all-linear"
-
-
-def check_target_modules(wanted: Iterable[str], linear_layers: Iterable[str]) -> None:
-    """Check that each name in lora.targetModules matches a linear layer (PEFT's rule: the whole name, or its end).
-
-    Raises:
-        ConfigInvalid: Naming the first that does not, and what the model has.
-    """
-    layers = tuple(linear_layers)
-    wanted = list(wanted)
-    if wanted == [ALL_LINEAR]:
-        return
-    known = sorted({name.rpartition(".")[2] for name in layers})
-    for name in wanted:
-        if name == ALL_LINEAR:
-            raise ConfigInvalid(f"spec.lora.targetModules: {ALL_LINEAR} cannot be combined with module names")
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-            raise ConfigInvalid(
-                f"spec.lora.targetModules: {name!r} is no linear layer of this model; it has {', '.join(known)}"
-                f" (or {ALL_LINEAR})"
-            )
-
-
-def lora_config(lora: Lora, base_model: str, commit: str | None) -> Any:
-    """Return PEFT's settings. `base_model` is what a server calls it, never a path of this machine."""
-    from peft import LoraConfig
-
-    targets = lora.target_modules
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else list(targets),
-        bias=lora.bias,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        revision=commit,
-    )
 
 
 def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
@@ -76,23 +37,20 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
         "rslora": (bool(found.get("use_rslora")), lora.rslora),
         "dora": (bool(found.get("use_dora")), lora.dora),
     }
-    if lora.target_modules != [ALL_LINEAR] and isinstance(targets, list):
+    if not lora.target_pattern and lora.target_modules != [ALL_LINEAR] and isinstance(targets, list):
         expected["targetModules"] = (sorted(map(str, targets)), sorted(lora.target_modules))
     for field, (theirs, ours) in expected.items():
         if theirs != ours:
             raise ConfigInvalid(f"spec.lora.{field}: {ours}, but the adapter at spec.lora.initFrom has {theirs}")
 
 
-def attach_adapter(
-    model: Any, lora: Lora, base_model: str, commit: str | None = None, init_from: Path | None = None
-) -> Any:
-    """Attach a LoRA adapter to the base model; its weights are float32.
+def attach_adapter(model: Any, base: BaseModel, lora: Lora, init_from: Path | None = None) -> Any:
+    """Attach a LoRA adapter to the base model; what trains is float32.
 
     Args:
         model: The base model of transformers, with its weights.
+        base: What is known of it, with PEFT's settings.
         lora: spec.lora.
-        base_model: What a server calls the base model; written into the adapter's configuration.
-        commit: The base model's commit on the hub; written there too.
         init_from: The folder of an adapter to begin with; None begins with a new one.
 
     Returns:
@@ -100,9 +58,14 @@ def attach_adapter(
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, lora_config(lora, base_model, commit))
+    adapted = get_peft_model(model, copy.deepcopy(base.adapter))
     # get_peft_model writes the folder the base was loaded from into the config.
-    adapted.peft_config["default"].base_model_name_or_path = base_model
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    if lora.dropout and not base.adapter.lora_dropout:
+        drop_inputs(adapted, lora.dropout)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if init_from is not None:
         load_adapter_weights(adapted, init_from)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -130,7 +93,7 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         result = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise ConfigInvalid(f"the adapter in {folder} does not fit: {str(error).splitlines()[0]}") from None
-    missing = [name for name in result.missing_keys if "lora_" in name]
+    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
         wrong = (missing or result.unexpected_keys)[0]
         raise ConfigInvalid(f"the adapter in {folder} does not fit: its layers differ, for example at {wrong}")

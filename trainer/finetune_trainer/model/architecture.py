@@ -1,6 +1,7 @@
 """Which class of transformers a base model is, and its modules without their weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,48 @@ def language_part(model: Any) -> str:
     return names[decoder]
 
 
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """Return the (input, output) widths of each layer of the language part that can get an adapter, without the head.
-
-    These are linear layers, and GPT-2's Conv1D, which are the same with their weights on their side.
-    """
+def linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each linear layer of `model`, and GPT-2's Conv1D, which is one with its weight on its side."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    return ((name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear | Conv1D))
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Return the (input, output) widths of each layer of the language part that can get an adapter, without the head.
+
+    A router that is a linear layer with another answer can get none, nor what Mamba's kernels compute along.
+    """
+    import torch
+
     head, within = model.get_output_embeddings(), language_part(model)
     found = {}
-    for name, module in model.named_modules():
-        if module is head or not isinstance(module, torch.nn.Linear | Conv1D):
-            continue
-        if not within or name.startswith(f"{within}."):
+    for name, module in linear_modules(model):
+        is_ours = module is not head and (not within or name.startswith(f"{within}."))
+        if is_ours and _answers_with_a_tensor(module) and not _in_mamba(model, name):
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
             found[name] = (int(inputs), int(outputs))
     return found
+
+
+def _answers_with_a_tensor(module: Any) -> bool:
+    import torch
+
+    if type(module).forward is torch.nn.Linear.forward or not isinstance(module, torch.nn.Linear):
+        return True
+    with torch.no_grad():
+        return isinstance(module(module.weight.new_empty(1, module.in_features)), torch.Tensor)
+
+
+def _in_mamba(model: Any, name: str) -> bool:
+    """Return whether Mamba's kernels read the layer's weight itself, past any adapter on it. PEFT refuses most."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    end = name.rpartition(".")[2]
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, "out_proj" if end == "dt_proj" else end)
+    except ValueError:
+        return True
+    return False

@@ -8,8 +8,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles, base_model_id
-from finetune_trainer.model.adapter import check_target_modules
 from finetune_trainer.model.architecture import layout, linear_layers, read_config
+from finetune_trainer.model.targets import adapter_settings
 from finetune_trainer.planning.memory import ModelShape
 
 
@@ -27,6 +27,7 @@ class BaseModel:
         open_attention: Whether its code leaves attention to transformers, so that another implementation can be used.
         attention: The implementation that transformers itself takes for it.
         quantized: Whether its weights are stored in bitsandbytes' 4 bits.
+        adapter: PEFT's settings of the adapter on it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class BaseModel:
     open_attention: bool
     attention: str = "sdpa"
     quantized: bool = False
+    adapter: Any = None
 
     def attention_problem(self, name: str, spec: FineTuneJobSpec) -> str | None:
         """Return why transformers does not run this model with the attention implementation `name`, None if it does."""
@@ -74,9 +76,9 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     tokenizer = load_tokenizer(files.folder, source, spec.model.trust_remote_code)
     check_vocabulary(tokenizer, text.vocab_size)
     layers = tuple(linear_layers(skeleton))
-    check_target_modules(spec.lora.target_modules, layers)
+    name = base_model_id(source)
     return BaseModel(
-        name=base_model_id(source),
+        name=name,
         commit=files.revision,
         config=config,
         tokenizer=tokenizer,
@@ -85,6 +87,7 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
         open_attention=bool(skeleton._supports_attention_backend),
         attention=skeleton.config._attn_implementation or "eager",
         quantized=bool(stored),
+        adapter=adapter_settings(skeleton, spec.lora, name, files.revision),
     )
 
 

@@ -107,8 +107,13 @@ def _settings(job: FineTuneJob, pad_token: str | None) -> Iterator[tuple[str, ob
     yield "base weights", f"{quantization.type}{double}" if quantization.bits == 4 else f"{quantization.bits} bits"
     variants = [name for name, wanted in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if wanted]
     yield "adapter", ", ".join([f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}", *variants])
-    modules = (name if re.fullmatch(r"[A-Za-z0-9_.-]+", name) else _as_text(name) for name in lora.target_modules)
+    targets = [lora.target_pattern] if lora.target_pattern else lora.target_modules
+    modules = (name if re.fullmatch(r"[A-Za-z0-9_.-]+", name) else _as_text(name) for name in targets)
     yield "target modules", ", ".join(modules)
+    if lora.layers_to_transform:
+        yield "decoder layers", ", ".join(map(str, lora.layers_to_transform))
+    if lora.modules_to_save:
+        yield "trained whole", ", ".join(_as_text(name) for name in lora.modules_to_save)
     yield "epochs", training.epochs
     if training.max_steps:
         yield "steps at most", training.max_steps
