@@ -14,6 +14,7 @@ from finetune_api.fields import (
     PositiveInt,
     ReadableUri,
     Switch,
+    Text,
 )
 
 
@@ -64,7 +65,7 @@ class Lora(ApiModel):
     """Regular expression for the full names of the layers that get an adapter; it takes the place of targetModules."""
     layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=1024)] | None = None
     """Decoder layers that get adapters, counted from 0; all of them if not given. It goes with targetModules."""
-    modules_to_save: Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
+    modules_to_save: Annotated[list[ModuleName], Field(min_length=1, max_length=16)] | None = None
     """Modules that are trained whole and published with the adapter, such as embed_tokens and lm_head."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
