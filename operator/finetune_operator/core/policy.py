@@ -15,6 +15,7 @@ from finetune_operator.settings import Settings
 
 INVALID = "ConfigInvalid"
 REFUSED = "PolicyRefused"
+_MAX_SENTENCE = 900
 PROTECTED_PATHS = ("/dev", "/etc", "/proc", "/run", "/sys", "/var/run")
 
 
@@ -50,8 +51,13 @@ def check_policy(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Rej
     """Return the first administrator's rule that the job breaks; None when it breaks none."""
     for name, rule in RULES.items():
         for sentence in rule(job, spec, policy):
-            return Rejection(REFUSED, f"{sentence} (administrator's rule {name})")
+            return Rejection(REFUSED, f"{_shortened(sentence)} (administrator's rule {name})")
     return None
+
+
+def _shortened(sentence: str) -> str:
+    """Return the sentence, cut where a long list of what is allowed would push the rule's name out of an event."""
+    return sentence if len(sentence) <= _MAX_SENTENCE else f"{sentence[:_MAX_SENTENCE]}…"
 
 
 def _images(job: JobObject, spec: FineTuneJobSpec, policy: Settings) -> Iterator[str]:

@@ -127,3 +127,10 @@ def test_the_sentence_says_what_is_allowed() -> None:
     assert "allowed: own:1, registry.example.com/team/* (" in said(image, {"trainer_image": "own:1", **TEAM_ONLY})
     assert "a job in namespace research may have 7" in said(EIGHT_GPUS, {"max_gpus_per_job": 7})
     assert "bucket others is not allowed; allowed: team-*" in said({"output": {"uri": "s3://others/a"}}, S3_ONLY)
+
+
+def test_a_long_list_of_what_is_allowed_does_not_push_the_rules_name_out() -> None:
+    buckets = {"allowed_s3_buckets": tuple(f"team-{number}-bucket" for number in range(1000))}
+    message = said({"output": {"uri": "s3://others/nli"}}, buckets)
+    assert len(message) < 1000
+    assert message.endswith("… (administrator's rule policy.allowedS3Buckets)")

@@ -9,7 +9,7 @@ from finetune_api import constants
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs
 from support.operator.process import OperatorProcess
-from support.server.client import STRATEGIC, Kube, wait_until
+from support.server.client import STRATEGIC, Kube, Object, wait_until
 from support.server.server import Cluster
 
 QUOTA = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}
@@ -68,6 +68,36 @@ def test_its_secret_is_missing(operator: OperatorProcess, node: ProcessNode, kub
     data = {"AWS_ACCESS_KEY_ID": base64.b64encode(b"id").decode()}
     kube.create({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3-key"}, "data": data})
     assert jobs.wait_over("nli")["status"] == "True"
+
+
+def test_an_event_in_another_namespace_says_nothing_of_our_jobs(
+    cluster: Cluster, operator: OperatorProcess, kube: Kube, jobs: Jobs
+):
+    """Whoever may write events there may name the uid of any pod."""
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+
+    def pod_of(name: str) -> Object:
+        jobs.create(name)
+        return wait_until(lambda: kube.list("Pod", labelSelector=f"finetune.dev/job={name}"), "its pod")[0]
+
+    def tell(message: str, pod: Object, namespace: str) -> None:
+        about = {"kind": "Pod", "name": "a", "namespace": namespace, "uid": pod["metadata"]["uid"]}
+        event = {"apiVersion": "v1", "kind": "Event", "metadata": {"generateName": "told-", "namespace": namespace}}
+        kube.create({**event, "involvedObject": about, "reason": "FailedMount", "message": message})
+
+    def wait_told(name: str, message: str) -> None:
+        wait_until(lambda: jobs.condition(name, "Scheduled").get("message") == message, f"{name}: {message}")
+
+    one, two, ours = pod_of("one"), pod_of("two"), str(kube.namespace)
+    tell("ours", one, ours)
+    wait_told("one", "ours")
+    with cluster.namespace("other") as theirs:
+        tell("theirs", one, theirs)
+        tell("theirs", two, theirs)
+        tell("ours, later", two, ours)
+        wait_told("two", "ours, later")
+    assert jobs.condition("one", "Scheduled")["message"] == "ours"
 
 
 def test_its_volume_claim_is_missing(operator: OperatorProcess, node: ProcessNode, jobs: Jobs):
