@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.evaluation import decoding
+from finetune_trainer.evaluation import decoding, fixed_cache
 from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import never
 
@@ -97,14 +97,14 @@ def test_an_answer_ends_at_its_first_object_or_end_token(tokenizer: Any) -> None
 
 def test_wrong_tokens_are_noticed_and_generated_anew(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that looks one token short stands for all that could go wrong."""
-    right = decoding._attention
+    right = fixed_cache.attention
 
     def short(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> Any:
         mask = attention_mask.clone()
         mask[..., : mask.shape[-1] // 2] = torch.finfo(mask.dtype).min
         return right(module, query, key, value, mask, **more)
 
-    monkeypatch.setattr(decoding, "_attention", short)
+    monkeypatch.setattr(fixed_cache, "attention", short)
     found, expected, log = both(build("llama"), tokenizer)
     assert found == expected
     assert "its tokens are not those of a plain pass" in log[0]

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import structlog
 import torch
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, DynamicCache
 
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.evaluation import fixed_cache
+from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache
 
 log = structlog.get_logger(__name__)
-_NAME: Final = "finetune_decode"
 #: Tokens between two looks at what the rows have found: a look waits for the GPU.
 STRIDE: Final = 16
 #: The cache's length is a multiple of this, as attention kernels like it.
@@ -30,73 +30,6 @@ _MEMORY_SHARE: Final = 0.6
 #: How far below the plain pass's best token an answer's tokens may be, at worst and on average, as a part of the
 #: largest logit. Two ways to compute in half precision differ by up to 3 % on random weights.
 TOLERANCE: Final = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.1, 0.01), torch.float16: (0.05, 0.005)}
-
-
-class DecodingUnsupported(Exception):
-    """This model cannot be decoded here; the message says why."""
-
-
-class _FixedCache(Cache):  # type: ignore[misc]
-    """Keys and values of all layers, [rows, heads, length, head_dim]; each step writes at `cursor`."""
-
-    def __init__(self, rows: int, length: int, device: torch.device) -> None:
-        super().__init__(layers=[])
-        self._rows, self._length = rows, length
-        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def fill(self, first_row: int, prefilled: DynamicCache, width: int) -> None:
-        """Take over the prompts' keys and values."""
-        for index, layer in enumerate(prefilled.layers):
-            if type(layer) is not DynamicLayer or layer.keys.shape[2] != width:
-                raise DecodingUnsupported(f"layer {index} does not keep the keys of all tokens")
-            if index == len(self._tensors):
-                self._tensors.append((self._empty(layer.keys), self._empty(layer.values)))
-            for whole, part in zip(self._tensors[index], (layer.keys, layer.values), strict=True):
-                whole[first_row : first_row + len(part), :, :width] = part
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self._rows, like.shape[1], self._length, like.shape[3])
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._tensors[layer_idx]
-        keys.index_copy_(2, self.cursor, key_states)
-        values.index_copy_(2, self.cursor, value_states)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the length of the tensors. Positions and masks do not depend on it: the step gives both."""
-        return self._length
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute one token's attention as transformers asks for it (AttentionInterface).
-
-    The query heads that share a key are computed as if they were tokens, so that keys are read once and never repeated.
-    """
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise DecodingUnsupported("its attention has a soft cap, sinks or a position bias")
-    if query.shape[2] != 1 or attention_mask is None or attention_mask.shape[-1] != key.shape[2]:
-        raise DecodingUnsupported("its attention is not asked for one token over the whole cache")
-    if sliding_window is not None and sliding_window < key.shape[2]:
-        raise DecodingUnsupported(f"its attention sees {sliding_window} tokens alone")
-    rows, heads, _, head_dim = query.shape
-    grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim).to(key.dtype)
-    mask = attention_mask.to(key.dtype)
-    found = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(rows, 1, heads, value.shape[3]), None
 
 
 @dataclass
@@ -113,7 +46,7 @@ class _State:
         done: Rows that need no more tokens [rows].
     """
 
-    cache: _FixedCache
+    cache: FixedCache
     tokens: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
@@ -171,8 +104,8 @@ def decode(
     """
     config, before = model.config, model.config._attn_implementation
     state = _prefill(model, prompts, max_new_tokens, pad)
-    AttentionInterface.register(_NAME, _attention)
-    config._attn_implementation = _NAME
+    AttentionInterface.register(fixed_cache.NAME, fixed_cache.attention)
+    config._attn_implementation = fixed_cache.NAME
     try:
         answers = _run(model, state, end, pad, is_complete, interrupted)
     finally:
@@ -194,7 +127,7 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
     ids = torch.tensor([[pad] * (width - len(each)) + list(each) for each in prompts], device=device)
     real = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=device)
     positions = (real.cumsum(-1) - 1).clamp(min=0)
-    cache, first = _FixedCache(rows, length, device), []
+    cache, first = FixedCache(rows, length, device), []
     step = max(1, _PREFILL_TOKENS // width)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
