@@ -115,7 +115,7 @@ def test_of_what_kopf_lists_only_what_we_do_not_know_is_taken_in(
         take(cache, event, enqueue)
 
     monkeypatch.setattr(source, "take", noted)
-    monkeypatch.setattr(kopf_settings, "PAGE", 3)
+    monkeypatch.setattr(kopf_settings, "KOPF_PAGE", 3)
     jobs = Jobs(kube)
     for number in range(8):
         jobs.create(f"nli-{number}")

@@ -111,14 +111,18 @@ class KubeClient:
         query: Mapping[str, str] | None = None,
         content_type: str = _JSON,
         accept: str = METADATA_ONLY,
+        most: int | None = None,
     ) -> bytes:
-        """Send a request; return the answer unparsed, because parsing takes longer than sending."""
+        """Send a request; return the answer unparsed, because parsing takes longer than sending.
+
+        Of an answer with more than `most` bytes the rest is not read.
+        """
         headers = {"Content-Type": content_type, "Accept": accept}
         data = None if body is None else encoded(body)
         url = self._url(where, query)
         with _as_os_errors():
             async with self._session.request(method, url, data=data, headers=headers, timeout=self._timeout) as answer:
-                found = await answer.read()
+                found = await (answer.read() if most is None else _beginning(answer.content, most))
         if answer.status >= 400:
             raise error_of(answer.status, found)
         return found
@@ -237,9 +241,10 @@ class KubeClient:
         query = {"labelSelector": label_selector} if label_selector else {}
         while True:
             more = {"continue": token} if token else {}
-            data = await self.send("GET", where, query={"limit": str(limit), **query, **more}, accept=_JSON)
-            if len(data) > PAGE_BYTES and limit > 1:
-                limit = max(1, limit * PAGE_BYTES // len(data) // 2)
+            asked, most = {"limit": str(limit), **query, **more}, PAGE_BYTES if limit > 1 else None
+            data = await self.send("GET", where, query=asked, accept=_JSON, most=most)
+            if most is not None and len(data) > most:
+                limit = max(1, limit // 4)
                 continue
             try:
                 found = answers.read_list(data)
@@ -282,6 +287,14 @@ class KubeClient:
             status = raw.mapping(event, "object")
             raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
         return event
+
+
+async def _beginning(content: aiohttp.StreamReader, most: int) -> bytes:
+    """Return the content, or its first bytes, a few more than `most`, where it has more."""
+    found = bytearray()
+    while len(found) <= most and (chunk := await content.read(CHUNK_BYTES)):
+        found += chunk
+    return bytes(found)
 
 
 def encoded(body: Any) -> bytes:

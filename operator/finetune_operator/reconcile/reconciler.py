@@ -1,5 +1,6 @@
 """Carry out the plan for one object. Every step may be the last before a crash: see core/plan.py."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -27,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _CHANGED_OR_GONE = (404, 409, 410)
 _INVALID = (400, 422)
+#: Large objects that are read at the same time: each takes many times its bytes while it is parsed.
+LARGE_READS = 2
 #: Check again after this time that a namespace that was being deleted is gone.
 _TERMINATING_SECONDS = 60.0
 
@@ -68,6 +71,7 @@ class Reconciler:
         self._on_status, self._settings, self._clock = on_status, settings, clock
         self._on_status_denied = on_status_denied
         self._in_doubt: set[ObjectKey] = set()
+        self._large = asyncio.Semaphore(LARGE_READS)
 
     async def __call__(self, key: ObjectKey) -> Result:
         """Reconcile once. Raises ApiError, Conflict, OSError or TimeoutError; calling again is always right."""
@@ -139,7 +143,8 @@ class Reconciler:
 
     async def _read_whole(self, key: ObjectKey, controller: Controller[Any], known: ReconciledView) -> ReconciledView:
         """Return all of an object of which the cache holds only a part. Raises Conflict when it is another by now."""
-        found = await self._refresh(key, known)
+        async with self._large:
+            found = await self._refresh(key, known)
         if found is None or raw.text(found, "metadata", "uid") != known.uid:
             raise Conflict(f"{key} has just been deleted")
         return controller.view(found)

@@ -8,8 +8,10 @@ import kopf
 
 from finetune_api import constants
 from finetune_operator.core.controllers import REGISTRY, Registry
-from finetune_operator.kube.client import PAGE
 from finetune_operator.settings import Settings
+
+#: Objects per page of Kopf's lists, which cannot be made smaller when the objects are large.
+KOPF_PAGE = 25
 
 
 class InfiniteBackoff(Iterable[float]):
@@ -58,7 +60,7 @@ def kopf_settings(settings: Settings, registry: Registry = REGISTRY) -> kopf.Ope
     made.watching.client_timeout = settings.watch_client_timeout_seconds
     made.watching.inactivity_timeout = settings.watch_inactivity_seconds
     made.watching.connect_timeout = settings.request_timeout_seconds
-    made.watching.chunk_size = PAGE
+    made.watching.chunk_size = KOPF_PAGE
     made.watching.reconnect_backoff = 0.5
     for name, kind in registry.watched.items():
         if selector := registry.label_selector(name):
