@@ -52,12 +52,13 @@ def test_workload_identity_needs_no_file_and_no_metadata_service(home: Path, mon
     assert found.load().method == "assume-role-with-web-identity"
 
 
-def test_what_the_user_sets_stays_and_caches_leave_a_home_that_cannot_be_written() -> None:
-    env = {"HOME": "/nonexistent", "AWS_EC2_METADATA_DISABLED": "false", "MPLCONFIGDIR": "/x"}
+def test_what_the_user_sets_stays_and_caches_leave_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    env = {"HOME": nowhere, "AWS_EC2_METADATA_DISABLED": "false", "MPLCONFIGDIR": "/x"}
     set_defaults(Path("/scratch"), env)
     assert (env["AWS_EC2_METADATA_DISABLED"], env["MPLCONFIGDIR"]) == ("false", "/x")
     assert env["XDG_CACHE_HOME"] == "/scratch/.cache"
-    assert not [name for name, value in env.items() if value.startswith("/nonexistent") and name != "HOME"]
+    assert not [name for name, value in env.items() if value.startswith(nowhere) and name != "HOME"]
 
 
 def test_caches_stay_in_a_home_that_can_be_written(tmp_path: Path) -> None:
