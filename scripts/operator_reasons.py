@@ -121,6 +121,11 @@ WAITS: Final = {
         "The API server calls a child invalid: most often a quantity, affinity or toleration in `spec.resources`.",
         "Change the field the message names.",
     ),
+    "LabelsReplaced": Reason(
+        "An admission webhook changes the labels or the owner of the attempt's Job or of its pods. By them the operator"
+        " finds what it runs, so it deletes such a Job at once: there must never be two writers.",
+        "Exclude objects with the label `app.kubernetes.io/managed-by=finetune-operator` from the webhook.",
+    ),
     "NameConflict": Reason(
         "An object of the child's name exists and belongs to somebody else.",
         "Delete or rename it; the message names it.",

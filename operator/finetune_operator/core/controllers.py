@@ -73,6 +73,16 @@ def _kept(controller: Controller[Any], obj: Raw) -> View:
     return controller.keep(controller.view(obj))
 
 
+def _referenced(obj: Raw, kind: str) -> str:
+    """Return the name of the object of `kind` that controls `obj` or its Job; empty where no reference tells."""
+    controller = raw.controller(obj)
+    name = raw.text(controller, "name")
+    if raw.text(controller, "kind") == kind:
+        return name
+    job, _, number = name.rpartition("-")
+    return job if raw.text(controller, "kind") == kinds.JOB.name and number.isdecimal() else ""
+
+
 class Registry:
     """All controllers, and what cache, watches and lists need to know of them."""
 
@@ -106,11 +116,20 @@ class Registry:
         return self._views[kind](obj)
 
     def keys_of(self, kind: str, obj: Raw) -> tuple[ObjectKey, ...]:
-        """Return the keys of the reconciled objects that `obj` is or belongs to."""
+        """Return the keys of the reconciled objects that `obj` is or belongs to.
+
+        An owner reference counts more than a label, which anybody may replace.
+        """
         namespace, found = raw.text(obj, "metadata", "namespace"), raw.labels(obj)
         names = [(kind, raw.text(obj, "metadata", "name"))] if kind in self._controllers else []
-        names += [(owner, found.get(label, "")) for owner, label in self._owners.get(kind, ())]
+        for owner, label in self._owners.get(kind, ()):
+            names.append((owner, _referenced(obj, owner) or found.get(label, "")))
         return tuple(ObjectKey(owner, namespace, name) for owner, name in names if name and namespace)
+
+    def is_selected(self, kind: str, obj: Raw) -> bool:
+        """Return whether the watch of that kind shows `obj`."""
+        selector = self.label_selector(kind)
+        return not selector or selector in raw.labels(obj)
 
     def label_selector(self, kind: str) -> str:
         """Return the selector that finds every relevant object of a kind; empty where only the whole kind will do."""

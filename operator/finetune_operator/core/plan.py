@@ -48,9 +48,14 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     attempts = history.update(observed, status, spec, now)
     merged = progress.merge(status.progress, attempts.report, now)
     view = View(observed, status, spec, attempts.history, attempts.ending, attempts.report, merged, settings, now)
-    return replace(
-        finish.build_plan(observed, status, _step(view), now, view), needs_pod_refresh=attempts.needs_pod_refresh
-    )
+    step = _step(view)
+    made = finish.build_plan(observed, status, step, now, view)
+    if (attempts.needs_look or step.needs_look) and not observed.looked_up:
+        names = [attempt.job_name for attempt in view.history]
+        if step.new_attempt:
+            names.append(step.new_attempt.job_name)
+        return replace(made, look_up=tuple(names))
+    return made
 
 
 def _step(view: View) -> Step:
@@ -103,8 +108,19 @@ def _monitor(view: View, attempt: Attempt) -> Step:
     """Report why the live attempt waits, or what it does."""
     child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
     state, due = _attempt_conditions(view, attempt, child, mine)
+    if view.observed.unlabeled and state.scheduled.status == "True":
+        state = replace(state, scheduled=conditions.pods_running(view.observed.unlabeled))
     again = (due, _pending_left(view), _active_countdown(view), _until(pod_set.unreachable_at(mine), view.now))
-    return Step(state, recheck_after=again)
+    if child is None or child.finished or not _has_hidden_pods(child, mine):
+        return Step(state, recheck_after=again)
+    is_new = child.created_at is None or (view.now - child.created_at).total_seconds() < POD_REFRESH_SECONDS
+    return Step(state, recheck_after=(*again, POD_REFRESH_SECONDS), needs_look=not is_new)
+
+
+def _has_hidden_pods(child: Child, pods: list[Pod]) -> bool:
+    """Return whether a Job has more pods than are shown: their watch is behind, or they lack our label."""
+    replaced = sum(bool(pod.exit) and (pod.deleting or bool(pod.disruption)) for pod in pods)
+    return child.active + child.terminating > len(pods) - replaced
 
 
 def _attempt_conditions(
@@ -181,6 +197,7 @@ def _start(view: View, after: Retry | None) -> Step:
         create=tuple(job.build(observed.job, view.spec, number, micro, view.settings, avoided)),
         new_attempt=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
         recheck_after=(view.spec.pending_deadline_seconds,),
+        needs_look=True,
     )
 
 

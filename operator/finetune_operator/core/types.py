@@ -40,8 +40,9 @@ class Plan:
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
     """Seconds after which the plan changes without any event."""
-    needs_pod_refresh: bool = False
-    """Before doing anything, read the pods from the API server and plan again (Observation.pods_refreshed)."""
+    look_up: tuple[str, ...] = ()
+    """Before doing anything, read these Jobs and their pods from the API server, and plan again
+    (Observation.looked_up): watches may be behind, and show nothing that has lost its label."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Step:
     suspend: tuple[Child, ...] = ()
     delete: tuple[Child, ...] = ()
     new_attempt: Attempt | None = None
+    needs_look: bool = False
+    """Whether it is right only if a fresh look at Jobs and pods shows the same."""
     recheck_after: tuple[float | None, ...] = ()
 
 

@@ -154,6 +154,17 @@ class KubeClient:
             raise UnreadableAnswer(f"the answer of {where} is no object: it has no uid")
         return found
 
+    async def find(self, kind: str, namespace: str, name: str, uid: str) -> Raw | None:
+        """Return the object of that name and uid, whatever its labels; None where there is none.
+
+        Through a list, for which the right to list is enough.
+        """
+        async for page in self.pages(kind, namespace, field_selector=f"metadata.name={name}"):
+            for obj in page.items:
+                if raw.text(obj, "metadata", "uid") == uid and raw.text(obj, "metadata", "name") == name:
+                    return obj
+        return None
+
     async def ensure(self, obj: Raw, owner_uid: str) -> Raw:
         """Create a child, or return the one that an earlier reconcile created.
 
@@ -168,15 +179,42 @@ class KubeClient:
             NamespaceTerminating: Its namespace is being deleted.
         """
         kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
+        accept = _JSON if _template_labels(obj) else METADATA_ONLY
         try:
-            made = await self.request("POST", self._path(kind, namespace), obj, OWNED, accept=METADATA_ONLY)
+            made = await self.request("POST", self._path(kind, namespace), obj, OWNED, accept=accept)
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
-                return await self._existing(obj, owner_uid)
+                return await self._refuse_relabeled(obj, await self._existing(obj, owner_uid))
             if refusal := create_error(kind, name, error):
                 raise refusal from error
             raise
+        await self._refuse_relabeled(obj, made)
         return {**obj, "metadata": {**obj["metadata"], **raw.mapping(made, "metadata")}}
+
+    async def _refuse_relabeled(self, obj: Raw, made: Raw) -> Raw:
+        """Return `made`; delete it if a webhook has changed its labels or its owner, by which alone it is found again.
+
+        Its name stays taken until its pods are gone.
+
+        Raises:
+            CreateDenied: It was changed.
+        """
+        kind, metadata = obj["kind"], obj["metadata"]
+        lost = _lost_labels(metadata["labels"], raw.labels(made))
+        if raw.at(made, "spec", "template") is not None:
+            lost += _lost_labels(_template_labels(obj), _template_labels(made))
+        if raw.text(raw.controller(made), "uid") != raw.text(raw.controller(obj), "uid"):
+            lost.append("its owner reference")
+        uid = raw.text(made, "metadata", "uid")
+        if not lost or not uid:
+            return made
+        await self.delete(kind, metadata["namespace"], metadata["name"], uid, "Foreground")
+        raise CreateDenied(
+            "LabelsReplaced",
+            f"{kind} {metadata['name']} was created without {', '.join(dict.fromkeys(lost))}, and deleted at once: an"
+            f" admission webhook changes labels or owners; exclude objects with the label"
+            f" {constants.LABEL_MANAGED_BY}={constants.FIELD_MANAGER} from it",
+        )
 
     async def _existing(self, obj: Raw, owner_uid: str) -> Raw:
         """Return the object of that name if `owner_uid` controls it: an earlier reconcile created it."""
@@ -212,12 +250,12 @@ class KubeClient:
                 raise
             return None
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> bool:
-        """Delete the object with that uid, and in the background its dependents. Return False when it was gone."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, dependents: str = "Background") -> bool:
+        """Delete the object with that uid, and its dependents (propagationPolicy). Return False when it was gone."""
         body = {
             "kind": "DeleteOptions",
             "apiVersion": "v1",
-            "propagationPolicy": "Background",
+            "propagationPolicy": dependents,
             "preconditions": {"uid": uid},
         }
         try:
@@ -235,10 +273,13 @@ class KubeClient:
             return raw.text(found, "metadata", "uid") != uid
         return error.code in (404, 410)
 
-    async def pages(self, kind: str, namespace: str | None, label_selector: str = "") -> AsyncIterator[Page]:
+    async def pages(
+        self, kind: str, namespace: str | None, label_selector: str = "", field_selector: str = ""
+    ) -> AsyncIterator[Page]:
         """Yield all objects of a kind, page by page, from one consistent snapshot."""
         where, token, limit = self._path(kind, namespace), "", PAGE
-        query = {"labelSelector": label_selector} if label_selector else {}
+        selectors = {"labelSelector": label_selector, "fieldSelector": field_selector}
+        query = {name: selector for name, selector in selectors.items() if selector}
         while True:
             more = {"continue": token} if token else {}
             asked, most = {"limit": str(limit), **query, **more}, PAGE_BYTES if limit > 1 else None
@@ -295,6 +336,14 @@ async def _beginning(content: aiohttp.StreamReader, most: int) -> bytes:
     while len(found) <= most and (chunk := await content.read(CHUNK_BYTES)):
         found += chunk
     return bytes(found)
+
+
+def _template_labels(obj: Raw) -> dict[str, str]:
+    return raw.labels(raw.at(obj, "spec", "template"))
+
+
+def _lost_labels(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    return [f"label {name}={value}" for name, value in asked.items() if found.get(name) != value]
 
 
 def encoded(body: Any) -> bytes:

@@ -32,6 +32,10 @@ _INVALID = (400, 422)
 LARGE_READS = 2
 #: Check again after this time that a namespace that was being deleted is gone.
 _TERMINATING_SECONDS = 60.0
+#: Look again by name at what no watch shows.
+_DOUBT_SECONDS = 10.0
+#: Kubernetes' own label of a Job's pods.
+_JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 
 
 class Conflict(Exception):
@@ -90,17 +94,18 @@ class Reconciler:
             raise
 
     async def _reconcile(self, key: ObjectKey, controller: Controller[Any]) -> Result:
+        await self._resolve_doubts(key)
         found = await self._observe(key, controller)
         if found is None:
-            return Result()
+            return Result(_DOUBT_SECONDS if self._cache.doubts(key) else None)
         now = self._clock()
         owner, observed = found
         plan: Plan = controller.plan(observed, self._settings, now)
-        if plan.needs_pod_refresh:
-            await self._refresh_pods(key, controller)
+        if plan.look_up:
+            await self._look_up(key, controller, owner, plan)
             if (found := await self._observe(key, controller)) is None:
                 return Result()
-            owner, observed = found[0], replace(found[1], pods_refreshed=True)
+            owner, observed = found[0], replace(found[1], looked_up=True)
             plan = controller.plan(observed, self._settings, now)
         blocked = False
         try:
@@ -123,7 +128,20 @@ class Reconciler:
         for event in plan.events:
             log.info("event", key=str(key), reason=event.reason, message=event.message)
             self._recorder.post(controller.kind, owner, event, now)
-        return Result(plan.requeue_after, blocked) if was_there else Result(after=0.0)
+        if not was_there:
+            return Result(after=0.0)
+        again = (plan.requeue_after, _DOUBT_SECONDS if self._cache.doubts(key) else None)
+        return Result(min((seconds for seconds in again if seconds is not None), default=None), blocked)
+
+    async def _resolve_doubts(self, key: ObjectKey) -> None:
+        """Ask by name for what no watch shows: it is gone only if the API server has nothing of that name and uid."""
+        for doubt in self._cache.doubts(key):
+            if found := await self._client.find(doubt.kind, key.namespace, doubt.name, doubt.uid):
+                if not doubt.is_there:
+                    log.warning("label removed; looking it up by name", key=str(key), kind=doubt.kind, name=doubt.name)
+                self._cache.put_unlabeled(doubt.kind, found, key)
+            else:
+                self._cache.tombstone(doubt.kind, doubt.uid)
 
     async def _observe(self, key: ObjectKey, controller: Controller[Any]) -> tuple[ReconciledView, Observation] | None:
         """Return the object and all that is known of it; the report is that of the present leader, never an earlier."""
@@ -149,8 +167,28 @@ class Reconciler:
             raise Conflict(f"{key} has just been deleted")
         return controller.view(found)
 
+    async def _look_up(self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, plan: Plan) -> None:
+        """Read Jobs and their pods from the API server: watches may be behind, and labels replaced."""
+        names, made = plan.look_up, [obj["metadata"]["name"] for obj in plan.create]
+        shown = {view.name for view in self._cache.children(key, JOB.name)}
+        for name in names:
+            found = None if name in (*shown, *made) else await self._client.get(JOB.name, key.namespace, name)
+            if found and raw.text(raw.controller(found), "uid") in ("", owner.uid):
+                self._show(JOB.name, found, key)
+        await self._refresh_pods(key, controller)
+        async for page in self._client.pages(POD.name, key.namespace, f"{_JOB_NAME_LABEL} in ({','.join(names)})"):
+            for pod in page.items:
+                self._show(POD.name, pod, key)
+
+    def _show(self, kind: str, obj: Raw, key: ObjectKey) -> None:
+        """Put an object into the cache, whether a watch shows it or not."""
+        if self._cache.registry.is_selected(kind, obj):
+            self._cache.put(kind, obj)
+        else:
+            self._cache.put_unlabeled(kind, obj, key)
+
     async def _refresh_pods(self, key: ObjectKey, controller: Controller[Any]) -> None:
-        """Read the pods from the API server: their watch may be behind that of Jobs."""
+        """Read the pods that carry our label."""
         label = next(child.owner_label for child in controller.children if child.kind == POD)
         uids, version, is_whole = [], 0, True
         async for page in self._client.pages(POD.name, key.namespace, f"{label}={key.name}"):

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects import raw
@@ -10,6 +10,7 @@ from finetune_operator.core.objects.kinds import POD, ObjectKey
 from finetune_operator.core.objects.observed import Child, Pod, WaitReason
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView, Snapshot, View
+from finetune_operator.watch.doubts import Doubt, Doubts, may_write
 
 V = TypeVar("V")
 
@@ -36,12 +37,29 @@ class Cache:
         """What is known to be deleted; for a Job, the uid of its owner."""
         self._wait_reasons: dict[str, OrderedDict[str, WaitReason]] = {}
         """By namespace and uid: whoever can write events in one namespace may name any uid."""
+        self._doubts = Doubts()
         self._listed: dict[tuple[str, str], int] = {}
         self._own_writes: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def put(self, kind: str, obj: Raw, force: bool = False) -> tuple[ObjectKey, ...]:
         """Upsert an object; return the keys for which it changed. `force` lets older versions in, too."""
-        keys, uid = self.registry.keys_of(kind, obj), raw.text(obj, "metadata", "uid")
+        changed = self._put(kind, obj, self.registry.keys_of(kind, obj), force)
+        uid = raw.text(obj, "metadata", "uid")
+        if changed and self.registry.is_selected(kind, obj):
+            self._doubts.remove(changed, uid)
+        elif changed:
+            self._doubts.add(changed, Doubt(kind, raw.text(obj, "metadata", "name"), uid, is_there=True))
+        return changed
+
+    def put_unlabeled(self, kind: str, obj: Raw, key: ObjectKey) -> None:
+        """Upsert an object of `key` that no watch shows, and doubt it until one does or it is gone."""
+        uid = raw.text(obj, "metadata", "uid")
+        self._put(kind, obj, (key,))
+        doubt = Doubt(kind, raw.text(obj, "metadata", "name"), uid, is_there=True)
+        self._doubts.add(self._keys.get(uid, ()), doubt)
+
+    def _put(self, kind: str, obj: Raw, keys: tuple[ObjectKey, ...], force: bool = False) -> tuple[ObjectKey, ...]:
+        uid = raw.text(obj, "metadata", "uid")
         if not keys or (uid in self._tombstones and not force):
             return ()
         self._tombstones.pop(uid, None)
@@ -74,10 +92,29 @@ class Cache:
         return bool(keys) and not any(self._is_news(kind, key, uid, raw.version(obj)) for key in keys)
 
     def drop(self, kind: str, obj: Raw) -> tuple[ObjectKey, ...]:
-        """Remove a deleted object; return its keys."""
+        """Remove an object that its watch calls deleted; return its keys."""
         self.put(kind, obj)  # its last state, which may tell how it ended
-        self.tombstone(kind, raw.text(obj, "metadata", "uid"))
-        return self.registry.keys_of(kind, obj)
+        uid = raw.text(obj, "metadata", "uid")
+        keys = self._keys.get(uid) or self.registry.keys_of(kind, obj)
+        self._leave(kind, uid)
+        return keys
+
+    def _leave(self, kind: str, uid: str) -> None:
+        """Remove what a watch or list shows no more. What could still write is doubted: it may only lack its label."""
+        keys = self._keys.get(uid, ())
+        view = next((found for key in keys if (found := self._views[kind].get(key, {}).get(uid))), None)
+        if isinstance(view, Child | Pod) and may_write(view):
+            self._doubts.add(keys, Doubt(kind, view.name, uid))
+        else:
+            self.tombstone(kind, uid)
+
+    def children(self, key: ObjectKey, kind: str) -> list[Any]:
+        """Return what is known of that kind below `key`."""
+        return list(self._views[kind].get(key, {}).values())
+
+    def doubts(self, key: ObjectKey) -> list[Doubt]:
+        """Return what belongs to `key` and no watch shows: only a look by its name tells whether it is gone."""
+        return self._doubts.of(key)
 
     def tombstone(self, kind: str, uid: str) -> tuple[ObjectKey, ...]:
         """Remove the object `uid` for good, so that a late answer cannot bring it back; return its keys."""
@@ -99,6 +136,7 @@ class Cache:
 
     def _remove(self, kind: str, uid: str) -> View | None:
         view: View | None = None
+        self._doubts.remove(self._keys.get(uid, ()), uid)
         for key in self._keys.pop(uid, ()):
             known = self._views[kind].get(key, {})
             view = known.pop(uid, view)
@@ -156,7 +194,7 @@ class Cache:
         if only is None:
             self._listed[kind, namespace] = version
         for _, uid in stale:
-            self.tombstone(kind, uid)
+            self._leave(kind, uid)
         return {key for key, _ in stale}
 
     def spec_identity(self, kind: str, obj: Raw) -> tuple[str, int, bool] | None:
@@ -193,6 +231,7 @@ class Cache:
             children=children,
             deleted_pods=tuple(pod for uid in uids for pod in self._deleted_pods.get(uid, ())),
             tombstones={uid: self._tombstones[uid] for uid in owners if uid in self._tombstones},
+            unlabeled=tuple(f"{doubt.kind} {doubt.name}" for doubt in self.doubts(key) if doubt.is_there),
             wait_reasons={uid: reason for uid in uids if (reason := self.wait_reason(key.namespace, uid))},
         )
 

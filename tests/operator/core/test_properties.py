@@ -231,6 +231,25 @@ class Life(RuleBasedStateMachine):
         if self.world.jobs:
             self.world.delete_child(sorted(self.world.jobs)[-1])
 
+    @rule(
+        kind=st.sampled_from(["Job", "Pod"]),
+        which=st.integers(0, 3),
+        labels=st.sampled_from(
+            [
+                {constants.LABEL_JOB: None},
+                {constants.LABEL_JOB: None, constants.LABEL_ATTEMPT: None},
+                {constants.LABEL_JOB: "another"},
+                {constants.LABEL_JOB: "another", constants.LABEL_ATTEMPT: "7"},
+                {constants.LABEL_ATTEMPT: "99"},
+                {constants.LABEL_JOB: "nli", constants.LABEL_ATTEMPT: "1"},
+            ]
+        ),
+    )
+    def somebody_changes_labels(self, kind: str, which: int, labels: dict[str, str | None]) -> None:
+        names = sorted(self.world.jobs if kind == "Job" else self.world.pods)
+        if names:
+            self.world.relabel(kind, names[which % len(names)], labels)
+
     # What always holds
 
     @alive
@@ -238,7 +257,7 @@ class Life(RuleBasedStateMachine):
     def at_most_one_attempt_can_write(self) -> None:
         able = set(self.world.runnable())
         for pod in self.world.live_pods():
-            able.add(f"nli-{self.world.pods[pod]['metadata']['labels'][constants.LABEL_ATTEMPT]}")
+            able.add(self.world.pods[pod]["metadata"]["ownerReferences"][0]["name"])
         assert len(able) <= 1, able
 
     @alive
@@ -302,7 +321,7 @@ class Life(RuleBasedStateMachine):
         lost = {each["jobName"] for each in self.world.status.get("attempts", []) if each.get("reason") == "ReportLost"}
         for pod in self.world.pods.values():
             ended = pod["status"]["containerStatuses"][0]["state"].get("terminated", {})
-            attempt = f"nli-{pod['metadata']['labels'][constants.LABEL_ATTEMPT]}"
+            attempt = pod["metadata"]["ownerReferences"][0]["name"]
             assert not (attempt in lost and "manifestDigest" in ended.get("message", "") and ended["exitCode"] == 0)
 
     def teardown(self) -> None:

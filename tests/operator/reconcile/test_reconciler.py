@@ -62,6 +62,8 @@ class Api:
         self.answer: Answer = self.well
         self.calls: list[str] = []
         self.written: Raw = {}
+        self.pods: list[Raw] = []
+        """What lists of pods show; they are not noted."""
         self.metrics = Metrics()
         self.cache = Cache()
 
@@ -73,6 +75,9 @@ class Api:
 
     async def _handle(self, request: web.Request) -> web.Response:
         name = request.path.rpartition("/")[2]
+        if request.method == "GET" and name == "pods":
+            found = self.pods if "labelSelector" in request.query else []
+            return web.json_response({"metadata": {"resourceVersion": "1"}, "items": found})
         self.calls.append(f"{request.method} {name}")
         if request.method in ("POST", "PATCH", "PUT"):
             assert request.query["fieldValidation"] == "Strict", "what we misspell must not be dropped in silence"
@@ -215,6 +220,67 @@ def test_simulated_api_a_status_that_the_object_cannot_take_is_counted_and_not_t
 
     refused = status(code, "Invalid", "metadata.name must be at most 50")
     api.answer = lambda method, name, body: refused if method == "PATCH" else api.well(method, name, body)
+    api.run(act)
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "lost"),
+    [
+        ({}, None, f"label {constants.LABEL_JOB}=nli"),
+        ({constants.LABEL_JOB: "another"}, None, f"label {constants.LABEL_JOB}=nli"),
+        (None, {}, f"label {constants.LABEL_JOB}=nli"),
+        (None, {constants.LABEL_JOB: "nli"}, f"label {constants.LABEL_ATTEMPT}=1"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_simulated_api_an_answer_without_our_labels_is_refused_and_deleted_at_once(
+    exists: bool, labels: dict[str, str] | None, template: dict[str, str] | None, lost: str, api: Api
+):
+    """By a webhook; `exists`: the answer to the creation was lost, and the Job is found by its name."""
+    deleted: list[Raw] = []
+    stored: list[Raw] = []
+
+    def answer(method: str, name: str, body: Raw) -> tuple[int, Raw]:
+        if method == "POST":
+            made = json.loads(json.dumps(body))
+            made["metadata"] |= {"uid": "made", "resourceVersion": "7"}
+            if labels is not None:
+                made["metadata"]["labels"] = labels
+            if template is not None:
+                made["spec"]["template"]["metadata"]["labels"] = template
+            stored.append(made)
+            return status(409, "AlreadyExists") if exists else (201, made)
+        if method == "DELETE":
+            deleted.append(body)
+            return 200, {}
+        return (200, stored[-1]) if method == "GET" else api.well(method, name, body)
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        assert (await reconcile(KEY)).blocked
+        assert [body["propagationPolicy"] for body in deleted] == ["Foreground"]
+        assert deleted[0]["preconditions"] == {"uid": "made"}
+        owner = api.cache.owner(KEY)
+        assert isinstance(owner, JobObject)
+        conditions = {entry["type"]: entry for entry in json.loads(owner.status)["conditions"]}
+        assert conditions["Scheduled"]["reason"] == "LabelsReplaced"
+        assert lost in conditions["Scheduled"]["message"]
+
+    api.answer = answer
+    api.run(act)
+
+
+def test_simulated_api_nothing_is_made_beside_a_pod_that_no_watch_shows(api: Api):
+    pod = child("c0")
+    pod["metadata"] |= {"name": "nli-1-x7k2p", "labels": {}, "uid": "p1"}
+    api.pods = [pod | {"status": {"phase": "Running"}}]
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        assert (await reconcile(KEY)).after == 10
+        assert "POST jobs" not in api.calls
+        api.pods = []
+        await reconcile(KEY)
+        assert "POST jobs" in api.calls
+
     api.run(act)
 
 

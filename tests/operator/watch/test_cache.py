@@ -29,6 +29,12 @@ def child(uid: str = "c1", owner: str = "j1", version: int = 6) -> Object:
     return {"metadata": meta | {"ownerReferences": [{"uid": owner, "controller": True}]}, "spec": {}}
 
 
+def confirm(cache: Cache) -> None:
+    """A look by name finds nothing of what the watches call gone."""
+    for doubt in cache.doubts(KEY):
+        cache.tombstone(doubt.kind, doubt.uid)
+
+
 def test_the_cache_takes_in_what_is_newer_and_says_whether_it_was():
     cache = Cache()
     assert cache.put("FineTuneJob", job(version=5)) == (KEY,)
@@ -42,6 +48,7 @@ def test_what_was_deleted_is_not_brought_back_by_a_late_answer():
     cache.put("FineTuneJob", job())
     cache.put("Job", child())
     cache.drop("Job", child())
+    confirm(cache)
     cache.put("Job", child(version=99))
     observed = observed_in(cache)
     assert observed.children == ()
@@ -53,6 +60,7 @@ def test_a_full_list_forgets_what_is_gone_but_nothing_younger_than_itself():
     cache.put("Job", child("old", version=6))
     cache.put("Job", child("young", version=9))
     assert cache.keep_only("Job", [], version=7) == {KEY}
+    confirm(cache)
     observed = observed_in(cache)
     assert [c.uid for c in observed.children] == ["young"]
 
@@ -102,6 +110,7 @@ def test_a_pod_of_an_earlier_job_is_in_the_way_also_when_its_job_is_gone_and_it_
     cache.put("FineTuneJob", again)
     assert foreign_children(cache) == ("Job nli-1", "pod nli-1-p1")
     cache.drop("Job", child("c1", owner="j1", version=21))
+    confirm(cache)
     cache.drop("Job", child("c1", owner="j1", version=21))
     assert foreign_children(cache) == ("pod nli-1-p1",)
 
@@ -112,6 +121,7 @@ def test_a_pod_of_our_own_deleted_job_is_ours():
     cache.put("Job", child("c1", owner="j1"))
     cache.put("Pod", pod("p1", owner="c1"))
     cache.drop("Job", child("c1", owner="j1", version=21))
+    confirm(cache)
     observed = observed_in(cache)
     assert [found.uid for found in observed.pods] == ["p1"]
     assert foreign_children(cache) == ()
@@ -121,9 +131,51 @@ def test_a_job_that_nobody_controls_is_not_of_an_earlier_one():
     cache = Cache()
     cache.put("FineTuneJob", job("j2", version=20))
     foreign = child()
+    foreign["metadata"]["name"] = "a-copy"
     del foreign["metadata"]["ownerReferences"]
     cache.put("Job", foreign)
     assert foreign_children(cache) == ()
+
+
+def test_a_job_of_an_attempts_name_that_nobody_controls_is_in_the_way_under_any_label():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j2", version=20))
+    foreign = child()
+    del foreign["metadata"]["ownerReferences"]
+    cache.put("Job", foreign)
+    assert foreign_children(cache) == ("Job nli-1",)
+
+
+def owned(kind: str, owner: str, name: str, **labels: str) -> Object:
+    reference = {"kind": kind, "name": owner, "uid": "j1" if kind == "FineTuneJob" else "c1", "controller": True}
+    meta = {"name": name, "namespace": "team", "uid": name, "resourceVersion": "9", "labels": labels}
+    return {"metadata": meta | {"ownerReferences": [reference]}, "status": {"phase": "Running"}}
+
+
+def test_a_reference_to_the_owner_counts_more_than_a_label():
+    cache = Cache()
+    label = {"finetune.dev/job": "another"}
+    assert cache.put("Job", owned("FineTuneJob", "nli", "nli-1", **label)) == (KEY,)
+    assert cache.put("Pod", owned("Job", "nli-1", "nli-1-x7k2p", **label)) == (KEY,)
+    assert cache.put("Pod", owned("Job", "somebody", "p", **label)) == (ObjectKey("FineTuneJob", "team", "another"),)
+
+
+def test_what_could_write_is_not_gone_because_a_watch_or_a_list_says_so():
+    cache = Cache()
+    cache.put("FineTuneJob", job("j1"))
+    made, running = owned("FineTuneJob", "nli", "nli-1"), owned("Job", "nli-1", "p1")
+    for kind, obj in (("Job", made), ("Pod", running)):
+        obj["metadata"]["labels"] = {"finetune.dev/job": "nli"}
+        cache.put(kind, obj)
+    cache.drop("Job", made)
+    cache.keep_only("Pod", [], version=100)
+    assert [(doubt.kind, doubt.name) for doubt in cache.doubts(KEY)] == [("Job", "nli-1"), ("Pod", "p1")]
+    assert [child.name for child in observed_in(cache).children] == ["nli-1"]
+    cache.put_unlabeled("Pod", running | {"metadata": running["metadata"] | {"labels": {}}}, KEY)
+    assert observed_in(cache).unlabeled == ("Pod p1",)
+    cache.tombstone("Job", "nli-1")
+    cache.tombstone("Pod", "p1")
+    assert (cache.doubts(KEY), observed_in(cache).children) == ([], ())
 
 
 def full_list(cache: Cache, version: int, *objects: Object) -> None:

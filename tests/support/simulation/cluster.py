@@ -20,6 +20,15 @@ def stamp(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def is_shown(kind: str, obj: Object) -> bool:
+    """Whether the operator's watch of that kind selects the object."""
+    return kind == constants.KIND or constants.LABEL_JOB in obj["metadata"]["labels"]
+
+
+def _reference(obj: Object) -> Object:
+    return {"name": obj["metadata"]["name"], "uid": obj["metadata"]["uid"]}
+
+
 class ImaginedCluster:
     """One FineTuneJob and its children. Times move only when the test says so."""
 
@@ -31,6 +40,7 @@ class ImaginedCluster:
         self.jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}
         self.others: dict[str, Object] = {}
+        self.hidden: set[str] = set()
         minimal = {
             "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
             "dataset": {"train": "s3://data/train.jsonl"},
@@ -113,7 +123,7 @@ class ImaginedCluster:
             "labels": dict(child["spec"]["template"]["metadata"]["labels"]),
             "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
             "creationTimestamp": stamp(self.now),
-            "ownerReferences": [{"kind": "Job", "uid": child["metadata"]["uid"], "controller": True}],
+            "ownerReferences": [{"kind": "Job", "controller": True} | _reference(child)],
         }
         container = {"name": "trainer", "state": {"running": {"startedAt": stamp(self.now)}}}
         status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [container]}
@@ -208,15 +218,29 @@ class ImaginedCluster:
         return f"uid-{self.uids}"
 
     def changed(self, kind: str, obj: Object) -> None:
-        """Its kind's watch shows the object as it is now."""
+        """Its kind's watch shows the object as it is now; one without our label is deleted for it."""
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
-        self._show(kind, "MODIFIED", obj)
+        uid = obj["metadata"]["uid"]
+        if is_shown(kind, obj):
+            self.hidden.discard(uid)
+            self._show(kind, "MODIFIED", obj)
+        elif uid not in self.hidden:
+            self.hidden.add(uid)
+            self._show(kind, "DELETED", obj)
+
+    def relabel(self, kind: str, name: str, labels: dict[str, str | None]) -> None:
+        """Somebody changes labels of a Job or pod; None removes one."""
+        obj = (self.jobs if kind == "Job" else self.pods)[name]
+        changed = {**obj["metadata"]["labels"], **labels}
+        obj["metadata"]["labels"] = {key: value for key, value in changed.items() if value is not None}
+        self.changed(kind, obj)
 
     def _gone(self, kind: str, obj: Object) -> None:
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
-        self._show(kind, "DELETED", obj)
+        if obj["metadata"]["uid"] not in self.hidden:
+            self._show(kind, "DELETED", obj)
 
     def _show(self, kind: str, what: str, obj: Object) -> None:
         self.streams[kind].append((what, copy.deepcopy(obj)))

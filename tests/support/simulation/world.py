@@ -24,6 +24,7 @@ from support.simulation.cluster import (
     KINDS,
     START,
     ImaginedCluster,
+    is_shown,
     stamp,
 )
 
@@ -48,7 +49,7 @@ def merged(target: Any, patch: Any) -> Any:
 
 def is_empty(made: Plan) -> bool:
     """Whether the plan asks for nothing."""
-    return not (made.create or made.status or made.suspend or made.delete or made.needs_pod_refresh)
+    return not (made.create or made.status or made.suspend or made.delete or made.look_up)
 
 
 class World(ImaginedCluster):
@@ -80,6 +81,12 @@ class World(ImaginedCluster):
 
     def observed(self) -> Observed | None:
         """What the operator's cache holds; the trainer's report is that of the rank-0 pod it asks."""
+        for doubt in self.cache.doubts(_KEY):
+            found = (self.jobs if doubt.kind == "Job" else self.pods).get(doubt.name)
+            if found and found["metadata"]["uid"] == doubt.uid:
+                self.cache.put_unlabeled(doubt.kind, copy.deepcopy(found), _KEY)
+            else:
+                self.cache.tombstone(doubt.kind, doubt.uid)
         snapshot = self.cache.snapshot(_KEY)
         if snapshot is None:
             return None
@@ -93,18 +100,29 @@ class World(ImaginedCluster):
         now = self.now + timedelta(seconds=self.skew)
         observed = self.observed()
         made = FINETUNE_JOB.plan(observed, self.settings, now) if observed else Plan()
-        if made.needs_pod_refresh:
-            self._refresh_pods()
+        if made.look_up:
+            self._look_up(made.look_up)
             observed = self.observed()
-            refreshed = replace(observed, pods_refreshed=True) if observed else None
+            refreshed = replace(observed, looked_up=True) if observed else None
             made = FINETUNE_JOB.plan(refreshed, self.settings, now) if refreshed else Plan()
         return made
 
-    def _refresh_pods(self) -> None:
-        """A list of the job's pods."""
+    def _look_up(self, names: tuple[str, ...]) -> None:
+        """Read these Jobs, and lists of their pods, by our label and by Kubernetes' own."""
+        for name in names:
+            if name in self.jobs:
+                self._look_at("Job", self.jobs[name])
         for pod in self.pods.values():
-            self.cache.put("Pod", copy.deepcopy(pod))
-        self.cache.keep_only("Pod", [pod["metadata"]["uid"] for pod in self.pods.values()], self.version, only=_KEY)
+            if is_shown("Pod", pod) or pod["metadata"]["ownerReferences"][0]["name"] in names:
+                self._look_at("Pod", pod)
+        shown = [pod["metadata"]["uid"] for pod in self.pods.values() if is_shown("Pod", pod)]
+        self.cache.keep_only("Pod", shown, self.version, only=_KEY)
+
+    def _look_at(self, kind: str, obj: Object) -> None:
+        if is_shown(kind, obj):
+            self.cache.put(kind, copy.deepcopy(obj))
+        else:
+            self.cache.put_unlabeled(kind, copy.deepcopy(obj), _KEY)
 
     def reconcile(self, crash_after: int | None = None) -> Plan:
         """Plan and carry out; `crash_after` that many API calls the operator is killed and starts anew."""
@@ -134,7 +152,7 @@ class World(ImaginedCluster):
             stream.clear()
         for kind, objects in ((constants.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
             for obj in objects:
-                if obj is not None:
+                if obj is not None and is_shown(kind, obj):
                     self.cache.put(kind, copy.deepcopy(obj))
 
     def deliver(self, kind: str, most: int = 10**6) -> None:
@@ -172,6 +190,9 @@ class World(ImaginedCluster):
             kept[name] = obj
             if obj["kind"] == "Job":
                 self.changed("Job", obj)
+        if not is_shown(obj["kind"], kept[name]):
+            self.delete_child(name)  # refused at once
+            return False
         if obj["kind"] == "Job":
             self.cache.put("Job", copy.deepcopy(kept[name]))
         revision = constants.ANNOTATION_REVISION

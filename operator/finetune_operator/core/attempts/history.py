@@ -66,7 +66,7 @@ class AttemptHistory:
     """How the last one ended, if it ended now."""
     report: TrainerReport | None = None
     """The report of its trainer; at its end, the final one."""
-    needs_pod_refresh: bool = False
+    needs_look: bool = False
     """Whether it may have ended, which only a fresh list of its pods can tell."""
 
 
@@ -85,9 +85,9 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
             found = _detect_ending(attempt, observed, status, spec, now)
             if isinstance(found, Ending):
                 attempt = close(attempt, observed, found, now)
-                attempts = AttemptHistory(current, found, found.report, attempts.needs_pod_refresh)
+                attempts = AttemptHistory(current, found, found.report, attempts.needs_look)
             else:
-                attempts = AttemptHistory(current, None, report, attempts.needs_pod_refresh or found.needs_pod_refresh)
+                attempts = AttemptHistory(current, None, report, attempts.needs_look or found.needs_look)
         current.append(attempt)
     return replace(attempts, history=_pruned(current))
 
@@ -120,7 +120,7 @@ def _updated(attempt: Attempt, observed: Observed, report: TrainerReport | None,
 class _StillOpen:
     """An attempt that has not ended, as far as we know."""
 
-    needs_pod_refresh: bool = False
+    needs_look: bool = False
 
 
 def _detect_ending(
@@ -137,20 +137,18 @@ def _detect_ending(
     if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
         return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), spec.output.uri, memory))
     if any(pod.live for pod in mine):
-        return _StillOpen(needs_pod_refresh=settled and not observed.pods_refreshed)
+        return _StillOpen(needs_look=settled and not observed.looked_up)
     if child and child.finished:
         last = pod_set.current(mine)
-        if sum(pod.exit is not None for pod in last) < spec.resources.nodes and not (
-            settled and observed.pods_refreshed
-        ):
-            return _StillOpen(needs_pod_refresh=settled)
+        if sum(pod.exit is not None for pod in last) < spec.resources.nodes and not (settled and observed.looked_up):
+            return _StillOpen(needs_look=settled)
         return _map_superseded(attempt, failure.classify_exit(child, last, spec.output.uri, memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not (child.active or child.terminating) and not child.queued)
     if child is not None and not (stopping and is_stopped):
         return _StillOpen()
-    if not observed.pods_refreshed:
-        return _StillOpen(needs_pod_refresh=True)
+    if not observed.looked_up:
+        return _StillOpen(needs_look=True)
     if is_superseded(attempt):
         return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, finished_at=now)
     if stopping:

@@ -132,7 +132,7 @@ class Child:
             uid=raw.text(obj, "metadata", "uid"),
             version=raw.version(obj),
             owner=raw.text(raw.controller(obj), "uid"),
-            attempt=_number(found.get(constants.LABEL_ATTEMPT, "")),
+            attempt=_number(raw.text(obj, "metadata", "name").rpartition("-")[2]),
             revision=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_REVISION),
             created_at=raw.timestamp(obj, "metadata", "creationTimestamp"),
             suspended=raw.flag(obj, "spec", "suspend"),
@@ -234,7 +234,7 @@ class Pod:
             uid=raw.text(obj, "metadata", "uid"),
             version=raw.version(obj),
             owner=raw.text(raw.controller(obj), "uid"),
-            attempt=_number(raw.labels(obj).get(constants.LABEL_ATTEMPT, "")),
+            attempt=_attempt(obj),
             index=_number(index),
             created_at=raw.timestamp(obj, "metadata", "creationTimestamp") or _LONG_AGO,
             phase=raw.text(obj, "status", "phase"),
@@ -257,6 +257,12 @@ class Pod:
             memory_limit=_memory_limit(obj),
             beside=_running_beside(obj),
         )
+
+
+def _attempt(obj: Raw) -> int:
+    """Return the attempt of a pod by its Job's name; by its label where nothing controls it."""
+    job = raw.text(raw.controller(obj), "name")
+    return _number(job.rpartition("-")[2] if job else raw.labels(obj).get(constants.LABEL_ATTEMPT, ""))
 
 
 def _number(value: str) -> int:
@@ -345,8 +351,8 @@ class Observation:
     """When it last answered, once it has missed several polls."""
     create_blocked: CreateBlocked | None = None
     """Why a child of the last plan could not be created; the same plan must not be made again."""
-    pods_refreshed: bool = False
-    """Whether the pods were read from the API server for this very plan (Plan.needs_pod_refresh)."""
+    looked_up: bool = False
+    """Whether Jobs and pods were read from the API server for this very plan (Plan.look_up)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,5 +366,7 @@ class Observed(Observation):
     """Pods of `children`."""
     foreign_children: tuple[str, ...] = ()
     """Unfinished Jobs and live pods of an earlier job of the same name: "Job nli-1", "pod nli-1-x7k2p"."""
+    unlabeled: tuple[str, ...] = ()
+    """Jobs and pods that have lost our label ("Pod nli-1-x7k2p"): they are looked up by name."""
     wait_reasons: dict[str, WaitReason] = field(default_factory=dict)
     """By uid of the child or pod."""

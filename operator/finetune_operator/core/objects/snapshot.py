@@ -38,6 +38,7 @@ class Snapshot:
         owner: The reconciled object.
         children: Views by kind. A label names the owner, so an earlier object of the same name may own some of them.
         deleted_pods: The last pods of each Job that are gone; they may hold the only exit code.
+        unlabeled: Kind and name of those that have lost their label, so that no watch shows them.
         tombstones: Uid of a deleted child -> uid of the object that owned it.
         wait_reasons: By uid of the child.
     """
@@ -46,6 +47,7 @@ class Snapshot:
     owner: ReconciledView
     children: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
     deleted_pods: tuple[Pod, ...] = ()
+    unlabeled: tuple[str, ...] = ()
     tombstones: Mapping[str, str] = field(default_factory=dict)
     wait_reasons: Mapping[str, WaitReason] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ def observe(snapshot: Snapshot) -> Observed:
     # A pod whose Job is deleted still belongs to its attempt; one whose Job we never saw may be an earlier job's.
     mine = [pod for pod in pods if pod.owner in owners or snapshot.tombstones.get(pod.owner) == job.uid]
     deleted = [pod for pod in snapshot.deleted_pods if pod.owner in child_uids]
-    foreign = [f"Job {child.name}" for child in jobs if child.owner not in ("", job.uid) and not child.finished]
+    foreign = [f"Job {child.name}" for child in jobs if _is_in_the_way(child, job) and not child.finished]
     foreign += [f"pod {pod.name}" for pod in pods if pod not in mine and pod.live]
     uids = {*child_uids, *(pod.uid for pod in mine)}
     return Observed(
@@ -70,5 +72,11 @@ def observe(snapshot: Snapshot) -> Observed:
         children=tuple(sorted(children, key=lambda child: child.attempt)),
         pods=(*mine, *deleted),
         foreign_children=tuple(foreign),
+        unlabeled=snapshot.unlabeled,
         wait_reasons={uid: reason for uid, reason in snapshot.wait_reasons.items() if uid in uids},
     )
+
+
+def _is_in_the_way(child: Child, job: JobObject) -> bool:
+    """Return whether a Job is an earlier FineTuneJob's, or has the name of an attempt but nobody who controls it."""
+    return child.owner != job.uid and bool(child.owner or child.name.rpartition("-")[0] == job.name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import get_args
 
+from finetune_api import constants
 from finetune_api.status import Condition, ConditionStatus, ConditionType, FineTuneJobStatus
 
 MAX_MESSAGE = 4096
@@ -54,9 +55,21 @@ def running(phase: str, training: ConditionValue) -> JobConditions:
     """Return the conditions of a job whose pods run; `training` tells what the trainer does."""
     return JobConditions(
         phase,
-        ConditionValue("True", "PodsRunning"),
+        pods_running(),
         training,
         ConditionValue("Unknown", training.reason, training.message),
+    )
+
+
+def pods_running(unlabeled: Sequence[str] = ()) -> ConditionValue:
+    """Return Scheduled of running pods; `unlabeled` are Jobs and pods that somebody took our label from."""
+    if not unlabeled:
+        return ConditionValue("True", "PodsRunning")
+    names, label = ", ".join(sorted(unlabeled)), constants.LABEL_JOB
+    return ConditionValue(
+        "True",
+        "PodsRunning",
+        f"the label {label} was removed from {names}: put it back; metrics and network rules need it",
     )
 
 
