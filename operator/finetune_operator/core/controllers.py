@@ -11,7 +11,8 @@ from finetune_operator.core import plan
 from finetune_operator.core.attempts import pod_set
 from finetune_operator.core.objects import kinds, raw, snapshot
 from finetune_operator.core.objects.kinds import Kind, ObjectKey
-from finetune_operator.core.objects.observed import Child, JobObject, Observation, Observed, Pod
+from finetune_operator.core.objects.observed import Child, JobObject, Observation, Observed
+from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView, Snapshot, View
 from finetune_operator.core.types import Plan

@@ -19,7 +19,8 @@ from finetune_operator.core.attempts import (
 from finetune_operator.core.attempts.retry import Retry, Stop
 from finetune_operator.core.builders import job
 from finetune_operator.core.objects import status_io
-from finetune_operator.core.objects.observed import Child, Observed, Pod
+from finetune_operator.core.objects.observed import Child, Observed
+from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.status import (
     conditions,
     deadlines,

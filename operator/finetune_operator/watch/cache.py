@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.kinds import POD, ObjectKey
-from finetune_operator.core.objects.observed import Child, Pod, WaitReason
+from finetune_operator.core.objects.observed import Child, WaitReason
+from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView, Snapshot, View
 from finetune_operator.watch.doubts import Doubt, Doubts, may_write

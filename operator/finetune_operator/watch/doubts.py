@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune_operator.core.objects.kinds import ObjectKey
-from finetune_operator.core.objects.observed import Child, Pod
+from finetune_operator.core.objects.observed import Child
+from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.snapshot import View
 
 

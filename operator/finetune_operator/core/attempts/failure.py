@@ -9,7 +9,8 @@ from finetune_api.status import TrainerReport
 from finetune_operator.core.attempts import root_cause
 from finetune_operator.core.attempts.last_words import final_report, last_lines
 from finetune_operator.core.attempts.root_cause import OOM_KILLED, PREEMPTED, STORAGE_EXCEEDED
-from finetune_operator.core.objects.observed import Child, Pod
+from finetune_operator.core.objects.observed import Child
+from finetune_operator.core.objects.pod import Pod
 
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 OUT_OF_MEMORY = OUTCOMES[ExitCode.GPU_OUT_OF_MEMORY].reason

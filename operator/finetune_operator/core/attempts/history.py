@@ -13,12 +13,8 @@ from finetune_operator.core.attempts import (
     spec_revision,
 )
 from finetune_operator.core.attempts.failure import Ending
-from finetune_operator.core.objects.observed import (
-    Child,
-    JobObject,
-    Observed,
-    Pod,
-)
+from finetune_operator.core.objects.observed import Child, JobObject, Observed
+from finetune_operator.core.objects.pod import Pod
 
 #: Attempts that count as failures are all kept (at most 100); of the others only the latest.
 KEPT_NOT_COUNTED = 10

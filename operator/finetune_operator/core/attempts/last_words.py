@@ -8,7 +8,7 @@ from pydantic_core import from_json
 from finetune_api.status import TrainerReport
 from finetune_operator.core.attempts.progress import TERMINAL_STAGES
 from finetune_operator.core.objects import raw
-from finetune_operator.core.objects.observed import Pod
+from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
 
 _TAIL_LINES, _TAIL_LENGTH = 3, 600

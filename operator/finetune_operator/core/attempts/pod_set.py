@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from finetune_api.status import Attempt
-from finetune_operator.core.objects.observed import Observed, Pod
+from finetune_operator.core.objects.observed import Observed
+from finetune_operator.core.objects.pod import Pod
 
 #: Tolerated difference between the clocks of nodes, API server and operator.
 SKEW = timedelta(seconds=30)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from finetune_api.exit_codes import OUTCOMES, REASONS, ExitCode, outcome_of
 from finetune_operator.core.attempts.last_words import final_report
-from finetune_operator.core.objects.observed import Pod
+from finetune_operator.core.objects.pod import Pod
 
 PREEMPTED = OUTCOMES[ExitCode.PREEMPTED].reason
 OOM_KILLED = REASONS["OOMKilled"].reason

@@ -73,6 +73,11 @@ def controller(obj: Any) -> Raw:
     return {}
 
 
+def number(text: str) -> int:
+    """Return a count that a name or label holds; 0 where it is none."""
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
 def version(obj: Any) -> int:
     """Return metadata.resourceVersion as a number (comparable within a resource: KEP-5504); 0 where it is none."""
     found = text(obj, "metadata", "resourceVersion")

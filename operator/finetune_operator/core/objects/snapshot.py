@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
-from finetune_operator.core.objects.observed import Child, JobObject, Observed, Pod, WaitReason
+from finetune_operator.core.objects.observed import Child, JobObject, Observed, WaitReason
+from finetune_operator.core.objects.pod import Pod
 
 
 class View(Protocol):

@@ -5,13 +5,8 @@ from dataclasses import replace
 
 from finetune_api import constants
 from finetune_operator.core.attempts.failure import GPU_UNAVAILABLE
-from finetune_operator.core.objects.observed import (
-    Child,
-    JobObject,
-    Observed,
-    Pod,
-    WaitReason,
-)
+from finetune_operator.core.objects.observed import Child, JobObject, Observed, WaitReason
+from finetune_operator.core.objects.pod import Pod
 
 PENDING = "Pending"
 QUEUED = "Queued"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.core.attempts.last_words import final_report
-from finetune_operator.core.objects.observed import Pod
+from finetune_operator.core.objects.pod import Pod
 from support.simulation.world import World, adapter_report
 
 Object = dict[str, Any]

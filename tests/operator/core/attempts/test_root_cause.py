@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.core.attempts import root_cause
-from finetune_operator.core.objects.observed import Pod
+from finetune_operator.core.objects.pod import Pod
 from support.simulation.cluster import stamp
 from support.simulation.world import World, adapter_report
 
