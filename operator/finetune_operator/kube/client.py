@@ -343,7 +343,9 @@ def _template_labels(obj: Raw) -> dict[str, str]:
 
 
 def _lost_labels(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    return [f"label {name}={value}" for name, value in asked.items() if found.get(name) != value]
+    """Return what is missing of the labels of our own group."""
+    ours = {name: value for name, value in asked.items() if name.startswith(f"{constants.GROUP}/")}
+    return [f"label {name}={value}" for name, value in ours.items() if found.get(name) != value]
 
 
 def encoded(body: Any) -> bytes:
