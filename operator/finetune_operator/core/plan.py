@@ -52,10 +52,8 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     step = _step(view)
     made = finish.build_plan(observed, status, step, now, view)
     if (attempts.needs_look or step.needs_look) and not observed.looked_up:
-        names = [attempt.job_name for attempt in view.history]
-        if step.new_attempt:
-            names.append(step.new_attempt.job_name)
-        return replace(made, look_up=tuple(names))
+        new = [step.new_attempt] if step.new_attempt else []
+        return replace(made, look_up=tuple(history.job_names(observed.job, [*view.history, *new])))
     return made
 
 

@@ -40,7 +40,7 @@ class Plan:
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
     """Seconds after which the plan changes without any event."""
-    look_up: tuple[str, ...] = ()
+    look_up: tuple[str, ...] | None = None
     """Before doing anything, read these Jobs and their pods from the API server, and plan again
     (Observation.looked_up): watches may be behind, and show nothing that has lost its label."""
 

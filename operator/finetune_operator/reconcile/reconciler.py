@@ -101,7 +101,7 @@ class Reconciler:
         now = self._clock()
         owner, observed = found
         plan: Plan = controller.plan(observed, self._settings, now)
-        if plan.look_up:
+        if plan.look_up is not None:
             await self._look_up(key, controller, owner, plan)
             if (found := await self._observe(key, controller)) is None:
                 return Result()
@@ -175,8 +175,13 @@ class Reconciler:
             found = None if name in (*shown, *made) else await self._client.get(JOB.name, key.namespace, name)
             if found and raw.text(raw.controller(found), "uid") in ("", owner.uid):
                 self._show(JOB.name, found, key)
-        await self._refresh_pods(key, controller)
-        async for page in self._client.pages(POD.name, key.namespace, f"{_JOB_NAME_LABEL} in ({','.join(names)})"):
+        await asyncio.gather(self._refresh_pods(key, controller), self._find_pods(key, names))
+
+    async def _find_pods(self, key: ObjectKey, jobs: tuple[str, ...]) -> None:
+        """Read the pods of these Jobs by Kubernetes' own label."""
+        if not jobs:
+            return
+        async for page in self._client.pages(POD.name, key.namespace, f"{_JOB_NAME_LABEL} in ({','.join(jobs)})"):
             for pod in page.items:
                 self._show(POD.name, pod, key)
 

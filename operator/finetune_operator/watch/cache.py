@@ -45,19 +45,28 @@ class Cache:
     def put(self, kind: str, obj: Raw, force: bool = False) -> tuple[ObjectKey, ...]:
         """Upsert an object; return the keys for which it changed. `force` lets older versions in, too."""
         changed = self._put(kind, obj, self.registry.keys_of(kind, obj), force)
-        uid = raw.text(obj, "metadata", "uid")
         if changed and self.registry.is_selected(kind, obj):
-            self._doubts.remove(changed, uid)
+            self._doubts.remove(changed, raw.text(obj, "metadata", "uid"))
         elif changed:
-            self._doubts.add(changed, Doubt(kind, raw.text(obj, "metadata", "name"), uid, is_there=True))
+            self._follow(kind, obj)
         return changed
 
     def put_unlabeled(self, kind: str, obj: Raw, key: ObjectKey) -> None:
-        """Upsert an object of `key` that no watch shows, and doubt it until one does or it is gone."""
-        uid = raw.text(obj, "metadata", "uid")
+        """Upsert an object of `key` that no watch shows."""
         self._put(kind, obj, (key,))
-        doubt = Doubt(kind, raw.text(obj, "metadata", "name"), uid, is_there=True)
-        self._doubts.add(self._keys.get(uid, ()), doubt)
+        self._follow(kind, obj)
+
+    def _follow(self, kind: str, obj: Raw) -> None:
+        """Doubt an object that no watch shows for as long as it can write."""
+        uid, name = raw.text(obj, "metadata", "uid"), raw.text(obj, "metadata", "name")
+        if may_write(self._find(kind, uid)):
+            self._doubts.add(self._keys.get(uid, ()), Doubt(kind, name, uid, is_there=True))
+        else:
+            self._doubts.remove(self._keys.get(uid, ()), uid)
+
+    def _find(self, kind: str, uid: str) -> View | None:
+        known = (self._views[kind].get(key, {}).get(uid) for key in self._keys.get(uid, ()))
+        return next((view for view in known if view), None)
 
     def _put(self, kind: str, obj: Raw, keys: tuple[ObjectKey, ...], force: bool = False) -> tuple[ObjectKey, ...]:
         uid = raw.text(obj, "metadata", "uid")
@@ -102,10 +111,9 @@ class Cache:
 
     def _leave(self, kind: str, uid: str) -> None:
         """Remove what a watch or list shows no more. What could still write is doubted: it may only lack its label."""
-        keys = self._keys.get(uid, ())
-        view = next((found for key in keys if (found := self._views[kind].get(key, {}).get(uid))), None)
+        view = self._find(kind, uid)
         if isinstance(view, Child | Pod) and may_write(view):
-            self._doubts.add(keys, Doubt(kind, view.name, uid))
+            self._doubts.add(self._keys[uid], Doubt(kind, view.name, uid))
         else:
             self.tombstone(kind, uid)
 

@@ -57,7 +57,7 @@ def test_before_a_look_nothing_is_concluded_and_after_it_the_loss_is():
     observed = world.observed()
     assert observed is not None
     made = plan(observed, world.settings, world.now)
-    assert made.look_up
+    assert made.look_up == ("nli-1",)
     assert "attempts" not in (made.status or {})
     world.settle()
     assert world.reasons[0] == "PodLost"

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api import constants
+from finetune_operator.core.objects import raw
 
 Object = dict[str, Any]
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
@@ -22,7 +23,7 @@ def stamp(moment: datetime) -> str:
 
 def is_shown(kind: str, obj: Object) -> bool:
     """Whether the operator's watch of that kind selects the object."""
-    return kind == constants.KIND or constants.LABEL_JOB in obj["metadata"]["labels"]
+    return kind == constants.KIND or constants.LABEL_JOB in raw.labels(obj)
 
 
 def _reference(obj: Object) -> Object:

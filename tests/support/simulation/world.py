@@ -49,7 +49,7 @@ def merged(target: Any, patch: Any) -> Any:
 
 def is_empty(made: Plan) -> bool:
     """Whether the plan asks for nothing."""
-    return not (made.create or made.status or made.suspend or made.delete or made.look_up)
+    return not (made.create or made.status or made.suspend or made.delete or made.look_up is not None)
 
 
 class World(ImaginedCluster):
@@ -100,7 +100,7 @@ class World(ImaginedCluster):
         now = self.now + timedelta(seconds=self.skew)
         observed = self.observed()
         made = FINETUNE_JOB.plan(observed, self.settings, now) if observed else Plan()
-        if made.look_up:
+        if made.look_up is not None:
             self._look_up(made.look_up)
             observed = self.observed()
             refreshed = replace(observed, looked_up=True) if observed else None

@@ -36,6 +36,11 @@ def number(attempt: Attempt) -> int:
     return int(suffix) if suffix.isdecimal() and len(suffix) < 10 else 0
 
 
+def job_names(job: JobObject, attempts: Sequence[Attempt]) -> list[str]:
+    """Return the names of their Jobs, without those that only somebody who writes statuses by hand can have made."""
+    return [attempt.job_name for attempt in attempts if attempt.job_name == job_name(job, number(attempt))]
+
+
 def next_number(history: Sequence[Attempt], observed: Observed) -> int:
     """Return one more than the number of any attempt that is recorded or exists."""
     return 1 + max([0, *map(number, history), *(child.attempt for child in observed.children)])
