@@ -169,7 +169,7 @@ class Reconciler:
 
     async def _look_up(self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, plan: Plan) -> None:
         """Read Jobs and their pods from the API server: watches may be behind, and labels replaced."""
-        names, made = plan.look_up, [obj["metadata"]["name"] for obj in plan.create]
+        names, made = plan.look_up or (), [obj["metadata"]["name"] for obj in plan.create]
         shown = {view.name for view in self._cache.children(key, JOB.name)}
         for name in names:
             found = None if name in (*shown, *made) else await self._client.get(JOB.name, key.namespace, name)
