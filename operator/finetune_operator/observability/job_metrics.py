@@ -120,6 +120,7 @@ class JobMetrics(Collector):
         for namespace in [name for name, seen in self._namespaces.items() if now - seen > KEPT_WITHOUT_JOBS]:
             del self._namespaces[namespace]
             self._first_step.remove(namespace)
+            self._disruptions.remove(namespace)
             self._attempts.remove_by_labels({"namespace": namespace})
 
     def describe(self) -> Iterable[Metric]:
