@@ -16,6 +16,7 @@ import typer
 from finetune_cli.commands import (
     delete,
     download,
+    inspect,
     list_jobs,
     logs,
     plan,
@@ -61,6 +62,7 @@ def finetune(
 
     First steps:
         finetune validate job.yaml       # is the manifest right?
+        finetune inspect job.yaml        # what will be learned of the data?
         finetune plan job.yaml           # what will it do, and will it fit?
         finetune run job.yaml            # train here, without a cluster
         finetune submit job.yaml         # train in the cluster
@@ -83,6 +85,7 @@ def _register(function: Callable[..., None], panel: str, name: str | None = None
 
 
 _register(validate.validate, LOCAL)
+_register(inspect.inspect, LOCAL)
 _register(plan.plan, LOCAL)
 _register(run.run, LOCAL)
 _register(submit.submit, CLUSTER)

@@ -68,6 +68,8 @@ class Choice:
 
     def taken(self, row: Row, weight: float) -> int:
         """Return how often the row is taken. Held-out rows are evaluated once, whatever their weight."""
+        if row.problem:
+            return int(not self.held_out)
         if self.fraction and (self._number(row, "hold out") < self.fraction) != self.held_out:
             return 0
         if self.held_out:
@@ -146,6 +148,22 @@ def read_rows(
         _refuse_nothing(rows, train, dataset)
     held_out = _load(evaluation, dataset, [None]) if evaluation else rows[1:]
     return RowSplits(rows[0], held_out[0] if held_out else None)
+
+
+def unchecked_splits(
+    train: Sequence[DataFile], evaluation: Sequence[DataFile], dataset: DatasetSpec, seed: int = 0
+) -> RowSplits:
+    """Return the rows that read_rows would, bad ones among them, and none of them counted.
+
+    Raises:
+        DatasetInvalid: The format cannot be told from the first rows.
+    """
+    fraction = dataset.eval_fraction or 0
+    row_format = _format(train, dataset)
+    rows = Rows(train, row_format, 0, Choice(seed, fraction))
+    if evaluation:
+        return RowSplits(rows, Rows(evaluation, _format(evaluation, dataset), 0))
+    return RowSplits(rows, Rows(train, row_format, 0, Choice(seed, fraction, held_out=True)) if fraction else None)
 
 
 def _load(files: Sequence[DataFile], dataset: DatasetSpec, choices: Sequence[Choice | None]) -> list[Rows]:
