@@ -108,6 +108,7 @@ def inspect(
         spec.dataset,
         spec.training.seed,
     )
+    meter.restart()  # the format is told from a first look
     seen: set[int] = set()
     reports = []
     for role, part in (("train", rows.train), ("eval", rows.eval)):
@@ -122,14 +123,19 @@ class _Meter:
 
     def __init__(self, files: Sequence[DataFile], passes: int) -> None:
         self.total = passes * sum(file.path.stat().st_size for file in files)
-        self._finished = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was read so far."""
+        self._finished = self._size = 0
         self._open: BinaryIO | None = None
 
     def watch(self, file: DataFile) -> DataFile:
         """Return the same file, whose reading is counted."""
 
         def opened(path: Path) -> BinaryIO:
-            self._open, self._finished = file.open_file(path), self.done
+            self._finished += self._size
+            self._open, self._size = file.open_file(path), path.stat().st_size
             return self._open
 
         return replace(file, open_file=opened)
@@ -137,11 +143,8 @@ class _Meter:
     @property
     def done(self) -> int:
         """Bytes read so far."""
-        if self._open is None:
-            return self._finished
-        if not self._open.closed:
-            return self._finished + self._open.tell()
-        return self._finished
+        reading = self._open is not None and not self._open.closed
+        return self._finished + (self._open.tell() if self._open and reading else self._size)
 
 
 class _Counter:

@@ -145,7 +145,6 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
     from finetune_trainer.inspection import inspect as inspect_rows
     from finetune_trainer.settings import Environment, Ranks, Settings
 
-    _quiet()
     env = {constants.ENV_CACHE_DIR: str(cache_folder(os.environ))} | os.environ
     columns: tuple[Any, ...] = (
         TextColumn("Reading rows"),
@@ -154,6 +153,7 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
         TimeRemainingColumn(compact=True),
     )
     with (
+        _quiet(),
         tempfile.TemporaryDirectory(prefix="finetune-inspect-") as work,
         Progress(*columns, console=console.err(), transient=True) as progress,
     ):
@@ -166,11 +166,16 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
         return inspect_rows(settings, Path(work), shown, tell)
 
 
-def _quiet() -> None:
-    """Keep the log and the libraries' own remarks off the screen: the page says what they say."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the trainer's log off the screen: the page says what it says."""
     import logging
 
     import structlog
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
