@@ -1,15 +1,22 @@
 """The administrator's rules, each with specs it refuses, by its name, and specs it lets through."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from finetune_api.crd import crd
 from finetune_operator.core import policy
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]
 COMMIT = "a" * 40
+BASE: Object = {
+    "model": {"source": "hf://example/model"},
+    "dataset": {"train": "s3://team-data/train.jsonl"},
+    "output": {"uri": "s3://team-adapters/nli"},
+}
 TEAM_ONLY = {"allowed_images": ("registry.example.com/team/*",)}
 S3_ONLY = {"allowed_s3_buckets": ("team-*",)}
 REMOTE = {"model": {"source": "hf://example/model", "revision": COMMIT, "trustRemoteCode": True}}
@@ -28,12 +35,7 @@ def tolerates(**toleration: str) -> Object:
 
 def said(spec: Object, settings: Object, namespace: str = "research") -> str:
     """The refusal's sentence; empty when the job may run."""
-    base: Object = {
-        "model": {"source": "hf://example/model"},
-        "dataset": {"train": "s3://team-data/train.jsonl"},
-        "output": {"uri": "s3://team-adapters/nli"},
-    }
-    job = JobObject.from_api({"metadata": {"name": "nli", "namespace": namespace}, "spec": {**base, **spec}})
+    job = JobObject.from_api({"metadata": {"name": "nli", "namespace": namespace}, "spec": {**BASE, **spec}})
     read = policy.read_spec(job)
     assert not isinstance(read, policy.Rejection), read
     found = policy.check_policy(job, read, Settings.model_construct(**settings))
@@ -134,3 +136,25 @@ def test_a_long_list_of_what_is_allowed_does_not_push_the_rules_name_out() -> No
     message = said({"output": {"uri": "s3://others/nli"}}, buckets)
     assert len(message) < 1000
     assert message.endswith("… (administrator's rule policy.allowedS3Buckets)")
+
+
+def uri_fields(node: Object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field of the schema that takes a URI; "[]" stands for an item of a list."""
+    if any("s3://bucket/key" in rule["message"] for rule in node.get("x-kubernetes-validations", [])):
+        yield path
+    for name, child in node.get("properties", {}).items():
+        yield from uri_fields(child, (*path, name))
+    if "items" in node:
+        yield from uri_fields(node["items"], (*path, "[]"))
+
+
+SPEC_SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+
+
+@pytest.mark.parametrize("path", list(uri_fields(SPEC_SCHEMA)), ids=".".join)
+def test_no_field_that_takes_a_uri_is_overlooked(path: tuple[str, ...]) -> None:
+    value: Any = "s3://others/x"
+    for part in reversed(path[1:]):
+        value = [value] if part == "[]" else {part: value}
+    section = value if path[0] == "dataset" and "sources" in value else {**BASE.get(path[0], {}), **value}
+    assert said({path[0]: section}, S3_ONLY).endswith("(administrator's rule policy.allowedS3Buckets)")
