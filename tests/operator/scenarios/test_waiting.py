@@ -133,9 +133,10 @@ def test_the_quota_has_no_job_left(cluster: Cluster, operator: OperatorProcess, 
 def test_a_pod_the_api_server_rejects(cluster: Cluster, operator: OperatorProcess, jobs: Jobs):
     if not cluster.is_real:
         pytest.skip("needs the real validation")
-    jobs.create("nli", resources={"gpusPerNode": 0, "nodeSelector": {"not a label!": "x"}})
+    toleration = {"key": "spot", "operator": "Exists", "value": "yes"}
+    jobs.create("nli", resources={"gpusPerNode": 0, "tolerations": [toleration]})
     said = jobs.wait("nli", "Scheduled", "False", "Rejected")
-    assert "not a label!" in said["message"]
+    assert "value must be empty when `operator` is 'Exists'" in said["message"]
 
 
 def test_the_pending_deadline_ends_the_wait_and_keeps_its_reason_simulated(
