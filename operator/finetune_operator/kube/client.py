@@ -259,7 +259,7 @@ class KubeClient:
             "preconditions": {"uid": uid},
         }
         try:
-            await self.send("DELETE", self._path(kind, namespace, name), body)
+            await self.request("DELETE", self._path(kind, namespace, name), body, accept=METADATA_ONLY)
         except ApiError as error:
             if not await self._is_gone(error, uid, kind, namespace, name):
                 raise
