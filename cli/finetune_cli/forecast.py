@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.fields import quantity_bytes
 from finetune_cli import model_config
 from finetune_cli.errors import CliError
 from finetune_cli.output import formatting
@@ -14,6 +15,7 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning import planner
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.refusals import check_config
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob, FineTuneJobSpec
@@ -89,11 +91,21 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
     except CliError as error:
         why = f"Not predicted: {error.message}" + (f" ({error.hint})" if error.hint else "")
         return Forecast(None, gpu_memory, None, (f"{why}.", "Give the model's config.json with --model-config FILE."))
+    try:
+        check_config(config, job.spec)
+    except TrainerError as error:
+        return Forecast(None, gpu_memory, False, (f"The trainer refuses it: {error}.",))
+    if gpu_memory is None and job.spec.resources.gpu_memory:
+        gpu_memory = quantity_bytes(job.spec.resources.gpu_memory)
     shape = ModelShape.from_config(config)
     if shape is None:
         kind = config.get("model_type") or "this kind"
         return Forecast(None, gpu_memory, None, (f"Not predicted: models of type {kind} are not counted yet.",))
-    return _with_memory(job.spec, shape, gpu_memory) if gpu_memory else _without_memory(job.spec, shape)
+    found = _with_memory(job.spec, shape, gpu_memory) if gpu_memory else _without_memory(job.spec, shape)
+    if shape.counts is None:
+        kind = config.get("model_type") or "this type"
+        return replace(found, lines=(*found.lines, f"An estimate: weights of {kind} models are counted as Llama's."))
+    return found
 
 
 def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> Forecast:

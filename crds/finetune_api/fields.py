@@ -87,6 +87,15 @@ Quantity = Annotated[
 ]
 
 
+def quantity_bytes(value: int | str) -> int:
+    """Return the number that a quantity stands for, in whole bytes."""
+    number = re.match("[0-9.]+", str(value))
+    unit = str(value)[number.end() :] if number else ""
+    factor = 1024 if unit.endswith("i") else 1000
+    power = "kMGTP".find(unit[:1].replace("K", "k")) + 1 if unit not in ("", "m") else 0
+    return int(float(number[0]) * factor**power / (1000 if unit == "m" else 1)) if number else 0
+
+
 def _number_or(*words: str, least: int, most: int) -> list[Any]:
     """Return what makes a type of a number from `least` to `most`, or one of `words`."""
     message = f"must be {', '.join(words)} or a number from {least} to {most}"

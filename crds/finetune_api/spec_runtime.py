@@ -77,6 +77,8 @@ class Resources(ApiModel):
     """GPUs per pod. 0 trains on the CPU, for trials."""
     gpu_resource: ExtendedResource = "nvidia.com/gpu"
     """Extended resource that stands for one GPU."""
+    gpu_memory: Quantity | None = None
+    """Memory of one GPU to plan with, where the plan is wrong about what fits; the GPU's own if not given."""
     cpu: Quantity | None = None
     """CPU request."""
     memory: Quantity | None = None

@@ -25,7 +25,7 @@ BATCH = Collate(False, 0)([(row, row) for row in ROWS])
 def _settings(kind: str, **lora: Any) -> Any:
     with torch.device("meta"):
         skeleton = tiny_model(kind)
-    return adapter_settings(skeleton, Lora.model_validate(lora), "org/base", None)
+    return adapter_settings(skeleton, Lora.model_validate(lora), "org/base", None)[0]
 
 
 def _attach(kind: str, **lora: Any) -> tuple[Any, Any]:

@@ -365,3 +365,40 @@ def test_importing_it_imports_no_torch() -> None:
         " sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_mixture_of_experts_is_sized_with_experts_in_16_bits() -> None:
+    """bitsandbytes quantizes linear layers alone: in 4 bits, Mixtral 8x7B takes 85 GiB and more, not 24."""
+    config = CONFIG | {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
+    shape = ModelShape.from_config(config)
+    assert shape is not None
+    assert predict(shape, _spec(), Layout(1, 512), longest=512, attention="sdpa").weights > 84 * GIB
+
+
+def test_a_type_that_is_not_in_the_table_is_an_estimate() -> None:
+    shape = ModelShape.from_config(CONFIG | {"model_type": "brand_new"})
+    assert shape is not None
+    assert shape.counts is None
+
+
+def test_a_wont_fit_says_how_to_override_it() -> None:
+    with pytest.raises(WontFit, match=r"if this estimate is wrong, resources.gpuMemory overrides what the GPU has"):
+        make_plan(_spec(), _gpu(4), 1, "sdpa", MISTRAL_7B)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "size"),
+    [
+        (4, 4),
+        ("80Gi", 80 << 30),
+        ("80G", 80 * 10**9),
+        ("1.5Ki", 1536),
+        ("500k", 500_000),
+        ("2Ti", 2 << 40),
+        ("2000m", 2),
+    ],
+)
+def test_quantities_are_bytes(quantity: int | str, size: int) -> None:
+    from finetune_api.fields import quantity_bytes
+
+    assert quantity_bytes(quantity) == size

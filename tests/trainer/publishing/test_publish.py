@@ -189,3 +189,14 @@ def test_a_folder_without_an_adapter_is_not_published(store: Store, adapter: Pat
     with pytest.raises(ValueError, match=missing):
         put(store, adapter)
     assert store.list() == []
+
+
+def test_an_adapter_without_our_manifest_is_not_replaced_unasked(store: Store, adapter: Path) -> None:
+    """Another tool's; the files of an upload of ours that was cut short are no such thing."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        store.write_bytes(name, b"another tool's")
+    with pytest.raises(AlreadyExists, match=r"already holds an adapter, with no manifest of ours: .* output.overwrite"):
+        find(store)
+    assert find(store, overwrite=True) is None
+    store.write_bytes("training/job.yaml", b"of an attempt before")
+    assert find(store) is None

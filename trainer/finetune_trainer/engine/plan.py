@@ -1,10 +1,12 @@
 """Choose a run's execution plan, and put it into effect on the model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
+from finetune_api.fields import quantity_bytes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data import batching
@@ -17,6 +19,7 @@ from finetune_trainer.engine.proof import Findings, prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning import planner
+from finetune_trainer.planning.memory import GIB
 from finetune_trainer.runtime.device import RuntimeDevice
 from finetune_trainer.runtime.distributed import all_gather
 from finetune_trainer.settings import Ranks
@@ -49,6 +52,10 @@ def plan_execution(
         WontFit: When no plan fits; the message has the changes that would make it fit.
     """
     attention = findings.attention if findings else capabilities.choose_attention(spec, base, device)
+    if spec.resources.gpu_memory and device.kind == "cuda":
+        memory = quantity_bytes(spec.resources.gpu_memory)
+        log.info(f"Planning with {memory / GIB:.1f} GiB of GPU memory (resources.gpuMemory)", has=device.memory_bytes)
+        device = replace(device, memory_bytes=memory)
     if findings and findings.packing_problem:
         spec = spec.model_copy(update={"training": spec.training.model_copy(update={"packing": "disabled"})})
     packed = planner.uses_packing(spec, device, attention)

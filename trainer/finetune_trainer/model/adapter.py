@@ -99,6 +99,15 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         raise ConfigInvalid(f"the adapter in {folder} does not fit: its layers differ, for example at {wrong}")
 
 
+def unreached(model: Any) -> list[str]:
+    """Return the adapters that no gradient has reached: their second matrix is zero, as it began."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and "lora_B" in name and not weight.any()
+    ]
+
+
 def save_adapter(model: Any, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 

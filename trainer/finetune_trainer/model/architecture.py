@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid, whole_text
+from finetune_trainer.planning.parameters import Counts
 
 
 def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
@@ -121,6 +122,14 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
             found[name] = (int(inputs), int(outputs))
     return found
+
+
+def count_weights(model: Any) -> Counts:
+    """Return the weights of `model`, by what becomes of them in 4 bits."""
+    head = model.get_output_embeddings()
+    linear = sum(each.weight.numel() for _, each in linear_modules(model) if each is not head)
+    experts = sum(each.numel() for each in model.parameters() if each.dim() == 3)
+    return Counts(linear, experts, sum(each.numel() for each in model.parameters()) - linear - experts)
 
 
 def _answers_with_a_tensor(module: Any) -> bool:

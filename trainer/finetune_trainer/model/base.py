@@ -1,16 +1,15 @@
 """The base model: what is known before its weights."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
-from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles, base_model_id
-from finetune_trainer.model.architecture import layout, linear_layers, read_config
+from finetune_trainer.model.architecture import count_weights, layout, linear_layers, read_config
 from finetune_trainer.model.targets import adapter_settings
 from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.refusals import check_config
 
 
 @dataclass(frozen=True)
@@ -66,50 +65,23 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     """
     source = spec.model.source
     config, skeleton = read_config(files.folder, spec)
-    stored = stored_quantization(config, spec)
+    read = config.to_dict()
+    check_config(read, spec)
     text = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and spec.training.max_length > positions:
-        raise ConfigInvalid(
-            f"spec.training.maxLength: {spec.training.max_length} is more than the {positions} positions of {source}"
-        )
     tokenizer = load_tokenizer(files.folder, source, spec.model.trust_remote_code)
     check_vocabulary(tokenizer, text.vocab_size)
-    layers = tuple(linear_layers(skeleton))
+    layers, counts = tuple(linear_layers(skeleton)), count_weights(skeleton)
     name = base_model_id(source)
+    adapter, trained = adapter_settings(skeleton, spec.lora, name, files.revision)
     return BaseModel(
         name=name,
         commit=files.revision,
         config=config,
         tokenizer=tokenizer,
-        shape=ModelShape.from_config(config.to_dict()),
+        shape=ModelShape.from_config(read, counts, trained),
         linear_layers=layers,
         open_attention=bool(skeleton._supports_attention_backend),
         attention=skeleton.config._attn_implementation or "eager",
-        quantized=bool(stored),
-        adapter=adapter_settings(skeleton, spec.lora, name, files.revision),
+        quantized=bool(read.get("quantization_config")),
+        adapter=adapter,
     )
-
-
-def stored_quantization(config: Any, spec: FineTuneJobSpec) -> Mapping[str, Any]:
-    """Return how the weights are stored if they are quantized already, {} if they are not.
-
-    Raises:
-        ConfigInvalid: For all but bitsandbytes' 4 bits, and where the spec asks for other bits.
-    """
-    stored = getattr(config, "quantization_config", None) or {}
-    found: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
-    if not found:
-        return {}
-    source, method = spec.model.source, found.get("quant_method") or "an unknown method"
-    if method != "bitsandbytes" or not found.get("load_in_4bit", found.get("_load_in_4bit")):
-        kind = f"{method} in 8 bits" if method == "bitsandbytes" else method
-        raise ConfigInvalid(
-            f"spec.model.source: {source} is quantized already, with {kind}; take the original weights, or those of"
-            " bitsandbytes in 4 bits"
-        )
-    if spec.quantization.bits != 4:
-        raise ConfigInvalid(
-            f"spec.quantization.bits: {spec.quantization.bits}, but the weights of {source} are stored in 4 bits; set 4"
-        )
-    return found

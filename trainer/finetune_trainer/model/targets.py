@@ -48,8 +48,8 @@ def _of_experts(names: list[str]) -> str:
     return f", and in its experts {', '.join(names)}" if names else ""
 
 
-def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | None) -> Any:
-    """Return PEFT's settings for the model of `skeleton`, after a rehearsal on it.
+def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | None) -> tuple[Any, int]:
+    """Return PEFT's settings for the model of `skeleton`, and how many weights train, after a rehearsal on it.
 
     Args:
         skeleton: The model on the meta device; it is of no use afterwards.
@@ -87,10 +87,10 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
             # A saved dropout would keep PEFT from loading the adapter; it is put on the other layers by hand.
             settings.lora_dropout = 0.0
             log.warning(f"spec.lora.dropout: {lora.dropout} is for linear layers alone: experts take none")
-        _rehearse(skeleton, settings)
+        trained = _rehearse(skeleton, settings)
     except ValueError as error:
         raise ConfigInvalid(f"spec.lora: PEFT refuses it: {whole_text(error)}") from None
-    return settings
+    return settings, trained
 
 
 def _targets(skeleton: Any, lora: Lora, layers: dict[str, tuple[int, int]]) -> str | list[str]:
@@ -168,12 +168,13 @@ def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> str | None:
     return "|".join(dict.fromkeys(parts)) or None
 
 
-def _rehearse(skeleton: Any, settings: Any) -> None:
+def _rehearse(skeleton: Any, settings: Any) -> int:
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_peft_model(skeleton, copy.deepcopy(settings))
+        adapted = get_peft_model(skeleton, copy.deepcopy(settings))
+    return sum(each.numel() for each in adapted.parameters() if each.requires_grad)
 
 
 def drop_inputs(adapted: Any, dropout: float) -> None:

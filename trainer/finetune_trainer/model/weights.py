@@ -12,8 +12,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
-from finetune_trainer.model.base import BaseModel, stored_quantization
+from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
+from finetune_trainer.planning.refusals import stored_quantization
 from finetune_trainer.runtime.patches import quantizing_on
 from finetune_trainer.runtime.precision import torch_dtype
 
@@ -90,7 +91,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
 
 def _as_stored(config: Any, spec: FineTuneJobSpec, to_be_sharded: bool) -> Any:
     """Return `config` for weights that are stored in 4 bits: they stay as they are, the spec says how to compute."""
-    stored = dict(stored_quantization(config, spec))
+    stored = dict(stored_quantization(config.to_dict(), spec))
     if to_be_sharded and stored.get("bnb_4bit_quant_storage", "uint8") == "uint8":
         raise ConfigInvalid(
             f"spec.model.source: the 4-bit weights of {spec.model.source} are stored as uint8, which cannot be sharded"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.planning.parameters import Counts, count
 
 GIB = 1 << 30
 #: Bytes of a weight in 4 bits: half a byte, and one scale per 64 weights (QLoRA, section 3: 8-bit scales with one
@@ -33,7 +34,12 @@ _OPTIMIZER_BYTES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer in numbers (all counts, no units)."""
+    """A decoder-only transformer in numbers (all counts, no units).
+
+    Attributes:
+        counts: The weights of the whole model, if they are known; else they are those of a model like Llama.
+        trained: The weights of the adapter, if they are known.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,24 +49,40 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     tied_embeddings: bool = False
+    counts: Counts | None = None
+    trained: int | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape | None":
-        """Read config.json; None for an architecture that these numbers do not describe (such as MoE)."""
+    def from_config(
+        cls, config: Mapping[str, Any], counts: Counts | None = None, trained: int | None = None
+    ) -> "ModelShape | None":
+        """Read config.json; None for an architecture that these numbers do not describe.
+
+        Args:
+            config: The configuration.
+            counts: The model's weights, where it was built to count them; else a table is asked.
+            trained: The adapter's weights, likewise.
+        """
         text = config.get("text_config") or config
+        counts = counts or count(config)
+        width = "intermediate_size"
         if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-            return None
+            if counts is None:
+                return None
+            width = "moe_intermediate_size" if text.get("moe_intermediate_size") else width
         try:
             hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
             return cls(
                 vocab_size=int(text["vocab_size"]),
                 hidden_size=hidden,
-                intermediate_size=int(text["intermediate_size"]),
+                intermediate_size=int(text[width]) * _active_experts(text),
                 layers=int(text["num_hidden_layers"]),
                 heads=heads,
                 kv_heads=int(text.get("num_key_value_heads") or heads),
                 head_dim=int(text.get("head_dim") or hidden // heads),
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                counts=counts,
+                trained=trained,
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -82,13 +104,23 @@ class ModelShape:
     @property
     def linear_weights(self) -> int:
         """Weights of all linear layers, the head not counted."""
+        if self.counts:
+            return self.counts.linear
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_shapes.values())
 
     @property
     def other_weights(self) -> int:
-        """Weights of embeddings, head and norms."""
+        """Weights of embeddings, head and norms, and of experts, which are never quantized."""
+        if self.counts:
+            return self.counts.other + self.counts.experts
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + (2 * self.layers + 1) * self.hidden_size
+
+
+def _active_experts(text: Mapping[str, Any]) -> int:
+    """Return how many experts compute each token; 1 where there are none."""
+    chosen = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1
+    return int(chosen) + int(text.get("n_shared_experts") or 0)
 
 
 @dataclass(frozen=True)
@@ -149,6 +181,8 @@ def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest
 
 def adapter_weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
     """Return the number of trained weights of the adapter."""
+    if shape.trained is not None:
+        return shape.trained
     lora = spec.lora
     each = (
         lora.rank * (inputs + outputs) + (outputs if lora.dora else 0)

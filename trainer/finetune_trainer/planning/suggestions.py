@@ -23,6 +23,7 @@ def explain_wont_fit(search: LayoutSearch, shape: ModelShape) -> str:
     return (
         f"needs {need / GIB:.1f} GiB of GPU memory at micro-batch {layout.micro_batch}, the GPU has"
         f" {search.device.memory_bytes / GIB:.1f}: {', or '.join([*fixes, 'use a larger GPU'])}"
+        " (if this estimate is wrong, resources.gpuMemory overrides what the GPU has)"
     )
 
 

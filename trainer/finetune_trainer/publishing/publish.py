@@ -60,15 +60,20 @@ class AdapterOutput:
             This job's own adapter, every byte compared, when an earlier attempt has already published it.
 
         Raises:
-            AlreadyExists: Another job's adapter is there, and `overwrite` is false.
+            AlreadyExists: Another adapter is there, a job's or any, and `overwrite` is false.
             StoreError: The bucket is missing, the keys are wrong, or they may only read (a small object is written
                 and deleted).
         """
         store = self.store
-        store.list(constants.TRAINING_DIR)
+        of_a_job = bool(store.list(constants.TRAINING_DIR))  # uploaded before the weights are
         found = self._existing()
         if found is not None and (published := self._published_by_this_job(*found)):
             return published
+        if found is None and not of_a_job and not self.overwrite and store.exists(constants.ADAPTER_WEIGHTS_FILE):
+            raise AlreadyExists(
+                f"{store.field}: {store.root} already holds an adapter, with no manifest of ours: change the URI, or"
+                " set output.overwrite: true to replace it"
+            )
         store.write_bytes(_PROBE, b"checks that this job may write here\n")
         store.delete(_PROBE)
         return None

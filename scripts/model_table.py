@@ -1,0 +1,96 @@
+"""Write docs/models.md: what the trainer does with each causal language model type of transformers, measured tiny."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+HEAD = """# Models
+
+Every type of causal language model that transformers {version} has, and some multimodal ones, as tiny random models:
+measured by `python scripts/model_table.py`, proven by `tests/models` (one of each kind with `make test`, all of them
+with `make test-nightly`).
+
+- **Trains**: a step runs, and the loss is that of transformers' own logits. The trainer proves it anew of every model
+  that it loads: `own` says that it takes the model's own logits, for its head is not where others have it.
+- **Packed**: rows laid end to end give what they give alone. Elsewhere `training.packing: auto` pads, and `enabled` is
+  refused.
+- **Compiled**: the decoder layers have names, so that they can be compiled and checkpointed; where compiling fails the
+  run goes on without, and says so.
+- **4-bit**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes. Experts that
+  are one parameter stay in 16 bits.
+- **Planned**: `exact` where `finetune plan` counts the weights without torch; the trainer always counts them itself.
+
+| Family | Trains | Packed | Compiled | 4-bit | Planned |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def row(kind: str) -> str:
+    """Return the table's row for one type."""
+    from support.trainer import family_report
+
+    if reason := family_report.not_built(kind):
+        return f"| `{kind}` | not measured: {reason} | | | | |"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cells = _measured(kind)
+    return f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def _measured(kind: str) -> list[str]:
+    from finetune_trainer.engine.modules import decoder_layers
+    from finetune_trainer.engine.proof import prove
+    from finetune_trainer.errors import ConfigInvalid
+    from finetune_trainer.model.architecture import count_weights
+    from finetune_trainer.planning.parameters import count
+    from support.trainer import family_report
+    from support.trainer.families import tiny_model
+
+    model = tiny_model(kind)
+    try:
+        findings = prove(model, family_report.SPEC, family_report.plan(model), family_report.ROWS, 0)
+    except ConfigInvalid as error:
+        return [f"refused: {_short(error)}", "", "", "", ""]
+    try:
+        named = bool(decoder_layers(model))
+    except ConfigInvalid:
+        named = False
+    weights = count_weights(model)
+    tables = {id(each): each.numel() for each in _tables(model)}
+    body = weights.total - sum(tables.values())
+    return [
+        "own" if findings.own_loss else "yes",
+        "padded" if findings.packing_problem else "yes",
+        "yes" if named else "no",
+        f"{weights.linear / max(1, body):.0%}",
+        "exact" if count(model.config.to_dict()) == weights else "estimate",
+    ]
+
+
+def _tables(model: Any) -> list[Any]:
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [each.weight for each in found if each is not None]
+
+
+def _short(error: Exception) -> str:
+    return str(error).removeprefix("spec.model.source: ").replace("hf://org/base", "it").replace("|", "/")[:110]
+
+
+def main() -> None:
+    """Write the page."""
+    import transformers
+
+    from support.trainer.families import causal_types
+
+    transformers.logging.set_verbosity_error()
+    rows = [row(kind) for kind in causal_types()]
+    page = HEAD.format(version=".".join(transformers.__version__.split(".")[:2])) + "\n".join(rows) + "\n"
+    (ROOT / "docs/models.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

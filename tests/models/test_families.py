@@ -1,0 +1,55 @@
+"""Every causal language model type of the pinned transformers, tiny, trains a step; docs/models.md says what holds.
+
+One of each kind runs with every test; all of them at night.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from finetune_trainer.engine.proof import prove
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model.adapter import save_adapter, unreached
+from support.trainer import family_report
+from support.trainer.families import KINDS, causal_types, tiny_model
+
+DAILY = frozenset(KINDS.values())
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in DAILY else pytest.mark.nightly) for kind in causal_types()]
+)
+def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: Path) -> None:
+    if reason := family_report.not_built(kind):
+        pytest.skip(reason)
+    model = tiny_model(kind)
+    plain = copy.deepcopy(model).eval()
+    try:
+        findings = prove(model, family_report.SPEC, family_report.plan(model), family_report.ROWS, 0)
+    except ConfigInvalid as error:
+        assert kind in family_report.REFUSED, str(error)
+        return
+    core = model.eval()
+    batches = family_report.batches()
+    expected = family_report.own_loss(plain, findings.attention)
+    torch.testing.assert_close(core(**batches["padded"]), expected, rtol=1e-4, atol=1e-3)
+    if findings.packing_problem is None:
+        torch.testing.assert_close(core(**batches["packed"]), expected, rtol=1e-4, atol=1e-3)
+    adapted = family_report.one_step(model, kind)
+    without = unreached(adapted)
+    assert len(without) < sum("lora_B" in name for name, _ in adapted.named_parameters())
+    assert not without or kind not in DAILY, "the trainer says so when it publishes"
+    save_adapter(adapted, tmp_path)
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path))
+    first, second = (family_report.logits(each, findings.attention) for each in (loaded, adapted.get_base_model()))
+    if kind not in family_report.STATEFUL:
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_the_table_in_the_docs_names_every_type() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    missing = [kind for kind in causal_types() if f"| `{kind}` |" not in page]
+    assert not missing, "run python scripts/model_table.py"

@@ -1,0 +1,105 @@
+"""What one tiny model of a family can do: used by the tests of all families and by the table in docs/models.md."""
+
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec_training import Lora
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.data.batching import Collate
+from finetune_trainer.engine.lora import share_lora_inputs
+from finetune_trainer.engine.model_loss import patch_fused_loss
+from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.targets import adapter_settings
+from support.trainer.families import tiny_model
+
+SPEC: Final = FineTuneJobSpec.model_validate(
+    {
+        "model": {"source": "hf://org/base"},
+        "dataset": {"train": "file:///x.jsonl"},
+        "output": {"uri": "file:///out"},
+        "training": {"precision": "fp32"},
+    }
+)
+#: Two rows of different lengths.
+_ROWS: Final = [[5, 9, 77, 31, 8, 100, 64, 12, 90, 33, 7, 21, 55, 10, 3, 88, 40], [17, 66, 29, 71, 4, 19, 52, 101, 60]]
+ROWS: Final = [[token for row in _ROWS for token in row] * 2]
+#: Types that cannot be built small, or are no language models.
+_NOT_BUILT: Final = {
+    "bailing_hybrid": "its configuration has no small form",
+    "blt": "its byte encoders are large whatever its size",
+    "dbrx": "its configuration has no small form",
+    "deepseek_v4": "its blocks need longer rows than these",
+    "dots3_note": "its configuration has no small form",
+    "gemma3n": "needs the timm package",
+    "gemma4_assistant": "a drafting head, no model by itself",
+    "gemma4_unified_assistant": "a drafting head, no model by itself",
+    "musicgen": "makes music, not text",
+    "musicgen_melody": "makes music, not text",
+    "qwen4_exp": "its configuration has no small form",
+    "qwen4_exp_text": "its configuration has no small form",
+}
+#: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
+REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
+#: Types that change while they train, beside the adapter: loaded back they compute something else, so none is published.
+STATEFUL: Final = frozenset({"inkling2_text", "laguna"})
+
+
+def not_built(kind: str) -> str | None:
+    """Return why there is no tiny model of the type, None if there is one."""
+    return _NOT_BUILT.get(kind)
+
+
+def plan(model: Any) -> ExecutionPlan:
+    """Return a plan that leaves all to be proven."""
+    return ExecutionPlan(attention=model.config._attn_implementation or "eager", packing=True)
+
+
+def batches() -> dict[str, dict[str, Any]]:
+    """Return the rows, padded and packed."""
+    rows = [(row, row) for row in _ROWS]
+    return {name: Collate(name == "packed", 0, len(rows), 20)(rows) for name in ("padded", "packed")}
+
+
+def own_loss(plain: Any, attention: str) -> torch.Tensor:
+    """Return what transformers' own logits of each row alone come to, summed."""
+    plain.set_attn_implementation(attention)
+    total = torch.zeros(())
+    for row in _ROWS:
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1].float()
+        total = total + cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
+    return total
+
+
+def one_step(model: Any, kind: str) -> Any:
+    """Return `model` with an adapter on all its linear layers, after two optimizer steps."""
+    lora = Lora.model_validate({"targetModules": ["all-linear"], "rank": 4, "dropout": 0.0})
+    with torch.device("meta"):
+        settings, _ = adapter_settings(tiny_model(kind), lora, "org/base", None)
+    base = BaseModel("org/base", None, model.config, None, None, (), True, adapter=settings)
+    adapted = attach_adapter(model, base, lora)
+    patch_fused_loss(adapted.get_base_model())
+    share_lora_inputs(adapted)
+    optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-3)
+    adapted.train()
+    for _ in range(2):
+        adapted(**batches()["padded"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted
+
+
+def logits(model: Any, attention: str) -> torch.Tensor:
+    """Return the logits of the padded rows."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core.set_attn_implementation(attention)
+    batch = batches()["padded"]
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    return found[batch["attention_mask"].bool()]

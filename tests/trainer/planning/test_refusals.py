@@ -1,0 +1,35 @@
+"""What config.json alone rules out, a plan says ahead in the trainer's own words."""
+
+from typing import Any
+
+import pytest
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.planning.refusals import check_config
+
+
+def _spec(**sections: Any) -> FineTuneJobSpec:
+    needed = {"model": {"source": "hf://org/x"}, "dataset": {"train": "s3://data/x"}, "output": {"uri": "s3://data/o"}}
+    return FineTuneJobSpec.model_validate(needed | sections)
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "sections", "sentence"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "is quantized already, with awq; take the original"),
+        ({"quantization_config": BNB}, {"quantization": {"bits": 16}}, "spec.quantization.bits: 16, but the weights"),
+        ({"max_position_embeddings": 256}, {}, "spec.training.maxLength: 512 is more than the 256 positions of hf://"),
+        ({"text_config": {"max_position_embeddings": 256}}, {}, "more than the 256 positions"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(config: dict[str, Any], sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigInvalid, match=sentence):
+        check_config(config, _spec(**sections))
+
+
+def test_a_model_that_can_be_is_not() -> None:
+    check_config({"quantization_config": BNB, "max_position_embeddings": 512}, _spec())
