@@ -44,7 +44,7 @@ _NOT_BUILT: Final = {
 }
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
-#: Types that change while they train, beside the adapter: loaded back they compute something else, so none is published.
+#: Types that change while they train, beside the adapter: loaded back they compute something else.
 STATEFUL: Final = frozenset({"inkling2_text", "laguna"})
 
 
