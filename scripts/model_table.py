@@ -77,7 +77,13 @@ def _tables(model: Any) -> list[Any]:
 
 
 def _short(error: Exception) -> str:
-    return str(error).removeprefix("spec.model.source: ").replace("hf://org/base", "it").replace("|", "/")[:110]
+    return (
+        str(error)
+        .removeprefix("spec.model.source: ")
+        .replace(" in hf://org/base", "")
+        .replace("hf://org/base ", "")
+        .partition(":")[0]
+    )
 
 
 def main() -> None:
