@@ -256,7 +256,7 @@ REFUSED = [
     _refused("empty pattern", {"spec.lora.targetPattern": ""}, "spec.lora.targetPattern", "should have at least 1 character", "should be at least 1 chars long"),
     _refused("no layers", {"spec.lora.layersToTransform": []}, "spec.lora.layersToTransform", "should have at least 1 item"),
     _refused("a layer below 0", {"spec.lora.layersToTransform": [-1]}, "spec.lora.layersToTransform", "should be greater than or equal to 0"),
-    _refused("memory in words", {"spec.resources.gpuMemory": "lots"}, "spec.resources.gpuMemory", _QUANTITY),
+    _refused("GPU memory in words", {"spec.resources.gpuMemory": "lots"}, "spec.resources.gpuMemory", _QUANTITY),
     _refused("a pattern and layers", {"spec.lora.targetPattern": "q_proj", "spec.lora.layersToTransform": [1]}, "spec.lora.layersToTransform", "goes with targetModules only: the pattern itself can name layers"),
     _refused("no whole modules", {"spec.lora.modulesToSave": []}, "spec.lora.modulesToSave", "should have at least 1 item"),
     _refused("unknown bias", {"spec.lora.bias": "some"}, "spec.lora.bias", 'supported values: "none", "all", "lora_only"'),

@@ -264,8 +264,8 @@ def test_a_hub_in_trouble_is_said(unknown, model, hub):
 
 
 def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model):
-    (model / "config.json").write_text(json.dumps(MISTRAL | {"model_type": "mixtral", "num_local_experts": 8}))
-    assert unknown(f"file://{model}") == "Not predicted: models of type mixtral are not counted yet."
+    (model / "config.json").write_text(json.dumps(MISTRAL | {"model_type": "deepseek_v2", "num_local_experts": 8}))
+    assert unknown(f"file://{model}") == "Not predicted: models of type deepseek_v2 are not counted yet."
 
 
 def test_several_gpus_share_the_batch(plan, model):
