@@ -65,6 +65,37 @@ def test_a_split_that_is_not_there_names_the_field_and_the_splits(
         _shards(hub, tmp_path, f"{URI}/no-such.jsonl", "train", monkeypatch)
 
 
+_README = """---
+configs:
+- config_name: 20220301.en
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: test, path: [extra/*.jsonl]}
+- {config_name: whole, data_files: "extra/*"}
+- {config_name: gone, data_files: "nowhere/*"}
+---
+# Rows
+"""
+
+
+def test_a_subset_of_the_hub_is_what_its_readme_declares(
+    hub: Hub, data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data_set / "README.md").write_text(_README)
+    hub.add("datasets/org/rows", data_set)
+    assert _shards(hub, tmp_path, f"{URI}/20220301.en", "train", monkeypatch) == [
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+    ]
+    assert _shards(hub, tmp_path, f"{URI}/20220301.en", "eval", monkeypatch) == ["extra/part.jsonl"]
+    assert _shards(hub, tmp_path, f"{URI}/whole", "train", monkeypatch) == ["extra/part.jsonl"]
+    assert _shards(hub, tmp_path, f"{URI}/test", "train", monkeypatch) == ["data/test-00000-of-00001.jsonl"]
+    with pytest.raises(DatasetInvalid, match="its subset whole has no validation or test split; it has train"):
+        _shards(hub, tmp_path, f"{URI}/whole", "eval", monkeypatch)
+    with pytest.raises(DatasetInvalid, match="names files of gone that are not there: nowhere/"):
+        _shards(hub, tmp_path, f"{URI}/gone", "train", monkeypatch)
+
+
 def test_a_folder_is_read_whole_compressed_files_too(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()

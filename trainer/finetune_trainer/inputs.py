@@ -11,7 +11,7 @@ import structlog
 from finetune_api import artifact_manifest, constants
 from finetune_api.spec_data import Source
 from finetune_api.uri import Uri, parse
-from finetune_trainer.data import hub_splits
+from finetune_trainer.data import hub_splits, hub_subsets
 from finetune_trainer.data.readers import is_data_file, is_unread_data
 from finetune_trainer.data.row_files import DataFile
 from finetune_trainer.data.tokenizer_files import drop_file_names
@@ -40,6 +40,7 @@ _NEVER: Final = (
     "consolidated*.safetensors",
 )
 #: The splits of a hub data set that suit a field, best first.
+_README_LIMIT: Final = 1 << 20
 _SPLITS: Final = {"spec.dataset.eval": ("validation", "test")}
 
 
@@ -156,20 +157,21 @@ def _data_files(settings: Settings, source: str, field: str) -> list[DataFile]:
     if not paths:
         raise DatasetInvalid(f"{field}: {uri} has no .jsonl, .json, .csv or .parquet file")
     if uri.scheme == "hf":
-        paths = _of_split(paths, split, uri, field)
+        subset = _of_subset(tree, found, every, split, f"{field}: {uri}", _SPLITS.get(field, ("train",)))
+        paths = subset or _of_split(paths, split, uri, field)
     return [DataFile(found / path, path, field, tree.open) for path in paths]
 
 
 def _fetch_data(settings: Settings, uri: Uri, field: str) -> tuple[Uri, Path, str]:
     """Return the URI fetched, its local path, and the split to take ('' if the URI names none).
 
-    If the last segment of a hub URI is no path of the repository, it may be a split of the folder above it.
+    If the last segment of a hub URI is no path of the repository, it may be a subset or a split of the folder above it.
     """
     try:
         return uri, _fetch(settings, uri, "dataset", field), ""
     except StoreNotFound:
         above, _, name = uri.path.rstrip("/").rpartition("/")
-        if not uri.is_dataset or not name.isidentifier():
+        if not uri.is_dataset or not name or is_data_file(name):
             raise
         parent = replace(uri, path=above)
         return parent, _fetch(settings, parent, "dataset", field), name
@@ -213,6 +215,21 @@ def _fetch(
         ignore=ignore,
         field=field,
     )
+
+
+def _of_subset(
+    tree: Tree, folder: Path, paths: list[str], name: str, source: str, wanted: tuple[str, ...]
+) -> list[str] | None:
+    """Return the data files of the subset `name`; None if the data set's README.md declares no such subset."""
+    if not name or "README.md" not in paths:
+        return None
+    with tree.open(folder / "README.md") as file:
+        readme = file.read(_README_LIMIT).decode("utf-8", "replace")
+    try:
+        data = [path for path in paths if is_data_file(path)]
+        return hub_subsets.files_of(readme, name, data, wanted, source)
+    except ValueError as error:
+        raise DatasetInvalid(str(error)) from None
 
 
 def _of_split(paths: list[str], split: str, uri: Uri, field: str) -> list[str]:
