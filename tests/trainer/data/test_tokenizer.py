@@ -114,3 +114,19 @@ def _without_alphabet(path: Path) -> None:
     content = json.loads(path.read_text())
     content["model"] |= {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "Hello": 3}, "merges": [], "unk_token": None}
     path.write_text(json.dumps(content))
+
+
+def test_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
+    """Many models bring a tokenizer.model and no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["anna has tea", "bruno has bread", "clara watches dino"] * 20
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
+        model_type="bpe", hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path, "file://model")
+    ids = tokenizer("anna has tea")["input_ids"]
+    assert (ids.count(tokenizer.bos_token_id), tokenizer.decode(ids, skip_special_tokens=True)) == (1, "anna has tea")
