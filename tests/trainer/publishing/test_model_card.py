@@ -44,9 +44,9 @@ def test_a_label_is_text(label: str, tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
 
 
-def test_a_module_with_a_strange_name_is_text(tmp_path: Path) -> None:
-    card = _card(tmp_path, {}, **{"lora.targetModules": ["q_proj", "<b>x</b>\n# y"]})
-    assert "target modules: q_proj, &#60;b&#62;x&#60;&#47;b&#62; &#35; y" in card
+def test_a_pattern_of_modules_is_text(tmp_path: Path) -> None:
+    card = _card(tmp_path, {}, **{"lora.targetPattern": "<b>x</b>\n# y"})
+    assert "target modules: &#60;b&#62;x&#60;&#47;b&#62; &#35; y" in card
 
 
 def test_ordinary_labels_read_as_they_are(tmp_path: Path) -> None:
