@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.planning.refusals import check_config
+from finetune_trainer.planning.refusals import LAYERS, check_config
 
 
 def _spec(**sections: Any) -> FineTuneJobSpec:
@@ -33,3 +33,23 @@ def test_a_model_that_cannot_be_is_refused(config: dict[str, Any], sections: dic
 
 def test_a_model_that_can_be_is_not() -> None:
     check_config({"quantization_config": BNB, "max_position_embeddings": 512}, _spec())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_names_of_layers_are_those_of_the_models(kind: str) -> None:
+    import torch
+
+    from finetune_trainer.model.architecture import linear_layers
+    from support.trainer.families import tiny_model
+
+    with torch.device("meta"):
+        found = {name.rpartition(".")[2] for name in linear_layers(tiny_model(kind))}
+    assert sorted(found) == LAYERS[kind].split()
+
+
+def test_a_layer_that_the_type_does_not_have_is_refused_ahead() -> None:
+    with pytest.raises(ConfigInvalid, match="'q_proj' is no linear layer of this model; it has down_proj, gate_up_pro"):
+        check_config({"model_type": "phi3"}, _spec())
+    check_config({"model_type": "phi3"}, _spec(lora={"targetModules": ["all-linear"]}))
+    check_config({"model_type": "phi3"}, _spec(lora={"targetModules": ["model.layers.0.self_attn.qkv_proj"]}))
+    check_config({"model_type": "brand_new"}, _spec())

@@ -1,14 +1,30 @@
 """What a trainer refuses by config.json alone, so that a plan can say it ahead. Pure, importable without torch."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
 
+_GATED: Final = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+_PLAIN: Final = "down_proj k_proj o_proj q_proj up_proj v_proj"
+_FUSED: Final = "dense dense_4h_to_h dense_h_to_4h query_key_value"
+#: The linear layers of dense types, where the names do not depend on more than the type.
+LAYERS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite"), _GATED),
+    **dict.fromkeys(("cohere", "cohere2", "olmo", "olmo2", "olmo3", "smollm3", "stablelm", "seed_oss"), _GATED),
+    **dict.fromkeys(("arcee", "apertus", "nemotron"), _PLAIN),
+    **dict.fromkeys(("bloom", "gpt_neox", "persimmon"), _FUSED),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), "c_attn c_fc c_proj"),
+    "opt": "fc1 fc2 k_proj out_proj q_proj v_proj",
+    "phi": "dense fc1 fc2 k_proj q_proj v_proj",
+    "phi3": "down_proj gate_up_proj o_proj qkv_proj",
+    "starcoder2": "c_fc c_proj k_proj o_proj q_proj v_proj",
+}
+
 
 def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
-    """Check stored quantization and the number of positions against the spec.
+    """Check stored quantization, the number of positions and the names of layers against the spec.
 
     Args:
         config: config.json.
@@ -16,7 +32,7 @@ def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
 
     Raises:
         ConfigInvalid: For weights that are quantized in a way that cannot be trained on, or have other bits than the
-            spec asks for; for a model that is too short for training.maxLength.
+            spec asks for; for a model that is too short for training.maxLength, or lacks a target module.
     """
     stored_quantization(config, spec)
     text = config.get("text_config") or config
@@ -26,6 +42,19 @@ def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
             f"spec.training.maxLength: {spec.training.max_length} is more than the {positions} positions of"
             f" {spec.model.source}"
         )
+    _check_names(str(config.get("model_type")), spec)
+
+
+def _check_names(kind: str, spec: FineTuneJobSpec) -> None:
+    known, lora = LAYERS.get(kind, "").split(), spec.lora
+    if not known or lora.target_pattern or "all-linear" in lora.target_modules:
+        return
+    for name in lora.target_modules:
+        if name.rpartition(".")[2] not in known:
+            raise ConfigInvalid(
+                f"spec.lora.targetModules: {name!r} is no linear layer of this model; it has {', '.join(known)}"
+                " (or all-linear)"
+            )
 
 
 def stored_quantization(config: Mapping[str, Any], spec: FineTuneJobSpec) -> dict[str, Any]:
