@@ -195,3 +195,10 @@ def test_a_model_without_a_chat_template_is_said(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(TemplateError, match="the model's tokenizer has no chat template"):
         ChatTemplate(tokenizer).assistant_turns(ChatExample(TWO_TURNS))
+
+
+def test_keys_without_a_value_are_no_keys(tokenizer: Any) -> None:
+    nothing = {"tool_calls": None, "name": None, "refusal": None}
+    row = {"messages": [turn | nothing for turn in TWO_TURNS]}
+    assert not formats.named("messages").checked(Row("f", 1, row)).problem
+    assert _learned(tokenizer, row) == _learned(tokenizer, {"messages": TWO_TURNS})

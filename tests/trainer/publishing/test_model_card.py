@@ -58,3 +58,7 @@ def test_ordinary_labels_read_as_they_are(tmp_path: Path) -> None:
 
 def test_a_long_label_has_no_matrix() -> None:
     assert not [key for key in score(["x" * 100, "y"], [read_answer("{}", "l")] * 2) if key.startswith("confusion")]
+
+
+def test_the_card_names_the_padding_token(tmp_path: Path) -> None:
+    assert "- padding token: &#60;pad&#62;, masked by its position: never learned\n" in _card(tmp_path, {})
