@@ -102,8 +102,9 @@ def _root(uri: Uri, cache: Path | None, env: Mapping[str, str]) -> Path:
         return Path(env.get(constants.ENV_PVC_ROOT) or constants.PVC_ROOT) / uri.authority
     if uri.scheme != "file":
         return cache if cache is not None else Path()
-    folder = Path(uri.path)
-    if folder.is_file() or (folder.is_symlink() and not folder.is_dir()):
+    # Whoever names a link names what it leads to: what is private stays so.
+    folder = _real(Path(uri.path))
+    if not folder.is_dir():
         folder = folder.parent
     # A snapshot of the hub's cache (models--org--name/snapshots/<commit>) is links to blobs beside it.
     is_snapshot = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
