@@ -98,8 +98,15 @@ def model_schema(model: type[ApiModel]) -> Schema:
 
 
 def _immutability() -> list[dict[str, str]]:
-    """One transition rule per section, so that the refusal names it. Applies once an attempt exists."""
-    started = "has(oldSelf.status) && has(oldSelf.status.attempts) && size(oldSelf.status.attempts) > 0"
+    """One transition rule per section, so that the refusal names it.
+
+    It applies once an attempt exists; to the image once a pod has run, for a wrong one keeps every pod from that.
+    """
+    attempts = "has(oldSelf.status) && has(oldSelf.status.attempts)"
+    exists = f"{attempts} && size(oldSelf.status.attempts) > 0"
+    ran = "has(a.runSeconds) && (a.runSeconds > 0 || !has(a.reason))"
+    over = "has(oldSelf.status) && has(oldSelf.status.completionTime)"
+    has_run = f"{over} || {attempts} && oldSelf.status.attempts.exists(a, {ran})"
     optional = {
         field.alias
         for field in FineTuneJobSpec.model_fields.values()
@@ -111,10 +118,11 @@ def _immutability() -> list[dict[str, str]]:
         same = f"{new} == {old}"
         if section in optional:
             same = f"has({new}) == has({old}) && (!has({new}) || {same})"
+        frozen, since = (has_run, "the job has run or ended") if section == "image" else (exists, "an attempt exists")
         rules.append(
             {
-                "rule": f"!({started}) || ({same})",
-                "message": "cannot change once an attempt exists: delete the job and create it again",
+                "rule": f"!({frozen}) || ({same})",
+                "message": f"cannot change once {since}: delete the job and create it again",
                 "fieldPath": f".spec.{section}",
                 "reason": "FieldValueForbidden",
             }

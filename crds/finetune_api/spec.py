@@ -110,7 +110,7 @@ class FineTuneJobSpec(ApiModel):
     recovery: Recovery = Field(default_factory=Recovery)
     """What happens after a failed attempt."""
     image: Image | None = None
-    """Trainer image. Default: the operator's."""
+    """Trainer image. Default: the operator's. May be changed until a pod of the job has run."""
     suspend: bool = False
     """Stop after saving a checkpoint, and free the GPUs; false again resumes there."""
     active_deadline_seconds: Seconds | None = None
@@ -121,7 +121,7 @@ class FineTuneJobSpec(ApiModel):
     """Delete the FineTuneJob (never the adapter) this long after it ended."""
 
 
-#: Sections of the spec that may not change once an attempt exists (CEL transition rules in crd.py).
+#: Sections of the spec that may not change once an attempt exists, the image once one has run (CEL rules in crd.py).
 IMMUTABLE = (
     "model",
     "dataset",

@@ -109,10 +109,10 @@ _CHANGES: dict[str, Any] = {
 }
 
 
-def _job(kube: Kube, *, started: bool) -> Object:
+def _job(kube: Kube, *, started: bool, **status: Any) -> Object:
     stored = kube.create(_within(kube.namespace, MINIMAL))
     if started:
-        status = {"attempts": [{"jobName": "nli-1"}]}
+        status = {"attempts": [{"jobName": "nli-1"}]} | status
         stored = kube.patch(constants.KIND, "nli", {"status": status}, subresource="status")
     return stored
 
@@ -125,7 +125,7 @@ def test_a_section_may_change_until_an_attempt_exists(either: Kube, section: str
     assert changed["metadata"]["generation"] == 2
 
 
-@pytest.mark.parametrize("section", IMMUTABLE)
+@pytest.mark.parametrize("section", [section for section in IMMUTABLE if section != "image"])
 def test_a_section_may_not_change_once_an_attempt_exists(either: Kube, section: str):
     _job(either, started=True)
     with pytest.raises(ApiError) as refusal:
@@ -134,6 +134,50 @@ def test_a_section_may_not_change_once_an_attempt_exists(either: Kube, section: 
     sentence = "cannot change once an attempt exists: delete the job and create it again"
     assert section in refusal.value.message
     assert sentence in refusal.value.message
+
+
+def _attempts(*fields: dict[str, Any]) -> dict[str, Any]:
+    return {"attempts": [{"jobName": f"nli-{number}"} | each for number, each in enumerate(fields, 1)]}
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        _attempts({}),
+        _attempts({"reason": "SpecChanged", "runSeconds": 0}, {"message": "ImagePullBackOff"}),
+        _attempts(*[{"reason": "Preempted", "runSeconds": 0}] * 111),
+    ],
+    ids=["waits", "changed before", "many"],
+)
+@pytest.mark.parametrize("image", ["example.org/other:1", None], ids=["another", "the default"])
+def test_the_image_may_be_mended_until_a_pod_has_run(either: Kube, status: dict[str, Any], image: str | None):
+    _job(either, started=True, **status)
+    either.patch(constants.KIND, "nli", {"spec": {"image": "example.org/tpyo:1"}})
+    changed = either.patch(constants.KIND, "nli", {"spec": {"image": image}})
+    assert changed["spec"].get("image") == image
+    with pytest.raises(ApiError, match=r"spec\.model.* cannot change once an attempt exists"):
+        either.patch(constants.KIND, "nli", {"spec": {"image": image, "model": _CHANGES["model"]}})
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        _attempts({"runSeconds": 0}),
+        _attempts({"reason": "TrainerCrashed", "runSeconds": 3}, {}),
+        _attempts({}) | {"completionTime": "2026-01-01T00:00:00Z"},
+    ],
+    ids=["runs", "ran", "over"],
+)
+@pytest.mark.parametrize("image", ["example.org/other:1", None], ids=["another", "the default"])
+def test_the_image_may_not_change_once_a_pod_has_run(either: Kube, status: dict[str, Any], image: str | None):
+    _job(either, started=False)
+    either.patch(constants.KIND, "nli", {"spec": {"image": "example.org/trainer:1"}})
+    either.patch(constants.KIND, "nli", {"status": status}, subresource="status")
+    with pytest.raises(ApiError) as refusal:
+        either.patch(constants.KIND, "nli", {"spec": {"image": image}})
+    assert refusal.value.code == 422
+    assert "spec.image" in refusal.value.message
+    assert "cannot change once the job has run or ended: delete the job and create it again" in refusal.value.message
 
 
 @pytest.mark.parametrize(

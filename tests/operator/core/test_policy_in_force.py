@@ -126,8 +126,9 @@ class PolicyInForce(RuleBasedStateMachine):
 
     @rule(spec=SPECS, is_crd_enforced=st.booleans())
     def the_user_changes_the_spec(self, spec: Object, is_crd_enforced: bool) -> None:
-        if is_crd_enforced and self.world.status.get("attempts"):
-            spec = {key: value for key, value in spec.items() if key == "suspend"}
+        if is_crd_enforced and (attempts := self.world.status.get("attempts")):
+            may_change = {"suspend"} if any("runSeconds" in attempt for attempt in attempts) else {"suspend", "image"}
+            spec = {key: value for key, value in spec.items() if key in may_change}
         self.world.change_spec(**spec)
 
     @rule(policy=POLICIES)

@@ -201,11 +201,14 @@ def _as_cel(message: str) -> str:
 
 
 def _immutability_refusals(new: Object, old: Object) -> list[Cause]:
-    if not (old.get("status") or {}).get("attempts"):
-        return []
-    text = "Invalid value: {}: spec.{} cannot change once an attempt exists: delete the job and create it again"
+    status = old.get("status") or {}
+    attempts = status.get("attempts") or []
+    has_run = any(a.get("runSeconds") or ("runSeconds" in a and "reason" not in a) for a in attempts)
+    frozen = dict.fromkeys(IMMUTABLE, "an attempt exists" if attempts else "")
+    frozen["image"] = "the job has run or ended" if has_run or "completionTime" in status else ""
+    text = "Invalid value: {}: spec.{} cannot change once {}: delete the job and create it again"
     changed = [section for section in IMMUTABLE if new["spec"].get(section) != old["spec"].get(section)]
-    return [Cause("", text.format('"object"', section), "FieldValueForbidden") for section in changed]
+    return [Cause("", text.format('"object"', s, frozen[s]), "FieldValueForbidden") for s in changed if frozen[s]]
 
 
 def _changed_refusals(resource: Resource, new: Object, old: Object) -> list[Cause]:

@@ -75,8 +75,9 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
     """Return the attempts, updated from the Jobs and pods."""
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
-        message = spec_revision.SUPERSEDED if spec_revision.is_superseded(child, status, spec) else None
-        history.setdefault(child.name, Attempt(job_name=child.name, started_at=child.created_at, message=message))
+        attempt = history.get(child.name) or Attempt(job_name=child.name, started_at=child.created_at)
+        why = None if attempt.reason else spec_revision.why_superseded(child, status, spec)
+        history[child.name] = attempt.model_copy(update={"message": why}) if why else attempt
     current: list[Attempt] = []
     attempts = AttemptHistory(current)
     for attempt in sorted(history.values(), key=number):
@@ -151,7 +152,7 @@ def _detect_ending(
     if not observed.looked_up:
         return _StillOpen(needs_look=True)
     if is_superseded(attempt):
-        return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, finished_at=now)
+        return Ending(failure.SPEC_CHANGED, attempt.message or "", finished_at=now)
     if stopping:
         return Ending(failure.SUSPENDED, "stopped by spec.suspend", finished_at=now)
     return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
@@ -176,7 +177,7 @@ def is_held_open(pods: Sequence[Pod], nodes: int, now: datetime) -> bool:
 
 def is_superseded(attempt: Attempt) -> bool:
     """Return whether an open attempt runs another spec than the job's."""
-    return attempt.reason is None and attempt.message == spec_revision.SUPERSEDED
+    return attempt.reason is None and attempt.message in (spec_revision.SPEC_SUPERSEDED, spec_revision.IMAGE_SUPERSEDED)
 
 
 def _map_superseded(attempt: Attempt, ending: Ending) -> Ending:
@@ -184,8 +185,8 @@ def _map_superseded(attempt: Attempt, ending: Ending) -> Ending:
     if not is_superseded(attempt):
         return ending
     if ending.reason == failure.SUCCEEDED:
-        return replace(ending, message=f"{ending.message}, but with an outdated spec: {spec_revision.SUPERSEDED}")
-    return Ending(failure.SPEC_CHANGED, spec_revision.SUPERSEDED, ending.exit_code, ending.finished_at)
+        return replace(ending, message=f"{ending.message}, but with an outdated spec: {attempt.message}")
+    return Ending(failure.SPEC_CHANGED, attempt.message or "", ending.exit_code, ending.finished_at)
 
 
 def is_settled(child: Child, now: datetime) -> bool:

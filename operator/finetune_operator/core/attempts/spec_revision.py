@@ -1,7 +1,8 @@
 """Tell which spec an attempt runs.
 
 Kubernetes lets a spec change until an attempt is recorded in the status, and the Job exists a moment before that. A
-change in between, or while the operator is down, would leave an attempt that runs the old spec.
+change in between, or while the operator is down, would leave an attempt that runs the old spec. The image alone may
+change for longer, until a pod has run: a typo in it keeps every pod from that.
 """
 
 import hashlib
@@ -12,19 +13,29 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.core.objects.observed import Child
 
 #: Kept as the attempt's message, so that later reconciles recognize it.
-SUPERSEDED = "the spec was changed before this attempt was recorded"
+SPEC_SUPERSEDED = "the spec was changed before this attempt was recorded"
+IMAGE_SUPERSEDED = "spec.image was changed before this attempt was known to run"
 
 
 def revision_of(spec: FineTuneJobSpec) -> str:
-    """Return a hash of the part of a spec that cannot change once an attempt is recorded."""
+    """Return `<hash>-<hash of the image>` of the part of a spec that cannot change once an attempt is recorded."""
     found = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     kept = {section: found.get(section) for section in IMMUTABLE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{_hash(json.dumps(kept, sort_keys=True))}-{_hash(spec.image or '')}"
 
 
-def is_superseded(child: Child, status: FineTuneJobStatus, spec: FineTuneJobSpec) -> bool:
-    """Return whether `child` runs another spec; False for recorded attempts.
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    A later version of this operator may read another spec from the same manifest.
+
+def why_superseded(child: Child, status: FineTuneJobStatus, spec: FineTuneJobSpec) -> str | None:
+    """Return why `child` runs another spec than the job's; None when it does not.
+
+    Once an attempt is recorded, only the images are compared: a later version of this operator may read another spec
+    from the same manifest, and earlier ones noted no image.
     """
-    return not status.attempts and child.revision not in ("", revision_of(spec))
+    whole, _, image = child.revision.partition("-")
+    now, _, image_now = revision_of(spec).partition("-")
+    if not status.attempts and whole not in ("", now):
+        return SPEC_SUPERSEDED
+    return IMAGE_SUPERSEDED if image not in ("", image_now) else None
