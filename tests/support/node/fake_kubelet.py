@@ -88,12 +88,13 @@ class SimulatedKubelet:
         attempt = int(pod["metadata"]["labels"][constants.LABEL_ATTEMPT])
         stop = self._stop[pod["metadata"]["uid"]]
         with contextlib.suppress(ApiError):
-            story = self._story(pod)
+            spec = json.loads(pod["metadata"]["annotations"][constants.ANNOTATION_MANIFEST])["spec"]
+            story = spec["dataset"]["train"].removeprefix("s3://simulated/").split("/")
             act = story[min(attempt, len(story)) - 1]
             await self._report(pod, "Running", {"running": {"startedAt": _now()}})
             with self._seen_running(pod), contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), None if act == "run" else self._seconds)
-            code, message = (75, "saved a checkpoint") if stop.is_set() else self._end(act)
+            code, message = (75, "saved a checkpoint") if stop.is_set() else self._end(act, spec["output"]["uri"])
             ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
             ended |= {"startedAt": _now(), "finishedAt": _now()}
             await self._report(pod, "Failed" if code else "Succeeded", {"terminated": ended})
@@ -114,15 +115,9 @@ class SimulatedKubelet:
             self._running[name].discard((owner, pod["metadata"]["uid"]))
 
     @staticmethod
-    def _story(pod: Object) -> list[str]:
-        spec = json.loads(pod["metadata"]["annotations"][constants.ANNOTATION_MANIFEST])["spec"]
-        train: str = spec["dataset"]["train"]
-        return train.removeprefix("s3://simulated/").split("/")
-
-    @staticmethod
-    def _end(act: str) -> tuple[int, str]:
+    def _end(act: str, uri: str) -> tuple[int, str]:
         if act == "succeed":
-            adapter = {"uri": "s3://adapters/x", "manifestDigest": "sha256:" + "0" * 64, "sizeBytes": 1}
+            adapter = {"uri": uri, "manifestDigest": "sha256:" + "a" * 64, "sizeBytes": 1}
             adapter |= {"baseModel": "m", "rank": 16}
             return 0, json.dumps({"stage": "Succeeded", "reason": "Succeeded", "adapter": adapter})
         code = {"oom": 90}.get(act) or int(act.partition("-")[2])

@@ -1,6 +1,6 @@
 """A proxy in front of a Kubernetes API that breaks things on purpose: it counts writes, dies at one of them, answers
-with errors, cuts, freezes and expires watches, is away for a while, and has the wrong time. Each fault is counted by
-its kind; of an outage only its beginning, however many requests meet it.
+with errors and with web pages, cuts, freezes and expires watches, is away for a while, and has the wrong time. Each
+fault is counted by its kind; of an outage only its beginning, however many requests meet it.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ from aiohttp import web
 from support.server.client import Access
 
 ERRORS = {404: "NotFound", 409: "Conflict", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
-OF_WATCHES = ("410 event", "410 status", "500", "reset")
-OF_READS = ("429", "500", "503", "reset", "late reset")
+OF_WATCHES = ("410 event", "410 status", "500", "html", "reset")
+OF_READS = ("429", "500", "503", "html", "late html", "reset", "late reset")
 OF_WRITES = (*OF_READS, "409")
 _EXPIRED = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Expired", "code": 410, "metadata": {}}
+_PAGE = "<!DOCTYPE html><html><body>This site is down for maintenance</body></html>"
 _DROPPED = {"host", "content-length", "transfer-encoding", "connection", "accept-encoding", "content-encoding"}
 _WRITES = ("POST", "PATCH", "PUT", "DELETE")
 
@@ -130,7 +131,7 @@ class ApiProxy:
         if is_last and not self.dies_after_the_answer:
             return self._die(request)
         fault = self._choose(request.path, is_write, is_watch)
-        if fault and fault not in ("late reset",):
+        if fault and not fault.startswith("late "):
             return await self._fail(request, fault)
         try:
             answer = await self._forward(request)
@@ -139,6 +140,9 @@ class ApiProxy:
         if is_last or fault == "late reset" or self.dead.is_set():
             answer.close()
             return self._die(request) if is_last else self._reset(request)
+        if fault == "late html":
+            answer.close()
+            return await self._fail(request, "html")
         return await self._relay(request, answer, is_watch)
 
     def _choose(self, path: str, is_write: bool, is_watch: bool) -> str | None:
@@ -159,6 +163,8 @@ class ApiProxy:
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
         if fault == "reset":
             return self._reset(request)
+        if fault == "html":
+            return web.Response(text=_PAGE, content_type="text/html")
         if fault == "410 status":
             return web.json_response(_EXPIRED, status=410)
         if fault == "410 event":
