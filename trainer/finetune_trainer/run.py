@@ -56,7 +56,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
-        state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit)
+        state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit, base.tensors)
         ctx.report.resumed_from(checkpoints.resumption)
         make_plan = partial(steps.plan_execution, spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
         plan = make_plan()

@@ -1,19 +1,27 @@
 """A checkpoint that is whole and still cannot be used gives way to the one before, and the log says which and why."""
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from structlog.testing import capture_logs
 
+from finetune_api import constants
+from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
+from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.checkpoints.parse import require_usable
 from finetune_trainer.checkpoints.state import STATE_FILE, TrainingState
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.settings import Environment, Ranks, Settings
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.open import open_store
 
@@ -106,3 +114,53 @@ def test_a_manifest_that_names_another_step_is_no_checkpoint(tmp_path: Path) -> 
     remote.save(_checkpoint(tmp_path / "saved", 3), store, 3, keep=5)
     (tmp_path / "store" / "step-00000003").rename(tmp_path / "store" / "step-00000009")
     assert remote.resume(store, lambda step: tmp_path / f"local-{step}", check=require_usable) is None
+
+
+OTHER_ADAPTERS = {
+    "shape": ({"lora_A": np.ones(5, "float32")}, r"lora_A has shape \[5\], not \[4\]"),
+    "order": ({"lora_A": np.ones((2, 2), "float32")}, r"lora_A has shape \[2, 2\], not \[4\]"),
+    "name": ({"lora_X": np.ones(4, "float32")}, "no tensor lora_A"),
+    "more": ({"lora_A": np.ones(4, "float32"), "z": np.ones(4, "float32")}, "z is no tensor of this run's adapter"),
+}
+
+
+@pytest.mark.parametrize("where", ["adapter_model.safetensors", "best/adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
+def test_weights_that_do_not_fit_give_way_to_the_one_before(kind: str, where: str, tmp_path: Path) -> None:
+    tensors, reason = OTHER_ADAPTERS[kind]
+    state, folder, logs = _resumed(tmp_path, lambda folder: save_file(tensors, folder / where))
+    assert (state.step, folder) == (3, tmp_path / "run/checkpoints/checkpoint-3")
+    [line] = [line for line in logs if line["log_level"] == "warning"]
+    assert (line["event"], line["step"]) == ("A checkpoint is broken, trying the one before", 6)
+    assert re.search(reason, line["error"])
+
+
+def test_another_runs_weights_are_refused_not_passed_over(tmp_path: Path) -> None:
+    def another(folder: Path) -> None:
+        save_file({"lora_A": np.ones(5, "float32")}, folder / "adapter_model.safetensors")
+        _state(fingerprint="g")(folder)
+
+    with pytest.raises(ConfigInvalid, match="holds checkpoints of a run with another model, data set or hyperparam"):
+        _resumed(tmp_path, another)
+
+
+def _resumed(tmp_path: Path, damage: Callable[[Path], None]) -> tuple[TrainingState, Path | None, list[Any]]:
+    """What a run finds whose newest checkpoint of two is damaged."""
+    spec = {"model": {"source": "hf://a/b"}, "dataset": {"train": "file:///x.jsonl"}}
+    job = FineTuneJob.model_validate(
+        {
+            "apiVersion": constants.API_VERSION,
+            "kind": constants.KIND,
+            "metadata": {"name": "nli", "namespace": "team", "uid": "u"},
+            "spec": spec | {"output": {"uri": f"file://{tmp_path}/out"}},
+        }
+    )
+    manager = CheckpointManager(Settings(job, Environment.from_env({}), Ranks()))
+    for step in (3, 6):
+        folder = _checkpoint(tmp_path / f"saved-{step}", step)
+        if step == 6:
+            damage(folder)
+        manager.upload(folder, step)
+    with capture_logs() as logs:
+        state, found = manager.find(RunDirectory(tmp_path / "run"), "f", None, {"lora_A": (4,)})
+    return state, found, logs

@@ -9,23 +9,28 @@ import torch
 from peft import PeftModel
 
 from finetune_api.spec_training import Lora
+from finetune_trainer.checkpoints.parse import require_fit
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import attach_adapter, save_adapter
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.model.targets import adapter_settings
+from finetune_trainer.model.targets import Rehearsal, adapter_settings
 from support.trainer.families import KINDS, tiny_model
 
 ROWS = [list(range(5, 25)), list(range(40, 52))]
 BATCH = Collate(False, 0)([(row, row) for row in ROWS])
 
 
-def _settings(kind: str, **lora: Any) -> Any:
+def _rehearsed(kind: str, **lora: Any) -> tuple[Any, Rehearsal]:
     with torch.device("meta"):
         skeleton = tiny_model(kind)
-    return adapter_settings(skeleton, Lora.model_validate(lora), "org/base", None)[0]
+    return adapter_settings(skeleton, Lora.model_validate(lora), "org/base", None)
+
+
+def _settings(kind: str, **lora: Any) -> Any:
+    return _rehearsed(kind, **lora)[0]
 
 
 def _attach(kind: str, **lora: Any) -> tuple[Any, Any]:
@@ -66,6 +71,7 @@ def test_all_linear_trains_on_every_kind_of_model_and_loads_back(kind: str, tmp_
     untrained = [name for name, each in adapted.named_parameters() if "lora_B" in name and not each.any()]
     assert not untrained, "no gradient has reached them"
     save_adapter(adapted, tmp_path)
+    require_fit(tmp_path, _rehearsed(kind, targetModules=["all-linear"], rank=4)[1].tensors)
     loaded = PeftModel.from_pretrained(plain, str(tmp_path))
     torch.testing.assert_close(_logits(loaded), _logits(core), rtol=1e-4, atol=1e-4)
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -13,7 +13,7 @@ from finetune_api.status import Resumption
 from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
 from finetune_trainer.checkpoints.folder import RunDirectory
-from finetune_trainer.checkpoints.parse import require_usable
+from finetune_trainer.checkpoints.parse import require_fit, require_usable
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.runtime.distributed import run_on_rank_zero
@@ -66,9 +66,13 @@ class CheckpointManager:
         return commit if commit and re.fullmatch("[0-9a-f]{40,64}", commit) else None
 
     def find(
-        self, directory: RunDirectory, fingerprint: str, base_commit: str | None
+        self,
+        directory: RunDirectory,
+        fingerprint: str,
+        base_commit: str | None,
+        tensors: Mapping[str, tuple[int, ...]],
     ) -> tuple[TrainingState, Path | None]:
-        """Download the newest whole checkpoint into `directory`.
+        """Download the newest whole checkpoint that fits into `directory`.
 
         With several ranks, rank 0 chooses, so that all resume from one step. A collective.
 
@@ -76,6 +80,7 @@ class CheckpointManager:
             directory: The run's files; metrics and best adapter become the checkpoint's.
             fingerprint: What decides this run's result; it goes with each checkpoint from here on.
             base_commit: The hub's commit of the base model, likewise.
+            tensors: Names and shapes of this run's adapter; a checkpoint of this run with others is broken.
 
         Returns:
             The state to go on from, and the checkpoint's folder; a new state and None when there is no checkpoint.
@@ -84,16 +89,22 @@ class CheckpointManager:
             ConfigInvalid: The checkpoints are another run's, and output.overwrite does not allow to delete them.
         """
         self._base_commit = base_commit
-        state, found = run_on_rank_zero(self._ranks, lambda: self._newest(directory, fingerprint))
+        state, found = run_on_rank_zero(self._ranks, lambda: self._newest(directory, fingerprint, tensors))
         if found is None or self._ranks.is_main:
             return state, found
         local = directory.checkpoint(state.step)
         remote.restore(self._store, state.step, local)
         return directory.take_from_checkpoint(local), local
 
-    def _newest(self, directory: RunDirectory, fingerprint: str) -> tuple[TrainingState, Path | None]:
+    def _newest(
+        self, directory: RunDirectory, fingerprint: str, tensors: Mapping[str, tuple[int, ...]]
+    ) -> tuple[TrainingState, Path | None]:
+        def check(folder: Path, step: int) -> None:
+            if require_usable(folder, step).fingerprint == fingerprint:
+                require_fit(folder, tensors)
+
         new = TrainingState(fingerprint=fingerprint)
-        manifest = remote.resume(self._store, directory.checkpoint, check=require_usable)
+        manifest = remote.resume(self._store, directory.checkpoint, check=check)
         if manifest is None:
             return new, None
         local = directory.checkpoint(manifest.step or 0)

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -30,12 +30,25 @@ def require_usable(folder: Path, step: int) -> TrainingState:
     _parsed(folder / _TRAINER_STATE, lambda path: _require_step(path, step))
     if (folder / _METRICS).exists():
         _parsed(folder / _METRICS, _require_lines, limit=None)
-    weights = {folder / constants.ADAPTER_WEIGHTS_FILE, *folder.rglob("*.safetensors")}
-    for path in sorted(weights):
+    for path in _weights(folder):
         _parsed(path, _require_tensors, limit=None)
     for path in sorted(folder.glob("*.pt*")):
         _parsed(path, _require_archive, limit=None)
     return state
+
+
+def require_fit(folder: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the adapters in `folder` hold the run's `tensors`, by name and shape, and no others.
+
+    Raises:
+        StoreCorrupted: The text names the file and the first tensor that differs.
+    """
+    for path in _weights(folder):
+        _parsed(path, lambda path: _require_shapes(path, tensors), limit=None)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted({folder / constants.ADAPTER_WEIGHTS_FILE, *folder.rglob("*.safetensors")})
 
 
 def _parsed(path: Path, parse: Callable[[Path], T], limit: int | None = _MAX_STATE_BYTES) -> T:
@@ -66,6 +79,20 @@ def _require_tensors(path: Path) -> None:
     with safe_open(str(path), "numpy") as file:
         if not list(file.keys()):
             raise ValueError("no tensors")
+
+
+def _require_shapes(path: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(path), "numpy") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
+    for name in sorted(found.keys() | tensors.keys()):
+        if name not in found:
+            raise ValueError(f"no tensor {name}")
+        if name not in tensors:
+            raise ValueError(f"{name} is no tensor of this run's adapter")
+        if found[name] != tensors[name]:
+            raise ValueError(f"{name} has shape {list(found[name])}, not {list(tensors[name])}")
 
 
 def _require_archive(path: Path) -> None:

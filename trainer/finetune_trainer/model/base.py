@@ -1,6 +1,7 @@
 """The base model: what is known before its weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
@@ -27,6 +28,7 @@ class BaseModel:
         attention: The implementation that transformers itself takes for it.
         quantized: Whether its weights are stored in bitsandbytes' 4 bits.
         adapter: PEFT's settings of the adapter on it.
+        tensors: Names and shapes of what is saved of the adapter.
     """
 
     name: str
@@ -39,6 +41,7 @@ class BaseModel:
     attention: str = "sdpa"
     quantized: bool = False
     adapter: Any = None
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def attention_problem(self, name: str, spec: FineTuneJobSpec) -> str | None:
         """Return why transformers does not run this model with the attention implementation `name`, None if it does."""
@@ -72,16 +75,17 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     check_vocabulary(tokenizer, text.vocab_size)
     layers, counts = tuple(linear_layers(skeleton)), count_weights(skeleton)
     name = base_model_id(source)
-    adapter, trained = adapter_settings(skeleton, spec.lora, name, files.revision)
+    adapter, rehearsal = adapter_settings(skeleton, spec.lora, name, files.revision)
     return BaseModel(
         name=name,
         commit=files.revision,
         config=config,
         tokenizer=tokenizer,
-        shape=ModelShape.from_config(read, counts, trained),
+        shape=ModelShape.from_config(read, counts, rehearsal.trained),
         linear_layers=layers,
         open_attention=bool(skeleton._supports_attention_backend),
         attention=skeleton.config._attn_implementation or "eager",
         quantized=bool(read.get("quantization_config")),
         adapter=adapter,
+        tensors=rehearsal.tensors,
     )

@@ -3,7 +3,8 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
@@ -48,8 +49,18 @@ def _of_experts(names: list[str]) -> str:
     return f", and in its experts {', '.join(names)}" if names else ""
 
 
-def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | None) -> tuple[Any, int]:
-    """Return PEFT's settings for the model of `skeleton`, and how many weights train, after a rehearsal on it.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What PEFT makes of the settings on a model without memory."""
+
+    trained: int
+    """How many weights train."""
+    tensors: Mapping[str, tuple[int, ...]]
+    """Names and shapes of what is saved of the adapter."""
+
+
+def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | None) -> tuple[Any, Rehearsal]:
+    """Return PEFT's settings for the model of `skeleton`, and what came of a rehearsal on it.
 
     Args:
         skeleton: The model on the meta device; it is of no use afterwards.
@@ -87,10 +98,10 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
             # A saved dropout would keep PEFT from loading the adapter; it is put on the other layers by hand.
             settings.lora_dropout = 0.0
             log.warning(f"spec.lora.dropout: {lora.dropout} is for linear layers alone: experts take none")
-        trained = _rehearse(skeleton, settings)
+        rehearsal = _rehearse(skeleton, settings)
     except ValueError as error:
         raise ConfigInvalid(f"spec.lora: PEFT refuses it: {whole_text(error)}") from None
-    return settings, trained
+    return settings, rehearsal
 
 
 def _targets(skeleton: Any, lora: Lora, layers: dict[str, tuple[int, int]]) -> str | list[str]:
@@ -168,13 +179,15 @@ def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> str | None:
     return "|".join(dict.fromkeys(parts)) or None
 
 
-def _rehearse(skeleton: Any, settings: Any) -> int:
-    from peft import get_peft_model
+def _rehearse(skeleton: Any, settings: Any) -> Rehearsal:
+    from peft import get_peft_model, get_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(skeleton, copy.deepcopy(settings))
-    return sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+        saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    return Rehearsal(trained, {name: tuple(tensor.shape) for name, tensor in saved.items()})
 
 
 def drop_inputs(adapted: Any, dropout: float) -> None:
