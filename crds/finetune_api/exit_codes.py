@@ -101,7 +101,7 @@ _OUTCOMES: Final = (
         "GpuUnavailable",
         False,
         "The node gave the pod no GPU, or CUDA does not start there: its GPU driver or device plugin is at fault.",
-        "It is retried on another node. Repair the node that the message names: its driver, then its device plugin.",
+        "It is retried, on another node if one is free. Repair the named node: its driver, then its device plugin.",
     ),
     Outcome(
         ExitCode.KILLED,

@@ -143,7 +143,7 @@ def _attempt_conditions(
     # A pod that was told to stop is about to be replaced: only one that ended by itself is done.
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
     if child.suspended or sum(pod.running for pod in mine) + done < nodes:
-        why = wait_reason.explain(view.observed, child, mine, nodes, retry.nodes_to_avoid(view.history))
+        why = wait_reason.explain(view.observed, child, mine, nodes)
         return conditions.waiting(why.reason, why.message), None
     held = _until(history.held_open_until(mine, nodes), view.now)
     if done == nodes and view.status.conditions and held is None:

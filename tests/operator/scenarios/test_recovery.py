@@ -37,22 +37,18 @@ def test_the_attempts_are_used_up(operator: OperatorProcess, node: ProcessNode, 
     assert "act crash: exit 3" in over["message"], "the last line of its log"
 
 
-def test_a_node_without_a_gpu_that_works_is_left_out(
+def test_a_node_without_a_gpu_that_works_is_avoided_and_taken_again_where_it_is_the_only_one(
     operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
 ):
     jobs.create("nli", "fail-92/run", recovery={"maxAttempts": 4, "backoffSeconds": 0})
-    waiting = jobs.wait("nli", "Scheduled", "False", "Unschedulable")
-    assert waiting["message"].endswith(
-        f"didn't match Pod's node affinity/selector.; left out after GpuUnavailable: {node.name}"
-    )
+    jobs.wait("nli", "Training", "True")
     first, second = jobs.status("nli")["attempts"]
     assert (first["reason"], first["exitCode"], first["node"]) == ("GpuUnavailable", 92, node.name)
     assert "reason" not in second
-    (variable,) = [
-        each
-        for each in kube.get("Job", "nli-2")["spec"]["template"]["spec"]["containers"][0]["env"]
-        if each["name"] == constants.ENV_NODE
-    ]
+    pod = kube.get("Job", "nli-2")["spec"]["template"]["spec"]
+    (preferred,) = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred["preference"]["matchFields"][0]["values"] == [node.name]
+    (variable,) = [each for each in pod["containers"][0]["env"] if each["name"] == constants.ENV_NODE]
     assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
 
 

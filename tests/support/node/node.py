@@ -171,8 +171,6 @@ class ProcessNode:
         """The scheduler's sentence, or None when the pod may run."""
         if self._simulated_unschedulable:
             return self._simulated_unschedulable
-        if _rules_out(pod, self.name):
-            return "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
         for volume in pod["spec"].get("volumes") or []:
             claim = (volume.get("persistentVolumeClaim") or {}).get("claimName")
             place = (pod["metadata"]["namespace"], claim)
@@ -270,14 +268,6 @@ class ProcessNode:
         path = path_of("Pod", runner.namespace, runner.name)
         await persist(self.kube, "PATCH", f"{path}/status", body, STRATEGIC)
         await persist(self.kube, "DELETE", path, {"gracePeriodSeconds": 0})
-
-
-def _rules_out(pod: Object, node: str) -> bool:
-    """Whether every term of the pod's node affinity rules the node out by its name."""
-    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
-    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or []
-    fields = [term.get("matchFields") or [] for term in terms]
-    return bool(terms) and all(any(field["values"] == [node] for field in each) for each in fields)
 
 
 def _gpus(pod: Object) -> int:

@@ -18,6 +18,7 @@ from finetune_operator.core.attempts.failure import (
 )
 
 MAX_BACKOFF_SECONDS = 600
+_MOST_DOUBLINGS = 16
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -52,6 +53,8 @@ def decide_retry(attempts: Sequence[Attempt], spec: FineTuneJobSpec, uid: str) -
     if len(counted) >= spec.recovery.max_attempts and reason not in NOT_COUNTED_AS_FAILURE:
         return Stop(reason, f"{len(counted)} of {spec.recovery.max_attempts} attempts failed; the last: {message}")
     failures = _failures_without_progress(attempts) if reason in NOT_COUNTED_AS_FAILURE else len(counted)
+    if reason == GPU_UNAVAILABLE and last.node in nodes_to_avoid(attempts[:-1]):
+        failures = 1 + _MOST_DOUBLINGS  # no other node was free: it needs a repair, or the others' jobs an end
     return Retry((last.finished_at or _LONG_AGO) + _delay(last, failures, spec, uid), reason)
 
 
@@ -71,7 +74,7 @@ def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> tim
     """Return the exponential backoff, ±10 % by a hash, so that every reconcile computes the same time."""
     if last.reason in (OUT_OF_MEMORY, SUSPENDED, SPEC_CHANGED):
         return timedelta(0)
-    doublings = min(max(0, failures - 1), 16)
+    doublings = min(max(0, failures - 1), _MOST_DOUBLINGS)
     seconds = min(spec.recovery.backoff_seconds * 2**doublings, MAX_BACKOFF_SECONDS)
     digest = hashlib.sha256(f"{uid}/{last.job_name}".encode()).digest()
     return timedelta(seconds=round(seconds * (0.9 + 0.2 * digest[0] / 255)))
@@ -94,7 +97,7 @@ def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int 
 
 
 def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
-    """Return the nodes on which an attempt found no GPU that works: the next one must run elsewhere."""
+    """Return the nodes on which an attempt found no GPU that works: the next one should run elsewhere."""
     return sorted({attempt.node for attempt in attempts if attempt.reason == GPU_UNAVAILABLE and attempt.node})
 
 

@@ -33,7 +33,7 @@ def build(
         attempt: Number of the attempt, from 1.
         micro_batch: Micro-batch to force after a GPU out-of-memory; None leaves the choice to the trainer.
         settings: The operator's settings.
-        avoided_nodes: Nodes that must not run it.
+        avoided_nodes: Nodes that run it only if no other can.
     """
     made: list[Object] = []
     if spec.resources.nodes > 1:

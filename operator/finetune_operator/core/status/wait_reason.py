@@ -1,10 +1,8 @@
 """Explain why an attempt is not running yet, with the messages of Kubernetes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from finetune_api import constants
-from finetune_operator.core.attempts.failure import GPU_UNAVAILABLE
 from finetune_operator.core.objects.observed import Child, JobObject, Observed, WaitReason
 from finetune_operator.core.objects.pod import Pod
 
@@ -16,9 +14,7 @@ UNREACHABLE = "NodeUnreachable"
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
 
-def explain(
-    observed: Observed, child: Child, pods: Sequence[Pod], nodes: int, avoided: Sequence[str] = ()
-) -> WaitReason:
+def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> WaitReason:
     """Return the most specific reason: of the scheduler, the kubelet, the Job controller or Kueue.
 
     Args:
@@ -26,14 +22,12 @@ def explain(
         child: The Job of the attempt.
         pods: The last pod of each rank.
         nodes: Number of pods that the attempt needs.
-        avoided: Nodes on which an earlier attempt found no GPU.
     """
     if child.suspended:
         return _queued(observed.job, child, observed.wait_reasons)
     waiting = [pod for pod in pods if pod.live and not pod.running]
     if reason := _first(_unschedulable, waiting):
-        left_out = f"; left out after {GPU_UNAVAILABLE}: {', '.join(avoided)}" if avoided else ""
-        return replace(reason, message=f"{reason.message}{left_out}")
+        return reason
     if reason := _first(_container, waiting):
         return reason
     if reason := _from_events(observed.wait_reasons, child, pods, waiting):

@@ -7,7 +7,10 @@ import kubernetes_validate
 import pytest
 
 from finetune_api import exit_codes
-from support.simulation.world import World
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt
+from finetune_operator.core.attempts.retry import Retry, decide_retry
+from support.simulation.world import START, World
 
 REPORT = {"stage": "Failed", "reason": "GpuUnavailable", "message": "no GPU is visible on node gpu-1"}
 ZONE = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"]}
@@ -31,27 +34,32 @@ def failed_on(world: World, *nodes: str, code: int = exit_codes.ExitCode.GPU_UNA
     return world
 
 
-def terms(world: World) -> list[dict[str, Any]]:
-    """The node selector terms of the latest attempt."""
+def preferred(world: World) -> list[dict[str, Any]]:
+    """The preferences of the latest attempt for nodes."""
     *_, job = world.jobs.values()
-    affinity = job["spec"]["template"]["spec"].get("affinity", {})
-    required = affinity.get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
-    return required.get("nodeSelectorTerms", [])
+    of_nodes = job["spec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+    assert "requiredDuringSchedulingIgnoredDuringExecution" not in of_nodes, "the node may be the only one"
+    found: list[dict[str, Any]] = of_nodes.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    return found
 
 
-def left_out(term: dict[str, Any]) -> list[str]:
+def avoided(world: World) -> list[str]:
+    """The nodes to which the latest attempt prefers all others, as much as Kubernetes takes."""
+    [one] = preferred(world)
+    assert one["weight"] == 100
+    term = one["preference"]
     assert {(each["key"], each["operator"]) for each in term["matchFields"]} == {("metadata.name", "NotIn")}
     assert all(len(each["values"]) == 1 for each in term["matchFields"]), "Kubernetes allows one for each requirement"
     return [each["values"][0] for each in term["matchFields"]]
 
 
 @pytest.mark.parametrize("code", [exit_codes.ExitCode.GPU_UNAVAILABLE, 1], ids=["its own code", "below torchrun"])
-def test_the_next_attempt_runs_on_another_node(code: int) -> None:
+def test_the_next_attempt_prefers_another_node(code: int) -> None:
     world = failed_on(World(), "gpu-1", code=code)
     assert world.reasons == ["GpuUnavailable", None]
     assert world.status["attempts"][0]["node"] == "gpu-1"
-    assert [left_out(term) for term in terms(world)] == [["gpu-1"]]
-    assert [left_out(term) for term in terms(failed_on(world, "gpu-2"))] == [["gpu-1", "gpu-2"]]
+    assert avoided(world) == ["gpu-1"]
+    assert avoided(failed_on(world, "gpu-2")) == ["gpu-1", "gpu-2"]
 
 
 def test_it_is_counted_and_the_last_message_names_the_node() -> None:
@@ -60,7 +68,7 @@ def test_it_is_counted_and_the_last_message_names_the_node() -> None:
     assert world.condition("Succeeded")["message"] == f"2 of 2 attempts failed; the last: {REPORT['message']}"
 
 
-def test_another_failure_does_not_rule_its_node_out() -> None:
+def test_another_failure_says_nothing_of_its_node() -> None:
     world = World()
     world.settle()
     world.start_pods()
@@ -69,10 +77,10 @@ def test_another_failure_does_not_rule_its_node_out() -> None:
     world.settle()
     world.advance(700)
     world.settle()
-    assert (world.reasons, terms(world)) == (["Unavailable", None], [])
+    assert (world.reasons, preferred(world)) == (["Unavailable", None], [])
 
 
-def test_a_node_stays_ruled_out_after_failures_of_another_kind() -> None:
+def test_a_node_stays_avoided_after_failures_of_another_kind() -> None:
     world = failed_on(World(), "gpu-1")
     world.start_pods()
     world.settle()
@@ -80,7 +88,7 @@ def test_a_node_stays_ruled_out_after_failures_of_another_kind() -> None:
     world.settle()
     world.advance(700)
     world.settle()
-    assert [left_out(term) for term in terms(world)] == [["gpu-1"]]
+    assert avoided(world) == ["gpu-1"]
 
 
 def test_the_users_own_affinity_holds_as_well() -> None:
@@ -94,21 +102,37 @@ def test_the_users_own_affinity_holds_as_well() -> None:
         "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [SPREAD]},
     }
     world = failed_on(World(resources={"affinity": affinity}), "gpu-1")
-    assert [term["matchExpressions"] for term in terms(world)] == [[ZONE], [POOL]]
-    assert [left_out(term) for term in terms(world)] == [["gpu-1"]] * 2, "terms are alternatives"
     job = json.loads(json.dumps(world.jobs["nli-2"]))
     made = job["spec"]["template"]["spec"]["affinity"]
     assert made["podAntiAffinity"] == affinity["podAntiAffinity"]
-    assert made["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] == preferred
+    of_nodes = made["nodeAffinity"]
+    assert of_nodes["requiredDuringSchedulingIgnoredDuringExecution"] == required
+    first, ours = of_nodes["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [first] == preferred
+    assert ours["preference"]["matchFields"][0]["values"] == ["gpu-1"]
     kubernetes_validate.validate({key: job[key] for key in ("apiVersion", "kind", "spec")}, "1.34", strict=True)
 
 
-def test_waiting_for_another_node_says_which_are_ruled_out() -> None:
-    world = failed_on(World(), "gpu-1")
-    name = world.make_pod(world.jobs["nli-2"])
-    said = "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
-    unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
-    world.pods[name]["status"] = {"phase": "Pending", "conditions": [unschedulable]}
-    world.changed("Pod", world.pods[name])
-    world.settle()
-    assert world.condition("Scheduled")["message"] == f"{said}; left out after GpuUnavailable: gpu-1"
+def test_on_the_only_node_it_is_tried_again_until_the_attempts_are_used_up() -> None:
+    world = failed_on(World(), "gpu-1", "gpu-1", "gpu-1", "gpu-1")
+    assert (world.outcome, world.reasons) == ("False", ["GpuUnavailable"] * 4)
+
+
+def test_coming_back_to_such_a_node_takes_the_longest_pause() -> None:
+    """No other was free, and a node on which all fail at once always is."""
+    attempts = [
+        Attempt(job_name=f"nli-{number}", reason="GpuUnavailable", node=node, finished_at=START)
+        for number, node in enumerate(("gpu-1", "gpu-2", "gpu-1"), start=1)
+    ]
+    uris = {
+        "model": {"source": "hf://a/b"},
+        "dataset": {"train": "s3://data/train.jsonl"},
+        "output": {"uri": "s3://adapters/nli"},
+    }
+    pauses = []
+    for count in (1, 2, 3):
+        decision = decide_retry(attempts[:count], FineTuneJobSpec.model_validate(uris), "uid")
+        assert isinstance(decision, Retry)
+        pauses.append((decision.at - START).total_seconds())
+    assert pauses[0] <= 11 and pauses[1] <= 22, "on another node the usual ones"
+    assert 540 <= pauses[2] <= 660
