@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
         default = _IN_CLUSTER_NAMESPACE.read_text().strip() if _IN_CLUSTER_NAMESPACE.exists() else "default"
     else:
         default = _load(settings, context, kubeconfig)
-    return Cluster(client.ApiClient(settings), namespace or default, settings.host, (min(5, seconds), seconds))
+    api = client.ApiClient(settings)
+    api.user_agent = f"finetune/{version('finetune-operator')}"
+    return Cluster(api, namespace or default, settings.host, (min(5, seconds), seconds))
 
 
 def _default_kubeconfig() -> str:

@@ -1,5 +1,9 @@
 """A cluster that cannot be reached or refuses is a sentence and exit code 3; what is configured wrongly is 1."""
 
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
+from threading import Thread
+
 import pytest
 import yaml
 
@@ -24,6 +28,28 @@ def test_a_cluster_that_is_down(ask):
     result = ask(Access("http://127.0.0.1:9").kubeconfig())
     assert result.returncode == 3
     assert "error: the cluster at http://127.0.0.1:9 is out of reach: connection refused" in result.stderr
+
+
+def test_the_audit_log_tells_the_cli_by_its_name(ask):
+    agents = set()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            agents.add(self.headers["User-Agent"])
+            self.send_error(503)
+
+        def log_message(self, *words):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            assert ask(Access(f"http://127.0.0.1:{server.server_port}").kubeconfig()).returncode == 3
+        finally:
+            server.shutdown()
+            thread.join()
+    assert agents == {f"finetune/{version('finetune-operator')}"}
 
 
 def test_a_name_that_does_not_resolve(ask):
