@@ -24,7 +24,8 @@ ATTEMPTS: Final = {
         "The operator retries. To stop a job, use `spec.suspend` or delete the FineTuneJob.",
     ),
     "SpecChanged": Reason(
-        "The spec was changed after the attempt's Job was created and before the attempt was recorded.",
+        "The spec was changed after the attempt's Job was created and before the attempt was recorded; or `spec.image`,"
+        " before a pod of the job was known to run.",
         "Nothing to do: the next attempt runs the spec as it is now, if the administrator's rules allow it.",
     ),
     "PodLost": Reason(
@@ -81,8 +82,7 @@ WAITS: Final = {
     "Unschedulable": Reason(
         "No node fits; the message is the scheduler's own sentence.",
         "Compare `spec.resources` (GPUs, `gpuResource`, memory, node selector, tolerations) with"
-        " `kubectl describe nodes`; check that the device plugin runs. Nodes that are left out had no GPU that works:"
-        " repair them and create the job again.",
+        " `kubectl describe nodes`; check that the device plugin runs.",
     ),
     "FailedCreate": Reason(
         "The Job controller cannot create the pod: quota, Pod Security, a webhook, a missing ServiceAccount.",
