@@ -17,7 +17,7 @@ from finetune_api import constants
 Path_ = tuple[str | int, ...]
 #: Where a value given on the command line is said to be from.
 SET = "--set"
-_MAX_DEPTH, _MAX_NODES = 64, 100_000
+_MAX_DEPTH, _MAX_NODES, _MAX_BITS = 64, 100_000, 1024
 _TOO_MUCH = "is nested too deeply or repeats too much"
 
 
@@ -87,6 +87,13 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float | str
     return int(value) if value.is_integer() and abs(value) < 2**63 else value
 
 
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    value = int(loader.construct_yaml_int(node))
+    if value.bit_length() > _MAX_BITS:
+        raise ValueError("too large to be written in digits")
+    return value
+
+
 _INTEGER = r"^[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"
 _FLOAT = r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
 _Loader.yaml_implicit_resolvers = {
@@ -95,6 +102,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INTEGER), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
@@ -120,7 +128,7 @@ def parse(text: str, source: str) -> list[Document]:
         raise ManifestError([Problem("", f"not YAML: {what}", mark.line + 1 if mark else None, source)]) from None
     except RecursionError:
         raise ManifestError([Problem("", _TOO_MUCH, source=source)]) from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, LookupError, AttributeError) as error:
         if isinstance(error, ManifestError):
             raise
         # PyYAML's constructors trust a tag such as !!int.
@@ -175,7 +183,9 @@ def _unlisted(document: Document) -> Iterator[Document]:
     if not is_list or not isinstance(data.get("items"), list):
         yield document
         return
-    for index, item in enumerate(data["items"]):
-        start: Path_ = ("items", index)
-        lines = {path[2:]: line for path, line in document.lines.items() if path[:2] == start}
-        yield from _unlisted(Document(item, document.source, lines))
+    lines: list[dict[Path_, int]] = [{} for _ in data["items"]]
+    for path, line in document.lines.items():
+        if path[:1] == ("items",) and len(path) > 1 and isinstance(path[1], int):
+            lines[path[1]][path[2:]] = line
+    for item, its_lines in zip(data["items"], lines, strict=True):
+        yield from _unlisted(Document(item, document.source, its_lines))

@@ -79,10 +79,26 @@ def test_broken_yaml_names_the_line():
         (TEXT + '  "\\e[31m": c\n', "job.yaml:14: spec: a key must be plain text"),
         ("[" * 3000, "job.yaml: is nested too deeply"),
         ("a: !!int abc\n", "job.yaml: not YAML: a value is not what its tag says"),
+        ("a: !!int ''\n", "job.yaml: not YAML: a value is not what its tag says"),
+        ("a: !!float _\n", "job.yaml: not YAML: a value is not what its tag says"),
+        ("a: 0x" + "f" * 5000, "job.yaml: not YAML: a value is not what its tag says"),
         ("a: " + "1" * 5000, "job.yaml: not YAML: a value is not what its tag says"),
         (TEXT + '  image: "\\ud800"\n', 'job.yaml:14: spec.image: Invalid value: "\\ud800"'),
     ],
-    ids=["NUL", "escape", "template", "list as key", "escape in a key", "deep", "wrong tag", "endless", "surrogate"],
+    ids=[
+        "NUL",
+        "escape",
+        "template",
+        "list as key",
+        "escape in a key",
+        "deep",
+        "wrong tag",
+        "empty integer",
+        "no digit",
+        "endless in hexadecimal",
+        "endless",
+        "surrogate",
+    ],
 )
 def test_text_that_no_reader_takes_is_refused_in_a_sentence(text: str, says: str):
     with pytest.raises(ManifestError) as error:
@@ -208,3 +224,10 @@ def test_several_documents_keep_their_own_lines():
     first, second = parse(TEXT + "---\n" + TEXT, "job.yaml")
     assert first.lines[("spec",)] == 6
     assert second.lines[("spec",)] == 20
+
+
+def test_a_list_of_very_many_objects_is_read_once():
+    """Each object was given its lines by going through all of them."""
+    items = "\n".join("- {kind: FineTuneJob, metadata: {name: x}}" for _ in range(8_000))
+    found = parse(f"kind: List\nitems:\n{items}\n", "job.yaml")
+    assert (len(found), found[-1].place(("metadata", "name"))) == (8_000, ("job.yaml", 8_002))

@@ -202,3 +202,29 @@ def test_keys_without_a_value_are_no_keys(tokenizer: Any) -> None:
     row = {"messages": [turn | nothing for turn in TWO_TURNS]}
     assert not formats.named("messages").checked(Row("f", 1, row)).problem
     assert _learned(tokenizer, row) == _learned(tokenizer, {"messages": TWO_TURNS})
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("{{ messages[0].content }}{{ tools|tojson }}", {"tools": r'[{"name": "\ud800"}]'}),
+        ("{{ messages[0].content }}{{ word }}", {"chat_template_kwargs": r'{"word": "\ud800"}'}),
+        (r'{{ messages[0].content }}{{ "\ud800" }}', {}),
+    ],
+    ids=["JSON text of tools", "JSON text of options", "the template itself"],
+)
+def test_half_a_character_in_what_a_template_writes_is_a_bad_row(
+    tokenizer: Any, template: str, row: dict[str, Any]
+) -> None:
+    tokenizer.chat_template = template
+    example = formats.named("messages").to_example({"messages": TWO_TURNS} | row)
+    [found] = Encoder(tokenizer, 4096, learns_all=True).encode([example])
+    assert isinstance(found, RowProblem)
+    assert str(found).startswith(r"holds \ud800, half of a surrogate pair, which is no character, once")
+
+
+def test_templates_without_a_default_one_are_explained(tokenizer: Any) -> None:
+    tokenizer.chat_template = {"one": "{{ messages }}", "other": "{{ messages }}"}
+    [found] = Encoder(tokenizer, 4096).encode([formats.named("messages").to_example({"messages": TWO_TURNS})])
+    assert isinstance(found, RowProblem)
+    assert "multiple chat templates with no default" in str(found)

@@ -59,6 +59,7 @@ BAD_ROWS = [
     ("sharegpt", {"conversations": "hi"}, "'conversations' must be a list of turns with from and value"),
     ("sharegpt", {"conversations": [{"from": "martian", "value": "x"}]},
      "'conversations[0]'.from is 'martian'; it must be"),
+    ("sharegpt", {"conversations": [{"from": [], "value": "x"}]}, "'conversations[0]'.from is []; it must be"),
     ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "'conversations[0]'.value must be a string"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "x"}]}, "'conversations' has no assistant turn"),
     ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}], "system": 7}, "'system' must be a string"),

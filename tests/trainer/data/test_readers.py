@@ -128,6 +128,15 @@ def test_a_row_without_an_end_is_refused_before_it_fills_memory(tmp_path: Path, 
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * (8 << 20)))
     with pytest.raises(DatasetInvalid, match=r"^a\.json\.gz: is larger than"):
         load(tmp_path / "a.json.gz")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\nx\n" + b"," * (8 << 20)))
+    with pytest.raises(DatasetInvalid, match=r"^a\.csv\.gz:3: is longer than 1 MiB$"):
+        load(tmp_path / "a.csv.gz")
+
+
+def test_a_row_that_cannot_be_used_tells_no_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "\\ud800": "y"}\n{"prompt": "x", "completion": "y"}\n')
+    with pytest.raises(DatasetInvalid, match=r"^a\.jsonl:1: holds \\ud800, half of a surrogate pair[^\n]*$"):
+        load(tmp_path / "a.jsonl")
 
 
 def test_parquets_nulls_in_objects_are_no_keys(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer is ready for training: a pad token that is never EOS, no more tokens than embeddings."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,25 @@ def test_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path, "file://model")
     ids = tokenizer("anna has tea")["input_ids"]
     assert (ids.count(tokenizer.bos_token_id), tokenizer.decode(ids, skip_special_tokens=True)) == (1, "anna has tea")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": ["x"]}'),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "model_max_length": "long"}'),
+        ("special_tokens_map.json", "[]"),
+        ("tokenizer.json", "[" * 100_000),
+        ("config.json", '{"model_type": []}'),
+    ],
+)
+def test_files_of_a_tokenizer_that_are_none_are_explained(
+    tiny_model: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(ConfigInvalid, match=r"^spec\.model\.source: file://model has no usable tokenizer: "):
+        load_tokenizer(tmp_path / "model", "file://model")

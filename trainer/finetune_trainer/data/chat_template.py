@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from finetune_trainer.data.row_format import ChatExample, Message
+from finetune_trainer.data.rows import half_character
 from finetune_trainer.data.template_traits import TOOL, TemplateTraits
 from finetune_trainer.errors import reason
 
@@ -142,6 +143,9 @@ class ChatTemplate:
         except Exception as error:
             # Templates run as Jinja code: they refuse, for example, roles that do not alternate, with any exception.
             raise TemplateError(f"does not fit the chat template: {reason(error)}") from None
+        # JSON texts within a row, and the template itself, may escape it.
+        if problem := half_character(text):
+            raise TemplateError(f"{problem}, once the chat template has written it")
         if tools and not self._traits.writes_tools:
             self.notes["Chat template does not write the tools of a row: the model learns without them"] = None
         return text, spans
@@ -149,7 +153,10 @@ class ChatTemplate:
     def _own_template(self, with_tools: bool) -> str:
         if not self._tokenizer.chat_template:
             raise TemplateError("is a conversation, but the model's tokenizer has no chat template")
-        return str(self._tokenizer.get_chat_template(None, [TOOL] if with_tools else None))
+        try:
+            return str(self._tokenizer.get_chat_template(None, [TOOL] if with_tools else None))
+        except Exception as error:  # a list of templates without a default one, or what is no template at all
+            raise TemplateError(f"is a conversation, and the chat template is none: {reason(error)}") from None
 
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-import yaml
+from finetune_api.yaml_documents import ManifestError, parse
 
 
 def files_of(readme: str, subset: str, paths: Sequence[str], wanted: Sequence[str], source: str) -> list[str] | None:
@@ -30,11 +30,12 @@ def files_of(readme: str, subset: str, paths: Sequence[str], wanted: Sequence[st
     split = next((name for name in wanted if name in splits), None)
     if split is None:
         raise ValueError(
-            f"{source}: its subset {subset} has no {' or '.join(wanted)} split; it has {', '.join(splits)}"
+            f"{source}: its subset {subset} has no {' or '.join(wanted)} split; it has {', '.join(splits) or 'none'}"
         )
     found = [path for path in paths if any(fnmatch(path, pattern) for pattern in splits[split])]
     if not found:
-        raise ValueError(f"{source}: its README.md names files of {subset} that are not there: {splits[split][0]}")
+        named = splits[split][0] if splits[split] else "none"
+        raise ValueError(f"{source}: its README.md names files of {subset} that are not there: {named}")
     return found
 
 
@@ -43,9 +44,10 @@ def _configs(readme: str) -> list[dict[str, Any]]:
     if len(parts) < 3 or parts[0].strip():
         return []
     try:
-        front = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, RecursionError):
+        documents = parse(parts[1], "README.md")
+    except ManifestError:
         return []
+    front = documents[0].data if documents else None
     configs = front.get("configs") if isinstance(front, dict) else None
     return [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []
 

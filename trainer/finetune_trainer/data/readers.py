@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TextIO
 
 from finetune_trainer.data import compression
-from finetune_trainer.data.rows import Row
+from finetune_trainer.data.rows import Row, half_character
 from finetune_trainer.errors import DatasetInvalid, reason
 
 #: Bytes of one row at most, and of a JSON array, which is read as a whole: a few compressed bytes may be very many.
@@ -103,18 +103,18 @@ def _parsed(raw: bytes, name: str, line: int) -> Row:
         return Row(name, line, None, _LONG_NUMBER)
     except RecursionError:
         return Row(name, line, None, _TOO_DEEP)
-    return Row(name, line, data, _half_character(text, data))
+    return _row(name, line, text, data)
 
 
-def _half_character(text: str, data: Any) -> str:
-    """Return what is wrong if JSON text escapes half of a surrogate pair, or ''. No tokenizer takes such a text."""
+def _row(name: str, line: int, text: str, data: Any) -> Row:
+    """Return the row that JSON text is; it has a problem if it escapes half a character, which no tokenizer takes."""
     if not _SURROGATE.search(text):
-        return ""
+        return Row(name, line, data)
     try:
-        json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return f"holds \\u{ord(error.object[error.start]):04x}, half of a surrogate pair, which is no character"
-    return ""
+        problem = half_character(json.dumps(data, ensure_ascii=False))
+    except RecursionError:
+        problem = _TOO_DEEP
+    return Row(name, line, None, problem) if problem else Row(name, line, data)
 
 
 def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
@@ -142,7 +142,7 @@ def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             yield Row(name, line, None, _TOO_DEEP if isinstance(error, RecursionError) else _LONG_NUMBER)
             return
-        yield Row(name, line, value, _half_character(text[counted:position], value))
+        yield _row(name, line, text[counted:position], value)
         position = _skip(text, position)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
@@ -158,9 +158,20 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
+def _bounded(text: TextIO, name: str) -> Iterator[str]:
+    """Yield lines; the csv module bounds a cell, and neither a line nor how many lines one row has."""
+    number = 0
+    while line := text.readline(_ROW_LIMIT + 1):
+        number += 1
+        if len(line) > _ROW_LIMIT:
+            raise DatasetInvalid(f"{name}:{number}: is longer than {_ROW_LIMIT >> 20} MiB")
+        yield line
+
+
 def _csv(file: BinaryIO, name: str) -> Iterator[Row]:
     csv.field_size_limit(_ROW_LIMIT)
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    lines = _bounded(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), name)
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, None)
         if header is None:

@@ -37,12 +37,14 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        _check_tokens(tokenizer, folder, source)
+    except ConfigInvalid:
+        raise
+    except Exception as error:  # transformers checks little of what it reads, so anything can go wrong
         raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {whole_text(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
     tokenizer.padding_side = "right"
-    _check_tokens(tokenizer, folder, source)
     pad = choose_pad_token(tokenizer)
     if pad != tokenizer.pad_token:
         tokenizer.pad_token = pad

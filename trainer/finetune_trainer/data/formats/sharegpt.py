@@ -52,7 +52,7 @@ class ShareGptFormat(RowFormat):
             if not isinstance(turn, dict) or not ({"from", "value"} <= set(turn) or "role" in turn):
                 return f"{where} must be an object with from and value"
             if "role" not in turn:
-                if turn["from"] not in _ROLES:
+                if not isinstance(turn["from"], str) or turn["from"] not in _ROLES:
                     return f"{where}.from is {turn['from']!r}; it must be one of {', '.join(_ROLES)}"
                 if not isinstance(turn["value"], str):
                     return f"{where}.value must be a string"
