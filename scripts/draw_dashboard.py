@@ -239,12 +239,14 @@ def _table(card: Card, panel: dict[str, Any], source: Source) -> bool:
             rows.setdefault(key, {})[column] = scaled(float(result["value"][1]), units.get(column, default))
     lines = [["Namespace", "Job", *columns]]
     lines += [[*key, *(row.get(column, "–") for column in columns)] for key, row in sorted(rows.items())]
-    pitch = (card.width - 0.2) / len(lines[0])
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    gap = (card.width - 0.2 - sum(widths)) / len(widths)  # what is left is shared out evenly
+    places = [0.1 + sum(widths[:column]) + gap * column for column in range(len(widths))]
     for number, cells in enumerate(lines[: int((card.height - 0.4) / 0.24)]):
         down = 0.46 + 0.24 * number
         for column, cell in enumerate(cells):
             style = {"fontweight": "bold", "color": GRAY} if number == 0 else {}
-            card.text(0.1 + pitch * column, down, cell, fontsize=8, **style)
+            card.text(places[column], down, cell, fontsize=8, **style)
         card.line([0.1, card.width - 0.1], down + 0.12, color=PALE, linewidth=0.8)
     return bool(rows)
 

@@ -1,15 +1,8 @@
 """Fixtures of the trainer's tests."""
 
-import os
 from pathlib import Path
 
 import pytest
-
-# One thread per process: bit-equal results, no contention between workers, safe forks.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as triton is imported, which transformers and bitsandbytes do too
 
 
 @pytest.fixture(scope="session")
