@@ -1,5 +1,6 @@
 """Whatever names a hub gives, nothing is written outside the cache, and the refusal says which name it was."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import httpx2
 import pytest
 
 from finetune_api import uri
+from finetune_trainer.stores import hub_answers
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import StoreError, StoreMisconfigured
+from finetune_trainer.stores.errors import StoreError, StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.hub import fetch_from_hub
 from finetune_trainer.stores.hub_answers import UnsafeAnswer, check
 from support.stores.hub import Hub
@@ -29,10 +31,10 @@ def _everything(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def _fetch(hub: Hub, tmp_path: Path) -> Path:
+def _fetch(hub: Hub, tmp_path: Path, **options: Any) -> Path:
     hub.requests.clear()
     credentials = Credentials("model", {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_x"})
-    return fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "cache")
+    return fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "cache", **options)
 
 
 #: A name that leads out of the cache, from `tmp_path` / cache / mirrors / … / blobs or snapshots.
@@ -123,3 +125,44 @@ def test_a_mirror_does_not_fill_the_cache_of_the_hub(hub: Hub, model: Path, tmp_
     nowhere = Credentials("model", {"HF_ENDPOINT": "http://127.0.0.1:9"})
     with pytest.raises(StoreError, match="does not answer"):
         fetch_from_hub(uri.parse("hf://me/model"), nowhere, tmp_path / "cache", attempts=1)
+
+
+@pytest.mark.parametrize(
+    "says", [[], None, "x", {"sha": None}, {"id": "x", "sha": "a" * 40, "siblings": [None]}, {"siblings": {"a": "b"}}]
+)
+def test_an_answer_of_another_form_is_told_in_a_sentence(says: Any, hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.add("me/model", model)
+    hub.twist = lambda answer: says
+    with pytest.raises(StoreUnavailable, match=r"at http\S+: the hub's answer cannot be read \(\w+Error\): check"):
+        _fetch(hub, tmp_path, attempts=1)
+
+
+def test_a_next_page_that_is_no_address_is_refused(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.add("me/model", model)
+    hub.headers = {"Link": '<http://[::bad>; rel="next"'}
+    with pytest.raises(StoreMisconfigured, match="its next page is not one of its API"):
+        _fetch(hub, tmp_path)
+
+
+def test_an_answer_without_an_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few bytes it has on the way."""
+    monkeypatch.setattr(hub_answers, "MAX_BYTES", 1 << 20)
+    request = httpx2.Request("GET", "http://hub/api/models/x", extensions={"finetune.is_api": True})
+    bomb = gzip.compress(b" " * (64 << 20))
+    answer = httpx2.Response(200, headers={"Content-Encoding": "gzip"}, stream=httpx2.ByteStream(bomb), request=request)
+    with pytest.raises(UnsafeAnswer, match="what its API says is longer than 1 MiB"):
+        check(answer)
+    nested = httpx2.Response(200, stream=httpx2.ByteStream(b"[" * 100_000), request=request)
+    with pytest.raises(UnsafeAnswer, match="what its API says nests too deep"):
+        check(nested)
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "http://127.0.0.1:9", "ftp://host/x", "x" * 100_000])
+def test_a_file_that_is_sent_elsewhere_is_told_in_a_sentence(
+    place: str, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("me/model", model)
+    hub.cdn = place
+    with pytest.raises(StoreUnavailable, match=r"the hub's answer cannot be read|the hub does not answer"):
+        _fetch(hub, tmp_path, attempts=1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub
@@ -12,6 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm.auto import tqdm
 
 from finetune_api.uri import Uri
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
@@ -92,7 +94,9 @@ def _snapshot(
             ignore_patterns=list(ignore) or None,
             tqdm_class=_reporting(on_progress),
         )
-    except (OSError, ValueError, hub.RevisionResolutionError, hub.XetDownloadError) as error:
+    except TrainerError:
+        raise
+    except Exception as error:  # the library takes an answer for what it should be, so anything can go wrong
         raise _explain(error, where, credentials, revision) from error
     return Path(folder)
 
@@ -128,10 +132,15 @@ def _explain(error: Exception, where: str, credentials: Credentials, revision: s
         return StoreNotFound(f"{where} cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, hub.EntryNotFoundError):
         return StoreUnavailable(f"{where} cannot be fetched: {os.strerror(error.errno)}")
-    reason = (
-        f"keeps answering HTTP {status}" if status else f"does not answer: check HF_ENDPOINT, {credentials.network}"
+    if status:
+        return StoreUnavailable(f"{where}: the hub keeps answering HTTP {status}")
+    if isinstance(error, OSError | hub.RevisionResolutionError | hub.XetDownloadError | httpx2.NetworkError):
+        return StoreUnavailable(f"{where}: the hub does not answer: check HF_ENDPOINT, {credentials.network}")
+    if isinstance(error, httpx2.TimeoutException):
+        return StoreUnavailable(f"{where}: the hub does not answer in time: check HF_ENDPOINT, {credentials.network}")
+    return StoreUnavailable(
+        f"{where}: the hub's answer cannot be read ({type(error).__name__}): check HF_ENDPOINT {where_set}"
     )
-    return StoreUnavailable(f"{where}: the hub {reason}")
 
 
 def _status(error: BaseException | None) -> int:

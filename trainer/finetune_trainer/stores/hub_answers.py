@@ -21,6 +21,9 @@ _HEADERS: Final = (("X-Repo-Commit", _COMMIT), ("X-Xet-Hash", _ID))
 #: An ETag names a file only in an answer to HEAD; elsewhere it may hold a slash.
 _HEAD_HEADERS: Final = (("ETag", _ID), ("X-Linked-Etag", _ID))
 _SHOWN: Final = 80
+#: Of one answer of the API: a thousand bytes for each of 64 thousand files.
+MAX_BYTES: Final = 64 << 20
+_CHUNK: Final = 1 << 16
 
 
 class UnsafeAnswer(ValueError):
@@ -49,10 +52,28 @@ def check(response: httpx2.Response) -> None:
             raise _unsafe(header, value)
     if response.request.extensions.get(_IS_API):
         following = response.links.get("next", {}).get("url", "")
-        if following and not _API.search(httpx2.URL(following).path):  # its answer would pass for a file
+        if following and not _is_api(following):  # its answer would pass for a file
             raise UnsafeAnswer("its next page is not one of its API")
-        response.read()
-        _check_body(response.content)
+        _check_body(_read(response))
+
+
+def _is_api(url: str) -> bool:
+    try:
+        return _API.search(httpx2.URL(url).path) is not None
+    except httpx2.InvalidURL:
+        return False
+
+
+def _read(response: httpx2.Response) -> bytes:
+    """Return the body, as `response.read` does and keeps it, unless it is longer than a list of files can be."""
+    body = bytearray()
+    for chunk in response.iter_bytes(_CHUNK):
+        body += chunk
+        if len(body) > MAX_BYTES:
+            response.close()
+            raise UnsafeAnswer(f"what its API says is longer than {MAX_BYTES >> 20} MiB")
+    response._content = bytes(body)
+    return response._content
 
 
 def _unquoted(etag: str) -> str:
@@ -65,6 +86,8 @@ def _check_body(body: bytes) -> None:
         answer = json.loads(body)
     except ValueError:  # an error page: the hub's client says so
         return
+    except RecursionError:
+        raise UnsafeAnswer("what its API says nests too deep") from None
     for what, value in _names(answer):
         is_safe = _is_file(value) if what == "file" else isinstance(value, str) and _is_id(what, value)
         if value is not None and not is_safe:
