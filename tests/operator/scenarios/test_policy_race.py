@@ -8,12 +8,14 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
 
 from finetune_api import constants
-from support.operator.fixtures import manifest
+from support.node.node import ProcessNode
+from support.operator.fixtures import Jobs, StartOperator, manifest
 from support.operator.in_process import living
-from support.server.client import MERGE, AsyncKube, path_of
+from support.server.client import MERGE, ApiError, AsyncKube, path_of
 from support.server.fault_proxy import ApiProxy
 from support.server.server import Cluster
 
@@ -87,3 +89,23 @@ def test_a_spec_changed_between_its_job_and_its_status_is_refused_by_the_rules_n
         pod = made[0]["spec"]["template"]
         assert "evil" not in pod["spec"]["containers"][0]["image"]
         assert "/proc" not in pod["metadata"]["annotations"][constants.ANNOTATION_MANIFEST]
+
+
+def test_a_wrong_image_is_mended_in_place_and_the_rules_are_asked_for_the_new_one(
+    start_operator: StartOperator, node: ProcessNode, jobs: Jobs
+):
+    typo, right = "registry.example.com/team/trainer:tpyo", "registry.example.com/team/trainer:1"
+    start_operator(allowed_images=["registry.example.com/team/*"])
+    node.simulate_pull_error(typo)
+    for name in ("nli", "other"):
+        jobs.create(name, image=typo)
+    for name in ("nli", "other"):
+        jobs.wait(name, "Scheduled", "False", "ImagePullBackOff")
+    jobs.change("nli", image=right)
+    jobs.change("other", image="registry.example.com/evil/trainer:1")
+    assert jobs.wait_over("nli")["status"] == "True"
+    assert jobs.reasons("nli") == ["SpecChanged", "Succeeded"]
+    with pytest.raises(ApiError, match=r"spec\.image.* cannot change once the job has run or ended"):
+        jobs.change("nli", image=typo)
+    assert jobs.wait_over("other")["message"].endswith("(administrator's rule policy.allowedImages)")
+    assert jobs.reasons("other") == ["SpecChanged"]
