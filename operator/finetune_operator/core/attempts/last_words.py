@@ -1,7 +1,5 @@
 """What a trainer's container left behind: its final report, or the last lines of its log."""
 
-import json
-
 from pydantic import ValidationError
 from pydantic_core import from_json
 
@@ -64,7 +62,7 @@ def last_lines(message: str) -> str:
 
 def _log_text(line: str) -> str:
     try:
-        found = json.loads(line)
+        found = from_json(line)
     except ValueError:
         return line.strip()
     return (raw.text(found, "event") or raw.text(found, "message") or line).strip()

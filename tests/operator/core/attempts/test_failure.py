@@ -179,3 +179,13 @@ def test_a_pod_whose_grace_was_too_short_was_preempted():
     world.settle()
     assert world.reasons[0] == "Preempted"
     assert world.status["attempts"][0]["finishedAt"] == stamp(world.now)
+
+
+@pytest.mark.parametrize("levels", [150, 1_000, 4_096])
+@pytest.mark.parametrize("opening", ["[", '{"event":'])
+def test_last_lines_that_nest_deeper_than_a_parser_goes_are_text(opening: str, levels: int):
+    world = started(recovery={"maxAttempts": 1})
+    world.exit_pods(1, message=opening * levels)
+    world.settle()
+    assert world.status["attempts"][0]["reason"] == "TrainerCrashed"
+    assert opening * 10 in world.status["attempts"][0]["message"]
