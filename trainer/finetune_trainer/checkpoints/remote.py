@@ -30,7 +30,7 @@ from finetune_trainer.stores.manifest import Job
 
 log = structlog.get_logger(__name__)
 
-_FOLDER: Final = re.compile(r"^step-(\d{8,})$")
+_FOLDER: Final = re.compile(r"step-([0-9]{8,15})")
 _FILES_AT_ONCE: Final = 3
 
 
@@ -212,5 +212,5 @@ def _delete(store: Store, step: int) -> None:
 
 
 def _steps(paths: Iterable[str]) -> set[int]:
-    matches = (_FOLDER.match(path.split("/", 1)[0]) for path in paths)
+    matches = (_FOLDER.fullmatch(path.split("/", 1)[0]) for path in paths)
     return {int(match[1]) for match in matches if match}

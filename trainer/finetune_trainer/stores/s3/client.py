@@ -71,7 +71,7 @@ class Clients:
     ) -> Digest:
         """Download exactly the object whose HEAD is `head`, and return the digest of what arrived."""
         version = {"IfMatch": head["ETag"]} if head.get("ETag") else {}
-        size = int(head["ContentLength"])
+        size = size_of(head)
         return download(
             partial(self.data.get_object, Bucket=bucket, Key=key, **version),
             size,
@@ -88,6 +88,14 @@ class InvalidSetting(Exception):
 
     def __init__(self, key: str, allowed: str) -> None:
         super().__init__(f"{key} must be {allowed}")
+
+
+def size_of(head: dict[str, Any]) -> int:
+    """Return the bytes of the object whose HEAD is `head`. Raises ValueError if the server does not say."""
+    size = int(head.get("ContentLength", -1))
+    if size < 0:
+        raise ValueError("an object without a length")
+    return size
 
 
 def endpoint_of(credentials: Credentials) -> str | None:

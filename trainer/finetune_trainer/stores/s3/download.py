@@ -3,6 +3,7 @@
 s3transfer passes every chunk through a queue to one writing thread, which costs about three times the CPU time.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,7 @@ def download(
     handle = os.open(local, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     pool = ThreadPoolExecutor(threads)
     try:
+        _require_space(handle, size)
         os.truncate(handle, size)
         spans = [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
         parts = [
@@ -65,6 +67,13 @@ def download(
     finally:
         pool.shutdown(cancel_futures=True)
         os.close(handle)
+
+
+def _require_space(handle: int, size: int) -> None:
+    """Believe no size that the disk cannot hold: each range of it would cost memory before the first byte arrives."""
+    disk = os.fstatvfs(handle)
+    if size > disk.f_bavail * disk.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _ranged(get: Get, start: int, end: int, size: int) -> Get:

@@ -29,6 +29,7 @@ S3_ERRORS: Final = (
     ConnectionError,
     TimeoutError,
     ValueError,  # botocore's, for a number or a date in an answer that is none
+    RecursionError,  # botocore's, for a redirect that leads to itself
 )
 
 #: Whether an operation may succeed if it is done again: when the store is back ("outage"), at once, because bytes were
@@ -97,6 +98,8 @@ _DENIED_CODES: Final = frozenset(
         "403",
     ]
 )
+#: Characters of a code; servers make up their own.
+_LONGEST_CODE: Final = 64
 _MISSING_CODES: Final = frozenset(("NoSuchKey", "NotFound", "404"))
 
 
@@ -119,7 +122,7 @@ class Location:
 def code_of(error: BaseException) -> str:
     """Return S3's error code, or '' for an error that did not come from the server."""
     if isinstance(error, boto.ClientError):
-        return str(error.response.get("Error", {}).get("Code", ""))
+        return str(error.response.get("Error", {}).get("Code", ""))[:_LONGEST_CODE]
     return ""
 
 
@@ -195,6 +198,6 @@ def _reason(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, boto.ConnectionError):
         return "cannot connect"
-    if isinstance(error, ValueError | ResponseParserError):
+    if isinstance(error, ValueError | RecursionError | ResponseParserError):
         return "its answers cannot be read"
     return f"the connection failed ({type(error).__name__})"

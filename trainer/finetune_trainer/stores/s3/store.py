@@ -65,7 +65,8 @@ class S3Store(Store):
         head = self._head(path)
         if head is None:
             raise StoreNotFound(f"{self._location(path).subject} does not exist")
-        return int(head["ContentLength"])
+        with self._explained(path):
+            return s3_client.size_of(head)
 
     def list(self, prefix: str = "") -> list[Entry]:
         folder = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -247,8 +248,8 @@ class S3Store(Store):
         A checksum without a type may be the one we sent, merely kept: only a server that names the type computed it.
         """
         head = self._s3.control.head_object(Bucket=self._bucket, Key=self._key(path), ChecksumMode="ENABLED")
-        if int(head["ContentLength"]) != expected.size:
-            raise self._corrupted(path, f"has {head['ContentLength']} bytes, not {expected.size}")
+        if (size := s3_client.size_of(head)) != expected.size:
+            raise self._corrupted(path, f"has {size} bytes, not {expected.size}")
         if head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
             if head["ChecksumCRC32"] != expected.crc32_base64:
                 raise self._corrupted(path, "has another checksum than the file sent")
@@ -261,8 +262,8 @@ class S3Store(Store):
         return digest_chunks(body.iter_chunks(CHUNK_BYTES))
 
     def _compare(self, path: str, got: Digest, head: dict[str, Any], sha256: str | None) -> None:
-        if got.size != int(head["ContentLength"]):
-            raise self._corrupted(path, f"arrived with {got.size} of {head['ContentLength']} bytes")
+        if got.size != (size := s3_client.size_of(head)):
+            raise self._corrupted(path, f"arrived with {got.size} of {size} bytes")
         if sha256 is not None:
             if got.sha256 != sha256:
                 raise self._corrupted(path, f"has SHA-256 {got.sha256}, not {sha256}")
