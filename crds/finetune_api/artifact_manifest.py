@@ -5,7 +5,6 @@ Publishers write it last: where it is, the publication is complete.
 
 import re
 from datetime import datetime
-from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -69,7 +68,8 @@ class StoreManifest(StatusModel):
                 raise ValueError(f"{file.path!r} is listed twice")
             names.add(name)
         for file in self.files:
-            if not names.isdisjoint(str(parent) for parent in PurePosixPath(file.path.casefold()).parents):
+            name = file.path.casefold()
+            if not names.isdisjoint(name[:end] for end, character in enumerate(name) if character == "/"):
                 raise ValueError(f"{file.path!r} lies in another file")
         return self
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -47,7 +48,7 @@ class Cluster:
             answer = self._custom().get_namespaced_custom_object(
                 *self._place(), name, _preload_content=False, _request_timeout=self.timeout
             )
-            return answers.read_object(_checked(answer).data)[0]
+            return _job(answers.read_object(_checked(answer).data)[0])
 
     def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> answers.Listing:
         """FineTuneJobs of the namespace, or of all."""
@@ -59,7 +60,9 @@ class Cluster:
                 found = self._custom().list_cluster_custom_object(group, version, plural, **options)
             else:
                 found = self._custom().list_namespaced_custom_object(group, version, namespace, plural, **options)
-            return answers.read_list(_checked(found).data)
+            listing = answers.read_list(_checked(found).data)
+            jobs = [item for item in listing.items if not _fault(item)]
+            return answers.Listing(listing.head, jobs, lost=listing.lost + len(listing.items) - len(jobs))
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
         """Create or change a FineTuneJob by server-side apply; says too whether it is new."""
@@ -79,21 +82,21 @@ class Cluster:
                 _preload_content=False,
                 **options,
             )
-            return dict(json.loads(_checked(answer).data)), answer.status == HTTPStatus.CREATED
+            return _job(json.loads(_checked(answer).data)), answer.status == HTTPStatus.CREATED
 
     def patch(self, name: str, change: Object) -> Object:
         """Merge `change` into a FineTuneJob."""
         with explained(self.server, self.namespace, name):
-            return dict(
-                self._custom().patch_namespaced_custom_object(
-                    *self._place(),
-                    name,
-                    change,
-                    field_manager=FIELD_MANAGER,
-                    _content_type=_MERGE,
-                    _request_timeout=self.timeout,
-                )
+            answer = self._custom().patch_namespaced_custom_object(
+                *self._place(),
+                name,
+                change,
+                field_manager=FIELD_MANAGER,
+                _content_type=_MERGE,
+                _request_timeout=self.timeout,
+                _preload_content=False,
             )
+            return _job(answers.read_object(_checked(answer).data)[0])
 
     def delete(self, name: str) -> None:
         """Delete a FineTuneJob; what it owns follows in the background."""
@@ -113,7 +116,7 @@ class Cluster:
                 job = self.get(name)
                 lost_since = None
                 yield job
-                for event in self._watch(name, job["metadata"]["resourceVersion"], seconds):
+                for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds):
                     if event["type"] == "DELETED":
                         yield None
                         return
@@ -131,14 +134,19 @@ class Cluster:
 
         with explained(self.server, self.namespace, name):
             try:
-                yield from Watch(return_type=object).stream(
+                for event in Watch(return_type=object).stream(
                     self._custom().list_namespaced_custom_object,
                     *self._place(),
                     field_selector=f"metadata.name={name}",
                     resource_version=since,
                     timeout_seconds=seconds,
                     _request_timeout=(self.timeout[0], seconds + self.timeout[1]),
-                )
+                ):
+                    if event["type"] in ("ADDED", "MODIFIED"):
+                        _job(event["object"])
+                    yield event
+            except (LookupError, TypeError, AttributeError):  # of the client, which takes a line for an event
+                raise ValueError("a line of a watch is no event") from None
             except ApiException as error:
                 # Too old a version: the caller reads the job again and goes on from there.
                 if error.status != 410:
@@ -155,7 +163,7 @@ class Cluster:
                 _preload_content=False,
                 _request_timeout=self.timeout,
             )
-            items: list[Object] = json.loads(_checked(answer).data)["items"]
+            items = [_object(item) for item in answers.read_list(_checked(answer).data).items]
         return sorted(items, key=lambda pod: (-attempt_of(pod), _index_of(pod), pod["metadata"]["name"]))
 
     def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
@@ -182,6 +190,36 @@ class Cluster:
 
     def _place(self) -> tuple[str, str, str, str]:
         return constants.GROUP, constants.VERSION, self.namespace, constants.PLURAL
+
+
+def _object(found: Any) -> Object:
+    """Return what an API server stores. Raises ValueError for what none does: a proxy, or another program, says it."""
+    metadata = found.get("metadata") if isinstance(found, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
+        raise ValueError("it is no object with a name")
+    if not isinstance(metadata.get("labels") or {}, dict):
+        raise ValueError("its labels are none")
+    return dict(found)
+
+
+def _job(found: Any) -> Object:
+    """Return a FineTuneJob, as far as everything here takes it for granted. Raises ValueError if it is none."""
+    job = _object(found)
+    if not isinstance(job["metadata"].get("namespace"), str):
+        raise ValueError("it is no object in a namespace")
+    datetime.fromisoformat(str(job["metadata"].get("creationTimestamp") or "2000-01-01"))
+    if not all(isinstance(job.get(part) or {}, dict) for part in ("spec", "status")):
+        raise ValueError("its spec or its status is no object")
+    return job
+
+
+def _fault(found: Any) -> str:
+    """Return why `found` is no FineTuneJob, or ''."""
+    try:
+        _job(found)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _checked(answer: Any) -> Any:

@@ -42,9 +42,15 @@ def _status(error: Any) -> dict[str, Any]:
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
     try:
         parsed = json.loads(body)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         parsed = None
-    return parsed if isinstance(parsed, dict) else {"message": (body or str(error.reason or "")).strip()}
+    if not isinstance(parsed, dict):
+        return {"message": (body or str(error.reason or "")).strip()}
+    details = parsed.get("details")
+    details = details if isinstance(details, dict) else {}
+    causes = details.get("causes")
+    causes = [cause for cause in causes if isinstance(cause, dict)] if isinstance(causes, list) else []
+    return {**parsed, "details": {**details, "causes": causes}}
 
 
 def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name: str, what: str) -> CliError:
