@@ -44,7 +44,10 @@ def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:
     )
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "nonsense"}', '{"model_type": "t5"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, '{"model_type": "nonsense"}', '{"model_type": "t5"}'],
+)
 def test_a_folder_that_is_no_causal_model_is_explained(text: str, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigInvalid, match="is no usable causal language model"):
@@ -56,3 +59,24 @@ def test_a_tokenizer_that_cannot_be_read_is_explained_in_whole_sentences(tiny_mo
     shutil.copy(tiny_model / "config.json", tmp_path)
     with pytest.raises(ConfigInvalid, match=r"has no usable tokenizer: .* one of: \(1\) a `tokenizers` library"):
         inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "paged|owner/kernel@main:function"},
+        {"_experts_implementation": "owner/kernel"},
+        {"attn_implementation": {"text_config": "owner/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "owner/kernel"}},
+    ],
+)
+def test_code_that_a_models_configuration_fetches_from_the_hub_is_never_run(
+    setting: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """transformers takes such a name for a kernel, and asks nobody."""
+    config = json.loads((tiny_model / "config.json").read_text()) | setting
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = _spec(tiny_model, model={"source": f"file://{tiny_model}", "trustRemoteCode": True})
+    with pytest.raises(ConfigInvalid, match="names code of another repository, which is never run: .*owner/kernel"):
+        inspect_base_model(ModelFiles(tmp_path, None), spec)

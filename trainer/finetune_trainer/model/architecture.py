@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.planning.parameters import Counts
+
+#: Settings that may name a kernel on the hub, `owner/name`, for one or for each part of a model.
+_IMPLEMENTATIONS: Final = ("attn_implementation", "experts_implementation")
 
 
 def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
@@ -31,12 +34,25 @@ def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
         ) from None
 
 
+def _named_code(config: Any) -> Iterator[str]:
+    """Yield the settings by which transformers fetches code for attention or experts from the hub and runs it."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from _named_code(value)
+        for name in value.values() if isinstance(value, dict) else [value]:
+            if key.lstrip("_").startswith(_IMPLEMENTATIONS) and isinstance(name, str) and "/" in name:
+                yield f"{key}: {name}"
+
+
 def _model_type(folder: Path, source: str) -> str:
     subject = f"spec.model.source: {source} is no usable causal language model: its config.json"
     try:
         found = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        named = next(_named_code(found), None)
+    except (ValueError, RecursionError) as error:
         raise ConfigInvalid(f"{subject} is no JSON: {whole_text(error)}") from None
+    if named:
+        raise ConfigInvalid(f"{subject} names code of another repository, which is never run: {named}")
     kind = found.get("model_type") if isinstance(found, dict) else None
     if not kind:
         raise ConfigInvalid(f"{subject} names no model_type")
