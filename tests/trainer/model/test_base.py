@@ -44,9 +44,11 @@ def _spec(tiny_model: Path, **sections: Any) -> FineTuneJobSpec:
     )
 
 
+_DEEP = '{"a": ' * 900 + "1" + "}" * 900
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["{", "{}", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, '{"model_type": "nonsense"}', '{"model_type": "t5"}'],
+    "text", ["{", "{}", "[" * 100_000, _DEEP, '{"model_type": "nonsense"}', '{"model_type": "t5"}']
 )
 def test_a_folder_that_is_no_causal_model_is_explained(text: str, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
@@ -77,6 +79,7 @@ def test_code_that_a_models_configuration_fetches_from_the_hub_is_never_run(
     """transformers takes such a name for a kernel, and asks nobody."""
     config = json.loads((tiny_model / "config.json").read_text()) | setting
     (tmp_path / "config.json").write_text(json.dumps(config))
-    spec = _spec(tiny_model, model={"source": f"file://{tiny_model}", "trustRemoteCode": True})
-    with pytest.raises(ConfigInvalid, match="names code of another repository, which is never run: .*owner/kernel"):
+    trusting = {"source": f"file://{tiny_model}", "trustRemoteCode": True, "revision": "a" * 40}
+    spec = _spec(tiny_model, model=trusting)
+    with pytest.raises(ConfigInvalid, match=r"names code of another repository, which is never run: .*owner/kernel"):
         inspect_base_model(ModelFiles(tmp_path, None), spec)
