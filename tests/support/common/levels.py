@@ -19,7 +19,9 @@ _SCENARIOS = "scenarios"
 LONG_ELSEWHERE = (
     "images/test_containerfiles.py::test_the_list_of_packages",
     "operator/core/test_fuzz.py",
-    "trainer/engine/test_compilation.py::test_selective_checkpointing",
+    "operator/core/test_properties.py",
+    "trainer/engine/kernels/test_attention.py",
+    "trainer/engine/test_compilation.py",
     "trainer/engine/test_fsdp.py",
     "trainer/stores/test_faulty_stores.py",
 )
