@@ -120,12 +120,19 @@ def _length(longest: int, max_new_tokens: int) -> int:
     return -(-(longest + max_new_tokens) // _ALIGNED) * _ALIGNED
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids [rows, longest], padded on the left, and a mask of the same shape: 1 for a prompt's own."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(each)) + list(each) for each in prompts]
+    real = [[0] * (width - len(each)) + [1] * len(each) for each in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
 def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int) -> _State:
     """Compute the prompts, padded on the left, and the first token of each answer."""
     device, rows, width = model.device, len(prompts), max(map(len, prompts))
     length = _length(width, max_new_tokens)
-    ids = torch.tensor([[pad] * (width - len(each)) + list(each) for each in prompts], device=device)
-    real = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=device)
+    ids, real = left_padded(prompts, pad, device)
     positions = (real.cumsum(-1) - 1).clamp(min=0)
     cache, first = FixedCache(rows, length, device), []
     step = max(1, _PREFILL_TOKENS // width)

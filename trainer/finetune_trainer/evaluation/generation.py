@@ -100,10 +100,9 @@ class AnswerGenerator:
         )
 
     def _generated(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-        width = max(map(len, prompts))
         pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=model.device)
+        ids, mask = decoding.left_padded(prompts, pad, model.device)
+        width = ids.shape[1]
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
