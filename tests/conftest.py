@@ -11,6 +11,7 @@ if not Path("/dev/nvidiactl").exists():
 
 pytest_plugins = [
     "support.common.levels",
+    "support.common.logs",
     "support.stores.hub",
     "support.server.fixtures",
     "support.stores.s3",

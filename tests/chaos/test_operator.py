@@ -13,11 +13,10 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
-import structlog
 
 from finetune_operator.main import Operator
 from finetune_operator.observability import logs
@@ -46,15 +45,10 @@ TEST_SECONDS = 1500 if FULL else 300
 
 
 @pytest.fixture(autouse=True)
-def plain_logs() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    logs.configure("critical")  # structlog's own default draws every traceback, which takes longer than the test
+def plain_logs() -> None:
+    """structlog's own default draws every traceback, which takes longer than the test."""
+    logs.configure("critical")
     logging.getLogger("kopf").setLevel(logging.CRITICAL)
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
