@@ -1,5 +1,7 @@
 """The Helm chart under test: where it lies, which values files there are, and its objects as plain data."""
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,17 @@ def values_of(name: str) -> Object:
 
 def render(values: Object | None = None, namespace: str = NAMESPACE) -> dict[str, str]:
     """The chart's rendered templates, by path below the chart, those that come out empty left out."""
+    return dict(_rendered(json.dumps(values or {}), namespace))
+
+
+@cache
+def _rendered(values: str, namespace: str) -> tuple[tuple[str, str], ...]:
     with helm_python.Chart.load(CHART) as chart:
-        rendered = chart.render(values or {}, name=RELEASE, namespace=namespace)
-    return {path.split("/", 1)[1]: text for path, text in sorted(rendered.items()) if text.strip()}
+        rendered = chart.render(json.loads(values), name=RELEASE, namespace=namespace)
+    return tuple((path.split("/", 1)[1], text) for path, text in sorted(rendered.items()) if text.strip())
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML that refuses a key given twice, which PyYAML would silently let the later win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -6,14 +6,13 @@ import copy
 import json
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 from prometheus_client import CollectorRegistry
 
 from finetune_api import constants
+from finetune_api.crd import crd
 from finetune_api.plain_text import plain_values
 from finetune_api.status import TrainerReport
 from finetune_operator.core.controllers import REGISTRY, Registry
@@ -31,8 +30,7 @@ from support.simulation.cluster import KINDS, START
 from support.simulation.world import World, merged
 
 Object = dict[str, Any]
-CRD = yaml.safe_load((Path(__file__).parents[3] / "crds/finetunejobs.yaml").read_text())
-_SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+_SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
 _STATUS = jsonschema.Draft202012Validator(_SCHEMA)
 
 

@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-import kubernetes_validate
 import pytest
 
 from finetune_api import exit_codes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt
 from finetune_operator.core.attempts.retry import Retry, decide_retry
+from support.common import kubernetes_schema
 from support.simulation.world import START, World
 
 REPORT = {"stage": "Failed", "reason": "GpuUnavailable", "message": "no GPU is visible on node gpu-1"}
@@ -110,7 +110,7 @@ def test_the_users_own_affinity_holds_as_well() -> None:
     first, ours = of_nodes["preferredDuringSchedulingIgnoredDuringExecution"]
     assert [first] == preferred
     assert ours["preference"]["matchFields"][0]["values"] == ["gpu-1"]
-    kubernetes_validate.validate({key: job[key] for key in ("apiVersion", "kind", "spec")}, "1.34", strict=True)
+    kubernetes_schema.check({key: job[key] for key in ("apiVersion", "kind", "spec")})
 
 
 def test_on_the_only_node_it_is_tried_again_until_the_attempts_are_used_up() -> None:

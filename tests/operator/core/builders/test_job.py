@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import kubernetes_validate
 import pytest
 
 from finetune_api import constants, exit_codes, manifest
@@ -11,6 +10,7 @@ from finetune_operator.core.builders import job as children
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.policy import Rejection, read_spec
 from finetune_operator.settings import Settings
+from support.common import kubernetes_schema
 
 Object = dict[str, Any]
 FULL = {
@@ -48,7 +48,7 @@ def env_of(objects: list[Object]) -> dict[str, str]:
 @pytest.mark.parametrize("spec", [{}, FULL], ids=["minimal", "full"])
 def test_every_object_is_valid_kubernetes(spec: Object):
     for obj in made(**spec):
-        kubernetes_validate.validate(obj, "1.34", strict=True)
+        kubernetes_schema.check(obj)
 
 
 def test_the_pod_meets_the_restricted_pod_security_standard():
@@ -175,7 +175,7 @@ def test_placement_reaches_the_pod_as_the_user_wrote_it():
     objects = made(resources=asked)
     pod = pod_of(objects)
     assert {key: pod[key] for key in asked} == asked
-    kubernetes_validate.validate(objects[-1], "1.34", strict=True)
+    kubernetes_schema.check(objects[-1])
     assert not set(asked) & set(pod_of(made())), "and nothing is there that nobody asked for"
 
 
@@ -221,7 +221,7 @@ def test_endpoints_that_are_allowed_are_told_to_the_trainer_in_its_own_environme
 def test_a_job_of_several_nodes_is_isolated_where_the_administrator_isolates():
     isolated = Settings(isolated_namespaces=("team",))
     service, policy, job = made(settings=isolated, **FULL)
-    kubernetes_validate.validate(policy, "1.34", strict=True)
+    kubernetes_schema.check(policy)
     assert policy["metadata"]["ownerReferences"] == job["metadata"]["ownerReferences"]
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
     assert policy["spec"]["podSelector"]["matchLabels"] == service["spec"]["selector"]
