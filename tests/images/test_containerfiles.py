@@ -145,6 +145,7 @@ def test_what_is_sent_to_the_engine_is_what_the_images_are_built_from() -> None:
     assert all((ROOT / source).exists() for source in copied)
 
 
+@pytest.mark.nightly  # it looks through every package of the environment
 def test_the_list_of_packages_is_made_of_what_is_installed(tmp_path: Path) -> None:
     """The Containerfiles' command, on this Python instead of the image's."""
     commands = {re.search(r"cyclonedx-py [^&]*", rest)[0] for image in IMAGES for keyword, rest in instructions(image)

@@ -109,7 +109,7 @@ def test_the_trainers_failure_and_its_cure_are_shown_with_its_exit_code(run, job
 
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_path):
     """The trainer takes a second Ctrl-C for impatience: one press has to reach it exactly once."""
-    more = ("--set", "training.maxSteps=400")
+    more = ("--set", "training.maxSteps=150")
     with on_a_terminal(("run", "job.yaml", *more), run.env | {"TERM": "xterm"}, tmp_path) as (process, master):
         before = read_until(master, "Step 5")
         assert "Step 5" in before, before
@@ -124,7 +124,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_pa
     again = run("job.yaml", *more)
     assert again.returncode == 0, again.stderr
     assert "Resuming from the checkpoint at step" in again.stderr
-    assert re.search(r"Training +400 steps", again.stdout)
+    assert re.search(r"Training +150 steps", again.stdout)
 
 
 def test_a_signal_to_the_command_reaches_the_trainer(run, job, tmp_path):

@@ -17,7 +17,6 @@ _API_SERVERS = {"cluster", "every_cluster", "either_cluster"}
 _SCENARIOS = "scenarios"
 #: How the names of tests elsewhere begin that take as long as a scenario.
 LONG_ELSEWHERE = (
-    "images/test_containerfiles.py::test_the_list_of_packages",
     "operator/core/test_fuzz.py",
     "operator/core/test_properties.py",
     "trainer/engine/kernels/test_attention.py",
