@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from finetune_cli.commands import (
+    chat,
     delete,
     download,
     inspect,
@@ -68,6 +69,7 @@ def finetune(
         finetune submit job.yaml         # train in the cluster
         finetune watch my-job            # see it train
         finetune download my-job ./out   # fetch the adapter
+        finetune chat my-job             # ask it
 
     Exit codes:
         0    all is well
@@ -97,6 +99,7 @@ _register(suspend.suspend, CLUSTER)
 _register(suspend.resume, CLUSTER)
 _register(delete.delete, CLUSTER)
 _register(download.download, RESULTS)
+_register(chat.chat, RESULTS)
 
 
 def _usage_error(error: Exception) -> str | None:

@@ -102,7 +102,9 @@ def run(ctx: RunContext) -> Adapter | None:
     with ctx.stage("Publishing", f"Publishing the adapter to {spec.output.uri}"):
         # 11. Write adapter, tokenizer, model card and provenance into one folder.
         ctx.report_final(result.state)
-        bundle = steps.write_bundle(settings.job, model, base, result.plan, result.state, ctx.directory)
+        bundle = steps.write_bundle(
+            settings.job, model, base, result.plan, result.state, ctx.directory, rows.train.format.name
+        )
         verifier = steps.make_verifier(model, base, session.evaluator, result.plan, spec, ctx.directory.published)
         if spec.output.overwrite:  # Overwriting is destructive: verify before deleting the published adapter.
             verifier.check_local(bundle.folder)

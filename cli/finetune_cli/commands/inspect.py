@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,14 +12,13 @@ import typer
 
 from finetune_api import constants
 from finetune_cli.errors import CliError
+from finetune_cli.local_trainer import explained, quiet
 from finetune_cli.options import Output, Overrides
 from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
     from finetune_trainer.inspection import Inspection
-
-_EXTRA = "pip install 'finetune-operator[trainer]'"
 
 
 def inspect(
@@ -64,7 +61,7 @@ def inspect(
     from finetune_cli.output import rows_page
 
     job = _job(data, model, overrides)
-    with _explained():
+    with explained():
         found = _inspection(job, rows)
     result = asdict(found)
     if html:
@@ -120,23 +117,6 @@ def _uri(place: str) -> str:
     return place if "://" in place else f"file://{Path(place).absolute()}"
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what the trainer says into CliError."""
-    try:
-        from finetune_trainer.errors import TrainerError
-    except ModuleNotFoundError as error:
-        raise CliError(f"{error.name} is not installed here", hint=_EXTRA) from None
-    from finetune_cli.storage import cli_error
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise CliError(f"{error.name} is not installed here", hint=_EXTRA) from None
-    except TrainerError as error:
-        raise cli_error(error) from None
-
-
 def _inspection(job: FineTuneJob, shown: int) -> Inspection:
     """Return what the trainer finds, behind a progress bar on stderr."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -153,7 +133,7 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
         TimeRemainingColumn(compact=True),
     )
     with (
-        _quiet(),
+        quiet(),
         tempfile.TemporaryDirectory(prefix="finetune-inspect-") as work,
         Progress(*columns, console=console.err(), transient=True) as progress,
     ):
@@ -164,18 +144,3 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
 
         settings = Settings(job, Environment.from_env({constants.ENV_SCRATCH_DIR: work} | env), Ranks())
         return inspect_rows(settings, Path(work), shown, tell)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the trainer's log off the screen: the page says what it says."""
-    import logging
-
-    import structlog
-
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    try:
-        yield
-    finally:
-        structlog.configure(**before)

@@ -50,7 +50,7 @@ def status(
 
 def _suggest(view: View, place: str) -> None:
     commands = {
-        "succeeded": [f"finetune download {view.name} ./{view.name}{place}"],
+        "succeeded": [f"finetune chat {view.name}{place}", f"finetune download {view.name} ./{view.name}{place}"],
         "failed": [f"finetune logs {view.name}{place}"],
         "running": [f"finetune watch {view.name}{place}", f"finetune logs -f {view.name}{place}"],
     }.get(view.state)

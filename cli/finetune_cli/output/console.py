@@ -70,6 +70,11 @@ def page(content: RenderableType, width: int = 0) -> None:
     screen.print("\n".join(line.rstrip() for line in captured.get().splitlines()), soft_wrap=True)
 
 
+def piece(text: str) -> None:
+    """Print a piece of a line that goes on, such as an answer that is being made."""
+    out().print(text, end="", soft_wrap=True)
+
+
 def note(message: str) -> None:
     """Say something beside the result, on stderr."""
     err().print(message, style="dim", soft_wrap=True)

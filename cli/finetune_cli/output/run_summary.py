@@ -116,7 +116,8 @@ def _show_next(job: FineTuneJob, target: str, file: str) -> None:
     console.out().print(Text("\nUse it in Python:", style="bold"))
     for line in load_lines(job, folder):
         console.out().print(Text(f"  {line}", style="cyan"), soft_wrap=True)
-    commands = [f"finetune download {target} {folder}"] if scheme == "s3" else []
+    commands = [f"finetune chat {local_path(target)}"] if scheme in ("s3", "file") else []
+    commands += [f"finetune download {target} {folder}"] if scheme == "s3" else []
     if file != STDIN:
         # The cluster cannot see this machine's files.
         local = "   # with hf://, s3:// or pvc:// for file://" if "file://" in str(job.spec.manifest()) else ""

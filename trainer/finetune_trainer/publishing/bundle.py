@@ -60,6 +60,7 @@ def write_bundle(
     plan: ExecutionPlan,
     state: TrainingState,
     directory: RunDirectory,
+    row_format: str,
 ) -> Bundle:
     """Write all that is published into directory.adapter.
 
@@ -70,6 +71,7 @@ def write_bundle(
         plan: The execution plan at the end of training.
         state: The state at the end of training.
         directory: The run's files; metrics.jsonl is already in place.
+        row_format: The format that the training rows were read in.
 
     Returns:
         The folder and the facts for its manifest.
@@ -84,17 +86,22 @@ def write_bundle(
         load_adapter_weights(model, directory.best)
     artifact.build(Trained(spec, model, base, plan), directory.adapter)
     base.tokenizer.save_pretrained(str(directory.adapter))
-    write_provenance(job, plan, directory)
+    write_provenance(job, plan, directory, row_format)
     card = model_card.render(job, metrics, base.name, base.tokenizer.pad_token)
     (directory.adapter / "README.md").write_text(card)
     return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step)
 
 
-def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirectory) -> None:
-    """Write directory.training: the resolved job, the environment, the log and the loss curve."""
+def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirectory, row_format: str) -> None:
+    """Write directory.training: the resolved job, the environment, the log and the loss curve.
+
+    The job has the format that the rows were read in where it said auto: who asks the adapter writes prompts in it.
+    """
+    resolved = resolved_job(job)
+    resolved["spec"]["dataset"]["format"] = row_format
     training = directory.training
     training.mkdir(parents=True, exist_ok=True)
-    (training / "job.yaml").write_text(yaml.safe_dump(resolved_job(job), sort_keys=False, allow_unicode=True))
+    (training / "job.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     (training / "environment.json").write_text(json.dumps(environment(plan), indent=2) + "\n")
     if (log_file := directory.root / LOG_FILE).exists():
         shutil.copy2(log_file, training / LOG_FILE)

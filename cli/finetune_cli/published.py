@@ -1,0 +1,186 @@
+"""A published adapter: where it lies, its manifest, and its files, each verified. `download` and `chat` use it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api import constants
+from finetune_cli import storage, target_folder
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.output import console
+from finetune_cli.target_folder import TargetFolder
+
+if TYPE_CHECKING:
+    from finetune_api.artifact_manifest import FileRecord, StoreManifest
+    from finetune_trainer.stores.base import Store
+
+#: Files fetched at the same time.
+PARALLEL = 4
+#: Tries of one file, each of which resumes where the last one broke off.
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Published:
+    """An adapter in a store: `manifest` is its manifest, and `data` that manifest's bytes."""
+
+    address: str
+    store: Store
+    manifest: StoreManifest
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the digest of every file."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def locate(source: str, namespace: str | None, context: str | None, kubeconfig: Path | None, instead: str) -> Published:
+    """Return the adapter of a job, or the one that lies at a URI, without its files.
+
+    Args:
+        source: A FineTuneJob's name, a URI, or a path of this machine, which holds a slash.
+        namespace: Of the job.
+        context: Of the kubeconfig.
+        kubeconfig: The file.
+        instead: What to run if the URI holds another adapter than the job published; {} stands for the URI.
+
+    Raises:
+        CliError: There is none, it is out of reach, or not what the job published.
+    """
+    address, digest = source, None
+    if "://" not in source and "/" in source:
+        address = f"file://{Path(source).absolute()}"
+    elif "://" not in source:
+        address, digest = _of_job(source, namespace, context, kubeconfig)
+    store = storage.open_store(address)
+    with storage.store_errors():
+        found = Published(address, store, *_read_manifest(store, address))
+    if digest and digest != f"sha256:{found.digest}":
+        raise CliError(
+            f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
+            hint=f"to take what it holds now: {instead.replace('{}', address)}",
+            code=Exit.CORRUPT,
+        )
+    return found
+
+
+def fetch_into(folder: Path, published: Published, *, overwrite: bool = False) -> TargetFolder:
+    """Make `folder` hold the adapter, every byte compared with its manifest; what is there already is kept."""
+    target = TargetFolder(folder, published.manifest, published.data, overwrite)
+    try:
+        with storage.store_errors():
+            _fetch_all(published.store, target)
+    except CliError as error:
+        if error.code == Exit.CORRUPT:
+            target.discard()
+        raise
+    target.place()
+    return target
+
+
+def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: Path | None) -> tuple[str, str]:
+    """URI and manifest digest of a job's adapter."""
+    from finetune_cli.kube.connect import connect
+    from finetune_cli.output.job_view import View
+
+    view = View.of(connect(namespace, context, kubeconfig).get(name))
+    if view.status.adapter is None:
+        raise CliError(
+            f"{name} has published no adapter ({view.phase})",
+            hint=f"finetune {'status' if view.is_over else 'watch'} {name}",
+            code=Exit.JOB_FAILED if view.state == "failed" else Exit.INVALID,
+        )
+    return view.status.adapter.uri, view.status.adapter.manifest_digest
+
+
+def _read_manifest(store: Store, address: str) -> tuple[StoreManifest, bytes]:
+    """Return the manifest of the adapter in `store` and its bytes. Raises CliError, StoreError."""
+    from finetune_trainer.stores import manifest
+
+    found = manifest.read(store)
+    if found is None:
+        raise CliError(
+            f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
+        )
+    if found[0].kind != "Adapter":
+        raise CliError(f"{address} holds a {found[0].kind}, not an adapter")
+    return found
+
+
+def _fetch_all(store: Store, target: TargetFolder) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console.err(), transient=True) as progress:
+        task = progress.add_task("Downloading", total=sum(file.size_bytes for file in target.missing))
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            pending = [pool.submit(fetch, store, file, target.part(file), advance) for file in target.missing]
+            try:
+                for each in pending:
+                    each.result()
+            except BaseException:
+                for each in pending:
+                    each.cancel()
+                raise
+
+
+def fetch(store: Store, file: FileRecord, part: Path, advance: Callable[[int], None]) -> None:
+    """Download one file to `part`, resuming a few times when the connection breaks. Raises CliError, StoreError."""
+    from finetune_trainer.stores.errors import StoreUnavailable
+
+    counted = 0
+
+    def count(number: int) -> None:
+        nonlocal counted
+        counted += number
+        advance(number)
+
+    for tries_left in range(TRIES - 1, -1, -1):
+        try:
+            _fetch(store, file, part, count)
+            return
+        except StoreUnavailable:
+            if not tries_left:
+                raise
+            advance(-counted)
+            counted = 0
+
+
+def _fetch(store: Store, file: FileRecord, part: Path, advance: Callable[[int], None]) -> None:
+    """Download one file, resuming an earlier, unfinished try of the same content. Never takes more than its size."""
+    try:
+        if part.exists() and part.stat().st_size > file.size_bytes:
+            part.unlink()
+        digest = target_folder.digest_of(part) if part.exists() else hashlib.sha256()
+        size = part.stat().st_size if part.exists() else 0
+        advance(size)
+        with part.open("ab") as output:
+            # At the end already: a store refuses a range that starts there.
+            for chunk in store.stream(file.path, size) if size < file.size_bytes or not file.size_bytes else ():
+                size += len(chunk)
+                if size > file.size_bytes:
+                    raise _corrupt(store, file, f"has more than the {file.size_bytes:,} bytes that its manifest says")
+                output.write(chunk)
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        raise CliError(f"{part}: cannot be written: {error.strerror}") from None
+    if size != file.size_bytes:
+        raise _corrupt(store, file, f"has {size:,} bytes, but its manifest says {file.size_bytes:,}")
+    if digest.hexdigest() != file.sha256:
+        raise _corrupt(store, file, f"has SHA-256 {digest.hexdigest()}, but its manifest says {file.sha256}")
+
+
+def _corrupt(store: Store, file: FileRecord, how: str) -> CliError:
+    hint = "it was changed or damaged after publishing; nothing was written"
+    return CliError(f"{store.uri_of(file.path)} {how}", hint=hint, code=Exit.CORRUPT)
