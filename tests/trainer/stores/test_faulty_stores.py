@@ -175,10 +175,13 @@ def restore_run(bench: Bench, seed: int, rate: float) -> tuple[str, Faults, list
     return outcome, faults, broken
 
 
-def test_hundreds_of_faults_make_no_corrupt_publication_and_no_false_success(bench: Bench, capsys) -> None:
+@pytest.mark.parametrize("share", [0.5, pytest.param(1, marks=pytest.mark.nightly)])
+def test_hundreds_of_faults_make_no_corrupt_publication_and_no_false_success(
+    bench: Bench, share: float, capsys
+) -> None:
     tally = Tally()
-    runs = [(publish_run, seed, 0.12 + 0.05 * (seed % 4)) for seed in range(20)]
-    runs += [(restore_run, seed, 0.12 + 0.05 * (seed % 4)) for seed in range(100, 108)]
+    runs = [(publish_run, seed, 0.12 + 0.05 * (seed % 4)) for seed in range(int(20 * share))]
+    runs += [(restore_run, seed, 0.12 + 0.05 * (seed % 4)) for seed in range(100, 100 + int(8 * share))]
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
         for done in [pool.submit(run, bench, seed, rate) for run, seed, rate in runs]:
             tally.add(*done.result())
@@ -186,9 +189,9 @@ def test_hundreds_of_faults_make_no_corrupt_publication_and_no_false_success(ben
         print(f"\n{sum(tally.faults.values())} faults in {len(runs)} runs: {dict(tally.faults)}")
         print(f"outcomes: {dict(tally.outcomes)}")
     assert tally.broken == []
-    assert sum(tally.faults.values()) >= 200
-    assert tally.outcomes["published"] >= 12, "most runs get through in spite of the faults"
-    assert tally.outcomes["saved, resumed"] >= 4
+    assert sum(tally.faults.values()) >= 200 * share
+    assert tally.outcomes["published"] >= 12 * share, "most runs get through in spite of the faults"
+    assert tally.outcomes["saved, resumed"] >= 4 * share
 
 
 def test_parts_of_a_large_file_survive_faults(bench: Bench, monkeypatch) -> None:
