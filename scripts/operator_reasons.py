@@ -151,7 +151,9 @@ STATES: Final = {
     "Resuming": Reason("Suspended: the old pods end, then the next attempt starts."),
     "NotYet": Reason("Published: the adapter is published at the end."),
     "Reported": Reason("Published: the trainer reports that it published the adapter, read it back and loaded it."),
-    "Succeeded": Reason("Succeeded: the adapter is in `status.adapter`."),
+    "Succeeded": Reason("Succeeded, Finished: the adapter is in `status.adapter`."),
+    "Failed": Reason("Finished: the job has failed; `Succeeded` says why."),
+    "NotFinished": Reason("Finished: the job is not over."),
 }
 
 STALLED: Final = {

@@ -63,7 +63,7 @@ class StatusModel(ApiModel):
     model_config = ConfigDict(extra="ignore", strict=False)
 
 
-ConditionType = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded"]
+ConditionType = Literal["Accepted", "Scheduled", "Training", "Suspended", "Published", "Succeeded", "Finished"]
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 
@@ -225,7 +225,8 @@ class FineTuneJobStatus(StatusModel):
         list[Condition],
         Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = []
-    """Accepted, Scheduled, Training, Suspended, Published, and the summary Succeeded."""
+    """Accepted, Scheduled, Training, Suspended, Published, the summary Succeeded, and Finished: True once the job
+    is over, either way."""
     progress: Progress | None = None
     """How far the training is."""
     execution_plan: ExecutionPlan | None = None

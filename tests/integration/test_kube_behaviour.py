@@ -455,10 +455,10 @@ def test_kubectl_applies_changes_waits_and_deletes(everywhere: Kube, kubectl: Ca
     assert "configured" in kubectl("apply", "-f", "-", manifest=changed)
     assert everywhere.get("FineTuneJob", "nli")["spec"]["suspend"] is True
     at = "2026-01-01T00:00:00Z"
-    condition = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "lastTransitionTime": at}
+    condition = {"type": "Finished", "status": "True", "reason": "Failed", "lastTransitionTime": at}
     condition["observedGeneration"] = 2  # kubectl waits on while this is older than the object's generation
     everywhere.patch("FineTuneJob", "nli", {"status": {"conditions": [condition]}}, subresource="status")
-    assert "condition met" in kubectl("wait", "ftj/nli", "--for=condition=Succeeded", "--timeout=20s")
+    assert "condition met" in kubectl("wait", "ftj/nli", "--for=condition=Finished", "--timeout=20s")
     assert "nli" in kubectl("get", "ftj")
     assert "deleted" in kubectl("delete", "ftj", "nli")
     assert everywhere.find("FineTuneJob", "nli") is None

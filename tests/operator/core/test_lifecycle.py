@@ -24,6 +24,7 @@ def test_a_new_job_gets_its_job_and_says_that_it_waits():
     assert [obj["kind"] for obj in made.create] == ["Job"]
     assert world.status["phase"] == "Pending"
     assert world.condition("Accepted")["status"] == "True"
+    assert world.condition("Finished")["status"] == "False"
     assert world.condition("Scheduled")["message"] == "waiting for the pod of Job nli-1 to start"
     assert world.status["attempts"][0]["jobName"] == "nli-1"
 
@@ -34,6 +35,7 @@ def test_a_published_adapter_ends_the_job_with_everything_kept_in_status():
     world.settle()
     assert world.outcome == "True"
     assert world.condition("Published")["status"] == "True"
+    assert (world.condition("Finished")["status"], world.condition("Finished")["reason"]) == ("True", "Succeeded")
     assert world.status["adapter"]["manifestDigest"].startswith("sha256:")
     assert world.status["metrics"] == {"evalLoss": 0.5}
     assert world.status["progress"]["summary"] == "100/100"
@@ -58,6 +60,7 @@ def test_a_users_mistake_is_final_at_once(code: int):
     world.advance(86_400)
     world.settle()
     assert (world.outcome, world.reasons) == ("False", [REASONS[code]])
+    assert (world.condition("Finished")["status"], world.condition("Finished")["reason"]) == ("True", "Failed")
     assert world.condition("Succeeded")["message"] == "row 7 has no text"
 
 

@@ -25,7 +25,8 @@ def test_a_job_goes_from_its_manifest_to_an_adapter(operator: OperatorProcess, n
     assert status["metrics"] == {"trainLoss": 0.5, "evalLoss": 0.6}
     assert status["progress"]["summary"] == "20/20"
     assert status["attempts"][0] | {"exitCode": 0, "reason": "Succeeded"} == status["attempts"][0]
-    assert {c["type"] for c in status["conditions"] if c["status"] == "True"} == {"Accepted", "Published", "Succeeded"}
+    holds = {c["type"] for c in status["conditions"] if c["status"] == "True"}
+    assert holds == {"Accepted", "Published", "Succeeded", "Finished"}
 
 
 def test_the_trainer_reads_exactly_the_resolved_manifest(operator: OperatorProcess, kube: Kube, jobs: Jobs):

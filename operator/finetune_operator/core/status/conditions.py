@@ -1,4 +1,4 @@
-"""The six conditions and the phase of each situation of a job."""
+"""The conditions and the phase of each situation of a job."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _ACCEPTED = ConditionValue("True", "Valid")
 
 @dataclass(frozen=True)
 class JobConditions:
-    """The phase and all six conditions of a job."""
+    """The phase and all conditions of a job."""
 
     phase: str
     scheduled: ConditionValue
@@ -38,6 +38,16 @@ class JobConditions:
     accepted: ConditionValue = _ACCEPTED
     suspended: ConditionValue = _NOT_SUSPENDED
     published: ConditionValue = _NOT_PUBLISHED
+
+    @property
+    def finished(self) -> ConditionValue:
+        """Finished: True either way, so that one `kubectl wait` returns for a job that fails, too."""
+        match self.succeeded.status:
+            case "True":
+                return ConditionValue("True", "Succeeded")
+            case "False":
+                return ConditionValue("True", "Failed")
+        return ConditionValue("False", "NotFinished")
 
 
 def waiting(reason: str, message: str) -> JobConditions:
