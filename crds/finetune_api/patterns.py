@@ -50,7 +50,9 @@ REVISION_SEGMENTS = TextRule(
     r"[.][.]|/[.]|//|[./]$", "must not hold '..', nor a path segment that is empty or begins with a dot", True
 )
 EXTENDED_RESOURCE = TextRule(
-    r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", "must be an extended resource with its domain, such as nvidia.com/gpu"
+    r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$",
+    "must be an extended resource with its domain, such as nvidia.com/gpu: letters, digits and . _ -, a letter or digit"
+    " first and last, at most 63 characters after the slash",
 )
 IMAGE = TextRule(
     r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
@@ -61,9 +63,9 @@ MODULE = TextRule(
     "must be the name of a layer such as q_proj: letters, digits and _ . -, or all-linear",
 )
 LABEL_KEY = TextRule(
-    r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+    r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$",
     "must be the key of a label such as zone or example.com/zone: letters, digits and . _ -, a letter or digit first"
-    " and last",
+    " and last, at most 63 characters after the slash",
 )
 LABEL_VALUE = TextRule(
     r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$",

@@ -6,13 +6,16 @@ Namespaces take turns: one with ten thousand jobs delays another's by one reconc
 import asyncio
 import random
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from finetune_operator.core.objects.kinds import ObjectKey
 
 Reconcile = Callable[[ObjectKey], Awaitable["Result"]]
+
+#: A namespace's blocked keys together are tried again about so often: each try costs the API server a refused write.
+BLOCKED_PER_SECOND = 2.0
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,9 @@ class Result:
 
     Attributes:
         after: Seconds to wait; None waits for the next event.
-        blocked: Wait longer each time, until a reconcile is no longer blocked. An event of the object ends the wait,
-            except after a reconcile that raised (see WorkQueue.add).
+        blocked: Wait longer each time, until a reconcile is no longer blocked, and the longer the more keys of the
+            namespace are blocked. An event of the object ends the wait, except after a reconcile that raised (see
+            WorkQueue.add).
     """
 
     after: float | None = None
@@ -36,8 +40,8 @@ class Backoff:
     base_seconds: float = 0.25
     cap_seconds: float = 30.0
 
-    def pause(self, failures: int) -> float:
-        full = min(self.cap_seconds, self.base_seconds * 2.0 ** min(failures - 1, 20))
+    def pause(self, failures: int, least: float = 0.0) -> float:
+        full = max(least, min(self.cap_seconds, self.base_seconds * 2.0 ** min(failures - 1, 20)))
         return full * random.uniform(0.5, 1.0)  # noqa: S311 -- spreading load, not a secret
 
 
@@ -63,6 +67,8 @@ class WorkQueue:
         self._timers: dict[ObjectKey, asyncio.TimerHandle] = {}
         self._failures: dict[ObjectKey, int] = {}
         self._failing: set[ObjectKey] = set()
+        self._blocked: defaultdict[str, set[ObjectKey]] = defaultdict(set)
+        """By namespace; without those whose reconcile raised."""
         self._wake = asyncio.Semaphore(0)
 
     def add(self, key: ObjectKey, changed: bool = False) -> None:
@@ -129,9 +135,13 @@ class WorkQueue:
         """Schedule the next reconcile of `key`."""
         again = self._again.pop(key, None)
         (self._failing.add if failed else self._failing.discard)(key)
+        blocked = self._blocked[key.namespace]
+        (blocked.add if result.blocked and not failed else blocked.discard)(key)
+        if not blocked:
+            del self._blocked[key.namespace]
         if result.blocked:
             self._failures[key] = failures = self._failures.get(key, 0) + 1
-            pause = self._backoff.pause(failures)
+            pause = self._backoff.pause(failures, 0.0 if failed else (len(blocked) - 1) / BLOCKED_PER_SECOND)
             self.add_after(key, pause if result.after is None else min(pause, result.after))
             if again:
                 self.add(key, changed=True)

@@ -1,8 +1,11 @@
 """The queue: one reconcile per key at a time, retries that slow down, and what may hurry them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+import pytest
 
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.reconcile.work_queue import Backoff, Result, WorkQueue
@@ -171,3 +174,25 @@ def test_namespaces_take_turns_so_a_crowd_in_one_delays_no_other():
     asyncio.run(run_queue(queue, act))
     assert order[:5] == [crowd[0], first, second, crowd[1], ObjectKey("FineTuneJob", "small", "c")]
     assert [key for key in order if key.namespace == "crowd"] == crowd, "in their order, and none is lost"
+
+
+@pytest.mark.parametrize("error", [None, OSError("no answer")])
+def test_the_more_of_a_namespace_is_blocked_the_longer_each_waits(error: Exception | None):
+    """A thousand jobs whose Jobs are refused cost the API server a few writes a second; after an outage none waits."""
+    tries: Counter[str] = Counter()
+
+    async def reconcile(key: ObjectKey) -> Result:
+        tries[key.namespace] += 1
+        if error:
+            raise error
+        return Result(blocked=True)
+
+    def hurry() -> None:
+        if not tries:
+            for index in range(1000):
+                queue.add(ObjectKey("FineTuneJob", "crowd", str(index)))
+
+    queue = WorkQueue(reconcile, 16, Backoff(0.01, 0.02))
+    asyncio.run(turns_within(0.2, queue, hurry))
+    assert tries[KEY.namespace] > 3, "its namespace has no other that is blocked"
+    assert (tries["crowd"] > 1010) == (error is not None)

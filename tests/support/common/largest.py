@@ -64,7 +64,7 @@ def largest_job(name: str) -> Object:
         "checkpoint": {"uri": uri("checkpoints")},
         "logging": {"wandb": {"project": _TEXT, "name": _TEXT, "entity": _TEXT, "secretRef": secret}},
         "resources": {
-            "gpuResource": _name(253, "example.com/"),
+            "gpuResource": f"{_name(189, 'example')}/{_name(63, 'gpu')}",
             "cpu": "1" * 31 + "k",
             "memory": "1" * 30 + "Ki",
             "nodeSelector": _labels(32),
