@@ -185,7 +185,7 @@ ACCEPTED = [
     }),
     _accepted("affinity left empty", {"spec.resources.affinity": {"podAffinity": {}, "nodeAffinity": None}}),
     _accepted("as many values as an affinity may hold", {_NODES: [{"matchExpressions": _expressions(31, 31)}]}),
-    _accepted("as long a key as a node label may have", {"spec.resources.nodeSelector": {"k" * 317: "v" * 63}}),
+    _accepted("as long a key as a node label may have", {"spec.resources.nodeSelector": {f"{'k' * 253}/{'k' * 63}": "v" * 63}}),
     _accepted("shared cache", {"spec.cache": {"claimName": "model-cache"}}),
     _accepted("deadlines and clean-up", {
         "spec.activeDeadlineSeconds": 3600, "spec.pendingDeadlineSeconds": 600, "spec.ttlSecondsAfterFinished": 0,
