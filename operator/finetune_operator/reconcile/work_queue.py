@@ -122,6 +122,8 @@ class WorkQueue:
                 del self._running_since[key]
             self._on_done(key, time.monotonic() - started, error)
             self._settle(key, result, failed=error is not None)
+            # A reconcile that needs no request never waits: thousands of them in a row would stop watches and probes.
+            await asyncio.sleep(0)
 
     def _next(self) -> ObjectKey:
         """Take the oldest key of the namespace whose turn it is."""

@@ -196,3 +196,26 @@ def test_the_more_of_a_namespace_is_blocked_the_longer_each_waits(error: Excepti
     asyncio.run(turns_within(0.2, queue, hurry))
     assert tries[KEY.namespace] > 3, "its namespace has no other that is blocked"
     assert (tries["crowd"] > 1010) == (error is not None)
+
+
+def test_reconciles_that_need_no_request_leave_turns_to_watches_and_probes():
+    """A resync queues every job there is; a job of another namespace that comes meanwhile is not behind them all."""
+    seen: list[ObjectKey] = []
+    late = ObjectKey("FineTuneJob", "small", "late")
+
+    async def reconcile(key: ObjectKey) -> Result:
+        seen.append(key)
+        return Result()
+
+    queue = WorkQueue(reconcile, workers=16)
+
+    async def act() -> None:
+        for index in range(1000):
+            queue.add(ObjectKey("FineTuneJob", "crowd", str(index)))
+        await asyncio.sleep(0)
+        queue.add(late)
+        while len(seen) <= 1000:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    asyncio.run(run_queue(queue, act))
+    assert seen.index(late) < 100
