@@ -43,6 +43,10 @@ def _written(path: str, data: bytes | str) -> Callable[[Path], None]:
     return lambda folder: (folder / path).write_bytes(data.encode() if isinstance(data, str) else data) and None
 
 
+def _trainer(**changes: object) -> Callable[[Path], None]:
+    return _written("trainer_state.json", json.dumps({"global_step": 6} | changes))
+
+
 def _state(**changes: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         found = json.loads((folder / STATE_FILE).read_text()) | changes
@@ -72,8 +76,13 @@ DAMAGE = {
     "state: another step": (_state(step=5), "is of step 5, not 6"),
     "state: huge": (_huge, "larger than 64 MiB"),
     "state: gone": (_gone(STATE_FILE), "FileNotFoundError"),
-    "trainer: no step": (_written("trainer_state.json", "{}"), "KeyError"),
+    "trainer: no step": (_written("trainer_state.json", "{}"), "of step 0, not 6"),
     "trainer: list": (_written("trainer_state.json", "[1]"), "TypeError"),
+    "trainer: a newer key": (_trainer(new_in_v9=1), "unexpected keyword argument 'new_in_v9'"),
+    "trainer: history": (_trainer(log_history="none"), "log_history is str, not list"),
+    "trainer: number": (_trainer(total_flos="1e9"), "total_flos is str, not int"),
+    "trainer: step": (_trainer(global_step="6"), "of step 6, not 6"),
+    "trainer: callbacks": (_trainer(stateful_callbacks=[1]), "must inherit"),
     "trainer: another step": (_written("trainer_state.json", '{"global_step": 7}'), "of step 7, not 6"),
     "trainer: gone": (_gone("trainer_state.json"), "FileNotFoundError"),
     "metrics: half": (_written("metrics.jsonl", '{"step": 1}\n{"st'), "metrics.jsonl"),

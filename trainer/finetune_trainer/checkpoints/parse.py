@@ -1,5 +1,6 @@
 """Whether a checkpoint, every byte of which is there, is one that a run can go on from."""
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ def require_usable(folder: Path, step: int) -> TrainingState:
     state = _parsed(folder / STATE_FILE, lambda path: TrainingState.load(path.parent))
     if state.step != step:
         raise StoreCorrupted(f"{STATE_FILE} is of step {state.step}, not {step}")
-    _parsed(folder / _TRAINER_STATE, lambda path: _require_step(path, step))
+    _parsed(folder / _TRAINER_STATE, lambda path: _require_trainer_state(path, step))
     if (folder / _METRICS).exists():
         _parsed(folder / _METRICS, _require_lines, limit=None)
     for path in _weights(folder):
@@ -60,10 +61,18 @@ def _parsed(path: Path, parse: Callable[[Path], T], limit: int | None = _MAX_STA
         raise StoreCorrupted(f"{path.name} cannot be used: {type_and_reason(error)}") from None
 
 
-def _require_step(path: Path, step: int) -> None:
-    found = json.loads(path.read_bytes())["global_step"]
-    if found != step:
-        raise ValueError(f"of step {found}, not {step}")
+def _require_trainer_state(path: Path, step: int) -> None:
+    """Read what transformers will go on from, as it will: it takes no key that it does not know."""
+    from transformers.trainer_callback import TrainerState
+
+    state, new = TrainerState.load_from_json(str(path)), TrainerState()
+    if state.global_step != step:
+        raise ValueError(f"of step {state.global_step}, not {step}")
+    for field in dataclasses.fields(new):
+        found, usual = getattr(state, field.name), getattr(new, field.name)
+        is_number = isinstance(found, int | float) and isinstance(usual, int | float)
+        if usual is not None and type(found) is not type(usual) and not is_number:
+            raise TypeError(f"{field.name} is {type(found).__name__}, not {type(usual).__name__}")
 
 
 def _require_lines(path: Path) -> None:
