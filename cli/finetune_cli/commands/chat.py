@@ -197,7 +197,7 @@ def _session(folder: Path, job: FineTuneJob, work: Path, form: Form | None, max_
 
 def _answer(session: ChatSession, text: str, base_too: bool) -> str:
     """Print the answer to `text` as it is made."""
-    from finetune_trainer.data.chat_template import TemplateError
+    from finetune_trainer.data.jinja import TemplateError
 
     try:
         prompt = session.ask(text)

@@ -8,12 +8,14 @@ import pytest
 import structlog
 from trl import chat_template_utils
 
-from finetune_trainer.data import formats
-from finetune_trainer.data.chat_template import ChatTemplate, TemplateError
+from finetune_trainer.data import formats, jinja
+from finetune_trainer.data.chat_template import ChatTemplate
 from finetune_trainer.data.dataset import encode
 from finetune_trainer.data.encoding import Encoder, RowProblem
+from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_format import ChatExample
 from finetune_trainer.data.rows import Row
+from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.data.tokenizer import load_tokenizer
 
 TOOLS = [
@@ -228,3 +230,41 @@ def test_templates_without_a_default_one_are_explained(tokenizer: Any) -> None:
     [found] = Encoder(tokenizer, 4096).encode([formats.named("messages").to_example({"messages": TWO_TURNS})])
     assert isinstance(found, RowProblem)
     assert "multiple chat templates with no default" in str(found)
+
+
+_TURN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+_ENDS = "{% endfor %}{% endfor %}{% endfor %}"
+ENDLESS = {
+    "time": (f"{_LOOP}{_ENDS}{_TURN}", "ran for 0.2 seconds without an end"),
+    "time, in one row": (f"{{% if messages[0].content == 'late' %}}{_LOOP}{_ENDS}{{% endif %}}{_TURN}", "ran for"),
+    "time, caught as a part": ("{% generation %}x{% endgeneration %}" + f"{_LOOP}{_ENDS}{_TURN}", "ran for"),
+    "time, in a macro": (f"{{% macro x() %}}{_LOOP}{_ENDS}{{% endmacro %}}{{{{ x() }}}}{_TURN}", "ran for"),
+    "size": ("{% for a in range(9999) %}{{ messages[0].content * 999 }}{% endfor %}", "more than 1 million characters"),
+    "size, kept in a block": (
+        "{% set x %}{% for a in range(9999) %}{{ messages[0].content * 999 }}{% endfor %}{% endset %}" + _TURN,
+        "writes more than 1 million characters",
+    ),
+    "size, at once": ("{{ messages[0].content * 2000000 }}", "writes more than 1 million characters"),
+    "size, in tool calls": ("{% if tools %}{{ 'x' * 2000000 }}{% endif %}" + _TURN, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_without_an_end_is_told_at_the_first_row_that_meets_it(
+    kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(jinja, "MAX_CHARACTERS", 1_000_000)
+    tokenizer.chat_template, says = ENDLESS[kind]
+    chats = formats.named("messages")
+    early = [Row("a.jsonl", line, {"messages": TWO_TURNS}) for line in range(1, 4)]
+    late = [{"role": "user", "content": "late"}, *TWO_TURNS[1:]]
+    rows = [*early, *(Row("a.jsonl", line, {"messages": late, "tools": TOOLS}) for line in range(4, 3000))]
+    if not says:
+        says = "more than 1 million"
+    with pytest.raises(DatasetInvalid) as refused:
+        encode(rows, chats, Encoder(tokenizer, 64), "training")
+    told = str(refused.value)
+    assert says in told and "\n" not in told and "the model's chat template" in told
+    assert told.startswith(("a.jsonl:4: " if "row" in kind or "tool" in kind else "a.jsonl:1: "))

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from finetune_trainer.chat import prompts
 from finetune_trainer.chat.prompts import Form, Prompt
-from finetune_trainer.data.chat_template import TemplateError
+from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.errors import ConfigInvalid

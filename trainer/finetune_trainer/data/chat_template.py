@@ -6,23 +6,18 @@ Three ways tell the assistant's turns from the rest, the surest first: markers i
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+from finetune_trainer.data.jinja import EndlessTemplate, Renderer, Span, TemplateError
 from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.data.rows import half_character
 from finetune_trainer.data.template_traits import TOOL, TemplateTraits
 from finetune_trainer.errors import reason
 
-#: First and last character (exclusive) of a part of a text.
-Span = tuple[int, int]
 _MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class TemplateError(Exception):
-    """A conversation does not fit the chat template; the text goes after 'file:line: '."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._traits = TemplateTraits(tokenizer)
+        self._renderer = Renderer()
+        self._traits = TemplateTraits(tokenizer, self._renderer)
         self.notes: dict[str, None] = {}
 
     def prompt(self, example: ChatExample) -> str:
@@ -96,6 +92,8 @@ class ChatTemplate:
             if message["role"] == "assistant" and message.get("weight") != 0:
                 try:
                     span = self._added(example, messages, index, text)
+                except EndlessTemplate:
+                    raise
                 except TemplateError:  # some templates refuse a part of what they take as a whole
                     continue
                 if span:
@@ -135,11 +133,13 @@ class ChatTemplate:
         brief = [{key: value for key, value in each.items() if value is not None} for each in messages]
         try:
             try:
-                text, spans = _jinja(brief, tools, template, marks, asks, options)
+                text, spans = self._renderer.render(brief, tools, template, options, marks=marks, asks=asks)
             except Exception:
                 if brief == messages:
                     raise
-                text, spans = _jinja(list(messages), tools, template, marks, asks, options)
+                text, spans = self._renderer.render(messages, tools, template, options, marks=marks, asks=asks)
+        except EndlessTemplate:
+            raise
         except Exception as error:
             # Templates run as Jinja code: they refuse, for example, roles that do not alternate, with any exception.
             raise TemplateError(f"does not fit the chat template: {reason(error)}") from None
@@ -171,7 +171,10 @@ class ChatTemplate:
         from trl.chat_template_utils import get_training_chat_template
 
         try:
-            found: str | None = get_training_chat_template(self._tokenizer)
+            with self._renderer.bounded():
+                found: str | None = get_training_chat_template(self._tokenizer)
+        except EndlessTemplate:
+            raise
         except Exception:  # it asks the template about things that the template may refuse with any exception
             return None
         return found
@@ -185,28 +188,6 @@ class ChatTemplate:
                 raise TemplateError("has tool calls, and the chat template writes none")
             messages = [_with_arguments(message, index, form) for index, message in enumerate(messages)]
         return [_in_parts(message) for message in messages] if self._traits.content_as_parts else messages
-
-
-def _jinja(
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    template: str,
-    marks: bool,
-    asks: bool,
-    options: Mapping[str, Any],
-) -> tuple[str, list[Span]]:
-    """Return the text that transformers makes, and the spans that the template marks."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=marks,
-        add_generation_prompt=asks,
-        **options,
-    )
-    return texts[0], list(spans[0]) if marks else []
 
 
 def _in_parts(message: Message) -> Message:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.data.encoding import IGNORE, EncodedRow, Encoder, RowProblem
+from finetune_trainer.data.encoding import IGNORE, EncodedRow, Encoder, LastProblem, RowProblem
 from finetune_trainer.data.ragged import TokenLists
 from finetune_trainer.data.row_files import RowSplits
 from finetune_trainer.data.row_format import ChatExample, RowFormat
@@ -124,6 +124,8 @@ def encode(rows: Sequence[Row], row_format: RowFormat, encoder: Encoder, role: s
         for row, example, encoded in zip(good, examples, encoder.encode(examples), strict=True):
             if isinstance(encoded, RowProblem):
                 bad.append(row.refuse(str(encoded)))
+                if isinstance(encoded, LastProblem):
+                    refuse_bad_rows(bad)
                 continue
             result.add(encoded)
             if isinstance(example, ChatExample):

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from finetune_trainer.data.chat_template import ChatTemplate, Span, TemplateError, Written, common_prefix
+from finetune_trainer.data.chat_template import ChatTemplate, Written, common_prefix
+from finetune_trainer.data.jinja import EndlessTemplate, Span, TemplateError
 from finetune_trainer.data.row_format import ChatExample, CompletionExample, Example, TextExample
 
 #: Label of a token on which no loss is taken.
@@ -13,6 +14,10 @@ IGNORE: Final = -100
 
 class RowProblem(str):
     """Why a row cannot be tokenized."""
+
+
+class LastProblem(RowProblem):
+    """Why no row can be."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class Encoder:
                 prompt, whole = self.template.prompt_and_whole(example)
                 return prompt, Written(whole)
             return "", self.template.assistant_turns(example)
+        except EndlessTemplate as error:
+            return LastProblem(error)
         except TemplateError as error:
             return RowProblem(error)
 

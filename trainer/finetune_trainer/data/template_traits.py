@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
 
+from finetune_trainer.data.jinja import EndlessTemplate, Renderer
 from finetune_trainer.data.row_format import Message
 
 #: Words that stand in no template.
@@ -23,8 +24,9 @@ TOOL: Final = {
 class TemplateTraits:
     """The traits of a tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, renderer: Renderer) -> None:
         self._tokenizer = tokenizer
+        self._renderer = renderer
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -58,16 +60,11 @@ class TemplateTraits:
 
     def _try(self, messages: Sequence[Message], tools: bool = False) -> str:
         """Return what the template writes, '' if it refuses."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         given = [TOOL] if tools else None
         try:
-            texts, _ = render_jinja_template(
-                conversations=[list(messages)],
-                tools=given,
-                chat_template=self._tokenizer.get_chat_template(None, given),
-                **self._tokenizer.special_tokens_map,
-            )
+            template = self._tokenizer.get_chat_template(None, given)
+            return self._renderer.render(messages, given, template, self._tokenizer.special_tokens_map)[0]
+        except EndlessTemplate:
+            raise
         except Exception:  # templates raise whatever Jinja and they themselves think of
             return ""
-        return str(texts[0])
