@@ -1,5 +1,6 @@
 """A small model hub that the real huggingface_hub client talks to (through HF_ENDPOINT): repositories from folders."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -38,8 +39,8 @@ class Hub:
     """A running hub.
 
     `requests` are (method, path), as they came; `broken` makes every answer a 503; files are redirected to `cdn`, the
-    address of another server. A hostile hub adds `headers` to every answer, and passes what its API says through
-    `twist`.
+    address of another server. A hostile hub adds `headers` to every answer, passes what its API says through `twist`,
+    and sends `more` bytes of a file than it announces, or until nobody takes them; `sent` are all of them.
     """
 
     endpoint: str = ""
@@ -49,6 +50,8 @@ class Hub:
     cdn: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     twist: Callable[[Any], Any] = lambda answer: answer
+    more: int = 0
+    sent: int = 0
 
     def add(self, name: str, folder: Path, **options: Any) -> None:
         """Serve `folder` as 'owner/name', or 'datasets/owner/name'."""
@@ -112,7 +115,20 @@ class _Handler(BaseHTTPRequestHandler):
             size = str(file.stat().st_size)
             linked = {"Location": f"{self.hub.cdn}/{path}", "X-Linked-Size": size, "X-Linked-Etag": headers["ETag"]}
             return self._send(302, b"", headers | linked)
+        if self.hub.more and self.command == "GET":
+            return self._send_more(file.read_bytes(), headers)
         return self._send(200, file.read_bytes(), headers)
+
+    def _send_more(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response_only(200)
+        for name, value in (headers | {"Transfer-Encoding": "chunked"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for chunk in (body, *(bytes(1 << 20) for _ in range(self.hub.more >> 20))):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                self.hub.sent += len(chunk)
+        self.close_connection = True
 
     def _error(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})

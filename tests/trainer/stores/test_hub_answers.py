@@ -166,3 +166,12 @@ def test_a_file_that_is_sent_elsewhere_is_told_in_a_sentence(
     hub.cdn = place
     with pytest.raises(StoreUnavailable, match=r"the hub's answer cannot be read|the hub does not answer"):
         _fetch(hub, tmp_path, attempts=1)
+
+
+def test_a_file_is_stopped_at_the_size_that_the_hub_announced(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.add("me/model", model)
+    hub.more = 1 << 30
+    with pytest.raises(StoreMisconfigured, match=rf"a file is longer than the {len(CREDENTIAL_PROCESS)} bytes that it"):
+        _fetch(hub, tmp_path)
+    assert hub.sent < 64 << 20
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]

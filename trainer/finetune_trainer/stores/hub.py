@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub import errors as hub
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
@@ -25,8 +25,10 @@ from finetune_trainer.stores.errors import (
     StoreUnavailable,
 )
 from finetune_trainer.stores.hub_answers import UnsafeAnswer, checked_client
+from finetune_trainer.stores.hub_files import bounded_http_get
 
 huggingface_hub.set_client_factory(checked_client)
+file_download.http_get = bounded_http_get
 
 #: Tries while the hub does not answer.
 ATTEMPTS: Final = 3

@@ -1,5 +1,7 @@
 """A server that speaks S3 and lies: what it says costs neither memory nor time, and is told in a sentence."""
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +13,11 @@ from finetune_api.uri import parse
 from finetune_trainer.checkpoints import remote
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import StoreUnavailable
+from finetune_trainer.stores.errors import StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.open import open_store
+from finetune_trainer.stores.s3 import answers as s3_answers
 from finetune_trainer.stores.s3 import retry
+from finetune_trainer.stores.s3 import store as s3_store
 
 #: Status, headers and body of an answer, by method.
 Answer = tuple[int, dict[str, str], bytes]
@@ -21,21 +25,24 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @pytest.fixture
 def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Store]]:
-    """Open a store whose server gives these answers."""
+    """Open a store whose server gives these answers; COUNT in a body is another number in each."""
     answers: dict[str, Answer] = {}
+    count = itertools.count()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             status, headers, body = answers[self.command]
+            body = body.replace(b"COUNT", b"%d" % next(count))
             self.send_response_only(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 if value:
                     self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):
+                if self.command == "GET":
+                    self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815
 
@@ -97,3 +104,28 @@ def test_a_checkpoint_of_no_step_is_none(lying: Callable[..., Store], step: str)
     store = lying((200, {}, page.encode()))
     assert remote.newest(store) is None
     remote.delete_all(store)
+
+
+@pytest.mark.parametrize("objects", [0, 2])
+def test_a_listing_without_an_end_is_ended(
+    lying: Callable[..., Store], objects: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "MAX_OBJECTS", 5)
+    monkeypatch.setattr(s3_store, "MAX_PAGES", 9)
+    item = "<Contents><Key>data/COUNT</Key><Size>2</Size></Contents>" * objects
+    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>COUNT</NextContinuationToken>"
+    store = lying((200, {}, f"<ListBucketResult>{more}{item}</ListBucketResult>".encode()))
+    with pytest.raises(StoreMisconfigured, match=r"dataset.train: s3://bucket/data\S* .*lists more than 5 objects"):
+        store.list()
+
+
+@pytest.mark.parametrize(
+    ("status", "ask"), [(200, "list"), (400, "list"), (503, "list"), (400, "stream"), (503, "stream")]
+)
+def test_an_answer_without_an_end_is_not_read_whole(
+    lying: Callable[..., Store], status: int, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_answers, "MAX_BYTES", 1 << 20)
+    store = lying((status, {}, b"<ListBucketResult>" + b" " * (2 << 20) + b"</ListBucketResult>"))
+    with pytest.raises(StoreUnavailable, match="its answer has more than 1 MiB"):
+        list(store.list() if ask == "list" else store.stream("a"))

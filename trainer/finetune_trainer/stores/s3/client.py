@@ -15,8 +15,11 @@ from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.digest import Digest
+from finetune_trainer.stores.s3.answers import bound_answers
 from finetune_trainer.stores.s3.download import download
 from finetune_trainer.stores.s3.retry import RangeTries
+
+bound_answers()
 
 MIB: Final = 1 << 20
 #: Files from this size on travel in parts of PART_BYTES, THREADS at a time.

@@ -18,6 +18,7 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     StoreUnavailable,
 )
+from finetune_trainer.stores.s3.answers import EndlessAnswer
 
 #: Everything the S3 client may raise for reasons outside this program.
 S3_ERRORS: Final = (
@@ -192,6 +193,10 @@ def missing_bucket(location: Location) -> BucketNotFound:
 
 def _reason(error: BaseException) -> str:
     """Return the reason in words: botocore's own texts hold full URLs, some with the object's key twice."""
+    # botocore wraps what it does not know.
+    cause = error.kwargs.get("error") if isinstance(error, boto.HTTPClientError) else error
+    if isinstance(cause, EndlessAnswer):
+        return str(cause)
     if isinstance(error, boto.SSLError):
         return "the TLS connection failed (set AWS_CA_BUNDLE for a private certificate authority)"
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):

@@ -40,6 +40,9 @@ from finetune_trainer.stores.s3 import client as s3_client
 from finetune_trainer.stores.s3 import errors, retry
 
 _DELETE_THREADS: Final = 8
+#: Of one listing. A page has up to a thousand objects; a server that lies may go on for ever, with empty ones too.
+MAX_OBJECTS: Final = 1_000_000
+MAX_PAGES: Final = 10_000
 
 T = TypeVar("T")
 
@@ -75,7 +78,14 @@ class S3Store(Store):
             pages = self._s3.control.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + folder
             )
-            objects = [item for page in pages for item in page.get("Contents", [])]
+            objects: list[dict[str, Any]] = []
+            for number, page in enumerate(pages):
+                objects += page.get("Contents", [])
+                if number >= MAX_PAGES or len(objects) > MAX_OBJECTS:
+                    raise StoreMisconfigured(
+                        f"{self._location(prefix).subject} lists more than {MAX_OBJECTS:,} objects, or in more than"
+                        f" {MAX_PAGES:,} pages: choose a URI with fewer below it"
+                    )
             self._bucket_seen = True
             # A key that ends in "/" stands for a folder in some tools.
             return sorted(self._entry(item) for item in objects if not item.get("Key", "").endswith("/"))
