@@ -15,8 +15,8 @@ from finetune_trainer.data.encoding import Encoder, RowProblem
 from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_format import ChatExample
 from finetune_trainer.data.rows import Row
-from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.errors import DatasetInvalid
 
 TOOLS = [
     {
@@ -267,4 +267,4 @@ def test_a_template_without_an_end_is_told_at_the_first_row_that_meets_it(
         encode(rows, chats, Encoder(tokenizer, 64), "training")
     told = str(refused.value)
     assert says in told and "\n" not in told and "the model's chat template" in told
-    assert told.startswith(("a.jsonl:4: " if "row" in kind or "tool" in kind else "a.jsonl:1: "))
+    assert told.startswith("a.jsonl:4: " if "row" in kind or "tool" in kind else "a.jsonl:1: ")

@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data import formats
-from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_files import DataFile
 from finetune_trainer.data.row_format import ChatExample, FormatOptions, Message, RowFormat, TextExample
 from finetune_trainer.data.rows import Row

@@ -11,8 +11,8 @@ from transformers import TextStreamer
 
 from finetune_trainer.chat import prompts
 from finetune_trainer.chat.prompts import Form, Prompt
-from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.published import PublishedAdapter, load_published

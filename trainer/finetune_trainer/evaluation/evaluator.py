@@ -12,9 +12,9 @@ import torch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_evaluation import Evaluation
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_files import Rows
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
