@@ -21,12 +21,24 @@ with `make test-nightly`).
   refused.
 - **Compiled**: the decoder layers have names, so that they can be compiled and checkpointed; where compiling fails the
   run goes on without, and says so.
-- **4-bit**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes. Experts that
-  are one parameter stay in 16 bits.
+- **4-bit**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes,
+  [experts](#experts) included.
 - **Planned**: `exact` where `finetune plan` counts the weights without torch; the trainer always counts them itself.
 
 | Family | Trains | Packed | Compiled | 4-bit | Planned |
 | --- | --- | --- | --- | --- | --- |
+"""
+
+EXPERTS = """
+## Experts
+
+Where transformers keeps the experts of a layer as one parameter, each expert's matrix is quantized while it loads, bit
+for bit as bitsandbytes quantizes linear layers. Tokens are sorted by expert and multiplied in grouped products; so are
+the adapters on experts (`gate_proj`, `up_proj`, `down_proj` in `lora.targetModules`, for families that PEFT knows).
+`quantization.bits: 8` (LLM.int8) leaves experts in 16 bits, and so do weights that are stored in 4 bits.
+
+| Layout | Families |
+| --- | --- |
 """
 
 
@@ -39,6 +51,13 @@ def row(kind: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cells = _measured(kind)
     return f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def layout_rows() -> list[str]:
+    """Return the rows of the table of experts."""
+    from support.trainer.expert_layouts import layouts
+
+    return [f"| {layout} | {', '.join(f'`{kind}`' for kind in kinds)} |" for layout, kinds in layouts().items()]
 
 
 def _measured(kind: str) -> list[str]:
@@ -66,7 +85,7 @@ def _measured(kind: str) -> list[str]:
         "own" if findings.own_loss else "yes",
         "padded" if findings.packing_problem else "yes",
         "yes" if named else "no",
-        f"{weights.linear / max(1, body):.0%}",
+        f"{(weights.linear + weights.experts) / max(1, body):.0%}",
         "exact" if count(model.config.to_dict()) == weights else "estimate",
     ]
 
@@ -95,6 +114,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     rows = [row(kind) for kind in causal_types()]
     page = HEAD.format(version=".".join(transformers.__version__.split(".")[:2])) + "\n".join(rows) + "\n"
+    page += EXPERTS + "\n".join(layout_rows()) + "\n"
     (ROOT / "docs/models.md").write_text(page)
 
 

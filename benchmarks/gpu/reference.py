@@ -15,6 +15,20 @@ MODEL = sys.argv[2]
 SHAPES = {
     "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
+    # Twelve layers of Qwen3-30B-A3B: 8.1 billion weights, 0.9 billion of which compute a token.
+    "qwen3-moe": {
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 12,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
 }
 LORA = {"r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -22,23 +36,17 @@ LORA = {"r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj", 
 def build():
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
     t = time.time()
-    cfg = MistralConfig(
-        **SHAPES[sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"],
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        sliding_window=None,
-    )
+    shape = SHAPES[sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"]
+    dense = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
+    kind = Qwen3MoeConfig if "num_experts" in shape else MistralConfig
+    cfg = kind(**(dense | shape), num_attention_heads=32, head_dim=128, sliding_window=None)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        m = MistralForCausalLM(cfg)
+        m = AutoModelForCausalLM.from_config(cfg)
     m.save_pretrained(MODEL)
     vocab = {f"t{i}": i for i in range(32768)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="t0"))

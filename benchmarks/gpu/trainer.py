@@ -9,6 +9,7 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b long        # the same with rows of up to 2,048 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b speed       # the recipe, and TRL's best setting, each beside TRL
     python benchmarks/gpu/trainer.py /tmp/mistral7b memory      # predicted and measured peak of many settings
+    python benchmarks/gpu/trainer.py /tmp/qwen3-moe moe         # a mixture of experts, built first where it is missing
     python benchmarks/gpu/trainer.py /tmp/mistral7b answers     # an evaluation with 200 answers of 256 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
@@ -120,6 +121,26 @@ generation.AnswerGenerator.__init__ = plainly
 from finetune_trainer.cli import cli
 cli()
 """
+#: The trainer with transformers' own experts, over weights that are dequantized once.
+PLAIN_EXPERTS = """
+from finetune_trainer.engine import experts
+experts.multiply_grouped = lambda model: None
+from finetune_trainer.cli import cli
+cli()
+"""
+ON_EXPERTS = ["lora.targetModules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]", "lora.dropout=0"]
+LOSSES = ["lora.dropout=0", "training.compile=disabled"]
+#: By name: settings, steps, between log lines, the GiB that the trainer may believe the GPU to have, another script.
+MOE: dict[str, tuple[list[str], int, int, int, str]] = {
+    "whole GPU": ([], 60, 10, 0, ""),
+    "24 GiB": ([], 60, 10, 24, ""),
+    "12 GiB": ([], 60, 10, 12, ""),
+    "nothing cached": (["quantization.cachedLayers=0"], 60, 10, 0, ""),
+    "not compiled": (["training.compile=disabled"], 60, 10, 0, ""),
+    "adapters on experts": (ON_EXPERTS, 60, 10, 0, ""),
+    "losses": ([*LOSSES, "quantization.cachedLayers=0"], 100, 1, 0, ""),
+    "losses of transformers' experts": ([*LOSSES, "quantization.cachedLayers=12"], 100, 1, 0, PLAIN_EXPERTS),
+}
 ANSWERS = [
     "evaluation.metrics=[loss,nli]",
     "evaluation.everySteps=5",
@@ -255,6 +276,8 @@ def _wanted(name: str) -> bool:
 
 def main() -> None:
     """Run one of the tables."""
+    if sys.argv[2] == "moe" and not (MODEL / "config.json").exists():
+        subprocess.run([sys.executable, HERE / "reference.py", "build", MODEL, "qwen3-moe"], check=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "train.jsonl")
@@ -290,6 +313,14 @@ def main() -> None:
             for name, script in (("decode", ""), ("decode, 24 GiB", limited(24)), ("generate", GENERATE)):
                 if _wanted(name):
                     print("RESULT", json.dumps(train(folder, name, wanted, 10, 5, script=script)), flush=True)
+        elif sys.argv[2] == "moe":
+            for name, (settings, steps, log_every, gib, script) in MOE.items():
+                if _wanted(name):
+                    result = train(folder, name, settings, steps, log_every, script=script or limited(gib))
+                    print("RESULT", json.dumps(result), flush=True)
+            if _wanted("TRL"):
+                for options in (FASTEST, FASTEST | {"gc": True, "prep": False}):
+                    reference(options)
         elif sys.argv[2] == "losses":
             for name, settings in (("plain", PLAIN), ("engine", [])):
                 once = [*settings, "lora.dropout=0"]

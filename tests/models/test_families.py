@@ -14,6 +14,7 @@ from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import save_adapter, unreached
 from support.trainer import family_report
+from support.trainer.expert_layouts import layouts
 from support.trainer.families import KINDS, causal_types, tiny_model
 
 DAILY = frozenset(KINDS.values())
@@ -53,3 +54,20 @@ def test_the_table_in_the_docs_names_every_type() -> None:
     page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     missing = [kind for kind in causal_types() if f"| `{kind}` |" not in page]
     assert not missing, "run python scripts/model_table.py"
+
+
+@pytest.mark.nightly
+def test_the_docs_say_which_experts_are_quantized() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    table = page.partition("| Layout | Families |")[2]
+    for layout, kinds in layouts().items():
+        named = ", ".join(f"`{kind}`" for kind in kinds)
+        assert f"| {layout} | {named} |" in table, "run python scripts/model_table.py"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h", "llama4"])
+def test_the_experts_of_the_docs(kind: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    (found,) = layouts([kind])
+    row = next(line for line in page.splitlines() if line.startswith(f"| {found} |"))
+    assert f"`{kind}`" in row

@@ -11,3 +11,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.trainer.tiny_model import build_model
 
     return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE of two layers with eight experts, and its tokenizer."""
+    from support.trainer.tiny_model import build_model
+
+    return build_model(tmp_path_factory.mktemp("experts"), experts=8)

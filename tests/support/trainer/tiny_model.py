@@ -33,14 +33,21 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def build_model(folder: Path, *, hidden_size: int = 64, layers: int = 2, pad_token: str | None = None) -> Path:
-    """Save a random Mistral and its tokenizer (vocabulary of about 400) to `folder`."""
+def build_model(
+    folder: Path, *, hidden_size: int = 64, layers: int = 2, pad_token: str | None = None, experts: int = 0
+) -> Path:
+    """Save a random Mistral, or Qwen3-MoE with `experts`, and its tokenizer (vocabulary of about 400) to `folder`."""
     import torch
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     tokenizer = _tokenizer(pad_token)
     torch.manual_seed(0)
-    config = MistralConfig(
+    routed = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
+    config_class, model_class = (
+        (Qwen3MoeConfig, Qwen3MoeForCausalLM) if experts else (MistralConfig, MistralForCausalLM)
+    )
+    config = config_class(
+        **(routed if experts else {}),
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -54,7 +61,7 @@ def build_model(folder: Path, *, hidden_size: int = 64, layers: int = 2, pad_tok
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
     )
-    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model_class(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -23,6 +23,7 @@ from finetune_trainer.planning.memory import (
     selective_budget,
 )
 from finetune_trainer.planning.planner import make_plan
+from finetune_trainer.planning.routing import Routing
 
 CONFIG = {
     "vocab_size": 32768,
@@ -367,12 +368,69 @@ def test_importing_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_mixture_of_experts_is_sized_with_experts_in_16_bits() -> None:
-    """bitsandbytes quantizes linear layers alone: in 4 bits, Mixtral 8x7B takes 85 GiB and more, not 24."""
-    config = CONFIG | {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
-    shape = ModelShape.from_config(config)
+MIXTRAL = CONFIG | {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(("bits", "gib"), [(4, 22.8), (8, 85.5), (16, 87.0)])
+def test_a_mixture_of_experts_is_sized_with_experts_in_4_bits_alone(bits: int, gib: float) -> None:
+    """Mixtral 8x7B: of 46.7 billion weights 45.1 are experts, which LLM.int8 passes over."""
+    shape = ModelShape.from_config(MIXTRAL)
     assert shape is not None
-    assert predict(shape, _spec(), Layout(1, 512), longest=512, attention="sdpa").weights > 84 * GIB
+    weights = predict(shape, _spec(quantization={"bits": bits}), Layout(1, 512), longest=512, attention="sdpa").weights
+    assert weights / GIB == pytest.approx(gib, rel=0.01)
+
+
+#: Qwen3-30B-A3B's layers, twelve of them: 8.1 billion weights, 0.9 billion of which compute a token.
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 12, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768, "intermediate_size": 6144,
+    "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_a_mixture_of_experts_is_planned_as_dense_models_are() -> None:
+    shape = ModelShape.from_config(QWEN3_MOE)
+    assert shape is not None and shape.counts is not None
+    assert shape.counts.experts == 12 * 128 * 3 * 2048 * 768
+    assert shape.active_weights == pytest.approx(0.68e9, rel=0.01)
+    whole = make_plan(_spec(), _gpu(80), 1, "varlen", shape)
+    assert (whole.micro_batch_size, whole.checkpointed_layers, whole.cached_layers) == (16, 0, 12)
+    small = make_plan(_spec(), _gpu(12), 1, "varlen", shape)
+    assert small.micro_batch_size == 16 and (small.checkpointed_layers or 0) + (small.cached_layers or 0) < 12
+    assert (small.predicted_peak_memory_bytes or 0) < 12 * GIB
+    with pytest.raises(WontFit):
+        make_plan(_spec(quantization={"bits": 16}), _gpu(12), 1, "varlen", shape)
+
+
+def test_experts_that_are_dequantized_for_a_product_are_counted() -> None:
+    shape = ModelShape.from_config(QWEN3_MOE)
+    assert shape is not None
+    of_a_layer = 2 * 128 * 2 * 2048 * 768
+    peaks = [
+        predict(shape, _spec(), Layout(1, 512, dequantized=dequantized), longest=512, attention="sdpa").workspace
+        for dequantized in (11, 12)
+    ]
+    assert peaks[0] - peaks[1] == of_a_layer
+
+
+@pytest.mark.parametrize(
+    ("settings", "routing"),
+    [
+        ({"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}, Routing(8, 2, 64)),
+        (
+            {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 32, "n_shared_experts": 2},
+            Routing(64, 6, 32, 64),
+        ),
+        (
+            {"num_experts": 60, "moe_k": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 40},
+            Routing(60, 4, 8, 40),
+        ),
+        ({"num_experts": [4, 4], "moe_topk": [2, 2], "intermediate_size": 64}, Routing(4, 2, 64)),
+        ({"intermediate_size": 64}, None),
+    ],
+)  # fmt: skip
+def test_how_tokens_are_routed_is_read_by_whatever_name(settings: dict[str, Any], routing: Routing | None) -> None:
+    assert Routing.from_config(settings) == routing
 
 
 def test_a_type_that_is_not_in_the_table_is_an_estimate() -> None:

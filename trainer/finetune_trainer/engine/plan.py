@@ -10,7 +10,7 @@ from finetune_api.fields import quantity_bytes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data import batching
-from finetune_trainer.engine import capabilities, fp8, fsdp
+from finetune_trainer.engine import capabilities, experts, fp8, fsdp
 from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
@@ -18,6 +18,7 @@ from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.engine.proof import Findings, prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.experts import keep_dequantized as keep_experts_dequantized
 from finetune_trainer.planning import planner
 from finetune_trainer.planning.memory import GIB
 from finetune_trainer.runtime.device import RuntimeDevice
@@ -100,6 +101,7 @@ def prove_plan(
         ConfigInvalid: When the model cannot be trained, or not in the way that the spec demands.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    experts.multiply_grouped(core)
     findings = Findings.agreed(all_gather(ranks, prove(core, spec, plan, rows, base.tokenizer.pad_token_id)))
     core.fused_loss.own = findings.own_loss
     if findings.packing_problem and spec.training.packing == "enabled":
@@ -115,7 +117,10 @@ def prepare_base(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec) -> None
     Before the adapter is attached: PEFT makes its layers to suit those that they are put on.
     """
     if plan.cached_layers:
-        keep_dequantized(decoder_layers(model)[: plan.cached_layers])
+        layers = decoder_layers(model)[: plan.cached_layers]
+        keep_dequantized(layers)
+        keep_experts_dequantized(layers)
+    experts.dequantize_in_one_pass(model)
     if spec.quantization.bits == 4 and plan.compiled:
         dequantize_in_one_pass(model)
 

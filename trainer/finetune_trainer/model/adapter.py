@@ -12,6 +12,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid, first_line
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.experts import attaching_adapters
 from finetune_trainer.model.targets import ALL_LINEAR, drop_inputs
 
 log = structlog.get_logger(__name__)
@@ -58,7 +59,8 @@ def attach_adapter(model: Any, base: BaseModel, lora: Lora, init_from: Path | No
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, copy.deepcopy(base.adapter))
+    with attaching_adapters(model):
+        adapted = get_peft_model(model, copy.deepcopy(base.adapter))
     # get_peft_model writes the folder the base was loaded from into the config.
     adapted.peft_config["default"].base_model_name_or_path = base.name
     if lora.dropout and not base.adapter.lora_dropout:

@@ -1,7 +1,7 @@
 """The base model: what is known before its weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
@@ -74,6 +74,8 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     tokenizer = load_tokenizer(files.folder, source, spec.model.trust_remote_code)
     check_vocabulary(tokenizer, text.vocab_size)
     layers, counts = tuple(linear_layers(skeleton)), count_weights(skeleton)
+    if stored := bool(read.get("quantization_config")):  # with experts as they were
+        counts = replace(counts, experts=0, other=counts.other + counts.experts)
     name = base_model_id(source)
     adapter, rehearsal = adapter_settings(skeleton, spec.lora, name, files.revision)
     return BaseModel(
@@ -85,7 +87,7 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
         linear_layers=layers,
         open_attention=bool(skeleton._supports_attention_backend),
         attention=skeleton.config._attn_implementation or "eager",
-        quantized=bool(read.get("quantization_config")),
+        quantized=stored,
         adapter=adapter,
         tensors=rehearsal.tensors,
     )

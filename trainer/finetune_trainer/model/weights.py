@@ -14,6 +14,7 @@ from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
+from finetune_trainer.model.experts import ExpertsConfig
 from finetune_trainer.planning.refusals import stored_quantization
 from finetune_trainer.runtime.patches import quantizing_on
 from finetune_trainer.runtime.precision import torch_dtype
@@ -23,8 +24,8 @@ log = structlog.get_logger(__name__)
 _WORTH_A_WORD: Final = 0.3
 
 
-def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False) -> Any | None:
-    """Return bitsandbytes' settings, None for 16 bits.
+def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False, device: str | None = None) -> Any | None:
+    """Return bitsandbytes' settings, None for 16 bits; experts are quantized too, on `device`, to 4 bits alone.
 
     4-bit weights to be sharded are stored as bfloat16: torch 2.11 shards floating-point weights only.
     """
@@ -32,7 +33,8 @@ def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False) -> A
 
     quantization = spec.quantization
     if quantization.bits == 4:
-        return BitsAndBytesConfig(
+        return ExpertsConfig(
+            quantize_on=device,
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization.type,
             bnb_4bit_use_double_quant=quantization.double_quant,
@@ -59,7 +61,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         ConfigInvalid: When the weights cannot be read, or are not all of the model's.
     """
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
-    config, quantization = base.config, quantization_config(spec, to_be_sharded=bool(plan.sharded))
+    config, quantization = base.config, quantization_config(spec, bool(plan.sharded), device)
     if base.quantized:
         config, quantization = _as_stored(config, spec, to_be_sharded=bool(plan.sharded)), None
     try:
@@ -83,7 +85,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     check_names(info, spec.model.source, quiet=not base.quantized)  # else it was said before
     model.config.use_cache = False
     if spec.quantization.bits < 16:
-        _say_what_is_not_quantized(model, spec)
+        _say_what_is_not_quantized(model, spec, base.quantized)
     if device == "cpu":
         keep_weights_trainable(model)
     return model
@@ -106,17 +108,17 @@ def _as_stored(config: Any, spec: FineTuneJobSpec, to_be_sharded: bool) -> Any:
     return config
 
 
-def _say_what_is_not_quantized(model: Any, spec: FineTuneJobSpec) -> None:
-    """Log the experts that are one parameter of three dimensions: bitsandbytes quantizes linear layers alone.
-
-    Their bytes are most of a mixture of experts.
-    """
+def _say_what_is_not_quantized(model: Any, spec: FineTuneJobSpec, stored: bool) -> None:
+    """Log the experts that stay as they are though they are most of the bytes, and why."""
     experts = [each for each in model.parameters() if each.dim() >= 3 and each.is_floating_point()]
     size, total = (sum(each.nbytes for each in group) for group in (experts, model.parameters()))
     if size > _WORTH_A_WORD * total:
+        why = "this model's code multiplies them itself, or their matrices are not of whole blocks"
+        if stored or spec.quantization.bits == 8:
+            why = "so they are stored" if stored else "LLM.int8 is for linear layers alone"
         log.warning(
             f"spec.quantization.bits: {spec.quantization.bits}, but {size / total:.0%} of the bytes are experts, which"
-            f" stay in 16 bits ({size / (1 << 30):.1f} GiB)"
+            f" stay in 16 bits ({size / (1 << 30):.1f} GiB): {why}"
         )
 
 

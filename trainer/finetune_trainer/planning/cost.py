@@ -10,6 +10,9 @@ from finetune_trainer.planning.memory import Layout, ModelShape
 _EACH_PASS = 700
 #: Dequantizing 4-bit weights of all layers once: 2.5 bytes a weight of memory traffic against 2 operations a token.
 _DEQUANTIZING = 500
+#: Reading weights once takes as long as multiplying them with so many tokens. It is hidden where every token needs all
+#: of them; experts that few tokens need are read all the same.
+_READING = 180
 #: What adapters read once more, as a part of a forward pass.
 _SELECTIVE = 0.002
 #: Weights of a decoder layer of Mistral-7B, to which the host's times are relative.
@@ -27,9 +30,11 @@ def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:
     checkpointed = layout.checkpointed / shape.layers
     still_quantized = 1 - layout.dequantized / shape.layers if bits == 4 else 0.0
     through = 2 + checkpointed + _SELECTIVE * layout.selective
-    on_the_gpu = through * layout.tokens + (2 + checkpointed) * still_quantized * _DEQUANTIZING
+    times = (shape.linear_weights + shape.expert_weights) / shape.active_weights  # all weights by those of a token
+    on_the_gpu = through * (layout.tokens + _READING * (times - 1))
+    on_the_gpu += (2 + checkpointed) * still_quantized * _DEQUANTIZING * times
     each = _STARTING_A_LAYER if layout.compiled else _STARTING_A_LAYER_EAGER
-    smaller = _WEIGHTS_OF_A_LAYER * shape.layers / shape.linear_weights
+    smaller = _WEIGHTS_OF_A_LAYER * shape.layers / shape.active_weights
     on_the_host = (2 + checkpointed) * shape.layers * (each + still_quantized * _STARTING_TO_DEQUANTIZE) * smaller
     passes = rows // layout.micro_batch
     return passes * (_EACH_PASS + max(on_the_gpu, on_the_host))

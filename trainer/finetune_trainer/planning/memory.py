@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.planning.parameters import Counts, count
+from finetune_trainer.planning.routing import Routing
 
 GIB = 1 << 30
 #: Bytes of a weight in 4 bits: half a byte, and one scale per 64 weights (QLoRA, section 3: 8-bit scales with one
@@ -37,8 +38,10 @@ class ModelShape:
     """A decoder-only transformer in numbers (all counts, no units).
 
     Attributes:
+        intermediate_size: The inner width that computes a token: of a mixture of experts that of the chosen ones.
         counts: The weights of the whole model, if they are known; else they are those of a model like Llama.
         trained: The weights of the adapter, if they are known.
+        routing: How tokens go to experts; None where there are none.
     """
 
     vocab_size: int
@@ -51,6 +54,7 @@ class ModelShape:
     tied_embeddings: bool = False
     counts: Counts | None = None
     trained: int | None = None
+    routing: Routing | None = None
 
     @classmethod
     def from_config(
@@ -65,17 +69,15 @@ class ModelShape:
         """
         text = config.get("text_config") or config
         counts = counts or count(config)
-        width = "intermediate_size"
-        if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-            if counts is None:
-                return None
-            width = "moe_intermediate_size" if text.get("moe_intermediate_size") else width
         try:
+            routing = Routing.from_config(text)
+            if routing and counts is None:
+                return None
             hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
             return cls(
                 vocab_size=int(text["vocab_size"]),
                 hidden_size=hidden,
-                intermediate_size=int(text[width]) * _active_experts(text),
+                intermediate_size=routing.active_width if routing else int(text["intermediate_size"]),
                 layers=int(text["num_hidden_layers"]),
                 heads=heads,
                 kv_heads=int(text.get("num_key_value_heads") or heads),
@@ -83,6 +85,7 @@ class ModelShape:
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
                 counts=counts,
                 trained=trained,
+                routing=routing,
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -109,18 +112,28 @@ class ModelShape:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_shapes.values())
 
     @property
+    def expert_weights(self) -> int:
+        """Weights of experts, which are quantized to 4 bits alone."""
+        return self.counts.experts if self.counts else 0
+
+    @property
+    def active_weights(self) -> float:
+        """Weights that compute each token."""
+        share = self.routing.chosen / self.routing.experts if self.routing else 0.0
+        return self.linear_weights + self.expert_weights * share
+
+    @property
+    def routed_size(self) -> int:
+        """The width of a token at the experts' door, once for each that computes it; 0 where there are none."""
+        return self.routing.chosen * self.hidden_size if self.routing and self.expert_weights else 0
+
+    @property
     def other_weights(self) -> int:
-        """Weights of embeddings, head and norms, and of experts, which are never quantized."""
+        """Weights of embeddings, head and norms."""
         if self.counts:
-            return self.counts.other + self.counts.experts
+            return self.counts.other
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + (2 * self.layers + 1) * self.hidden_size
-
-
-def _active_experts(text: Mapping[str, Any]) -> int:
-    """Return how many experts compute each token; 1 where there are none."""
-    chosen = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1
-    return int(chosen) + int(text.get("n_shared_experts") or 0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +229,9 @@ def _weights(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
     held = 1 / layout.processes + _GATHERED_LAYERS / shape.layers if layout.sharded else 1.0
     quantized = per_weight * held + scales
     dequantized = layout.dequantized / shape.layers
-    return int(shape.linear_weights * (quantized * (1 - dequantized) + 2 * dequantized) + shape.other_weights * width)
+    each = quantized * (1 - dequantized) + 2 * dequantized
+    of_experts = width if quantization.bits == 8 else each
+    return int(shape.linear_weights * each + shape.expert_weights * of_experts + shape.other_weights * width)
 
 
 def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
@@ -227,7 +242,7 @@ def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> in
     hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
     norms = 2 * hidden * 4 + hidden * width  # the inputs in float32, and normalized values that no adapter reads
     attention = width * (2 * queries + 2 * shape.kv_heads * shape.head_dim)  # q, k, v and the output
-    mlp = 3 * width * shape.intermediate_size  # gate, its activation, up
+    mlp = width * (3 * shape.intermediate_size + shape.routed_size)  # gate, its activation, up; the experts' answers
     return norms + attention + mlp + _adapter_per_token(shape, spec, width) + _escaped_per_token(shape, spec, width)
 
 
@@ -248,7 +263,8 @@ def _saved_when_selective(shape: ModelShape, spec: FineTuneJobSpec, width: int) 
     """
     hidden, queries = shape.hidden_size, shape.heads * shape.head_dim
     attention = 2 * queries + 2 * shape.kv_heads * shape.head_dim
-    return width * (2 * hidden + attention + 2 * shape.intermediate_size + _ranks(shape, spec))
+    mlp = 2 * shape.intermediate_size + shape.routed_size
+    return width * (2 * hidden + attention + mlp + _ranks(shape, spec))
 
 
 def selective_budget(shape: ModelShape, spec: FineTuneJobSpec, tokens: int) -> float:
@@ -281,12 +297,15 @@ def _adapter_inputs(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, int]:
     read = {}
     for name, (inputs, _) in _targets(shape, spec).items():
         first = next((names[0] for names in SAME_INPUT if name in names), name)
-        read[name if spec.lora.dora else first] = inputs
+        of_experts = first == "gate_proj" and shape.routed_size
+        read[name if spec.lora.dora else first] = of_experts or inputs
     return read
 
 
 def _ranks(shape: ModelShape, spec: FineTuneJobSpec) -> int:
-    return len(_targets(shape, spec)) * spec.lora.rank
+    chosen = shape.routing.chosen if shape.routing else 1
+    times = (chosen if name in ("gate_proj", "up_proj", "down_proj") else 1 for name in _targets(shape, spec))
+    return sum(times) * spec.lora.rank
 
 
 def _escaped_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
@@ -309,10 +328,14 @@ def _scores(shape: ModelShape, micro_batch: int, length: int, attention: str, wi
 def _workspace(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
     """Return the bytes of temporary buffers.
 
-    These are two dequantized weights of the largest layer, its output gradients, and the head's tile of logits.
+    These are two dequantized weights of the largest layer, or one of a layer's experts, its output gradients, and the
+    head's tile of logits.
     """
-    largest = max(inputs * outputs for inputs, outputs in shape.linear_shapes.values())
-    buffers = 2 * 2 * largest if spec.quantization.bits < 16 and layout.dequantized < shape.layers else 0
-    gradients = layout.tokens * (shape.intermediate_size * 2 * 2 + shape.hidden_size * 4)
+    largest = 2 * max(inputs * outputs for inputs, outputs in shape.linear_shapes.values())
+    if shape.routing and shape.expert_weights and spec.quantization.bits == 4:
+        of_one = shape.routing.experts * 2 * shape.routing.width * shape.hidden_size
+        largest = max(of_one, 2 * shape.hidden_size * max(shape.heads * shape.head_dim, shape.routing.shared))
+    buffers = 2 * largest if spec.quantization.bits < 16 and layout.dequantized < shape.layers else 0
+    gradients = layout.tokens * (shape.intermediate_size * 2 * 2 + shape.hidden_size * 4 + shape.routed_size * 2 * 4)
     logits = min(layout.tokens, 1024) * shape.vocab_size * 4 * 2
     return buffers + gradients + logits

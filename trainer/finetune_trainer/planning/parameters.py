@@ -14,7 +14,7 @@ class Counts:
 
     Attributes:
         linear: Of linear layers without the head: bitsandbytes quantizes these.
-        experts: Of experts that are one parameter of three dimensions: they stay in 16 bits.
+        experts: Of experts that are one parameter of three dimensions: they are quantized to 4 bits alone.
         other: All others: embeddings, head, norms, biases.
     """
 

@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights
 
 from finetune_trainer.errors import Diverged
 from finetune_trainer.model.architecture import layout
+from finetune_trainer.model.experts import attaching_adapters
 from finetune_trainer.publishing.artifact import Check, LossMeter, Trained, VerificationFailed
 from finetune_trainer.stores.errors import StoreCorrupted
 
@@ -31,7 +32,9 @@ def compare_losses(trained: Trained, meter: LossMeter) -> Check:
 
     def check(folder: Path, where: str) -> None:
         nonlocal model
-        model = PeftModel.from_pretrained(model.unload(), str(folder))
+        base = model.unload()
+        with attaching_adapters(base):
+            model = PeftModel.from_pretrained(base, str(folder))
         found = meter.loss_of(model)
         if not abs(found - expected) <= TOLERANCE * max(1.0, abs(expected)):
             raise VerificationFailed(

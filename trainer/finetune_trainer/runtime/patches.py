@@ -108,6 +108,29 @@ PATCHES: Final = (
         },
     ),
     Patch(
+        name="peft: forward of the adapter of experts",
+        why="It adds the adapter's product to the weights of all experts, in a copy of them.",
+        check="model.experts and engine.experts: is it still W + B A * scaling of each expert, stored alike?",
+        sources={
+            "peft.tuners.lora.layer:ParamWrapper.forward": (
+                "704fb56e52604110a6d4c497d21b3c76f7195a572570e8ce20a016ae587a7069",
+            ),
+            "peft.tuners.lora.layer:ParamWrapper.get_delta_weight": (
+                "ef052a65fb6c1ad126c59e14285cf86a17ed1dde1c54489bb4cb54d9fedfbcee",
+            ),
+        },
+    ),
+    Patch(
+        name="transformers: forward of experts",
+        why="It keeps dequantized weights for the backward pass. Ours is registered as an implementation of experts.",
+        check="engine.experts.forward: does it still compute the same, and take the same arguments?",
+        sources={
+            "transformers.integrations.moe:grouped_mm_experts_forward": (
+                "54beecae8764c6e99e73d0a6c85f9120c9535d713647d099dd91da6c74e1f15e",
+            ),
+        },
+    ),
+    Patch(
         name="bitsandbytes: forward of Linear4bit",
         why="Compiled layers dequantize by our own kernel: bitsandbytes' takes the host longer to start.",
         check="engine.dequantize: does it still multiply with the dequantized weights in compute_dtype?",

@@ -33,6 +33,7 @@ def training_arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path,
         gradient_checkpointing=False,  # engine.compilation does it, layer by layer
         max_length=None,
         packing=False,
+        router_aux_loss_coef=0.0,  # routers are frozen; TRL would have experts balanced, and answers fail
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_strategy="steps",
         logging_steps=spec.logging.every_steps,

@@ -23,15 +23,18 @@ _TILE = {"BLOCKS": 32, "num_warps": 2}
 
 @triton.jit
 def _dequantize(
-    PACKED, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, CODE, OUT, blocks,
+    PACKED, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, CODE, OUT, blocks, blocks_of_matrix,
     BYTES: tl.constexpr, TWICE: tl.constexpr, SCALES_OF_A_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
     scale = tl.load(SCALES + block, mask=inside, other=0)
     if TWICE:
+        matrix = block // blocks_of_matrix
+        each = matrix * tl.cdiv(blocks_of_matrix, SCALES_OF_A_BLOCK) + block % blocks_of_matrix // SCALES_OF_A_BLOCK
         scale = tl.load(SCALE_CODE + scale.to(tl.int32))
-        scale = scale * tl.load(SCALE_SCALES + block // SCALES_OF_A_BLOCK, mask=inside, other=0) + tl.load(OFFSET)
+        scale = scale * tl.load(SCALE_SCALES + each, mask=inside, other=0)
+        scale = scale + tl.load(OFFSET + matrix, mask=inside, other=0)
     byte = block[:, None].to(tl.int64) * BYTES + tl.arange(0, BYTES)
     packed = tl.load(PACKED + byte, mask=inside[:, None], other=0).to(tl.int32)
     both = tl.interleave(tl.load(CODE + (packed >> 4)), tl.load(CODE + (packed & 15))) * scale[:, None]
@@ -43,16 +46,17 @@ def _dequantize(
 def dequantize(
     packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights [outputs, inputs] in `dtype`; each byte of `packed` holds two indices into `code` [16].
+    """Return the weights of `shape` in `dtype`; each byte of `packed` holds two indices into `code` [16].
 
     `scales`: one for each block of weights, float32; or, quantized once more, uint8 indices, the values they stand for
-    [256], a scale for each 256 of them, and the number to add to all (a scalar).
+    [256], a scale for each 256 of them, and the number to add to all (a scalar). Of experts [experts, rows, columns]
+    each matrix has its own, one after the other.
     """
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = scales[0].numel()
     twice = len(scales) > 1
     _dequantize[(triton.cdiv(blocks, _TILE["BLOCKS"]),)](
-        packed, *(scales if twice else scales * 4), code, out, blocks,
+        packed, *(scales if twice else scales * 4), code, out, blocks, blocks // (shape[0] if len(shape) == 3 else 1),
         BYTES=out.numel() // blocks // 2, TWICE=twice, SCALES_OF_A_BLOCK=_SCALES_OF_A_BLOCK,
         enable_fp_fusion=False,  # a fused multiplication and addition rounds once, bitsandbytes twice
         **_TILE,

@@ -1,0 +1,179 @@
+"""Grouped products of 4-bit experts compute what transformers' own experts do with the dequantized weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune_trainer.engine import experts as engine
+from finetune_trainer.engine.compilation import configure_layers
+from finetune_trainer.engine.modules import decoder_layers
+from finetune_trainer.model import experts
+from support.trainer import families
+from support.trainer.process import job, train
+from support.trainer.triton import interpreted
+
+#: By what is special about the layout: two matrices in one, turned with biases and another gate, no gate, shared
+#: experts beside them.
+LAYOUTS = {"fused": "qwen3_moe", "turned": "gpt_oss", "no gate": "nemotron_h", "shared": "qwen2_moe"}
+EXPERTS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
+ROWS = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def _quantized(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = families.tiny_model(kind).to(dtype).requires_grad_(False)
+    for module in model.modules():
+        for name in experts.MATRICES if experts.is_experts(module) else ():
+            if name in module._parameters and experts.fits(module._parameters[name]):
+                packed, scales = experts.quantize(module._parameters[name], "nf4", True, dtype)
+                module._parameters[name] = torch.nn.Parameter(packed, requires_grad=False)
+                torch.nn.utils.parametrize.register_parametrization(module, name, scales, unsafe=True)
+    return model
+
+
+def _pair(kind: str, dtype: torch.dtype = torch.float32, targets: list[str] = EXPERTS) -> tuple[Any, Any]:
+    """The same adapters on transformers' own experts, with dequantized weights, and on ours."""
+    plain, ours = _quantized(kind, dtype), _quantized(kind, dtype)
+    experts.keep_dequantized([plain])
+    plain.set_experts_implementation("grouped_mm")
+    engine.multiply_grouped(ours)
+    found = []
+    for model in (plain, ours):
+        torch.manual_seed(1)
+        settings = LoraConfig(
+            r=8, target_modules=["q_proj", "v_proj"], target_parameters=targets, init_lora_weights=False
+        )
+        with experts.attaching_adapters(model):
+            found.append(get_peft_model(model, settings).train())
+    return found[0], found[1]
+
+
+def _gradients(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=ROWS, labels=ROWS, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), torch.cat([each.grad.flatten() for each in model.parameters() if each.requires_grad])
+
+
+@pytest.mark.parametrize("kind", LAYOUTS.values(), ids=LAYOUTS)
+def test_loss_and_gradients_of_a_step_are_those_of_the_plain_path(kind: str) -> None:
+    plain, ours = map(_gradients, _pair(kind))
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=0)
+    assert float((ours[1] - plain[1]).norm() / plain[1].norm()) < 1e-5
+
+
+def test_in_half_precision_frozen_experts_are_bit_equal() -> None:
+    """PEFT rounds the sum of weights and adapter to bfloat16; without adapters on experts there is no such sum."""
+    plain, ours = (_gradients(model) for model in _pair("qwen3_moe", torch.bfloat16, []))
+    assert torch.equal(ours[0], plain[0])
+    assert float((ours[1] - plain[1]).norm() / plain[1].norm()) < 1e-2
+
+
+def test_a_hundred_steps_have_the_losses_of_the_plain_path() -> None:
+    found = []
+    for model in _pair("qwen3_moe"):
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(100):
+            losses.append(float(_gradients(model)[0]))
+            optimizer.step()
+        found.append(losses)
+    assert found[1][-1] < 0.8 * found[1][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_adapters_that_are_disabled_change_nothing() -> None:
+    _, ours = _pair("qwen3_moe")
+    with torch.no_grad(), ours.disable_adapter():
+        without = ours(input_ids=ROWS, use_cache=False).logits
+        assert torch.equal(without, ours.get_base_model()(input_ids=ROWS, use_cache=False).logits)
+    with torch.no_grad():
+        assert not torch.allclose(without, ours(input_ids=ROWS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_and_compiled_layers_have_the_same_gradients(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend="aot_eager"))
+    _, ours = _pair("qwen3_moe")
+    expected = _gradients(ours)
+    configure_layers(decoder_layers(ours.get_base_model()), checkpointed=1, compiled=compiled)
+    torch.testing.assert_close(_gradients(ours), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_pass_keeps_dequantized_weights_or_inputs_of_frozen_experts() -> None:
+    kept: list[tuple[int, ...]] = []
+    _, ours = _pair("qwen3_moe", targets=[])
+    module = decoder_layers(ours.get_base_model())[0].mlp.experts
+    x = torch.randn(48, 64, requires_grad=True)
+    index, weights = torch.randint(0, 4, (48, 2)), torch.rand(48, 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(tuple(each.shape)), each)[1], lambda e: e):
+        module(x, index, weights).sum().backward()
+    assert not [shape for shape in kept if len(shape) == 3 and shape[0] == 4]
+    assert (96, 64) not in kept  # the sorted tokens
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_are_registered_as_torch_wants_them(turned: bool) -> None:
+    weight = torch.randn(3, 64, 32)
+    packed, scales = experts.quantize(weight, "nf4", True, torch.float32)
+    x = torch.randn(10, 64 if turned else 32, requires_grad=True)
+    ends = torch.tensor([4, 4, 10], dtype=torch.int32)  # the second expert has no rows
+    arguments = (x, packed, scales.scales, scales.code, scales.shape, ends, turned, "nf4")
+    torch.library.opcheck(engine.grouped_4bit, arguments)
+    with FlopCounterMode(display=False) as counter:
+        engine.grouped_4bit(*arguments)
+    assert counter.get_total_flops() == 2 * 10 * 64 * 32
+    torch.library.opcheck(engine.grouped, (x.detach().requires_grad_(), torch.randn(3, 5, x.shape[1]), ends))
+    trained = torch.randn(3, 5, x.shape[1], dtype=torch.float64, requires_grad=True)
+    leaf = x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: engine.grouped(a, b, ends), (leaf, trained))
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 32), (3, 300, 64)])
+@pytest.mark.parametrize("twice", [False, True])
+def test_our_kernel_dequantizes_each_matrix_bit_for_bit(shape: tuple[int, ...], twice: bool) -> None:
+    interpreted("dequantize")
+    for dtype in (torch.float16, torch.float32):
+        packed, scales = experts.quantize(torch.randn(shape), "nf4", twice, dtype)
+        assert engine._try_kernel_on(packed, scales) is None
+        expected = scales(packed)
+        scales.method = experts.KERNEL
+        assert torch.equal(scales(packed), expected)
+
+
+def test_other_numbers_than_those_of_bitsandbytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, scales = experts.quantize(torch.randn(2, 64, 64), "nf4", True, torch.float32)
+    real = experts.dequantize
+    monkeypatch.setattr(engine, "dequantize", lambda *a: real(*a[:-1], "nf4") + (a[-1] == experts.KERNEL))
+    assert engine._try_kernel_on(packed, scales) == "it computes other weights than bitsandbytes on this GPU"
+
+
+def test_what_torch_does_not_group_is_multiplied_one_by_one_for_a_reason() -> None:
+    assert "of bfloat16, and these are of float16" in str(engine._ungrouped(torch.empty(2, 64, 64).half()))
+    assert "no multiples of 8" in str(engine._ungrouped(torch.empty(2, 60, 64).bfloat16()))
+
+
+ON_EXPERTS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_a_job_trains_publishes_and_verifies_adapters_on_experts(tiny_experts: Path, tmp_path: Path) -> None:
+    """Of its two layers one is kept dequantized. It answers too: TRL would have experts balanced, which fails then."""
+    changes = {
+        "lora.targetModules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+        "quantization.cachedLayers": 1,
+        "training.maxSteps": 2,
+        "evaluation": {"everySteps": 2, "metrics": ["loss", "nli"], "generation": {"maxNewTokens": 2}},
+    }
+    finished = train(job(tmp_path, tiny_experts, changes), tmp_path)
+    assert finished.exit_code == 0, finished.log
+    assert "loaded back with PEFT and computes the same" in finished.log
+    assert "stay in 16 bits" not in finished.log
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["down_proj", "gate_up_proj"]

@@ -1,0 +1,281 @@
+"""Products of frozen experts, in 4 bits or plain, with the tokens that are routed to them, and the adapters on them.
+
+Tokens are sorted by expert, so that each expert multiplies a block of rows (MegaBlocks, arXiv:2211.15841): one grouped
+product for all of them. Weights in 4 bits are dequantized for the product, and once more for its gradient: no pass
+keeps them. Adapters multiply tokens, as on linear layers; PEFT adds their product to all weights instead.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+import torch
+from torch.utils.flop_counter import register_flop_formula
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from finetune_trainer.errors import type_and_reason
+from finetune_trainer.model.experts import GROUPED, KERNEL, MATRICES, Quantized, dequantize, is_experts, quantized
+
+log = structlog.get_logger(__name__)
+_ADAPTER: Final = "default"
+#: torch's grouped products take bfloat16, on GPUs since Ampere, in rows of whole 16 bytes.
+_MIN_COMPUTE_CAPABILITY: Final = (8, 0)
+_MULTIPLE: Final = 8
+
+
+def multiply_grouped(model: Any) -> None:
+    """Let the experts of `model` compute as this module does; log why they are multiplied one by one if they are."""
+    experts = [module for module in model.modules() if is_experts(module)]
+    if not experts:
+        return
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED, forward)
+    for each in experts:
+        each.config._experts_implementation = GROUPED
+    weights = [getattr(experts[0], name) for name in MATRICES if hasattr(experts[0], name)]
+    if weights[0].device.type == "cuda" and (problem := next(filter(None, map(_ungrouped, weights)), None)):
+        log.warning(f"Experts are multiplied one by one, which is slower: {problem}")
+
+
+def dequantize_in_one_pass(model: Any) -> None:
+    """Use the Triton dequantize kernel for experts of `model` if it matches bitsandbytes bit for bit; else log why."""
+    both = ((module, name) for module in model.modules() if is_experts(module) for name in MATRICES)
+    found = [each for module, name in both if (each := quantized(module, name))]
+    if not found or found[0][0].device.type != "cuda":
+        return
+    try:
+        importlib.import_module("finetune_trainer.engine.kernels.dequantize")
+        problem = _try_kernel_on(*found[0])
+    except Exception as error:
+        problem = type_and_reason(error)
+    if problem:
+        log.warning(f"Triton dequantize kernel disabled for experts, using bitsandbytes: {problem}")
+        return
+    for _, scales in found:
+        scales.method = KERNEL
+
+
+def _try_kernel_on(packed: torch.Tensor, scales: Quantized) -> str | None:
+    arguments = (packed, scales.scales, scales.code, scales.shape, scales.dtype)
+    same = torch.equal(dequantize(*arguments, KERNEL), dequantize(*arguments, scales.method))
+    return None if same else "it computes other weights than bitsandbytes on this GPU"
+
+
+def forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    adapters: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Return what the experts make of `hidden_states` [tokens, width]; transformers calls it for each layer.
+
+    Args:
+        self: The experts' module.
+        hidden_states: The tokens.
+        top_k_index: The experts of each token [tokens, k].
+        top_k_weights: What each expert's answer is multiplied by [tokens, k].
+        adapters: PEFT's wrapper of each parameter that has an adapter.
+    """
+    tokens, k = top_k_index.shape
+    expert, order = top_k_index.reshape(-1).sort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True, out_int32=True)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    found: torch.Tensor = _Sorted.apply(hidden_states, order, back)  # type: ignore[no-untyped-call]
+    found = _product(self, first, found, expert, ends, adapters or {})
+    found = self._apply_gate(found) if self.has_gate else self.act_fn(found)
+    found = _product(self, "down_proj", found, expert, ends, adapters or {})
+    if getattr(self, "has_post_expert_norm", False):
+        found = self.post_expert_norm(found)
+    found = _Permuted.apply(found, back, order)  # type: ignore[no-untyped-call]
+    found = found.view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
+    return found.sum(dim=1).to(hidden_states.dtype)
+
+
+class _Sorted(torch.autograd.Function):
+    """Rows repeated for each of their experts, and sorted. torch's own gradient of it sums in no certain order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.rows = len(x)
+        return x[order // (len(order) // len(x))]
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return slopes[0][back].view(ctx.rows, -1, slopes[0].shape[-1]).sum(1), None, None
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order; `back` undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return slopes[0][back], None, None
+
+
+def _product(
+    experts: Any, name: str, x: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor, adapters: dict[str, Any]
+) -> torch.Tensor:
+    """Return the rows `x`, sorted by `expert`, times the matrices of the parameter `name`, with bias and adapter."""
+    packed = quantized(experts, name)
+    if packed is None:
+        weight = getattr(experts, name)
+        x = x.to(weight.dtype)
+        found = grouped(x, weight.transpose(-2, -1) if experts.is_transposed else weight, ends)
+    else:
+        weight, scales = packed
+        x = x.to(scales.dtype)
+        how = (ends, experts.is_transposed, scales.method)
+        found = grouped_4bit(x, weight, scales.scales, scales.code, scales.shape, *how)
+    if wrapper := adapters.get(name):
+        a, b = (matrix.to(x.dtype) for matrix in _low_rank(wrapper))
+        found = found + grouped(grouped(x, a, ends), b, ends)
+    if experts.has_bias:
+        found = found + getattr(experts, f"{name}_bias")[expert]
+    return found  # type: ignore[no-any-return]
+
+
+def _low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [experts, rank, inputs] and the scaled B [experts, outputs, rank] of PEFT's `wrapper`."""
+    a, b = wrapper.lora_A[_ADAPTER].weight, wrapper.lora_B[_ADAPTER].weight
+    a = a.view(wrapper.num_experts, -1, a.shape[-1])
+    b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+    return a, b.contiguous() * wrapper.scaling[_ADAPTER]
+
+
+def _ungrouped(weight: torch.Tensor) -> str | None:
+    """Return why torch does not multiply with `weight` [experts, rows, columns] in one grouped product, None if so."""
+    if weight.dtype != torch.bfloat16:
+        return f"torch's grouped products are of bfloat16, and these are of {str(weight.dtype).removeprefix('torch.')}"
+    if weight.shape[1] % _MULTIPLE or weight.shape[2] % _MULTIPLE:
+        return f"their widths {list(weight.shape[1:])} are no multiples of {_MULTIPLE}"
+    if torch.cuda.get_device_capability(weight.device) < _MIN_COMPUTE_CAPABILITY:
+        return "this GPU is older than torch's grouped products"
+    return None
+
+
+def _is_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and _ungrouped(weight) is None
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return each block of rows of `x` times the transpose of its matrix of `weight` [experts, outputs, inputs]."""
+    if _is_grouped(x, weight):
+        return torch.nn.functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    out = x.new_empty(len(x), weight.shape[1])
+    for matrix, begin, end in _blocks(ends):
+        torch.mm(x[begin:end], weight[matrix].t(), out=out[begin:end])
+    return out
+
+
+def _outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a product's `weight`, [experts, outputs, inputs]."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and not (x.shape[1] % _MULTIPLE or slope.shape[1] % _MULTIPLE):
+        return torch.nn.functional.grouped_mm(slope.t(), x, offs=ends)
+    out = x.new_zeros(len(ends), slope.shape[1], x.shape[1])
+    for matrix, begin, end in _blocks(ends):
+        torch.mm(slope[begin:end].t(), x[begin:end], out=out[matrix])
+    return out
+
+
+def _blocks(ends: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return the experts that have rows, and where those begin and end."""
+    last = ends.tolist()
+    return [
+        (expert, begin, end)
+        for expert, (begin, end) in enumerate(zip([0, *last[:-1]], last, strict=True))
+        if end > begin
+    ]
+
+
+@torch.library.custom_op("finetune::grouped", mutates_args=())
+def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return `x` [rows, inputs], whose rows up to ends[e] are expert e's, times weight[e]^T [outputs, inputs]."""
+    return _multiply(x, weight, ends)
+
+
+@torch.library.custom_op("finetune::grouped_outer", mutates_args=())
+def grouped_outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the weights of `grouped`."""
+    return _outer(slope.contiguous(), x, ends)
+
+
+@torch.library.custom_op("finetune::grouped_4bit", mutates_args=())
+def grouped_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: list[torch.Tensor],
+    code: torch.Tensor,
+    shape: list[int],
+    ends: torch.Tensor,
+    turned: bool,
+    method: str,
+) -> torch.Tensor:
+    """Return the same for weights in 4 bits, which are dequantized here and do not outlive it.
+
+    `turned`: they are stored as [experts, inputs, outputs]. `method`: see model.experts.dequantize.
+    """
+    weight = dequantize(packed, scales, code, shape, x.dtype, method)
+    return _multiply(x, weight.transpose(-2, -1) if turned else weight, ends)
+
+
+@grouped.register_fake
+def _(x, weight, ends):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@grouped_outer.register_fake
+def _(slope, x, ends):  # type: ignore[no-untyped-def]
+    return x.new_empty(ends.shape[0], slope.shape[1], x.shape[1])
+
+
+@grouped_4bit.register_fake
+def _(x, packed, scales, code, shape, ends, turned, method):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], shape[2 if turned else 1])
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    x, *others = inputs
+    ctx.trains = inputs[1].requires_grad  # frozen weights need no input kept
+    ctx.save_for_backward(*others, *([x] if ctx.trains else []))
+
+
+def _backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weight, ends, *x = ctx.saved_tensors
+    slope = slope.contiguous()
+    of_weight = grouped_outer(slope, x[0], ends) if ctx.trains else None
+    return grouped(slope, weight.transpose(-2, -1), ends), of_weight, None
+
+
+def _keep_4bit(ctx: Any, inputs: Any, output: Any) -> None:
+    _, packed, scales, code, ctx.shape, ends, ctx.turned, ctx.method = inputs
+    ctx.save_for_backward(packed, code, ends, *scales)
+
+
+def _backward_4bit(ctx: Any, slope: torch.Tensor) -> tuple[Any, ...]:
+    packed, code, ends, *scales = ctx.saved_tensors
+    of_x = grouped_4bit(slope.contiguous(), packed, scales, code, ctx.shape, ends, not ctx.turned, ctx.method)
+    return of_x, None, [None] * len(scales), None, None, None, None, None
+
+
+grouped.register_autograd(_backward, setup_context=_keep)
+grouped_4bit.register_autograd(_backward_4bit, setup_context=_keep_4bit)
+
+
+@register_flop_formula([torch.ops.finetune.grouped, torch.ops.finetune.grouped_outer])
+def _flops(x: Sequence[int], other: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * other[1]
+
+
+@register_flop_formula(torch.ops.finetune.grouped_4bit)
+def _flops_4bit(x: Sequence[int], packed: Any, scales: Any, code: Any, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * shape[1] * shape[2]
