@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 LONGEST = 1 << 20
 
 
-def text_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+def text_lines(chunks: Iterable[bytes], longest: int = LONGEST) -> Iterator[str]:
     """Yield the lines without their ends; what is not UTF-8 is replaced."""
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             yield line.decode(errors="replace")
-        while len(rest) > LONGEST:
-            yield rest[:LONGEST].decode(errors="replace")
-            rest = rest[LONGEST:]
+        while len(rest) > longest:
+            yield rest[:longest].decode(errors="replace")
+            rest = rest[longest:]
     if rest:
         yield rest.decode(errors="replace")

@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune_api import answers, constants
 from finetune_cli.errors import CliError
+from finetune_cli.kube import reading
 from finetune_cli.kube.errors import explained
-from finetune_cli.text_lines import text_lines
 
 Object = dict[str, Any]
 
@@ -42,13 +42,16 @@ class Cluster:
     #: Seconds to connect, and to wait for an answer.
     timeout: tuple[float, float] = (5, 30)
 
+    def __post_init__(self) -> None:
+        reading.bound_errors(self.api)
+
     def get(self, name: str) -> Object:
         """One FineTuneJob."""
         with explained(self.server, self.namespace, name):
             answer = self._custom().get_namespaced_custom_object(
                 *self._place(), name, _preload_content=False, _request_timeout=self.timeout
             )
-            return _job(answers.read_object(_checked(answer).data)[0])
+            return _job(answers.read_object(reading.body(answer))[0])
 
     def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> answers.Listing:
         """FineTuneJobs of the namespace, or of all."""
@@ -60,7 +63,7 @@ class Cluster:
                 found = self._custom().list_cluster_custom_object(group, version, plural, **options)
             else:
                 found = self._custom().list_namespaced_custom_object(group, version, namespace, plural, **options)
-            listing = answers.read_list(_checked(found).data)
+            listing = answers.read_list(reading.body(found, reading.MAX_LIST))
             jobs = [item for item in listing.items if not _fault(item)]
             return answers.Listing(listing.head, jobs, lost=listing.lost + len(listing.items) - len(jobs))
 
@@ -82,7 +85,7 @@ class Cluster:
                 _preload_content=False,
                 **options,
             )
-            return _job(json.loads(_checked(answer).data)), answer.status == HTTPStatus.CREATED
+            return _job(json.loads(reading.body(answer))), answer.status == HTTPStatus.CREATED
 
     def patch(self, name: str, change: Object) -> Object:
         """Merge `change` into a FineTuneJob."""
@@ -96,14 +99,19 @@ class Cluster:
                 _request_timeout=self.timeout,
                 _preload_content=False,
             )
-            return _job(answers.read_object(_checked(answer).data)[0])
+            return _job(answers.read_object(reading.body(answer))[0])
 
     def delete(self, name: str) -> None:
         """Delete a FineTuneJob; what it owns follows in the background."""
         with explained(self.server, self.namespace, name):
-            self._custom().delete_namespaced_custom_object(
-                *self._place(), name, propagation_policy="Background", _request_timeout=self.timeout
+            answer = self._custom().delete_namespaced_custom_object(
+                *self._place(),
+                name,
+                propagation_policy="Background",
+                _request_timeout=self.timeout,
+                _preload_content=False,
             )
+            reading.body(answer)
 
     def follow(self, name: str, deadline: float | None = None, *, poll: bool = False) -> Iterator[Object | None]:
         """Yield the job now and after every change, None once it is deleted; end at `deadline` (time.monotonic()).
@@ -130,23 +138,22 @@ class Cluster:
 
     def _watch(self, name: str, since: str, seconds: int) -> Iterator[Object]:
         from kubernetes.client.exceptions import ApiException
-        from kubernetes.watch import Watch
 
         with explained(self.server, self.namespace, name):
             try:
-                for event in Watch(return_type=object).stream(
-                    self._custom().list_namespaced_custom_object,
+                answer = self._custom().list_namespaced_custom_object(
                     *self._place(),
+                    watch=True,
                     field_selector=f"metadata.name={name}",
                     resource_version=since,
                     timeout_seconds=seconds,
+                    _preload_content=False,
                     _request_timeout=(self.timeout[0], seconds + self.timeout[1]),
-                ):
+                )
+                for event in reading.events(answer):
                     if event["type"] in ("ADDED", "MODIFIED"):
                         _job(event["object"])
                     yield event
-            except (LookupError, TypeError, AttributeError):  # of the client, which takes a line for an event
-                raise ValueError("a line of a watch is no event") from None
             except ApiException as error:
                 # Too old a version: the caller reads the job again and goes on from there.
                 if error.status != 410:
@@ -163,7 +170,7 @@ class Cluster:
                 _preload_content=False,
                 _request_timeout=self.timeout,
             )
-            items = [_object(item) for item in answers.read_list(_checked(answer).data).items]
+            items = [_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
         return sorted(items, key=lambda pod: (-attempt_of(pod), _index_of(pod), pod["metadata"]["name"]))
 
     def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
@@ -181,7 +188,7 @@ class Cluster:
                 _request_timeout=(self.timeout[0], SILENCE_SECONDS) if follow else self.timeout,
                 **options,
             )
-            yield from text_lines(_checked(answer).stream(amt=None))
+            yield from reading.lines(answer)
 
     def _custom(self) -> Any:
         from kubernetes import client
@@ -220,15 +227,6 @@ def _fault(found: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _checked(answer: Any) -> Any:
-    """Return a raw answer of the client, unless it is an error: those it does not raise by itself."""
-    from kubernetes.client.exceptions import ApiException
-
-    if not 200 <= answer.status < 300:
-        raise ApiException(status=answer.status, reason=answer.reason, body=answer.data)
-    return answer
 
 
 def _watch_seconds(deadline: float | None, poll: bool) -> int:

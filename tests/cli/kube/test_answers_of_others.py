@@ -1,5 +1,6 @@
 """What answers is no API server, or one that lies: every command ends with a sentence, and none with a traceback."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from finetune_cli.errors import CliError
+from finetune_cli.kube import reading
 from finetune_cli.kube.client import Cluster
 from finetune_cli.kube.errors import explained
 
@@ -27,17 +29,20 @@ STRANGE = [
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[Any], Cluster]]:
+def answering() -> Iterator[Callable[..., Cluster]]:
     """Return a cluster that gives one answer to everything."""
-    body = b""
+    body, status = b"", 200
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(body)
 
+        do_DELETE = do_GET  # noqa: N815
         do_PATCH = do_GET  # noqa: N815
 
         def log_message(self, *args: object) -> None:
@@ -48,9 +53,10 @@ def answering() -> Iterator[Callable[[Any], Cluster]]:
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
 
-    def cluster(answer: Any) -> Cluster:
-        nonlocal body
-        body = json.dumps(answer).encode() + b"\n"
+    def cluster(answer: Any, code: int = 200) -> Cluster:
+        nonlocal body, status
+        status = code
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\n"
         return Cluster(client.ApiClient(client.Configuration(host=address)), "team", address)
 
     yield cluster
@@ -68,7 +74,9 @@ def test_an_object_that_is_none_is_told(answering: Callable[[Any], Cluster], ans
         cluster.pods("x")
 
 
-@pytest.mark.parametrize("line", [*({"type": "ADDED", "object": each} for each in STRANGE), {}, [], "x", {"type": []}])
+@pytest.mark.parametrize(
+    "line", [*({"type": "ADDED", "object": each} for each in STRANGE), {}, [], "x", {"type": []}, {"type": "ERROR"}]
+)
 def test_a_line_of_a_watch_that_is_no_event_is_told(answering: Callable[[Any], Cluster], line: Any) -> None:
     with pytest.raises(CliError, match="cannot be read: "):
         next(answering(line)._watch("x", "1", 1))
@@ -97,3 +105,31 @@ def test_a_refusal_of_another_form_is_told(status: int, body: bytes) -> None:
     error.body = body
     with pytest.raises(CliError), explained("http://server", "team", "x"):
         raise error
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize("ask", ["get", "jobs", "apply", "patch", "delete", "pods", "watch"])
+def test_an_answer_without_an_end_is_not_kept(
+    answering: Callable[..., Cluster], ask: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_OBJECT", 1 << 20)
+    monkeypatch.setattr(reading, "MAX_LIST", 1 << 20)
+    cluster = answering(b'{"kind": "' + b"x" * (2 << 20), status)
+    asked: dict[str, Callable[[], Any]] = {
+        "get": lambda: cluster.get("x"),
+        "jobs": cluster.jobs,
+        "apply": lambda: cluster.apply(JOB),
+        "patch": lambda: cluster.patch("x", {}),
+        "delete": lambda: cluster.delete("x"),
+        "pods": lambda: cluster.pods("x"),
+        "watch": lambda: next(cluster._watch("x", "1", 1)),
+    }
+    says = "cannot be read" if (ask, status) == ("watch", 200) else "cannot be read: it has more than 1 MiB"
+    with pytest.raises(CliError, match=says):
+        asked[ask]()
+
+
+def test_a_watch_from_a_version_that_is_gone_ends(answering: Callable[..., Cluster]) -> None:
+    gone = {"kind": "Status", "code": 410, "reason": "Expired"}
+    assert list(answering({"type": "ERROR", "object": gone})._watch("x", "1", 1)) == []
+    assert list(answering(gone, 410)._watch("x", "1", 1)) == []
