@@ -169,12 +169,15 @@ def test_links_that_stay_below_the_claim_work(scheme: str, claim: Path, tmp_path
     assert "weights" in read and read.count("a row") == 1
 
 
-@pytest.mark.parametrize("name", ["../../secrets/dataset/password", "/etc/passwd", "gone.safetensors", 5, "model.bin"])
+@pytest.mark.parametrize(
+    "name",
+    ["../../secrets/dataset/password", "/etc/passwd", "gone.safetensors", 5, None, "config.json", "x" * 9999, "\ud800"],
+)
 def test_an_index_of_weights_names_files_of_the_model_only(name: Any, claim: Path, tmp_path: Path) -> None:
     index = claim / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": name}}))
     with pytest.raises(
-        ConfigInvalid, match=r"spec\.model\.source: .*index\.json names .*, which is no file of the model"
+        ConfigInvalid, match=r"spec\.model\.source: .*index\.json names .*, which is no safetensors file of the model"
     ):
         inputs.fetch_model_weights(_settings(claim), tmp_path / "work", None)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from finetune_api import artifact_manifest, constants
+from finetune_api import constants
 from finetune_api.spec_data import Source
 from finetune_api.uri import Uri, parse
 from finetune_trainer.data import hub_splits, hub_subsets
@@ -193,9 +193,13 @@ def _check_index(index: Path, subject: str) -> None:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ConfigInvalid(f"{subject}: {index.name} is no index of weights: weight_map is missing") from None
+    found = (path for path in index.parent.rglob(WEIGHTS) if path.is_file())
+    there = {path.relative_to(index.parent).as_posix() for path in found}
     for name in names:
-        if not isinstance(name, str) or artifact_manifest.fault_of_path(name) or not (index.parent / name).is_file():
-            raise ConfigInvalid(f"{subject}: {index.name} names {name!r}, which is no file of the model")
+        if name not in there:
+            raise ConfigInvalid(
+                f"{subject}: {index.name} names {name!r:.100}, which is no safetensors file of the model"
+            )
 
 
 def _tree(settings: Settings, uri: Uri, field: str) -> Tree:

@@ -15,7 +15,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles
 from finetune_trainer.model.base import inspect_base_model
-from finetune_trainer.model.checkpoint import check_weights, is_finite
+from finetune_trainer.model.checkpoint import _check_file, check_weights, is_finite
 from finetune_trainer.model.weights import load_base_model
 
 Weights = dict[str, torch.Tensor]
@@ -139,6 +139,15 @@ def test_large_sums_are_no_infinity_and_nan_is_never_overlooked(dtype: torch.dty
     assert is_finite(large)
     large[777] = float("nan")
     assert not is_finite(large)
+
+
+def test_values_of_every_type_are_read(tmp_path: Path) -> None:
+    """Also of those for which torch has no sums."""
+    for dtype in ("F4", "F8_E8M0", "F8_E5M2FNUZ", "U64", "C64", "BOOL"):
+        count = {"F4": 32, "U64": 2, "C64": 2}.get(dtype, 16)
+        header = json.dumps({"a": {"dtype": dtype, "shape": [count], "data_offsets": [0, 16]}}).encode()
+        (tmp_path / dtype).write_bytes(len(header).to_bytes(8, "little") + header + b"\1" * 16)
+        _check_file(tmp_path / dtype, "hf://a/b")
 
 
 def test_an_adapter_beside_the_base_is_ignored(
