@@ -126,3 +126,28 @@ def test_weights_of_another_shape_are_refused(tiny_model: Path, tmp_path: Path) 
     for other in ("rank", "layers"):
         with pytest.raises(ConfigInvalid, match="does not fit"):
             adapter.load_adapter_weights(adapted, tmp_path / other)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"peft_type": "IA3"}, "the adapter is of peft_type 'IA3'; it must be LORA"),
+        ({"peft_type": ["x" * 9999]}, "it must be LORA"),
+        ({"layer_replication": [[0, 1]]}, "has layer_replication, which this job would not compute"),
+        ({"r": True}, "spec.lora.rank: 16, but the adapter"),
+        ({"target_modules": "(a+)+$", "auto_mapping": {"parent_library": "os"}, "rank_pattern": {"(a+)+$": 4}}, None),
+    ],
+)
+def test_an_adapter_to_begin_with_computes_the_same_here(
+    change: dict[str, Any], sentence: str | None, tmp_path: Path
+) -> None:
+    """Nothing in its settings is run, nor matched against names: only its weights are used."""
+    spec = _spec(tmp_path)
+    usual = {"peft_type": "LORA", "r": spec.lora.rank, "lora_alpha": spec.lora.alpha}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(usual | change))
+    if sentence is None:
+        return adapter.check_init_from(tmp_path, spec)
+    with pytest.raises(ConfigInvalid) as refused:
+        adapter.check_init_from(tmp_path, spec)
+    assert sentence in str(refused.value) and len(str(refused.value)) < 200
+    return None

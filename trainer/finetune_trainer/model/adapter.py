@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -16,6 +16,8 @@ from finetune_trainer.model.experts import attaching_adapters
 from finetune_trainer.model.targets import ALL_LINEAR, drop_inputs
 
 log = structlog.get_logger(__name__)
+#: Settings of PEFT that change what weights of the same names and shapes compute.
+_COMPUTES_OTHERWISE: Final = ("layer_replication", "alora_invocation_tokens")
 
 
 def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
@@ -30,6 +32,11 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
         found = None
     if not isinstance(found, dict):
         raise ConfigInvalid(f"spec.lora.initFrom: {constants.ADAPTER_CONFIG_FILE} is no JSON object")
+    if (kind := found.get("peft_type", "LORA")) != "LORA":
+        raise ConfigInvalid(f"spec.lora.initFrom: the adapter is of peft_type {kind!r:.40}; it must be LORA")
+    for key in _COMPUTES_OTHERWISE:
+        if found.get(key):
+            raise ConfigInvalid(f"spec.lora.initFrom: the adapter has {key}, which this job would not compute")
     lora = spec.lora
     targets = found.get("target_modules")
     expected: dict[str, tuple[Any, Any]] = {
