@@ -28,6 +28,11 @@ ATTEMPTS: Final = {
         " before a pod of the job was known to run.",
         "Nothing to do: the next attempt runs the spec as it is now, if the administrator's rules allow it.",
     ),
+    "JobRefused": Reason(
+        "A Job with this job's owner reference and the next attempt's name that the operator did not create, or whose"
+        " creation it could not record before its settings changed. It is deleted and never taken for an attempt.",
+        "Nothing to do: the next attempt follows. If it repeats, find out who may create Jobs in the namespace.",
+    ),
     "PodLost": Reason(
         "The Job failed without a container exit code; most often the pod was removed by hand or by a node's cleanup.",
         "The operator retries. Look at `kubectl get events` of that time when it repeats.",
@@ -78,6 +83,10 @@ WAITS: Final = {
     "Queued": Reason(
         "Kueue has not admitted the Job, or somebody else suspended it; the message repeats Kueue's sentence.",
         "Wait, or look at the quota: `kubectl describe workloads`.",
+    ),
+    "ParallelismChanged": Reason(
+        "Somebody set `parallelism` of the attempt's Job below the number of nodes, so Kubernetes stopped its pods.",
+        "Set it back as the message says, or delete the Job: a new attempt resumes from the last checkpoint.",
     ),
     "Unschedulable": Reason(
         "No node fits; the message is the scheduler's own sentence.",

@@ -180,6 +180,8 @@ class Attempt(StatusModel):
 
     job_name: str
     """Name of the Job."""
+    job_uid: Annotated[str, Field(max_length=64)] | None = None
+    """Uid of the Job that the operator created. Any other Job of that name is somebody else's."""
     reason: str | None = None
     """How it ended (Succeeded, DatasetInvalid, Preempted, …); absent while it runs."""
     message: str | None = None

@@ -22,12 +22,21 @@ from support.server.server import Cluster
 Object = dict[str, Any]
 SHA = "sha256:" + "ab" * 32
 PATTERNS = [
-    *("trainer:1.*", "trainer:*", "trainer", "team*/trainer", "localhost/a:*", "*/*:2", "*.example.com/a"),
+    *(
+        "trainer:1.*",
+        "trainer:*",
+        "trainer",
+        "team*/trainer",
+        "localhost/a:*",
+        "*/*:2",
+        "*.example.com/a",
+        "r*.example.com/a",
+    ),
     *("r.example.com/team/*", "r.example.com:5000/*:1", f"r.example.com/a@{SHA}", "r.example.com/a:1.*@sha256:*"),
 ]
 NAMES = [
     *("trainer", "team/trainer", "localhost/a", "trainer:5000/evil", "team.evil.example/trainer", "evil.example.com/a"),
-    *("r.example.com/team/a", "r.example.com/team/a/b", "r.example.com/a", "r.example.com:5000/a"),
+    *("r.example.com/team/a", "r.example.com/team/a/b", "r.example.com/a", "r.example.com:5000/a", "r1.example.com/a"),
     *("r.example.comx/team/a", "r.example.com.evil.example/team/a"),
 ]
 ENDS = ["", ":1", ":1.0", ":2", ":latest", f"@{SHA}", f":1.0@{SHA}", f":2@{SHA}"]

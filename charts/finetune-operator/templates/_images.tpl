@@ -32,7 +32,7 @@ true
 {{- if eq $registry "*" -}}
 c.image.matches(r'^([A-Za-z0-9.:-]+/)?{{ $text }}$')
 {{- else if $registry -}}
-c.image.matches(r'^{{ include "finetune-operator.imagePart" (dict "text" $registry "any" "A-Za-z0-9.:-") }}/{{ $text }}$')
+c.image.matches(r'^{{ include "finetune-operator.imagePart" (dict "text" $registry "any" "A-Za-z0-9.-") }}/{{ $text }}$')
 {{- else -}}
 (!c.image.matches(r'^([^/]*[.:][^/]*|localhost)/') && c.image.matches(r'^{{ $text }}$'))
 {{- end -}}

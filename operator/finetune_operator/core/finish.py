@@ -61,7 +61,7 @@ def build_plan(
         create=step.create,
         status=patch or None,
         suspend=_targets(step.suspend),
-        delete=_targets(_stoppable(observed) if over else (*step.delete, *_old_children(observed, step))),
+        delete=_targets(_stoppable(observed) if over else _no_longer_needed(observed, step)),
         events=tuple(events.between(status, new)),
         requeue_after=_ttl_left(observed, new, now) if over else min(again, default=None),
     )
@@ -105,7 +105,13 @@ def _final_status(observed: Observed, status: FineTuneJobStatus, step: Step, now
 
 
 def _stoppable(observed: Observed) -> tuple[Child, ...]:
-    return tuple(child for child in observed.children if not child.finished and not child.deleting)
+    found = (*observed.children, *observed.strangers)
+    return tuple(child for child in found if not child.finished and not child.deleting)
+
+
+def _no_longer_needed(observed: Observed, step: Step) -> tuple[Child, ...]:
+    strangers = (child for child in observed.strangers if not child.deleting)
+    return (*step.delete, *_old_children(observed, step), *strangers)
 
 
 def _old_children(observed: Observed, step: Step) -> tuple[Child, ...]:

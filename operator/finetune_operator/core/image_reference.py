@@ -1,13 +1,14 @@
 """Container image references, matched part by part: a wildcard never reaches from one part into the next.
 
-`registry.example.com:5000/team/trainer:1.2@sha256:…` has a registry, a repository, a tag and a digest
-(github.com/distribution/reference). Names without a registry stay so: what a node makes of them is its own choice.
+`registry.example.com:5000/team/trainer:1.2@sha256:…` has a registry (host and port), a repository, a tag and a
+digest (github.com/distribution/reference). Names without a registry stay so: what a node makes of them is its choice.
 """
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Self
+
+from finetune_api import wildcard
 
 _DIGEST = re.compile(r"[a-z0-9]+([.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
@@ -59,10 +60,17 @@ def is_allowed(image: str, pattern: str) -> bool:
     asked, allowed = ImageReference.split(image), ImageReference.split(pattern)
     if str(asked) != image or not asked.is_valid:
         return False
-    if not fnmatchcase(asked.registry, allowed.registry) or not fnmatchcase(asked.repository, allowed.repository):
+    if not _is_registry(asked.registry, allowed.registry) or not wildcard.matches(asked.repository, allowed.repository):
         return False
     if allowed.digest:
-        return fnmatchcase(asked.digest, allowed.digest) and (not allowed.tag or fnmatchcase(asked.tag, allowed.tag))
+        is_tag = not allowed.tag or wildcard.matches(asked.tag, allowed.tag)
+        return is_tag and wildcard.matches(asked.digest, allowed.digest)
     if allowed.tag:
-        return not asked.digest and fnmatchcase(asked.tag or "latest", allowed.tag)
+        return not asked.digest and wildcard.matches(asked.tag or "latest", allowed.tag)
     return True
+
+
+def _is_registry(asked: str, allowed: str) -> bool:
+    """Compare host and port each by itself; a * alone is any registry."""
+    (host, _, port), (hosts, _, ports) = asked.partition(":"), allowed.partition(":")
+    return allowed == "*" or (wildcard.matches(host, hosts) and wildcard.matches(port, ports))

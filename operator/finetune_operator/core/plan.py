@@ -7,6 +7,7 @@ from finetune_api import constants
 from finetune_api.status import Attempt
 from finetune_operator.core import (
     finish,
+    ownership,
     policy,
 )
 from finetune_operator.core.attempts import (
@@ -46,7 +47,7 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
     spec = policy.read_spec(observed.job)
     if isinstance(spec, policy.Rejection):
         return finish.build_plan(observed, status, Step(conditions.rejected(spec.reason, spec.message)), now)
-    attempts = history.update(observed, status, spec, now)
+    observed, attempts = ownership.settle(observed, status, spec, settings, now)
     merged = progress.merge(status.progress, attempts.report, now)
     view = View(observed, status, spec, attempts.history, attempts.ending, attempts.report, merged, settings, now)
     step = _step(view)
@@ -107,8 +108,10 @@ def _monitor(view: View, attempt: Attempt) -> Step:
     """Report why the live attempt waits, or what it does."""
     child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
     state, due = _attempt_conditions(view, attempt, child, mine)
-    if view.observed.unlabeled and state.scheduled.status == "True":
-        state = replace(state, scheduled=conditions.pods_running(view.observed.unlabeled))
+    if state.scheduled.status == "True":
+        state = replace(
+            state, scheduled=conditions.pods_running(view.observed.unlabeled, ownership.remarks(view.observed))
+        )
     again = (due, _pending_left(view), _active_countdown(view), _until(pod_set.unreachable_at(mine), view.now))
     if child is None or child.finished or not _has_hidden_pods(child, mine):
         return Step(state, recheck_after=again)
@@ -178,8 +181,13 @@ def _start(view: View, after: Retry | None) -> Step:
     if view.unfinished:
         state = conditions.waiting("Stopping", f"waiting for Job {view.unfinished[0].name} to be gone")
         return Step(state, delete=tuple(child for child in view.unfinished if not child.deleting))
+    number, micro = history.next_number(view.history, observed), retry.next_micro_batch(view.history, view.spec)
+    name, avoided = history.job_name(observed.job, number), retry.nodes_to_avoid(view.history)
+    if stranger := next((each for each in observed.strangers if not each.finished or each.name == name), None):
+        message = f"waiting for Job {stranger.name} to be gone, which this operator did not create"
+        return Step(conditions.waiting("Stopping", message), recheck_after=(_pending_left(view, after),))
     if observed.foreign_children:
-        message = f"waiting for {observed.foreign_children[0]} of an earlier job of this name to end"
+        message = f"waiting for {observed.foreign_children[0]} to end, which is another job's or nobody's: delete it"
         return Step(conditions.waiting("Stopping", message), recheck_after=(_pending_left(view, after),))
     if running := next((pod for pod in observed.pods if pod.live), None):
         state = conditions.waiting("Stopping", f"waiting for pod {running.name} of an earlier attempt to end")
@@ -187,8 +195,6 @@ def _start(view: View, after: Retry | None) -> Step:
     if observed.create_blocked:
         state = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
         return Step(state, recheck_after=(_pending_left(view, after),))
-    number, micro = history.next_number(view.history, observed), retry.next_micro_batch(view.history, view.spec)
-    name, avoided = history.job_name(observed.job, number), retry.nodes_to_avoid(view.history)
     queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(

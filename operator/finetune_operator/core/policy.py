@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-from finetune_api import constants, manifest, uri
+from finetune_api import constants, manifest, uri, wildcard
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.core import image_reference
 from finetune_operator.core.objects import quantity
@@ -162,7 +161,7 @@ RULES: dict[str, Callable[[JobObject, FineTuneJobSpec, Settings], Iterator[str]]
 
 def _not_in(allowed: Sequence[str], field: str, asked: str, what: str = "") -> Iterator[str]:
     """Yield a sentence when there are `allowed` patterns and `asked` matches none."""
-    if allowed and not any(fnmatchcase(asked, pattern) for pattern in allowed):
+    if allowed and not any(wildcard.matches(asked, pattern) for pattern in allowed):
         shown = f"{what}{asked}" if asked else "an empty key, which tolerates every taint,"
         yield f"{field}: {shown} is not allowed; allowed: {', '.join(allowed)}"
 

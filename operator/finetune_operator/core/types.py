@@ -1,7 +1,7 @@
 """The types of planning: what is known of a job (View), its next step (Step), what to do (Plan)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -43,6 +43,13 @@ class Plan:
     look_up: tuple[str, ...] | None = None
     """Before doing anything, read these Jobs and their pods from the API server, and plan again
     (Observation.looked_up): watches may be behind, and show nothing that has lost its label."""
+
+    def with_job_uid(self, uid: str) -> "Plan":
+        """Return the plan with the uid of the Job that it created in the status, as that of the latest attempt."""
+        if not uid or not self.status or not self.status.get("attempts"):
+            return self
+        *earlier, latest = self.status["attempts"]
+        return replace(self, status={**self.status, "attempts": [*earlier, {**latest, "jobUid": uid}]})
 
 
 @dataclass(frozen=True)

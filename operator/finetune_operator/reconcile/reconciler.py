@@ -8,9 +8,9 @@ from typing import Any
 
 import structlog
 
-from finetune_api import constants
 from finetune_operator.core.controllers import Controller
 from finetune_operator.core.objects import raw
+from finetune_operator.core.objects.job_digest import digest_of
 from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
 from finetune_operator.core.objects.observed import CreateBlocked, Observation
 from finetune_operator.core.objects.raw import Raw
@@ -109,7 +109,7 @@ class Reconciler:
             plan = controller.plan(observed, self._settings, now)
         blocked = False
         try:
-            await self._create(owner, plan)
+            plan = plan.with_job_uid(await self._create(owner, plan))
         except NamespaceTerminating:
             return Result(_TERMINATING_SECONDS)
         except CreateDenied as denial:
@@ -204,14 +204,18 @@ class Reconciler:
         if is_whole:
             self._cache.keep_only(POD.name, uids, version, only=key)
 
-    async def _create(self, owner: ReconciledView, plan: Plan) -> None:
-        """Create the children in their order; the Job comes last, so that its pods find the rest."""
+    async def _create(self, owner: ReconciledView, plan: Plan) -> str:
+        """Create the children in their order; return the uid of the Job, which comes last: its pods find the rest."""
+        uid = ""
         for obj in plan.create:
             stored = await self._client.ensure(obj, owner.uid)
             if obj["kind"] in self._cache.registry.watched:
                 self._cache.put_own_write(obj["kind"], stored)
-            if _revision(stored) != _revision(obj):
-                raise Conflict(f"{obj['kind']} {obj['metadata']['name']} exists already, made from another spec")
+            if obj["kind"] == JOB.name:
+                uid = raw.text(stored, "metadata", "uid")
+                if digest_of(stored) != digest_of(obj):
+                    raise Conflict(f"Job {obj['metadata']['name']} exists already and runs something else")
+        return uid
 
     async def _write_status(
         self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, status: Raw
@@ -253,7 +257,3 @@ class Reconciler:
         for target in gone:
             self._cache.tombstone(target.kind, target.uid)
         return not gone
-
-
-def _revision(obj: Raw) -> str:
-    return raw.text(obj, "metadata", "annotations", constants.ANNOTATION_REVISION)

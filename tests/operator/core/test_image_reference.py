@@ -26,6 +26,8 @@ ALLOWED = [
     ("r.example/trainer@*", f"r.example/trainer@{SHA}"),
     ("*.example.com/trainer", "a.example.com/trainer:1"),
     ("team/trainer", "team/trainer:1"),
+    ("reg*.example.com:*/a", "reg1.example.com:5000/a"),
+    ("reg.example.com:5*/a", "reg.example.com:5000/a"),
     ("*/*", "anywhere.example.com:5000/a/b:1"),
     ("*", f"anywhere.example.com/a/b:1@{SHA}"),
 ]
@@ -59,6 +61,14 @@ REFUSED = [
     (f"r.example/trainer@{SHA}", "r.example/trainer:1"),
     (f"r.example/trainer:2@{SHA}", f"r.example/trainer:1@{SHA}"),
     ("*/*", "UPPER/case"),
+    ("reg*.example.com/a", "reg.example.com:5000/a"),
+    ("reg*.example.com/a", "reg:5000.example.com/a"),
+    ("reg.*/a", "reg.example.com:5000/a"),
+    ("reg.example.com:5*/a", "reg.example.com/a"),
+    ("reg[abc].example.com/a", "rega.example.com/a"),
+    ("reg.example.com/[!b]", "reg.example.com/a"),
+    ("reg?.example.com/a", "rega.example.com/a"),
+    ("reg.example.com/a:[0-9]", "reg.example.com/a:1"),
 ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from finetune_api import constants
 from finetune_api.status import FineTuneJobStatus, TrainerReport
 from finetune_operator.core.controllers import FINETUNE_JOB
+from finetune_operator.core.objects.job_digest import digest_of
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import Observed
 from finetune_operator.core.types import Plan
@@ -175,7 +176,8 @@ class World(ImaginedCluster):
         for obj in made.create:
             yield lambda obj=obj: self._create(copy.deepcopy(obj))
         if made.status is not None:
-            yield lambda: self._write_status(made.status)
+            uid = self.jobs.get(made.create[-1]["metadata"]["name"], {})["metadata"]["uid"] if made.create else ""
+            yield lambda: self._write_status(made.with_job_uid(uid).status)
         for target in made.suspend:
             yield lambda name=target.name: self._suspend(name)
         for target in made.delete:
@@ -195,10 +197,7 @@ class World(ImaginedCluster):
             return False
         if obj["kind"] == "Job":
             self.cache.put("Job", copy.deepcopy(kept[name]))
-        revision = constants.ANNOTATION_REVISION
-        return kept[name]["metadata"].get("annotations", {}).get(revision) == obj["metadata"].get(
-            "annotations", {}
-        ).get(revision)
+        return obj["kind"] != "Job" or digest_of(kept[name]) == digest_of(obj)
 
     def _write_status(self, patch: Object) -> bool:
         seen = self.cache.owner(_KEY)

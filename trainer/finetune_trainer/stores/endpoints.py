@@ -1,14 +1,13 @@
 """Endpoints that an administrator allows: a Secret, which is the user's, may name any."""
 
 import os
-from fnmatch import fnmatchcase
 
-from finetune_api import constants
+from finetune_api import constants, wildcard
 from finetune_trainer.stores.credentials import origin
 
 
 def is_allowed(url: str, allowed: str) -> bool:
-    """Return whether `url` matches one of the `allowed` shell patterns (comma-separated; empty allows any).
+    """Return whether `url` matches one of the `allowed` patterns (comma-separated; empty allows any).
 
     Only its scheme, host and port are compared: no path, user or query can make another host match.
 
@@ -16,7 +15,7 @@ def is_allowed(url: str, allowed: str) -> bool:
         ValueError: There are patterns, and `url` is no http(s) URL.
     """
     patterns = [pattern.strip().rstrip("/") for pattern in allowed.split(",") if pattern.strip()]
-    return not patterns or any(fnmatchcase(origin(url), pattern) for pattern in patterns)
+    return not patterns or any(wildcard.matches(origin(url), pattern) for pattern in patterns)
 
 
 def refusal(url: str) -> str | None:

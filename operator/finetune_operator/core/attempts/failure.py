@@ -19,6 +19,7 @@ NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
 SPEC_CHANGED = "SpecChanged"
+JOB_REFUSED = "JobRefused"
 POD_LOST = "PodLost"
 JOB_DEADLINE = root_cause.DEADLINE
 INIT_FAILED = "InitContainerFailed"
@@ -27,7 +28,7 @@ CRASHED = "TrainerCrashed"
 
 FINAL = frozenset(outcome.reason for outcome in REASONS.values() if outcome.code and outcome.final)
 #: Reasons that are not the job's fault: they do not count toward recovery.maxAttempts.
-NOT_COUNTED_AS_FAILURE = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED})
+NOT_COUNTED_AS_FAILURE = frozenset({PREEMPTED, NODE_LOST, SUSPENDED, SPEC_CHANGED, JOB_REFUSED})
 
 
 DEADLINE_CURE = (

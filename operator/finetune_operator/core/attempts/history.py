@@ -76,8 +76,9 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
     history = {attempt.job_name: attempt for attempt in status.attempts}
     for child in observed.children:
         attempt = history.get(child.name) or Attempt(job_name=child.name, started_at=child.created_at)
-        why = None if attempt.reason else spec_revision.why_superseded(child, status, spec)
-        history[child.name] = attempt.model_copy(update={"message": why}) if why else attempt
+        why = None if attempt.reason else spec_revision.why_superseded(child, spec)
+        changed = {"job_uid": child.uid, **({"message": why} if why else {})}
+        history[child.name] = attempt.model_copy(update=changed)
     current: list[Attempt] = []
     attempts = AttemptHistory(current)
     for attempt in sorted(history.values(), key=number):

@@ -16,7 +16,8 @@ def leader(observed: Observed) -> Pod | None:
     """Return the running rank-0 pod of the latest attempt: the one whose trainer reports progress."""
     if observed.job.deleting:
         return None
-    running = (pod for pod in observed.pods if pod.index == 0 and pod.running and pod.ip and not pod.exit)
+    mine = (pod for pod in observed.pods if pod.owner in observed.open_jobs)
+    running = (pod for pod in mine if pod.index == 0 and pod.running and pod.ip and not pod.exit)
     return max(running, key=lambda pod: (pod.attempt, pod.created_at), default=None)
 
 

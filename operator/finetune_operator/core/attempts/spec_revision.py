@@ -9,7 +9,6 @@ import hashlib
 import json
 
 from finetune_api.spec import IMMUTABLE, FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
 from finetune_operator.core.objects.observed import Child
 
 #: Kept as the attempt's message, so that later reconciles recognize it.
@@ -28,14 +27,11 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def why_superseded(child: Child, status: FineTuneJobStatus, spec: FineTuneJobSpec) -> str | None:
-    """Return why `child` runs another spec than the job's; None when it does not.
+def why_superseded(child: Child, spec: FineTuneJobSpec) -> str | None:
+    """Return why `child`, a recorded attempt's, runs another spec than the job's; None when it does not.
 
-    Once an attempt is recorded, only the images are compared: a later version of this operator may read another spec
-    from the same manifest, and earlier ones noted no image.
+    Only the images are compared: a later version of this operator may read another spec from the same manifest, and
+    earlier ones noted no image.
     """
-    whole, _, image = child.revision.partition("-")
-    now, _, image_now = revision_of(spec).partition("-")
-    if not status.attempts and whole not in ("", now):
-        return SPEC_SUPERSEDED
-    return IMAGE_SUPERSEDED if image not in ("", image_now) else None
+    image, now = child.revision.partition("-")[2], revision_of(spec).partition("-")[2]
+    return IMAGE_SUPERSEDED if image not in ("", now) else None

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
-from finetune_operator.core.objects import raw
+from finetune_operator.core.objects import job_digest, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
@@ -120,6 +120,10 @@ class Child:
     reason: str
     message: str
     deleting: bool
+    parallelism: int
+    """Pods that it runs at most; we set as many as there are nodes."""
+    digest: str
+    """What it runs (core/objects/job_digest.py)."""
 
     @classmethod
     def from_api(cls, obj: Raw) -> "Child":
@@ -142,6 +146,8 @@ class Child:
             reason=raw.text(end, "reason"),
             message=raw.text(end, "message"),
             deleting=bool(raw.at(obj, "metadata", "deletionTimestamp")),
+            parallelism=raw.integer(obj, "spec", "parallelism"),
+            digest=job_digest.digest_of(obj),
         )
 
 
@@ -183,7 +189,11 @@ class Observed(Observation):
 
     job: JobObject
     children: tuple[Child, ...] = ()
-    """Jobs that the FineTuneJob controls."""
+    """Jobs that the FineTuneJob controls, or that its status records; for decisions only those of its attempts."""
+    strangers: tuple[Child, ...] = ()
+    """Jobs that name the FineTuneJob as their controller although the operator did not create them (ownership.py)."""
+    open_jobs: frozenset[str] = frozenset()
+    """Uids of the Jobs of recorded attempts that have not ended."""
     pods: tuple[Pod, ...] = ()
     """Pods of `children`."""
     foreign_children: tuple[str, ...] = ()

@@ -1,9 +1,11 @@
 """All cached objects of one key, and how a FineTuneJob's controller reads them."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
 from finetune_operator.core.objects.observed import Child, JobObject, Observed, WaitReason
 from finetune_operator.core.objects.pod import Pod
@@ -59,18 +61,20 @@ def observe(snapshot: Snapshot) -> Observed:
     assert isinstance(job, JobObject)
     jobs = [view for view in snapshot.children.get(JOB.name, ()) if isinstance(view, Child)]
     pods = [view for view in snapshot.children.get(POD.name, ()) if isinstance(view, Pod)]
-    children = [child for child in jobs if child.owner == job.uid]
+    attempts = raw.entries(json.loads(job.status), "attempts")
+    recorded = {raw.text(attempt, "jobUid") for attempt in attempts}
+    children = [child for child in jobs if child.owner == job.uid or child.uid in recorded]
     child_uids = {child.uid for child in children}
-    owners = {*child_uids, job.uid}
     # A pod whose Job is deleted still belongs to its attempt; one whose Job we never saw may be an earlier job's.
-    mine = [pod for pod in pods if pod.owner in owners or snapshot.tombstones.get(pod.owner) == job.uid]
+    mine = [pod for pod in pods if pod.owner in child_uids or snapshot.tombstones.get(pod.owner) == job.uid]
     deleted = [pod for pod in snapshot.deleted_pods if pod.owner in child_uids]
-    foreign = [f"Job {child.name}" for child in jobs if _is_in_the_way(child, job) and not child.finished]
+    foreign = [f"Job {child.name}" for child in jobs if child not in children and _is_in_the_way(child, job)]
     foreign += [f"pod {pod.name}" for pod in pods if pod not in mine and pod.live]
     uids = {*child_uids, *(pod.uid for pod in mine)}
     return Observed(
         job=job,
         children=tuple(sorted(children, key=lambda child: child.attempt)),
+        open_jobs=frozenset(raw.text(attempt, "jobUid") for attempt in attempts if not attempt.get("reason")),
         pods=(*mine, *deleted),
         foreign_children=tuple(foreign),
         unlabeled=snapshot.unlabeled,
@@ -79,5 +83,5 @@ def observe(snapshot: Snapshot) -> Observed:
 
 
 def _is_in_the_way(child: Child, job: JobObject) -> bool:
-    """Return whether a Job is an earlier FineTuneJob's, or has the name of an attempt but nobody who controls it."""
-    return child.owner != job.uid and bool(child.owner or child.name.rpartition("-")[0] == job.name)
+    """Return whether a Job that runs is another FineTuneJob's, or has an attempt's name but nobody who controls it."""
+    return not child.finished and bool(child.owner or child.name.rpartition("-")[0] == job.name)

@@ -71,16 +71,16 @@ def running(phase: str, training: ConditionValue) -> JobConditions:
     )
 
 
-def pods_running(unlabeled: Sequence[str] = ()) -> ConditionValue:
-    """Return Scheduled of running pods; `unlabeled` are Jobs and pods that somebody took our label from."""
-    if not unlabeled:
-        return ConditionValue("True", "PodsRunning")
-    names, label = ", ".join(sorted(unlabeled)), constants.LABEL_JOB
-    return ConditionValue(
-        "True",
-        "PodsRunning",
-        f"the label {label} was removed from {names}: put it back; metrics and network rules need it",
-    )
+def pods_running(unlabeled: Sequence[str] = (), remarks: Sequence[str] = ()) -> ConditionValue:
+    """Return Scheduled of running pods, with what others did to them.
+
+    `unlabeled` are Jobs and pods that somebody took our label from; `remarks` are more sentences.
+    """
+    said = [*remarks]
+    if unlabeled:
+        names, label = ", ".join(sorted(unlabeled)), constants.LABEL_JOB
+        said.insert(0, f"the label {label} was removed from {names}: put it back; metrics and network rules need it")
+    return ConditionValue("True", "PodsRunning", ". ".join(said))
 
 
 def recorded(status: FineTuneJobStatus) -> JobConditions:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
 from finetune_operator.core.attempts import progress
-from finetune_operator.core.attempts.failure import NOT_COUNTED_AS_FAILURE, SUCCEEDED
+from finetune_operator.core.attempts.failure import JOB_REFUSED, NOT_COUNTED_AS_FAILURE, SUCCEEDED
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.status.training import NOT_ANSWERING, STALLED
 
@@ -49,11 +49,11 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]
     known = {attempt.job_name: attempt for attempt in old.attempts}
     for attempt in new.attempts:
         before = known.get(attempt.job_name)
-        if before is None:
+        if before is None and attempt.reason != JOB_REFUSED:
             yield Event("Normal", "AttemptStarted", _started_message(attempt), f"{attempt.job_name}/started")
         yield from _within(before or Attempt(job_name=attempt.job_name), attempt)
         if attempt.reason not in (None, SUCCEEDED) and (before is None or before.reason is None):
-            kind: Kind = "Normal" if attempt.reason in NOT_COUNTED_AS_FAILURE else "Warning"
+            kind: Kind = "Normal" if attempt.reason in NOT_COUNTED_AS_FAILURE - {JOB_REFUSED} else "Warning"
             message = f"{attempt.job_name}: {attempt.reason}: {attempt.message or ''}"
             yield Event(kind, "AttemptEnded", message, f"{attempt.job_name}/ended")
 

@@ -10,6 +10,7 @@ PENDING = "Pending"
 QUEUED = "Queued"
 UNSCHEDULABLE = "Unschedulable"
 UNREACHABLE = "NodeUnreachable"
+PARALLELISM_CHANGED = "ParallelismChanged"
 #: Container states of a normal start.
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
@@ -25,6 +26,9 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
     """
     if child.suspended:
         return _queued(observed.job, child, observed.wait_reasons)
+    if child.parallelism < nodes:
+        said = f"somebody else set parallelism of Job {child.name} to {child.parallelism}: set it back to {nodes}"
+        return WaitReason(PARALLELISM_CHANGED, f"{said}, or delete the Job for a new attempt")
     waiting = [pod for pod in pods if pod.live and not pod.running]
     if reason := _first(_unschedulable, waiting):
         return reason
