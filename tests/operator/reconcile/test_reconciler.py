@@ -147,7 +147,7 @@ def test_simulated_api_a_job_that_exists_already_and_was_made_from_another_spec_
         return (200, earlier) if method == "GET" else api.well(method, name, body)
 
     async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
-        with pytest.raises(Conflict, match="made from another spec"):
+        with pytest.raises(Conflict, match="exists already and runs something else"):
             await reconcile(KEY)
         assert api.calls == ["POST jobs", "GET nli-1"], "no status"
         await reconcile(KEY)
