@@ -178,13 +178,13 @@ class Resumption(StatusModel):
 class Attempt(StatusModel):
     """One attempt: one batch/v1 Job."""
 
-    job_name: str
+    job_name: Annotated[str, Field(max_length=253), _cut_to(253)]
     """Name of the Job."""
     job_uid: Annotated[str, Field(max_length=64)] | None = None
     """Uid of the Job that the operator created. Any other Job of that name is somebody else's."""
-    reason: str | None = None
+    reason: Annotated[str, Field(max_length=128), _cut_to(128)] | None = None
     """How it ended (Succeeded, DatasetInvalid, Preempted, …); absent while it runs."""
-    message: str | None = None
+    message: Annotated[str, Field(max_length=1024), _cut_to(1024)] | None = None
     """How it ended, in a sentence."""
     exit_code: int | None = None
     """The trainer's exit code."""
@@ -216,10 +216,19 @@ class Attempt(StatusModel):
     """Why it last happened."""
 
 
+class EarlierAttempts(StatusModel):
+    """What is kept of attempts that are no longer listed."""
+
+    count: Count = 0
+    """How many they are."""
+    run_seconds: Count = 0
+    """Seconds in which their pods ran."""
+
+
 class FineTuneJobStatus(StatusModel):
     """Where the job stands and why."""
 
-    phase: str | None = None
+    phase: Annotated[str, Field(max_length=128), _cut_to(128)] | None = None
     """One word for printing; programs read the conditions."""
     observed_generation: Count | None = None
     """metadata.generation this status was computed for."""
@@ -234,7 +243,9 @@ class FineTuneJobStatus(StatusModel):
     execution_plan: ExecutionPlan | None = None
     """How the run is laid out on the GPUs."""
     attempts: list[Attempt] = []
-    """The attempts so far, oldest first."""
+    """The attempts so far, oldest first; of those that do not count as failures, the latest."""
+    earlier_attempts: EarlierAttempts | None = None
+    """Attempts that are no longer listed."""
     metrics: Metrics | None = None
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None

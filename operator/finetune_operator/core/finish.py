@@ -76,6 +76,7 @@ def _new_status(
     if view is not None:
         attempts = [*view.history, *([step.new_attempt] if step.new_attempt else [])]
         changed |= {"attempts": attempts, "progress": _shown_progress(view, step)}
+        changed["earlier_attempts"] = view.earlier
         if attempts and status.start_time is None:
             changed["start_time"] = attempts[0].started_at or now
         if view.report and view.report.execution_plan:

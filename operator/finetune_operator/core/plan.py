@@ -49,7 +49,18 @@ def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
         return finish.build_plan(observed, status, Step(conditions.rejected(spec.reason, spec.message)), now)
     observed, attempts = ownership.settle(observed, status, spec, settings, now)
     merged = progress.merge(status.progress, attempts.report, now)
-    view = View(observed, status, spec, attempts.history, attempts.ending, attempts.report, merged, settings, now)
+    view = View(
+        observed,
+        status,
+        spec,
+        attempts.history,
+        attempts.ending,
+        attempts.report,
+        merged,
+        settings,
+        now,
+        attempts.earlier,
+    )
     step = _step(view)
     made = finish.build_plan(observed, status, step, now, view)
     if (attempts.needs_look or step.needs_look) and not observed.looked_up:
@@ -229,7 +240,8 @@ def _running_since(view: View) -> datetime | None:
 
 
 def _active_left(view: View) -> float | None:
-    return deadlines.active_left(view.spec, view.history, _running_since(view), view.now)
+    left = deadlines.active_left(view.spec, view.history, _running_since(view), view.now)
+    return left - view.earlier.run_seconds if left is not None and view.earlier else left
 
 
 def _active_countdown(view: View) -> float | None:

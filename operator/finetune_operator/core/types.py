@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, FineTuneJobStatus, Progress, TrainerReport
+from finetune_api.status import Attempt, EarlierAttempts, FineTuneJobStatus, Progress, TrainerReport
 from finetune_operator.core.attempts.failure import Ending
 from finetune_operator.core.objects.observed import Child, Observed
 from finetune_operator.core.status.conditions import JobConditions
@@ -80,6 +80,8 @@ class View:
     progress: Progress | None
     settings: Settings
     now: datetime
+    earlier: EarlierAttempts | None = None
+    """What is kept of attempts that are no longer in `history`."""
 
     @property
     def last(self) -> Attempt | None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, FineTuneJobStatus, TrainerReport
+from finetune_api.status import Attempt, EarlierAttempts, FineTuneJobStatus, TrainerReport
 from finetune_operator.core.attempts import (
     failure,
     pod_set,
@@ -18,11 +18,14 @@ from finetune_operator.core.objects.pod import Pod
 
 #: Attempts that count as failures are all kept (at most 100); of the others only the latest.
 KEPT_NOT_COUNTED = 10
+#: The most that are listed: more than maxAttempts can be. An older status may hold more.
+MAX_LISTED = 128
 #: Wait this long for the exit codes of a finished Job before reading its pods from the API server.
 SETTLE_SECONDS = 5
 _MOST_SKEW_SECONDS = 60
 #: Give the other containers of a pod this long to end after the trainer, as native sidecars do.
 HELD_OPEN = timedelta(seconds=30)
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def job_name(job: JobObject, number: int) -> str:
@@ -67,6 +70,8 @@ class AttemptHistory:
     """How the last one ended, if it ended now."""
     report: TrainerReport | None = None
     """The report of its trainer; at its end, the final one."""
+    earlier: EarlierAttempts | None = None
+    """What is kept of those that are no longer listed."""
     needs_look: bool = False
     """Whether it may have ended, which only a fresh list of its pods can tell."""
 
@@ -88,17 +93,35 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
             found = _detect_ending(attempt, observed, status, spec, now)
             if isinstance(found, Ending):
                 attempt = close(attempt, observed, found, now)
-                attempts = AttemptHistory(current, found, found.report, attempts.needs_look)
+                attempts = AttemptHistory(current, found, found.report, needs_look=attempts.needs_look)
             else:
-                attempts = AttemptHistory(current, None, report, attempts.needs_look or found.needs_look)
+                needs_look = attempts.needs_look or found.needs_look
+                attempts = AttemptHistory(current, None, report, needs_look=needs_look)
         current.append(attempt)
-    return replace(attempts, history=_pruned(current))
+    kept = _pruned(current)
+    return replace(attempts, history=kept, earlier=_folded(status.earlier_attempts, current, kept))
 
 
 def _pruned(history: list[Attempt]) -> list[Attempt]:
     uncounted = [attempt for attempt in history if attempt.reason in failure.NOT_COUNTED_AS_FAILURE]
     dropped = {attempt.job_name for attempt in uncounted[:-KEPT_NOT_COUNTED]}
-    return [attempt for attempt in history if attempt.job_name not in dropped]
+    return [attempt for attempt in history if attempt.job_name not in dropped][-MAX_LISTED:]
+
+
+def _folded(
+    earlier: EarlierAttempts | None, history: Sequence[Attempt], kept: Sequence[Attempt]
+) -> EarlierAttempts | None:
+    """Return what is kept of all attempts but `kept`: their run time still counts toward activeDeadlineSeconds."""
+    if len(kept) == len(history):
+        return earlier
+    names = {attempt.job_name for attempt in kept}
+    dropped = [attempt for attempt in history if attempt.job_name not in names]
+    before = earlier or EarlierAttempts()
+    seconds = sum(int(pod_set.run_seconds([attempt], None, _LONG_AGO)) for attempt in dropped)
+    most = 2**53
+    return EarlierAttempts(
+        count=min(before.count + len(dropped), most), run_seconds=min(before.run_seconds + seconds, most)
+    )
 
 
 def _report(attempt: Attempt, observed: Observed) -> TrainerReport | None:

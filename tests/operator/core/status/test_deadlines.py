@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_api import exit_codes
+from finetune_api import constants, exit_codes
 from support.simulation.world import World
 
 HOURS = 36_000
@@ -81,3 +81,40 @@ def test_a_run_that_outlasts_an_outage_counts_in_full() -> None:
     world = trained()
     back(world)
     assert world.condition("Succeeded")["reason"] == "DeadlineExceeded"
+
+
+def test_attempts_that_are_no_longer_listed_still_count_toward_the_deadline():
+    world = World(activeDeadlineSeconds=1500, recovery={"backoffSeconds": 0})
+    world.settle()
+    for step in range(1, 20):
+        world.start_pods()
+        world.says(step=step, totalSteps=100)
+        world.advance(100)
+        world.settle()
+        if world.outcome != "Unknown":
+            break
+        world.exit_pods(exit_codes.ExitCode.PREEMPTED)
+        world.settle()
+        world.advance(1)
+        world.settle()
+    assert (world.condition("Succeeded")["reason"], step) == ("DeadlineExceeded", 15)
+    listed = len(world.status["attempts"])
+    assert world.status["earlierAttempts"] == {"count": 15 - listed, "runSeconds": 100 * (15 - listed)}
+
+
+def test_a_longer_status_that_is_stored_is_cut_and_its_run_time_kept():
+    world = World()
+    world.settle()
+    assert world.job is not None
+    (now,) = world.status["attempts"]
+    long = [
+        {"jobName": f"old{number}-0", "reason": "TrainerCrashed", "message": "x" * 9000, "runSeconds": 2}
+        for number in range(400)
+    ]
+    world.job["status"]["attempts"] = [*long, now]
+    world.changed(constants.KIND, world.job)
+    world.settle()
+    attempts = world.status["attempts"]
+    assert len(attempts) == 128
+    assert world.status["earlierAttempts"] == {"count": 273, "runSeconds": 546}
+    assert max(len(each.get("message", "")) for each in attempts) == 1024
