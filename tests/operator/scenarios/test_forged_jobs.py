@@ -1,9 +1,13 @@
 """Jobs that a user forges as attempts, on a Kubernetes API: none is taken for one, and none is left."""
 
+import pytest
+
 from finetune_api import constants
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs, StartOperator
+from support.operator.process import OperatorProcess
 from support.server.client import Kube, Object, wait_until
+from support.server.server import Cluster
 
 
 def forged(job: Object, name: str) -> Object:
@@ -21,7 +25,7 @@ def forged(job: Object, name: str) -> Object:
 def test_a_forged_job_is_no_attempt_whether_nothing_runs_or_the_real_one(
     start_operator: StartOperator, node: ProcessNode, kube: Kube, jobs: Jobs
 ):
-    operator = start_operator()
+    start_operator()
     made = jobs.create("nli", "run/succeed", suspend=True)
     jobs.wait("nli", "Suspended", "True")
     kube.create(forged(made, "nli-1"))
@@ -36,10 +40,18 @@ def test_a_forged_job_is_no_attempt_whether_nothing_runs_or_the_real_one(
     removed = "the owner reference to this job was removed from Job nli-2"
     wait_until(lambda: removed in jobs.condition("nli", "Scheduled").get("message", ""), "what was removed", 60)
     assert jobs.reasons("nli") == ["JobRefused", None]
-    operator.process.kill()
-    start_operator()
-    kube.patch("Job", "nli-2", {"spec": {"parallelism": 0}})
-    jobs.wait("nli", "Scheduled", "False", "ParallelismChanged")
     jobs.change("nli", activeDeadlineSeconds=1)
     assert jobs.wait_over("nli")["reason"] == "DeadlineExceeded"
     wait_until(lambda: not node.pids() and not kube.list("Job"), "nothing runs after the end", 60)
+
+
+def test_a_job_whose_parallelism_somebody_sets_to_0_says_so(
+    own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs, cluster: Cluster
+):
+    if not cluster.has_job_controller:
+        pytest.skip("needs the real Job controller")
+    jobs.create("nli", "run")
+    jobs.wait("nli", "Training", "True")
+    kube.patch("Job", "nli-1", {"spec": {"parallelism": 0}})
+    said = jobs.wait("nli", "Scheduled", "False", "ParallelismChanged")
+    assert "somebody else set parallelism of Job nli-1 to 0: set it back to 1" in said["message"]
