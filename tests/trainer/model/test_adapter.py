@@ -1,6 +1,7 @@
 """The base model and its adapter: every precision trains, names are checked, gradients survive an evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,23 @@ def test_an_adapter_to_begin_with_computes_the_same_here(
         adapter.check_init_from(tmp_path, spec)
     assert sentence in str(refused.value) and len(str(refused.value)) < 200
     return None
+
+
+def test_a_models_generation_config_does_not_decide_how_answers_are_decoded(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    asks = {"stop_strings": ["a"], "num_return_sequences": 4, "guidance_scale": 3.0, "forced_bos_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(asks | {"repetition_penalty": 9.0, "num_beams": 4}))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    answers = [
+        _load(each).generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=2,
+        )
+        for each in (tiny_model, folder)
+    ]
+    assert answers[0].tolist() == answers[1].tolist()

@@ -60,6 +60,8 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     Raises:
         ConfigInvalid: When the weights cannot be read, or are not all of the model's.
     """
+    from transformers import GenerationConfig
+
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
     config, quantization = base.config, quantization_config(spec, bool(plan.sharded), device)
     if base.quantized:
@@ -84,6 +86,8 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     check_names(info, spec.model.source, quiet=not base.quantized)  # else it was said before
     model.config.use_cache = False
+    # Answers are decoded greedily, whatever the repository's generation_config.json asks for.
+    model.generation_config = GenerationConfig()
     if spec.quantization.bits < 16:
         _say_what_is_not_quantized(model, spec, base.quantized)
     if device == "cpu":
