@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.engine import experts as engine
@@ -160,7 +161,25 @@ def test_what_torch_does_not_group_is_multiplied_one_by_one_for_a_reason() -> No
     assert "no multiples of 8" in str(engine._ungrouped(torch.empty(2, 60, 64).bfloat16()))
 
 
-ON_EXPERTS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+def test_grouped_products_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has them on CPUs too; an expert without rows gets a gradient of zeros."""
+    check, here = engine.self_check.__wrapped__, torch.device("cpu")
+    assert check(here) is None
+    real = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *args, **options: 1.1 * real(*args, **options))
+    assert "torch's grouped products differ from single ones by 10.0% here" in str(check(here))
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
+    assert "torch's grouped products fail here: TypeError" in str(check(here))
+
+
+def test_any_rank_is_multiplied_in_groups() -> None:
+    _, ours = _pair("qwen3_moe")
+    wrapper = next(each for each in ours.modules() if isinstance(each, ParamWrapper))
+    for rank in (3, 8):
+        wrapper.update_layer("default", rank, 16, LoraConfig(init_lora_weights=False))
+        a, b = engine._low_rank(wrapper)
+        assert a.shape[1] == b.shape[2] == 8
+        torch.testing.assert_close(b @ a, wrapper.get_delta_weight("default"))
 
 
 def test_a_job_trains_publishes_and_verifies_adapters_on_experts(tiny_experts: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ product for all of them. Weights in 4 bits are dequantized for the product, and 
 keeps them. Adapters multiply tokens, as on linear layers; PEFT adds their product to all weights instead.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, Final
@@ -22,6 +23,8 @@ _ADAPTER: Final = "default"
 #: torch's grouped products take bfloat16, on GPUs since Ampere, in rows of whole 16 bytes.
 _MIN_COMPUTE_CAPABILITY: Final = (8, 0)
 _MULTIPLE: Final = 8
+#: What half precision may differ by, as a part of the result's norm.
+_TOLERANCE: Final = 1e-2
 
 
 def multiply_grouped(model: Any) -> None:
@@ -145,11 +148,16 @@ def _product(
 
 
 def _low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [experts, rank, inputs] and the scaled B [experts, outputs, rank] of PEFT's `wrapper`."""
+    """Return A [experts, rank, inputs] and the scaled B [experts, outputs, rank] of PEFT's `wrapper`.
+
+    Zeros make the rank a multiple that can be multiplied in groups.
+    """
     a, b = wrapper.lora_A[_ADAPTER].weight, wrapper.lora_B[_ADAPTER].weight
     a = a.view(wrapper.num_experts, -1, a.shape[-1])
-    b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
-    return a, b.contiguous() * wrapper.scaling[_ADAPTER]
+    b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1).contiguous() * wrapper.scaling[_ADAPTER]
+    if more := -a.shape[1] % _MULTIPLE:
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
+    return a, b
 
 
 def _ungrouped(weight: torch.Tensor) -> str | None:
@@ -158,18 +166,35 @@ def _ungrouped(weight: torch.Tensor) -> str | None:
         return f"torch's grouped products are of bfloat16, and these are of {str(weight.dtype).removeprefix('torch.')}"
     if weight.shape[1] % _MULTIPLE or weight.shape[2] % _MULTIPLE:
         return f"their widths {list(weight.shape[1:])} are no multiples of {_MULTIPLE}"
-    if torch.cuda.get_device_capability(weight.device) < _MIN_COMPUTE_CAPABILITY:
+    return self_check(weight.device)
+
+
+@functools.cache
+def self_check(device: torch.device) -> str | None:
+    """Compare small grouped products with one product of each block; return what is wrong, None when they agree."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_COMPUTE_CAPABILITY:
         return "this GPU is older than torch's grouped products"
-    return None
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((24, 16), (3, 32, 16), (24, 32))
+    x, weight, slope = (torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes)
+    ends = torch.tensor([10, 10, 24], dtype=torch.int32, device=device)
+    try:
+        results = [
+            [_multiply(x, weight, ends, is_grouped), _outer(slope, x, ends, is_grouped)] for is_grouped in (True, False)
+        ]
+    except Exception as error:
+        return f"torch's grouped products fail here: {type_and_reason(error)}"
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    return None if worst <= _TOLERANCE else f"torch's grouped products differ from single ones by {worst:.1%} here"
 
 
 def _is_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16 and _ungrouped(weight) is None
+    return x.is_cuda and x.dtype == weight.dtype and _ungrouped(weight) is None
 
 
-def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, is_grouped: bool) -> torch.Tensor:
     """Return each block of rows of `x` times the transpose of its matrix of `weight` [experts, outputs, inputs]."""
-    if _is_grouped(x, weight):
+    if is_grouped:
         return torch.nn.functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     out = x.new_empty(len(x), weight.shape[1])
     for matrix, begin, end in _blocks(ends):
@@ -177,10 +202,11 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torc
     return out
 
 
-def _outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, is_grouped: bool) -> torch.Tensor:
     """Return the gradient of a product's `weight`, [experts, outputs, inputs]."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and not (x.shape[1] % _MULTIPLE or slope.shape[1] % _MULTIPLE):
-        return torch.nn.functional.grouped_mm(slope.t(), x, offs=ends)
+    if is_grouped:
+        found = torch.nn.functional.grouped_mm(slope.t(), x, offs=ends)
+        return found.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0.0)  # experts of no rows
     out = x.new_zeros(len(ends), slope.shape[1], x.shape[1])
     for matrix, begin, end in _blocks(ends):
         torch.mm(slope[begin:end].t(), x[begin:end], out=out[matrix])
@@ -200,13 +226,14 @@ def _blocks(ends: torch.Tensor) -> list[tuple[int, int, int]]:
 @torch.library.custom_op("finetune::grouped", mutates_args=())
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return `x` [rows, inputs], whose rows up to ends[e] are expert e's, times weight[e]^T [outputs, inputs]."""
-    return _multiply(x, weight, ends)
+    return _multiply(x, weight, ends, _is_grouped(x, weight))
 
 
 @torch.library.custom_op("finetune::grouped_outer", mutates_args=())
 def grouped_outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the weights of `grouped`."""
-    return _outer(slope.contiguous(), x, ends)
+    widths = x.new_empty(0, slope.shape[1], x.shape[1])
+    return _outer(slope.contiguous(), x, ends, _is_grouped(x, widths))
 
 
 @torch.library.custom_op("finetune::grouped_4bit", mutates_args=())
@@ -225,7 +252,8 @@ def grouped_4bit(
     `turned`: they are stored as [experts, inputs, outputs]. `method`: see model.experts.dequantize.
     """
     weight = dequantize(packed, scales, code, shape, x.dtype, method)
-    return _multiply(x, weight.transpose(-2, -1) if turned else weight, ends)
+    weight = weight.transpose(-2, -1) if turned else weight
+    return _multiply(x, weight, ends, _is_grouped(x, weight))
 
 
 @grouped.register_fake
