@@ -83,6 +83,18 @@ def test_losses_and_adapter_are_those_of_whole_copies(kind: str, tiny_model: Pat
         assert int(held) < 0.9 * int(all_of_it)
 
 
+@pytest.mark.nightly
+def test_experts_are_sharded_too(tiny_experts: Path, tmp_path: Path) -> None:
+    on_experts = {"lora.targetModules": ["q_proj", "gate_proj", "up_proj", "down_proj"], "evaluation.metrics": ["loss"]}
+    for name in ("whole", "sharded"):
+        both = _train(tmp_path / name, tiny_experts, on_experts, name == "sharded")
+        assert [each.exit_code for each in both] == [0, 0], both[0].log + both[1].log
+    assert metrics_lines(tmp_path / "sharded/out") == metrics_lines(tmp_path / "whole/out")
+    assert _adapter(tmp_path / "sharded") == _adapter(tmp_path / "whole")
+    held, all_of_it = next(line for line in both[0].log.splitlines() if line.startswith("HOLDS")).split()[1::2]
+    assert int(held) < 0.9 * int(all_of_it)
+
+
 def test_a_sharded_run_is_stopped_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     changes = {"training.maxSteps": 12, "checkpoint.everySteps": 1000, "evaluation.metrics": ["loss"]}
     unbroken = _train(tmp_path / "unbroken", tiny_model, changes, sharded=True)

@@ -83,6 +83,20 @@ def test_sigterm_saves_exactly_this_step_and_exits_75(unbroken: Path, tiny_model
     _assert_same(tmp_path / "out", unbroken)
 
 
+@pytest.mark.nightly
+def test_adapters_on_experts_go_on_as_if_they_had_never_stopped(tiny_experts: Path, tmp_path: Path) -> None:
+    changes = {"lora.targetModules": ["q_proj", "gate_proj", "up_proj", "down_proj"], "lora.dropout": 0.0}
+    whole = tmp_path / "whole"
+    assert train(_job(whole, tiny_experts, changes), whole).exit_code == 0
+    stopped = tmp_path / "stopped"
+    process = TrainerProcess(_job(stopped, tiny_experts, changes), stopped)
+    process.wait_for('"event": "Step ')
+    process.send(signal.SIGTERM)
+    assert process.finish().exit_code == ExitCode.PREEMPTED
+    assert train(stopped / "job.yaml", stopped).exit_code == 0
+    _assert_same(stopped / "out", whole / "out")
+
+
 def _stop_in_batch(number: int) -> Callable[[], None]:
     """SIGTERM in the n-th batch of held-out rows; each evaluation takes five, and the first is before training."""
 

@@ -35,9 +35,19 @@ def multiply_grouped(model: Any) -> None:
     ALL_EXPERTS_FUNCTIONS.register(GROUPED, forward)
     for each in experts:
         each.config._experts_implementation = GROUPED
-    weights = [getattr(experts[0], name) for name in MATRICES if hasattr(experts[0], name)]
-    if weights[0].device.type == "cuda" and (problem := next(filter(None, map(_ungrouped, weights)), None)):
+    problem = next((problem for name in MATRICES if (problem := _one_by_one(experts[0], name))), None)
+    if problem:
         log.warning(f"Experts are multiplied one by one, which is slower: {problem}")
+
+
+def _one_by_one(experts: Any, name: str) -> str | None:
+    """Return why the parameter `name` of `experts` is not multiplied in one product on its GPU, None if it is."""
+    packed = quantized(experts, name)
+    weight, like = packed or (experts._parameters.get(name), None)
+    if weight is None or weight.device.type != "cuda":
+        return None
+    like = like or weight
+    return _ungrouped(like.shape, like.dtype, weight.device)
 
 
 def dequantize_in_one_pass(model: Any) -> None:
@@ -160,13 +170,13 @@ def _low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return a, b
 
 
-def _ungrouped(weight: torch.Tensor) -> str | None:
-    """Return why torch does not multiply with `weight` [experts, rows, columns] in one grouped product, None if so."""
-    if weight.dtype != torch.bfloat16:
-        return f"torch's grouped products are of bfloat16, and these are of {str(weight.dtype).removeprefix('torch.')}"
-    if weight.shape[1] % _MULTIPLE or weight.shape[2] % _MULTIPLE:
-        return f"their widths {list(weight.shape[1:])} are no multiples of {_MULTIPLE}"
-    return self_check(weight.device)
+def _ungrouped(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why torch does not multiply with weights of `shape` in one grouped product, None if it does."""
+    if dtype != torch.bfloat16:
+        return f"torch's grouped products are of bfloat16, and these are of {str(dtype).removeprefix('torch.')}"
+    if shape[1] % _MULTIPLE or shape[2] % _MULTIPLE:
+        return f"their widths {list(shape[1:])} are no multiples of {_MULTIPLE}"
+    return self_check(device)
 
 
 @functools.cache
@@ -188,8 +198,8 @@ def self_check(device: torch.device) -> str | None:
     return None if worst <= _TOLERANCE else f"torch's grouped products differ from single ones by {worst:.1%} here"
 
 
-def _is_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype == weight.dtype and _ungrouped(weight) is None
+def _is_grouped(x: torch.Tensor, shape: Sequence[int]) -> bool:
+    return x.is_cuda and _ungrouped(shape, x.dtype, x.device) is None
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, is_grouped: bool) -> torch.Tensor:
@@ -226,14 +236,13 @@ def _blocks(ends: torch.Tensor) -> list[tuple[int, int, int]]:
 @torch.library.custom_op("finetune::grouped", mutates_args=())
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return `x` [rows, inputs], whose rows up to ends[e] are expert e's, times weight[e]^T [outputs, inputs]."""
-    return _multiply(x, weight, ends, _is_grouped(x, weight))
+    return _multiply(x, weight, ends, _is_grouped(x, weight.shape))
 
 
 @torch.library.custom_op("finetune::grouped_outer", mutates_args=())
 def grouped_outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the weights of `grouped`."""
-    widths = x.new_empty(0, slope.shape[1], x.shape[1])
-    return _outer(slope.contiguous(), x, ends, _is_grouped(x, widths))
+    return _outer(slope.contiguous(), x, ends, _is_grouped(x, (len(ends), slope.shape[1], x.shape[1])))
 
 
 @torch.library.custom_op("finetune::grouped_4bit", mutates_args=())
@@ -253,7 +262,7 @@ def grouped_4bit(
     """
     weight = dequantize(packed, scales, code, shape, x.dtype, method)
     weight = weight.transpose(-2, -1) if turned else weight
-    return _multiply(x, weight, ends, _is_grouped(x, weight))
+    return _multiply(x, weight, ends, _is_grouped(x, weight.shape))
 
 
 @grouped.register_fake
