@@ -10,9 +10,9 @@ from typing import Any
 from support.trainer.tiny_model import build_model, nli_rows, write_jsonl
 
 
-def make_material(folder: Path) -> Path:
-    """A small model, and rows of about 500 tokens."""
-    build_model(folder / "model", hidden_size=256, layers=4)
+def make_material(folder: Path, experts: int = 0) -> Path:
+    """A small model, with `experts` or dense, and rows of about 500 tokens."""
+    build_model(folder / "model", hidden_size=256, layers=4, experts=experts)
     make_rows(folder / "train.jsonl")
     return folder
 

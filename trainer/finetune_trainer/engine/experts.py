@@ -42,12 +42,13 @@ def multiply_grouped(model: Any) -> None:
 
 def _one_by_one(experts: Any, name: str) -> str | None:
     """Return why the parameter `name` of `experts` is not multiplied in one product on its GPU, None if it is."""
-    packed = quantized(experts, name)
-    weight, like = packed or (experts._parameters.get(name), None)
-    if weight is None or weight.device.type != "cuda":
+    if packed := quantized(experts, name):
+        shape, dtype, device = packed[1].shape, packed[1].dtype, packed[0].device
+    elif (weight := experts._parameters.get(name)) is not None:
+        shape, dtype, device = weight.shape, weight.dtype, weight.device
+    else:
         return None
-    like = like or weight
-    return _ungrouped(like.shape, like.dtype, weight.device)
+    return _ungrouped(shape, dtype, device) if device.type == "cuda" else None
 
 
 def dequantize_in_one_pass(model: Any) -> None:
