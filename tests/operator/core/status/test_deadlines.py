@@ -107,14 +107,12 @@ def test_a_longer_status_that_is_stored_is_cut_and_its_run_time_kept():
     world.settle()
     assert world.job is not None
     (now,) = world.status["attempts"]
-    long = [
-        {"jobName": f"old{number}-0", "reason": "TrainerCrashed", "message": "x" * 9000, "runSeconds": 2}
-        for number in range(400)
-    ]
+    long = [{"jobName": f"a{number}-0", "reason": "TrainerCrashed", "runSeconds": 2} for number in range(150)]
+    long[-1]["message"] = "x" * 3000
     world.job["status"]["attempts"] = [*long, now]
     world.changed(constants.KIND, world.job)
     world.settle()
     attempts = world.status["attempts"]
     assert len(attempts) == 128
-    assert world.status["earlierAttempts"] == {"count": 273, "runSeconds": 546}
+    assert world.status["earlierAttempts"] == {"count": 23, "runSeconds": 46}
     assert max(len(each.get("message", "")) for each in attempts) == 1024
