@@ -35,12 +35,12 @@ def _load(tiny_model: Path, **sections: Any) -> Any:
     return _load_both(tiny_model, **sections)[0]
 
 
-def _load_both(tiny_model: Path, **sections: Any) -> tuple[Any, BaseModel]:
+def _load_both(tiny_model: Path, init_from: Path | None = None, **sections: Any) -> tuple[Any, BaseModel]:
     spec = _spec(tiny_model, **sections)
     base = inspect_base_model(ModelFiles(tiny_model, "abc"), spec)
     torch.manual_seed(0)
     loaded = load_base_model(tiny_model, base, spec, ExecutionPlan(attention="sdpa"), "cpu")
-    return adapter.attach_adapter(loaded, base, spec.lora), base
+    return adapter.attach_adapter(loaded, base, spec.lora, init_from), base
 
 
 def _gradients(adapted: Any) -> dict[str, torch.Tensor]:
@@ -135,6 +135,11 @@ def test_weights_of_another_shape_are_refused(tiny_model: Path, tmp_path: Path) 
         ({"peft_type": "IA3"}, "the adapter is of peft_type 'IA3'; it must be LORA"),
         ({"peft_type": ["x" * 9999]}, "it must be LORA"),
         ({"layer_replication": [[0, 1]]}, "has layer_replication, which this job would not compute"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "the adapter began as 'pissa_niter_4', which changes the base's weights",
+        ),
+        ({"init_lora_weights": "gaussian"}, None),
         ({"r": True}, "spec.lora.rank: 16, but the adapter"),
         ({"target_modules": "(a+)+$", "auto_mapping": {"parent_library": "os"}, "rank_pattern": {"(a+)+$": 4}}, None),
     ],
@@ -152,6 +157,15 @@ def test_an_adapter_to_begin_with_computes_the_same_here(
         adapter.check_init_from(tmp_path, spec)
     assert sentence in str(refused.value) and len(str(refused.value)) < 200
     return None
+
+
+def test_an_adapter_to_begin_with_scales_every_layer_as_this_one(tiny_model: Path, tmp_path: Path) -> None:
+    adapter.save_adapter(_load(tiny_model), tmp_path)
+    _load_both(tiny_model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"v_proj": 1}}))
+    with pytest.raises(ConfigInvalid, match="the adapter has an alpha_pattern"):
+        _load_both(tiny_model, tmp_path)
 
 
 def test_a_models_generation_config_does_not_decide_how_answers_are_decoded(tiny_model: Path, tmp_path: Path) -> None:

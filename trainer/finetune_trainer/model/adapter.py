@@ -18,6 +18,8 @@ from finetune_trainer.model.targets import ALL_LINEAR, drop_inputs
 log = structlog.get_logger(__name__)
 #: Settings of PEFT that change what weights of the same names and shapes compute.
 _COMPUTES_OTHERWISE: Final = ("layer_replication", "alora_invocation_tokens")
+#: How PEFT may begin an adapter without a change to the base's own weights, unlike PiSSA, OLoRA, CorDA and LoftQ.
+_LEAVES_THE_BASE: Final = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
@@ -37,6 +39,11 @@ def check_init_from(folder: Path, spec: FineTuneJobSpec) -> None:
     for key in _COMPUTES_OTHERWISE:
         if found.get(key):
             raise ConfigInvalid(f"spec.lora.initFrom: the adapter has {key}, which this job would not compute")
+    if (begun := found.get("init_lora_weights")) not in _LEAVES_THE_BASE:
+        raise ConfigInvalid(
+            f"spec.lora.initFrom: the adapter began as {begun!r:.40}, which changes the base's weights: "
+            "convert it to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     lora = spec.lora
     targets = found.get("target_modules")
     expected: dict[str, tuple[Any, Any]] = {
@@ -76,10 +83,20 @@ def attach_adapter(model: Any, base: BaseModel, lora: Lora, init_from: Path | No
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if init_from is not None:
+        _check_scales(adapted.peft_config["default"].alpha_pattern, init_from)
         load_adapter_weights(adapted, init_from)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info(f"Adapter attached: {trainable:,} trainable parameters", trainable=trainable, rank=lora.rank)
     return adapted
+
+
+def _check_scales(ours: dict[str, Any], folder: Path) -> None:
+    """Check that the earlier adapter scales each layer as this one; of ranks, the weights' shapes tell."""
+    theirs = json.loads((folder / constants.ADAPTER_CONFIG_FILE).read_bytes()).get("alpha_pattern") or {}
+    if theirs != ours:
+        raise ConfigInvalid(
+            "spec.lora.initFrom: the adapter has an alpha_pattern, alphas of single layers, that this job has not"
+        )
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
