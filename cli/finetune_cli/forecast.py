@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning import planner
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.parameters import with_new_tokens
 from finetune_trainer.planning.refusals import check_config
 
 if TYPE_CHECKING:
@@ -93,11 +96,11 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
         return Forecast(None, gpu_memory, None, (f"{why}.", "Give the model's config.json with --model-config FILE."))
     try:
         check_config(config, job.spec)
+        shape = shape_of(with_new_tokens(config, len(job.spec.dataset.add_tokens or ())), job.spec)
     except TrainerError as error:
         return Forecast(None, gpu_memory, False, (f"The trainer refuses it: {error}.",))
     if gpu_memory is None and job.spec.resources.gpu_memory:
         gpu_memory = quantity_bytes(job.spec.resources.gpu_memory)
-    shape = ModelShape.from_config(config)
     if shape is None:
         kind = config.get("model_type") or "this kind"
         return Forecast(None, gpu_memory, None, (f"Not predicted: models of type {kind} are not counted yet.",))
@@ -106,6 +109,35 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
         kind = config.get("model_type") or "this type"
         return replace(found, lines=(*found.lines, f"An estimate: weights of {kind} models are counted as Llama's."))
     return found
+
+
+def shape_of(config: Mapping[str, Any], spec: FineTuneJobSpec) -> ModelShape | None:
+    """Return the model's shape: by a table where that holds the type and the layers, at once.
+
+    Else the trainer's own code builds the model without memory, which takes torch and some seconds; without torch the
+    weights of a type that the table does not hold are estimated. Raises TrainerError for what a trainer refuses.
+    """
+    shape = ModelShape.from_config(config)
+    if (shape and shape.counts and _names_known(shape, spec)) or spec.model.trust_remote_code:
+        return shape
+    if not can_build():
+        return shape
+    from finetune_trainer.model.measure import measure
+
+    return measure(config, spec) or shape
+
+
+def can_build() -> bool:
+    """Return whether models can be built here, without their weights."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+
+
+def _names_known(shape: ModelShape, spec: FineTuneJobSpec) -> bool:
+    """Return whether a shape tells how many weights the adapter has."""
+    lora = spec.lora
+    plain = not (lora.target_pattern or lora.layers_to_transform or lora.modules_to_save)
+    names = {name.rpartition(".")[2] for name in lora.target_modules}
+    return plain and names <= set(shape.linear_shapes) and not (shape.counts and shape.counts.experts)
 
 
 def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> Forecast:

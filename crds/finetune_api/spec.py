@@ -77,6 +77,13 @@ class FineTuneJobSpec(ApiModel):
             "training.batchSize",
         ),
         Rule(
+            "!has(self.dataset.addTokens) || self.lora.embeddings || has(self.lora.modulesToSave)",
+            lambda s: not s.dataset.add_tokens or s.lora.embeddings or bool(s.lora.modules_to_save),
+            "needs lora.embeddings: true, or lora.modulesToSave with the model's embeddings: a new token says nothing"
+            " until its embedding is trained",
+            "dataset.addTokens",
+        ),
+        Rule(
             "self.quantization.bits != 8 || !self.lora.dora",
             lambda s: s.quantization.bits != 8 or not s.lora.dora,
             "needs quantization.bits 4 or 16",

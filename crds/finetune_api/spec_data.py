@@ -101,6 +101,9 @@ class Dataset(ApiModel):
     loss: Literal["assistant", "all"] = "assistant"
     """What is learned: the assistant's turns (of a prompt and completion, the completion), or every token. Of plain
     texts, every token is."""
+    add_tokens: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+    """Words that become one token each, such as <tool_call>. Their embeddings begin as the mean of the others, and must
+    be trained: lora.embeddings, or lora.modulesToSave with the embeddings."""
     secret_ref: SecretRef | None = None
     """Secret with AWS_* keys or HF_TOKEN for the data."""
 

@@ -67,6 +67,8 @@ class Lora(ApiModel):
     """Decoder layers that get adapters, counted from 0; all of them if not given. It goes with targetModules."""
     modules_to_save: Annotated[list[ModuleName], Field(min_length=1, max_length=16)] | None = None
     """Modules that are trained whole and published with the adapter, such as embed_tokens and lm_head."""
+    embeddings: bool = False
+    """Train the embeddings and the head whole too, whatever the model calls them, and publish them with the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
     rslora: bool = False

@@ -6,7 +6,9 @@ import os
 import pytest
 
 from finetune_api.manifest import load_text
+from finetune_cli import forecast as forecast_module
 from finetune_cli.forecast import forecast
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.planner import make_plan
@@ -263,9 +265,38 @@ def test_a_hub_in_trouble_is_said(unknown, model, hub):
     assert "the hub keeps answering HTTP 503" in unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint)
 
 
-def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model):
+def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model, monkeypatch):
+    monkeypatch.setattr("finetune_cli.forecast.can_build", lambda: False)
     (model / "config.json").write_text(json.dumps(MISTRAL | {"model_type": "deepseek_v2", "num_local_experts": 8}))
     assert unknown(f"file://{model}") == "Not predicted: models of type deepseek_v2 are not counted yet."
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "targets"),
+    [
+        ("falcon", {"num_attention_heads": 8}, ["query_key_value"]),
+        ("deepseek_v3", {"n_routed_experts": 8, "num_hidden_layers": 2, "num_attention_heads": 8}, ["all-linear"]),
+        ("gpt2", {"n_layer": 3}, ["c_attn"]),
+    ],
+)
+def test_types_and_layers_that_the_table_does_not_hold_are_built_without_weights(kind, config, targets, tmp_path):
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from finetune_trainer.model.architecture import count_weights, model_class
+
+    job = load_text(MANIFEST, "job.yaml")
+    spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"target_modules": targets})})
+    raw = config | {"model_type": kind, "hidden_size": 64, "n_embd": 64, "n_head": 4}
+    built = CONFIG_MAPPING[kind](**config, hidden_size=64)
+    with torch.device("meta"):
+        expected = count_weights(model_class(built).from_config(built))
+    shape = forecast_module.shape_of(raw, spec)
+    assert shape.counts == expected
+    assert shape.trained > 0
+    other = spec.model_copy(update={"lora": spec.lora.model_copy(update={"target_modules": ["nothing"]})})
+    with pytest.raises(TrainerError, match="'nothing' is no linear layer of this model; it has"):
+        forecast_module.shape_of(raw, other)
 
 
 def test_several_gpus_share_the_batch(plan, model):

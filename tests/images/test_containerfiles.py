@@ -113,7 +113,7 @@ def test_every_extra_it_installs_exists_and_every_package_is_pinned(image: str) 
 
 
 def test_the_constraints_pin_every_package_of_every_extra() -> None:
-    """Those of flash-attn are not: it is compiled against the machine that is at hand."""
+    """Those of flash-attn and linear attention are not: they are compiled against the machine that is at hand."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -122,7 +122,7 @@ def test_the_constraints_pin_every_package_of_every_extra() -> None:
     extras = _project()["optional-dependencies"]
     wanted = [
         *_project()["dependencies"],
-        *(line for name, lines in extras.items() if name != "flash" for line in lines),
+        *(line for name, lines in extras.items() if name not in ("flash", "linear-attention") for line in lines),
     ]
     names = {canonicalize_name(Requirement(line).name) for line in wanted} - {"finetune-operator"}
     assert names - pinned == set()
@@ -190,3 +190,9 @@ def _arguments(image: str) -> list[tuple[str, str]]:
 
 def _project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_kernels_for_linear_attention_are_those_of_the_extra() -> None:
+    runs = next(rest for keyword, rest in instructions("trainer") if keyword == "RUN" and "LINEAR_ATTENTION" in rest)
+    named = re.findall(r"'([a-z0-9-]+>=[0-9.]+)'", runs)
+    assert set(_project()["optional-dependencies"]["linear-attention"]) < set(named)

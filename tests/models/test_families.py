@@ -12,7 +12,10 @@ from peft import PeftModel
 
 from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.model.adapter import save_adapter, unreached
+from finetune_trainer.model.adapter import adapter_weights, save_adapter, unreached
+from finetune_trainer.model.architecture import count_weights
+from finetune_trainer.model.measure import measure
+from finetune_trainer.publishing.adapter_checks import require_same
 from support.trainer import family_report
 from support.trainer.expert_layouts import layouts
 from support.trainer.families import KINDS, causal_types, tiny_model
@@ -42,12 +45,17 @@ def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: 
     adapted = family_report.one_step(model, kind)
     without = unreached(adapted)
     assert len(without) < sum("lora_B" in name for name, _ in adapted.named_parameters())
-    assert not without or kind not in DAILY, "the trainer says so when it publishes"
+    assert not without or kind in family_report.UNREACHED, "the trainer says so when it publishes"
     save_adapter(adapted, tmp_path)
     loaded = PeftModel.from_pretrained(plain, str(tmp_path))
     first, second = (family_report.logits(each, findings.attention) for each in (loaded, adapted.get_base_model()))
-    if kind not in family_report.STATEFUL:
-        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+    require_same(adapter_weights(loaded), adapter_weights(adapted), "hand")
+    planned = measure(plain.config.to_dict(), family_report.SPEC.model_copy(update={"lora": family_report.LORA}))
+    if planned is not None:
+        trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+        assert planned.counts == count_weights(plain)
+        assert planned.trained == trained
 
 
 def test_the_table_in_the_docs_names_every_type() -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final
 from finetune_trainer.data.encoding import IGNORE, EncodedRow, Encoder, RowProblem
 from finetune_trainer.data.row_files import DataFile, Rows, unchecked_splits
 from finetune_trainer.data.rows import SHOWN_PROBLEMS, Row
-from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.inputs import fetch_data_files, fetch_model_metadata
 from finetune_trainer.settings import Settings
 
@@ -101,6 +101,7 @@ def inspect(
     train, held_out = fetch_data_files(settings)
     meter = _Meter([*train, *held_out], passes=2 if spec.dataset.eval_fraction else 1)
     tokenizer = load_tokenizer(model.folder, spec.model.source, spec.model.trust_remote_code)
+    add_tokens(tokenizer, spec.dataset.add_tokens or ())
     encoder = Encoder(tokenizer, _NO_LIMIT, spec.dataset.loss == "all")
     rows = unchecked_splits(
         [meter.watch(file) for file in train],

@@ -24,6 +24,7 @@ SPEC: Final = FineTuneJobSpec.model_validate(
         "training": {"precision": "fp32"},
     }
 )
+LORA: Final = Lora.model_validate({"targetModules": ["all-linear"], "rank": 4, "dropout": 0.0})
 #: Two rows of different lengths.
 _ROWS: Final = [[5, 9, 77, 31, 8, 100, 64, 12, 90, 33, 7, 21, 55, 10, 3, 88, 40], [17, 66, 29, 71, 4, 19, 52, 101, 60]]
 ROWS: Final = [[token for row in _ROWS for token in row] * 2]
@@ -44,8 +45,26 @@ _NOT_BUILT: Final = {
 }
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
-#: Types that change while they train, beside the adapter: loaded back they compute something else.
-STATEFUL: Final = frozenset({"inkling2_text", "laguna"})
+#: Types with linear layers that no gradient reaches, and what those layers are for.
+UNREACHED: Final = {
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+         "prophetnet", "trocr", "whisper"),
+        "attention to an encoder",
+    ),
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"), "choosing the tokens to attend to",
+    ),
+    "big_bird": "pooling",
+    "doge": "choosing the tokens to attend to",
+    "gemma3n_text": "inputs of layers that are zero in a random model",
+    "git": "images",
+    "jamba": "a step that Mamba's code reads itself",
+    "longcat_flash": "choosing experts",
+    "phi4_multimodal": "images and sound",
+    "zamba2": "other layers' turns",
+    "zaya": "attention to a token alone",
+}  # fmt: skip
 
 
 def not_built(kind: str) -> str | None:
@@ -77,11 +96,10 @@ def own_loss(plain: Any, attention: str) -> torch.Tensor:
 
 def one_step(model: Any, kind: str) -> Any:
     """Return `model` with an adapter on all its linear layers, after two optimizer steps."""
-    lora = Lora.model_validate({"targetModules": ["all-linear"], "rank": 4, "dropout": 0.0})
     with torch.device("meta"):
-        settings, _ = adapter_settings(tiny_model(kind), lora, "org/base", None)
+        settings, _ = adapter_settings(tiny_model(kind), LORA, "org/base", None)
     base = BaseModel("org/base", None, model.config, None, None, (), True, adapter=settings)
-    adapted = attach_adapter(model, base, lora)
+    adapted = attach_adapter(model, base, LORA)
     patch_fused_loss(adapted.get_base_model())
     share_lora_inputs(adapted)
     optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-3)

@@ -80,3 +80,40 @@ def test_every_field_that_does_not_count_exists() -> None:
         if name:
             reference = field.get("$ref") or field["allOf"][0]["$ref"]
             assert name in schema["$defs"][reference.rpartition("/")[2]]["properties"], path
+
+
+#: A value of each field of dataset that is not its default, and what must be beside it.
+DATASET_FIELDS: dict[str, dict[str, Any]] = {
+    "train": {"train": "s3://data/other.jsonl"},
+    "sources": {"train": None, "sources": [{"uri": "s3://data/train.jsonl"}]},
+    "eval": {"eval": "s3://data/other.jsonl"},
+    "evalFraction": {"eval": None, "evalFraction": 0.1},
+    "format": {"format": "messages"},
+    "textField": {"textField": "body"},
+    "columns": {"columns": {"text": "body"}},
+    "template": {"template": "{question}"},
+    "loss": {"loss": "all"},
+    "addTokens": {"addTokens": ["<a>"]},
+    "secretRef": {"secretRef": {"name": "store"}},
+}
+#: Why a field of dataset does not count.
+DATASET_FIELDS_LEFT_OUT = {
+    "loss": "the labels that follow from it count",
+    "secretRef": "it says how to reach the rows, and the rows count",
+}
+
+
+def test_every_field_of_the_data_set_counts_or_is_left_out_for_a_reason() -> None:
+    schema = FineTuneJobSpec.model_json_schema(by_alias=True)
+    assert set(DATASET_FIELDS) == set(schema["$defs"]["Dataset"]["properties"]), "say of a new field whether it counts"
+    left_out = {path.partition(".")[2] for path in EXECUTION_ONLY_FIELDS if path.startswith("dataset.")}
+    assert left_out == set(DATASET_FIELDS_LEFT_OUT)
+    lora = {"embeddings": True}
+    for name, value in DATASET_FIELDS.items():
+        same = _fingerprint({"dataset": value, "lora": lora}) == _fingerprint({"lora": lora})
+        assert same == (name in DATASET_FIELDS_LEFT_OUT), name
+
+
+def test_a_later_field_counts_once_it_is_set() -> None:
+    assert _fingerprint({"lora": {"embeddings": False}}) == _fingerprint()
+    assert _fingerprint({"lora": {"embeddings": True}}) != _fingerprint()

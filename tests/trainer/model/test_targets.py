@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from finetune_api.spec_training import Lora
+from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.parse import require_fit
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.model.adapter import attach_adapter, save_adapter
+from finetune_trainer.model.adapter import adapter_weights, attach_adapter, save_adapter
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.targets import Rehearsal, adapter_settings
+from finetune_trainer.publishing.adapter_checks import compare_losses, require_same
+from finetune_trainer.publishing.artifact import Trained, VerificationFailed
+from support.trainer import family_report
 from support.trainer.families import KINDS, tiny_model
 
 ROWS = [list(range(5, 25)), list(range(40, 52))]
@@ -168,3 +172,38 @@ def test_whole_modules_are_trained_in_float32_and_published(tmp_path: Path) -> N
     torch.testing.assert_close(_logits(loaded), _logits(adapted.get_base_model()), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigInvalid, match=r"spec.lora.modulesToSave: 'head' is no module of this model; it has"):
         _settings("llama", modulesToSave=["head"])
+
+
+@pytest.mark.parametrize("kind", ["laguna", "inkling2_text"])
+def test_layers_whose_adapter_would_not_load_back_get_none_and_the_log_says_so(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT renames what it loads as transformers renames checkpoints: some names that are right come out wrong."""
+    adapted, plain = _attach(kind, targetModules=["all-linear"])
+    assert "layers get no adapter, for PEFT does not load it back under their names" in capsys.readouterr().out
+    _step(adapted)
+    save_adapter(adapted, tmp_path)
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path))
+    assert len(_trained(adapted)) > 2
+    require_same(adapter_weights(loaded), adapter_weights(adapted), "hand")
+
+
+def test_an_adapter_that_does_not_load_back_is_never_published(tmp_path: Path) -> None:
+    """Were those layers adapted all the same, verification would not let it pass, however close the loss is."""
+    model = tiny_model("laguna")
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = BaseModel("org/base", None, model.config, None, None, (), True, adapter=settings)
+    adapted = attach_adapter(model, base, Lora.model_validate({"dropout": 0.0}))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    save_adapter(adapted, tmp_path)
+    spec = family_report.SPEC
+    check = compare_losses(Trained(spec, adapted, base, ExecutionPlan()), _SameLoss())
+    with pytest.raises(VerificationFailed, match="loaded back, has other weights than were trained"):
+        check(tmp_path, "hand")
+
+
+class _SameLoss:
+    def loss_of(self, model: Any) -> float:
+        return 1.0

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.spec import FineTuneJobSpec
@@ -96,6 +96,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(training: dict[str, Any], worl
         make_plan(_spec(training=training), CPU, world, "sdpa")
 
 
+@settings(deadline=None)
 @given(
     batch=st.integers(1, 256),
     world=st.integers(1, 8),

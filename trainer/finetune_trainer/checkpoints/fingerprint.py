@@ -33,6 +33,8 @@ EXECUTION_ONLY_FIELDS: Final = frozenset(
         "ttlSecondsAfterFinished",
     }
 )
+#: Fields that came later, and the value that does what was done before: with it a spec is what it was without.
+LATER_FIELDS: Final = {"lora.embeddings": False}
 
 
 def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, rows: Iterable[TokenizedDataset]) -> str:
@@ -41,7 +43,7 @@ def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, rows: Iterable[T
     Weights replaced under one file:// or s3:// URI go unnoticed.
 
     Args:
-        spec: All of it counts but EXECUTION_ONLY_FIELDS.
+        spec: All of it counts but EXECUTION_ONLY_FIELDS, and LATER_FIELDS at their defaults.
         base_commit: The hub's commit of the base model.
         rows: Training and held-out rows: a URI stays the same when the files under it are replaced.
     """
@@ -56,7 +58,7 @@ def _without(manifest: dict[str, Any], paths: frozenset[str], parent: str = "") 
     return {
         key: _without(value, paths, f"{parent}{key}.") if isinstance(value, dict) else value
         for key, value in manifest.items()
-        if parent + key not in paths
+        if parent + key not in paths and LATER_FIELDS.get(parent + key, ...) != value
     }
 
 

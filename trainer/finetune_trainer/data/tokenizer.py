@@ -1,6 +1,7 @@
 """Load the tokenizer and check it against the base model."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,10 +95,26 @@ def _check_tokens(tokenizer: Any, folder: Path, source: str) -> None:
         )
 
 
+def add_tokens(tokenizer: Any, wanted: Iterable[str]) -> list[int]:
+    """Add the tokens of spec.dataset.addTokens, and return the ids of those that `tokenizer` did not have.
+
+    Raises:
+        ConfigInvalid: When one of them does not become one token of a text.
+    """
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(wanted) if token not in known]
+    tokenizer.add_tokens(new)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(new) if new else []
+    for token, made in zip(new, ids, strict=True):
+        if made not in tokenizer(f"a {token} b", add_special_tokens=False)["input_ids"]:
+            raise ConfigInvalid(f"spec.dataset.addTokens: the tokenizer does not make one token of {token!r}")
+    return ids
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise ConfigInvalid if the tokenizer has more tokens than the model has embeddings: they are never resized."""
+    """Raise ConfigInvalid if the tokenizer has more tokens than the model has embeddings; call it before add_tokens."""
     if len(tokenizer) > vocab_size:
         raise ConfigInvalid(
             f"spec.model.source: the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab_size}: "
-            "embeddings are never resized here; resize and save the model first, or take its own tokenizer"
+            "take the model's own tokenizer, and add tokens with spec.dataset.addTokens"
         )

@@ -19,6 +19,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from finetune_trainer.engine.sequences import SequenceLayout, layout_from_mask, layout_from_positions
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.model.architecture import head_dim
 
 log = structlog.get_logger(__name__)
 NAME: Final = "varlen"
@@ -156,9 +157,9 @@ def register() -> None:
 
 def unsupported_reason(config: Any) -> str | None:
     """Return why the model of `config` cannot be computed with it, None if it can."""
-    text, head_dim = config.get_text_config(), _head_dim(config)
-    if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
-        return f"takes head sizes up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_MULTIPLE}, the model's is {head_dim}"
+    text, size = config.get_text_config(), head_dim(config)
+    if size > MAX_HEAD_DIM or size % HEAD_DIM_MULTIPLE:
+        return f"takes head sizes up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_MULTIPLE}, the model's is {size}"
     if getattr(text, "attention_dropout", 0):
         return "has no dropout, and the model's attention has"
     if getattr(text, "attn_logit_softcapping", None):
@@ -199,14 +200,9 @@ def _ours_are_faster(config: Any, device: str) -> bool:
     return (
         torch.device(device).type == "cuda"
         and torch.cuda.get_device_capability(device) == HOPPER
-        and _head_dim(config) in _OUR_HEAD_DIMS
+        and head_dim(config) in _OUR_HEAD_DIMS
         and not getattr(config.get_text_config(), "sliding_window", None)
     )
-
-
-def _head_dim(config: Any) -> int:
-    text = config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
@@ -214,9 +210,9 @@ def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> f
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = _head_dim(config)
+    size = head_dim(config)
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(2, count, 200, head_dim) for count in (heads, kv_heads, kv_heads)]
+    shapes = [(2, count, 200, size) for count in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
     real = torch.ones(2, 200, dtype=torch.bool, device=device)
     if padded:
@@ -224,9 +220,7 @@ def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> f
     results = []
     for function, mask in ((forward, real if padded else None), (_plain, real)):
         leaves = [each.clone().requires_grad_() for each in inputs]
-        output = (
-            function(None, leaves[0], leaves[1], leaves[2], mask, scaling=head_dim**-0.5)[0] * real[:, :, None, None]
-        )
+        output = function(None, leaves[0], leaves[1], leaves[2], mask, scaling=size**-0.5)[0] * real[:, :, None, None]
         output.float().square().sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     pairs = zip(*results, strict=True)

@@ -17,6 +17,7 @@ from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.engine.proof import Findings, prove
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.model.architecture import missing_kernels
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.experts import keep_dequantized as keep_experts_dequantized
 from finetune_trainer.planning import planner
@@ -102,6 +103,13 @@ def prove_plan(
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     experts.multiply_grouped(core)
+    missing = missing_kernels(core) if core.device.type == "cuda" else []
+    if missing:
+        log.warning(
+            f"{' and '.join(missing)} not installed: torch computes the linear attention, convolutions or state spaces"
+            " of this model, which is right and much slower, and rows are padded where only those kernels keep packed"
+            " ones apart"
+        )
     findings = Findings.agreed(all_gather(ranks, prove(core, spec, plan, rows, base.tokenizer.pad_token_id)))
     core.fused_loss.own = findings.own_loss
     if findings.packing_problem and spec.training.packing == "enabled":

@@ -125,6 +125,29 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         raise ConfigInvalid(f"the adapter in {folder} does not fit: its layers differ, for example at {wrong}")
 
 
+def detach_adapter(adapted: Any) -> Any:
+    """Return the base model of the PEFT model as it was before: PEFT leaves modules in it that were trained whole."""
+    from peft.utils import ModulesToSaveWrapper
+
+    originals = {
+        name: module.original_module
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base = adapted.unload()
+    for name, module in originals.items():
+        base.set_submodule(name, module)
+    return base
+
+
+def adapter_weights(model: Any) -> dict[str, Any]:
+    """Return what is saved of the adapter, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
+
+
 def unreached(model: Any) -> list[str]:
     """Return the adapters that no gradient has reached: their second matrix is zero, as it began."""
     return [
@@ -137,7 +160,7 @@ def unreached(model: Any) -> list[str]:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
-    Embeddings are never trained here; saying so keeps PEFT from asking the hub about them.
+    Embeddings that train are in modules_to_save; saying so keeps PEFT from asking the hub about others.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card

@@ -1,6 +1,11 @@
 """Which class of transformers a base model is, and its modules without their weights."""
 
+import copy
+import importlib.util
+import inspect
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +16,8 @@ from finetune_trainer.planning.parameters import Counts
 
 #: Settings that may name a kernel on the hub, `owner/name`, for one or for each part of a model.
 _IMPLEMENTATIONS: Final = ("attn_implementation", "experts_implementation")
+#: How transformers' code names a package that has kernels for a function.
+_KERNEL: Final = re.compile(r"""use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)""")
 
 
 def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
@@ -101,8 +108,32 @@ def layout(config: Any, spec: FineTuneJobSpec, attention: str | None = None) -> 
     import torch
 
     options = {} if attention is None else {"attn_implementation": attention}
+    own = copy.deepcopy(config)  # a model that grows changes its configuration
     with torch.device("meta"):
-        return model_class(config).from_config(config, trust_remote_code=spec.model.trust_remote_code, **options)
+        return model_class(config).from_config(own, trust_remote_code=spec.model.trust_remote_code, **options)
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of one attention head of the language model of `config`."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def missing_kernels(model: Any) -> list[str]:
+    """Return packages whose kernels the model's code would use and that cannot be imported here.
+
+    transformers names them where it defines what it computes instead, with torch alone.
+    """
+    from transformers.integrations import hub_kernels
+
+    modules = {type(module).__module__ for module in model.modules()}
+    sources = (inspect.getsource(sys.modules[name]) for name in modules if name.startswith("transformers.models."))
+    named = {package for source in sources for package in _KERNEL.findall(source)}
+    return sorted(
+        hub_kernels._PACKAGE_TO_DISTRIBUTION.get(each, each.replace("_", "-"))
+        for each in named
+        if importlib.util.find_spec(each) is None
+    )
 
 
 def language_part(model: Any) -> str:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
+from finetune_trainer.data.tokenizer import add_tokens, check_vocabulary, load_tokenizer
 from finetune_trainer.inputs import ModelFiles, base_model_id
 from finetune_trainer.model.architecture import count_weights, layout, linear_layers, read_config
+from finetune_trainer.model.embeddings import NewTokens, grow
 from finetune_trainer.model.targets import adapter_settings
 from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.refusals import check_config
@@ -29,6 +30,7 @@ class BaseModel:
         quantized: Whether its weights are stored in bitsandbytes' 4 bits.
         adapter: PEFT's settings of the adapter on it.
         tensors: Names and shapes of what is saved of the adapter.
+        new_tokens: Tokens of `tokenizer` that the base model was not trained on.
     """
 
     name: str
@@ -42,6 +44,7 @@ class BaseModel:
     quantized: bool = False
     adapter: Any = None
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    new_tokens: NewTokens = field(default_factory=NewTokens)
 
     def attention_problem(self, name: str, spec: FineTuneJobSpec) -> str | None:
         """Return why transformers does not run this model with the attention implementation `name`, None if it does."""
@@ -73,21 +76,25 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     text = config.get_text_config(decoder=True)
     tokenizer = load_tokenizer(files.folder, source, spec.model.trust_remote_code)
     check_vocabulary(tokenizer, text.vocab_size)
+    known = len(tokenizer)
+    new = NewTokens(tuple(add_tokens(tokenizer, spec.dataset.add_tokens or ())), known, len(tokenizer))
+    grow(skeleton, new)
     layers, counts = tuple(linear_layers(skeleton)), count_weights(skeleton)
     if stored := bool(read.get("quantization_config")):  # with experts as they were
         counts = replace(counts, experts=0, other=counts.other + counts.experts)
     name = base_model_id(source)
-    adapter, rehearsal = adapter_settings(skeleton, spec.lora, name, files.revision)
+    adapter, rehearsal = adapter_settings(skeleton, spec.lora, name, files.revision, new)
     return BaseModel(
         name=name,
         commit=files.revision,
         config=config,
         tokenizer=tokenizer,
-        shape=ModelShape.from_config(read, counts, rehearsal.trained),
+        shape=ModelShape.from_config(skeleton.config.to_dict(), counts, rehearsal.trained),
         linear_layers=layers,
         open_attention=bool(skeleton._supports_attention_backend),
         attention=skeleton.config._attn_implementation or "eager",
         quantized=stored,
         adapter=adapter,
         tensors=rehearsal.tensors,
+        new_tokens=new,
     )

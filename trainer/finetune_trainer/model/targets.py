@@ -12,6 +12,7 @@ import structlog
 from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import language_part, linear_layers, linear_modules
+from finetune_trainer.model.embeddings import NewTokens, check_trained, trained_whole
 
 log = structlog.get_logger(__name__)
 ALL_LINEAR: Final = "all-linear"
@@ -57,9 +58,15 @@ class Rehearsal:
     """How many weights train."""
     tensors: Mapping[str, tuple[int, ...]]
     """Names and shapes of what is saved of the adapter."""
+    lost: tuple[str, ...]
+    """Layers whose adapter is saved, and does not load back: transformers' renaming of checkpoints spoils its name."""
+    base: Any
+    """The model without the adapter, for another rehearsal."""
 
 
-def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | None) -> tuple[Any, Rehearsal]:
+def adapter_settings(
+    skeleton: Any, lora: Lora, base_model: str, commit: str | None, new: NewTokens | None = None
+) -> tuple[Any, Rehearsal]:
     """Return PEFT's settings for the model of `skeleton`, and what came of a rehearsal on it.
 
     Args:
@@ -67,6 +74,7 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
         lora: spec.lora.
         base_model: What a server calls the base model, never a path of this machine.
         commit: The base model's commit on the hub.
+        new: Tokens that the base model was not trained on, if there are any.
 
     Raises:
         ConfigInvalid: When there is nothing to put an adapter on, or PEFT does not.
@@ -77,6 +85,9 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
     targets = _targets(skeleton, lora, layers)
     _check_layers(skeleton, lora)
     _check_saved(skeleton, lora)
+    whole, tied = trained_whole(skeleton, lora)
+    if new and new.ids:
+        check_trained(skeleton, whole)
     options = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -86,7 +97,8 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
         "bias": lora.bias,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "modules_to_save": lora.modules_to_save,
+        "modules_to_save": whole,
+        "ensure_weight_tying": tied,
         "layers_to_transform": lora.layers_to_transform,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -99,6 +111,14 @@ def adapter_settings(skeleton: Any, lora: Lora, base_model: str, commit: str | N
             settings.lora_dropout = 0.0
             log.warning(f"spec.lora.dropout: {lora.dropout} is for linear layers alone: experts take none")
         rehearsal = _rehearse(skeleton, settings)
+        if lost := rehearsal.lost:
+            log.warning(
+                f"spec.lora: {len(lost)} layers get no adapter, for PEFT does not load it back under their names, for"
+                f" example {lost[0]}"
+            )
+            kept = [settings.exclude_modules] if settings.exclude_modules else []
+            settings.exclude_modules = "|".join([*kept, *map(re.escape, lost)])
+            rehearsal = _rehearse(rehearsal.base, settings)
     except ValueError as error:
         raise ConfigInvalid(f"spec.lora: PEFT refuses it: {whole_text(error)}") from None
     return settings, rehearsal
@@ -180,14 +200,17 @@ def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> str | None:
 
 
 def _rehearse(skeleton: Any, settings: Any) -> Rehearsal:
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(skeleton, copy.deepcopy(settings))
+        adapted = get_peft_model(skeleton, copy.deepcopy(settings), low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing = set_peft_model_state_dict(adapted, saved).missing_keys
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-    return Rehearsal(trained, {name: tuple(tensor.shape) for name, tensor in saved.items()})
+    lost = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in missing if ".lora_" in name}
+    tensors = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    return Rehearsal(trained, tensors, tuple(sorted(lost)), adapted.unload() if lost else None)
 
 
 def drop_inputs(adapted: Any, dropout: float) -> None:

@@ -14,6 +14,7 @@ from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
+from finetune_trainer.model.embeddings import grow
 from finetune_trainer.model.experts import ExpertsConfig
 from finetune_trainer.planning.refusals import stored_quantization
 from finetune_trainer.runtime.patches import quantizing_on
@@ -90,6 +91,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     model.generation_config = GenerationConfig()
     if spec.quantization.bits < 16:
         _say_what_is_not_quantized(model, spec, base.quantized)
+    grow(model, base.new_tokens)
     if device == "cpu":
         keep_weights_trainable(model)
     return model

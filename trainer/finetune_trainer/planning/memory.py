@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.planning.parameters import Counts, count
+from finetune_trainer.planning.parameters import Counts, count, first, is_tied
 from finetune_trainer.planning.routing import Routing
 
 GIB = 1 << 30
@@ -18,6 +18,8 @@ _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
 #: Layers that FSDP holds whole at a time: the current one, the next one, and that one while it is gathered.
 _GATHERED_LAYERS = 3
+#: What other families call the width of the MLP; four times the model's width where none is given.
+_OTHER_WIDTHS = ("ffn_dim", "n_inner", "ffn_hidden_size")
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: So that torch, which counts small things too, need not give up a large one.
@@ -73,16 +75,19 @@ class ModelShape:
             routing = Routing.from_config(text)
             if routing and counts is None:
                 return None
-            hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+            hidden = first(text, "hidden_size", "n_embd", "d_model")
+            heads = first(text, "num_attention_heads", "n_head", "n_heads")
+            widths = {**text, "four_times": 4 * hidden if counts else 0}
+            inner = 0 if routing else first(widths, "intermediate_size", *_OTHER_WIDTHS, "four_times")
             return cls(
                 vocab_size=int(text["vocab_size"]),
                 hidden_size=hidden,
-                intermediate_size=routing.active_width if routing else int(text["intermediate_size"]),
-                layers=int(text["num_hidden_layers"]),
+                intermediate_size=routing.active_width if routing else inner,
+                layers=first(text, "num_hidden_layers", "n_layer", "n_layers"),
                 heads=heads,
                 kv_heads=int(text.get("num_key_value_heads") or heads),
                 head_dim=int(text.get("head_dim") or hidden // heads),
-                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                tied_embeddings=is_tied(config),
                 counts=counts,
                 trained=trained,
                 routing=routing,
@@ -201,7 +206,8 @@ def adapter_weights(shape: ModelShape, spec: FineTuneJobSpec) -> int:
         lora.rank * (inputs + outputs) + (outputs if lora.dora else 0)
         for inputs, outputs in _targets(shape, spec).values()
     )
-    return shape.layers * sum(each)
+    tables = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return shape.layers * sum(each) + tables * lora.embeddings
 
 
 def _targets(shape: ModelShape, spec: FineTuneJobSpec) -> dict[str, tuple[int, int]]:

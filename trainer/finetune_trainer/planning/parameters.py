@@ -155,10 +155,25 @@ def count(config: Mapping[str, Any]) -> Counts | None:
         return None
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Return whether the head is the table of embeddings, by config.json or by what its family does."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    return bool(config.get("tie_word_embeddings", family.tied))
+
+
+def with_new_tokens(config: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
+    """Return config.json of the model once it has `tokens` more embeddings (spec.dataset.addTokens)."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        return {**config, "text_config": with_new_tokens(inner, tokens)}
+    size = config.get("vocab_size")
+    return {**config, "vocab_size": size + tokens} if isinstance(size, int) else config
+
+
 def _count(config: Mapping[str, Any], family: Family) -> Counts:
     kind = str(config["model_type"])
-    hidden, heads = _first(config, "hidden_size", "n_embd"), _first(config, "num_attention_heads", "n_head")
-    layers = _first(config, "num_hidden_layers", "n_layer")
+    hidden, heads = first(config, "hidden_size", "n_embd"), first(config, "num_attention_heads", "n_head")
+    layers = first(config, "num_hidden_layers", "n_layer")
     head_dim = config.get("head_dim") or hidden // heads
     kv_heads = _kv_heads(config, family, heads)
     inner = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner") or 4 * hidden
@@ -181,17 +196,21 @@ def _count(config: Mapping[str, Any], family: Family) -> Counts:
     else:
         linear, other, experts = linear + routed.linear, other + routed.other, routed.experts
     vocabulary = config["vocab_size"]
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings", family.tied) else 2)
+    embeddings = vocabulary * hidden * (1 if is_tied(config) else 2)
     embeddings += vocabulary * asked(family.head_bias) + hidden * family.norm_vectors * (
         family.final_norm + family.embedding_norm
     )
     if family.positions is not None:
-        embeddings += (_first(config, "max_position_embeddings", "n_positions") + family.positions) * hidden
+        embeddings += (first(config, "max_position_embeddings", "n_positions") + family.positions) * hidden
     return Counts(layers * linear, layers * experts, layers * other + embeddings)
 
 
-def _first(config: Mapping[str, Any], *names: str) -> int:
-    return int(config[next((name for name in names if config.get(name)), names[0])])
+def first(config: Mapping[str, Any], *names: str) -> int:
+    """Return the first of these settings that is given and not 0. Raises KeyError if none is."""
+    found = next((config[name] for name in names if config.get(name)), None)
+    if found is None:
+        raise KeyError(names[0])
+    return int(found)
 
 
 def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:

@@ -6,11 +6,13 @@ from typing import Any, Final
 
 import structlog
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
 from finetune_trainer.errors import Diverged
+from finetune_trainer.model.adapter import adapter_weights, detach_adapter
 from finetune_trainer.model.architecture import layout
+from finetune_trainer.model.embeddings import grow
 from finetune_trainer.model.experts import attaching_adapters
 from finetune_trainer.publishing.artifact import Check, LossMeter, Trained, VerificationFailed
 from finetune_trainer.stores.errors import StoreCorrupted
@@ -21,7 +23,7 @@ TOLERANCE: Final = 1e-3
 
 
 def compare_losses(trained: Trained, meter: LossMeter) -> Check:
-    """Return a check that an adapter, loaded with PEFT on its base, has the loss of the trained model.
+    """Return a check that an adapter, loaded with PEFT on its base, has the weights and the loss of the trained model.
 
     Raises Diverged if that loss is NaN or infinite. Each check takes the model apart and puts the adapter on its base.
     """
@@ -30,11 +32,14 @@ def compare_losses(trained: Trained, meter: LossMeter) -> Check:
     if not math.isfinite(expected):
         raise Diverged("The trained adapter's loss is NaN or infinite; it is not published")
 
+    weights = _copied(adapter_weights(model))
+
     def check(folder: Path, where: str) -> None:
         nonlocal model
-        base = model.unload()
+        base = detach_adapter(model)
         with attaching_adapters(base):
             model = PeftModel.from_pretrained(base, str(folder))
+        require_same(adapter_weights(model), weights, where)
         found = meter.loss_of(model)
         if not abs(found - expected) <= TOLERANCE * max(1.0, abs(expected)):
             raise VerificationFailed(
@@ -52,21 +57,32 @@ def compare_weights(trained: Trained) -> Check:
     No process can compute alone there. The adapter is loaded with PEFT on the base model's layout, without its weights.
     Raises Diverged if a trained weight is NaN or infinite.
     """
-    expected = _adapter_weights(trained.model)
+    expected = adapter_weights(trained.model)
     if not all(torch.isfinite(weight).all() for weight in expected.values()):
         raise Diverged("The trained adapter has weights that are NaN or infinite; it is not published")
 
     def check(folder: Path, where: str) -> None:
-        base = on_meta_like_zeros(layout(trained.base.config, trained.spec))
-        found = _adapter_weights(PeftModel.from_pretrained(base, str(folder), torch_device="cpu"))
-        same = found.keys() == expected.keys()
-        if not same or not all(torch.equal(weight, expected[name]) for name, weight in found.items()):
-            raise VerificationFailed(
-                f"The adapter at {where}, loaded back, has other weights than were trained; it is not published"
-            )
+        skeleton = layout(trained.base.config, trained.spec)
+        grow(skeleton, trained.base.new_tokens)
+        loaded = PeftModel.from_pretrained(on_meta_like_zeros(skeleton), str(folder), torch_device="cpu")
+        require_same(adapter_weights(loaded), expected, where)
         log.info(f"The adapter at {where} was loaded back with PEFT and has the weights that were trained")
 
     return check
+
+
+def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
+    """Raise VerificationFailed unless both adapters are the same, bit for bit in the types they are loaded as."""
+    same = found.keys() == expected.keys()
+    if not same or not all(torch.equal(each, expected[name].to(each.dtype)) for name, each in found.items()):
+        raise VerificationFailed(
+            f"The adapter at {where}, loaded back, has other weights than were trained; it is not published"
+        )
+
+
+def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies: on a CPU the weights are the model's own, which a check takes apart."""
+    return {name: weight.clone() for name, weight in weights.items()}
 
 
 def load_alone(folder: Path, where: str) -> None:
@@ -92,8 +108,3 @@ def on_meta_like_zeros(model: Any) -> Any:
             zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
             module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
     return model
-
-
-def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: weight.detach().cpu() for name, weight in weights.items()}

@@ -17,6 +17,13 @@ _ROWS = (
     ("f1", "F1"),
     ("validJson", "valid JSON"),
 )
+_GROWN: Final = """if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+    base.resize_token_embeddings(len(tokenizer))
+"""
+_MERGE: Final = (
+    "vLLM serves no adapter whose modules were trained whole: merge it first (`model.merge_and_unload()`), and save"
+    " the model."
+)
 
 
 def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str, pad_token: str | None) -> str:
@@ -28,7 +35,7 @@ def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str, pad_
         base_model: The base model's hub id or URI.
         pad_token: The tokenizer's; no loss was taken on it.
     """
-    name, spec = job.metadata.name, job.spec
+    name = job.metadata.name
     front = yaml.safe_dump(
         {
             "base_model": base_model,
@@ -46,7 +53,7 @@ def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str, pad_
         *_confusion(metrics),
         "![Loss over steps](training/loss.png)",
         "## Training\n\n" + "\n".join(f"- {key}: {value}" for key, value in _settings(job, pad_token)),
-        _usage(spec.output.uri, base_model, name, spec.lora.rank),
+        _usage(job, base_model),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -112,8 +119,11 @@ def _settings(job: FineTuneJob, pad_token: str | None) -> Iterator[tuple[str, ob
     yield "target modules", ", ".join(modules)
     if lora.layers_to_transform:
         yield "decoder layers", ", ".join(map(str, lora.layers_to_transform))
-    if lora.modules_to_save:
-        yield "trained whole", ", ".join(_as_text(name) for name in lora.modules_to_save)
+    whole = [*(_as_text(name) for name in lora.modules_to_save or ()), *["embeddings and head"] * lora.embeddings]
+    if whole:
+        yield "trained whole", ", ".join(whole)
+    if tokens := spec.dataset.add_tokens:
+        yield "new tokens", ", ".join(_as_text(token) for token in tokens)
     yield "epochs", training.epochs
     if training.max_steps:
         yield "steps at most", training.max_steps
@@ -122,21 +132,29 @@ def _settings(job: FineTuneJob, pad_token: str | None) -> Iterator[tuple[str, ob
     yield "precision, seed", f"{training.precision}, {training.seed}"
 
 
-def _usage(uri: str, base_model: str, name: str, rank: int) -> str:
+def _usage(job: FineTuneJob, base_model: str) -> str:
+    name, spec = job.metadata.name, job.spec
+    grown = _GROWN if spec.dataset.add_tokens else ""
+    whole = spec.lora.modules_to_save or spec.lora.embeddings
+    served = _MERGE if whole else _serve(name, base_model, spec.lora.rank)
     return f"""## Use
 
-Download the adapter to `./{name}` (it lies at `{uri}`), then with PEFT:
+Download the adapter to `./{name}` (it lies at `{spec.output.uri}`), then with PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base_model}")
-model = PeftModel.from_pretrained(base, "./{name}")
 tokenizer = AutoTokenizer.from_pretrained("./{name}")
+{grown}model = PeftModel.from_pretrained(base, "./{name}")
 ```
 
-or with vLLM:
+{served}"""
+
+
+def _serve(name: str, base_model: str, rank: int) -> str:
+    return f"""or with vLLM:
 
 ```sh
 vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}
