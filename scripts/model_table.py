@@ -19,13 +19,28 @@ with `make test-nightly`).
   that it loads: `own` says that it takes the model's own logits, for its head is not where others have it.
 - **Packed**: rows laid end to end give what they give alone. Elsewhere `training.packing: auto` pads, and `enabled` is
   refused.
-- **Compiled**: the decoder layers have names, so that they can be compiled and checkpointed; where compiling fails the
-  run goes on without, and says so.
-- **4-bit**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes,
-  [experts](#experts) included.
-- **Planned**: `exact` where `finetune plan` counts the weights without torch; the trainer always counts them itself.
+- **Layers**: whether the decoder layers are found, so that they can be checkpointed and compiled. Compiling was not run
+  here; where it fails a run goes on without, and says so.
+- **In 4 bits**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes, counted and
+  not run, [experts](#experts) included.
+- **Planned**: `exact` where `finetune plan` counts the weights by a table, at once. Of other types it builds the model
+  without memory where torch is installed, in seconds, and else estimates; the trainer always counts them itself.
 
-| Family | Trains | Packed | Compiled | 4-bit | Planned |
+Of some types not all linear layers can have an adapter:
+
+- Layers whose adapter would not load back, for transformers renames checkpoints of the type and PEFT renames adapters
+  likewise, get none, and the log says so: shared experts of `laguna`, convolutions of `inkling2_text`. Whatever the
+  type, an adapter whose weights differ once it is loaded back is never published.
+- Layers that no gradient reaches, for text does not go through them, keep an adapter that does nothing. The log says so
+  when it is published, and `spec.lora.targetPattern` leaves them out:
+{unreached}
+
+Models with linear attention, convolutions or state spaces (Qwen3.5, Qwen3-Next, Kimi-Linear, Nemotron-H, Mamba, LFM)
+use the kernels of `flash-linear-attention`, `causal-conv1d` and `mamba-ssm` where those can be imported: the extra
+`linear-attention`, and `LINEAR_ATTENTION=1` for the [trainer image](install.md). Without them torch computes the same
+much more slowly, the log names what is missing, and rows are padded where only the kernels keep packed ones apart.
+
+| Family | Trains | Packed | Layers | In 4 bits | Planned |
 | --- | --- | --- | --- | --- | --- |
 """
 
@@ -58,6 +73,16 @@ def layout_rows() -> list[str]:
     from support.trainer.expert_layouts import layouts
 
     return [f"| {layout} | {', '.join(f'`{kind}`' for kind in kinds)} |" for layout, kinds in layouts().items()]
+
+
+def unreached() -> str:
+    """Return a list of the types with layers that no gradient reaches, by the names of those layers."""
+    from support.trainer.family_report import UNREACHED
+
+    return "\n".join(
+        f"  - {layers}: {', '.join(f'`{kind}`' for kind, other in sorted(UNREACHED.items()) if other == layers)}"
+        for layers in dict.fromkeys(UNREACHED.values())
+    )
 
 
 def _measured(kind: str) -> list[str]:
@@ -113,7 +138,8 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     rows = [row(kind) for kind in causal_types()]
-    page = HEAD.format(version=".".join(transformers.__version__.split(".")[:2])) + "\n".join(rows) + "\n"
+    version = ".".join(transformers.__version__.split(".")[:2])
+    page = HEAD.format(version=version, unreached=unreached()) + "\n".join(rows) + "\n"
     page += EXPERTS + "\n".join(layout_rows()) + "\n"
     (ROOT / "docs/models.md").write_text(page)
 

@@ -263,7 +263,7 @@ REFUSED = [
     _refused("no whole modules", {"spec.lora.modulesToSave": []}, "spec.lora.modulesToSave", "should have at least 1 item"),
     _refused("new tokens that are not trained", {"spec.dataset.addTokens": ["<a>"]}, "spec.dataset.addTokens", "needs lora.embeddings: true, or lora.modulesToSave with the model's embeddings"),
     _refused("no new tokens", {"spec.dataset.addTokens": [], "spec.lora.embeddings": True}, "spec.dataset.addTokens", "should have at least 1 item"),
-    _refused("an empty token", {"spec.dataset.addTokens": [""], "spec.lora.embeddings": True}, "spec.dataset.addTokens[0]", "should have at least 1 character", "should be at least 1 chars long"),
+    _refused("an empty token", {"spec.dataset.addTokens": [""], "spec.lora.embeddings": True}, "spec.dataset.addTokens", "should have at least 1 character", "should be at least 1 chars long"),
     _refused("unknown bias", {"spec.lora.bias": "some"}, "spec.lora.bias", 'supported values: "none", "all", "lora_only"'),
     _refused("adapter onto itself", {"spec.lora.initFrom": "s3://adapters/nli"}, "spec.output.uri", "must differ from lora.initFrom"),
     _refused("adapter onto itself, with a slash", {"spec.lora.initFrom": "s3://adapters/nli/"}, "spec.output.uri", "must differ from lora.initFrom"),

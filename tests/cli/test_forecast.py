@@ -276,7 +276,7 @@ def test_a_kind_of_model_that_is_not_counted_is_said(unknown, model, monkeypatch
     [
         ("falcon", {"num_attention_heads": 8}, ["query_key_value"]),
         ("deepseek_v3", {"n_routed_experts": 8, "num_hidden_layers": 2, "num_attention_heads": 8}, ["all-linear"]),
-        ("gpt2", {"n_layer": 3}, ["c_attn"]),
+        ("gpt2", {"n_layer": 3, "n_head": 4}, ["c_attn"]),
     ],
 )
 def test_types_and_layers_that_the_table_does_not_hold_are_built_without_weights(kind, config, targets, tmp_path):
@@ -287,7 +287,7 @@ def test_types_and_layers_that_the_table_does_not_hold_are_built_without_weights
 
     job = load_text(MANIFEST, "job.yaml")
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"target_modules": targets})})
-    raw = config | {"model_type": kind, "hidden_size": 64, "n_embd": 64, "n_head": 4}
+    raw = config | {"model_type": kind, "hidden_size": 64, "n_embd": 64}
     built = CONFIG_MAPPING[kind](**config, hidden_size=64)
     with torch.device("meta"):
         expected = count_weights(model_class(built).from_config(built))

@@ -31,6 +31,7 @@ def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: 
         pytest.skip(reason)
     model = tiny_model(kind)
     plain = copy.deepcopy(model).eval()
+    config, weights = plain.config.to_dict(), count_weights(plain)
     try:
         findings = prove(model, family_report.SPEC, family_report.plan(model), family_report.ROWS, 0)
     except ConfigInvalid as error:
@@ -51,10 +52,10 @@ def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: 
     first, second = (family_report.logits(each, findings.attention) for each in (loaded, adapted.get_base_model()))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
     require_same(adapter_weights(loaded), adapter_weights(adapted), "hand")
-    planned = measure(plain.config.to_dict(), family_report.SPEC.model_copy(update={"lora": family_report.LORA}))
+    planned = measure(config, family_report.SPEC.model_copy(update={"lora": family_report.LORA}))
     if planned is not None:
         trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-        assert planned.counts == count_weights(plain)
+        assert planned.counts == weights
         assert planned.trained == trained
 
 

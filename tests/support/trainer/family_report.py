@@ -45,25 +45,24 @@ _NOT_BUILT: Final = {
 }
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
-#: Types with linear layers that no gradient reaches, and what those layers are for.
+#: Types with linear layers that no gradient reaches, and what those layers are called.
 UNREACHED: Final = {
     **dict.fromkeys(
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
-         "prophetnet", "trocr", "whisper"),
-        "attention to an encoder",
+         "trocr", "whisper"),
+        "encoder_attn",
     ),
-    **dict.fromkeys(
-        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"), "choosing the tokens to attend to",
-    ),
-    "big_bird": "pooling",
-    "doge": "choosing the tokens to attend to",
-    "gemma3n_text": "inputs of layers that are zero in a random model",
-    "git": "images",
-    "jamba": "a step that Mamba's code reads itself",
-    "longcat_flash": "choosing experts",
-    "phi4_multimodal": "images and sound",
-    "zamba2": "other layers' turns",
-    "zaya": "attention to a token alone",
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"), "indexer"),
+    "big_bird": "pooler",
+    "doge": "dt_proj",
+    "gemma3n_text": "altup, per_layer_input_gate, per_layer_projection, per_layer_model_projection",
+    "git": "image_encoder",
+    "jamba": "dt_proj",
+    "longcat_flash": "router",
+    "phi4_multimodal": "embed_tokens_extend",
+    "prophetnet": "cross_attn, and parts of an encoder",
+    "zamba2": "gate_up_proj_adapter_list, of some layers",
+    "zaya": "q_proj and k_proj, of some layers",
 }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 import signal
 from pathlib import Path
 
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.exit_codes import ExitCode
 from support.trainer.process import TrainerProcess, job, train
@@ -40,7 +40,9 @@ def test_new_tokens_are_published_verified_and_resumed(tiny_model: Path, tmp_pat
 
     tokenizer = AutoTokenizer.from_pretrained(whole / "out")
     assert len(tokenizer("[/INST]", add_special_tokens=False)["input_ids"]) == 1
-    adapted = AutoPeftModelForCausalLM.from_pretrained(whole / "out", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    base.resize_token_embeddings(len(tokenizer))  # as the card says
+    adapted = PeftModel.from_pretrained(base, str(whole / "out"))
     table = adapted.get_input_embeddings().weight
     assert table.shape[0] == len(tokenizer)
     first, second = (table[tokenizer.convert_tokens_to_ids(token)] for token in RUN["dataset.addTokens"])

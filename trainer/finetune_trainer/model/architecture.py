@@ -172,11 +172,11 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def count_weights(model: Any) -> Counts:
-    """Return the weights of `model`, by what becomes of them in 4 bits."""
+    """Return the weights of `model`, by what becomes of them in 4 bits; those that layers share count once."""
     from finetune_trainer.model.experts import experts_of
 
     head = model.get_output_embeddings()
-    linear = sum(each.weight.numel() for _, each in linear_modules(model) if each is not head)
+    linear = sum({each.weight: each.weight.numel() for _, each in linear_modules(model) if each is not head}.values())
     experts = sum(each.numel() for _, _, each in experts_of(model))
     return Counts(linear, experts, sum(each.numel() for each in model.parameters()) - linear - experts)
 
