@@ -6,19 +6,20 @@ import pytest
 
 from finetune_trainer.planning.parameters import FAMILIES, count
 from support.trainer.families import tiny_config
+from support.trainer.published import PUBLISHED
 
 #: Types whose own defaults cannot be built.
 _NO_DEFAULTS = {"ministral", "hunyuan_v1_dense", "nemotron"}
 
 
-def _check(config: Any) -> None:
+def _check(config: Any, raw: dict[str, Any] | None = None) -> None:
     import torch
 
     from finetune_trainer.model.architecture import count_weights, model_class
 
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-    assert count(config.to_dict()) == count_weights(model)
+    assert count(raw or config.to_dict()) == count_weights(model)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -30,6 +31,25 @@ def test_a_small_model_of_each_family(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe", "gpt2"])
 def test_tied_embeddings_count_once(kind: str, changes: dict[str, Any]) -> None:
     _check(tiny_config(kind, **changes))
+
+
+def test_there_are_forty_published_models() -> None:
+    assert len(PUBLISHED) >= 40
+
+
+#: Built by day; the others at night.
+_DAILY = ("Llama-3.2-1B", "Gemma-2-2B", "Qwen3-30B-A3B", "Pythia-1.4B")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in _DAILY else pytest.mark.nightly) for name in PUBLISHED]
+)
+def test_published_models_are_counted_as_they_are_built(name: str) -> None:
+    """config.json as it is published leaves out what is the default: the table must know."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    raw = PUBLISHED[name]
+    _check(CONFIG_MAPPING[raw["model_type"]](**raw), raw)
 
 
 @pytest.mark.nightly
