@@ -70,7 +70,8 @@ def load_published(folder: Path, settings: Settings, work: Path, device: str) ->
     files = fetch_model_metadata(settings, work, trained_commit(folder, settings))
     base = inspect_base_model(files, spec)
     base = replace(base, tokenizer=_tokenizer(folder, work / "adapter", settings))
-    check_vocabulary(base.tokenizer, base.config.get_text_config(decoder=True).vocab_size)
+    embeddings = base.config.get_text_config(decoder=True).vocab_size
+    check_vocabulary(base.tokenizer, max(embeddings, base.new_tokens.size))
     check_init_from(folder, spec)
     weights = fetch_model_weights(settings, work, base.commit)
     check_weights(weights, base, spec)
