@@ -3,10 +3,14 @@
 import signal
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune_api import constants
 from finetune_api.exit_codes import ExitCode
+from finetune_trainer.model.published import job_of, load_published
+from finetune_trainer.settings import Environment, Ranks, Settings
 from support.trainer.process import TrainerProcess, job, train
 
 RUN = {
@@ -50,3 +54,9 @@ def test_new_tokens_are_published_verified_and_resumed(tiny_model: Path, tmp_pat
     card = (whole / "out/README.md").read_text()
     assert "base.resize_token_embeddings(len(tokenizer))" in card
     assert "vllm serve" not in card
+
+    settings = Settings(
+        job_of(whole / "out"), Environment.from_env({constants.ENV_SCRATCH_DIR: str(tmp_path)}), Ranks()
+    )
+    asked = load_published(whole / "out", settings, tmp_path / "chat", "cpu")
+    torch.testing.assert_close(asked.model.get_input_embeddings().weight, table, rtol=0, atol=1e-2)
