@@ -17,6 +17,7 @@ from finetune_cli.commands import (
     chat,
     delete,
     download,
+    export,
     inspect,
     list_jobs,
     logs,
@@ -100,6 +101,7 @@ _register(suspend.resume, CLUSTER)
 _register(delete.delete, CLUSTER)
 _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
+_register(export.export, RESULTS)
 
 
 def _usage_error(error: Exception) -> str | None:

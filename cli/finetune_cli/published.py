@@ -40,7 +40,15 @@ class Published:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def locate(source: str, namespace: str | None, context: str | None, kubeconfig: Path | None, instead: str) -> Published:
+def locate(
+    source: str,
+    namespace: str | None,
+    context: str | None,
+    kubeconfig: Path | None,
+    instead: str,
+    *,
+    adapters_only: bool = False,
+) -> Published:
     """Return the adapter of a job, or the one that lies at a URI, without its files.
 
     Args:
@@ -49,6 +57,7 @@ def locate(source: str, namespace: str | None, context: str | None, kubeconfig: 
         context: Of the kubeconfig.
         kubeconfig: The file.
         instead: What to run if the URI holds another adapter than the job published; {} stands for the URI.
+        adapters_only: Whether what was made of an adapter, such as a merged model, is refused.
 
     Raises:
         CliError: There is none, it is out of reach, or not what the job published.
@@ -60,7 +69,7 @@ def locate(source: str, namespace: str | None, context: str | None, kubeconfig: 
         address, digest = _of_job(source, namespace, context, kubeconfig)
     store = storage.open_store(address)
     with storage.store_errors():
-        found = Published(address, store, *_read_manifest(store, address))
+        found = Published(address, store, *_read_manifest(store, address, adapters_only))
     if digest and digest != f"sha256:{found.digest}":
         raise CliError(
             f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
@@ -99,7 +108,7 @@ def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: P
     return view.status.adapter.uri, view.status.adapter.manifest_digest
 
 
-def _read_manifest(store: Store, address: str) -> tuple[StoreManifest, bytes]:
+def _read_manifest(store: Store, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:
     """Return the manifest of the adapter in `store` and its bytes. Raises CliError, StoreError."""
     from finetune_trainer.stores import manifest
 
@@ -108,7 +117,7 @@ def _read_manifest(store: Store, address: str) -> tuple[StoreManifest, bytes]:
         raise CliError(
             f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
         )
-    if found[0].kind != "Adapter":
+    if found[0].kind == "Checkpoint" or (adapters_only and found[0].kind != "Adapter"):
         raise CliError(f"{address} holds a {found[0].kind}, not an adapter")
     return found
 

@@ -18,7 +18,7 @@ SCHEMA_VERSION: Final = 1
 MAX_BYTES: Final = 4 << 20
 MAX_FILES: Final = 10_000
 #: What a job can publish; the trainer has one module for each (finetune_trainer.publishing.artifacts).
-ArtifactKind = Literal["Adapter"]
+ArtifactKind = Literal["Adapter", "Merged"]
 
 
 class FileRecord(StatusModel):

@@ -3,10 +3,11 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import Columns, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri
+from finetune_api.fields import Columns, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri, refusal
 
 
 class SecretRef(ApiModel):
@@ -126,6 +127,12 @@ class Cache(ApiModel):
     """PersistentVolumeClaim of the job's namespace."""
 
 
+def _each_once(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise refusal("Duplicate value: each artifact is named once")
+    return values
+
+
 class Output(ApiModel):
     """Where the adapter goes."""
 
@@ -137,3 +144,10 @@ class Output(ApiModel):
     """Replace an adapter that is already there. Otherwise the job refuses to start."""
     keep_checkpoints: bool = False
     """Leave the checkpoints in place after success."""
+    artifacts: Annotated[
+        list[ArtifactName],
+        Field(max_length=4, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        AfterValidator(_each_once),
+    ] = []
+    """What to make of the adapter besides, each in a folder of its name below uri. merged: the whole model in 16 bits,
+    with the adapter in its weights. One that fails leaves the adapter published, and says why in status.artifacts."""

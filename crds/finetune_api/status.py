@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
@@ -166,6 +167,25 @@ class Adapter(StatusModel):
     """LoRA rank."""
 
 
+class Artifact(StatusModel):
+    """What was made of the adapter besides."""
+
+    name: ArtifactName
+    """Which of output.artifacts."""
+    uri: Annotated[str, Field(max_length=MAX_URI_LENGTH)] | None = None
+    """Prefix that holds it; absent if it was not published."""
+    manifest_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """sha256:<hex> of its manifest.json."""
+    size_bytes: Count | None = None
+    """Bytes of all files in that manifest."""
+    loss: float | None = None
+    """Loss on held-out rows (nats per token) of what was published, loaded back."""
+    adapter_loss: float | None = None
+    """The trained model's loss on the same rows."""
+    message: Annotated[str, _cut_to(256), Field(max_length=256)] | None = None
+    """Why it was not published."""
+
+
 class Resumption(StatusModel):
     """The checkpoint that a trainer went on from."""
 
@@ -250,6 +270,13 @@ class FineTuneJobStatus(StatusModel):
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None
     """The published adapter."""
+    artifacts: Annotated[
+        list[Artifact],
+        Field(
+            max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = []
+    """What was made of it besides (output.artifacts), and what failed."""
     start_time: Time | None = None
     """When the first attempt was created."""
     completion_time: Time | None = None
@@ -286,5 +313,7 @@ class TrainerReport(StatusModel):
     """Latest values of every metric, as in status.metrics."""
     adapter: Adapter | None = None
     """Once published."""
+    artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
+    """What was made of it besides, and what failed."""
     resumed_from: Resumption | None = None
     """Once the checkpoint to go on from is chosen."""

@@ -205,6 +205,7 @@ ACCEPTED = [
     _accepted("node label left empty", {"spec.resources.nodeSelector": {"gpu": "h200", "zone": None}}),
     _accepted("toleration with an empty key", {"spec.resources.tolerations": [{"key": None, "operator": "Exists"}]}),
     _accepted("whole numbers written with a point", {"spec.lora.rank": 16.0, "spec.activeDeadlineSeconds": 3600.0}),
+    _accepted("a merged model besides", {"spec.output.artifacts": ["merged"]}),
     _accepted("labels stay", {"metadata.labels": {"kueue.x-k8s.io/queue-name": "team-a"}}),
 ]  # fmt: skip
 
@@ -314,6 +315,8 @@ REFUSED = [
     _refused("query in a URI", {"spec.dataset.train": "s3://data/x?versionId=1"}, "spec.dataset.train", "a path may hold letters"),
     _refused("shell in a path", {"spec.output.uri": "s3://adapters/$(id)"}, "spec.output.uri", "a path may hold letters"),
     _refused("newline in a URI", {"spec.output.uri": "s3://adapters/a\n"}, "spec.output.uri", "a path may hold letters"),
+    _refused("an artifact that nobody makes", {"spec.output.artifacts": ["onnx"]}, "spec.output.artifacts", 'supported values: "merged"'),
+    _refused("an artifact twice", {"spec.output.artifacts": ["merged", "merged"]}, "spec.output.artifacts", "Duplicate value", server_says='Duplicate value: "merged"'),
     _refused("output on the hub", {"spec.output.uri": "hf://me/adapter"}, "spec.output.uri", "must be s3://bucket/key"),
     _refused("checkpoints on the hub", {"spec.checkpoint.uri": "hf://me/ckpt"}, "spec.checkpoint.uri", "must be s3://bucket/key"),
     _refused("upper-case bucket", {"spec.output.uri": "s3://Adapters/x"}, "spec.output.uri", "must be s3://bucket/key"),

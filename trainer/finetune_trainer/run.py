@@ -67,6 +67,7 @@ def run(ctx: RunContext) -> Adapter | None:
         # 7. Check, load and quantize the weights, attach the adapter, apply the plan.
         weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
         ctx.on_rank_zero(lambda: steps.check_weights(weights, base, spec))
+        ctx.on_rank_zero(lambda: steps.check_exports(weights, base, spec))
         steps.seed(spec.training.seed)
         with weights_must_fit(spec.model.source, spec.quantization.bits):
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)
@@ -105,6 +106,7 @@ def run(ctx: RunContext) -> Adapter | None:
         bundle = steps.write_bundle(
             settings.job, model, base, result.plan, result.state, ctx.directory, rows.train.format.name
         )
+        exports = steps.plan_exports(model, base, session.evaluator, result.plan, spec, weights, bundle.folder)
         verifier = steps.make_verifier(model, base, session.evaluator, result.plan, spec, ctx.directory.published)
         if spec.output.overwrite:  # Overwriting is destructive: verify before deleting the published adapter.
             verifier.check_local(bundle.folder)
@@ -113,6 +115,7 @@ def run(ctx: RunContext) -> Adapter | None:
         verify = ctx.in_stage("Verifying", "Loading the adapter back", verifier.check_uploaded)
         adapter = output.publish(bundle, before_manifest=verify)
 
-        # 13. Drop the checkpoints unless asked to keep them, and report success.
+        # 13. Drop the checkpoints unless asked to keep them, make what the job wants besides, and report success.
         checkpoints.delete_unless_kept()
-        return ctx.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back")
+        beside = steps.run_exports(ctx, exports, bundle.metrics)
+        return ctx.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back{beside}")

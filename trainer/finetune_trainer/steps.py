@@ -10,6 +10,7 @@ from finetune_trainer.model.base import inspect_base_model
 from finetune_trainer.model.checkpoint import check_weights
 from finetune_trainer.model.weights import load_base_model
 from finetune_trainer.publishing.bundle import write_bundle
+from finetune_trainer.publishing.export import check_exports, plan_exports, run_exports
 from finetune_trainer.publishing.verify import make_verifier
 from finetune_trainer.runtime.device import seed
 from finetune_trainer.training.session import TrainingSession
@@ -19,6 +20,7 @@ __all__ = [
     "TrainingSession",
     "apply_plan",
     "attach_adapter",
+    "check_exports",
     "check_init_from",
     "check_weights",
     "eval_prompts",
@@ -27,8 +29,10 @@ __all__ = [
     "load_base_model",
     "make_verifier",
     "plan_execution",
+    "plan_exports",
     "prepare_base",
     "prove_plan",
+    "run_exports",
     "seed",
     "set_compile_cache",
     "write_bundle",

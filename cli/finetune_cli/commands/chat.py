@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_api import constants
 from finetune_cli.errors import CliError
-from finetune_cli.local_trainer import EXTRA, explained, quiet
+from finetune_cli.local_trainer import (
+    LocalAdapter,
+    base_model_errors,
+    explained,
+    published_adapter,
+    quiet,
+    require_trainer,
+)
 from finetune_cli.options import Context, Kubeconfig, Namespace, complete_job
 from finetune_cli.output import console
-from finetune_cli.published import fetch_into, locate
-from finetune_cli.storage import cache_folder, cli_error
+from finetune_cli.published import locate
 
 if TYPE_CHECKING:
-    from finetune_api.spec import FineTuneJob
     from finetune_trainer.chat.prompts import Prompt
     from finetune_trainer.chat.session import ChatSession
 
-#: Packages that answer; the command line alone comes without them.
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+#: Rows of a file that are answered together.
+_ROWS_AT_ONCE = 16
 _HELP = "A line is a question. /new begins a new conversation; Ctrl-C ends an answer, Ctrl-D the chat."
 
 
@@ -122,14 +124,14 @@ def chat(
         raise CliError("--once and --file exclude each other")
     if file is not None and not file.is_file():
         raise CliError(f"{file}: no such file")
-    _require_trainer()
-    published = locate(source, namespace, context, kubeconfig, "finetune chat {}")
-    with explained(), _working() as work:
-        folder = cache_folder(os.environ) / "adapters" / published.digest
-        fetch_into(folder, published)
-        job = _job(folder, base, trust_remote_code)
+    require_trainer("answering")
+    published = locate(source, namespace, context, kubeconfig, "finetune chat {}", adapters_only=True)
+    with explained(), tempfile.TemporaryDirectory(prefix="finetune-chat-") as work:
+        changes = ["model.trustRemoteCode=true"] if trust_remote_code else []
+        adapter = published_adapter(published, Path(work), base, changes)
+        with quiet(), base_model_errors():
+            session = _session(adapter, Path(work), form, max_tokens)
         with quiet():
-            session = _session(folder, job, work, form, max_tokens)
             if file is not None:
                 _answer_rows(session, file, base_too)
             elif once is not None:
@@ -138,61 +140,14 @@ def chat(
                 _converse(session, base_too)
 
 
-def _require_trainer() -> None:
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise CliError(
-            f"answering needs the trainer, which is not installed here ({', '.join(missing)} missing)", hint=EXTRA
-        )
-
-
-@contextmanager
-def _working() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="finetune-chat-") as work:
-        yield Path(work)
-
-
-def _job(folder: Path, base: str | None, trust_remote_code: bool) -> FineTuneJob:
-    """Return the adapter's job, changed so that it runs here."""
-    from finetune_trainer.model.published import job_of
-
-    changes = ["resources.nodes=1", f"model.trustRemoteCode={str(trust_remote_code).lower()}"]
-    if base is not None:
-        changes.append(f"model.source={base if '://' in base else f'file://{Path(base).absolute()}'}")
-    job = job_of(folder, changes)
-    if job.spec.model.source.startswith("pvc://") and constants.ENV_PVC_ROOT not in os.environ:
-        raise CliError(
-            f"the base model of this adapter is {job.spec.model.source}, a volume of a cluster",
-            hint="copy it here and add --base DIR",
-        )
-    return job
-
-
-def _session(folder: Path, job: FineTuneJob, work: Path, form: Form | None, max_tokens: int | None) -> ChatSession:
+def _session(adapter: LocalAdapter, work: Path, form: Form | None, max_tokens: int | None) -> ChatSession:
     """Load base model and adapter, behind a line on stderr that says which."""
-    from finetune_trainer.settings import Environment, Ranks, Settings
-    from finetune_trainer.stores.errors import StoreError
+    with console.err().status(f"Loading the base model {adapter.settings.spec.model.source} and the adapter"):
+        from finetune_trainer.chat.session import ChatSession
 
-    env = {constants.ENV_CACHE_DIR: str(cache_folder(os.environ)), constants.ENV_SCRATCH_DIR: str(work)}
-    source = job.spec.model.source
-    with console.err().status(f"Loading the base model {source} and the adapter"):
-        from finetune_trainer.chat.session import ChatSession, gpu_here
-
-        environment = Environment.from_env(env | os.environ)
-        spec = job.spec.model_copy(
-            update={"resources": job.spec.resources.model_copy(update={"gpus_per_node": int(gpu_here())})}
+        return ChatSession.open(
+            adapter.folder, adapter.settings, work, form=form.value if form else None, max_new_tokens=max_tokens
         )
-        settings = Settings(job.model_copy(update={"spec": spec}), environment, Ranks())
-        try:
-            return ChatSession.open(
-                folder, settings, work, form=form.value if form else None, max_new_tokens=max_tokens
-            )
-        except StoreError as error:
-            raise CliError(
-                f"the base model of this adapter cannot be fetched: {error}",
-                hint="--base takes it from another folder or URI",
-                code=cli_error(error).code,
-            ) from None
 
 
 def _answer(session: ChatSession, text: str, base_too: bool) -> str:
@@ -222,14 +177,17 @@ def _print_title(name: str) -> None:
 
 
 def _answer_rows(session: ChatSession, file: Path, base_too: bool) -> None:
-    for prompt in session.rows(file):
-        found: dict[str, Any] = {"prompt": prompt.text}
-        if base_too:
-            found["baseAnswer"] = session.answer(prompt, base=True).strip()
-        found["answer"] = session.answer(prompt).strip()
-        if prompt.expected is not None:
-            found["expected"] = prompt.expected
-        console.out().print(json.dumps(found), soft_wrap=True)
+    rest = session.rows(file)
+    while batch := list(islice(rest, _ROWS_AT_ONCE)):
+        bases = session.answers(batch, base=True) if base_too else None
+        for index, (prompt, answer) in enumerate(zip(batch, session.answers(batch), strict=True)):
+            found: dict[str, Any] = {"prompt": prompt.text}
+            if bases:
+                found["baseAnswer"] = bases[index].strip()
+            found["answer"] = answer.strip()
+            if prompt.expected is not None:
+                found["expected"] = prompt.expected
+            console.out().print(json.dumps(found), soft_wrap=True)
 
 
 def _converse(session: ChatSession, base_too: bool) -> None:

@@ -199,6 +199,12 @@ def _results(view: View) -> Table:
         grid.add_row("Adapter", Text(local_path(adapter.uri), style="green"))
         grid.add_row("", Text(f"rank {adapter.rank} for {adapter.base_model}, {formatting.size(adapter.size_bytes)}"))
         grid.add_row("Digest", Text(adapter.manifest_digest, style="dim"))
+    for artifact in view.status.artifacts:
+        if artifact.uri:
+            size = f", {formatting.size(artifact.size_bytes)}" if artifact.size_bytes is not None else ""
+            grid.add_row(artifact.name.capitalize(), Text(f"{local_path(artifact.uri)}{size}"))
+        else:
+            grid.add_row(artifact.name.capitalize(), Text(f"failed: {artifact.message}", style="yellow"))
     if view.is_over:
         for title, value in gains(view.status.metrics or {}):
             grid.add_row(title, value)

@@ -91,6 +91,9 @@ def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float
     rows = [("Adapter", local_path(target))]
     if adapter:
         rows.append(("", f"rank {adapter.rank}, {formatting.size(adapter.size_bytes)}, verified"))
+    for artifact in report.artifacts if report else ():
+        told = local_path(artifact.uri) if artifact.uri else f"failed: {artifact.message}"
+        rows.append((artifact.name.capitalize(), told))
     rows += gains(metrics)
     if report and report.progress.step:
         speed = metrics.get("tokensPerSecond")

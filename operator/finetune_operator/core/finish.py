@@ -83,7 +83,8 @@ def _new_status(
             changed["execution_plan"] = view.report.execution_plan
         if view.ending and view.ending.report:
             changed |= {"metrics": view.ending.report.metrics or status.metrics}
-            changed |= {"adapter": view.ending.report.adapter} if view.ending.reason == failure.SUCCEEDED else {}
+            if view.ending.reason == failure.SUCCEEDED:
+                changed |= {"adapter": view.ending.report.adapter, "artifacts": view.ending.report.artifacts}
     new = status.model_copy(update=changed)
     return _final_status(observed, new, step, now) if status_io.is_terminal(new) else new
 

@@ -61,10 +61,17 @@ def test_a_failed_job_says_why_and_what_to_do(ctl, put, reason, code, cure):
 
 
 def test_a_finished_job_shows_the_adapter_and_what_it_gained(ctl, put):
-    put(states.job("nli"), states.succeeded("s3://adapters/nli"))
+    made = {"name": "merged", "uri": "s3://adapters/nli/merged", "sizeBytes": 14 << 30, "loss": 0.41}
+    put(states.job("nli"), states.succeeded("s3://adapters/nli") | {"artifacts": [made]})
     page = ctl("status", "nli").stdout
     assert "s3://adapters/nli" in page
     assert "rank 16 for mistralai/Mistral-7B-v0.3, 26.0 MiB" in page
+    assert re.search(r"Merged +s3://adapters/nli/merged, 14.0 GiB", page)
+    put(
+        states.job("half"),
+        states.succeeded("s3://adapters/half") | {"artifacts": [{"name": "merged", "message": "no"}]},
+    )
+    assert re.search(r"Merged +failed: no", ctl("status", "half").stdout)
     assert re.search(r"Held-out loss +2.3127 → 0.4102", page)
     assert re.search(r"Right labels +48 % → 91.5 %", page)
     assert "after 1 h 32 min" in page

@@ -31,9 +31,11 @@ def test_a_new_job_gets_its_job_and_says_that_it_waits():
 
 def test_a_published_adapter_ends_the_job_with_everything_kept_in_status():
     world = started()
-    world.exit_pods(0, adapter_report(metrics={"evalLoss": 0.5}))
+    artifacts = [{"name": "merged", "uri": "s3://adapters/nli/merged", "loss": 0.5}]
+    world.exit_pods(0, adapter_report(metrics={"evalLoss": 0.5}, artifacts=artifacts))
     world.settle()
     assert world.outcome == "True"
+    assert world.status["artifacts"] == artifacts
     assert world.condition("Published")["status"] == "True"
     assert (world.condition("Finished")["status"], world.condition("Finished")["reason"]) == ("True", "Succeeded")
     assert world.status["adapter"]["manifestDigest"].startswith("sha256:")

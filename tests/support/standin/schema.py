@@ -133,6 +133,10 @@ def _value_problems(value: Any, schema: Schema, path: str) -> Iterator[Cause]:
         if len(value) > schema.get("maxItems", len(value)):
             text = f"Too many: {len(value)}: must have at most {schema['maxItems']} items"
             yield Cause(path, text, "FieldValueTooMany")
+        if schema.get("x-kubernetes-list-type") == "set":
+            for index, item in enumerate(value):
+                if item in value[:index]:
+                    yield Cause(f"{path}[{index}]", f'Duplicate value: "{item}"', "FieldValueDuplicate")
 
 
 def _object_problems(value: dict[str, Any], schema: Schema, path: str) -> Iterator[Cause]:

@@ -1,4 +1,4 @@
-"""An artifact is one file: the page on how to add one builds and checks a merged model."""
+"""An artifact is one file: the page on how to add one builds and checks an adapter in 16 bits."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 
 from finetune_api.artifact_manifest import ArtifactKind
+from finetune_api.artifact_names import MANIFEST_KINDS, ArtifactName
 from finetune_api.spec import FineTuneJobSpec, Metadata
 from finetune_api.status import ExecutionPlan
 from finetune_api.uri import parse
@@ -22,6 +23,9 @@ from support.docs.markdown import ROOT, blocks
 
 class Meter:
     """A loss that depends on every weight of the adapter."""
+
+    def own_loss_of(self, model: Any) -> float:
+        return self.loss_of(model)
 
     def loss_of(self, model: Any) -> float:
         return float(
@@ -56,6 +60,8 @@ def trained(tiny_model: Path) -> Trained:
 
 def test_the_api_names_the_same_artifacts() -> None:
     assert {kind: each.kind for kind, each in ARTIFACTS.items()} == {kind: kind for kind in get_args(ArtifactKind)}
+    assert set(MANIFEST_KINDS) == set(get_args(ArtifactName))
+    assert {"Adapter", *MANIFEST_KINDS.values()} == set(ARTIFACTS)
 
 
 @pytest.mark.parametrize("plan", [ExecutionPlan(), ExecutionPlan(sharded=True), ExecutionPlan(fp8=True)])
@@ -81,22 +87,26 @@ def test_an_adapter_passes_and_another_one_does_not(trained: Trained, plan: Exec
 
 
 def test_the_documented_artifact_is_built_checked_and_required(trained: Trained, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    import torch
+    from safetensors.torch import load_file, save_file
 
     [source] = blocks(ROOT / "docs" / "extending" / "artifact.md", "python")
     module: dict[str, Any] = {}
-    exec(compile(source, "merged.py", "exec"), module)
-    artifact: Artifact = module["MergedArtifact"]()
-    folder = tmp_path / "merged"
+    exec(compile(source, "half.py", "exec"), module)
+    artifact: Artifact = module["HalfArtifact"]()
+    folder = tmp_path / "half"
     artifact.build(trained, folder)
     verifier = Verifier(artifact, trained, Meter(), tmp_path / "scratch")
     verifier.check_local(folder)
     artifact.load(folder, "hand")
-    AutoModelForCausalLM.from_config(trained.base.config).save_pretrained(folder)
-    with pytest.raises(VerificationFailed, match="The merged model at hand, loaded back, computes other logits"):
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}
+    save_file({name: each * 2 for name, each in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(VerificationFailed, match="The adapter in 16 bits at hand, loaded back, has loss "):
         verifier.check_local(folder)
-    (folder / "model.safetensors").unlink()
+    file.unlink()
     store = open_store(parse(f"file://{tmp_path}/out"), Credentials("output", {}))
-    output = AdapterOutput(store, Metadata(name="merge"))
-    with pytest.raises(ValueError, match=r"holds no merged: model\.safetensors missing"):
+    output = AdapterOutput(store, Metadata(name="half"))
+    with pytest.raises(ValueError, match=r"holds no half: adapter_model\.safetensors missing"):
         output.publish(Bundle(folder, artifact, "org/base", rank=8, metrics={}))

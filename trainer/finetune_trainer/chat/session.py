@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -15,6 +16,7 @@ from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.evaluation.decoding import left_padded
 from finetune_trainer.model.published import PublishedAdapter, load_published
 from finetune_trainer.runtime.device import quiet_libraries
 from finetune_trainer.runtime.precision import mixed_precision
@@ -23,11 +25,6 @@ from finetune_trainer.settings import Settings
 #: Takes a piece of an answer as soon as it is there.
 OnText = Callable[[str], object]
 _NO_LIMIT: Final = 2**31
-
-
-def gpu_here() -> bool:
-    """Return whether there is a GPU that torch can use."""
-    return torch.cuda.is_available()
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -81,7 +78,7 @@ class ChatSession:
             TrainerError: The base model is missing or denied, does not fit, or the tokenizer has no chat template.
         """
         quiet_libraries()
-        device = "cuda:0" if gpu_here() else "cpu"
+        device = "cuda:0" if settings.spec.resources.gpus_per_node else "cpu"
         adapter = load_published(folder, settings, work, device)
         encoder = Encoder(adapter.base.tokenizer, _NO_LIMIT)
         if form == "chat" and not encoder.tokenizer.chat_template:
@@ -109,7 +106,7 @@ class ChatSession:
         """Yield the prompts of a data file; raises DatasetInvalid."""
         return prompts.of_file(path, self.settings.spec, self.encoder)
 
-    def answer(self, prompt: Prompt, on_text: OnText = lambda text: None, *, base: bool = False) -> str:
+    def answer(self, prompt: Prompt, on_text: OnText, *, base: bool = False) -> str:
         """Return the answer to `prompt`, each piece of it given to `on_text` first.
 
         Args:
@@ -120,9 +117,16 @@ class ChatSession:
         Raises:
             ConfigInvalid: The prompt is longer than the model can read.
         """
+        return self._generated([prompt], base, _Streamer(self.encoder.tokenizer, on_text))[0]
+
+    def answers(self, batch: Sequence[Prompt], *, base: bool = False) -> list[str]:
+        """Return the answers to a batch of prompts, made together; raises ConfigInvalid for one that is too long."""
+        return self._generated(batch, base, None)
+
+    def _generated(self, batch: Sequence[Prompt], base: bool, streamer: Any) -> list[str]:
         model, tokenizer = self.adapter.model, self.encoder.tokenizer
-        room = self._room(prompt)
-        ids = torch.tensor([list(prompt.ids)], device=model.device)
+        room = min(map(self._room, batch))
+        ids, mask = left_padded([each.ids for each in batch], tokenizer.pad_token_id, model.device)
         with (
             model.disable_adapter() if base else nullcontext(),
             torch.inference_mode(),
@@ -130,15 +134,19 @@ class ChatSession:
         ):
             output = model.generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=min(self.max_new_tokens, room),
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(stop_tokens(self.encoder)),
-                streamer=_Streamer(tokenizer, on_text),
+                eos_token_id=self._stops,
+                streamer=streamer,
             )
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+
+    @cached_property
+    def _stops(self) -> list[int]:
+        return sorted(stop_tokens(self.encoder))
 
     def _room(self, prompt: Prompt) -> int:
         """Return how many tokens the model can write after `prompt`."""

@@ -8,12 +8,13 @@ from typing import Any, Final
 
 import structlog
 import torch
+from torch.nn.functional import cross_entropy
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_evaluation import Evaluation
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import TokenizedDataset
-from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.encoding import IGNORE, Encoder
 from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_files import Rows
 from finetune_trainer.data.rows import refuse_bad_rows
@@ -147,6 +148,21 @@ class Evaluator:
         with self._evaluating(model):
             sums = alone.run(sample, lambda batch: self.sum_loss(model, batch))
         return sum(loss for _, (loss, _) in sums) / sum(targets for _, (_, targets) in sums)
+
+    def own_loss_of(self, model: Any) -> float:
+        """Return the mean loss over the same rows by the logits that `model` itself answers with, row by row.
+
+        Any causal language model of transformers has them, whether its loss is patched or not.
+        """
+        total, count = 0.0, 0
+        with self._evaluating(model):
+            for index in range(len(self._rows.input_ids))[:_SAMPLE]:
+                ids = torch.tensor([self._rows.input_ids[index]], device=model.device)
+                labels = torch.tensor(self._rows.labels[index][1:], device=model.device)
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+                total += float(cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum"))
+                count += int((labels != IGNORE).sum())
+        return total / count
 
     def sum_loss(self, model: Any, indices: Sequence[int]) -> tuple[float, int]:
         """Return the loss of one batch of rows, summed over its targets, and how many these are."""

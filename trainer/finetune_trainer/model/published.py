@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune_api import constants
 from finetune_api.manifest import ManifestError, load_file
 from finetune_api.spec import FineTuneJob
@@ -33,10 +35,17 @@ class PublishedAdapter:
     Attributes:
         base: The base model, with the tokenizer that was published with the adapter.
         model: The PEFT model, in evaluation mode.
+        weights: The base model's folder, weights included.
     """
 
     base: BaseModel
     model: Any
+    weights: Path
+
+
+def gpu_here() -> bool:
+    """Return whether there is a GPU that torch can use."""
+    return torch.cuda.is_available()
 
 
 def job_of(folder: Path, overrides: Sequence[str] = ()) -> FineTuneJob:
@@ -78,7 +87,7 @@ def load_published(folder: Path, settings: Settings, work: Path, device: str) ->
     with weights_must_fit(spec.model.source, spec.quantization.bits):
         model = load_base_model(weights, base, spec, ExecutionPlan(attention=base.attention), device)
         model = attach_adapter(model, base, spec.lora, folder)
-    return PublishedAdapter(base, model.eval())
+    return PublishedAdapter(base, model.eval(), weights)
 
 
 def trained_commit(folder: Path, settings: Settings) -> str | None:

@@ -14,7 +14,7 @@ from finetune_trainer.model.adapter import adapter_weights, detach_adapter
 from finetune_trainer.model.architecture import layout
 from finetune_trainer.model.embeddings import grow
 from finetune_trainer.model.experts import attaching_adapters
-from finetune_trainer.publishing.artifact import Check, LossMeter, Trained, VerificationFailed
+from finetune_trainer.publishing.artifact import Check, Losses, LossMeter, Trained, VerificationFailed
 from finetune_trainer.stores.errors import StoreCorrupted
 
 log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ def compare_losses(trained: Trained, meter: LossMeter) -> Check:
 
     weights = _copied(adapter_weights(model))
 
-    def check(folder: Path, where: str) -> None:
+    def check(folder: Path, where: str) -> Losses:
         nonlocal model
         base = detach_adapter(model)
         with attaching_adapters(base):
@@ -47,6 +47,7 @@ def compare_losses(trained: Trained, meter: LossMeter) -> Check:
                 f" {expected:.6f}; it is not published"
             )
         log.info(f"The adapter at {where} was loaded back with PEFT and computes the same", loss=round(found, 6))
+        return Losses(expected, found)
 
     return check
 

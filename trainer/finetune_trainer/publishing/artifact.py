@@ -11,9 +11,18 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.model.base import BaseModel
 
-#: Loads the artifact in a folder and compares it with the trained model; the text says where the artifact is.
-#: Raises VerificationFailed.
-Check = Callable[[Path, str], None]
+
+@dataclass(frozen=True)
+class Losses:
+    """What the trained model computes on some rows, and what the artifact does, in nats per token."""
+
+    trained: float
+    artifact: float
+
+
+#: Loads the artifact in a folder and compares it with the trained model; the text says where the artifact is. Returns
+#: the losses, None where it compared weights. Raises VerificationFailed.
+Check = Callable[[Path, str], Losses | None]
 
 
 class VerificationFailed(Exception):
@@ -24,7 +33,11 @@ class LossMeter(Protocol):
     """Measures a model; the Evaluator, for one."""
 
     def loss_of(self, model: Any) -> float:
-        """Return the mean loss of some rows, in nats per token."""
+        """Return the mean loss of some rows, in nats per token, of a model prepared for training."""
+        ...
+
+    def own_loss_of(self, model: Any) -> float:
+        """Return the mean loss of the same rows by the model's own logits."""
         ...
 
 
@@ -37,12 +50,16 @@ class Trained:
         model: The PEFT model, with the weights to publish.
         base: The base model's name, configuration and tokenizer.
         plan: How the run was laid out; with sharded or fp8 weights one process cannot compute what a user's will.
+        weights: The base model's folder, weights included; for artifacts that hold them.
+        adapter: The folder of the adapter as it is published; for artifacts that are made of it.
     """
 
     spec: FineTuneJobSpec
     model: Any
     base: BaseModel
     plan: ExecutionPlan
+    weights: Path | None = None
+    adapter: Path | None = None
 
 
 class Artifact(ABC):

@@ -11,11 +11,13 @@ def published_earlier(ctx: RunContext, output: AdapterOutput, checkpoints: Check
     Raises:
         StoreCorrupted: The adapter is gone, or is not what its manifest says.
     """
-    from finetune_trainer.publishing.verify import load_back  # imports torch
+    from finetune_trainer.publishing.export import report_published  # these import torch
+    from finetune_trainer.publishing.verify import load_back
 
     found = ctx.on_rank_zero(lambda: load_back(output, ctx.directory.published))
     ctx.report.metrics(found.metrics or {})
     ctx.report.progress(step=found.step or 0, total_steps=found.step)
-    if ctx.ranks.is_main:
-        checkpoints.delete_unless_kept()
-    return f"An earlier attempt has published the adapter at {output.store.root}"
+    if not ctx.ranks.is_main:
+        return ""
+    checkpoints.delete_unless_kept()
+    return f"An earlier attempt has published the adapter at {output.store.root}{report_published(ctx)}"

@@ -58,6 +58,17 @@ def render(job: FineTuneJob, metrics: Mapping[str, float], base_model: str, pad_
     return "\n\n".join(parts) + "\n"
 
 
+def render_artifact(job: FineTuneJob, artifact: str, base_model: str, loss: float | None) -> str:
+    """Return the README.md of what was made of the adapter of `job` besides."""
+    front = yaml.safe_dump({"base_model": base_model, "pipeline_tag": "text-generation"}, sort_keys=False)
+    compared = f", and compared with it on held-out rows (loss {loss:.4f} nats per token)" if loss is not None else ""
+    return (
+        f"---\n{front}---\n\n# {job.metadata.name}, {artifact}\n\n`{base_model}` with the adapter of the FineTuneJob"
+        f" `{job.metadata.name}`, which lies at `{job.spec.output.uri}`. It was loaded back{compared}. `training/`"
+        " holds the job and how it was trained.\n"
+    )
+
+
 def _results(metrics: Mapping[str, float]) -> Iterator[str]:
     yield "| | before | after |"
     yield "| --- | --- | --- |"

@@ -10,7 +10,6 @@ publisher looks for a manifest before every file and stops if it is another job'
 that moment can still overwrite the other's: two live jobs must not share a URI.)
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,10 +47,7 @@ class AdapterOutput:
     @classmethod
     def open(cls, settings: Settings) -> "AdapterOutput":
         """Open output.uri with the credentials of the role `output`. Makes no request yet; raises StoreError."""
-        output = settings.spec.output
-        credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
-        store = open_store(parse(output.uri), credentials, field="output.uri")
-        return cls(store, settings.job.metadata, output.overwrite)
+        return cls(open_output(settings), settings.job.metadata, settings.spec.output.overwrite)
 
     def find_published(self) -> Adapter | None:
         """Check that the store can take the adapter; call it before anything expensive.
@@ -149,6 +145,13 @@ class AdapterOutput:
             raise _taken(self.store, existing[0])
 
 
+def open_output(settings: Settings, folder: str = "") -> Store:
+    """Open output.uri, or a folder below it. Makes no request yet; raises StoreError."""
+    credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
+    root = parse(settings.spec.output.uri)
+    return open_store(root.join(folder) if folder else root, credentials, field="output.uri")
+
+
 def _digests(bundle: Bundle) -> dict[str, Digest]:
     """Return the digest of every file to publish, by path; large files last, so that errors show early."""
     folder = bundle.folder
@@ -212,7 +215,7 @@ def _delete_stale(store: Store, old: StoreManifest, new: StoreManifest) -> None:
 def _adapter(store: Store, manifest: StoreManifest, data: bytes) -> Adapter:
     return Adapter(
         uri=str(store.root),
-        manifest_digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        manifest_digest=store_manifest.digest_of(data),
         size_bytes=manifest.size_bytes,
         base_model=manifest.base_model or "",
         rank=manifest.rank or 0,

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 
 from finetune_api import constants, exit_codes
-from finetune_api.status import Adapter, ExecutionPlan, Progress, Resumption, Stage, TrainerReport
+from finetune_api.status import Adapter, Artifact, ExecutionPlan, Progress, Resumption, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
 #: Bytes that a message keeps, if it is too long for the termination log, before metrics are dropped instead.
 _LEAST_MESSAGE_BYTES = 256
-_FIRST = ("adapter", "stage", "reason", "message", "resumedFrom")
+_FIRST = ("adapter", "stage", "reason", "message", "resumedFrom", "artifacts")
 _TOLD_BEFORE = ("learning_rate", "tokens_per_second", "estimated_completion_time", "updated_at")
 _PLAN = ("micro_batch_size", "gradient_accumulation_steps", "predicted_peak_memory_bytes", "measured_peak_memory_bytes")
 Listener = Callable[[TrainerReport], None]
@@ -75,6 +75,10 @@ class Reporter:
                 known["estimated_completion_time"] = now + left
         known |= {"step": step, "total_steps": total_steps, "updated_at": now}
         self._change(progress=Progress.model_validate(known))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Add what was made of the adapter besides."""
+        self._change(artifacts=[*self.report.artifacts, artifact])
 
     def succeeded(self, adapter: Adapter, message: str) -> None:
         self._change(stage="Succeeded", reason="Succeeded", message=message, adapter=adapter)
@@ -142,7 +146,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
     if least.adapter:  # both of its URIs are long: the base model's also stands in the job's spec
         brief = least.adapter.model_copy(update={"base_model": _cut(least.adapter.base_model, 64)})
         least = least.model_copy(
-            update={"adapter": brief, "message": "", "progress": Progress(step=least.progress.step)}
+            update={"adapter": brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
         )
     return _json(least)
 

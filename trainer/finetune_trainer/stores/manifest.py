@@ -1,5 +1,6 @@
 """Read, list and verify the manifest.json of a folder in a store."""
 
+import hashlib
 from pathlib import PurePosixPath
 from typing import Final, Protocol
 
@@ -37,6 +38,11 @@ def read(store: Store, folder: str = "") -> tuple[StoreManifest, bytes] | None:
             first = error.errors()[0]
             problem = f"{'.'.join(str(part) for part in first['loc']) or 'text'}: {first['msg']}"
     raise StoreCorrupted(f"{store.field}: {store.uri_of(path)} is no manifest of ours: {problem}")
+
+
+def digest_of(data: bytes) -> str:
+    """Return the digest of a publication, whose manifest's bytes are `data`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def manifest_path(folder: str) -> str:

@@ -4,6 +4,7 @@ from typing import Final
 
 from finetune_trainer.publishing.artifact import Artifact
 from finetune_trainer.publishing.artifacts.adapter import AdapterArtifact
+from finetune_trainer.publishing.artifacts.merged import MergedArtifact
 
 #: Every artifact by its kind in manifest.json.
-ARTIFACTS: Final[dict[str, Artifact]] = {each.kind: each for each in (AdapterArtifact(),)}
+ARTIFACTS: Final[dict[str, Artifact]] = {each.kind: each for each in (AdapterArtifact(), MergedArtifact())}

@@ -1,0 +1,7 @@
+"""What a job can make of its adapter, by the names that spec and status give it."""
+
+from typing import Final, Literal
+
+ArtifactName = Literal["merged"]
+#: `kind` of the manifest.json of each.
+MANIFEST_KINDS: Final[dict[str, str]] = {"merged": "Merged"}

@@ -1,0 +1,132 @@
+"""A run that makes a merged model of its adapter, besides: published, compared, or told why not."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer.publishing.artifacts.merged import MergedArtifact
+from support.cli.run import finetune
+from support.trainer.process import Finished, job, train
+
+WANTED: dict[str, Any] = {"output.artifacts": ["merged"]}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return train(job(folder, tiny_model, WANTED, uid="1234"), folder / "process"), folder
+
+
+def test_the_merged_model_is_published_beside_the_adapter(run: tuple[Finished, Path]) -> None:
+    done, folder = run
+    assert done.exit_code == 0, done.log
+    assert done.message.endswith("and was loaded back; merged beside it")
+    [merged] = done.report["artifacts"]
+    data = (folder / "out/merged/manifest.json").read_bytes()
+    manifest = json.loads(data)
+    assert merged["name"] == "merged"
+    assert merged["uri"] == f"file://{folder}/out/merged"
+    assert merged["manifestDigest"] == f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert manifest["kind"] == "Merged"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training/job.yaml", "README.md"} <= {
+        file["path"] for file in manifest["files"]
+    }
+    assert abs(merged["loss"] - merged["adapterLoss"]) < 0.02
+    assert manifest["metrics"]["mergedLoss"] == merged["loss"]
+    adapter = json.loads((folder / "out/manifest.json").read_text())
+    assert not [file for file in adapter["files"] if file["path"].startswith("merged/")]
+
+
+def test_transformers_alone_finds_the_same_loss(run: tuple[Finished, Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done, folder = run
+    model = AutoModelForCausalLM.from_pretrained(folder / "out/merged", dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out/merged")
+    total, count = 0.0, 0
+    for line in (folder / "eval.jsonl").read_text().splitlines()[:8]:
+        ids = tokenizer(json.loads(line)["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert abs(total / count - done.report["artifacts"][0]["loss"]) < 0.02
+
+
+def test_a_merged_model_can_be_downloaded_and_is_no_adapter_to_chat_with(
+    run: tuple[Finished, Path], tmp_path: Path
+) -> None:
+    merged = f"file://{run[1]}/out/merged"
+    got = finetune("download", merged, str(tmp_path / "got"))
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / "got/model.safetensors").is_file()
+    refused = finetune("chat", merged, "--once", "?")
+    assert refused.returncode == 1
+    assert f"{merged} holds a Merged, not an adapter" in refused.stderr
+
+
+def test_another_attempt_reports_what_there_is(run: tuple[Finished, Path], tiny_model: Path, tmp_path: Path) -> None:
+    again = train(job(run[1], tiny_model, WANTED, uid="1234"), tmp_path / "again")
+    assert again.report["artifacts"] == run[0].report["artifacts"]
+    (run[1] / "out/merged/manifest.json").rename(tmp_path / "moved")
+    try:
+        [missing] = train(job(run[1], tiny_model, WANTED, uid="1234"), tmp_path / "third").report["artifacts"]
+    finally:
+        (tmp_path / "moved").rename(run[1] / "out/merged/manifest.json")
+    assert missing == {"name": "merged", "message": "the attempt that published the adapter ended before it was made"}
+
+
+def test_a_merge_that_computes_something_else_leaves_the_adapter_alone(tiny_model: Path, tmp_path: Path) -> None:
+    def break_the_merge() -> None:
+        from safetensors.torch import load_file, save_file
+
+        build = MergedArtifact.build
+
+        def broken(self: MergedArtifact, trained: Any, folder: Path) -> None:
+            build(self, trained, folder)
+            weights = load_file(folder / "model.safetensors")
+            save_file({name: each * 1.5 for name, each in weights.items()}, folder / "model.safetensors")
+
+        MergedArtifact.build = broken  # type: ignore[method-assign]
+
+    done = train(job(tmp_path, tiny_model, WANTED), tmp_path / "process", before=break_the_merge)
+    assert done.exit_code == 0, done.log
+    [merged] = done.report["artifacts"]
+    assert "uri" not in merged
+    assert merged["message"].startswith("The merged model at hand, loaded back, has loss ")
+    assert "merged failed: The merged model at hand" in done.message
+    assert (tmp_path / "out/manifest.json").is_file()
+    assert not (tmp_path / "out/merged/manifest.json").exists()
+
+
+def test_an_adapter_published_before_is_exported_by_the_command(run: tuple[Finished, Path], tmp_path: Path) -> None:
+    source, target = str(run[1] / "out"), tmp_path / "merged"
+    made = finetune("export", source, str(target), "--to", "merged")
+    assert made.returncode == 0, made.stderr
+    assert f"merged published at file://{target}" in made.stdout
+    [before] = run[0].report["artifacts"]
+    metrics = json.loads((target / "manifest.json").read_text())["metrics"]
+    assert metrics["mergedLoss"] == pytest.approx(before["loss"], abs=1e-6)
+    assert (target / "model.safetensors").read_bytes() == (run[1] / "out/merged/model.safetensors").read_bytes()
+    theirs = json.loads((target / "manifest.json").read_text()) | {"job": {"name": "other", "uid": "other"}}
+    (target / "manifest.json").write_text(json.dumps(theirs))
+    taken = finetune("export", source, str(target))
+    assert taken.returncode == 1
+    assert "already holds an adapter (of other" in taken.stderr
+    gone = finetune("export", source, str(tmp_path / "other"), "--rows", "nowhere.jsonl")
+    assert "nowhere.jsonl: no such file" in gone.stderr
+
+
+def test_a_merge_by_the_command_that_computes_something_else_is_not_published(
+    run: tuple[Finished, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_trainer.publishing.artifacts import merged
+
+    monkeypatch.setattr(merged, "TOLERANCE", 0.0)
+    said = finetune("export", str(run[1] / "out"), str(tmp_path / "merged"))
+    assert said.returncode == 5
+    assert "The merged model at hand, loaded back, has loss" in said.stderr
+    assert not list((tmp_path / "merged").glob("*.safetensors"))

@@ -1,0 +1,45 @@
+"""Make an artifact of an adapter that was published before, as a job would have done."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from finetune_api.artifact_names import ArtifactName
+from finetune_api.status import Artifact, ExecutionPlan
+from finetune_trainer.data.dataset import tokenize
+from finetune_trainer.data.row_files import read_rows
+from finetune_trainer.evaluation.evaluator import Evaluator
+from finetune_trainer.inputs import fetch_data_files
+from finetune_trainer.methods import METHODS
+from finetune_trainer.model.published import load_published
+from finetune_trainer.publishing.export import check_exports, plan_exports
+from finetune_trainer.runtime.device import quiet_libraries
+from finetune_trainer.settings import Settings
+from finetune_trainer.stores.base import Store
+
+
+def export_published(folder: Path, settings: Settings, work: Path, name: ArtifactName, store: Store) -> Artifact:
+    """Make the artifact `name` of the adapter in `folder`, compare it with the adapter, and publish it in `store`.
+
+    Args:
+        folder: The adapter's files, compared with its manifest.
+        settings: Its job (model.published.job_of), whose held-out rows it is compared on, and where models are kept.
+        work: A folder of this process, with room for the artifact.
+        name: What to make.
+        store: Where it goes.
+
+    Raises:
+        TrainerError: The base model or the rows cannot be had, or the artifact cannot be made of this adapter.
+        VerificationFailed: The artifact computes something else.
+    """
+    quiet_libraries()
+    output = settings.spec.output.model_copy(update={"artifacts": [name]})
+    spec = settings.spec.model_copy(update={"output": output})
+    settings = replace(settings, job=settings.job.model_copy(update={"spec": spec}))
+    rows = read_rows(*fetch_data_files(settings), spec.dataset, spec.training.seed)
+    adapter = load_published(folder, settings, work, "cuda:0" if spec.resources.gpus_per_node else "cpu")
+    check_exports(adapter.weights, adapter.base, spec)
+    data = tokenize(rows, adapter.base.tokenizer, spec)
+    plan = ExecutionPlan(micro_batch_size=1, attention=adapter.base.attention)
+    meter = Evaluator(spec, METHODS["sft"], plan, adapter.base.tokenizer, settings.ranks, rows=data.eval or data.train)
+    [export] = plan_exports(adapter.model, adapter.base, meter, plan, spec, adapter.weights, folder)
+    return export.publish(settings.job, {}, store, work / "export")
