@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from finetune_trainer.engine.experts import multiply_grouped
 from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import adapter_weights, save_adapter, unreached
@@ -32,6 +33,7 @@ def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: 
     model = tiny_model(kind)
     plain = copy.deepcopy(model).eval()
     config, weights = plain.config.to_dict(), count_weights(plain)
+    multiply_grouped(model)  # transformers' own experts are what it is compared with
     try:
         findings = prove(model, family_report.SPEC, family_report.plan(model), family_report.ROWS, 0)
     except ConfigInvalid as error:

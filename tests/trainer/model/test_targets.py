@@ -17,7 +17,7 @@ from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import adapter_weights, attach_adapter, save_adapter
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.model.targets import Rehearsal, adapter_settings
+from finetune_trainer.model.targets import Rehearsal, adapter_settings, check_trained_whole
 from finetune_trainer.publishing.adapter_checks import compare_losses, require_same
 from finetune_trainer.publishing.artifact import Trained, VerificationFailed
 from support.trainer import family_report
@@ -207,3 +207,27 @@ def test_an_adapter_that_does_not_load_back_is_never_published(tmp_path: Path) -
 class _SameLoss:
     def loss_of(self, model: Any) -> float:
         return 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "bits", "layer"),
+    [
+        ("llama", "mlp", 4, "model.layers.0.mlp.gate_proj"),
+        ("llama", "q_proj", 8, "model.layers.0.self_attn.q_proj"),
+        ("qwen3_moe", "mlp.experts", 4, "model.layers.0.mlp.experts"),
+        ("qwen3_moe", "mlp.experts", 8, None),
+        ("llama", "mlp", 16, None),
+        ("llama", "lm_head", 4, None),
+        ("llama", "embed_tokens", 4, None),
+    ],
+)
+def test_what_is_quantized_is_not_trained_whole(kind: str, wanted: str, bits: int, layer: str | None) -> None:
+    with torch.device("meta"):
+        skeleton = tiny_model(kind)
+    lora = Lora.model_validate({"modulesToSave": [wanted]})
+    if layer is None:
+        check_trained_whole(skeleton, lora, bits)
+        return
+    said = rf"spec.lora.modulesToSave: '{wanted}' holds {layer}, which is quantized to {bits} bits .*bits: 16, or"
+    with pytest.raises(ConfigInvalid, match=said):
+        check_trained_whole(skeleton, lora, bits)

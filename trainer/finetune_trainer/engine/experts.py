@@ -94,7 +94,8 @@ def forward(
     tokens, k = top_k_index.shape
     expert, order = top_k_index.reshape(-1).sort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True, out_int32=True)
+    each = torch.arange(self.num_experts, dtype=expert.dtype, device=expert.device)
+    ends = torch.searchsorted(expert, each, right=True, out_int32=True)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     found: torch.Tensor = _Sorted.apply(hidden_states, order, back)  # type: ignore[no-untyped-call]
     found = _product(self, first, found, expert, ends, adapters or {})

@@ -9,7 +9,7 @@ from finetune_trainer.data.tokenizer import add_tokens, check_vocabulary, load_t
 from finetune_trainer.inputs import ModelFiles, base_model_id
 from finetune_trainer.model.architecture import count_weights, layout, linear_layers, read_config
 from finetune_trainer.model.embeddings import NewTokens, grow
-from finetune_trainer.model.targets import adapter_settings
+from finetune_trainer.model.targets import adapter_settings, check_trained_whole
 from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.refusals import check_config
 
@@ -83,6 +83,7 @@ def inspect_base_model(files: ModelFiles, spec: FineTuneJobSpec) -> BaseModel:
     if stored := bool(read.get("quantization_config")):  # with experts as they were
         counts = replace(counts, experts=0, other=counts.other + counts.experts)
     name = base_model_id(source)
+    check_trained_whole(skeleton, spec.lora, spec.quantization.bits)
     adapter, rehearsal = adapter_settings(skeleton, spec.lora, name, files.revision, new)
     return BaseModel(
         name=name,

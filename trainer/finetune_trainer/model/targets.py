@@ -166,6 +166,27 @@ def _check_saved(skeleton: Any, lora: Lora) -> None:
             )
 
 
+def check_trained_whole(skeleton: Any, lora: Lora, bits: int) -> None:
+    """Check that no module in lora.modulesToSave holds quantized weights: those cannot train.
+
+    Raises:
+        ConfigInvalid: Naming the module, and a layer in it.
+    """
+    from finetune_trainer.model.experts import experts_of
+
+    head = skeleton.get_output_embeddings()
+    layers = [name for name, module in linear_modules(skeleton) if module is not head] if bits < 16 else []
+    if bits == 4:
+        names = {module: name for name, module in skeleton.named_modules()}
+        layers += [names[module] for module, _, _ in experts_of(skeleton)]
+    for wanted in lora.modules_to_save or ():
+        if found := next((name for name in layers if f".{wanted}." in f".{name}."), None):
+            raise ConfigInvalid(
+                f"spec.lora.modulesToSave: {wanted!r} holds {found}, which is quantized to {bits} bits and cannot"
+                " train; take quantization.bits: 16, or modules that are not quantized, as embed_tokens and lm_head"
+            )
+
+
 def expert_names(model: Any) -> frozenset[str]:
     """Return the names by which PEFT knows the parts of experts that transformers keeps as one parameter."""
     from peft.utils import transformers_weight_conversion as conversion
