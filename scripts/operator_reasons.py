@@ -80,6 +80,12 @@ ENDINGS: Final = {
 #: Scheduled=False: why nothing runs yet, or just now.
 WAITS: Final = {
     "Pending": Reason("The pods are about to start.", NOTHING),
+    "OutputInUse": Reason(
+        "Another job of the namespace that is not over has the same `output.uri`; the message names it. The one"
+        " that has begun goes first, else the older. No GPU is held.",
+        "Give this job its own `output.uri` (it may change until training begins; `{name}` in it stands for the job's"
+        " name), or wait: it starts once the other is over or deleted.",
+    ),
     "Queued": Reason(
         "Kueue has not admitted the Job, or somebody else suspended it; the message repeats Kueue's sentence.",
         "Wait, or look at the quota: `kubectl describe workloads`.",

@@ -62,6 +62,23 @@ def _resolve_relative(value: Any, base: Path) -> Any:
     return value
 
 
+def with_name(value: Any, name: Any) -> Any:
+    """Return the URI with {name} in it filled in; anything else unchanged."""
+    return value.replace(uri.NAME_FIELD, name) if isinstance(value, str) and isinstance(name, str) else value
+
+
+def _fill_in_name(spec: Any, name: Any) -> Any:
+    """Fill {name} in where a job writes."""
+    if not isinstance(spec, dict):
+        return spec
+    filled = {
+        section: {**found, "uri": with_name(found.get("uri"), name)}
+        for section in ("output", "checkpoint")
+        if isinstance(found := spec.get(section), dict) and "uri" in found
+    }
+    return {**spec, **filled}
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         value = uri.redacted(value)
@@ -123,7 +140,13 @@ def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
 
 
 def check(document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
-    """Turn a document into a FineTuneJob. `base` is the folder that file://./ starts from. Raises ManifestError."""
+    """Turn a document into a FineTuneJob, {name} filled in. Raises ManifestError.
+
+    Args:
+        document: What was read; overrides are set in it.
+        base: The folder that file://./ starts from.
+        overrides: 'path.below.spec=value' assignments.
+    """
     if not isinstance(document.data, dict):
         raise ManifestError([document.problem((), f"is no {constants.KIND}: a manifest is a YAML mapping")])
     _override(document, overrides)
@@ -131,6 +154,9 @@ def check(document: Document, base: Path | None = None, overrides: Sequence[str]
     data.pop("status", None)
     if base is not None and "spec" in data:
         data["spec"] = _resolve_relative(data["spec"], base)
+    metadata = data.get("metadata")
+    if "spec" in data and isinstance(metadata, dict):
+        data["spec"] = _fill_in_name(data["spec"], metadata.get("name"))
     try:
         return FineTuneJob.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:

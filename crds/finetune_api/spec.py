@@ -127,6 +127,18 @@ class FineTuneJobSpec(ApiModel):
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Delete the FineTuneJob (never the adapter) this long after it ended."""
 
+    @property
+    def uris(self) -> dict[str, str]:
+        """All that is read and written, by its field below spec."""
+        found = {
+            "model.source": self.model.source,
+            **{f"dataset.{name}": uri for name, uri in self.dataset.uris.items()},
+            "lora.initFrom": self.lora.init_from,
+            "checkpoint.uri": self.checkpoint.uri,
+            "output.uri": self.output.uri,
+        }
+        return {field: uri for field, uri in found.items() if uri}
+
 
 #: Sections of the spec that may not change once an attempt exists, the image once one has run (CEL rules in crd.py).
 IMMUTABLE = (

@@ -137,7 +137,9 @@ class Output(ApiModel):
     """Where the adapter goes."""
 
     uri: WritableUri
-    """Prefix that will hold the adapter. Its manifest.json is written last: where it is, the adapter is whole."""
+    """Prefix that will hold the adapter. Its manifest.json is written last: where it is, the adapter is whole. {name}
+    stands for the job's name, as in s3://adapters/{name}. While another job of the namespace that is not over writes
+    there, this one waits."""
     secret_ref: SecretRef | None = None
     """Secret with AWS_* keys for the output and the checkpoints."""
     overwrite: bool = False

@@ -28,7 +28,7 @@ class Checkpoint(ApiModel):
     keep: Annotated[int, Field(ge=1, le=100)] = 2
     """Checkpoints to keep; older ones are deleted."""
     uri: WritableUri | None = None
-    """Where checkpoints go. Default: checkpoints/ under output.uri."""
+    """Where checkpoints go; {name} stands for the job's name. Default: checkpoints/ under output.uri."""
 
 
 class Wandb(ApiModel):

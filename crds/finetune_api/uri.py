@@ -56,6 +56,15 @@ def pattern(schemes: tuple[str, ...]) -> str:
     return "^(" + "|".join(FORMS[scheme][0] for scheme in schemes) + ")$"
 
 
+#: In a place that a job writes to, this stands for metadata.name (manifest.check fills it in).
+NAME_FIELD: Final = "{name}"
+
+
+def place(value: str) -> str:
+    """Return the URI as the folder it names, to compare: a slash at its end changes nothing."""
+    return value.rstrip("/")
+
+
 def allowed(schemes: tuple[str, ...]) -> str:
     """Return the forms of `schemes` in words: 's3://bucket/key, pvc://claim/path or file:///absolute/path'."""
     forms = [FORMS[scheme][1] for scheme in schemes]
@@ -79,6 +88,18 @@ def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
             f"must be {allowed(schemes)}; a path may hold letters of any language, digits, . _ ~ @ + = , : - % ! ( )"
             " and spaces inside a name",
         ),
+    )
+
+
+@cache
+def rules_with_name(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
+    """Return the rules of a URI field that may hold {name} in its path."""
+    *first, form = rules(schemes)
+    with_braces = form.pattern.replace(_CHARACTERS, _CHARACTERS.replace("!()", "!(){}"))
+    return (
+        *first,
+        TextRule(r"^([^{}]|[{]name[}])*$", "may hold {name}, which stands for the job's name, and no other braces"),
+        TextRule(with_braces, f"{form.message}; {{name}} stands for the job's name"),
     )
 
 

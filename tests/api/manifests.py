@@ -128,6 +128,7 @@ ACCEPTED = [
     }),
     _accepted("part of the rows held out", {"spec.dataset.evalFraction": 0.05, "spec.evaluation.earlyStopping": {}}),
     _accepted("names that only begin alike", {"spec.output.uri": "s3://data/nli/train_ft", "spec.model.source": "s3://data/n"}),
+    _accepted("the name in what is written", {"spec.output.uri": "s3://adapters/{name}", "spec.checkpoint.uri": "s3://adapters/a-{name} b/x"}),
     _accepted("checkpoints below the output", {"spec.checkpoint.uri": "s3://adapters/nli/steps"}),
     _accepted("rows of another format", {"spec.dataset": {"train": "s3://data/x", "format": "sharegpt", "loss": "all"}}),
     _accepted("columns of other names", {
@@ -217,6 +218,10 @@ REFUSED = [
     _refused("source of credentials", {"spec.dataset": {"sources": [{"uri": "s3://k:s@data/a"}]}}, "spec.dataset.sources", _CREDENTIALS),
     _refused("all rows held out", {"spec.dataset.evalFraction": 1}, "spec.dataset.evalFraction", "should be less than 1"),
     _refused("held-out rows in two ways", {**_EVAL, "spec.dataset.evalFraction": 0.1}, "spec.dataset.evalFraction", "must not be given beside dataset.eval"),
+    _refused("another field in braces", {"spec.output.uri": "s3://adapters/{uid}"}, "spec.output.uri", "may hold {name}"),
+    _refused("half a brace", {"spec.checkpoint.uri": "s3://adapters/{name"}, "spec.checkpoint.uri", "may hold {name}"),
+    _refused("a bucket of that name", {"spec.output.uri": "s3://{name}/x"}, "spec.output.uri", "must be s3://bucket/key"),
+    _refused("the name in what is read", {"spec.dataset.train": "s3://data/{name}"}, "spec.dataset.train", "must be hf://owner/name"),
     _refused("output onto the model", {"spec.model.source": "s3://adapters/nli/"}, "spec.output.uri", "must not be, hold or lie in model.source"),
     _refused("output in the model", {"spec.model.source": "s3://adapters"}, "spec.output.uri", "must not be, hold or lie in model.source"),
     _refused("output above the rows", {"spec.output.uri": "s3://data/nli/"}, "spec.output.uri", "must not be, hold or lie in dataset.train"),

@@ -99,15 +99,8 @@ def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
             f"spec.resources.gpusPerNode is {spec.resources.gpus_per_node}, and this machine has {here}",
             hint=f"add --set resources.gpusPerNode={here} (0 is the CPU), or train in a cluster: finetune submit",
         )
-    sources = {
-        "model.source": spec.model.source,
-        **{f"dataset.{name}": uri for name, uri in spec.dataset.uris.items()},
-        "lora.initFrom": spec.lora.init_from,
-        "checkpoint.uri": spec.checkpoint.uri,
-        "output.uri": spec.output.uri,
-    }
-    for field, uri in sources.items():
-        if uri and uri.startswith("pvc://") and constants.ENV_PVC_ROOT not in env:
+    for field, uri in spec.uris.items():
+        if uri.startswith("pvc://") and constants.ENV_PVC_ROOT not in env:
             raise CliError(
                 f"spec.{field} is {uri}, a volume of a cluster",
                 hint=f"set {constants.ENV_PVC_ROOT}=DIR to read pvc://claim/path from DIR/claim/path,"

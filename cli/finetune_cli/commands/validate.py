@@ -12,12 +12,16 @@ from finetune_cli.errors import CliError
 
 @dataclass
 class Tally:
-    """What a validation found: names of valid jobs, problems as printable lines, kinds left alone."""
+    """What a validation found.
+
+    Names of valid jobs, problems as printable lines, kinds left alone, and what a cluster cannot read of valid jobs.
+    """
 
     valid: list[str] = field(default_factory=list)
     invalid: int = 0
     problems: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    local: list[str] = field(default_factory=list)
 
 
 def check(file: str, tally: Tally) -> None:
@@ -40,7 +44,10 @@ def check(file: str, tally: Tally) -> None:
             )
             continue
         try:
-            tally.valid.append(manifest.check(document, source.base).metadata.name)
+            job = manifest.check(document, source.base)
+            tally.valid.append(job.metadata.name)
+            if fields := [f"spec.{name}" for name, uri in job.spec.uris.items() if uri.startswith("file://")]:
+                tally.local.append(f"{document.source}: the cluster cannot read {', '.join(fields)}")
         except manifest.ManifestError as error:
             tally.problems.extend(one_line(str(problem)) for problem in error.problems)
             tally.invalid += 1
@@ -58,7 +65,8 @@ def validate(
     """Check manifests without a cluster.
 
     Prints every problem with its file, line and field, in the words kubectl apply would use, and exits 1 if there
-    is one. A file may hold several documents; kinds other than FineTuneJob are left alone.
+    is one. A file may hold several documents; kinds other than FineTuneJob are left alone. file:// is right for
+    finetune run alone: a cluster cannot read this machine's files, and kubectl apply refuses file://./.
 
     Examples:
         finetune validate job.yaml
@@ -83,4 +91,9 @@ def validate(
     if not tally.valid:
         raise CliError("nothing to check: there is no FineTuneJob in what was given")
     listed = ", ".join(tally.valid[:5]) + (", …" if len(tally.valid) > 5 else "")
-    console.done(f"{_count(len(tally.valid), 'FineTuneJob')} valid: {listed}")
+    where = "" if not tally.local else " for finetune run"
+    console.done(f"{_count(len(tally.valid), 'FineTuneJob')} valid{where}: {listed}")
+    for line in tally.local:
+        console.note(line)
+    if tally.local:
+        console.note("hint:  for a cluster, put these at s3://bucket/key, pvc://claim/path or hf://owner/name")

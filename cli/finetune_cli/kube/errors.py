@@ -64,7 +64,12 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
             code=Exit.UNREACHABLE,
         )
     if code == 403:
-        return CliError(f"access denied: {message}", hint="ask for a Role that grants this verb", code=Exit.UNREACHABLE)
+        return CliError(
+            f"access denied: {message}",
+            hint="ask for a Role that grants this verb",
+            code=Exit.UNREACHABLE,
+            is_denied=True,
+        )
     if code == 404:
         return _not_found(status, server, where, name, what)
     if code == 409:

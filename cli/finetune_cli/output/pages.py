@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api import manifest
 from finetune_api.plain_text import one_line
 from finetune_api.status import Attempt
 from finetune_cli.output import formatting
@@ -109,7 +110,7 @@ def _route(view: View) -> Text:
     route = [
         ("model ", (view.spec.get("model") or {}).get("source")),
         ("data  ", (view.spec.get("dataset") or {}).get("train")),
-        ("output", (view.spec.get("output") or {}).get("uri")),
+        ("output", manifest.with_name((view.spec.get("output") or {}).get("uri"), view.name)),
     ]
     lines = [Text.assemble((f"  {title}  ", "dim"), str(value)) for title, value in route if value]
     return Text("\n").join(lines)

@@ -34,6 +34,8 @@ from finetune_operator.settings import Settings
 
 #: Check the pods of a finished Job this often while one of them is said to run.
 POD_REFRESH_SECONDS = 10.0
+#: Check this often whether the job that holds an output is over.
+OUTPUT_RECHECK_SECONDS = 10.0
 
 
 def plan(observed: Observed, settings: Settings, now: datetime) -> Plan:
@@ -203,6 +205,10 @@ def _start(view: View, after: Retry | None) -> Step:
     if running := next((pod for pod in observed.pods if pod.live), None):
         state = conditions.waiting("Stopping", f"waiting for pod {running.name} of an earlier attempt to end")
         return Step(state, recheck_after=(_pending_left(view, after),))
+    if observed.output_held_by and not view.history:
+        why = wait_reason.output_in_use(view.spec.output.uri, observed.output_held_by)
+        again = (OUTPUT_RECHECK_SECONDS, _pending_left(view, after))
+        return Step(conditions.waiting(why.reason, why.message), recheck_after=again)
     if observed.create_blocked:
         state = conditions.waiting(observed.create_blocked.reason, observed.create_blocked.message)
         return Step(state, recheck_after=(_pending_left(view, after),))

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finetune_api import constants, manifest, uri, wildcard
 from finetune_api.spec import FineTuneJobSpec
@@ -167,11 +166,4 @@ def _not_in(allowed: Sequence[str], field: str, asked: str, what: str = "") -> I
 
 
 def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
-    candidates: tuple[tuple[str, Any], ...] = (
-        ("spec.model.source", spec.model.source),
-        *((f"spec.dataset.{name}", value) for name, value in spec.dataset.uris.items()),
-        ("spec.lora.initFrom", spec.lora.init_from),
-        ("spec.checkpoint.uri", spec.checkpoint.uri),
-        ("spec.output.uri", spec.output.uri),
-    )
-    return ((field, value) for field, value in candidates if value)
+    return ((f"spec.{field}", value) for field, value in spec.uris.items())

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 from finetune_operator.core.controllers import REGISTRY, Registry
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.kinds import POD, ObjectKey
-from finetune_operator.core.objects.observed import Child, WaitReason
+from finetune_operator.core.objects.observed import Child, JobObject, WaitReason
 from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import ReconciledView, Snapshot, View
+from finetune_operator.watch.claims import Claims
 from finetune_operator.watch.doubts import Doubt, Doubts, may_write
 
 V = TypeVar("V")
@@ -39,6 +40,7 @@ class Cache:
         self._wait_reasons: dict[str, OrderedDict[str, WaitReason]] = {}
         """By namespace and uid: whoever can write events in one namespace may name any uid."""
         self._doubts = Doubts()
+        self._claims = Claims()
         self._listed: dict[tuple[str, str], int] = {}
         self._own_writes: OrderedDict[tuple[str, int], None] = OrderedDict()
 
@@ -76,6 +78,8 @@ class Cache:
         stale = [key for key in keys if force or self._is_news(kind, key, uid, raw.version(obj))]
         if stale:
             view = self.registry.view(kind, obj)
+            if isinstance(view, JobObject):
+                self._claims.put(view)
             for key in stale:
                 self._views[kind].setdefault(key, {})[uid] = view
             self._keys[uid] = tuple(dict.fromkeys((*self._keys.get(uid, ()), *keys)))
@@ -145,6 +149,7 @@ class Cache:
 
     def _remove(self, kind: str, uid: str) -> View | None:
         view: View | None = None
+        self._claims.remove(uid)
         self._doubts.remove(self._keys.get(uid, ()), uid)
         for key in self._keys.pop(uid, ()):
             known = self._views[kind].get(key, {})
@@ -242,6 +247,7 @@ class Cache:
             tombstones={uid: self._tombstones[uid] for uid in owners if uid in self._tombstones},
             unlabeled=tuple(f"{doubt.kind} {doubt.name}" for doubt in self.doubts(key) if doubt.is_there),
             wait_reasons={uid: reason for uid in uids if (reason := self.wait_reason(key.namespace, uid))},
+            output_held_by=self._claims.holder(owner) if isinstance(owner, JobObject) else "",
         )
 
     def set_wait_reason(self, namespace: str, uid: str, reason: WaitReason) -> bool:

@@ -44,6 +44,22 @@ def test_submit_under_another_name_leaves_the_first_alone(ctl, kube, manifest):
     assert ranks == {"nli": 16, "nli-32": 32}
 
 
+def test_submit_refuses_an_output_that_another_live_job_writes(ctl, kube, manifest, put):
+    put(yaml.safe_load(MANIFEST), states.running("Training", "Training", ""))
+    result = ctl("submit", str(manifest), "--name", "nli-32")
+    assert result.returncode == 1
+    assert "spec.output.uri: s3://adapters/nli is where job nli (Training) writes" in result.stderr
+    assert ctl("submit", str(manifest), "--name", "nli-32", "--set", "output.uri=s3://adapters/{name}/").returncode == 0
+    assert kube.get("FineTuneJob", "nli-32")["spec"]["output"]["uri"] == "s3://adapters/{name}/"
+    again = ctl("submit", str(manifest), "--name", "nli-64", "--set", "output.uri=s3://adapters/nli-32")
+    assert "s3://adapters/nli-32 is where job nli-32 (Pending) writes" in again.stderr
+
+
+def test_submit_takes_the_output_of_a_job_that_is_over(ctl, manifest, put):
+    put(yaml.safe_load(MANIFEST), states.succeeded("s3://adapters/nli"))
+    assert ctl("submit", str(manifest), "--name", "nli-32").returncode == 0
+
+
 def test_a_dry_run_creates_nothing(ctl, kube, manifest):
     result = ctl("submit", str(manifest), "--dry-run")
     assert "created" in result.stdout

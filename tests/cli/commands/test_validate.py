@@ -159,3 +159,26 @@ def test_files_that_cannot_be_read_are_refused_in_a_sentence(folder):
     assert f"{folder}: is a folder, not a manifest" in result.stderr
     assert "latin.yaml: is not UTF-8 text (byte 9)" in result.stderr
     assert "3 problems in 3 manifests" in result.stderr
+
+
+def test_what_only_this_machine_can_read_is_named_and_is_no_fault(folder):
+    local = MANIFEST.replace("hf://mistralai/Mistral-7B-v0.3", "file://./base")
+    local = local.replace("s3://adapters/nli", "file:///tmp/{name}")
+    (folder / "local.yaml").write_text(local)
+    result = validate(folder, "local.yaml")
+    assert result.returncode == 0
+    assert result.stdout == "✓ 1 FineTuneJob valid for finetune run: nli\n"
+    assert "local.yaml: the cluster cannot read spec.model.source, spec.output.uri" in result.stderr
+    assert "hint:  for a cluster, put these at s3://bucket/key" in result.stderr
+
+
+def test_the_output_may_hold_the_jobs_name_and_no_other_field(folder):
+    named = MANIFEST.replace("s3://adapters/nli", "s3://adapters/{name}/x")
+    (folder / "named.yaml").write_text(named)
+    assert validate(folder, "named.yaml").returncode == 0
+    (folder / "typo.yaml").write_text(named.replace("{name}", "{nmae}"))
+    assert (
+        "may hold {name}, which stands for the job's name, and no other braces" in validate(folder, "typo.yaml").stderr
+    )
+    (folder / "data.yaml").write_text(MANIFEST.replace("s3://data/", "s3://data/{name}/"))
+    assert "spec.dataset.train: Invalid value" in validate(folder, "data.yaml").stderr

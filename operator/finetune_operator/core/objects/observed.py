@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from finetune_api import constants
+from finetune_api import constants, manifest, uri
 from finetune_api.status import TrainerReport
 from finetune_operator.core.objects import job_digest, raw
 from finetune_operator.core.objects.kinds import ObjectKey
@@ -49,6 +49,8 @@ class JobObject:
     """When it started to wait for its pods; None while they run."""
     spec: bytes
     status: bytes
+    place: str = ""
+    """Namespace and folder that it writes to; empty for what no other pod sees."""
     is_whole: bool = True
     """Whether spec and status are here; else they are to be read from the API server."""
 
@@ -57,6 +59,11 @@ class JobObject:
         if len(self.spec) + len(self.status) <= KEPT_BYTES:
             return self
         return replace(self, spec=b"{}", status=b"{}", is_whole=False)
+
+    @property
+    def claims(self) -> bool:
+        """Whether its place is taken: from its creation to its end, but not while it is suspended before it began."""
+        return bool(self.place) and self.phase not in ("Succeeded", "Failed", *([] if self.attempts else ["Suspended"]))
 
     @property
     def key(self) -> ObjectKey:
@@ -80,7 +87,15 @@ class JobObject:
             waiting_since=_waiting_since(obj),
             spec=_packed(obj.get("spec")),
             status=_packed(raw.mapping(obj, "status")),
+            place=_place(obj),
         )
+
+
+def _place(obj: Raw) -> str:
+    """Return where the adapter goes. A bucket's name may mean another store in another namespace, with its Secret."""
+    name, namespace = raw.text(obj, "metadata", "name"), raw.text(obj, "metadata", "namespace")
+    output = str(manifest.with_name(raw.text(obj, "spec", "output", "uri")[: uri.MAX_LENGTH], name))
+    return f"{namespace} {uri.place(output)}" if output.startswith(("s3://", "pvc://")) else ""
 
 
 def _gpus(resources: Raw) -> int:
@@ -196,6 +211,8 @@ class Observed(Observation):
     """Uids of the Jobs of recorded attempts that have not ended."""
     pods: tuple[Pod, ...] = ()
     """Pods of `children`."""
+    output_held_by: str = ""
+    """Another job that writes to the same output and goes first."""
     foreign_children: tuple[str, ...] = ()
     """Unfinished Jobs and live pods of an earlier job of the same name: "Job nli-1", "pod nli-1-x7k2p"."""
     unlabeled: tuple[str, ...] = ()

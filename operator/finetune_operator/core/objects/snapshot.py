@@ -44,6 +44,7 @@ class Snapshot:
         unlabeled: Kind and name of those that have lost their label, so that no watch shows them.
         tombstones: Uid of a deleted child -> uid of the object that owned it.
         wait_reasons: By uid of the child.
+        output_held_by: Another FineTuneJob that writes to the same output and goes first.
     """
 
     key: ObjectKey
@@ -53,6 +54,7 @@ class Snapshot:
     unlabeled: tuple[str, ...] = ()
     tombstones: Mapping[str, str] = field(default_factory=dict)
     wait_reasons: Mapping[str, WaitReason] = field(default_factory=dict)
+    output_held_by: str = ""
 
 
 def observe(snapshot: Snapshot) -> Observed:
@@ -77,6 +79,7 @@ def observe(snapshot: Snapshot) -> Observed:
         open_jobs=frozenset(raw.text(attempt, "jobUid") for attempt in attempts if not attempt.get("reason")),
         pods=(*mine, *deleted),
         foreign_children=tuple(foreign),
+        output_held_by=snapshot.output_held_by,
         unlabeled=snapshot.unlabeled,
         wait_reasons={uid: reason for uid, reason in snapshot.wait_reasons.items() if uid in uids},
     )

@@ -11,8 +11,18 @@ QUEUED = "Queued"
 UNSCHEDULABLE = "Unschedulable"
 UNREACHABLE = "NodeUnreachable"
 PARALLELISM_CHANGED = "ParallelismChanged"
+OUTPUT_IN_USE = "OutputInUse"
 #: Container states of a normal start.
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
+
+
+def output_in_use(uri: str, holder: str) -> WaitReason:
+    """Return why a job does not begin while another writes to the same output."""
+    return WaitReason(
+        OUTPUT_IN_USE,
+        f"spec.output.uri: {uri} is where job {holder} writes, which is not over: give this job its own ({{name}} in it"
+        f" stands for the job's name), or wait for {holder}",
+    )
 
 
 def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> WaitReason:
