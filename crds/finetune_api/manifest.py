@@ -63,8 +63,11 @@ def _resolve_relative(value: Any, base: Path) -> Any:
 
 
 def with_name(value: Any, name: Any) -> Any:
-    """Return the URI with {name} in it filled in; anything else unchanged."""
-    return value.replace(uri.NAME_FIELD, name) if isinstance(value, str) and isinstance(name, str) else value
+    """Return the URI with {name} in its path filled in; anything else unchanged."""
+    if not isinstance(value, str) or not isinstance(name, str) or uri.NAME_FIELD not in value:
+        return value
+    is_right = all(rule.holds(value) for rule in uri.rules_with_name(uri.WRITABLE))
+    return value.replace(uri.NAME_FIELD, name) if is_right else value
 
 
 def _fill_in_name(spec: Any, name: Any) -> Any:
