@@ -8,7 +8,7 @@ import yaml
 
 from finetune_api.manifest import load_file
 from finetune_trainer.evaluation.nli import read_answer, score
-from finetune_trainer.publishing.model_card import render
+from finetune_trainer.publishing.model_card import Facts, render
 from support.trainer.process import job
 
 HOSTILE = [
@@ -28,7 +28,11 @@ HOSTILE = [
 
 
 def _card(folder: Path, metrics: dict[str, float], **changes: Any) -> str:
-    return render(load_file(job(folder, folder / "model", changes)), metrics, "org/base", "<pad>")
+    return render(
+        load_file(job(folder, folder / "model", {"model.source": "hf://org/base"} | changes)),
+        metrics,
+        Facts("org/base", pad_token="<pad>"),
+    )
 
 
 @pytest.mark.parametrize("label", HOSTILE)
@@ -62,3 +66,29 @@ def test_a_long_label_has_no_matrix() -> None:
 
 def test_the_card_names_the_padding_token(tmp_path: Path) -> None:
     assert "- padding token: &#60;pad&#62;, masked by its position: never learned\n" in _card(tmp_path, {})
+
+
+def test_a_base_that_is_no_hubs_is_loaded_from_a_folder(tmp_path: Path) -> None:
+    card = _card(tmp_path, {}, **{"model.source": "s3://models/base 7b"})
+    assert "Fetch the base model from `org/base` to `./base` first." in card
+    assert '"./base", dtype="auto"' in card and "vllm serve ./base" in card
+    card = _card(tmp_path, {}, **{"model.source": "file:///my models/7b"})
+    assert '"/my models/7b", dtype="auto"' in card and "vllm serve '/my models/7b' " in card
+
+
+@pytest.mark.parametrize(("row_format", "asked"), [("messages", "apply_chat_template"), ("text", "Your prompt")])
+def test_the_example_asks_as_the_rows_did(row_format: str, asked: str, tmp_path: Path) -> None:
+    found = load_file(job(tmp_path, tmp_path / "model", {}))
+    assert asked in render(found, {}, Facts("org/base", row_format=row_format))
+
+
+def test_the_card_tells_hardware_hours_versions_and_license(tmp_path: Path) -> None:
+    found = load_file(job(tmp_path, tmp_path / "model", {"model.source": "hf://org/base"}))
+    environment = {"gpus": ["NVIDIA <H100>"] * 2, "packages": {"torch": "2.9.1"}}
+    card = render(found, {"evalLoss": 0.5}, Facts("org/base", "c" * 40, None, "text", environment, 5400.0, 2))
+    assert "- hardware: 2 × NVIDIA &#60;H100&#62;\n- GPU-hours: 3.00 in training steps\n- versions: torch 2" in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["license"]) == ("org/base", "other")
+    assert front["license_link"] == "https://huggingface.co/org/base"
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    assert f" --revision {'c' * 40} " in card

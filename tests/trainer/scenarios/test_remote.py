@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune_api.exit_codes import ExitCode
 from support.stores.hub import Hub
@@ -50,7 +51,10 @@ def test_a_gated_hub_model_and_data_set_by_token_and_revision(hub: Hub, tiny_mod
     assert config["base_model_name_or_path"] == "org/base"
     assert config["revision"] == hub.repositories["org/base"].commit
     assert finished.report["adapter"]["baseModel"] == "org/base"
-    assert "base_model: org/base" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["datasets"]) == ("org/base", ["org/nli"])
+    assert f'"org/base", revision="{config["revision"]}"' in card
     kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in [*kept, tmp_path / "trainer.log"] if TOKEN.encode() in path.read_bytes()]
 

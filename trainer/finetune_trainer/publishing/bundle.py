@@ -86,13 +86,23 @@ def write_bundle(
         load_adapter_weights(model, directory.best)
     artifact.build(Trained(spec, model, base, plan), directory.adapter)
     base.tokenizer.save_pretrained(str(directory.adapter))
-    write_provenance(job, plan, directory, row_format)
-    card = model_card.render(job, metrics, base.name, base.tokenizer.pad_token)
+    found = environment(plan)
+    write_provenance(job, found, directory, row_format)
+    facts = model_card.Facts(
+        base.name,
+        base.commit,
+        base.tokenizer.pad_token,
+        row_format,
+        found,
+        state.train_seconds,
+        plan.world_size or 1,
+    )
+    card = model_card.render(job, metrics, facts)
     (directory.adapter / "README.md").write_text(card)
     return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step)
 
 
-def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirectory, row_format: str) -> None:
+def write_provenance(job: FineTuneJob, found: Mapping[str, Any], directory: RunDirectory, row_format: str) -> None:
     """Write directory.training: the resolved job, the environment, the log and the loss curve.
 
     The job has the format that the rows were read in where it said auto: who asks the adapter writes prompts in it.
@@ -102,7 +112,7 @@ def write_provenance(job: FineTuneJob, plan: ExecutionPlan, directory: RunDirect
     training = directory.training
     training.mkdir(parents=True, exist_ok=True)
     (training / "job.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    (training / "environment.json").write_text(json.dumps(environment(plan), indent=2) + "\n")
+    (training / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
     if (log_file := directory.root / LOG_FILE).exists():
         shutil.copy2(log_file, training / LOG_FILE)
     plot_loss(read_metrics(directory.metrics_file), training / "loss.png")
