@@ -123,8 +123,8 @@ cli()
 """
 #: The trainer with transformers' own experts, over weights that are dequantized once.
 PLAIN_EXPERTS = """
-from finetune_trainer.engine import experts
-experts.multiply_grouped = lambda model: None
+from finetune_trainer.model import weights
+weights.multiply_grouped = lambda model: None
 from finetune_trainer.cli import cli
 cli()
 """

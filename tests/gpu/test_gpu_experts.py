@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 #: transformers' own experts, over weights that are dequantized once.
-PLAIN = "from finetune_trainer.engine import experts; experts.multiply_grouped = lambda model: None"
+PLAIN = "from finetune_trainer.model import weights; weights.multiply_grouped = lambda model: None"
 TOLERANCE = 1e-2
 
 
@@ -22,25 +22,27 @@ TOLERANCE = 1e-2
 @pytest.mark.parametrize("twice", [False, True])
 def test_weights_are_bit_equal_to_those_of_bitsandbytes(kind: str, twice: bool) -> None:
     import finetune_trainer.engine.kernels.dequantize  # noqa: F401, registers the kernel
-    from finetune_trainer.engine.experts import _try_kernel_on
+    from finetune_trainer.engine.dequantize import _try_kernel_on_experts
     from finetune_trainer.model.experts import quantize
 
     weight = torch.randn(16, 300, 256, device="cuda").bfloat16()
-    assert _try_kernel_on(*quantize(weight, kind, twice, torch.bfloat16)) is None
+    assert _try_kernel_on_experts(*quantize(weight, kind, twice, torch.bfloat16)) is None
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_grouped_products_and_gradients_are_those_of_each_block(turned: bool) -> None:
-    from finetune_trainer.engine import experts as engine
+    from finetune_trainer.model import grouped_experts
     from finetune_trainer.model.experts import quantize
 
-    assert engine.self_check(torch.device("cuda", 0)) is None
+    assert grouped_experts.self_check(torch.device("cuda", 0)) is None
     torch.manual_seed(0)
     packed, scales = quantize(torch.randn(4, 256, 128, device="cuda").bfloat16(), "nf4", True, torch.bfloat16)
     weight = scales(packed).transpose(-2, -1) if turned else scales(packed)
     ends = torch.tensor([100, 100, 257, 1000], dtype=torch.int32, device="cuda")
     x = torch.randn(1000, weight.shape[2], device="cuda").bfloat16().requires_grad_()
-    found = engine.grouped_4bit(x, packed, scales.scales, scales.code, scales.shape, ends, turned, scales.method)
+    found = grouped_experts.grouped_4bit(
+        x, packed, scales.scales, scales.code, scales.shape, ends, turned, scales.method
+    )
     blocks = zip([0, 100, 100, 257], ends.tolist(), strict=True)
     expected = torch.cat([x[begin:end] @ each.T for (begin, end), each in zip(blocks, weight, strict=True)])
     slope = torch.randn_like(found)

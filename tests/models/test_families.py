@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from finetune_trainer.engine.experts import multiply_grouped
 from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import adapter_weights, save_adapter, unreached
 from finetune_trainer.model.architecture import count_weights
+from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.model.measure import measure
 from finetune_trainer.publishing.adapter_checks import require_same
 from support.trainer import family_report

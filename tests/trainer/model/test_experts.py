@@ -128,3 +128,20 @@ def test_adapters_on_them_have_the_names_of_those_on_plain_ones(tiny_experts: Pa
         assert len(_quantized(adapted)) == (4 if bits == 4 else 0)
         found.append({name: each.shape for name, each in adapted.named_parameters() if each.requires_grad})
     assert found[0] == found[1] and len(found[0]) == 12
+
+
+def test_whoever_loads_a_model_and_attaches_adapters_gets_the_same_numbers_each_time(tiny_experts: Path) -> None:
+    """PEFT's own pass over parametrized experts would leave its sum in the weights."""
+    model = _load(tiny_experts)
+    settings = LoraConfig(
+        target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"], init_lora_weights=False
+    )
+    with experts.attaching_adapters(model):
+        adapted = get_peft_model(model, settings).eval()
+    rows = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        first, second = (adapted(input_ids=rows, use_cache=False).logits for _ in range(2))
+        with adapted.disable_adapter():
+            without = adapted(input_ids=rows, use_cache=False).logits
+    assert torch.equal(first, second) and not torch.allclose(first, without)
+    assert len(_quantized(adapted)) == 4

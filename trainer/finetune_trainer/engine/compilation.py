@@ -117,13 +117,14 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
 def set_compile_cache(folder: Path) -> None:
     """Set Inductor and Triton cache directories so later runs reuse kernels.
 
-    They reuse them with the same version of the engine only: torch caches how gradients of our own operations are
-    computed, and does not see when that changes.
+    They reuse them with the same version of engine and model only: torch caches how gradients of our own operations
+    are computed, and does not see when that changes.
 
     Args:
         folder: The same one for all runs that share their kernels.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    rooms = (Path(__file__).parent, Path(__file__).parents[1] / "model")
+    sources = b"".join(path.read_bytes() for room in rooms for path in sorted(room.rglob("*.py")))
     folder = folder / hashlib.sha256(sources).hexdigest()[:12]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

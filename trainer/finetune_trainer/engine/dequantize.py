@@ -9,6 +9,7 @@ import torch
 from finetune_trainer.engine.lora import while_training
 from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.model.experts import KERNEL, MATRICES, Quantized, dequantize, is_experts, quantized
 from finetune_trainer.runtime.patches import swap_forward
 
 log = structlog.get_logger(__name__)
@@ -52,6 +53,30 @@ def dequantize_in_one_pass(model: Any) -> None:
         return
     for linear in found:
         multiply_by_kernel(linear)
+
+
+def dequantize_experts_in_one_pass(model: Any) -> None:
+    """Use the Triton dequantize kernel for experts of `model` if it matches bitsandbytes bit for bit; else log why."""
+    both = ((module, name) for module in model.modules() if is_experts(module) for name in MATRICES)
+    found = [each for module, name in both if (each := quantized(module, name))]
+    if not found or found[0][0].device.type != "cuda":
+        return
+    try:
+        importlib.import_module("finetune_trainer.engine.kernels.dequantize")
+        problem = _try_kernel_on_experts(*found[0])
+    except Exception as error:
+        problem = type_and_reason(error)
+    if problem:
+        log.warning(f"Triton dequantize kernel disabled for experts, using bitsandbytes: {problem}")
+        return
+    for _, scales in found:
+        scales.method = KERNEL
+
+
+def _try_kernel_on_experts(packed: torch.Tensor, scales: Quantized) -> str | None:
+    arguments = (packed, scales.scales, scales.code, scales.shape, scales.dtype)
+    same = torch.equal(dequantize(*arguments, KERNEL), dequantize(*arguments, scales.method))
+    return None if same else "it computes other weights than bitsandbytes on this GPU"
 
 
 def multiply_by_kernel(linear: Any) -> None:

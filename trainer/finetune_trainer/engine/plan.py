@@ -10,8 +10,12 @@ from finetune_api.fields import quantity_bytes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data import batching
-from finetune_trainer.engine import capabilities, experts, fp8, fsdp
-from finetune_trainer.engine.dequantize import dequantize_in_one_pass, keep_dequantized
+from finetune_trainer.engine import capabilities, fp8, fsdp
+from finetune_trainer.engine.dequantize import (
+    dequantize_experts_in_one_pass,
+    dequantize_in_one_pass,
+    keep_dequantized,
+)
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.modules import decoder_layers
@@ -102,7 +106,6 @@ def prove_plan(
         ConfigInvalid: When the model cannot be trained, or not in the way that the spec demands.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    experts.multiply_grouped(core)
     missing = missing_kernels(core) if core.device.type == "cuda" else []
     if missing:
         log.warning(
@@ -128,7 +131,7 @@ def prepare_base(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec) -> None
         layers = decoder_layers(model)[: plan.cached_layers]
         keep_dequantized(layers)
         keep_experts_dequantized(layers)
-    experts.dequantize_in_one_pass(model)
+    dequantize_experts_in_one_pass(model)
     if spec.quantization.bits == 4 and plan.compiled:
         dequantize_in_one_pass(model)
 

@@ -28,7 +28,7 @@ _METHOD: Final = "bitsandbytes-with-experts"
 _BLOCK: Final = 64
 #: Scales of one scale of scales.
 _SCALES_OF_A_BLOCK: Final = 256
-#: transformers' name of the implementation of engine.experts.
+#: transformers' name of the implementation of model.grouped_experts.
 GROUPED: Final = "finetune_grouped"
 #: What may dequantize experts besides bitsandbytes.
 KERNEL: Final = "kernel"

@@ -16,6 +16,7 @@ from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
 from finetune_trainer.model.embeddings import grow
 from finetune_trainer.model.experts import ExpertsConfig
+from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.planning.refusals import stored_quantization
 from finetune_trainer.runtime.patches import quantizing_on
 from finetune_trainer.runtime.precision import torch_dtype
@@ -87,6 +88,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     check_names(info, spec.model.source, quiet=not base.quantized)  # else it was said before
     model.config.use_cache = False
+    multiply_grouped(model)
     # Answers are decoded greedily, whatever the repository's generation_config.json asks for.
     model.generation_config = GenerationConfig()
     if spec.quantization.bits < 16:

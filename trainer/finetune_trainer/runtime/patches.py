@@ -110,7 +110,7 @@ PATCHES: Final = (
     Patch(
         name="peft: forward of the adapter of experts",
         why="It adds the adapter's product to the weights of all experts, in a copy of them.",
-        check="model.experts and engine.experts: is it still W + B A * scaling of each expert, stored alike?",
+        check="model.experts and model.grouped_experts: is it still W + B A * scaling of each expert, stored alike?",
         sources={
             "peft.tuners.lora.layer:ParamWrapper.forward": (
                 "704fb56e52604110a6d4c497d21b3c76f7195a572570e8ce20a016ae587a7069",
@@ -123,7 +123,7 @@ PATCHES: Final = (
     Patch(
         name="transformers: forward of experts",
         why="It keeps dequantized weights for the backward pass. Ours is registered as an implementation of experts.",
-        check="engine.experts.forward: does it still compute the same, and take the same arguments?",
+        check="model.grouped_experts.forward: does it still compute the same, and take the same arguments?",
         sources={
             "transformers.integrations.moe:grouped_mm_experts_forward": (
                 "54beecae8764c6e99e73d0a6c85f9120c9535d713647d099dd91da6c74e1f15e",

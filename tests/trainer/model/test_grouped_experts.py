@@ -11,11 +11,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine import experts as engine
+from finetune_trainer.engine import dequantize
 from finetune_trainer.engine.compilation import configure_layers
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.modules import decoder_layers
-from finetune_trainer.model import experts
+from finetune_trainer.model import experts, grouped_experts
 from finetune_trainer.model.architecture import count_weights
 from finetune_trainer.planning import memory
 from finetune_trainer.planning.memory import ModelShape
@@ -48,7 +48,7 @@ def _pair(
     plain, ours = _quantized(kind, dtype, **options), _quantized(kind, dtype, **options)
     experts.keep_dequantized([plain])
     plain.set_experts_implementation("grouped_mm")
-    engine.multiply_grouped(ours)
+    grouped_experts.multiply_grouped(ours)
     found = []
     for model in (plain, ours):
         torch.manual_seed(1)
@@ -134,14 +134,14 @@ def test_products_are_registered_as_torch_wants_them(turned: bool) -> None:
     x = torch.randn(10, 64 if turned else 32, requires_grad=True)
     ends = torch.tensor([4, 4, 10], dtype=torch.int32)  # the second expert has no rows
     arguments = (x, packed, scales.scales, scales.code, scales.shape, ends, turned, "nf4")
-    torch.library.opcheck(engine.grouped_4bit, arguments)
+    torch.library.opcheck(grouped_experts.grouped_4bit, arguments)
     with FlopCounterMode(display=False) as counter:
-        engine.grouped_4bit(*arguments)
+        grouped_experts.grouped_4bit(*arguments)
     assert counter.get_total_flops() == 2 * 10 * 64 * 32
-    torch.library.opcheck(engine.grouped, (x.detach().requires_grad_(), torch.randn(3, 5, x.shape[1]), ends))
+    torch.library.opcheck(grouped_experts.grouped, (x.detach().requires_grad_(), torch.randn(3, 5, x.shape[1]), ends))
     trained = torch.randn(3, 5, x.shape[1], dtype=torch.float64, requires_grad=True)
     leaf = x.detach().double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: engine.grouped(a, b, ends), (leaf, trained))
+    assert torch.autograd.gradcheck(lambda a, b: grouped_experts.grouped(a, b, ends), (leaf, trained))
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 32), (3, 300, 64)])
@@ -150,7 +150,7 @@ def test_our_kernel_dequantizes_each_matrix_bit_for_bit(shape: tuple[int, ...], 
     interpreted("dequantize")
     for dtype in (torch.float16, torch.float32):
         packed, scales = experts.quantize(torch.randn(shape), "nf4", twice, dtype)
-        assert engine._try_kernel_on(packed, scales) is None
+        assert dequantize._try_kernel_on_experts(packed, scales) is None
         expected = scales(packed)
         scales.method = experts.KERNEL
         assert torch.equal(scales(packed), expected)
@@ -159,8 +159,10 @@ def test_our_kernel_dequantizes_each_matrix_bit_for_bit(shape: tuple[int, ...], 
 def test_other_numbers_than_those_of_bitsandbytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, scales = experts.quantize(torch.randn(2, 64, 64), "nf4", True, torch.float32)
     real = experts.dequantize
-    monkeypatch.setattr(engine, "dequantize", lambda *a: real(*a[:-1], "nf4") + (a[-1] == experts.KERNEL))
-    assert engine._try_kernel_on(packed, scales) == "it computes other weights than bitsandbytes on this GPU"
+    monkeypatch.setattr(dequantize, "dequantize", lambda *a: real(*a[:-1], "nf4") + (a[-1] == experts.KERNEL))
+    assert (
+        dequantize._try_kernel_on_experts(packed, scales) == "it computes other weights than bitsandbytes on this GPU"
+    )
 
 
 def _kept_per_token(model: Any) -> float:
@@ -206,14 +208,14 @@ def test_what_a_layer_keeps_is_predicted(names: list[str]) -> None:
 
 def test_what_torch_does_not_group_is_multiplied_one_by_one_for_a_reason() -> None:
     here = torch.device("cpu")
-    assert "of bfloat16, and these are of float16" in str(engine._ungrouped([2, 64, 64], torch.float16, here))
-    assert "[60, 64] are no multiples of 8" in str(engine._ungrouped([2, 60, 64], torch.bfloat16, here))
-    assert engine._ungrouped([2, 64, 64], torch.bfloat16, here) is None
+    assert "of bfloat16, and these are of float16" in str(grouped_experts._ungrouped([2, 64, 64], torch.float16, here))
+    assert "[60, 64] are no multiples of 8" in str(grouped_experts._ungrouped([2, 60, 64], torch.bfloat16, here))
+    assert grouped_experts._ungrouped([2, 64, 64], torch.bfloat16, here) is None
 
 
 def test_grouped_products_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch has them on CPUs too; an expert without rows gets a gradient of zeros."""
-    check, here = engine.self_check.__wrapped__, torch.device("cpu")
+    check, here = grouped_experts.self_check.__wrapped__, torch.device("cpu")
     assert check(here) is None
     real = torch.nn.functional.grouped_mm
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *args, **options: 1.1 * real(*args, **options))
@@ -227,7 +229,7 @@ def test_any_rank_is_multiplied_in_groups() -> None:
     wrapper = next(each for each in ours.modules() if isinstance(each, ParamWrapper))
     for rank in (3, 8):
         wrapper.update_layer("default", rank, 16, LoraConfig(init_lora_weights=False))
-        a, b = engine._low_rank(wrapper)
+        a, b = grouped_experts._low_rank(wrapper)
         assert a.shape[1] == b.shape[2] == 8
         torch.testing.assert_close(b @ a, wrapper.get_delta_weight("default"))
 

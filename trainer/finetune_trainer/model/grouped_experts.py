@@ -6,7 +6,6 @@ keeps them. Adapters multiply tokens, as on linear layers; PEFT adds their produ
 """
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune_trainer.errors import type_and_reason
-from finetune_trainer.model.experts import GROUPED, KERNEL, MATRICES, Quantized, dequantize, is_experts, quantized
+from finetune_trainer.model.experts import GROUPED, MATRICES, dequantize, is_experts, quantized
 
 log = structlog.get_logger(__name__)
 _ADAPTER: Final = "default"
@@ -49,30 +48,6 @@ def _one_by_one(experts: Any, name: str) -> str | None:
     else:
         return None
     return _ungrouped(shape, dtype, device) if device.type == "cuda" else None
-
-
-def dequantize_in_one_pass(model: Any) -> None:
-    """Use the Triton dequantize kernel for experts of `model` if it matches bitsandbytes bit for bit; else log why."""
-    both = ((module, name) for module in model.modules() if is_experts(module) for name in MATRICES)
-    found = [each for module, name in both if (each := quantized(module, name))]
-    if not found or found[0][0].device.type != "cuda":
-        return
-    try:
-        importlib.import_module("finetune_trainer.engine.kernels.dequantize")
-        problem = _try_kernel_on(*found[0])
-    except Exception as error:
-        problem = type_and_reason(error)
-    if problem:
-        log.warning(f"Triton dequantize kernel disabled for experts, using bitsandbytes: {problem}")
-        return
-    for _, scales in found:
-        scales.method = KERNEL
-
-
-def _try_kernel_on(packed: torch.Tensor, scales: Quantized) -> str | None:
-    arguments = (packed, scales.scales, scales.code, scales.shape, scales.dtype)
-    same = torch.equal(dequantize(*arguments, KERNEL), dequantize(*arguments, scales.method))
-    return None if same else "it computes other weights than bitsandbytes on this GPU"
 
 
 def forward(
