@@ -98,8 +98,8 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { echo 'Python has no venv module: on Debian and Ubuntu, apt install python3-venv'; rm -rf $(VENV); exit 1; }
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	@echo 'Installing PyTorch, transformers and the trainer into $(VENV): a few minutes, once'
-	@$(PIP_INSTALL) --editable '.[trainer]' $(QUIETLY)
+	@echo 'Installing PyTorch, transformers, the trainer and the CLI into $(VENV): a few minutes, once'
+	@$(PIP_INSTALL) --editable '.[trainer,cli]' $(QUIETLY)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

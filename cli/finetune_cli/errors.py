@@ -15,6 +15,11 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+def install_hint(extra: str) -> str:
+    """Return how to install what is missing. No package index holds this product."""
+    return f"in a clone of its repository: pip install '.[{extra}]'"
+
+
 class CliError(Exception):
     """What went wrong in one sentence, what the user can do about it, and the exit code.
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_api import constants
-from finetune_cli.errors import CliError
+from finetune_cli.errors import CliError, install_hint
 from finetune_cli.published import Published, fetch_into
 from finetune_cli.storage import cache_folder, cli_error
 
 if TYPE_CHECKING:
     from finetune_trainer.settings import Settings
 
-EXTRA = "pip install 'finetune-operator[trainer]'"
+EXTRA = install_hint("trainer")
 #: Packages that compute; the command line alone comes without them.
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api import constants, uri
 from finetune_api.exit_codes import ExitCode
-from finetune_cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit, install_hint
 from finetune_cli.text_lines import text_lines
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def store_errors() -> Iterator[None]:
     except StoreError as error:
         raise cli_error(error) from None
     except ModuleNotFoundError as error:
-        raise CliError(f"{error.name} is not installed here", hint="pip install 'finetune-operator[cli]'") from None
+        raise CliError(f"{error.name} is not installed here", hint=install_hint("cli")) from None
 
 
 def cli_error(error: TrainerError) -> CliError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api import constants, uri
+from finetune_api import constants, suggestions, uri
 from finetune_api.crd import model_of
 from finetune_api.spec import FineTuneJob
 from finetune_api.yaml_documents import (
@@ -119,6 +119,8 @@ def _sentence(error: Any, path: Path_) -> str:
     if kind == "missing":
         return "Required value"
     if kind == "extra_forbidden":
+        if path[:1] == ("spec",) and (elsewhere := suggestions.meant(str(path[-1]))):
+            return f"unknown field; did you mean {elsewhere}?"
         known = _known_fields(path[:-1])
         close = difflib.get_close_matches(str(path[-1]), known, 1, 0.6)
         return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"

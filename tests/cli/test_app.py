@@ -189,7 +189,7 @@ def test_commands_that_need_more_say_what_to_install(bare, tmp_path):
     for arguments in (("list",), ("download", "s3://bucket/adapter", "out")):
         result = no_traceback(bare(*arguments))
         assert result.returncode == 1
-        assert "is not installed here\nhint:  pip install 'finetune-operator[cli]'" in result.stderr
+        assert "is not installed here\nhint:  in a clone of its repository: pip install '.[cli]'" in result.stderr
 
 
 def test_nothing_that_trains_is_needed_to_plan_and_to_download(light, hub, s3, bucket, tmp_path):
@@ -215,4 +215,4 @@ def test_running_without_the_trainer_says_what_to_install(bare, tmp_path):
     result = no_traceback(bare("run", "job.yaml"))
     assert result.returncode == 1
     assert "the trainer is not installed here (torch, transformers, trl, peft, bitsandbytes missing)" in result.stderr
-    assert "pip install 'finetune-operator[trainer]'" in result.stderr
+    assert "pip install '.[trainer]'" in result.stderr

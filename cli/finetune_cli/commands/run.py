@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_api import constants, exit_codes
-from finetune_cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit, install_hint
 from finetune_cli.manifests import STDIN_NAME
 from finetune_cli.options import ManifestFile, Overrides
 from finetune_cli.storage import cache_folder
@@ -43,7 +43,7 @@ def trainer_command() -> str:
         lacking = f" ({', '.join(missing)} missing)" if missing else ""
         raise CliError(
             f"the trainer is not installed here{lacking}",
-            hint="pip install 'finetune-operator[trainer]', or train in a cluster: finetune submit",
+            hint=f"{install_hint('trainer')}; or train in a cluster: finetune submit",
         )
     return command
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit, install_hint
 from finetune_cli.kube.client import Cluster
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -18,9 +18,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
     try:
         from kubernetes import client, config
     except ImportError:
-        raise CliError(
-            "the Kubernetes client is not installed here", hint="pip install 'finetune-operator[cli]'"
-        ) from None
+        raise CliError("the Kubernetes client is not installed here", hint=install_hint("cli")) from None
     if kubeconfig is not None and not kubeconfig.is_file():
         raise CliError(f"--kubeconfig: {kubeconfig}: no such file")
     settings = client.Configuration()

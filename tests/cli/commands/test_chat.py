@@ -149,4 +149,4 @@ def test_without_the_trainer_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
     said = chat(tmp_path, "--once", "?", code=1).stderr
     assert "answering needs the trainer, which is not installed here (torch missing)" in said
-    assert "pip install 'finetune-operator[trainer]'" in said
+    assert "pip install '.[trainer]'" in said

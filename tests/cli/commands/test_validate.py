@@ -182,3 +182,21 @@ def test_the_output_may_hold_the_jobs_name_and_no_other_field(folder):
     )
     (folder / "data.yaml").write_text(MANIFEST.replace("s3://data/", "s3://data/{name}/"))
     assert "spec.dataset.train: Invalid value" in validate(folder, "data.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("learningRate: 1e-4", "spec.training.learningRate?"),
+        ("rank: 32", "spec.lora.rank?"),
+        ("training: {num_train_epochs: 1}", "spec.training.epochs?"),
+        ("training: {per_device_train_batch_size: 1}", "spec.training.microBatchSize?"),
+        ("training: {max_seq_length: 1}", "spec.training.maxLength?"),
+        ("lora: {r: 8}", "spec.lora.rank?"),
+        ("lora: {targetmodules: [x]}", "spec.lora.targetModules?"),
+        ("secretRef: {name: x}", "spec.model.secretRef or spec.dataset.secretRef or "),
+    ],
+)
+def test_a_field_of_another_place_or_trainer_is_understood(folder, line, meant):
+    (folder / "other.yaml").write_text(MANIFEST + f"  {line}\n")
+    assert f"unknown field; did you mean {meant}" in validate(folder, "other.yaml").stderr

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from finetune_api import constants
 from finetune_api.spec import Metadata
@@ -143,7 +145,10 @@ def test_overwriting_replaces_everything_and_only_what_was_published(
     store.write_bytes("notes.txt", b"a person's own")
     store.write_bytes("checkpoints/step-00000001/manifest.json", b"{}")
     new = make_adapter(tmp_path / "new", "two")
-    assert find(store, overwrite=True) is None
+    with capture_logs() as said:
+        assert find(store, overwrite=True) is None
+    [line] = [each["event"] for each in said if each["event"].startswith("Replacing")]
+    assert f"Replacing the adapter of {datetime.now(UTC):%Y-%m-%d} " in line and "output.overwrite is true" in line
     put(store, new, overwrite=True)
     assert {entry.path for entry in store.list()} == {
         "adapter_config.json", "adapter_model.safetensors", "training/two.txt", "manifest.json",

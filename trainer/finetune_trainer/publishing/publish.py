@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+import structlog
+
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_api.status import Adapter
@@ -29,6 +31,7 @@ from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
 from finetune_trainer.stores.manifest import Job
 from finetune_trainer.stores.open import open_store
 
+log = structlog.get_logger(__name__)
 _PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
 
 
@@ -70,6 +73,9 @@ class AdapterOutput:
                 f"{store.field}: {store.root} already holds an adapter, with no manifest of ours: change the URI, or"
                 " set output.overwrite: true to replace it"
             )
+        if found is not None:
+            made = found[0].created_at.astimezone(UTC)
+            log.warning(f"Replacing the adapter of {made:%Y-%m-%d %H:%M} UTC at {store.root}: output.overwrite is true")
         store.write_bytes(_PROBE, b"checks that this job may write here\n")
         store.delete(_PROBE)
         return None
