@@ -18,6 +18,7 @@ from finetune_cli.commands import (
     delete,
     download,
     export,
+    init,
     inspect,
     list_jobs,
     logs,
@@ -48,10 +49,14 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"finetune {version('finetune-operator')}")
+        typer.echo(_version_line())
         raise typer.Exit
+
+
+def _version_line() -> str:
+    from importlib.metadata import version
+
+    return f"finetune {version('finetune-operator')}"
 
 
 @app.callback()
@@ -63,6 +68,7 @@ def finetune(
     """Fine-tune language models: one FineTuneJob manifest in, one verified LoRA adapter out.
 
     First steps:
+        finetune init                    # write job.yaml
         finetune validate job.yaml       # is the manifest right?
         finetune inspect job.yaml        # what will be learned of the data?
         finetune plan job.yaml           # what will it do, and will it fit?
@@ -87,6 +93,7 @@ def _register(function: Callable[..., None], panel: str, name: str | None = None
     app.command(name, cls=Command, rich_help_panel=panel)(function)
 
 
+_register(init.init, LOCAL)
 _register(validate.validate, LOCAL)
 _register(inspect.inspect, LOCAL)
 _register(plan.plan, LOCAL)
@@ -102,6 +109,12 @@ _register(delete.delete, CLUSTER)
 _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
 _register(export.export, RESULTS)
+
+
+@app.command("version", cls=Command, rich_help_panel=LOCAL)
+def version_command() -> None:
+    """Print the version, as --version does."""
+    typer.echo(_version_line())
 
 
 def _usage_error(error: Exception) -> str | None:

@@ -24,11 +24,18 @@ class CliError(Exception):
     """What went wrong in one sentence, what the user can do about it, and the exit code.
 
     `message` may be empty when everything has been said already. `may_pass`: the same call may work in a moment.
-    `is_denied`: the cluster knows the user, who lacks the right.
+    `is_denied`: the cluster knows the user, who lacks the right. `is_missing`: no object has that name.
     """
 
     def __init__(
-        self, message: str, *, hint: str = "", code: int = Exit.INVALID, may_pass: bool = False, is_denied: bool = False
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        code: int = Exit.INVALID,
+        may_pass: bool = False,
+        is_denied: bool = False,
+        is_missing: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -36,3 +43,4 @@ class CliError(Exception):
         self.code = int(code)
         self.may_pass = may_pass
         self.is_denied = is_denied
+        self.is_missing = is_missing

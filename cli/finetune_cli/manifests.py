@@ -59,11 +59,26 @@ def foreign_kind(document: Document) -> str | None:
     return kind if isinstance(kind, str) and not str(version).startswith(f"{constants.GROUP}/") else None
 
 
+def _is_kustomization(document: Document) -> bool:
+    """Return whether a document is one: its kind may be left out."""
+    data = document.data
+    if not isinstance(data, dict):
+        return False
+    return data.get("kind") == "Kustomization" or ("kind" not in data and "resources" in data and "spec" not in data)
+
+
 def documents(source: Source) -> list[Document]:
     """Return the documents of a manifest. Raises ManifestError for text that is not YAML, CliError if there is none."""
     from finetune_api.manifest import parse
 
     found = parse(source.text, source.name)
+    for document in found:
+        if _is_kustomization(document):
+            folder = Path(source.name).parent
+            raise CliError(
+                f"{source.name}: is a kustomization, which kubectl turns into manifests",
+                hint=f"kubectl kustomize {folder} | finetune validate -",
+            )
     if not found:
         raise CliError(
             f"{source.name}: is empty: a manifest needs apiVersion: {constants.API_VERSION} and kind: {constants.KIND}"

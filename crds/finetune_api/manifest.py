@@ -125,7 +125,10 @@ def _sentence(error: Any, path: Path_) -> str:
         close = difflib.get_close_matches(str(path[-1]), known, 1, 0.6)
         return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
     if kind in _EXPECTED:
-        return f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}"
+        found = f": {_shown(value)}" if isinstance(value, str | int | float) else ""
+        return (
+            f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}{found}"
+        )
     if kind == "literal_error":
         allowed = context["expected"].replace("'", '"').replace(" or ", ", ")
         return f"Unsupported value: {_shown(value)}: supported values: {allowed}"
@@ -133,6 +136,8 @@ def _sentence(error: Any, path: Path_) -> str:
     for start in ("Input should ", "String should ", "List should ", "Dictionary should "):
         if message.startswith(start):
             message = "should " + message.removeprefix(start)
+    if isinstance(value, str) and message.startswith("must be ") and "://" in message and (why := uri.cause(value)):
+        message = f"{message} ({why})"
     return message if kind == "rule" else f"Invalid value: {_shown(value)}: {message}"
 
 
@@ -165,7 +170,8 @@ def check(document: Document, base: Path | None = None, overrides: Sequence[str]
     try:
         return FineTuneJob.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise ManifestError(list(_problems(error, document))) from None
+        # As one reads the file; what --set gave has line 0.
+        raise ManifestError(sorted(_problems(error, document), key=lambda problem: problem.line or 0)) from None
 
 
 def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:

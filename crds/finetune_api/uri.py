@@ -91,6 +91,22 @@ def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     )
 
 
+def cause(value: str) -> str:
+    """Return what is most likely wrong with a value that is no URI, in a few words that hold nothing of it; or ''."""
+    scheme, mark, rest = value.partition("://")
+    if value != value.strip():
+        return "there is a space before or after it"
+    if not mark:
+        return "a path is written file:///absolute/path, or file://./path for this manifest's folder"
+    if scheme == "file" and not rest.startswith("/"):
+        return "file:// takes an absolute path (file:///…), or file://./… for this manifest's folder"
+    if scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", rest.partition("/")[0]):
+        return "a bucket has 3 to 63 lowercase letters, digits, dots and dashes"
+    if scheme not in FORMS:
+        return "it begins with none of these schemes"
+    return ""
+
+
 @cache
 def rules_with_name(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     """Return the rules of a URI field that may hold {name} in its path."""

@@ -136,6 +136,7 @@ assert not heavy, heavy
 def test_version():
     result = finetune_process("--version")
     assert result.stdout == f"finetune {importlib.metadata.version('finetune-operator')}\n"
+    assert finetune("version").stdout == result.stdout
 
 
 def test_it_is_also_the_kubectl_plugin():

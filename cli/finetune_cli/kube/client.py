@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import time
@@ -47,6 +48,22 @@ class Cluster:
 
     def get(self, name: str) -> Object:
         """One FineTuneJob."""
+        try:
+            return self._get(name)
+        except CliError as error:
+            if error.is_missing and (close := self._close_to(name)):
+                raise CliError(error.message, hint=f"did you mean {close}?", code=error.code) from None
+            raise
+
+    def _close_to(self, name: str) -> str:
+        """Return the name of a job that was probably meant, or ''."""
+        try:
+            names = [str(job["metadata"]["name"]) for job in self.jobs().items]
+        except CliError:
+            return ""
+        return next(iter(difflib.get_close_matches(name, names, 1)), "")
+
+    def _get(self, name: str) -> Object:
         with explained(self.server, self.namespace, name):
             answer = self._custom().get_namespaced_custom_object(
                 *self._place(), name, _preload_content=False, _request_timeout=self.timeout
@@ -119,10 +136,11 @@ class Cluster:
         With `poll`, also every few seconds without a change. Outlives short losses of connection.
         """
         lost_since: float | None = None
+        was_there = False
         while (seconds := _watch_seconds(deadline, poll)) > 0:
             try:
                 job = self.get(name)
-                lost_since = None
+                lost_since, was_there = None, True
                 yield job
                 for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds):
                     if event["type"] == "DELETED":
@@ -132,7 +150,8 @@ class Cluster:
                         yield event["object"]
             except CliError as error:
                 lost_since = lost_since or time.monotonic()
-                if not error.may_pass or time.monotonic() - lost_since > PATIENCE_SECONDS:
+                # A server that has never answered is more likely the wrong one than one that comes back.
+                if not (error.may_pass and was_there) or time.monotonic() - lost_since > PATIENCE_SECONDS:
                     raise
                 time.sleep(1)
 

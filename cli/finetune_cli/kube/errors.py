@@ -86,7 +86,9 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
 def _not_found(status: dict[str, Any], server: str, where: str, name: str, what: str) -> CliError:
     missing = status.get("details") or {}
     if name and missing.get("name") == name:
-        return CliError(f"there is no {what} {name!r}{where}", hint="finetune list -A shows all there are")
+        return CliError(
+            f"there is no {what} {name!r}{where}", hint="finetune list -A shows all there are", is_missing=True
+        )
     if missing.get("kind") == "namespaces":
         return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
     return CliError(

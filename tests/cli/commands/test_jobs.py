@@ -183,3 +183,10 @@ def test_a_name_that_no_job_can_have_is_refused_here(ctl):
     result = ctl("status", "../secrets")
     assert result.returncode == 1
     assert "'../secrets' is no name of a FineTuneJob" in result.stderr
+
+
+def test_a_name_that_is_nearly_right_gets_a_suggestion(ctl, put):
+    put(yaml.safe_load(MANIFEST.replace("name: nli", "name: nli-rank32")))
+    result = ctl("status", "nli-rank23")
+    assert result.returncode == 1
+    assert "hint:  did you mean nli-rank32?" in result.stderr

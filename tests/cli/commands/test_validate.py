@@ -200,3 +200,32 @@ def test_the_output_may_hold_the_jobs_name_and_no_other_field(folder):
 def test_a_field_of_another_place_or_trainer_is_understood(folder, line, meant):
     (folder / "other.yaml").write_text(MANIFEST + f"  {line}\n")
     assert f"unknown field; did you mean {meant}" in validate(folder, "other.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("s3://Data/x", "a bucket has 3 to 63 lowercase letters"),
+        ("s3://ab/x", "a bucket has 3 to 63 lowercase letters"),
+        ("/data/rows.jsonl", "a path is written file:///absolute/path"),
+        ("file://rows.jsonl", "file:// takes an absolute path"),
+        ("gs://bucket/x", "it begins with none of these schemes"),
+        ("'s3://data/x '", "there is a space before or after it"),
+    ],
+)
+def test_a_wrong_place_is_told_why(folder, source, why):
+    (folder / "place.yaml").write_text(MANIFEST.replace("s3://data/nli/train.jsonl", source))
+    assert why in validate(folder, "place.yaml").stderr
+
+
+def test_problems_come_in_the_order_of_the_file_with_the_value_of_a_wrong_type(folder):
+    (folder / "two.yaml").write_text(MANIFEST + "  training: {seed: x}\n  lora: {rank: '8'}\n")
+    first, second, _ = validate(folder, "two.yaml").stderr.splitlines()
+    assert first.endswith('spec.training.seed: Invalid value: "string": must be of type integer: "x"')
+    assert second.endswith('spec.lora.rank: Invalid value: "string": must be of type integer: "8"')
+
+
+def test_a_kustomization_is_recognized(folder):
+    (folder / "kustomization.yaml").write_text("resources: [../base]\n")
+    said = validate(folder, "kustomization.yaml").stderr
+    assert "kustomization.yaml: is a kustomization, which kubectl turns into manifests" in said
