@@ -20,6 +20,7 @@ from finetune_cli.commands import (
     export,
     init,
     inspect,
+    lineage,
     list_jobs,
     logs,
     plan,
@@ -109,6 +110,7 @@ _register(delete.delete, CLUSTER)
 _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
 _register(export.export, RESULTS)
+_register(lineage.lineage, RESULTS)
 
 
 @app.command("version", cls=Command, rich_help_panel=LOCAL)

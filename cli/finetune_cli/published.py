@@ -67,9 +67,7 @@ def locate(
         address = f"file://{Path(source).absolute()}"
     elif "://" not in source:
         address, digest = _of_job(source, namespace, context, kubeconfig)
-    store = storage.open_store(address)
-    with storage.store_errors():
-        found = Published(address, store, *_read_manifest(store, address, adapters_only))
+    found = published_at(address, adapters_only=adapters_only)
     if digest and digest != f"sha256:{found.digest}":
         raise CliError(
             f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
@@ -77,6 +75,13 @@ def locate(
             code=Exit.CORRUPT,
         )
     return found
+
+
+def published_at(address: str, *, adapters_only: bool = False) -> Published:
+    """Return what lies at a URI, without its files; raises CliError."""
+    store = storage.open_store(address)
+    with storage.store_errors():
+        return Published(address, store, *_read_manifest(store, address, adapters_only))
 
 
 def fetch_into(folder: Path, published: Published, *, overwrite: bool = False) -> TargetFolder:

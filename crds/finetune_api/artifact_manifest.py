@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from finetune_api import constants
 from finetune_api.plain_text import is_plain_line
 from finetune_api.status import Count, Metrics, StatusModel
+from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 SCHEMA_VERSION: Final = 1
 #: More than any manifest of ours has; readers stop there.
@@ -44,6 +45,26 @@ class JobReference(StatusModel):
     uid: str | None = None
 
 
+class Parent(StatusModel):
+    """The adapter that training began with (lora.initFrom)."""
+
+    uri: Annotated[str, Field(max_length=MAX_URI_LENGTH)]
+    manifest_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """sha256:<hex> of its manifest.json, as it was read; absent where it had none of ours."""
+
+
+class Lineage(StatusModel):
+    """What an adapter was made of. The base model's commit stands beside it, the spec in training/job.yaml."""
+
+    code_version: Annotated[str, Field(max_length=64)] | None = None
+    """Version of finetune-operator that trained it."""
+    train_rows: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """Digest of the training rows, as token ids and labels."""
+    eval_rows: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """Digest of the held-out rows, likewise."""
+    parent: Parent | None = None
+
+
 class StoreManifest(StatusModel):
     """An adapter or a checkpoint. Fields that do not apply to its kind are absent."""
 
@@ -57,6 +78,7 @@ class StoreManifest(StatusModel):
     step: Count | None = None
     files: Annotated[list[FileRecord], Field(min_length=1, max_length=MAX_FILES)]
     metrics: Metrics | None = None
+    lineage: Lineage | None = None
 
     @model_validator(mode="after")
     def _one_file_for_each_name(self) -> Self:

@@ -103,8 +103,9 @@ def run(ctx: RunContext) -> Adapter | None:
     with ctx.stage("Publishing", f"Publishing the adapter to {spec.output.uri}"):
         # 11. Write adapter, tokenizer, model card and provenance into one folder.
         ctx.report_final(result.state)
+        lineage, row_format = steps.lineage_of(spec, data, init_from), rows.train.format.name
         bundle = steps.write_bundle(
-            settings.job, model, base, result.plan, result.state, ctx.directory, rows.train.format.name
+            settings.job, model, base, result.plan, result.state, ctx.directory, row_format, lineage
         )
         exports = steps.plan_exports(model, base, session.evaluator, result.plan, spec, weights, bundle.folder)
         verifier = steps.make_verifier(model, base, session.evaluator, result.plan, spec, ctx.directory.published)

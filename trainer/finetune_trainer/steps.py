@@ -11,6 +11,7 @@ from finetune_trainer.model.checkpoint import check_weights
 from finetune_trainer.model.weights import load_base_model
 from finetune_trainer.publishing.bundle import write_bundle
 from finetune_trainer.publishing.export import check_exports, plan_exports, run_exports
+from finetune_trainer.publishing.lineage import lineage_of
 from finetune_trainer.publishing.verify import make_verifier
 from finetune_trainer.runtime.device import seed
 from finetune_trainer.training.session import TrainingSession
@@ -26,6 +27,7 @@ __all__ = [
     "eval_prompts",
     "fingerprint",
     "inspect_base_model",
+    "lineage_of",
     "load_base_model",
     "make_verifier",
     "plan_execution",

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_api.manifest import load_file
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.chat import prompts
 from finetune_trainer.chat.session import stop_tokens
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
-from finetune_trainer.model.published import JOB_FILE, job_of
+from finetune_trainer.model.published import JOB_FILE, job_of, trained_commit
+from finetune_trainer.settings import Environment, Ranks, Settings
 from support.trainer.process import job
 
 TURNS = (
@@ -115,6 +117,15 @@ def test_an_answer_stops_where_the_template_ends_a_turn(tokenizer: Any) -> None:
     for template in ("{% for m in messages %}{{ m.content }} {% endfor %}", "{{ raise_exception('no') }}", None):
         tokenizer.chat_template = template
         assert stop_tokens(Encoder(tokenizer, 100)) == end
+
+
+@pytest.mark.parametrize(
+    ("source", "commit"), [("hf://org/base", "abc"), ("hf://org/other", None), ("file:///models/base", None)]
+)
+def test_the_base_is_of_the_commit_that_was_trained_on(source: str, commit: str | None, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "revision": "abc"}')
+    asked = load_file(job(tmp_path, tmp_path, {"model.source": source}))
+    assert trained_commit(tmp_path, Settings(asked, Environment.from_env({}), Ranks())) == commit
 
 
 def test_a_published_job_cannot_ask_for_code_to_be_run(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def fingerprint(spec: FineTuneJobSpec, base_commit: str | None, rows: Iterable[T
     """
     parts = _without(spec.manifest(), EXECUTION_ONLY_FIELDS)
     parts["commit"] = base_commit
-    parts["rows"] = [_digest(each) for each in rows]
+    parts["rows"] = [digest_of(each) for each in rows]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -62,7 +62,8 @@ def _without(manifest: dict[str, Any], paths: frozenset[str], parent: str = "") 
     }
 
 
-def _digest(rows: TokenizedDataset) -> str:
+def digest_of(rows: TokenizedDataset) -> str:
+    """Return the SHA-256 of rows as token ids and labels, in hexadecimal digits."""
     sha = hashlib.sha256()
     for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
         sha.update(array("i", (len(ids), *ids, *labels)).tobytes())

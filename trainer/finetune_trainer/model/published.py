@@ -16,7 +16,7 @@ from finetune_api.uri import parse
 from finetune_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from finetune_trainer.data.tokenizer_files import drop_file_names
 from finetune_trainer.errors import ConfigInvalid, first_line, weights_must_fit
-from finetune_trainer.inputs import fetch_model_metadata, fetch_model_weights
+from finetune_trainer.inputs import base_model_id, fetch_model_metadata, fetch_model_weights
 from finetune_trainer.model.adapter import attach_adapter, check_init_from
 from finetune_trainer.model.base import BaseModel, inspect_base_model
 from finetune_trainer.model.checkpoint import check_weights
@@ -91,12 +91,16 @@ def load_published(folder: Path, settings: Settings, work: Path, device: str) ->
 
 
 def trained_commit(folder: Path, settings: Settings) -> str | None:
-    """Return the commit of the base model on the hub that the adapter in `folder` was trained on, if it is known."""
-    if parse(settings.spec.model.source).scheme != "hf":
+    """Return the commit of the base model on the hub that the adapter in `folder` was trained on, if it is known.
+
+    Of another repository than the adapter names, which --base may, nothing is known.
+    """
+    source = settings.spec.model.source
+    if parse(source).scheme != "hf":
         return None
     try:
         found = json.loads((folder / constants.ADAPTER_CONFIG_FILE).read_bytes())
-        revision = found.get("revision")
+        revision = found.get("revision") if found.get("base_model_name_or_path") == base_model_id(source) else None
     except (OSError, ValueError, RecursionError, AttributeError):
         return None  # said by check_init_from
     return revision if isinstance(revision, str) and revision else None

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 import yaml
 
+from finetune_api.artifact_manifest import Lineage
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.folder import RunDirectory
@@ -51,6 +52,8 @@ class Bundle:
     rank: int
     metrics: Mapping[str, float]
     step: int | None = None
+    base_commit: str | None = None
+    lineage: Lineage | None = None
 
 
 def write_bundle(
@@ -61,6 +64,7 @@ def write_bundle(
     state: TrainingState,
     directory: RunDirectory,
     row_format: str,
+    lineage: Lineage,
 ) -> Bundle:
     """Write all that is published into directory.adapter.
 
@@ -72,6 +76,7 @@ def write_bundle(
         state: The state at the end of training.
         directory: The run's files; metrics.jsonl is already in place.
         row_format: The format that the training rows were read in.
+        lineage: What the adapter was made of.
 
     Returns:
         The folder and the facts for its manifest.
@@ -96,10 +101,11 @@ def write_bundle(
         found,
         state.train_seconds,
         plan.world_size or 1,
+        lineage,
     )
     card = model_card.render(job, metrics, facts)
     (directory.adapter / "README.md").write_text(card)
-    return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step)
+    return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step, base.commit, lineage)
 
 
 def write_provenance(job: FineTuneJob, found: Mapping[str, Any], directory: RunDirectory, row_format: str) -> None:

@@ -91,7 +91,7 @@ class Export:
         card = model_card.render_artifact(job, self.name, base.name, losses.trained if losses else None)
         (scratch / "README.md").write_text(card)
         found = dict(metrics) | ({f"{self.name}Loss": losses.artifact, "adapterLoss": losses.trained} if losses else {})
-        bundle = Bundle(scratch, self.artifact, base.name, job.spec.lora.rank, found)
+        bundle = Bundle(scratch, self.artifact, base.name, job.spec.lora.rank, found, base_commit=base.commit)
         # Every byte is read back after the upload: what lies there is what was checked.
         published = AdapterOutput(store, job.metadata, job.spec.output.overwrite).publish(bundle)
         return ArtifactStatus(

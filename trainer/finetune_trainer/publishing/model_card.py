@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import yaml
 
+from finetune_api.artifact_manifest import Lineage
 from finetune_api.spec import FineTuneJob
 from finetune_api.uri import parse
 
@@ -46,6 +47,7 @@ class Facts:
         environment: Versions and hardware, as in training/environment.json.
         train_seconds: Time of the training steps.
         world_size: GPUs, or processes on a CPU.
+        lineage: What the adapter was made of.
     """
 
     base_model: str
@@ -55,6 +57,7 @@ class Facts:
     environment: Mapping[str, Any] = field(default_factory=dict)
     train_seconds: float = 0.0
     world_size: int = 1
+    lineage: Lineage | None = None
 
 
 def render(job: FineTuneJob, metrics: Mapping[str, float], facts: Facts) -> str:
@@ -74,6 +77,7 @@ def render(job: FineTuneJob, metrics: Mapping[str, float], facts: Facts) -> str:
         *_confusion(metrics),
         "![Loss over steps](training/loss.png)",
         "## Training\n\n" + "\n".join(f"- {key}: {value}" for key, value in _settings(job, facts)),
+        *_lineage(facts.commit, facts.lineage),
         "## License\n\nAn adapter is derived from its base model and its training data: the license of "
         f"`{facts.base_model}` and the terms of the data apply. Name yours in `license` above before you share it.",
     ]
@@ -262,6 +266,16 @@ def _serve(name: str, base: str, lora_rank: int) -> str:
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=.
 ```"""
+
+
+def _lineage(base_commit: str | None, lineage: Lineage | None) -> Iterator[str]:
+    if lineage is None:
+        return
+    facts = [("base commit", base_commit), ("training rows", lineage.train_rows), ("held-out rows", lineage.eval_rows)]
+    facts.append(("trained by finetune-operator", lineage.code_version))
+    if parent := lineage.parent:
+        facts.append(("continues", f"{parent.uri} ({parent.manifest_digest or 'without a manifest'})"))
+    yield "## Lineage\n\n" + "\n".join(f"- {title}: `{value}`" for title, value in facts if value)
 
 
 def _number(value: float | None) -> str:

@@ -113,6 +113,8 @@ class AdapterOutput:
             step=bundle.step,
             files=store_manifest.records(digests),
             metrics=dict(bundle.metrics),
+            base_commit=bundle.base_commit,
+            lineage=bundle.lineage,
         )
         for path, digest in digests.items():
             if not overwrite:
