@@ -94,6 +94,23 @@ def test_a_conversation_goes_on_until_a_new_one(adapter: Path) -> None:
     assert too_long.stdout.strip() == first.strip()
 
 
+def test_an_adapter_in_a_bucket_answers_and_is_kept(
+    adapter: Path, answers: dict[str, str], s3: Any, bucket: str, tiny_model: Path
+) -> None:
+    for path in adapter.rglob("*"):
+        if path.is_file():
+            key = f"nli/{path.relative_to(adapter).as_posix()}"
+            s3.client().put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    asked = ["chat", f"s3://{bucket}/nli", "--once", QUESTION]
+    first = no_traceback(finetune(*asked, env=s3.env))
+    assert (first.returncode, first.stdout) == (0, printed(answers["adapter"])), first.stderr
+    s3.client().delete_object(Bucket=bucket, Key="nli/adapter_model.safetensors")
+    again = no_traceback(finetune(*asked, env=s3.env))
+    assert again.stdout == first.stdout, again.stderr
+    denied = no_traceback(finetune(*asked, env=s3.env | {"AWS_SECRET_ACCESS_KEY": "wrong"}))
+    assert denied.returncode == 3
+
+
 def test_a_damaged_adapter_never_answers(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "out")
     weights = tmp_path / "out/adapter_model.safetensors"

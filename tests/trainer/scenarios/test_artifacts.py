@@ -120,6 +120,15 @@ def test_an_adapter_published_before_is_exported_by_the_command(run: tuple[Finis
     assert "nowhere.jsonl: no such file" in gone.stderr
 
 
+def test_a_merged_model_goes_to_a_bucket(run: tuple[Finished, Path], s3: Any, bucket: str, tmp_path: Path) -> None:
+    uri = f"s3://{bucket}/merged"
+    made = finetune("export", str(run[1] / "out"), uri, env=s3.env)
+    assert made.returncode == 0, made.stderr
+    got = finetune("download", uri, str(tmp_path / "got"), env=s3.env)
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / "got/model.safetensors").read_bytes() == (run[1] / "out/merged/model.safetensors").read_bytes()
+
+
 def test_a_merge_by_the_command_that_computes_something_else_is_not_published(
     run: tuple[Finished, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
