@@ -84,6 +84,9 @@ class Blocker:
         if name.partition(".")[0] in {TRAINING!r}:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Blocker())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.partition(".")[0] in {TRAINING!r} else found(name, *more)
 from finetune_cli.app import main
 sys.exit(main())
 """
