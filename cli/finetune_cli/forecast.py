@@ -129,7 +129,10 @@ def shape_of(config: Mapping[str, Any], spec: FineTuneJobSpec) -> ModelShape | N
 
 def can_build() -> bool:
     """Return whether models can be built here, without their weights."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+    try:
+        return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+    except ImportError:
+        return False
 
 
 def _names_known(shape: ModelShape, spec: FineTuneJobSpec) -> bool:

@@ -92,9 +92,10 @@ def plan(
             "--model-config", metavar="FILE", help="The model's config.json, instead of the one where the model lies."
         ),
     ] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Leave out the values that are defaults.")] = False,
     output: Output = None,
 ) -> None:
-    """Show what a manifest comes to: every value and where it is from, the batch, the memory.
+    """Show what a manifest comes to: whether it fits, the batch, every value and where it is from.
 
     A value on the command line wins over the file, which wins over the default.
 
@@ -104,6 +105,7 @@ def plan(
 
     Examples:
         finetune plan job.yaml
+        finetune plan job.yaml --changed
         finetune plan job.yaml --set training.batchSize=64
         finetune plan job.yaml --gpu-memory 24Gi
         finetune plan job.yaml --gpu-memory 24Gi --model-config Mistral-7B/config.json
@@ -137,7 +139,7 @@ def plan(
             output,
         )
     else:
-        _page(job, found, made, forecast)
+        _page(job, [value for value in found if not changed or value.origin != DEFAULT], made, forecast)
     if forecast.fits is False:
         raise CliError("", code=Exit.INVALID)
     if room and forecast.fits is None:
@@ -150,6 +152,11 @@ def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> N
 
     screen = console.out()
     screen.print(Text(job.metadata.name, style="bold"))
+    screen.print(Text("\nMemory", style="bold"))
+    for line in forecast.lines:
+        screen.print(Text("  " + line))
+    screen.print(Text("\nBatch", style="bold"))
+    screen.print(Text("  " + batch_sentence(made) + "\n"))
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -170,12 +177,8 @@ def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> N
         )
     console.page(table)
     unset = [item.path for item in found if item.value is None]
-    screen.print(Text("\nNot set: " + ", ".join(unset), style="dim"))
-    screen.print(Text("\nBatch", style="bold"))
-    screen.print(Text("  " + batch_sentence(made)))
-    screen.print(Text("\nMemory", style="bold"))
-    for line in forecast.lines:
-        screen.print(Text("  " + line))
+    if unset:
+        screen.print(Text("\nNot set: " + ", ".join(unset), style="dim"))
 
 
 def _shown(value: Any) -> str:

@@ -98,3 +98,10 @@ def test_two_jobs_in_a_file_are_one_too_many(tmp_path):
     result = no_traceback(finetune("plan", "job.yaml", cwd=tmp_path))
     assert result.returncode == 1
     assert "job.yaml: holds 2 FineTuneJobs, this command takes one" in result.stderr
+
+
+def test_the_verdict_comes_first_and_changed_leaves_the_defaults_out(tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {gpusPerNode: 0}\n")
+    page = finetune("plan", "job.yaml", "--changed", "--set", "lora.rank=32", cwd=tmp_path).stdout
+    assert page.index("Memory") < page.index("Batch") < page.index("rank")
+    assert "learningRate" not in page and "mistralai/Mistral-7B-v0.3" in page

@@ -30,6 +30,21 @@ def test_a_file_where_a_folder_should_be_is_explained(tmp_path: Path) -> None:
         store.write_bytes("x", b"y")
 
 
+def test_no_empty_folder_is_left_behind_and_a_claim_stays(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    env = {constants.ENV_PVC_ROOT: str(tmp_path)}
+    store = open_store(parse("pvc://data/out/checkpoints"), Credentials("output", {}), env=env)
+    store.write_bytes("step/x", b"y")
+    (tmp_path / "data/out/keep").write_text("mine")
+    store.delete("step/x")
+    assert [path.name for path in (tmp_path / "data/out").iterdir()] == ["keep"]
+    whole = open_store(parse("pvc://data"), Credentials("output", {}), env=env)
+    (tmp_path / "data/out/keep").unlink()
+    whole.write_bytes("out/x", b"y")
+    whole.delete("out/x")
+    assert whole.list() == [] and (tmp_path / "data").is_dir()
+
+
 def test_a_folder_never_shows_files_that_are_still_being_written(tmp_path: Path) -> None:
     store = open_store(parse(f"file://{tmp_path}"), Credentials("output", {}))
     store.write_bytes("whole", b"x")

@@ -104,7 +104,8 @@ class FolderStore(Store):
             target = self._local(path)
             target.unlink(missing_ok=True)
             for folder in target.parents:  # object stores have no empty folders
-                if folder == self._folder or self._folder not in folder.parents:
+                is_claim = folder == self._folder and self.root.scheme == "pvc" and not self.root.path
+                if is_claim or (folder != self._folder and self._folder not in folder.parents):
                     break
                 with suppress(OSError):
                     folder.rmdir()
