@@ -112,7 +112,7 @@ class Training(ApiModel):
     """Recompute activations to save memory: those of all decoder layers (enabled), of so many, or only norms and
     dropout (selective, where layers are compiled). auto as few as it must; a number leaves it free to be selective."""
     compile: Switch = "auto"
-    """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed."""
+    """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed, for dense models."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     """Seed of every random generator."""
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"

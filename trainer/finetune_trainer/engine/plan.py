@@ -77,7 +77,7 @@ def plan_execution(
         has_fp8=capabilities.has_fp8(spec, device),
     )
     log.info("Execution plan", **plan.manifest())
-    if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing))):
+    if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing), base.shape)):
         log.info(f"The decoder layers are not compiled: {reason}")
     return plan
 

@@ -25,7 +25,7 @@ def uses_packing(spec: FineTuneJobSpec, device: Device, attention: str) -> bool:
     return spec.training.packing == "enabled"
 
 
-def compile_blocker(spec: FineTuneJobSpec, device: Device, packed: bool) -> str | None:
+def compile_blocker(spec: FineTuneJobSpec, device: Device, packed: bool, shape: ModelShape | None) -> str | None:
     """Return why the decoder layers are not compiled, or None if they are."""
     if spec.training.compile == "disabled":
         return "training.compile is disabled"
@@ -37,6 +37,8 @@ def compile_blocker(spec: FineTuneJobSpec, device: Device, packed: bool) -> str 
         return None
     if device.kind == "cpu":
         return "it does not pay on a CPU"
+    if shape and shape.routing:
+        return "layers with experts take minutes to compile (training.compile: enabled does so)"
     return None if packed else "rows are padded, each micro-batch to another width"
 
 
@@ -80,7 +82,7 @@ def make_plan(
     share = local_batch(spec, world_size)
     length = min(longest or spec.training.max_length, spec.training.max_length)
     packed = uses_packing(spec, device, attention)
-    compiled = can_compile and compile_blocker(spec, device, packed) is None
+    compiled = can_compile and compile_blocker(spec, device, packed, shape) is None
     search = LayoutSearch(spec, device, shape, attention, length, share, world_size, compiled, tokens)
     layout: Layout = search.default()
     peak: int | None = None
