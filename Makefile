@@ -45,7 +45,8 @@ lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/*/Containerfile
 	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }
-	diff -q crds/finetunejobs.yaml charts/finetune-operator/files/finetunejobs.yaml || { echo "The chart's copy is stale: run make crds"; exit 1; }
+	$(BIN)/python -m finetune_api.crd_sweep | diff -q crds/finetunesweeps.yaml - || { echo 'crds/finetunesweeps.yaml is stale: run make crds'; exit 1; }
+	for file in crds/*.yaml; do diff -q $$file charts/finetune-operator/files/ || { echo "The chart's copy is stale: run make crds"; exit 1; }; done
 	$(BIN)/python scripts/generate_docs.py --check
 	$(BIN)/python scripts/dashboards.py --check
 	$(BIN)/python scripts/audit.py | tee $(VENV)/audit.txt
@@ -56,9 +57,10 @@ format: $(VENV)/.dev ## Put the code into the agreed form
 	$(BIN)/ruff format .
 
 .PHONY: crds
-crds: $(VENV)/.dev ## Generate the CRD from the models
+crds: $(VENV)/.dev ## Generate the CRDs from the models
 	$(BIN)/python -m finetune_api.crd > crds/finetunejobs.yaml
-	cp crds/finetunejobs.yaml charts/finetune-operator/files/
+	$(BIN)/python -m finetune_api.crd_sweep > crds/finetunesweeps.yaml
+	cp crds/*.yaml charts/finetune-operator/files/
 
 .PHONY: docs
 docs: $(VENV)/.dev ## Generate the reference pages and the dashboards

@@ -10,7 +10,7 @@ from typing import Any
 import metric_names
 import operator_reasons
 
-from finetune_api import constants, exit_codes
+from finetune_api import constants, crd_sweep, exit_codes
 from finetune_api.crd import crd
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,6 +22,8 @@ def _type(node: dict[str, Any]) -> str:
         return " \\| ".join(f"`{value}`" for value in node["enum"])
     if "x-kubernetes-int-or-string" in node:
         return "integer or string"
+    if "x-kubernetes-preserve-unknown-fields" in node:
+        return "any"
     kind = node.get("type", "object")
     if kind == "array":
         return f"list of {_type(node['items'])}"
@@ -54,14 +56,26 @@ def _rows(node: dict[str, Any], path: str) -> Iterator[str]:
 
 
 def api_page() -> str:
-    """Every field of spec and status: type, bounds, default, meaning."""
-    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    page = [NOTE + f"# {constants.KIND} reference\n\n`{constants.API_VERSION}`, short name `{constants.SHORT_NAME}`.\n"]
-    for part, intro in (
-        ("spec", "What you write. Only `model.source`, `dataset.train` and `output.uri` are needed."),
-        ("status", "What the operator answers."),
-    ):
-        page += [f"## {part}\n\n{intro}\n", "| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+    """Every field of a FineTuneJob's spec and status: type, bounds, default, meaning."""
+    intro = "What you write. Only `model.source`, `dataset.train` and `output.uri` are needed."
+    return _reference(crd(), intro)
+
+
+def sweep_page() -> str:
+    """Return the same of a FineTuneSweep; its template is a FineTuneJob's spec."""
+    definition = crd_sweep.crd()
+    spec = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    meaning = f"{spec['template']['description']} Its fields: [FineTuneJob](api.md)."
+    spec["template"] = {"type": "object", "description": meaning}
+    return _reference(definition, "What you write: `template`, and either `parameters` or `trials`.")
+
+
+def _reference(definition: dict[str, Any], intro: str) -> str:
+    names, schema = definition["spec"]["names"], definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema, title = schema["properties"], f"# {names['kind']} reference\n\n"
+    page = [NOTE + title + f"`{constants.API_VERSION}`, short name `{names['shortNames'][0]}`.\n"]
+    for part, about in (("spec", intro), ("status", "What the operator answers.")):
+        page += [f"## {part}\n\n{about}\n", "| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         page += [*_rows(schema[part], part), ""]
         rules = schema[part].get("x-kubernetes-validations", [])
         if rules:
@@ -124,6 +138,7 @@ def troubleshooting_page() -> str:
         stalled=_reasons(operator_reasons.STALLED),
         states=_reasons(operator_reasons.STATES),
         events=_reasons(operator_reasons.EVENTS),
+        sweeps=_reasons(operator_reasons.SWEEPS),
     )
 
 
@@ -139,6 +154,7 @@ def metrics_page() -> str:
 
 PAGES = {
     "reference/api.md": api_page,
+    "reference/sweep.md": sweep_page,
     "reference/outcomes.md": outcomes_page,
     "troubleshooting.md": troubleshooting_page,
     "metrics.md": metrics_page,

@@ -202,4 +202,21 @@ EVENTS: Final = {
     "AttemptEnded": Reason("An attempt ended without success; the message holds its reason."),
 }
 
-ALL: Final = {**ATTEMPTS, **ENDINGS, **WAITS, **STATES, **STALLED, **EVENTS}
+#: Reasons of a FineTuneSweep and of its trials' rows, and events on it.
+SWEEPS: Final = {
+    "NoTrialSucceeded": Reason(
+        "All trials of a sweep have ended, and none published an adapter.",
+        "Read the reasons in `status.trials`, and one of the FineTuneJobs: they often share a cause.",
+    ),
+    "Outperformed": Reason(
+        "`earlyStopping` stopped the trial: it was not among the best at a rung. The event `TrialStopped` tells which.",
+        "Nothing to do. Its FineTuneJob and checkpoint stay; a smaller `reductionFactor` stops fewer.",
+    ),
+    "Deleted": Reason(
+        "Somebody deleted the trial's FineTuneJob before it ended.",
+        "The sweep does not create it again. To try it once more, create another sweep, or the job by itself.",
+    ),
+    "TrialStopped": Reason("Event on the sweep: `earlyStopping` stopped a trial.", NOTHING),
+}
+
+ALL: Final = {**ATTEMPTS, **ENDINGS, **WAITS, **STATES, **STALLED, **EVENTS, **SWEEPS}

@@ -53,7 +53,7 @@ def refused(error: ManifestError) -> CliError:
 
 def foreign_kind(document: Document) -> str | None:
     """Return the kind of a document that plainly is something else (a Secret, say); None for ours and broken ones."""
-    if document.is_job or not isinstance(document.data, dict):
+    if document.is_job or document.is_sweep or not isinstance(document.data, dict):
         return None
     kind, version = document.data.get("kind"), document.data.get("apiVersion")
     return kind if isinstance(kind, str) and not str(version).startswith(f"{constants.GROUP}/") else None
@@ -86,8 +86,13 @@ def documents(source: Source) -> list[Document]:
     return found
 
 
-def the_job(name: str) -> tuple[Source, Document]:
-    """Return the one FineTuneJob of a file, other kinds aside. Raises CliError when there is none or more than one."""
+def the_job(name: str, *, or_sweep: bool = False) -> tuple[Source, Document]:
+    """Return the one FineTuneJob of a file, other kinds aside. Raises CliError when there is none or more than one.
+
+    Args:
+        name: The file.
+        or_sweep: Whether it may be a FineTuneSweep.
+    """
     from finetune_api.manifest import ManifestError
 
     source = read(name)
@@ -98,4 +103,9 @@ def the_job(name: str) -> tuple[Source, Document]:
     if len(ours) != 1:
         count = f"no {constants.KIND}" if not ours else f"{len(ours)} {constants.KIND}s"
         raise CliError(f"{source.name}: holds {count}, this command takes one")
+    if ours[0].is_sweep and not or_sweep:
+        raise CliError(
+            f"{source.name}: holds a {constants.SWEEP_KIND}, this command takes one {constants.KIND}",
+            hint="validate, plan, submit, list and status take sweeps",
+        )
     return source, ours[0]

@@ -6,6 +6,7 @@ Schema rules: https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resource
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -19,6 +20,8 @@ from finetune_api.spec import IMMUTABLE, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 Schema = dict[str, Any]
+#: Name, type, JSONPath, description, priority.
+Column = tuple[str, str, str, str, int]
 
 _HEADER = "# Generated from finetune_api by `make crds`. Edit the models, not this file.\n"
 _DROPPED = {"title", "default", "additionalProperties", "const", "exclusiveMinimum", "exclusiveMaximum", "$defs"}
@@ -141,58 +144,73 @@ def _root_rules() -> list[dict[str, Any]]:
     return [name, *_immutability()]
 
 
-def crd() -> dict[str, Any]:
-    """Return the CustomResourceDefinition as plain data."""
-    schema = {
+def definition(
+    kind: str, plural: str, short: str, columns: Sequence[Column], schema: Schema, rules: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the CustomResourceDefinition of one kind as plain data.
+
+    Args:
+        kind: The kind.
+        plural: Its plural.
+        short: Its short name.
+        columns: The printer columns.
+        schema: description, and the schemas of spec and status.
+        rules: CEL rules over the whole object.
+    """
+    root = {
         "type": "object",
-        "description": "One fine-tuning run: a base model and a data set in, a verified LoRA adapter out.",
+        "description": schema["description"],
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
-            "spec": model_schema(FineTuneJobSpec),
-            "status": model_schema(FineTuneJobStatus),
+            "spec": schema["spec"],
+            "status": schema["status"],
         },
-        "x-kubernetes-validations": _root_rules(),
+        "x-kubernetes-validations": rules,
     }
     version = {
         "name": constants.VERSION,
         "served": True,
         "storage": True,
-        "schema": {"openAPIV3Schema": schema},
+        "schema": {"openAPIV3Schema": root},
         "subresources": {"status": {}},
         "additionalPrinterColumns": [
-            {"name": name, "type": kind, "jsonPath": path, "description": description}
+            {"name": name, "type": type_, "jsonPath": path, "description": description}
             | ({"priority": priority} if priority else {})
-            for name, kind, path, description, priority in _COLUMNS
+            for name, type_, path, description, priority in columns
         ],
     }
+    names = {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{constants.PLURAL}.{constants.GROUP}"},
+        "metadata": {"name": f"{plural}.{constants.GROUP}"},
         "spec": {
             "group": constants.GROUP,
             "scope": "Namespaced",
-            "names": {
-                "kind": constants.KIND,
-                "listKind": f"{constants.KIND}List",
-                "plural": constants.PLURAL,
-                "singular": constants.KIND.lower(),
-                "shortNames": [constants.SHORT_NAME],
-                "categories": ["all"],
-            },
+            "names": {**names, "shortNames": [short], "categories": ["all"]},
             "versions": [version],
         },
     }
 
 
-def render() -> str:
-    """Return the CRD as YAML text."""
-    plain = json.loads(json.dumps(crd()))  # shared nodes would come out as YAML anchors
+def crd() -> dict[str, Any]:
+    """Return the CustomResourceDefinition of FineTuneJobs as plain data."""
+    schema = {
+        "description": "One fine-tuning run: a base model and a data set in, a verified LoRA adapter out.",
+        "spec": model_schema(FineTuneJobSpec),
+        "status": model_schema(FineTuneJobStatus),
+    }
+    return definition(constants.KIND, constants.PLURAL, constants.SHORT_NAME, _COLUMNS, schema, _root_rules())
+
+
+def render(definition: dict[str, Any]) -> str:
+    """Return a definition as YAML text."""
+    plain = json.loads(json.dumps(definition))  # shared nodes would come out as YAML anchors
     return _HEADER + yaml.safe_dump(plain, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render())
+    sys.stdout.write(render(crd()))

@@ -8,13 +8,15 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from finetune_api import constants, suggestions, uri
 from finetune_api.crd import model_of
 from finetune_api.spec import FineTuneJob
+from finetune_api.sweep import FineTuneSweep
+from finetune_api.sweep_trials import PlannedTrial, SweepError, expand, job_name, trial_spec
 from finetune_api.yaml_documents import (
     SET,
     Document,
@@ -25,7 +27,11 @@ from finetune_api.yaml_documents import (
     parse,
 )
 
-__all__ = ["Document", "ManifestError", "Problem", "check", "load_file", "load_text", "parse"]
+__all__ = ["Document", "ManifestError", "Problem", "check", "check_sweep", "load_file", "load_text", "parse"]
+
+M = TypeVar("M", FineTuneJob, FineTuneSweep)
+#: Of a sweep's trials: a wrong template would say the same a thousand times.
+MAX_PROBLEMS = 20
 
 
 def _override(document: Document, assignments: Sequence[str]) -> None:
@@ -104,9 +110,9 @@ _EXPECTED = {
 }
 
 
-def _known_fields(path: Path_) -> list[str]:
-    """Return the field names allowed where `path` ends."""
-    model: type[BaseModel] | None = FineTuneJob
+def _known_fields(root: type[BaseModel], path: Path_) -> list[str]:
+    """Return the field names that `root` allows where `path` ends."""
+    model: type[BaseModel] | None = root
     for part in path:
         if isinstance(part, int) or model is None:
             continue
@@ -114,14 +120,14 @@ def _known_fields(path: Path_) -> list[str]:
     return [f.alias or "" for f in model.model_fields.values()] if model else []
 
 
-def _sentence(error: Any, path: Path_) -> str:
+def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "missing":
         return "Required value"
     if kind == "extra_forbidden":
         if path[:1] == ("spec",) and (elsewhere := suggestions.meant(str(path[-1]))):
             return f"unknown field; did you mean {elsewhere}?"
-        known = _known_fields(path[:-1])
+        known = _known_fields(root, path[:-1])
         close = difflib.get_close_matches(str(path[-1]), known, 1, 0.6)
         return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
     if kind in _EXPECTED:
@@ -141,12 +147,12 @@ def _sentence(error: Any, path: Path_) -> str:
     return message if kind == "rule" else f"Invalid value: {_shown(value)}: {message}"
 
 
-def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
+def _problems(error: ValidationError, document: Document, root: type[BaseModel]) -> Iterator[Problem]:
     for item in error.errors(include_url=False):
         path: Path_ = tuple(item["loc"])
         if item["type"] == "rule" and (blamed := item.get("ctx", {}).get("field")):
             path = (*path, *blamed.split("."))
-        yield document.problem(path, _sentence(item, path))
+        yield document.problem(path, _sentence(item, path, root))
 
 
 def check(document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
@@ -157,21 +163,72 @@ def check(document: Document, base: Path | None = None, overrides: Sequence[str]
         base: The folder that file://./ starts from.
         overrides: 'path.below.spec=value' assignments.
     """
+    return check_as(FineTuneJob, document, base, overrides)
+
+
+def check_sweep(
+    document: Document, base: Path | None = None, overrides: Sequence[str] = (), *, each_trial: bool = True
+) -> FineTuneSweep:
+    """Turn a document into a FineTuneSweep, each of whose trials is a valid FineTuneJob. Raises ManifestError.
+
+    Args:
+        document: The manifest.
+        base: The folder that file://./ starts from.
+        overrides: path=value, below spec.
+        each_trial: Whether to check the trials one by one.
+    """
+    sweep = check_as(FineTuneSweep, document, base, overrides)
+    try:
+        trials = expand(sweep.metadata.name, sweep.spec)
+    except SweepError as error:
+        raise ManifestError([document.problem(("spec", *_parts(error.field)), error.message)]) from None
+    template, problems = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True), []
+    for trial in trials if each_trial else ():
+        try:
+            check(trial_document(sweep.metadata.name, template, trial))
+        except ManifestError as error:
+            problems += [Problem(f"trial {trial.name}", str(each), source=document.source) for each in error.problems]
+    if problems:
+        raise ManifestError(problems[:MAX_PROBLEMS])
+    return sweep
+
+
+def trial_document(sweep: str, template: dict[str, Any], trial: PlannedTrial) -> Document:
+    """Return the FineTuneJob of one trial."""
+    metadata = {"name": job_name(sweep, trial.name)}
+    spec = trial_spec(sweep, template, trial)
+    return Document(
+        {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}, ""
+    )
+
+
+def _parts(field: str) -> Path_:
+    """Return trials[0].values as ('trials', 0, 'values')."""
+    return tuple(
+        int(part) if part.isdecimal() else part for part in field.replace("]", "").replace("[", ".").split(".")
+    )
+
+
+def check_as(kind: type[M], document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> M:
+    """Turn a document into an object of `kind` by the rules of its schema, which the API server holds too.
+
+    Raises ManifestError.
+    """
     if not isinstance(document.data, dict):
-        raise ManifestError([document.problem((), f"is no {constants.KIND}: a manifest is a YAML mapping")])
+        raise ManifestError([document.problem((), f"is no {kind.__name__}: a manifest is a YAML mapping")])
     _override(document, overrides)
     data = dict(document.data)
     data.pop("status", None)
     if base is not None and "spec" in data:
         data["spec"] = _resolve_relative(data["spec"], base)
     metadata = data.get("metadata")
-    if "spec" in data and isinstance(metadata, dict):
+    if kind is FineTuneJob and "spec" in data and isinstance(metadata, dict):
         data["spec"] = _fill_in_name(data["spec"], metadata.get("name"))
     try:
-        return FineTuneJob.model_validate(data, by_alias=True, by_name=False)
+        return kind.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         # As one reads the file; what --set gave has line 0.
-        raise ManifestError(sorted(_problems(error, document), key=lambda problem: problem.line or 0)) from None
+        raise ManifestError(sorted(_problems(error, document, kind), key=lambda problem: problem.line or 0)) from None
 
 
 def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:

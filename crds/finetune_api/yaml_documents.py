@@ -55,6 +55,10 @@ class Document:
     def is_job(self) -> bool:
         return isinstance(self.data, dict) and self.data.get("kind") == constants.KIND
 
+    @property
+    def is_sweep(self) -> bool:
+        return isinstance(self.data, dict) and self.data.get("kind") == constants.SWEEP_KIND
+
     def place(self, path: Path_) -> tuple[str, int | None]:
         """Source and line of `path`, or of the nearest parent that is in the file."""
         for end in range(len(path), -1, -1):
@@ -179,7 +183,11 @@ def _key(node: yaml.Node, path: Path_, source: str) -> str:
 def _unlisted(document: Document) -> Iterator[Document]:
     """Return the objects of a List (as `kubectl get -o yaml` prints several), or the document itself."""
     data = document.data
-    is_list = isinstance(data, dict) and data.get("kind") in ("List", f"{constants.KIND}List")
+    is_list = isinstance(data, dict) and data.get("kind") in (
+        "List",
+        f"{constants.KIND}List",
+        f"{constants.SWEEP_KIND}List",
+    )
     if not is_list or not isinstance(data.get("items"), list):
         yield document
         return

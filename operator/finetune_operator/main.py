@@ -95,6 +95,7 @@ class Operator:
             settings,
             self.clock,
             metrics.status_denied.inc,
+            lambda key, seconds: self.queue.add_after(key, seconds),
         )
         self.queue = WorkQueue(self._reconcile, settings.workers, on_done=self._done)
         self.wait_reasons = WaitReasonWatcher(self.client, self.cache, settings.namespaces, self.queue.add)
@@ -227,7 +228,7 @@ class Operator:
                     await self.relister.once()
                     return
                 names = ", ".join(f"{kind.plural}.{kind.group}" for kind in missing)
-                problem = f"the CustomResourceDefinition {names} is not installed: apply crds/"
+                problem = f"not installed: CustomResourceDefinition {names}; apply crds/"
             except ApiError as error:
                 problem = f"the API server denied the request: {error.message or error}"
             except (OSError, TimeoutError) as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api import crd_sweep
 from finetune_api.crd import crd, render
 from finetune_api.spec import FineTuneJobSpec
 
@@ -19,8 +20,10 @@ def nodes(schema: dict[str, Any], path: str = "") -> list[tuple[str, dict[str, A
     return [(path, schema)] + [found for name, child in children for found in nodes(child, name)]
 
 
-def test_the_file_is_what_the_models_say():
-    assert (ROOT / "crds/finetunejobs.yaml").read_text() == render(), "run `make crds`"
+@pytest.mark.parametrize("definition", [crd(), crd_sweep.crd()], ids=["job", "sweep"])
+def test_the_file_is_what_the_models_say(definition: dict[str, Any]):
+    plural = definition["spec"]["names"]["plural"]
+    assert (ROOT / f"crds/{plural}.yaml").read_text() == render(definition), "run `make crds`"
 
 
 def test_every_field_is_described():

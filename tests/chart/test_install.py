@@ -41,7 +41,7 @@ PLURALS = {
     "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
     "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions"),
 }
-CRD = f"{constants.PLURAL}.{constants.GROUP}"
+CRDS = tuple(f"{plural}.{constants.GROUP}" for plural in (constants.PLURAL, constants.SWEEP_PLURAL))
 
 
 def made(rendered: list[Object]) -> list[Object]:
@@ -84,6 +84,10 @@ class Installation:
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         return {variable["name"]: variable["value"] for variable in container["env"]}
 
+    def definitions(self) -> list[str]:
+        """Return those of the chart that are there."""
+        return [name for name in CRDS if self.kube.find("CustomResourceDefinition", name)]
+
     def serves_jobs(self) -> bool:
         try:
             self.kube.request("GET", f"/apis/{constants.API_VERSION}/{constants.PLURAL}")
@@ -96,7 +100,8 @@ class Installation:
 def fresh_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A cluster of this module's own: the chart brings the definition that other tests want to keep."""
     with clusters.start(request.param) as running:
-        running.kube.delete("CustomResourceDefinition", CRD)
+        for name in CRDS:
+            running.kube.delete("CustomResourceDefinition", name)
         yield running
 
 
@@ -108,9 +113,10 @@ def installation(fresh_cluster: Cluster) -> Iterator[Installation]:
         if found.helm.list():
             found.helm.uninstall(RELEASE)
         found.helm.close()
-        if found.kube.find("CustomResourceDefinition", CRD):
-            found.kube.delete("CustomResourceDefinition", CRD)
-            wait_until(lambda: not found.kube.find("CustomResourceDefinition", CRD), "the definition is gone")
+        for name in CRDS:
+            if found.kube.find("CustomResourceDefinition", name):
+                found.kube.delete("CustomResourceDefinition", name)
+        wait_until(lambda: not found.definitions(), "the definitions are gone")
         found.kube.close()
 
 
@@ -151,7 +157,7 @@ def test_a_release_from_install_to_uninstall(installation: Installation, fresh_c
 
     helm.uninstall(RELEASE)
     everything = {(o["kind"], o["metadata"]["name"]) for o in made(first)}
-    assert everything - installation.missing(first) == {("CustomResourceDefinition", CRD)}
+    assert everything - installation.missing(first) == {("CustomResourceDefinition", name) for name in CRDS}
     assert installation.kube.get(constants.KIND, "kept")["spec"]["model"]["source"] == "hf://example/model"
 
 
@@ -169,7 +175,7 @@ def test_what_was_kept_is_taken_up_by_the_next_install(installation: Installatio
 def test_a_definition_that_may_go_goes(installation: Installation) -> None:
     installation.helm.install(CHART, RELEASE, {"crds": {"keep": False}}, namespace=installation.namespace)
     installation.helm.uninstall(RELEASE)
-    wait_until(lambda: installation.kube.find("CustomResourceDefinition", CRD) is None, "the definition is gone")
+    wait_until(lambda: not installation.definitions(), "the definitions are gone")
 
 
 @pytest.mark.parametrize("name", ["demo", "smallest"])
@@ -183,7 +189,7 @@ def test_other_values_files_install_too(installation: Installation, name: str) -
 def test_a_typo_stops_the_install_before_anything_is_made(installation: Installation) -> None:
     with pytest.raises(helm_python.HelmError, match="maxGpuPerJob"):
         installation.helm.install(CHART, RELEASE, {"policy": {"maxGpuPerJob": 4}}, namespace=installation.namespace)
-    assert installation.kube.find("CustomResourceDefinition", CRD) is None
+    assert not installation.definitions()
 
 
 def trainer_pod() -> Object:

@@ -125,7 +125,25 @@ def live_a_life(place: Place) -> None:
     place.until("paused", "Suspended", "True")
     kube.patch(constants.KIND, "paused", {"spec": {"suspend": False}})
     place.until("paused", "Succeeded", "True")
+    sweep(place)
     meet_conflicts(place)
+
+
+def sweep(place: Place) -> None:
+    """A sweep of two trials is suspended, resumed, finished, and deleted after its TTL."""
+    template = {**job("swept", "run/succeed")["spec"], "output": {"uri": "s3://adapters/swept"}}
+    modules = [f"{number:0>128}" for number in range(64)]  # more than stays in memory: the sweep is read again
+    trials = [{"name": name, "values": {"lora.targetModules": modules}} for name in ("a", "b")]
+    objective, spec = {"metric": "trainLoss"}, {"parallelism": 1, "ttlSecondsAfterFinished": 0}
+    made = {"apiVersion": constants.API_VERSION, "kind": constants.SWEEP_KIND, "metadata": {"name": "swept"}}
+    place.kube.create(made | {"spec": {"template": template, "trials": trials, "objective": objective, **spec}})
+    place.until("swept-a", "Training", "True")
+    place.kube.patch(constants.SWEEP_KIND, "swept", {"spec": {"suspend": True}})
+    place.until("swept-a", "Suspended", "True")
+    place.kube.patch(constants.SWEEP_KIND, "swept", {"spec": {"suspend": False}})
+    place.until("swept-b", "Training", "True")
+    place.kube.patch(constants.KIND, "swept-b", {"spec": {"activeDeadlineSeconds": 1}})
+    wait_until(lambda: place.kube.find(constants.SWEEP_KIND, "swept") is None, "the sweep is gone after its TTL", 90)
 
 
 def meet_conflicts(place: Place) -> None:
@@ -172,8 +190,8 @@ FORBIDDEN = [
     ("POST", "/api/v1/namespaces/{ns}/pods/any/exec"),
     ("GET", "/api/v1/namespaces/{ns}/configmaps"),
     ("DELETE", "/api/v1/namespaces/{ns}/configmaps/any"),
-    ("PATCH", "/apis/finetune.dev/v1alpha1/namespaces/{ns}/finetunejobs/retried"),
-    ("POST", "/apis/finetune.dev/v1alpha1/namespaces/{ns}/finetunejobs"),
+    ("PATCH", "/apis/finetune.dev/v1alpha1/namespaces/{ns}/finetunesweeps/any"),
+    ("POST", "/apis/finetune.dev/v1alpha1/namespaces/{ns}/finetunesweeps"),
     ("GET", "/apis/rbac.authorization.k8s.io/v1/namespaces/{ns}/roles"),
     ("POST", "/api/v1/namespaces/{ns}/serviceaccounts/" + ACCOUNT + "/token"),
     ("GET", "/api/v1/namespaces"),

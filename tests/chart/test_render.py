@@ -9,6 +9,7 @@ import helm_python
 import pytest
 import yaml
 
+from finetune_api import crd_sweep
 from finetune_api.crd import crd
 from support.common import kubernetes_schema
 from support.docs.chart import (
@@ -134,17 +135,24 @@ def test_every_pod_meets_the_restricted_standard_with_a_read_only_root(name: str
 
 
 def test_the_copy_of_the_definition_in_the_chart_is_current() -> None:
-    copy = CHART / "files" / "finetunejobs.yaml"
-    assert copy.read_text() == (ROOT / "crds" / "finetunejobs.yaml").read_text(), "stale: run make crds"
+    for original in (ROOT / "crds").glob("*.yaml"):
+        assert (CHART / "files" / original.name).read_text() == original.read_text(), "stale: run make crds"
 
 
 def test_the_definition_is_the_models_and_stays_when_the_chart_goes() -> None:
-    definition = find(objects(), "CustomResourceDefinition")
-    assert definition["spec"] == yaml.safe_load(yaml.safe_dump(crd()["spec"]))
-    assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    leaving = find(objects({"crds": {"keep": False}}), "CustomResourceDefinition")
-    assert "annotations" not in leaving["metadata"]
-    assert not [o for o in objects({"crds": {"enabled": False}}) if o["kind"] == "CustomResourceDefinition"]
+    definitions = {each["metadata"]["name"]: each for each in _definitions()}
+    made = {each["metadata"]["name"]: each for each in (crd(), crd_sweep.crd())}
+    assert definitions.keys() == made.keys()
+    for name, definition in definitions.items():
+        assert definition["spec"] == yaml.safe_load(yaml.safe_dump(made[name]["spec"]))
+        assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    leaving = _definitions({"crds": {"keep": False}})
+    assert leaving and not any("annotations" in each["metadata"] for each in leaving)
+    assert not _definitions({"crds": {"enabled": False}})
+
+
+def _definitions(values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    return [each for each in objects(values or {}) if each["kind"] == "CustomResourceDefinition"]
 
 
 @pytest.mark.parametrize("watch", [{}, {"namespaces": ["research", "products"]}, {"allNamespaces": True}])

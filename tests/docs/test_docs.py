@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from finetune_api import constants, exit_codes
+from finetune_api import constants, crd_sweep, exit_codes
 from finetune_api.crd import crd
 from finetune_api.manifest import load_text
 from finetune_api.status import Condition, Stage
@@ -31,6 +31,7 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 FILE_NAME = re.compile(r"\.(py|ya?ml|jsonl?|md|txt|png|toml|safetensors|sh|crt|conf)$")
 VALUES = yaml.safe_load((ROOT / "charts/finetune-operator/values.yaml").read_text())
 SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+SWEEP_SCHEMA = crd_sweep.crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
 each_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -151,7 +152,8 @@ def test_every_field_and_chart_value_named_exists(path: Path) -> None:
         if not named or FILE_NAME.search(named[1]):
             continue
         keys = named[1].replace("[]", "").split(".")
-        known = in_schema(keys, {"properties": SCHEMA}) or in_schema(keys, SCHEMA["spec"]) or in_values(keys)
+        known = any(in_schema(keys, {"properties": found}) for found in (SCHEMA, SWEEP_SCHEMA))
+        known = known or in_schema(keys, SCHEMA["spec"]) or in_values(keys)
         if keys[0] in sections() and not known:
             unknown.append(named[1])
     assert unknown == []
@@ -266,7 +268,7 @@ def test_every_metric_used_by_alerts_and_dashboards_is_documented() -> None:
     used = {
         name
         for path in files
-        if path.suffix in (".yaml", ".json") and path.name != "finetunejobs.yaml"
+        if path.suffix in (".yaml", ".json") and not path.name.startswith("finetune")
         for name in re.findall(r"\bfinetune_(?:operator|trainer)_\w+", path.read_text())
     }
     assert used and used <= known

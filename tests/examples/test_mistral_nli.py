@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_api import manifest
 from finetune_api.manifest import load_file, load_text
 from finetune_api.spec import FineTuneJob
+from finetune_api.sweep_trials import expand
 
 EXAMPLES = Path(__file__).parents[2] / "examples/mistral-nli"
 OVERLAYS = sorted(path.parent.name for path in EXAMPLES.glob("*/kustomization.yaml") if path.parent.name != "base")
@@ -62,6 +64,17 @@ def test_the_ablations_differ_in_what_they_say():
     assert built("ablation2").spec.lora.target_modules == ["all-linear"]
     assert built("ablation3").spec.training.learning_rate == 1e-4
     assert built("distributed").spec.resources.nodes == 2
+
+
+def test_the_sweep_is_the_four_ablations():
+    [document] = manifest.parse((EXAMPLES / "sweep/finetunesweep.yaml").read_text(), "sweep")
+    sweep = manifest.check_sweep(document)
+    template = document.data["spec"]["template"]
+    trials = {trial.name: trial for trial in expand(sweep.metadata.name, sweep.spec)}
+    assert list(trials) == [f"ablation{n}" for n in range(4)]
+    for name, trial in trials.items():
+        job = manifest.check(manifest.trial_document(sweep.metadata.name, template, trial))
+        assert job.spec.model_copy(update={"output": None}) == built(name).spec.model_copy(update={"output": None})
 
 
 @pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed")

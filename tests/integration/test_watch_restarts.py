@@ -22,7 +22,7 @@ from support.server.client import Kube
 from support.server.fault_proxy import ApiProxy
 from support.server.server import Cluster
 
-WATCHED = ("finetunejobs", "jobs", "pods")
+WATCHED = ("finetunejobs", "finetunesweeps", "jobs", "pods")
 _KOPF = str(Path(kopf.__file__).parent)
 
 

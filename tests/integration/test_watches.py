@@ -19,7 +19,7 @@ from support.server.fault_proxy import ApiProxy
 from support.server.loop_thread import LoopThread
 from support.server.server import Cluster
 
-WATCHED = ("finetunejobs", "jobs", "pods")
+WATCHED = ("finetunejobs", "finetunesweeps", "jobs", "pods")
 
 
 class Stage:

@@ -92,10 +92,16 @@ def plan(
             "--model-config", metavar="FILE", help="The model's config.json, instead of the one where the model lies."
         ),
     ] = None,
+    trial_hours: Annotated[
+        float | None,
+        typer.Option(
+            "--trial-hours", metavar="HOURS", min=0, help="How long one trial of a sweep runs, to sum up its GPU-hours."
+        ),
+    ] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out the values that are defaults.")] = False,
     output: Output = None,
 ) -> None:
-    """Show what a manifest comes to: whether it fits, the batch, every value and where it is from.
+    """Show what a manifest comes to: whether it fits, the batch, every value and its origin; of a sweep, every trial.
 
     A value on the command line wins over the file, which wins over the default.
 
@@ -110,6 +116,7 @@ def plan(
         finetune plan job.yaml --gpu-memory 24Gi
         finetune plan job.yaml --gpu-memory 24Gi --model-config Mistral-7B/config.json
         finetune plan job.yaml -o json
+        finetune plan sweep.yaml --gpu-memory 80Gi --trial-hours 1.5
 
     Exit codes:
         0    the manifest is right, and fits the GPU if one is given
@@ -121,7 +128,14 @@ def plan(
     from finetune_cli.manifests import refused, the_job
 
     room = memory.parse_size(gpu_memory) if gpu_memory else None
-    source, document = the_job(file)
+    source, document = the_job(file, or_sweep=True)
+    if document.is_sweep:
+        from finetune_cli.sweep_forecast import plan_sweep
+
+        plan_sweep(document, source.base, overrides or (), room, model_config, trial_hours, output)
+        return
+    if trial_hours is not None:
+        raise CliError("--trial-hours is for sweeps")
     try:
         job = manifest.check(document, source.base, overrides or ())
     except manifest.ManifestError as error:

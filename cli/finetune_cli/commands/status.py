@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from finetune_api import constants
 from finetune_cli.options import (
     Context,
     JobName,
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 def status(
     name: JobName,
+    sweep: Annotated[bool, typer.Option("--sweep", help="It is a FineTuneSweep: show its trials.")] = False,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -30,14 +34,21 @@ def status(
 
     Examples:
         finetune status nli
+        finetune status --sweep nli-rates
         finetune status nli -o json | jq -r .status.adapter.uri
     """
     from finetune_cli.kube.connect import connect
 
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.get(name)
+    job = cluster.get(name, constants.SWEEP_KIND if sweep else constants.KIND)
     if output:
         console.structured_job(job, output)
+        return
+    if sweep:
+        from finetune_cli.output.sweep_page import SweepView, sweep_page
+
+        trials = cluster.jobs(selector=f"{constants.LABEL_SWEEP}={name}").items
+        console.page(sweep_page(SweepView.of(job), trials, datetime.now(UTC)), console.PIPED_TABLE_WIDTH)
         return
     from finetune_cli.output.job_view import View
     from finetune_cli.output.loss_history import loss_history

@@ -37,32 +37,38 @@ def submit(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Create a FineTuneJob in the cluster, or change one (server-side apply).
+    """Create a FineTuneJob or FineTuneSweep in the cluster, or change one (server-side apply).
 
     The manifest is checked here first. Once training has begun, only suspend, ttlSecondsAfterFinished,
-    activeDeadlineSeconds and recovery may change.
+    activeDeadlineSeconds and recovery may change; of a sweep that has started also parallelism, and no trial.
 
     Examples:
         finetune submit job.yaml
         finetune submit job.yaml --watch
+        finetune submit sweep.yaml
         finetune submit job.yaml --name nli-rank32 --set lora.rank=32 --set output.uri=s3://adapters/{name}
     """
     from finetune_api import manifest
+    from finetune_api.sweep import FineTuneSweep
     from finetune_cli.kube.connect import connect
     from finetune_cli.manifests import refused, the_job
 
-    _, document = the_job(file)
+    _, document = the_job(file, or_sweep=True)
+    if document.is_sweep and watch:
+        raise CliError("--watch follows one job", hint="submit the sweep without it, then finetune status shows it")
     if name and isinstance(document.data, dict) and isinstance(document.data.get("metadata"), dict):
         document.data["metadata"]["name"] = name
     try:
         # No base folder: a path of this machine means nothing to the cluster.
-        job = manifest.check(document, None, overrides or ())
+        check = manifest.check_sweep if document.is_sweep else manifest.check
+        job = check(document, None, overrides or ())
     except manifest.ManifestError as error:
         raise refused(error) from None
     if namespace and job.metadata.namespace and namespace != job.metadata.namespace:
         raise CliError(f"{file} is for namespace {job.metadata.namespace!r}, --namespace says {namespace!r}")
     cluster = connect(namespace or job.metadata.namespace, context, kubeconfig)
-    _refuse_shared_output(cluster, job)
+    if not isinstance(job, FineTuneSweep):  # the operator looks at each trial's output
+        _refuse_shared_output(cluster, job)
     result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
     metadata = result["metadata"]
     verb = "created" if is_new else "applied"
@@ -76,6 +82,9 @@ def submit(
         console.structured_job(result, output)
     elif not dry_run:
         option = f" -n {namespace}" if namespace else ""
+        if document.is_sweep:
+            console.next_commands(f"finetune status --sweep {metadata['name']}{option}")
+            return
         console.next_commands(
             f"finetune watch {metadata['name']}{option}", f"finetune logs -f {metadata['name']}{option}"
         )

@@ -14,10 +14,12 @@ from finetune_cli.errors import CliError
 class Tally:
     """What a validation found.
 
-    Names of valid jobs, problems as printable lines, kinds left alone, and what a cluster cannot read of valid jobs.
+    Names of valid jobs and sweeps, problems as printable lines, kinds left alone, and what a cluster cannot read of
+    valid jobs.
     """
 
     valid: list[str] = field(default_factory=list)
+    sweeps: list[str] = field(default_factory=list)
     invalid: int = 0
     problems: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -28,6 +30,7 @@ def check(file: str, tally: Tally) -> None:
     """Validate every document of `file` into `tally`."""
     from finetune_api import manifest
     from finetune_api.plain_text import one_line
+    from finetune_api.sweep_trials import expand
     from finetune_cli.manifests import documents, foreign_kind, read
 
     try:
@@ -40,10 +43,15 @@ def check(file: str, tally: Tally) -> None:
     for document in found:
         if kind := foreign_kind(document):
             tally.skipped.append(
-                f"{document.source}:{document.lines[()]}: {one_line(kind)} is not checked, only FineTuneJobs are"
+                f"{document.source}:{document.lines[()]}: {one_line(kind)} is not checked, only our own kinds are"
             )
             continue
         try:
+            if document.is_sweep:
+                sweep = manifest.check_sweep(document, source.base)
+                trials = len(expand(sweep.metadata.name, sweep.spec))
+                tally.sweeps.append(f"{sweep.metadata.name} ({_count(trials, 'trial')})")
+                continue
             job = manifest.check(document, source.base)
             tally.valid.append(job.metadata.name)
             if fields := [f"spec.{name}" for name, uri in job.spec.uris.items() if uri.startswith("file://")]:
@@ -65,8 +73,9 @@ def validate(
     """Check manifests without a cluster.
 
     Prints every problem with its file, line and field, in the words kubectl apply would use, and exits 1 if there
-    is one. A file may hold several documents; kinds other than FineTuneJob are left alone. file:// is right for
-    finetune run alone: a cluster cannot read this machine's files, and kubectl apply refuses file://./.
+    is one. A file may hold several documents; kinds other than FineTuneJob and FineTuneSweep are left alone. Each
+    trial of a sweep is checked. file:// is right for finetune run alone: a cluster cannot read this machine's files,
+    and kubectl apply refuses file://./.
 
     Examples:
         finetune validate job.yaml
@@ -83,16 +92,22 @@ def validate(
     for line in tally.problems:
         console.err().print(line, soft_wrap=True)
     if tally.problems:
-        of = f" of {tally.invalid + len(tally.valid)}" if tally.valid else ""
+        valid = len(tally.valid) + len(tally.sweeps)
+        of = f" of {tally.invalid + valid}" if valid else ""
         raise CliError(
             f"{_count(len(tally.problems), 'problem')} in {tally.invalid}{of} manifest"
-            f"{'' if tally.invalid + len(tally.valid) == 1 else 's'}"
+            f"{'' if tally.invalid + valid == 1 else 's'}"
         )
-    if not tally.valid:
+    if not tally.valid and not tally.sweeps:
         raise CliError("nothing to check: there is no FineTuneJob in what was given")
-    listed = ", ".join(tally.valid[:5]) + (", …" if len(tally.valid) > 5 else "")
     where = "" if not tally.local else " for finetune run"
-    console.done(f"{_count(len(tally.valid), 'FineTuneJob')} valid{where}: {listed}")
+    for names, kind in (
+        (tally.valid, f"FineTuneJob{'' if len(tally.valid) == 1 else 's'} valid{where}"),
+        (tally.sweeps, f"FineTuneSweep{'' if len(tally.sweeps) == 1 else 's'} valid"),
+    ):
+        if names:
+            listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            console.done(f"{len(names)} {kind}: {listed}")
     for line in tally.local:
         console.note(line)
     if tally.local:

@@ -46,36 +46,38 @@ class Cluster:
     def __post_init__(self) -> None:
         reading.bound_errors(self.api)
 
-    def get(self, name: str) -> Object:
-        """One FineTuneJob."""
+    def get(self, name: str, kind: str = constants.KIND) -> Object:
+        """One FineTuneJob, or FineTuneSweep."""
         try:
-            return self._get(name)
+            return self._get(name, kind)
         except CliError as error:
-            if error.is_missing and (close := self._close_to(name)):
+            if error.is_missing and (close := self._close_to(name, kind)):
                 raise CliError(error.message, hint=f"did you mean {close}?", code=error.code) from None
             raise
 
-    def _close_to(self, name: str) -> str:
-        """Return the name of a job that was probably meant, or ''."""
+    def _close_to(self, name: str, kind: str) -> str:
+        """Return the name of an object that was probably meant, or ''."""
         try:
-            names = [str(job["metadata"]["name"]) for job in self.jobs().items]
+            names = [str(found["metadata"]["name"]) for found in self.jobs(kind=kind).items]
         except CliError:
             return ""
         return next(iter(difflib.get_close_matches(name, names, 1)), "")
 
-    def _get(self, name: str) -> Object:
-        with explained(self.server, self.namespace, name):
+    def _get(self, name: str, kind: str) -> Object:
+        with explained(self.server, self.namespace, name, kind):
             answer = self._custom().get_namespaced_custom_object(
-                *self._place(), name, _preload_content=False, _request_timeout=self.timeout
+                *self._place(kind), name, _preload_content=False, _request_timeout=self.timeout
             )
             return _job(answers.read_object(reading.body(answer))[0])
 
-    def jobs(self, *, everywhere: bool = False, selector: str | None = None) -> answers.Listing:
-        """FineTuneJobs of the namespace, or of all."""
+    def jobs(
+        self, *, everywhere: bool = False, selector: str | None = None, kind: str = constants.KIND
+    ) -> answers.Listing:
+        """FineTuneJobs, or FineTuneSweeps, of the namespace, or of all."""
         options: Any = {"_request_timeout": self.timeout, "_preload_content": False}
         options |= {"label_selector": selector} if selector else {}
-        group, version, namespace, plural = self._place()
-        with explained(self.server, "" if everywhere else namespace):
+        group, version, namespace, plural = self._place(kind)
+        with explained(self.server, "" if everywhere else namespace, what=kind):
             if everywhere:
                 found = self._custom().list_cluster_custom_object(group, version, plural, **options)
             else:
@@ -85,13 +87,13 @@ class Cluster:
             return answers.Listing(listing.head, jobs, lost=listing.lost + len(listing.items) - len(jobs))
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
-        """Create or change a FineTuneJob by server-side apply; says too whether it is new."""
-        name = job["metadata"]["name"]
+        """Create or change a FineTuneJob or FineTuneSweep by server-side apply; says too whether it is new."""
+        name, kind = job["metadata"]["name"], job["kind"]
         options: Any = {"dry_run": "All"} if dry_run else {}
-        with explained(self.server, self.namespace, name):
+        with explained(self.server, self.namespace, name, kind):
             # The client's typed path knows 200 alone and drops the body of a 201.
             answer = self._custom().patch_namespaced_custom_object(
-                *self._place(),
+                *self._place(kind),
                 name,
                 job,
                 field_manager=FIELD_MANAGER,
@@ -214,8 +216,9 @@ class Cluster:
 
         return client.CustomObjectsApi(self.api)
 
-    def _place(self) -> tuple[str, str, str, str]:
-        return constants.GROUP, constants.VERSION, self.namespace, constants.PLURAL
+    def _place(self, kind: str = constants.KIND) -> tuple[str, str, str, str]:
+        plural = constants.SWEEP_PLURAL if kind == constants.SWEEP_KIND else constants.PLURAL
+        return constants.GROUP, constants.VERSION, self.namespace, plural
 
 
 def _object(found: Any) -> Object:

@@ -86,14 +86,13 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
 def _not_found(status: dict[str, Any], server: str, where: str, name: str, what: str) -> CliError:
     missing = status.get("details") or {}
     if name and missing.get("name") == name:
-        return CliError(
-            f"there is no {what} {name!r}{where}", hint="finetune list -A shows all there are", is_missing=True
-        )
+        listing = "finetune list --sweeps -A" if what == constants.SWEEP_KIND else "finetune list -A"
+        return CliError(f"there is no {what} {name!r}{where}", hint=f"{listing} shows all there are", is_missing=True)
     if missing.get("kind") == "namespaces":
         return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
     return CliError(
-        f"{constants.KIND}s are not installed in the cluster at {server}",
-        hint="install the operator's chart, or at least: kubectl apply -f crds/finetunejobs.yaml",
+        f"{what if what == constants.SWEEP_KIND else constants.KIND}s are not installed in the cluster at {server}",
+        hint="install the operator's chart, or at least: kubectl apply --server-side -f crds/",
         code=Exit.UNREACHABLE,
     )
 

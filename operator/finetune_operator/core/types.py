@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """An object to patch or delete; `uid` is a precondition."""
+    """An object to suspend, resume or delete; `uid` is a precondition."""
 
     kind: str
     name: str
@@ -27,7 +27,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do, in this order: create, write status, suspend, delete, post events.
+    """What to do, in this order: create, write status, suspend, resume, delete, post events.
 
     The status follows what was created and precedes what is deleted, so that the next plan repairs a crash in between.
     """
@@ -36,6 +36,7 @@ class Plan:
     status: Object | None = None
     """Merge patch of the status; None when nothing changes."""
     suspend: tuple[Target, ...] = ()
+    resume: tuple[Target, ...] = ()
     delete: tuple[Target, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None

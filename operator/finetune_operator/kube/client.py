@@ -38,7 +38,15 @@ _JSON = "application/json"
 METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 #: Of every write: who we are, and that a field which the server does not know is an error, not dropped in silence.
 OWNED = {"fieldManager": constants.FIELD_MANAGER, "fieldValidation": "Strict"}
-_KINDS = (kinds.FINETUNE_JOB, kinds.JOB, kinds.POD, kinds.SERVICE, kinds.NETWORK_POLICY, kinds.EVENT)
+_KINDS = (
+    kinds.FINETUNE_JOB,
+    kinds.FINETUNE_SWEEP,
+    kinds.JOB,
+    kinds.POD,
+    kinds.SERVICE,
+    kinds.NETWORK_POLICY,
+    kinds.EVENT,
+)
 
 
 @dataclass(frozen=True)
@@ -240,13 +248,13 @@ class KubeClient:
         where = self._path(key.kind, key.namespace, key.name, "status")
         return await self.request("PATCH", where, body, OWNED, MERGE_PATCH)
 
-    async def suspend(self, namespace: str, name: str, uid: str) -> Raw | None:
-        """Suspend a Job: Kubernetes stops its pods with their grace period. Return None when that Job is gone."""
-        body = {"metadata": {"uid": uid}, "spec": {"suspend": True}}
+    async def suspend(self, kind: str, namespace: str, name: str, uid: str, value: bool = True) -> Raw | None:
+        """Set spec.suspend of a Job or FineTuneJob: its pods stop in their grace period. None when it is gone."""
+        body = {"metadata": {"uid": uid}, "spec": {"suspend": value}}
         try:
-            return await self.request("PATCH", self._path("Job", namespace, name), body, OWNED, MERGE_PATCH)
+            return await self.request("PATCH", self._path(kind, namespace, name), body, OWNED, MERGE_PATCH)
         except ApiError as error:
-            if not await self._is_gone(error, uid, "Job", namespace, name):
+            if not await self._is_gone(error, uid, kind, namespace, name):
                 raise
             return None
 

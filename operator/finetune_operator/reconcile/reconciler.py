@@ -1,14 +1,14 @@
 """Carry out the plan for one object. Every step may be the last before a crash: see core/plan.py."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import structlog
 
-from finetune_operator.core.controllers import Controller
+from finetune_operator.core.controller import Controller
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.job_digest import digest_of
 from finetune_operator.core.objects.kinds import JOB, POD, ObjectKey
@@ -34,6 +34,10 @@ LARGE_READS = 2
 _TERMINATING_SECONDS = 60.0
 #: Look again by name at what no watch shows.
 _DOUBT_SECONDS = 10.0
+#: Children created at the same time.
+CREATES = 16
+#: An owner is reconciled this long after one of its children changed: many of them often change together.
+OWNER_SECONDS = 0.5
 #: Kubernetes' own label of a Job's pods.
 _JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 
@@ -58,6 +62,8 @@ class Reconciler:
         settings: The operator's settings.
         clock: Returns the time.
         on_status_denied: Called when the API server calls an object with its new status invalid.
+        on_change: Called with (key, seconds) for what a write of ours changes besides the object being reconciled: no
+            watch tells of it, for echoes are left out. It is to be reconciled that much later.
     """
 
     def __init__(
@@ -70,10 +76,11 @@ class Reconciler:
         settings: Settings,
         clock: Callable[[], datetime],
         on_status_denied: Callable[[], None] = lambda: None,
+        on_change: Callable[[ObjectKey, float], None] = lambda key, seconds: None,
     ) -> None:
         self._client, self._cache, self._poller, self._recorder = client, cache, poller, recorder
         self._on_status, self._settings, self._clock = on_status, settings, clock
-        self._on_status_denied = on_status_denied
+        self._on_status_denied, self._on_change = on_status_denied, on_change
         self._in_doubt: set[ObjectKey] = set()
         self._large = asyncio.Semaphore(LARGE_READS)
 
@@ -109,7 +116,7 @@ class Reconciler:
             plan = controller.plan(observed, self._settings, now)
         blocked = False
         try:
-            plan = plan.with_job_uid(await self._create(owner, plan))
+            plan = plan.with_job_uid(await self._create(key, owner, plan))
         except NamespaceTerminating:
             return Result(_TERMINATING_SECONDS)
         except CreateDenied as denial:
@@ -204,18 +211,39 @@ class Reconciler:
         if is_whole:
             self._cache.keep_only(POD.name, uids, version, only=key)
 
-    async def _create(self, owner: ReconciledView, plan: Plan) -> str:
-        """Create the children in their order; return the uid of the Job, which comes last: its pods find the rest."""
+    async def _create(self, key: ObjectKey, owner: ReconciledView, plan: Plan) -> str:
+        """Create the children in their order; return the uid of the Job, which comes last: its pods find the rest.
+
+        Objects with a controller of their own need none of the others: some are created at a time, and what happens to
+        one does not keep those beside it from being created.
+        """
         uid = ""
-        for obj in plan.create:
-            stored = await self._client.ensure(obj, owner.uid)
-            if obj["kind"] in self._cache.registry.watched:
-                self._cache.put_own_write(obj["kind"], stored)
-            if obj["kind"] == JOB.name:
-                uid = raw.text(stored, "metadata", "uid")
-                if digest_of(stored) != digest_of(obj):
-                    raise Conflict(f"Job {obj['metadata']['name']} exists already and runs something else")
+        for some in self._batches(plan.create):
+            made = await asyncio.gather(*(self._client.ensure(obj, owner.uid) for obj in some), return_exceptions=True)
+            failed = [answer for answer in made if isinstance(answer, BaseException)]
+            for obj, stored in zip(some, made, strict=True):
+                if isinstance(stored, BaseException):
+                    continue
+                if obj["kind"] in self._cache.registry.watched:
+                    self._record_write(key, obj["kind"], stored)
+                if obj["kind"] == JOB.name:
+                    uid = raw.text(stored, "metadata", "uid")
+                    if digest_of(stored) != digest_of(obj):
+                        failed.append(Conflict(f"Job {obj['metadata']['name']} exists already and runs something else"))
+            if failed:
+                raise failed[0]
         return uid
+
+    def _batches(self, objects: tuple[Raw, ...]) -> Iterator[tuple[Raw, ...]]:
+        reconciled = {kind.name for kind in self._cache.registry.reconciled}
+        size = CREATES if objects and all(obj["kind"] in reconciled for obj in objects) else 1
+        return (objects[start : start + size] for start in range(0, len(objects), size))
+
+    def _record_write(self, key: ObjectKey, kind: str, stored: Raw) -> None:
+        """Put the answer to a write into the cache, and have reconciled what else it changes."""
+        for other in self._cache.put_own_write(kind, stored):
+            if other != key:
+                self._on_change(other, 0.0 if other.kind == kind else OWNER_SECONDS)
 
     async def _write_status(
         self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, status: Raw
@@ -229,7 +257,7 @@ class Reconciler:
                 raise
             await self._refresh(key, owner)
             raise Conflict(str(error)) from error
-        self._cache.put_own_write(key.kind, stored)
+        self._record_write(key, key.kind, stored)
         self._on_status(owner, controller.view(stored))
 
     async def _refresh(self, key: ObjectKey, owner: ReconciledView) -> Raw | None:
@@ -243,11 +271,12 @@ class Reconciler:
         return found
 
     async def _suspend_and_delete(self, key: ObjectKey, plan: Plan) -> bool:
-        """Suspend and delete; return False when something was gone already, so that another plan is needed."""
+        """Suspend, resume and delete; return False when something was gone already, so that another plan is needed."""
         gone = []
-        for target in plan.suspend:
-            if stored := await self._client.suspend(key.namespace, target.name, target.uid):
-                self._cache.put_own_write(JOB.name, stored)
+        switched = (*((target, True) for target in plan.suspend), *((target, False) for target in plan.resume))
+        for target, value in switched:
+            if stored := await self._client.suspend(target.kind, key.namespace, target.name, target.uid, value):
+                self._record_write(key, target.kind, stored)
             else:
                 gone.append(target)
         for target in plan.delete:

@@ -89,12 +89,13 @@ class Cache:
         known = self._views[kind].get(key, {}).get(uid)
         return known is None or version > known.version
 
-    def put_own_write(self, kind: str, obj: Raw) -> None:
-        """Upsert the answer to a write of our own, and expect the watch to echo it."""
-        self.put(kind, obj)
+    def put_own_write(self, kind: str, obj: Raw) -> tuple[ObjectKey, ...]:
+        """Upsert the answer to a write of our own, and expect the watch to echo it; return the keys it changed."""
+        changed = self.put(kind, obj)
         self._own_writes[kind, raw.version(obj)] = None
         while len(self._own_writes) > MAX_OWN_WRITES:
             self._own_writes.popitem(last=False)
+        return changed
 
     def is_echo(self, kind: str, version: int) -> bool:
         """Return whether a watch event in that version only echoes a write of our own. Ask once per event."""

@@ -54,7 +54,7 @@ def test_several_documents_keep_their_line_numbers_and_other_kinds_are_left_alon
     result = validate(folder, "many.yaml")
     line = text.split("\n").index("  name: Wrong_Name") + 1
     assert result.returncode == 1
-    assert "many.yaml:1: Secret is not checked, only FineTuneJobs are" in result.stderr
+    assert "many.yaml:1: Secret is not checked, only our own kinds are" in result.stderr
     assert f'many.yaml:{line}: metadata.name: Invalid value: "Wrong_Name"' in result.stderr
     assert "1 problem in 1 of 2 manifests" in result.stderr
 

@@ -94,7 +94,7 @@ def test_a_cluster_without_the_crd_says_what_to_install(ask, cluster, kube):
     try:
         result = _until_gone(lambda: ask(cluster.access.kubeconfig()))
     finally:
-        cluster.apply_crd()
+        cluster.apply_crds()
     assert result.returncode == 3
     assert "FineTuneJobs are not installed in the cluster" in result.stderr
 

@@ -33,14 +33,14 @@ SPEC = {
     "output": {"uri": "s3://adapters/nli"},
 }
 DONE = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "lastTransitionTime": "2026-11-01T00:00:00Z"}
-JOB, SWEEP = ObjectKey("FineTuneJob", "team", "nli"), ObjectKey("FineTuneSweep", "team", "nli")
+JOB, SCAN = ObjectKey("FineTuneJob", "team", "nli"), ObjectKey("FineTuneScan", "team", "nli")
 
 
 @pytest.fixture(scope="module")
-def sweep() -> ModuleType:
+def scan() -> ModuleType:
     """The module that the page shows."""
     [source] = blocks(ROOT / "docs" / "extending" / "operator-kind.md", "python")
-    module = ModuleType("sweep_of_the_page")
+    module = ModuleType("scan_of_the_page")
     sys.modules[module.__name__] = module  # dataclasses look their module up
     exec(compile(source, "operator-kind.md", "exec"), module.__dict__)
     return module
@@ -86,25 +86,25 @@ class Recorded:
         work.cancel()
 
 
-def test_two_kinds_of_one_namespace_and_name_are_reconciled_each_by_its_own_plan(sweep: ModuleType):
-    operator = Recorded(FINETUNE_JOB, sweep.CONTROLLER)
+def test_two_kinds_of_one_namespace_and_name_are_reconciled_each_by_its_own_plan(scan: ModuleType):
+    operator = Recorded(FINETUNE_JOB, scan.CONTROLLER)
     operator.store("FineTuneJob", named("FineTuneJob", "j1", **SPEC))
-    operator.store("FineTuneSweep", named("FineTuneSweep", "s1", template=SPEC, learningRates=[1e-4, 2e-4]))
+    operator.store("FineTuneScan", named("FineTuneScan", "s1", template=SPEC, learningRates=[1e-4, 2e-4]))
     asyncio.run(operator.settle())
-    assert set(operator.reconciled) == {JOB, SWEEP}
+    assert set(operator.reconciled) == {JOB, SCAN}
     made = {path.rpartition("/v1alpha1/")[2] or path for path in operator.api.objects}
     assert {f"namespaces/team/finetunejobs/{name}" for name in ("nli", "nli-t0", "nli-t1")} <= made
     assert operator.api.objects["/apis/batch/v1/namespaces/team/jobs/nli-1"]["metadata"]["uid"]
     status = {kind: operator.api.objects[f"/apis/finetune.dev/v1alpha1/namespaces/team/{kind}/nli"]["status"]
-              for kind in ("finetunejobs", "finetunesweeps")}  # fmt: skip
-    assert status["finetunesweeps"] == {"succeeded": 0}
+              for kind in ("finetunejobs", "finetunescans")}  # fmt: skip
+    assert status["finetunescans"] == {"succeeded": 0}
     assert status["finetunejobs"]["phase"] == "Pending"
-    assert sorted(operator.statuses) == ["JobObject", "Sweep"]
+    assert sorted(operator.statuses) == ["JobObject", "Scan"]
 
 
-def test_a_child_is_queued_under_its_own_key_and_under_its_owners(sweep: ModuleType):
-    operator = Recorded(FINETUNE_JOB, sweep.CONTROLLER)
-    operator.store("FineTuneSweep", named("FineTuneSweep", "s1", template=SPEC, learningRates=[1e-4]))
+def test_a_child_is_queued_under_its_own_key_and_under_its_owners(scan: ModuleType):
+    operator = Recorded(FINETUNE_JOB, scan.CONTROLLER)
+    operator.store("FineTuneScan", named("FineTuneScan", "s1", template=SPEC, learningRates=[1e-4]))
     asyncio.run(operator.settle())
     writes = operator.api.writes
     trial = next(obj for path, obj in operator.api.objects.items() if path.endswith("/nli-t0"))
@@ -112,38 +112,38 @@ def test_a_child_is_queued_under_its_own_key_and_under_its_owners(sweep: ModuleT
     operator.api.put("FineTuneJob", trial | {"status": {"phase": "Succeeded", "conditions": [DONE]}})
     operator.show("FineTuneJob", next(o for p, o in operator.api.objects.items() if p.endswith("/nli-t0")), "MODIFIED")
     asyncio.run(operator.settle())
-    assert {SWEEP, ObjectKey("FineTuneJob", "team", "nli-t0")} <= set(operator.reconciled)
-    swept = next(obj for path, obj in operator.api.objects.items() if path.endswith("/finetunesweeps/nli"))
+    assert {SCAN, ObjectKey("FineTuneJob", "team", "nli-t0")} <= set(operator.reconciled)
+    swept = next(obj for path, obj in operator.api.objects.items() if path.endswith("/finetunescans/nli"))
     assert swept["status"] == {"succeeded": 1}
     assert operator.api.writes > writes
 
 
-def test_deleting_one_of_two_with_the_same_name_leaves_the_other(sweep: ModuleType):
-    cache = Cache(Registry(FINETUNE_JOB, sweep.CONTROLLER))
+def test_deleting_one_of_two_with_the_same_name_leaves_the_other(scan: ModuleType):
+    cache = Cache(Registry(FINETUNE_JOB, scan.CONTROLLER))
     cache.put("FineTuneJob", named("FineTuneJob", "j1", **SPEC))
-    cache.put("FineTuneSweep", named("FineTuneSweep", "s1"))
-    assert set(cache.keys()) == {JOB, SWEEP}
-    assert cache.drop("FineTuneSweep", named("FineTuneSweep", "s1")) == (SWEEP,)
+    cache.put("FineTuneScan", named("FineTuneScan", "s1"))
+    assert set(cache.keys()) == {JOB, SCAN}
+    assert cache.drop("FineTuneScan", named("FineTuneScan", "s1")) == (SCAN,)
     assert cache.keys() == [JOB]
-    assert cache.snapshot(SWEEP) is None and cache.snapshot(JOB) is not None
+    assert cache.snapshot(SCAN) is None and cache.snapshot(JOB) is not None
 
 
-def test_every_kind_of_every_controller_is_listed_and_watched(sweep: ModuleType):
-    registry = Registry(FINETUNE_JOB, sweep.CONTROLLER)
-    assert list(registry.watched) == ["FineTuneJob", "FineTuneSweep", "Job", "Pod"]
+def test_every_kind_of_every_controller_is_listed_and_watched(scan: ModuleType):
+    registry = Registry(FINETUNE_JOB, scan.CONTROLLER)
+    assert list(registry.watched) == ["FineTuneJob", "FineTuneScan", "Job", "Pod"]
     selectors = kopf_settings(Settings(), registry).watching.label_selectors
     found = {(each.group, each.version, each.any_name): label for each, label in selectors.items()}
     assert found == {("batch", "v1", "jobs"): constants.LABEL_JOB, ("", "v1", "pods"): constants.LABEL_JOB}
 
-    operator = Recorded(FINETUNE_JOB, sweep.CONTROLLER)
-    operator.api.put("FineTuneSweep", named("FineTuneSweep", "s1"))
+    operator = Recorded(FINETUNE_JOB, scan.CONTROLLER)
+    operator.api.put("FineTuneScan", named("FineTuneScan", "s1"))
     changed: list[ObjectKey] = []
     relister = Relister(
         operator.api, operator.cache, ("team",), 300, changed.append, lambda namespace: None, lambda: None
     )
     asyncio.run(relister.once())
-    assert changed == [SWEEP]
+    assert changed == [SCAN]
 
 
-def test_the_operator_runs_one_controller():
-    assert [kind.name for kind in REGISTRY.reconciled] == [constants.KIND]
+def test_the_operator_runs_two_controllers():
+    assert [kind.name for kind in REGISTRY.reconciled] == [constants.KIND, constants.SWEEP_KIND]

@@ -77,7 +77,7 @@ def test_an_answer_that_is_no_object_is_a_failed_connection(body: bytes):
         for call in (
             talk.client.get("FineTuneJob", "team", "a"),
             talk.client.ensure({"kind": "Job", "metadata": {"namespace": "team", "name": "a"}}, "uid"),
-            talk.client.suspend("team", "a", "uid"),
+            talk.client.suspend("Job", "team", "a", "uid"),
         ):
             with pytest.raises(UnreadableAnswer, match="cannot be read"):
                 await call
@@ -98,7 +98,7 @@ def test_an_answer_that_is_no_list_neither_empties_the_cache_nor_looks_like_a_re
     async def act(talk: Talk) -> None:
         cache, restored = Cache(), list[None]()
         whole = relister(talk.client, cache, restored)
-        bodies[:] = [listed(job("a"), job("b")), listed(), listed()]
+        bodies[:] = [listed(job("a"), job("b")), listed(), listed(), listed()]
         await whole.once()
         bodies[:] = [body]
         with pytest.raises(UnreadableAnswer):
@@ -136,13 +136,13 @@ def test_what_a_list_cannot_show_is_not_taken_for_deleted():
     async def act(talk: Talk) -> None:
         cache = Cache()
         whole = relister(talk.client, cache, [])
-        bodies[:] = [listed(job("a"), job("b")), listed(), listed()]
+        bodies[:] = [listed(job("a"), job("b")), listed(), listed(), listed()]
         await whole.once()
-        bodies[:] = [listed(job("a"), 7), listed(), listed()]
+        bodies[:] = [listed(job("a"), 7), listed(), listed(), listed()]
         await whole.once()
         assert names(cache) == {"a", "b"}
         assert talk.unreadable == [("finetunejobs", 1)]
-        bodies[:] = [listed(job("a")), listed(), listed()]
+        bodies[:] = [listed(job("a")), listed(), listed(), listed()]
         await whole.once()
         assert names(cache) == {"a"}
 

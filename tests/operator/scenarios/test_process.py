@@ -121,7 +121,8 @@ def test_without_the_crd_it_waits_and_says_so(tmp_path: Path):
         operator = OperatorProcess(kubeconfig, tmp_path, {"start_timeout_seconds": 1})
         wait_until(lambda: operator.process.returncode is not None, "it gives up")
     assert operator.process.returncode == 1
-    assert "finetunejobs.finetune.dev is not installed" in operator.logs()
+    names = "finetunejobs.finetune.dev, finetunesweeps.finetune.dev"
+    assert f"not installed: CustomResourceDefinition {names}; apply crds/" in operator.logs()
 
 
 def test_without_an_api_server_it_says_so_and_gives_up(tmp_path: Path):

@@ -37,7 +37,7 @@ def loosened(cluster: Cluster, kube: Kube) -> Iterator[None]:
         yield
     finally:
         asked(kube, "DELETE")
-        cluster.apply_crd()
+        cluster.apply_crds()
 
 
 def asked(kube: Kube, method: str, name: str = "", body: str = "") -> bytes:
@@ -109,7 +109,7 @@ def test_an_older_job_with_too_long_a_name_is_refused_once_with_a_condition(
     create_deep(jobs.kube, "ready", 10)  # the CRD is loosened
     asked(jobs.kube, "DELETE", "ready")
     jobs.create(name)
-    cluster.apply_crd()
+    cluster.apply_crds()
     wait_until(lambda: refuses(jobs, "n" + "b" * 50), "the CRD is as it was")
     operator = start_operator()
     refused = jobs.wait(name, "Accepted", "False", "ConfigInvalid")

@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, str, bool]] = {
     "ValidatingAdmissionPolicyBinding": ("admissionregistration.k8s.io/v1", "validatingadmissionpolicybindings", False),
     "CustomResourceDefinition": ("apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     constants.KIND: (constants.API_VERSION, constants.PLURAL, True),
+    constants.SWEEP_KIND: (constants.API_VERSION, constants.SWEEP_PLURAL, True),
 }
 
 

@@ -34,6 +34,7 @@ from support.server.garbage_collector import GarbageCollector
 
 ROOT = Path(__file__).parents[3]
 CRD_FILE = ROOT / "crds" / "finetunejobs.yaml"
+CRD_FILES = (CRD_FILE, ROOT / "crds" / "finetunesweeps.yaml")
 CONTROLLERS, APISERVER, STANDIN = KINDS = ("controllers", "apiserver", "standin")
 _NEEDED = {CONTROLLERS: ("etcd", "kube-apiserver", "kube-controller-manager"), APISERVER: ("etcd", "kube-apiserver")}
 _CHOICE = "FINETUNE_TEST_CLUSTER"
@@ -136,19 +137,21 @@ class Cluster:
         lines = (self.folder / AUDIT_LOG).read_text().splitlines()
         return [event for event in map(json.loads, lines) if event["user"]["username"] == user]
 
-    def apply_crd(self) -> None:
-        """Apply crds/finetunejobs.yaml and wait until FineTuneJobs are served."""
-        crd = yaml.safe_load(CRD_FILE.read_text())
-        self.kube.apply(crd)
+    def apply_crds(self) -> None:
+        """Apply the definitions in crds/ and wait until their kinds are served."""
+        definitions = [yaml.safe_load(file.read_text()) for file in CRD_FILES]
+        for definition in definitions:
+            self.kube.apply(definition)
 
         def served() -> bool:
             try:
-                self.kube.request("GET", "/apis/finetune.dev/v1alpha1/finetunejobs")
+                for definition in definitions:
+                    self.kube.request("GET", f"/apis/finetune.dev/v1alpha1/{definition['spec']['names']['plural']}")
             except ApiError:
                 return False
             return True
 
-        wait_until(served, "FineTuneJobs are served")
+        wait_until(served, "the kinds of crds/ are served")
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def start(kind: str | None = None, history: int = 100_000) -> Iterator[Cluster]:
     try:
         with _standin(folder, history) if kind == STANDIN else _real(kind, folder) as access:
             cluster = Cluster(kind, access, folder)
-            cluster.apply_crd()
+            cluster.apply_crds()
             with _controllers(cluster) if kind == CONTROLLERS else nullcontext():
                 yield cluster
             cluster.kube.close()

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune_api import constants, manifest
-from finetune_api.spec import IMMUTABLE
+from finetune_api.spec import IMMUTABLE, FineTuneJob
+from finetune_api.sweep import FROZEN, FineTuneSweep
 from support.standin import schema as standin_schema
 from support.standin.schema import Cause
 from support.standin.store import Refusal
@@ -17,6 +18,7 @@ from support.standin.types import Resource
 Object = dict[str, Any]
 
 _DNS_NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
+_MODELS: dict[str, Any] = {constants.KIND: FineTuneJob, constants.SWEEP_KIND: FineTuneSweep}
 _COLON_NAMES = ("roles", "rolebindings", "clusterroles", "clusterrolebindings")
 _JOB_DEFAULTS = {
     "backoffLimit": 6,
@@ -168,7 +170,7 @@ def refusals(resource: Resource, new: Object, old: Object | None) -> list[Cause]
 def _custom_refusals(resource: Resource, new: Object, old: Object | None) -> list[Cause]:
     body = {key: value for key, value in new.items() if key not in ("apiVersion", "kind", "metadata")}
     causes = list(standin_schema.problems(body, resource.schema or {}))
-    if causes or (resource.group, resource.kind) != (constants.GROUP, constants.KIND):
+    if causes or resource.group != constants.GROUP or resource.kind not in _MODELS:
         return causes
     broken = _rule_refusals(new, resource.schema or {})
     if old:  # as the rule says: a name cannot change, and only a new one is checked
@@ -181,7 +183,7 @@ def _rule_refusals(job: Object, schema: Object) -> list[Cause]:
     metadata = {key: value for key, value in job["metadata"].items() if key in ("name", "namespace", "labels")}
     data = {"apiVersion": job["apiVersion"], "kind": job["kind"], "metadata": metadata, "spec": job["spec"]}
     try:
-        manifest.check(manifest.Document(data, ""))
+        manifest.check_as(_MODELS[job["kind"]], manifest.Document(data, ""))
     except manifest.ManifestError as error:
         return [
             Cause("", _as_cel(_name_rule(schema))) if p.field == "metadata.name" else Cause(p.field, _as_cel(p.message))
@@ -200,7 +202,18 @@ def _as_cel(message: str) -> str:
     return message if message.startswith(known) else f'Invalid value: "object": {message}'
 
 
+def _frozen_refusals(new: Object, old: Object) -> list[Cause]:
+    """What the transition rules of a sweep that has started refuse."""
+    if not (old.get("status") or {}).get("startTime"):
+        return []
+    changed = [name for name in FROZEN if new["spec"].get(name) != old["spec"].get(name)]
+    message = "Forbidden: cannot change once the sweep has started: create another sweep"
+    return [Cause(f"spec.{name}", message, "FieldValueForbidden") for name in changed]
+
+
 def _immutability_refusals(new: Object, old: Object) -> list[Cause]:
+    if new["kind"] == constants.SWEEP_KIND:
+        return _frozen_refusals(new, old)
     status = old.get("status") or {}
     attempts = status.get("attempts") or []
     has_run = any(a.get("runSeconds") or ("runSeconds" in a and "reason" not in a) for a in attempts)

@@ -32,6 +32,7 @@ class Kind:
 
 
 FINETUNE_JOB = Kind(constants.KIND, constants.GROUP, constants.VERSION, constants.PLURAL)
+FINETUNE_SWEEP = Kind(constants.SWEEP_KIND, constants.GROUP, constants.VERSION, constants.SWEEP_PLURAL)
 JOB = Kind("Job", "batch", "v1", "jobs")
 POD = Kind("Pod", "", "v1", "pods")
 SERVICE = Kind("Service", "", "v1", "services")

@@ -5,12 +5,13 @@ Thousands of views stay in memory, so specs and statuses are kept as compact JSO
 
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import to_json
 
 from finetune_api import constants, manifest, uri
 from finetune_api.status import TrainerReport
+from finetune_api.sweep import Objective
 from finetune_operator.core.objects import job_digest, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.pod import Pod
@@ -19,6 +20,7 @@ from finetune_operator.core.objects.raw import Raw
 _KUEUE_LABELS = (constants.LABEL_KUEUE_QUEUE, constants.LABEL_KUEUE_PRIORITY)
 _JOB_FINISHED = ("Complete", "Failed")
 WAITING_PHASES = ("Pending", "Queued")
+_OBJECTIVES = get_args(Objective.model_fields["metric"].annotation)
 
 
 #: Bytes of spec and status that stay in memory; larger ones, which hardly any job has, are read when they are needed.
@@ -27,6 +29,47 @@ KEPT_BYTES = 16 * 1024
 
 def _packed(value: Any) -> bytes:
     return to_json(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialState:
+    """What a sweep needs of the FineTuneJob of one of its trials."""
+
+    owner: str
+    """Uid of the sweep that controls it."""
+    asked_to_suspend: bool
+    suspended: bool
+    outcome: str
+    """Status of its condition Succeeded: True, False or Unknown."""
+    reason: str
+    step: int
+    eval_loss: float | None
+    metrics: dict[str, float]
+    """Final values of the metrics that sweeps compare."""
+    uri: str
+    """Where its adapter lies."""
+
+    @classmethod
+    def from_api(cls, obj: Raw) -> "TrialState | None":
+        """Read a FineTuneJob; None where no sweep controls it."""
+        owner = raw.controller(obj)
+        if raw.text(owner, "kind") != constants.SWEEP_KIND:
+            return None
+        status = raw.mapping(obj, "status")
+        summary: Raw = next((c for c in raw.entries(status, "conditions") if c.get("type") == "Succeeded"), {})
+        outcome = raw.text(summary, "status")
+        found = {name: raw.decimal(status, "metrics", name) for name in _OBJECTIVES}
+        return cls(
+            owner=raw.text(owner, "uid"),
+            asked_to_suspend=raw.flag(obj, "spec", "suspend"),
+            suspended=bool(raw.condition(obj, "Suspended")),
+            outcome=outcome if outcome in ("True", "False") else "Unknown",
+            reason=raw.text(summary, "reason")[:128],
+            step=raw.integer(status, "progress", "step"),
+            eval_loss=raw.decimal(status, "progress", "evalLoss"),
+            metrics={name: value for name, value in found.items() if value is not None},
+            uri=raw.text(status, "adapter", "uri"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +96,8 @@ class JobObject:
     """Namespace and folder that it writes to; empty for what no other pod sees."""
     is_whole: bool = True
     """Whether spec and status are here; else they are to be read from the API server."""
+    trial: TrialState | None = None
+    """None for a job of no sweep."""
 
     def kept(self) -> "JobObject":
         """Return what of the job stays in memory: little, whatever it holds."""
@@ -88,6 +133,7 @@ class JobObject:
             spec=_packed(obj.get("spec")),
             status=_packed(raw.mapping(obj, "status")),
             place=_place(obj),
+            trial=TrialState.from_api(obj),
         )
 
 

@@ -28,6 +28,13 @@ def integer(obj: Any, *path: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+def decimal(obj: Any, *path: str) -> float | None:
+    """Return the finite number at `path`; None where there is none."""
+    value = at(obj, *path)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 else None
+
+
 def flag(obj: Any, *path: str) -> bool:
     return at(obj, *path) is True
 

@@ -2,46 +2,57 @@
 
 import json
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from finetune_api.status import Condition, ConditionStatus, ConditionType, FineTuneJobStatus
+from finetune_api.sweep_status import FineTuneSweepStatus
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.raw import Raw
 
+Status = FineTuneJobStatus | FineTuneSweepStatus
+S = TypeVar("S", FineTuneJobStatus, FineTuneSweepStatus)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).isoformat()
 
 
 def read(status: bytes) -> FineTuneJobStatus:
+    """Return the recorded status of a job: see read_as."""
+    return read_as(FineTuneJobStatus, status)
+
+
+def read_as(model: type[S], status: bytes) -> S:
     """Return the recorded status without the parts that we cannot read, of an older version or written by hand.
 
-    No condition is left out for its details: a finished job must stay finished.
+    No condition is left out for its details: what has finished must stay finished.
     """
     found = json.loads(status)
     if not isinstance(found, dict):
-        return FineTuneJobStatus()
+        return model()
     try:
-        return FineTuneJobStatus.model_validate(found)
+        return model.model_validate(found)
     except ValidationError:
-        return _salvage(found)
+        return _salvage(model, found)
 
 
-def _salvage(found: Raw) -> FineTuneJobStatus:
+def _salvage(model: type[S], found: Raw) -> S:
     kept: Raw = {"conditions": [_condition(c) for c in raw.entries(found, "conditions") if _is_condition(c)]}
     for name, value in found.items():
         if name == "conditions":
             continue
-        for candidate in (value, [v for v in value if _reads(name, [v])] if isinstance(value, list) else None):
-            if _reads(name, candidate):
+        for candidate in (
+            value,
+            [v for v in value if _reads(model, name, [v])] if isinstance(value, list) else None,
+        ):
+            if _reads(model, name, candidate):
                 kept[name] = candidate
                 break
-    return FineTuneJobStatus.model_validate(kept)
+    return model.model_validate(kept)
 
 
-def _reads(name: str, value: Any) -> bool:
+def _reads(model: type[S], name: str, value: Any) -> bool:
     try:
-        FineTuneJobStatus.model_validate({name: value})
+        model.model_validate({name: value})
     except ValidationError:
         return False
     return True
@@ -66,12 +77,12 @@ def _condition(entry: Raw) -> Raw:
     return entry
 
 
-def condition(status: FineTuneJobStatus, kind: str) -> Condition | None:
+def condition(status: Status, kind: str) -> Condition | None:
     return next((c for c in status.conditions if c.type == kind), None)
 
 
-def is_terminal(status: FineTuneJobStatus) -> bool:
-    """Return whether the job has ended. It then stays so, whatever happens to its children."""
+def is_terminal(status: Status) -> bool:
+    """Return whether a job or a sweep has ended. It then stays so, whatever happens to its children."""
     summary = condition(status, "Succeeded")
     return summary is not None and summary.status != "Unknown"
 

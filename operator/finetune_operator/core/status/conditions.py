@@ -1,7 +1,7 @@
 """The conditions and the phase of each situation of a job."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import get_args
@@ -126,11 +126,18 @@ def _valid_reason(reason: str) -> str:
 
 
 def write(conditions: JobConditions, old: Sequence[Condition], generation: int, now: datetime) -> list[Condition]:
-    """Return the API conditions. lastTransitionTime changes only when a status flips."""
+    """Return the API conditions of a job."""
+    values = {kind: getattr(conditions, kind.lower()) for kind in get_args(ConditionType)}
+    return write_values(values, old, generation, now)
+
+
+def write_values(
+    values: Mapping[ConditionType, ConditionValue], old: Sequence[Condition], generation: int, now: datetime
+) -> list[Condition]:
+    """Return API conditions. lastTransitionTime changes only when a status flips."""
     before = {condition.type: condition for condition in old}
     written = []
-    for kind in get_args(ConditionType):
-        new: ConditionValue = getattr(conditions, kind.lower())
+    for kind, new in values.items():
         known = before.get(kind)
         since = known.last_transition_time if known and known.status == new.status else now
         written.append(

@@ -1,0 +1,1 @@
+"""FineTuneSweeps: which trials to start, stop and compare. Pure."""

@@ -1,0 +1,250 @@
+"""The life cycle of a FineTuneSweep: decide what to do from what is observed. Pure and idempotent.
+
+A sweep starts with a status write and nothing else. From then on the API server lets nobody change what its trials
+follow from, so that a crash between any two writes finds the same trials again, under the same names.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api import constants, plain_text
+from finetune_api.sweep_status import ENDED, FineTuneSweepStatus, TrialStatus
+from finetune_api.sweep_trials import job_name
+from finetune_operator.core.objects import raw, status_io
+from finetune_operator.core.policy import Rejection
+from finetune_operator.core.status.conditions import ConditionValue, write_values
+from finetune_operator.core.status.events import Event
+from finetune_operator.core.sweep import rows, rungs, trials
+from finetune_operator.core.sweep.observed import ObservedSweep
+from finetune_operator.core.sweep.trials import Sweep
+from finetune_operator.core.types import Plan, Target
+from finetune_operator.settings import Settings
+
+#: Trials created by one plan: the status between shows how far it is.
+MAX_CREATES = 100
+DEADLINE = "DeadlineExceeded"
+NONE_SUCCEEDED = "NoTrialSucceeded"
+#: Reasons of an open end that are no news, or that another condition tells.
+_QUIET = ("Running", "Suspended", "Resuming")
+_NOT_SUSPENDED = ConditionValue("False", "NotSuspended")
+_ACCEPTED = ConditionValue("True", "Valid")
+
+
+@dataclass(frozen=True)
+class State:
+    """The phase and the conditions of a sweep."""
+
+    phase: str
+    succeeded: ConditionValue
+    suspended: ConditionValue = _NOT_SUSPENDED
+    accepted: ConditionValue = _ACCEPTED
+
+
+def plan(observed: ObservedSweep, settings: Settings, now: datetime) -> Plan:
+    """Return what the sweep needs now. `now` has a time zone; its fraction of a second is dropped."""
+    now = now.replace(microsecond=0)
+    status = status_io.read_as(FineTuneSweepStatus, observed.sweep.status)
+    if observed.sweep.deleting:
+        return Plan()
+    if status_io.is_terminal(status):
+        return _clean_up(observed, status, now)
+    sweep = trials.read(observed.sweep, is_new=status.start_time is None)
+    if isinstance(sweep, Rejection):
+        why = ConditionValue("False", sweep.reason, sweep.message)
+        return _plan(observed, status, status, State("Failed", why, accepted=why), now)
+    if status.start_time is None:
+        starting = status.model_copy(update={"start_time": now, "counts": rows.counts((), len(sweep.trials))})
+        return _plan(observed, status, starting, State("Running", _running(starting)), now, again=0.0)
+    return _go_on(observed, sweep, status, now)
+
+
+def _go_on(observed: ObservedSweep, sweep: Sweep, status: FineTuneSweepStatus, now: datetime) -> Plan:
+    """Bring the rows up to date, then decide on the trials and on the sweep."""
+    known = {row.name: row for row in status.trials}
+    jobs = {trial.name: observed.jobs.get(job_name(observed.sweep.name, trial.name)) for trial in sweep.trials}
+    metric, said = sweep.spec.objective.metric, list[str]()
+    found = [rows.row(trial, known.get(trial.name), jobs[trial.name], metric) for trial in sweep.trials]
+    table = [row for row in found if row is not None]
+    if sweep.spec.early_stopping:
+        states = {name: job.trial for name, job in jobs.items() if job and job.trial}
+        table, said = rungs.halve(table, states, sweep.spec.early_stopping)
+    left = _deadline_left(sweep, status, now)
+    if left is not None and left <= 0:
+        stop = {"phase": "Stopped", "reason": DEADLINE}
+        table = [row if row.phase in ENDED else row.model_copy(update=stop) for row in table]
+    new = _with_rows(observed, sweep, status, table)
+    over = _end(sweep, new, left)
+    if over is not None:
+        return _plan(observed, status, new.model_copy(update={"completion_time": now}), over, now, said)
+    return _advance(observed, sweep, status, new, now, said, left)
+
+
+def _advance(
+    observed: ObservedSweep,
+    sweep: Sweep,
+    status: FineTuneSweepStatus,
+    new: FineTuneSweepStatus,
+    now: datetime,
+    said: list[str],
+    left: float | None,
+) -> Plan:
+    """Suspend, resume or start trials, whichever is due."""
+    table = {row.name: row for row in new.trials}
+    if sweep.spec.suspend:
+        why = ConditionValue("True", "Suspended", "spec.suspend is true: trials save a checkpoint and stop")
+        state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
+        live = tuple(name for name, row in table.items() if row.phase not in ENDED)
+        return _plan(observed, status, new, state, now, said, left, suspend=_switchable(observed, live, False))
+    resumed = tuple(name for name, row in table.items() if row.phase not in ENDED)
+    if _was_suspended(status) and (targets := _switchable(observed, resumed, True)):
+        # Suspended stays True until no trial is left to resume: a crash between two of them forgets none.
+        why = ConditionValue("True", "Resuming", "trials go on from their checkpoints")
+        state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
+        return _plan(observed, status, new, state, now, said, 0.0, resume=targets)
+    if observed.create_blocked:
+        why = ConditionValue("Unknown", observed.create_blocked.reason, observed.create_blocked.message)
+        return _plan(observed, status, new, State("Running", why), now, said, left)
+    waiting = [trial for trial in sweep.trials if trial.name not in table]
+    stopping = len(_stopped(observed, new))
+    due = waiting[: max(0, sweep.spec.parallelism - new.counts.active - stopping)]
+    create = tuple(trials.job_of(observed.sweep, sweep.template, trial) for trial in due[:MAX_CREATES])
+    # The rows of new trials, and the places of stopped ones, follow with the next plan.
+    again = 0.0 if create or (stopping and waiting) else left
+    return _plan(observed, status, new, State("Running", _running(new)), now, said, again, create=create)
+
+
+def _with_rows(
+    observed: ObservedSweep, sweep: Sweep, status: FineTuneSweepStatus, table: list[TrialStatus]
+) -> FineTuneSweepStatus:
+    jobs, objective = dict(observed.jobs), sweep.spec.objective
+    changed = {
+        "trials": table,
+        "counts": rows.counts(table, len(sweep.trials)),
+        "best": rows.best(observed.sweep.name, table, jobs, objective, status.best),
+    }
+    return status.model_copy(update=changed)
+
+
+def _end(sweep: Sweep, status: FineTuneSweepStatus, left: float | None) -> State | None:
+    """Return how the sweep ended; None while it goes on."""
+    counts, best = status.counts, status.best
+    result = f"best: {best.trial} with {sweep.spec.objective.metric} {best.value:.6g}" if best else "none succeeded"
+    tally = f"{counts.succeeded} of {counts.total} trials succeeded, {counts.stopped} were stopped early and" \
+            f" {counts.failed} failed; {result}"  # fmt: skip
+    if counts.waiting == 0 and counts.active == 0:
+        if counts.succeeded:
+            return State("Succeeded", ConditionValue("True", "Succeeded", tally))
+        return State("Failed", ConditionValue("False", NONE_SUCCEEDED, tally))
+    if left is not None and left <= 0:
+        limit = sweep.spec.active_deadline_seconds
+        message = f"not finished after activeDeadlineSeconds ({limit} s): {tally}"
+        return State("Failed", ConditionValue("False", DEADLINE, message))
+    return None
+
+
+def _running(status: FineTuneSweepStatus) -> ConditionValue:
+    counts = status.counts
+    return ConditionValue(
+        "Unknown", "Running", f"{counts.total - counts.waiting - counts.active} of {counts.total} ended"
+    )
+
+
+def _deadline_left(sweep: Sweep, status: FineTuneSweepStatus, now: datetime) -> float | None:
+    limit = sweep.spec.active_deadline_seconds
+    if limit is None or status.start_time is None:
+        return None
+    return (status.start_time + timedelta(seconds=limit) - now).total_seconds()
+
+
+def _was_suspended(status: FineTuneSweepStatus) -> bool:
+    known = status_io.condition(status, "Suspended")
+    return known is not None and known.status == "True"
+
+
+def _switchable(observed: ObservedSweep, names: tuple[str, ...], asked: bool) -> tuple[Target, ...]:
+    """Return the unfinished jobs of these trials whose spec.suspend is `asked`."""
+    jobs = (observed.jobs.get(job_name(observed.sweep.name, name)) for name in names)
+    return tuple(
+        Target(constants.KIND, job.name, job.uid)
+        for job in jobs
+        if job and job.trial and job.trial.outcome == "Unknown" and not job.deleting
+        if job.trial.asked_to_suspend == asked
+    )
+
+
+def _stopped(observed: ObservedSweep, status: FineTuneSweepStatus) -> tuple[Target, ...]:
+    """Return the stopped trials that still run: their checkpoint stays, and their FineTuneJob can be looked at."""
+    return _switchable(observed, tuple(row.name for row in status.trials if row.phase == "Stopped"), False)
+
+
+def _clean_up(observed: ObservedSweep, status: FineTuneSweepStatus, now: datetime) -> Plan:
+    """Return the plan of a finished sweep: stop what was stopped, and delete it (never an adapter) after its TTL."""
+    left = _ttl_left(observed, status, now)
+    if left is not None and left <= 0:
+        return Plan(delete=(Target(constants.SWEEP_KIND, observed.sweep.name, observed.sweep.uid),))
+    return Plan(suspend=_stopped(observed, status), requeue_after=left)
+
+
+def _ttl_left(observed: ObservedSweep, status: FineTuneSweepStatus, now: datetime) -> float | None:
+    ttl = raw.at(json.loads(observed.sweep.spec), "ttlSecondsAfterFinished")
+    if not isinstance(ttl, int) or status.completion_time is None:
+        return None
+    return (status.completion_time + timedelta(seconds=ttl) - now).total_seconds()
+
+
+def _plan(
+    observed: ObservedSweep,
+    old: FineTuneSweepStatus,
+    new: FineTuneSweepStatus,
+    state: State,
+    now: datetime,
+    said: list[str] | None = None,
+    again: float | None = None,
+    create: tuple[raw.Raw, ...] = (),
+    suspend: tuple[Target, ...] = (),
+    resume: tuple[Target, ...] = (),
+) -> Plan:
+    """Complete a decision to a plan: the status with its conditions, what was stopped, and the events."""
+    counts, generation = new.counts, observed.sweep.generation
+    values = {"Accepted": state.accepted, "Suspended": state.suspended, "Succeeded": state.succeeded}
+    changed = {
+        "phase": state.phase,
+        "observed_generation": generation,
+        "conditions": write_values(values, old.conditions, generation, now),  # type: ignore[arg-type]
+        "summary": f"{counts.total - counts.waiting - counts.active}/{counts.total}",
+    }
+    if state.succeeded.status != "Unknown":
+        changed |= {"completion_time": now}
+        left = _ttl_left(observed, new.model_copy(update=changed), now)
+        again = left
+    new = new.model_copy(update=changed)
+    written = plain_text.plain_values(found := new.manifest())
+    if written != found:
+        new = FineTuneSweepStatus.model_validate(written)
+    return Plan(
+        create=create,
+        status=status_io.merge_patch(json.loads(observed.sweep.status), written) or None,
+        suspend=(*suspend, *_stopped(observed, new)),
+        resume=resume,
+        events=(*_events(old, new), *(_stop_event(sentence) for sentence in said or ())),
+        requeue_after=again,
+    )
+
+
+def _stop_event(sentence: str) -> Event:
+    return Event("Normal", "TrialStopped", sentence, sentence.split(":")[0])
+
+
+def _events(old: FineTuneSweepStatus, new: FineTuneSweepStatus) -> Iterator[Event]:
+    """Yield the events of what changed for the sweep itself; its trials have their own."""
+    for kind in ("Suspended", "Succeeded"):
+        before, after = status_io.condition(old, kind), status_io.condition(new, kind)
+        if after is None or (before and (before.status, before.reason) == (after.status, after.reason)):
+            continue
+        subject = f"{kind}/{after.status}/{after.reason}"
+        if after.status == "True":
+            yield Event("Normal", after.reason, after.message, subject)
+        elif kind == "Succeeded" and after.reason not in _QUIET:
+            yield Event("Warning", after.reason, after.message, subject)

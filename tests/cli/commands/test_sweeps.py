@@ -1,0 +1,112 @@
+"""Sweeps on the command line: validate and plan on this machine, submit, list and status against a Kubernetes API."""
+
+import json
+
+import pytest
+
+from finetune_cli.app import app
+from support.cli.run import finetune, no_traceback
+from support.simulation.sweep_world import TEMPLATE
+
+typer_testing = pytest.importorskip("typer.testing")
+
+
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32768,
+}
+
+
+def write(tmp_path, **spec):
+    given = {"template": TEMPLATE, "parameters": [{"path": "training.learningRate", "values": [1e-4, 2e-4]}]}
+    sweep = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneSweep",
+        "metadata": {"name": "nli"},
+        "spec": given | spec,
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(json.dumps(sweep))
+    return str(path)
+
+
+def run(*arguments):
+    return typer_testing.CliRunner().invoke(app, arguments)
+
+
+def test_a_valid_sweep_is_named_with_its_trials(tmp_path):
+    result = run("validate", write(tmp_path))
+    assert result.exit_code == 0
+    assert result.stdout == "✓ 1 FineTuneSweep valid: nli (2 trials)\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"strategy": "tpe"}, 'spec.strategy: Unsupported value: "tpe": supported values: "grid", "random"'),
+        ({"packing": "auto"}, "spec.packing: unknown field"),
+        ({"parameters": [{"path": "learningRate", "values": [1]}]}, "did you mean training.learningRate?"),
+        ({"parameters": [{"path": "lora.rank", "values": [0]}]}, "trial r0: spec.lora.rank: Invalid value: 0"),
+        ({"parameters": [{"path": "lora.rank"}]}, "give either values, or min and max"),
+        ({"parallelism": 0}, "spec.parallelism: Invalid value: 0"),
+    ],
+)
+def test_a_wrong_sweep_is_explained(tmp_path, spec, says):
+    result = no_traceback(finetune("validate", write(tmp_path, **spec)))
+    assert result.returncode == 1
+    assert says in result.stderr
+
+
+def test_the_plan_sums_up_the_gpu_hours_of_all_trials(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MISTRAL))
+    template = TEMPLATE | {"resources": {"gpusPerNode": 2}}
+    result = run("plan", write(tmp_path, template=template), "--model-config", str(config), "--trial-hours", "1.5")
+    assert result.exit_code == 0, result.output
+    assert "lr1e-4  learningRate=1e-4  2" in result.stdout
+    assert "2 trials, 4 at a time: 4 GPUs at most" in result.stdout
+    assert "6 GPU-hours, if a trial takes 1.5 h" in result.stdout
+    data = json.loads(run("plan", write(tmp_path), "--model-config", str(config), "-o", "json").stdout)
+    assert [trial["output"] for trial in data["trials"]] == ["s3://adapters/nli/lr1e-4/", "s3://adapters/nli/lr2e-4/"]
+    assert data["gpuHours"] is None
+
+
+def test_a_command_for_one_job_refuses_a_sweep(tmp_path):
+    result = no_traceback(finetune("run", write(tmp_path)))
+    assert result.returncode == 1
+    assert "holds a FineTuneSweep, this command takes one FineTuneJob" in result.stderr
+
+
+def test_submit_list_and_status(ctl, kube, tmp_path):
+    made = ctl("submit", write(tmp_path))
+    assert "✓ nli created" in made.stdout and "finetune status --sweep nli" in made.stdout
+    assert "has not seen this sweep yet" in ctl("status", "--sweep", "nli").stdout
+    status = {
+        "phase": "Running",
+        "summary": "1/2",
+        "counts": {"total": 2, "waiting": 1},
+        "best": {"trial": "lr1e-4", "jobName": "nli-lr1e-4", "value": 0.2679, "uri": "s3://adapters/nli/lr1e-4/"},
+        "trials": [{"name": "lr1e-4", "values": "learningRate=1e-4", "phase": "Succeeded", "value": 0.2679}],
+        "conditions": [
+            {
+                "type": "Succeeded",
+                "status": "Unknown",
+                "reason": "Running",
+                "message": "1 of 2 ended",
+                "lastTransitionTime": "2026-11-01T00:00:00Z",
+            }
+        ],
+    }
+    kube.patch("FineTuneSweep", "nli", {"status": status}, subresource="status")
+    [header, row] = ctl("list", "--sweeps").stdout.splitlines()
+    assert header.split() == ["NAME", "PHASE", "TRIALS", "BEST", "VALUE", "AGE", "WHY", "/", "ADAPTER"]
+    assert row.split()[:5] == ["nli", "Running", "1/2", "lr1e-4", "0.2679"]
+    page = ctl("status", "--sweep", "nli").stdout
+    assert "evalLoss 0.2679" in page and "learningRate=1e-4" in page and "… and 1 that have not started" in page
+    assert ctl("status", "--sweep", "none").returncode == 1

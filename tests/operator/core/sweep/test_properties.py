@@ -1,0 +1,146 @@
+"""What holds in every story of a sweep: Hypothesis plays trials, user and a killer of operators."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from support.simulation.sweep_world import SweepWorld
+from support.simulation.world import is_empty
+
+TRIALS = [{"name": name, "values": {"training.seed": number}} for number, name in enumerate("abcdef")]
+ENDED = ("Stopped", "Succeeded", "Failed")
+
+
+class Life(RuleBasedStateMachine):
+    """One sweep of six trials, from creation to whatever comes of it."""
+
+    @initialize(
+        parallelism=st.integers(1, 6),
+        halving=st.sampled_from([None, {"rungs": [250, 500], "reductionFactor": 2}]),
+        deadline=st.sampled_from([None, None, 300]),
+        ttl=st.sampled_from([None, 60]),
+    )
+    def create(self, parallelism: int, halving: Any, deadline: Any, ttl: Any) -> None:
+        optional = {"earlyStopping": halving, "activeDeadlineSeconds": deadline, "ttlSecondsAfterFinished": ttl}
+        given = {name: value for name, value in optional.items() if value is not None}
+        self.world = SweepWorld(trials=TRIALS, parallelism=parallelism, **given)
+        self.most, self.deleted = parallelism, set[str]()
+        self.ended: dict[str, str] = {}
+        self.outcome = "Unknown"
+
+    def live(self) -> list[str]:
+        """Trials whose pods may run."""
+        found = []
+        for name, job in self.world.jobs.items():
+            conditions = (job.get("status") or {}).get("conditions", [])
+            over = any(c["type"] == "Succeeded" and c["status"] != "Unknown" for c in conditions)
+            if not over and not job["spec"].get("suspend"):
+                found.append(name.removeprefix("nli-"))
+        return found
+
+    @rule(crash=st.one_of(st.none(), st.integers(0, 8)))
+    def reconcile(self, crash: int | None) -> None:
+        self.world.reconcile(crash)
+
+    @rule()
+    def restart(self) -> None:
+        self.world.restart()
+
+    @rule(seconds=st.sampled_from([1, 30, 200]))
+    def wait(self, seconds: int) -> None:
+        self.world.wait(seconds)
+
+    @rule(data=st.data(), step=st.sampled_from([1, 250, 260, 500, 510]), loss=st.sampled_from([0.1, 0.2, 0.3, None]))
+    def train(self, data: st.DataObject, step: int, loss: float | None) -> None:
+        if live := self.live():
+            self.world.trains(data.draw(st.sampled_from(live)), step, loss)
+
+    @rule(data=st.data(), loss=st.sampled_from([0.1, 0.2, None]))
+    def end(self, data: st.DataObject, loss: float | None) -> None:
+        if live := self.live():
+            name = data.draw(st.sampled_from(live))
+            if loss is None:
+                self.world.fails(name)
+            else:
+                self.world.succeeds(name, evalLoss=loss)
+
+    @rule(data=st.data())
+    def save_a_checkpoint(self, data: st.DataObject) -> None:
+        asked = [name for name, job in self.world.jobs.items() if job["spec"].get("suspend")]
+        if asked:
+            name = data.draw(st.sampled_from(asked)).removeprefix("nli-")
+            if name not in self.live() and not self._is_over(name):
+                self.world.suspends(name)
+
+    def _is_over(self, name: str) -> bool:
+        conditions = (self.world.job(name).get("status") or {}).get("conditions", [])
+        return any(c["type"] == "Succeeded" and c["status"] != "Unknown" for c in conditions)
+
+    @precondition(lambda self: self.world.sweep is not None)
+    @rule(value=st.booleans())
+    def suspend(self, value: bool) -> None:
+        self.world.edit(suspend=value)
+
+    @rule(data=st.data())
+    def delete_a_trial(self, data: st.DataObject) -> None:
+        # Only one whose row is written: a job that is deleted before its sweep knew of it is as if never created.
+        names = [f"nli-{name}" for name in self.world.rows if f"nli-{name}" in self.world.jobs]
+        if names and len(self.deleted) < 2:
+            name = data.draw(st.sampled_from(names))
+            self.deleted.add(name)
+            self.world.delete_job(name)
+
+    @invariant()
+    def nothing_is_created_twice_or_beyond_parallelism(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        assert len(set(self.world.created)) == len(self.world.created)
+        assert len(self.live()) <= self.most or self.deleted
+
+    @invariant()
+    def what_has_ended_stays_so(self) -> None:
+        if not hasattr(self, "world") or self.world.sweep is None:
+            return
+        for name, row in self.world.rows.items():
+            before = self.ended.get(name)
+            # A trial may publish before it could be stopped, and one that was deleted cannot come back.
+            assert before in (None, row["phase"]) or (before == "Stopped" and row["phase"] == "Succeeded")
+            if row["phase"] in ENDED:
+                self.ended[name] = row["phase"]
+        outcome = self.world.condition("Succeeded").get("status", "Unknown")
+        assert self.outcome in ("Unknown", outcome)
+        self.outcome = outcome
+
+    @invariant()
+    def the_best_is_the_best(self) -> None:
+        if not hasattr(self, "world") or not self.world.status.get("best"):
+            return
+        values = [row["value"] for row in self.world.rows.values() if row["phase"] == "Succeeded" and "value" in row]
+        assert self.world.status["best"]["value"] == min(values)
+
+    def teardown(self) -> None:
+        """Left alone, every sweep comes to its end: nothing is lost."""
+        if not hasattr(self, "world") or self.world.sweep is None:
+            return
+        self.world.edit(suspend=False)
+        for _ in range(20):
+            self.world.settle()
+            if self.world.sweep is None or self.world.condition("Succeeded").get("status") != "Unknown":
+                break
+            for name in self.live():
+                self.world.succeeds(name, evalLoss=0.2)
+        if self.world.sweep is None:
+            return
+        assert self.world.condition("Succeeded")["status"] != "Unknown", self.world.status
+        assert is_empty(self.world.plan()), "the plan of a finished sweep comes to rest"
+        if self.world.condition("Succeeded")["reason"] != "DeadlineExceeded":
+            assert len(self.world.rows) == len(TRIALS)
+            assert len(self.world.created) == len(TRIALS)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
