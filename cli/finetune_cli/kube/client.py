@@ -88,7 +88,7 @@ class Cluster:
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
         """Create or change a FineTuneJob or FineTuneSweep by server-side apply; says too whether it is new."""
-        name, kind = job["metadata"]["name"], job["kind"]
+        name, kind = job["metadata"]["name"], str(job.get("kind", constants.KIND))
         options: Any = {"dry_run": "All"} if dry_run else {}
         with explained(self.server, self.namespace, name, kind):
             # The client's typed path knows 200 alone and drops the body of a 201.
