@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,7 +82,11 @@ def published_at(address: str, *, adapters_only: bool = False) -> Published:
     """Return what lies at a URI, without its files; raises CliError."""
     store = storage.open_store(address)
     with storage.store_errors():
-        return Published(address, store, *_read_manifest(store, address, adapters_only))
+        from finetune_trainer.stores.signature import require_signature
+
+        found = Published(address, store, *_read_manifest(store, address, adapters_only))
+        require_signature(found.data, store.uri_of(constants.MANIFEST_FILE), os.environ)
+    return found
 
 
 def fetch_into(folder: Path, published: Published, *, overwrite: bool = False) -> TargetFolder:

@@ -79,6 +79,7 @@ class StoreManifest(StatusModel):
     files: Annotated[list[FileRecord], Field(min_length=1, max_length=MAX_FILES)]
     metrics: Metrics | None = None
     lineage: Lineage | None = None
+    signature: Annotated[str, Field(max_length=128)] | None = None
 
     @model_validator(mode="after")
     def _one_file_for_each_name(self) -> Self:

@@ -61,6 +61,10 @@ ENV_ALLOWED_S3_ENDPOINTS: Final = "FINETUNE_ALLOWED_S3_ENDPOINTS"
 ENV_ALLOWED_ENDPOINTS: Final = "FINETUNE_ALLOWED_ENDPOINTS"
 ENV_STORE_PATIENCE: Final = "FINETUNE_STORE_PATIENCE"  # seconds to wait for a store that is out of reach
 ENV_STORE_TIMEOUT: Final = "FINETUNE_STORE_TIMEOUT"  # seconds to wait for one answer of a store
+# In the output's Secret, or the environment: the ed25519 key that manifests are signed with (PEM).
+ENV_SIGNING_KEY: Final = "FINETUNE_SIGNING_KEY"
+# In the environment of who reads: the key that manifests must be signed with (PEM, or its file).
+ENV_PUBLIC_KEY: Final = "FINETUNE_PUBLIC_KEY"
 
 #: Sub-directories of SECRETS_DIR, one per secretRef of the spec. Each file in one is an environment-style key
 #: (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, HF_TOKEN, WANDB_API_KEY)

@@ -58,17 +58,19 @@ class Export:
     check: Check | None
     problem: str = ""
 
-    def run(self, job: FineTuneJob, metrics: Mapping[str, float], store: Store, scratch: Path) -> ArtifactStatus:
+    def run(
+        self, job: FineTuneJob, metrics: Mapping[str, float], output: AdapterOutput, scratch: Path
+    ) -> ArtifactStatus:
         """Make, check and publish the artifact; what goes wrong is in the returned status.
 
         Args:
             job: Whose it is.
             metrics: Of the adapter, for its manifest.
-            store: Where it goes.
+            output: Where it goes.
             scratch: A folder for it, which is removed.
         """
         try:
-            return self.publish(job, metrics, store, scratch)
+            return self.publish(job, metrics, output, scratch)
         except Exception as error:  # the adapter is published: no failure here may take that back
             why = reason(error)
             log.warning(f"The export to {self.name} failed, the adapter stays: {why}")
@@ -76,7 +78,9 @@ class Export:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def publish(self, job: FineTuneJob, metrics: Mapping[str, float], store: Store, scratch: Path) -> ArtifactStatus:
+    def publish(
+        self, job: FineTuneJob, metrics: Mapping[str, float], output: AdapterOutput, scratch: Path
+    ) -> ArtifactStatus:
         """Do the same, but raise what goes wrong, and leave `scratch`."""
         if self.check is None:
             raise ConfigInvalid(self.problem)
@@ -93,7 +97,7 @@ class Export:
         found = dict(metrics) | ({f"{self.name}Loss": losses.artifact, "adapterLoss": losses.trained} if losses else {})
         bundle = Bundle(scratch, self.artifact, base.name, job.spec.lora.rank, found, base_commit=base.commit)
         # Every byte is read back after the upload: what lies there is what was checked.
-        published = AdapterOutput(store, job.metadata, job.spec.output.overwrite).publish(bundle)
+        published = output.publish(bundle)
         return ArtifactStatus(
             name=self.name,
             uri=published.uri,
@@ -141,8 +145,8 @@ def run_exports(ctx: RunContext, exports: Sequence[Export], metrics: Mapping[str
             result = ArtifactStatus(name=export.name, message=f"asked to stop ({ctx.stop_reason}) before it was made")
         else:
             log.info(f"Exporting the adapter to {export.name}")
-            store = open_output(ctx.settings, export.name)
-            result = export.run(ctx.settings.job, metrics, store, ctx.directory.root / "export")
+            output = AdapterOutput.open(ctx.settings, export.name)
+            result = export.run(ctx.settings.job, metrics, output, ctx.directory.root / "export")
         ctx.report.artifact(result)
         made.append(result)
     return summary(made)

@@ -1,5 +1,6 @@
 """Make an artifact of an adapter that was published before, as a job would have done."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from finetune_trainer.inputs import fetch_data_files
 from finetune_trainer.methods import METHODS
 from finetune_trainer.model.published import load_published
 from finetune_trainer.publishing.export import check_exports, plan_exports
+from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.runtime.device import quiet_libraries
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.signature import signing_key
 
 
 def export_published(folder: Path, settings: Settings, work: Path, name: ArtifactName, store: Store) -> Artifact:
@@ -42,4 +46,5 @@ def export_published(folder: Path, settings: Settings, work: Path, name: Artifac
     plan = ExecutionPlan(micro_batch_size=1, attention=adapter.base.attention)
     meter = Evaluator(spec, METHODS["sft"], plan, adapter.base.tokenizer, settings.ranks, rows=data.eval or data.train)
     [export] = plan_exports(adapter.model, adapter.base, meter, plan, spec, adapter.weights, folder)
-    return export.publish(settings.job, {}, store, work / "export")
+    key = signing_key(Credentials.from_environment("output", os.environ).values)
+    return export.publish(settings.job, {}, AdapterOutput(store, settings.job.metadata, key=key), work / "export")

@@ -30,6 +30,7 @@ from finetune_trainer.stores.digest import Digest, digest_file
 from finetune_trainer.stores.errors import AlreadyExists, StoreCorrupted
 from finetune_trainer.stores.manifest import Job
 from finetune_trainer.stores.open import open_store
+from finetune_trainer.stores.signature import SigningKey, signing_key
 
 log = structlog.get_logger(__name__)
 _PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
@@ -46,11 +47,19 @@ class AdapterOutput:
     store: Store
     job: Job
     overwrite: bool = False
+    key: SigningKey | None = None
 
     @classmethod
-    def open(cls, settings: Settings) -> "AdapterOutput":
-        """Open output.uri with the credentials of the role `output`. Makes no request yet; raises StoreError."""
-        return cls(open_output(settings), settings.job.metadata, settings.spec.output.overwrite)
+    def open(cls, settings: Settings, folder: str = "") -> "AdapterOutput":
+        """Open output.uri, or a folder below it, with the credentials and the signing key of the role `output`.
+
+        Makes no request yet; raises StoreError.
+        """
+        credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
+        output = settings.spec.output
+        return cls(
+            open_output(settings, folder), settings.job.metadata, output.overwrite, signing_key(credentials.values)
+        )
 
     def find_published(self) -> Adapter | None:
         """Check that the store can take the adapter; call it before anything expensive.
@@ -116,6 +125,8 @@ class AdapterOutput:
             base_commit=bundle.base_commit,
             lineage=bundle.lineage,
         )
+        if self.key:
+            manifest = manifest.model_copy(update={"signature": self.key.sign(manifest.to_bytes())})
         for path, digest in digests.items():
             if not overwrite:
                 self._require_no_manifest()
