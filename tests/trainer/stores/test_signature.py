@@ -95,7 +95,7 @@ def test_a_signing_key_that_is_none_is_refused_without_a_word_of_it(key: str) ->
 def test_a_job_signs_what_it_publishes_with_the_key_of_its_output(tmp_path: Path) -> None:
     published(tmp_path, KEY)
     environment = Environment.from_env({constants.ENV_SECRETS_DIR: str(tmp_path / "secrets")})
-    settings = Settings(load_file(job(tmp_path / "job", tmp_path)), environment, Ranks())
+    settings = Settings(load_file(job(tmp_path / "job", Path("/models/base"))), environment, Ranks())
     for folder in ("", "merged"):
         output = AdapterOutput.open(settings, folder)
         assert output.key
