@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -103,3 +104,11 @@ Output = Annotated[
 def same_place(namespace: str | None, context: str | None) -> str:
     """Return the options that make the next command act where this one did."""
     return (f" -n {namespace}" if namespace else "") + (f" --context {context}" if context else "")
+
+
+def duration(given: str) -> float:
+    """Return the seconds of a duration such as 90, 45s, 30m or 1.5h."""
+    match = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)(s|m|h|d|)", given.strip())
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"{given!r} is no duration: write 90 (seconds), 45s, 30m, 4h or 1d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]

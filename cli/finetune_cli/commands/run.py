@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Packages of the trainer extra whose absence is the likeliest; one of each kind is enough to tell.
 TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+#: Device files of GPUs that have none of their own for each: WSL, AMD, Jetson.
+_OTHER_GPUS = ("/dev/dxg", "/dev/kfd", "/dev/nvmap")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -79,8 +81,8 @@ def environment(env: Mapping[str, str], temporary: Path) -> dict[str, str]:
 
 
 def gpus_here() -> int | None:
-    """NVIDIA GPUs of this machine, by their device files; None where those do not tell (WSL, not Linux)."""
-    if sys.platform != "linux" or Path("/dev/dxg").exists():
+    """NVIDIA GPUs of this machine, by their device files; None where those do not tell (WSL, Jetson, not Linux)."""
+    if sys.platform != "linux" or any(Path(other).exists() for other in _OTHER_GPUS):
         return None
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
@@ -94,9 +96,9 @@ def check_local(job: FineTuneJob, env: Mapping[str, str]) -> None:
             hint="add --set resources.nodes=1, or train in a cluster: finetune submit",
         )
     here = gpus_here()
-    if spec.resources.gpus_per_node > 1 and here is not None and here < spec.resources.gpus_per_node:
+    if here is not None and here < spec.resources.gpus_per_node:
         raise CliError(
-            f"spec.resources.gpusPerNode is {spec.resources.gpus_per_node}, and this machine has {here}",
+            f"spec.resources.gpusPerNode is {spec.resources.gpus_per_node}, and this machine has {here or 'no GPU'}",
             hint=f"add --set resources.gpusPerNode={here} (0 is the CPU), or train in a cluster: finetune submit",
         )
     for field, uri in spec.uris.items():

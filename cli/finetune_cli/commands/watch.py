@@ -18,8 +18,9 @@ from finetune_cli.options import (
     Namespace,
     Output,
     OutputFormat,
+    duration,
 )
-from finetune_cli.output import console
+from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
     from finetune_cli.kube.client import Cluster, Object
@@ -31,7 +32,11 @@ def watch(
     timeout: Annotated[
         float | None,
         typer.Option(
-            "--timeout", metavar="SECONDS", help="Give up after this long, with exit code 4.", show_default=False
+            "--timeout",
+            metavar="DURATION",
+            parser=duration,
+            help="Give up after this long (90, 30m, 4h), with exit code 4.",
+            show_default=False,
         ),
     ] = None,
     output: Output = None,
@@ -46,7 +51,7 @@ def watch(
 
     Examples:
         finetune watch nli
-        finetune watch nli --timeout 3600 && finetune download nli ./nli
+        finetune watch nli --timeout 4h && finetune download nli ./nli
         finetune watch nli -o json | jq .status.progress
 
     Exit codes:
@@ -154,4 +159,4 @@ def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tupl
         if job is None:
             raise CliError(f"{name} was deleted while it was watched")
         yield job, View.of(job)
-    raise CliError(f"{name} has not ended within {timeout:g} s", code=Exit.TIMED_OUT)
+    raise CliError(f"{name} has not ended within {formatting.duration(timeout or 0)}", code=Exit.TIMED_OUT)

@@ -121,7 +121,7 @@ class View:
             last = self.status.attempts[-1].reason if self.status.attempts else None
             return _CURES.get(succeeded.reason) or _CURES.get(last or "", "")
         is_asked = self.state == "suspended" and self.spec.get("suspend") is True
-        return f"finetune resume {self.name}" if is_asked else ""
+        return f"finetune resume {self.name} -n {self.namespace}" if is_asked else ""
 
     @property
     def is_stalled(self) -> bool:

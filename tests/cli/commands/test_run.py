@@ -13,6 +13,7 @@ import yaml
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
+    finetune,
     finetune_process,
     no_traceback,
     on_a_terminal,
@@ -160,7 +161,10 @@ def test_a_signal_to_the_command_reaches_the_trainer(run, job, tmp_path):
             ["--set", "resources.gpusPerNode=64", "--set", "training.batchSize=64"],
             "gpusPerNode is 64, and this machine has",
         ),
-        (["--set", "dataset.train=pvc://claim/a"], "spec.dataset.train is pvc://claim/a, a volume of a cluster"),
+        (
+            ["--set", "resources.gpusPerNode=0", "--set", "dataset.train=pvc://claim/a"],
+            "spec.dataset.train is pvc://claim/a, a volume of a cluster",
+        ),
     ],
 )
 def test_what_cannot_run_here_is_refused_before_anything_starts(run, tmp_path, arguments, sentence):
@@ -169,3 +173,14 @@ def test_what_cannot_run_here_is_refused_before_anything_starts(run, tmp_path, a
     assert (result.returncode, result.stdout) == (1, "")
     assert sentence in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_machine_without_a_gpu_says_so_before_anything_is_imported(tmp_path, monkeypatch):
+    from finetune_cli.commands import run
+
+    monkeypatch.setattr(run, "gpus_here", lambda: 0)
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    result = no_traceback(finetune("run", "job.yaml", cwd=tmp_path))
+    assert result.returncode == 1
+    assert "spec.resources.gpusPerNode is 1, and this machine has no GPU" in result.stderr
+    assert "--set resources.gpusPerNode=0 (0 is the CPU)" in result.stderr

@@ -6,8 +6,10 @@ import re
 import subprocess
 
 import pytest
+import typer
 import yaml
 
+from finetune_cli.options import duration
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
@@ -233,3 +235,14 @@ def test_submit_can_stay_and_watch(cluster, namespace, kube, tmp_path):
     assert process.returncode == 0
     assert "✓ nli created" in output
     assert "Succeeded  3400/3400" in output
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("1d", 86_400), ("h", 0), ("0", 0)]
+)
+def test_durations(given: str, seconds: float) -> None:
+    if not seconds:
+        with pytest.raises(typer.BadParameter, match="write 90"):
+            duration(given)
+        return
+    assert duration(given) == seconds
