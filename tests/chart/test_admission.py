@@ -20,6 +20,7 @@ from support.server.client import ApiError, Kube, wait_until
 from support.server.server import Cluster
 
 Object = dict[str, Any]
+POLICY, BINDING = "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"
 SHA = "sha256:" + "ab" * 32
 PATTERNS = [
     *(
@@ -44,8 +45,9 @@ ENDS = ["", ":1", ":1.0", ":2", ":latest", f"@{SHA}", f":1.0@{SHA}", f":2@{SHA}"
 
 def _conditions(values: Object) -> list[Callable[[str], bool]]:
     """The CEL conditions of the rendered policy, one for each pattern; RE2 and Python's re read these alike."""
-    policy = find(objects({"admissionPolicy": {"enabled": True}, **values}), "ValidatingAdmissionPolicy")
-    (expression,) = [v["expression"] for v in policy["spec"]["validations"] if "c.image ==" in v["expression"]]
+    made = objects({"admissionPolicy": {"enabled": True}, **values})
+    validations = [v for o in made if o["kind"] == POLICY for v in o["spec"]["validations"]]
+    (expression,) = [v["expression"] for v in validations if "c.image ==" in v["expression"]]
     found = expression.split(" || ")[1:]
 
     def condition(text: str) -> Callable[[str], bool]:
@@ -64,14 +66,24 @@ def test_the_admission_policy_allows_the_images_that_the_operators_rule_allows()
             assert condition(image) == is_allowed(image, pattern), (pattern, image)
 
 
-def _job(namespace: str, **spec: Any) -> Object:
+SPEC = {
+    "model": {"source": "pvc://models/mistral"},
+    "dataset": {"train": "s3://data/train.jsonl", "secretRef": {"name": "data"}},
+    "output": {"uri": "s3://adapters/nli"},
+}
+
+
+def _owner(kube: Kube) -> str:
+    """The uid of a job that is there: the garbage collector deletes what belongs to nothing."""
+    made = kube.create(
+        {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "nli"}, "spec": SPEC}
+    )
+    return str(made["metadata"]["uid"])
+
+
+def _job(namespace: str, uid: str, **spec: Any) -> Object:
     """What the operator builds for a job of that spec."""
-    minimal = {
-        "model": {"source": "pvc://models/mistral"},
-        "dataset": {"train": "s3://data/train.jsonl", "secretRef": {"name": "data"}},
-        "output": {"uri": "s3://adapters/nli"},
-    }
-    given = {"metadata": {"name": "nli", "namespace": namespace, "uid": "u-1"}, "spec": minimal | spec}
+    given = {"metadata": {"name": "nli", "namespace": namespace, "uid": uid}, "spec": SPEC | spec}
     owner = JobObject.from_api(given)
     read = read_spec(owner)
     assert not isinstance(read, Rejection)
@@ -82,30 +94,35 @@ def _job(namespace: str, **spec: Any) -> Object:
 
 @pytest.fixture
 def account(cluster: Cluster, namespace: str) -> Iterator[Kube]:
-    """The operator's account in a namespace where the chart's policy is in force."""
+    """The operator's account in a namespace where the chart's policies are in force."""
     if not cluster.is_real:
         pytest.skip("the stand-in API server has no admission: `make envtest` fetches the real one")
     made = objects(
         {"admissionPolicy": {"enabled": True}, "policy": {"allowedImages": ["r.example.com/team/*"]}}, namespace
     )
-    kinds = ("ServiceAccount", "Role", "RoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
-    for kind in kinds:
+    for kind in ("ServiceAccount", "Role", "RoleBinding"):
         cluster.kube.create(find(made, kind))
-    name = find(made, kinds[-1])["metadata"]["name"]
+    policies = [obj for obj in made if obj["kind"] in (POLICY, BINDING)]
+    for obj in policies:
+        cluster.kube.create(obj)
     kube = Kube(cluster.access_of_service_account(namespace, ACCOUNT), namespace)
     yield kube
     kube.close()
-    for kind in kinds[-2:]:
-        cluster.kube.delete(kind, name)
+    for obj in policies:
+        cluster.kube.delete(obj["kind"], obj["metadata"]["name"])
 
 
-def _is_in_force(account: Kube, job: Object) -> bool:
+def _is_in_force(kube: Kube, refused: Object) -> bool:
     """Whether the API server knows the policy already: it learns of it by a watch."""
     try:
-        account.create({**job, "metadata": {**job["metadata"], "ownerReferences": None}}, dryRun="All")
+        kube.create(refused, dryRun="All")
     except ApiError as error:
         return "(admissionPolicy)" in error.message
     return False
+
+
+def _without_owner(job: Object) -> Object:
+    return {**job, "metadata": {**job["metadata"], "ownerReferences": None}}
 
 
 def _in(*path: str | int) -> Callable[[Object, Any], None]:
@@ -148,10 +165,11 @@ ATTACKS: list[tuple[Callable[[Object, Any], None], Any, str]] = [
 def test_the_operators_account_can_make_trainers_and_nothing_else(
     account: Kube, cluster: Cluster, namespace: str
 ) -> None:
-    lawful = _job(namespace)
-    wait_until(lambda: _is_in_force(account, lawful), "the policy is in force")
+    uid = _owner(Kube(cluster.access, namespace))
+    lawful = _job(namespace, uid)
+    wait_until(lambda: _is_in_force(account, _without_owner(lawful)), "the policy is in force")
     account.create(
-        _job(namespace, image="r.example.com/team/trainer:1", resources={"nodes": 2}, training={"batchSize": 32})
+        _job(namespace, uid, image="r.example.com/team/trainer:1", resources={"nodes": 2}, training={"batchSize": 32})
     )
     account.patch("Job", "nli-1", {"spec": {"suspend": True}})
     for number, (put, value, words) in enumerate(ATTACKS):
@@ -164,4 +182,33 @@ def test_the_operators_account_can_make_trainers_and_nothing_else(
         assert words in refused.value.message
         assert "(admissionPolicy)" in refused.value.message
         if value is not None:
-            Kube(cluster.access, namespace).create(attack)  # nobody else is bound
+            Kube(cluster.access, namespace).create(_without_owner(attack))  # nobody else is bound
+
+
+def test_nobody_but_the_operator_makes_a_job_for_a_finetunejob(account: Kube, cluster: Cluster, namespace: str) -> None:
+    anybody = Kube(cluster.access, namespace)
+    lawful = _job(namespace, _owner(anybody))
+    forged = {**lawful, "metadata": {**lawful["metadata"], "name": "nli-2"}}
+    wait_until(lambda: _is_in_force(anybody, forged), "the policy is in force")
+    account.create(lawful)
+    anybody.patch("Job", "nli-1", {"spec": {"suspend": False}, "metadata": {"labels": {"a": "b"}}})  # as Kueue does
+    anybody.create(_without_owner(forged))
+    owners = forged["metadata"]["ownerReferences"]
+    other = [{"apiVersion": "apps/v1", "kind": "Deployment", "name": "x", "uid": "u-2"}]
+    for taking in (
+        lambda: anybody.create({**forged, "metadata": {**forged["metadata"], "name": "nli-3"}}),
+        lambda: anybody.patch("Job", "nli-2", {"metadata": {"ownerReferences": owners}}),
+        lambda: anybody.patch("Job", "nli-2", {"metadata": {"ownerReferences": [*other, *owners]}}),
+        lambda: anybody.patch("Job", "nli-1", {"metadata": {"ownerReferences": [{**owners[0], "uid": "u-3"}]}}),
+    ):
+        with pytest.raises(ApiError) as refused:
+            taking()
+        assert "metadata.ownerReferences: only the operator may make Jobs" in refused.value.message
+    anybody.patch("Job", "nli-2", {"metadata": {"ownerReferences": other}}, dryRun="All")
+    for serves in (["a", "b"], None):
+        watch = {"namespaces": serves} if serves else {"allNamespaces": True}
+        made = objects({"admissionPolicy": {"enabled": True}, "watch": watch})
+        (place,) = [
+            o["spec"].get("matchResources") for o in made if o["kind"] == BINDING and "-owner" in o["metadata"]["name"]
+        ]
+        assert (place["namespaceSelector"]["matchExpressions"][0]["values"] if place else None) == serves
