@@ -20,7 +20,8 @@ ATTEMPTS: Final = {
     ),
     "Suspended": Reason("Stopped by `spec.suspend`.", "Set `spec.suspend: false`, or `finetune resume NAME`."),
     "JobDeleted": Reason(
-        "Somebody deleted the attempt's Job.",
+        "Somebody deleted the attempt's Job; or the operator did, because one of its pods had lost the labels by which"
+        " Kubernetes knows it, so that Kubernetes started another beside it.",
         "The operator retries. To stop a job, use `spec.suspend` or delete the FineTuneJob.",
     ),
     "SpecChanged": Reason(
@@ -142,7 +143,8 @@ WAITS: Final = {
         "Exclude objects with the label `app.kubernetes.io/managed-by=finetune-operator` from the webhook.",
     ),
     "NameConflict": Reason(
-        "An object of the child's name exists and belongs to somebody else.",
+        "An object of the child's name exists and belongs to somebody else, or is a Service or NetworkPolicy with other"
+        " content than the operator gives it.",
         "Delete or rename it; the message names it.",
     ),
 }

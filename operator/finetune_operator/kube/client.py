@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from yarl import URL
 
 from finetune_api import answers, constants
-from finetune_operator.core.objects import kinds, raw
+from finetune_operator.core.objects import as_built, kinds, raw
 from finetune_operator.core.objects.kinds import Kind, ObjectKey
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.kube.errors import (
@@ -187,20 +187,23 @@ class KubeClient:
             NamespaceTerminating: Its namespace is being deleted.
         """
         kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
-        accept = _JSON if _template_labels(obj) else METADATA_ONLY
+        is_job = kind == kinds.JOB.name
+        accept = _JSON if is_job else METADATA_ONLY
         try:
             made = await self.request("POST", self._path(kind, namespace), obj, OWNED, accept=accept)
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
-                return await self._refuse_relabeled(obj, await self._existing(obj, owner_uid))
+                found = await self._existing(obj, owner_uid)
+                return await self._refuse_relabeled(obj, found) if is_job else _refuse_changed(obj, found)
             if refusal := create_error(kind, name, error):
                 raise refusal from error
             raise
-        await self._refuse_relabeled(obj, made)
+        if is_job:
+            await self._refuse_relabeled(obj, made)
         return {**obj, "metadata": {**obj["metadata"], **raw.mapping(made, "metadata")}}
 
     async def _refuse_relabeled(self, obj: Raw, made: Raw) -> Raw:
-        """Return `made`; delete it if a webhook has changed its labels or its owner, by which alone it is found again.
+        """Return the Job; delete it if a webhook has changed its labels or owner, by which alone it is found again.
 
         Its name stays taken until its pods are gone.
 
@@ -344,6 +347,22 @@ async def _beginning(content: aiohttp.StreamReader, most: int) -> bytes:
     while len(found) <= most and (chunk := await content.read(CHUNK_BYTES)):
         found += chunk
     return bytes(found)
+
+
+def _refuse_changed(obj: Raw, found: Raw) -> Raw:
+    """Return `found`, of another kind than Job, if it is as we built it: anybody may have made it in our name.
+
+    Raises:
+        CreateDenied: It is not.
+    """
+    if changed := as_built.changed_fields(obj, found):
+        name = f"{obj['kind']} {obj['metadata']['name']}"
+        raise CreateDenied(
+            "NameConflict",
+            f"{name} exists already, and its {', '.join(changed)} is not what this operator sets: somebody else made or"
+            " changed it. Delete it, and the operator makes it anew",
+        )
+    return found
 
 
 def _template_labels(obj: Raw) -> dict[str, str]:

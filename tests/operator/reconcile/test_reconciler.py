@@ -12,6 +12,8 @@ import pytest
 from aiohttp import web
 
 from finetune_api import constants
+from finetune_operator.core import policy
+from finetune_operator.core.builders import job as builder
 from finetune_operator.core.objects import kinds
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
@@ -343,6 +345,55 @@ def test_simulated_api_a_name_that_is_taken_is_explained(kind: str, reason: str,
     api.answer = lambda method, name, body: (
         (200, child("j0", kind)) if method == "GET" else status(409, "AlreadyExists")
     )
+    api.run(act)
+
+
+def of_two_nodes(kind: str) -> Raw:
+    """The Service or NetworkPolicy that the operator builds for a job of two nodes."""
+    owner = JobObject.from_api(job(resources={"nodes": 2}))
+    spec = policy.read_spec(owner)
+    assert not isinstance(spec, policy.Rejection)
+    built = builder.build(owner, spec, 1, None, Settings(isolated_namespaces=frozenset({"team"})))
+    return next(obj for obj in built if obj["kind"] == kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("Service", "selector", {"app": "evil"}),
+        ("Service", "selector", {constants.LABEL_JOB: "nli", "app": "evil"}),
+        ("Service", "selector", None),
+        ("Service", "ports", [{"name": "rendezvous", "port": 29500, "targetPort": 22, "protocol": "TCP"}]),
+        ("Service", "ports", []),
+        ("Service", "clusterIP", "10.0.0.7"),
+        ("Service", "publishNotReadyAddresses", False),
+        ("NetworkPolicy", "podSelector", {}),
+        ("NetworkPolicy", "ingress", [{}]),
+        ("NetworkPolicy", "ingress", []),
+        ("NetworkPolicy", "policyTypes", ["Egress"]),
+    ],
+)
+def test_simulated_api_a_service_or_policy_of_ours_with_other_content_is_refused(
+    kind: str, field: str, value: Any, api: Api
+):
+    """Whoever may create Services can make one with our name, labels and owner reference."""
+    mine = of_two_nodes(kind)
+    stored = json.loads(json.dumps(mine))
+    stored["metadata"]["uid"] = "s1"
+    stored["spec"] |= {"ipFamilies": ["IPv4"], "sessionAffinity": "None"}  # as the API server adds
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        stored["metadata"]["labels"] = {}
+        assert await cluster.ensure(mine, "j1") == stored, "nothing finds it by its labels"
+        stored["spec"][field] = value
+        with pytest.raises(CreateDenied) as refused:
+            await cluster.ensure(mine, "j1")
+        assert refused.value.reason == "NameConflict"
+        said = f"{kind} nli-nodes exists already, and its spec.{field} is not what this operator sets"
+        assert refused.value.message.startswith(said)
+        assert not any(call.startswith("DELETE") for call in api.calls), "the operator's account may not delete it"
+
+    api.answer = lambda method, name, body: (200, stored) if method == "GET" else status(409, "AlreadyExists")
     api.run(act)
 
 

@@ -19,7 +19,16 @@ def pods(kube: Kube, job: str) -> list[str]:
 def test_two_pods_find_each_other_and_train_as_one(
     operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
 ):
-    jobs.create("nli", resources=TWO_NODES)
+    made = jobs.create("nli", resources=TWO_NODES, suspend=True)
+    jobs.wait("nli", "Suspended", "True")
+    owner = {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": "nli", "uid": made["metadata"]["uid"]}
+    metadata = {"name": "nli-nodes", "ownerReferences": [owner | {"controller": True}]}
+    spec = {"clusterIP": "None", "selector": {"app": "evil"}, "ports": [{"port": 29500}]}
+    kube.create({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec})
+    jobs.change("nli", suspend=False)
+    said = jobs.wait("nli", "Scheduled", "False", "NameConflict")
+    assert "its spec.publishNotReadyAddresses, spec.selector, spec.ports is not what this operator" in said["message"]
+    kube.delete("Service", "nli-nodes")
     assert jobs.wait_over("nli", 120)["status"] == "True"
     service = kube.get("Service", "nli-nodes")
     assert service["spec"]["clusterIP"] == "None"

@@ -53,7 +53,10 @@ def env(spec: FineTuneJobSpec, child_name: str, grace_seconds: int) -> list[Obje
 
 
 def service(job_name: str, metadata: Object) -> Object:
-    """Return the headless Service. It publishes addresses before pods are ready, because pods wait for each other."""
+    """Return the headless Service. It publishes addresses before pods are ready, because pods wait for each other.
+
+    Each field has its value as the API server would store it: see core/objects/as_built.py.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -62,7 +65,7 @@ def service(job_name: str, metadata: Object) -> Object:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": {constants.LABEL_JOB: job_name},
-            "ports": [{"name": "rendezvous", "port": PORT, "protocol": "TCP"}],
+            "ports": [{"name": "rendezvous", "port": PORT, "targetPort": PORT, "protocol": "TCP"}],
         },
     }
 
