@@ -119,6 +119,8 @@ def _suspend(view: View) -> Step:
 
 def _monitor(view: View, attempt: Attempt) -> Step:
     """Report why the live attempt waits, or what it does."""
+    if why := pod_set.released(view.observed, attempt.job_name):
+        return Step(conditions.waiting("Stopping", why), delete=tuple(c for c in view.unfinished if not c.deleting))
     child, mine = history.child_of(view.observed, attempt.job_name), _pods(view, attempt)
     state, due = _attempt_conditions(view, attempt, child, mine)
     if state.scheduled.status == "True":
@@ -158,7 +160,8 @@ def _attempt_conditions(
         return conditions.suspended("Resuming", "waiting for the pods to stop; the next attempt follows"), None
     # A pod that was told to stop is about to be replaced: only one that ended by itself is done.
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
-    if child.suspended or sum(pod.running for pod in mine) + done < nodes:
+    is_cut = child.parallelism < nodes and done < nodes  # Kubernetes stops its pods, which may take their grace period
+    if child.suspended or is_cut or sum(pod.running for pod in mine) + done < nodes:
         why = wait_reason.explain(view.observed, child, mine, nodes)
         return conditions.waiting(why.reason, why.message), None
     held = _until(history.held_open_until(mine, nodes), view.now)

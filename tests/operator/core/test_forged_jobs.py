@@ -164,3 +164,30 @@ def test_an_attempt_whose_owner_reference_is_removed_goes_on_and_says_so():
     world.advance(60)
     world.settle()
     assert (world.outcome, list(world.jobs)) == ("False", [])
+
+
+@pytest.mark.parametrize("is_owned", [True, False])
+@pytest.mark.parametrize("is_restarted", [True, False])
+def test_a_changed_parallelism_is_told_while_kubernetes_stops_the_pods_and_after(is_owned: bool, is_restarted: bool):
+    world = World()
+    world.settle()
+    world.start_pods()
+    world.says(step=1, totalSteps=100)
+    job = world.jobs["nli-1"]
+    if not is_owned:
+        del job["metadata"]["ownerReferences"]
+    job["spec"]["parallelism"] = 0
+    world.changed("Job", job)
+    world.stop_pods("nli-1")
+    if is_restarted:
+        world.restart()
+    world.settle()
+    assert world.condition("Scheduled")["reason"] == "ParallelismChanged", "although its pod still runs"
+    (pod,) = world.live_pods()
+    world.end_pod(pod, exit_codes.ExitCode.PREEMPTED)
+    world.remove_pods()
+    world.advance(60)
+    world.settle()
+    said = world.condition("Scheduled")
+    assert said["message"].startswith("somebody else set parallelism of Job nli-1 to 0: set it back to 1")
+    assert world.reasons == [None]

@@ -33,3 +33,29 @@ def test_an_attempt_without_its_labels_goes_on_to_its_success(
     world.advance(60)
     world.settle()
     assert (world.outcome, world.reasons) == ("True", ["Succeeded"])
+
+
+@pytest.mark.parametrize("is_labeled", [True, False])
+def test_a_pod_that_its_job_let_go_never_writes_beside_another_for_long(is_labeled: bool):
+    world = World()
+    world.settle()
+    world.start_pods()
+    world.says(step=1, totalSteps=100)
+    (first,) = world.live_pods()
+    labels = {constants.LABEL_JOB: "nli", constants.LABEL_ATTEMPT: "1"} if is_labeled else {"app": "x"}
+    world.release_pod(first, labels)
+    assert len(world.live_pods()) == 2
+    world.settle()
+    assert (list(world.jobs), world.outcome) == ([], "Unknown")
+    for name in world.live_pods():
+        if name != first:
+            world.end_pod(name, 75)
+    for _ in range(3):
+        world.settle()
+        world.advance(700)
+    assert (world.live_pods(), list(world.jobs), world.reasons) == ([first], [], ["JobDeleted"])
+    assert f"pod {first} runs, but Job nli-1 controls it no more" in world.status["attempts"][0]["message"]
+    assert f"waiting for pod {first} to end" in world.condition("Scheduled")["message"]
+    world.end_pod(first, 75)
+    world.settle()
+    assert list(world.jobs) == ["nli-2"]

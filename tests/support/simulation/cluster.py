@@ -208,7 +208,7 @@ class ImaginedCluster:
 
     @staticmethod
     def _owner(pod: Object) -> str:
-        return str(pod["metadata"]["ownerReferences"][0]["uid"])
+        return next((str(owner["uid"]) for owner in pod["metadata"]["ownerReferences"]), "")
 
     @staticmethod
     def is_over(child: Object) -> bool:
@@ -236,6 +236,12 @@ class ImaginedCluster:
         changed = {**obj["metadata"]["labels"], **labels}
         obj["metadata"]["labels"] = {key: value for key, value in changed.items() if value is not None}
         self.changed(kind, obj)
+
+    def release_pod(self, name: str, labels: dict[str, str]) -> None:
+        """Somebody replaces all labels of a pod: the Job controller lets it go, and makes another."""
+        self.pods[name]["metadata"] |= {"ownerReferences": [], "labels": labels}
+        self.changed("Pod", self.pods[name])
+        self.start_pods()
 
     def _gone(self, kind: str, obj: Object) -> None:
         self.version += 1

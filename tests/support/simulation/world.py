@@ -114,7 +114,7 @@ class World(ImaginedCluster):
             if name in self.jobs:
                 self._look_at("Job", self.jobs[name])
         for pod in self.pods.values():
-            if is_shown("Pod", pod) or pod["metadata"]["ownerReferences"][0]["name"] in names:
+            if is_shown("Pod", pod) or any(each["name"] in names for each in pod["metadata"]["ownerReferences"]):
                 self._look_at("Pod", pod)
         shown = [pod["metadata"]["uid"] for pod in self.pods.values() if is_shown("Pod", pod)]
         self.cache.keep_only("Pod", shown, self.version, only=_KEY)

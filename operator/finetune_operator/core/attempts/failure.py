@@ -14,7 +14,7 @@ from finetune_operator.core.objects.pod import Pod
 
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 OUT_OF_MEMORY = OUTCOMES[ExitCode.GPU_OUT_OF_MEMORY].reason
-GPU_UNAVAILABLE = OUTCOMES[ExitCode.GPU_UNAVAILABLE].reason
+GPU_UNAVAILABLE = root_cause.GPU_UNAVAILABLE
 NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
@@ -76,7 +76,7 @@ def classify_exit(child: Child, pods: Sequence[Pod], output: str, memory_limit: 
     unstarted = root_cause.failed_before_training(pods)
     if unstarted and (blamed is None or root_cause.was_told_to_stop(blamed)):
         return _init_failed(child, unstarted)
-    if blamed is None:
+    if blamed is None or _hides_another(child, pods, blamed):
         return _pod_lost(child, pods)
     if root_cause.was_told_to_stop(blamed) and root_cause.is_killed(blamed):
         message = "the pod was deleted before it could save a checkpoint"
@@ -118,10 +118,16 @@ def _job_deadline(child: Child, pods: Sequence[Pod], blamed: Pod | None) -> Endi
     return Ending(JOB_DEADLINE, message, _code(blamed), child.finished_at, report)
 
 
+def _hides_another(child: Child, pods: Sequence[Pod], blamed: Pod) -> bool:
+    """Return whether all pods that are known were told to stop: one of a rank that is gone must have failed first."""
+    return child.finished == "Failed" and len(pods) < child.parallelism and root_cause.was_told_to_stop(blamed)
+
+
 def _pod_lost(child: Child, pods: Sequence[Pod]) -> Ending:
     said = next((f"pod {pod.name}: {_told(pod.reason, pod.message)}" for pod in pods if pod.reason), "")
+    gone = "the pod of a rank is gone, and the others were only told to stop: " if pods and not said else ""
     why = said or child.message or child.reason or "its pod is gone"
-    return Ending(POD_LOST, f"Job failed without a container exit code: {why}", None, child.finished_at)
+    return Ending(POD_LOST, f"Job failed without a container exit code: {gone}{why}", None, child.finished_at)
 
 
 def _told(reason: str, message: str) -> str:
@@ -157,6 +163,9 @@ def _explain(pod: Pod, reason: str, memory_limit: str, said: str) -> str:
         return f"the kernel ended the container: its host memory reached {_memory(pod, memory_limit)}{tail}"
     if reason == STORAGE_EXCEEDED:
         return f"pod {pod.name}: {_told(pod.reason, pod.message)}. {REASONS[reason].cure}{tail}"
+    if reason == GPU_UNAVAILABLE and pod.exit is None:
+        where = f"pod {pod.name} on node {pod.node or 'unknown'}"
+        return f"{where}: {_told(pod.reason, pod.message)}. {REASONS[reason].cure}"
     if reason == JOB_DEADLINE:
         return f"pod {pod.name}: {_told(pod.reason, pod.message)}. {DEADLINE_CURE}{tail}"
     if said:

@@ -179,7 +179,8 @@ def _detect_ending(
         return Ending(failure.SPEC_CHANGED, attempt.message or "", finished_at=now)
     if stopping:
         return Ending(failure.SUSPENDED, "stopped by spec.suspend", finished_at=now)
-    return Ending(failure.JOB_DELETED, f"Job {attempt.job_name} was deleted by someone else", finished_at=now)
+    message = pod_set.released(observed, attempt.job_name) or f"Job {attempt.job_name} was deleted by someone else"
+    return Ending(failure.JOB_DELETED, message, finished_at=now)
 
 
 def held_open_until(pods: Sequence[Pod], nodes: int) -> datetime | None:

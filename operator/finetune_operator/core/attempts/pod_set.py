@@ -48,6 +48,15 @@ def unreachable_at(pods: Iterable[Pod]) -> datetime | None:
     return min((pod.stop_by + SKEW for pod in pods if pod.live and pod.stop_by), default=None)
 
 
+def released(observed: Observed, job_name: str) -> str:
+    """Return what to say of a running pod that its Job has let go; empty where there is none."""
+    name = next((each for each in observed.released if each.startswith(f"{job_name}-")), "")
+    return name and (
+        f"pod {name} runs, but Job {job_name} controls it no more: somebody, or a webhook, changed its labels or owner."
+        " The Job is deleted, so that no two trainers write at once; the next attempt waits for that pod: delete it"
+    )
+
+
 def with_run_time(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
     """Return the attempt with the run time of its ended pods added.
 

@@ -11,6 +11,7 @@ from finetune_operator.core.objects.pod import Pod
 PREEMPTED = OUTCOMES[ExitCode.PREEMPTED].reason
 OOM_KILLED = REASONS["OOMKilled"].reason
 STORAGE_EXCEEDED = REASONS["StorageLimitExceeded"].reason
+GPU_UNAVAILABLE = OUTCOMES[ExitCode.GPU_UNAVAILABLE].reason
 DEADLINE = "JobDeadlineExceeded"
 
 _KNOWN = frozenset({outcome.reason for outcome in REASONS.values() if outcome.code})
@@ -97,8 +98,10 @@ def named_reason(pod: Pod) -> str:
     """Return the reason that the pod itself tells, or empty. torchrun hides the exit code, so the report counts too."""
     if pod.exit and pod.exit.reason == OOM_KILLED:
         return OOM_KILLED
-    if pod.reason == "Evicted" and not pod.disruption:  # for what it used itself, not for the lack of others
+    if _used_too_much(pod):
         return STORAGE_EXCEEDED
+    if _got_no_device(pod):
+        return GPU_UNAVAILABLE
     if pod.reason == "DeadlineExceeded":
         return DEADLINE
     if pod.exit is None or not pod.exit.code:
@@ -109,6 +112,17 @@ def named_reason(pod: Pod) -> str:
         return reported if reported in _KNOWN else ""
     outcome = outcome_of(pod.exit.code, reported)
     return outcome.reason if outcome else reported if reported in _KNOWN else ""
+
+
+def _used_too_much(pod: Pod) -> bool:
+    """Return whether the kubelet ended the pod for what it used itself: not for its node's lack, nor before it ran."""
+    return pod.reason == "Evicted" and not pod.disruption and "exceed" in pod.message
+
+
+def _got_no_device(pod: Pod) -> bool:
+    """Return whether the kubelet rejected the pod, because a device plugin offers fewer working devices than it did."""
+    is_plugin = pod.reason == "UnexpectedAdmissionError" and "device" in pod.message
+    return pod.exit is None and (is_plugin or (pod.reason.startswith("OutOf") and "/" in pod.reason))
 
 
 def is_killed(pod: Pod) -> bool:

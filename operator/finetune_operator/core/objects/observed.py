@@ -261,6 +261,8 @@ class Observed(Observation):
     """Another job that writes to the same output and goes first."""
     foreign_children: tuple[str, ...] = ()
     """Unfinished Jobs and live pods of an earlier job of the same name: "Job nli-1", "pod nli-1-x7k2p"."""
+    released: tuple[str, ...] = ()
+    """Live pods that nothing controls: the Job controller lets a pod go, and starts another, when its labels change."""
     unlabeled: tuple[str, ...] = ()
     """Jobs and pods that have lost our label ("Pod nli-1-x7k2p"): they are looked up by name."""
     wait_reasons: dict[str, WaitReason] = field(default_factory=dict)

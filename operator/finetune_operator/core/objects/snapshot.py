@@ -80,6 +80,7 @@ def observe(snapshot: Snapshot) -> Observed:
         pods=(*mine, *deleted),
         foreign_children=tuple(foreign),
         output_held_by=snapshot.output_held_by,
+        released=tuple(pod.name for pod in pods if pod not in mine and pod.live and not pod.owner),
         unlabeled=snapshot.unlabeled,
         wait_reasons={uid: reason for uid, reason in snapshot.wait_reasons.items() if uid in uids},
     )

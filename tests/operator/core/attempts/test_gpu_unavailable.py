@@ -136,3 +136,40 @@ def test_coming_back_to_such_a_node_takes_the_longest_pause() -> None:
         pauses.append((decision.at - START).total_seconds())
     assert pauses[0] <= 11 and pauses[1] <= 22, "on another node the usual ones"
     assert 540 <= pauses[2] <= 660
+
+
+NO_DEVICE = "Pod was rejected: Allocate failed due to no healthy devices present; cannot allocate unhealthy devices"
+NO_CPU = "Pod was rejected: Allocate failed due to not enough cpus available to satisfy request, which is unexpected"
+PRESSURE = "Pod was rejected: The node had condition: [DiskPressure]. "
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "ending", "avoids"),
+    [
+        ("UnexpectedAdmissionError", f"{NO_DEVICE} nvidia.com/gpu, which is unexpected", "GpuUnavailable", ["gpu-1"]),
+        ("OutOfnvidia.com/gpu", "Pod was rejected: Node didn't have enough resource", "GpuUnavailable", ["gpu-1"]),
+        ("UnexpectedAdmissionError", NO_CPU, "PodLost", []),
+        ("OutOfmemory", "Pod was rejected: Node didn't have enough resource: memory", "PodLost", []),
+        ("Evicted", PRESSURE, "PodLost", []),
+    ],
+)
+def test_a_pod_that_the_kubelet_rejects_is_tried_again_and_elsewhere_if_a_device_failed(
+    reason: str, message: str, ending: str, avoids: list[str]
+) -> None:
+    world = World()
+    world.settle()
+    world.start_pods()
+    (name,) = world.live_pods()
+    world.pods[name]["spec"]["nodeName"] = "gpu-1"
+    world.pods[name]["status"] = {"phase": "Failed", "reason": reason, "message": message}
+    world.changed("Pod", world.pods[name])
+    world.conclude("Failed", "BackoffLimitExceeded")
+    world.advance(60)
+    world.settle()
+    world.advance(60)
+    world.settle()
+    assert world.reasons == [ending, None]
+    said = world.status["attempts"][0]["message"]
+    assert f"{reason}: {message.strip().rstrip('.')}" in said
+    assert (avoided(world) if avoids else preferred(world)) == avoids
+    assert not avoids or f"pod {name} on node gpu-1" in said

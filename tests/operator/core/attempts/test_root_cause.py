@@ -185,7 +185,7 @@ def test_a_pod_that_the_kubelet_refused_is_told_in_its_words():
     world.advance(10)
     world.settle()
     attempt = world.status["attempts"][0]
-    assert attempt["reason"] == "PodLost"
+    assert attempt["reason"] == "GpuUnavailable"
     assert f"UnexpectedAdmissionError: {why}" in attempt["message"]
 
 
@@ -253,3 +253,27 @@ def test_the_ranking_is_total_and_knows_no_order_of_the_pods(ends: list[tuple[st
     assert root_cause.weigh(found, pods) == least
     if any(not root_cause.was_told_to_stop(each) for each in pods):
         assert least is not root_cause.Weight.FOLLOWED
+
+
+def test_ranks_that_were_told_to_stop_do_not_speak_for_one_whose_pod_nobody_saw_end():
+    """The operator was down while a job that cleans up deleted the failed pod."""
+    world = World(lag=True, resources={"nodes": 3}, training={"batchSize": 24}, recovery={"maxAttempts": 2})
+    for _ in range(2):
+        world.settle()
+        world.start_pods()
+        world.settle()
+        *others, guilty = sorted(world.live_pods())
+        world.end_pod(guilty, 1, NO_SPACE)
+        del world.pods[guilty]
+        for pod in others:
+            world.stop_pod(pod)
+            world.end_pod(pod, 75, report("Preempted", "checkpoint saved"))
+        world.conclude("Failed", "BackoffLimitExceeded", "Job has reached the specified backoff limit")
+        world.restart()
+        world.advance(700)
+        world.settle()
+    assert (world.outcome, world.reasons) == ("False", ["PodLost", "PodLost"])
+    said = (
+        "the pod of a rank is gone, and the others were only told to stop: Job has reached the specified backoff limit"
+    )
+    assert said in world.status["attempts"][0]["message"]
