@@ -14,7 +14,7 @@ from finetune_api import constants
 from finetune_operator.core.controllers import FINETUNE_JOB, REGISTRY, Registry
 from finetune_operator.core.objects.kinds import Kind, ObjectKey
 from finetune_operator.reconcile.event_recorder import EventRecorder
-from finetune_operator.reconcile.reconciler import Reconciler
+from finetune_operator.reconcile.reconciler import OWNER_SECONDS, Reconciler
 from finetune_operator.reconcile.work_queue import WorkQueue
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
@@ -62,7 +62,17 @@ class Recorded:
         poller, now = ProgressPoller(1, 1, 1, lambda key: None), datetime(2026, 11, 1, tzinfo=UTC)
         on_status = lambda old, new: self.statuses.append(type(new).__name__)  # noqa: E731
         recorder = cast(EventRecorder, self)
-        self.reconciler = Reconciler(self.api, self.cache, poller, recorder, on_status, Settings(), lambda: now)
+        self.changed: list[tuple[ObjectKey, float]] = []
+        self.reconciler = Reconciler(
+            self.api,
+            self.cache,
+            poller,
+            recorder,
+            on_status,
+            Settings(),
+            lambda: now,
+            on_change=lambda key, seconds: self.changed.append((key, seconds)),
+        )
         self.queue = WorkQueue(self._reconcile, workers=2)
 
     def post(self, kind: Kind, *about: object) -> None:
@@ -116,6 +126,30 @@ def test_a_child_is_queued_under_its_own_key_and_under_its_owners(scan: ModuleTy
     swept = next(obj for path, obj in operator.api.objects.items() if path.endswith("/finetunescans/nli"))
     assert swept["status"] == {"succeeded": 1}
     assert operator.api.writes > writes
+
+
+def test_what_a_write_of_ours_changes_besides_is_reconciled_for_its_echo_is_left_out(scan: ModuleType):
+    operator = Recorded(FINETUNE_JOB, scan.CONTROLLER)
+    operator.store("FineTuneScan", named("FineTuneScan", "s1", template=SPEC, learningRates=[1e-4]))
+    asyncio.run(operator.settle())
+    trial = ObjectKey("FineTuneJob", "team", "nli-t0")
+    assert operator.changed == [(trial, 0.0)], "a new object, at once"
+    operator.changed.clear()
+    asyncio.run(operator.reconciler(trial))
+    assert set(operator.changed) == {(SCAN, OWNER_SECONDS)}, "its owner after its status was written, with others"
+
+
+def test_a_child_that_cannot_be_created_keeps_none_beside_it_from_it(scan: ModuleType):
+    operator = Recorded(FINETUNE_JOB, scan.CONTROLLER)
+    operator.api.put("FineTuneJob", named("FineTuneJob", "theirs", name="nli-t1", **SPEC))
+    operator.store("FineTuneScan", named("FineTuneScan", "s1", template=SPEC, learningRates=[1e-4, 2e-4, 3e-4]))
+    asyncio.run(operator.settle())
+    owners = {
+        path.rpartition("/")[2]: [owner["uid"] for owner in obj["metadata"].get("ownerReferences", [])]
+        for path, obj in operator.api.objects.items()
+        if "/finetunejobs/" in path
+    }
+    assert owners == {"nli-t0": ["s1"], "nli-t1": [], "nli-t2": ["s1"]}
 
 
 def test_deleting_one_of_two_with_the_same_name_leaves_the_other(scan: ModuleType):
