@@ -32,6 +32,7 @@ REASONS = tuple(
             failure.INIT_FAILED,
             failure.JOB_DEADLINE,
             failure.JOB_DELETED,
+            failure.JOB_REFUSED,
             failure.NODE_LOST,
             failure.POD_LOST,
             failure.REPORT_LOST,

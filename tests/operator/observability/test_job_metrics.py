@@ -1,14 +1,17 @@
 """The fleet's counters: no ending goes unseen by Prometheus' increase(), which needs a 0 before the 1."""
 
 import runpy
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from pydantic_core import to_json
 
 from finetune_api import exit_codes
-from finetune_operator.core.objects.observed import JobObject
+from finetune_operator.core.objects.observed import KEPT_BYTES, KEPT_PROGRESS_BYTES, JobObject
 from finetune_operator.observability.job_metrics import KEPT_WITHOUT_JOBS, REASONS, JobMetrics, final_progress
 from finetune_operator.observability.metrics import Metrics, Readings
 
@@ -86,6 +89,19 @@ def test_counters_of_a_namespace_that_has_long_had_no_job_are_removed() -> None:
 def test_all_reasons_an_attempt_can_end_with_are_shown() -> None:
     explained = runpy.run_path(str(ROOT / "scripts" / "operator_reasons.py"))["ATTEMPTS"]  # kept complete by tests/docs
     assert set(REASONS) == {*exit_codes.REASONS, *explained}
+
+
+@pytest.mark.parametrize("more", [{"spec": {"image": "i" * KEPT_BYTES}}, {"attempts": [{"message": "m" * KEPT_BYTES}]}])
+def test_a_job_too_large_to_stay_in_memory_keeps_its_final_values(more: dict[str, Any]) -> None:
+    metadata = {"name": "nli", "namespace": "a", "uid": "1", "resourceVersion": "1"}
+    status = {"phase": "Failed", "progress": {"step": 3, "loss": 0.5}, "attempts": more.get("attempts", [])}
+    whole = JobObject.from_api({"metadata": metadata, "spec": more.get("spec", {}), "status": status})
+    kept = whole.kept()
+    assert (kept.is_whole, kept.spec) == (False, b"{}")
+    assert len(kept.status) <= KEPT_PROGRESS_BYTES
+    assert [progress.step for _, progress in final_progress([kept], 2)] == [3]
+    bloated = replace(whole, status=to_json({"progress": {"summary": "x" * KEPT_BYTES}}))
+    assert bloated.kept().status == b"{}"
 
 
 def test_finished_jobs_keep_their_final_values_the_latest_up_to_the_limit() -> None:

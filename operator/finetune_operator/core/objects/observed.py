@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, get_args
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from finetune_api import constants, manifest, uri
 from finetune_api.status import TrainerReport
@@ -25,6 +25,7 @@ _OBJECTIVES = get_args(Objective.model_fields["metric"].annotation)
 
 #: Bytes of spec and status that stay in memory; larger ones, which hardly any job has, are read when they are needed.
 KEPT_BYTES = 16 * 1024
+KEPT_PROGRESS_BYTES = 1024
 
 
 def _packed(value: Any) -> bytes:
@@ -95,7 +96,7 @@ class JobObject:
     place: str = ""
     """Namespace and folder that it writes to; empty for what no other pod sees."""
     is_whole: bool = True
-    """Whether spec and status are here; else they are to be read from the API server."""
+    """Whether spec and status are here; else only the progress, and they are to be read from the API server."""
     trial: TrialState | None = None
     """None for a job of no sweep."""
 
@@ -103,7 +104,9 @@ class JobObject:
         """Return what of the job stays in memory: little, whatever it holds."""
         if len(self.spec) + len(self.status) <= KEPT_BYTES:
             return self
-        return replace(self, spec=b"{}", status=b"{}", is_whole=False)
+        progress = raw.mapping(from_json(self.status), "progress")  # for the metrics of finished jobs
+        status = _packed({"progress": progress} if progress else {})
+        return replace(self, spec=b"{}", status=status if len(status) <= KEPT_PROGRESS_BYTES else b"{}", is_whole=False)
 
     @property
     def claims(self) -> bool:
