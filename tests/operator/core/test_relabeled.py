@@ -35,6 +35,23 @@ def test_an_attempt_without_its_labels_goes_on_to_its_success(
     assert (world.outcome, world.reasons) == ("True", ["Succeeded"])
 
 
+def test_why_a_job_was_deleted_is_kept_when_the_pod_that_it_let_go_ends_first():
+    world = World()
+    world.settle()
+    world.start_pods()
+    world.settle()
+    (first,) = world.live_pods()
+    world.release_pod(first, {constants.LABEL_JOB: "nli"})
+    world.settle()
+    world.end_pod(first, 75)
+    world.settle()
+    for name in world.live_pods():
+        world.end_pod(name, 75)
+    world.settle()
+    assert world.reasons == ["JobDeleted"]
+    assert f"pod {first} runs, but Job nli-1 controls it no more" in world.status["attempts"][0]["message"]
+
+
 @pytest.mark.parametrize("is_labeled", [True, False])
 def test_a_pod_that_its_job_let_go_never_writes_beside_another_for_long(is_labeled: bool):
     world = World()

@@ -139,6 +139,8 @@ def _updated(attempt: Attempt, observed: Observed, report: TrainerReport | None,
     # The run time of a pod that ended by itself is added with the attempt's end, in the same write.
     attempt = pod_set.with_run_time(attempt, [pod for pod in mine if not pod.exit or pod.deleting or pod.disruption])
     attempt = pod_set.with_disruptions(attempt, mine)
+    if not attempt.message and (why := pod_set.released(observed, attempt.job_name)):
+        attempt = attempt.model_copy(update={"message": why})
     return progress.record_report(attempt, report, now) if report else attempt
 
 
@@ -179,7 +181,7 @@ def _detect_ending(
         return Ending(failure.SPEC_CHANGED, attempt.message or "", finished_at=now)
     if stopping:
         return Ending(failure.SUSPENDED, "stopped by spec.suspend", finished_at=now)
-    message = pod_set.released(observed, attempt.job_name) or f"Job {attempt.job_name} was deleted by someone else"
+    message = attempt.message or f"Job {attempt.job_name} was deleted by someone else"
     return Ending(failure.JOB_DELETED, message, finished_at=now)
 
 
