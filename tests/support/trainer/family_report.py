@@ -1,8 +1,11 @@
 """What one tiny model of a family can do: used by the tests of all families and by the table in docs/models.md."""
 
+import math
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.nn.functional import cross_entropy
 
 from finetune_api.spec import FineTuneJobSpec
@@ -11,9 +14,13 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
+from finetune_trainer.engine.proof import prove
 from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.experts import MATRICES, is_experts, quantized
+from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.model.targets import adapter_settings
+from finetune_trainer.model.weights import load_base_model
 from support.trainer.families import tiny_model
 
 SPEC: Final = FineTuneJobSpec.model_validate(
@@ -24,13 +31,15 @@ SPEC: Final = FineTuneJobSpec.model_validate(
         "training": {"precision": "fp32"},
     }
 )
+FOUR_BITS: Final = SPEC.model_copy(
+    update={"quantization": SPEC.quantization.model_copy(update={"bits": 4, "compute_dtype": "fp32"})}
+)
 LORA: Final = Lora.model_validate({"targetModules": ["all-linear"], "rank": 4, "dropout": 0.0})
 #: Two rows of different lengths.
 _ROWS: Final = [[5, 9, 77, 31, 8, 100, 64, 12, 90, 33, 7, 21, 55, 10, 3, 88, 40], [17, 66, 29, 71, 4, 19, 52, 101, 60]]
 ROWS: Final = [[token for row in _ROWS for token in row] * 2]
 #: Types that cannot be built small, or are no language models.
 _NOT_BUILT: Final = {
-    "bailing_hybrid": "its configuration has no small form",
     "blt": "its byte encoders are large whatever its size",
     "dbrx": "its configuration has no small form",
     "deepseek_v4": "its blocks need longer rows than these",
@@ -45,6 +54,10 @@ _NOT_BUILT: Final = {
 }
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
+#: Types whose tiny model cannot be loaded from files.
+NOT_SAVED: Final = {"emu3": "its text part is no checkpoint by itself"}
+#: Types whose layers are not told from others, and so are not compiled, besides those whose kernels are missing.
+NOT_COMPILED: Final = frozenset({"ctrl", "openai-gpt"})
 #: Types with linear layers that no gradient reaches, and what those layers are called.
 UNREACHED: Final = {
     **dict.fromkeys(
@@ -57,7 +70,6 @@ UNREACHED: Final = {
     "doge": "dt_proj",
     "gemma3n_text": "altup, per_layer_input_gate, per_layer_projection, per_layer_model_projection",
     "git": "image_encoder",
-    "jamba": "dt_proj",
     "longcat_flash": "router",
     "phi4_multimodal": "embed_tokens_extend",
     "prophetnet": "cross_attn, and parts of an encoder",
@@ -93,12 +105,61 @@ def own_loss(plain: Any, attention: str) -> torch.Tensor:
     return total
 
 
-def one_step(model: Any, kind: str) -> Any:
-    """Return `model` with an adapter on all its linear layers, after two optimizer steps."""
+def base_model(model: Any, kind: str) -> BaseModel:
+    """Return what the trainer knows of `model` before its weights: an adapter on all its linear layers."""
     with torch.device("meta"):
         settings, _ = adapter_settings(tiny_model(kind), LORA, "org/base", None)
-    base = BaseModel("org/base", None, model.config, None, None, (), True, adapter=settings)
-    adapted = attach_adapter(model, base, LORA)
+    return BaseModel("org/base", None, model.config, None, None, (), True, adapter=settings)
+
+
+def load_in_4_bits(base: BaseModel, folder: Path) -> Any:
+    """Return the model saved in `folder`, loaded as the trainer loads it with quantization.bits: 4."""
+    attention = base.config._attn_implementation or "eager"
+    return load_base_model(folder, base, FOUR_BITS, ExecutionPlan(attention=attention), "cpu")
+
+
+def weights_in_4_bits(model: Any) -> tuple[int, int]:
+    """Return how many weights of linear layers, and how many of experts, `model` holds in 4 bits."""
+    layers = [each for each in model.modules() if isinstance(each, Linear4bit)]
+    packed = {each.weight: each.weight.quant_state.shape.numel() for each in layers}
+    experts = [quantized(each, name) for each in model.modules() for name in MATRICES if is_experts(each)]
+    return sum(packed.values()), sum(math.prod(found[1].shape) for found in experts if found)
+
+
+def example(plan: ExecutionPlan) -> dict[str, Any]:
+    """Return the micro-batch that `plan` makes of the rows."""
+    return batches()["packed" if plan.packing else "padded"]
+
+
+def to_compile(kind: str) -> tuple[Any, ExecutionPlan]:
+    """Return a tiny model with a random adapter on all its linear layers, and the plan to train it compiled."""
+    model = tiny_model(kind)
+    multiply_grouped(model)
+    findings = prove(model, SPEC, plan(model), ROWS, 0)
+    adapted = attach_adapter(model, base_model(model, kind), LORA)
+    share_lora_inputs(adapted)
+    for name, each in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(each, std=0.02)
+    for module in adapted.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    packing = findings.packing_problem is None
+    return adapted, ExecutionPlan(attention=findings.attention, packing=packing, compiled=True)
+
+
+def loss_and_gradients(adapted: Any, plan: ExecutionPlan) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of the rows, and its gradient for each weight that trains and that it reaches."""
+    loss = adapted(**example(plan))
+    loss.backward()
+    found = {name: each.grad for name, each in adapted.named_parameters() if each.grad is not None}
+    adapted.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+def one_step(model: Any, kind: str) -> Any:
+    """Return `model` with an adapter on all its linear layers, after two optimizer steps."""
+    adapted = attach_adapter(model, base_model(model, kind), LORA)
     patch_fused_loss(adapted.get_base_model())
     share_lora_inputs(adapted)
     optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-3)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+import inspect
 import math
 import os
 import time
@@ -24,7 +25,8 @@ from finetune_trainer.engine.lora import (
     while_training,
 )
 from finetune_trainer.engine.modules import decoder_layers
-from finetune_trainer.errors import type_and_reason
+from finetune_trainer.errors import ConfigInvalid, type_and_reason
+from finetune_trainer.model.architecture import missing_kernels
 from finetune_trainer.runtime.patches import configure_compiler, restore_forward, swap_forward
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.rng import RngState
@@ -38,6 +40,8 @@ _DYNAMIC_DIMENSIONS: Final = {
     "cu_seq_lens_q": (0,),
     "cu_seq_lens_k": (0,),
 }
+#: A package of kernels for what is one call of torch as well.
+_ONE_CALL: Final = "causal-conv1d"
 
 
 def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0) -> None:
@@ -98,8 +102,10 @@ def _flops_of_gemm_4bit(x: Any, weight: Any, shape: Sequence[int], *args: Any, *
 def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any]:
     """Compile once for all micro-batches: without the marks, torch would begin with a graph per number of tokens."""
     compiled = torch.compile(plain)
+    names = list(inspect.signature(plain).parameters)[1:]
 
-    def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))  # some families pass them by place
         for tensor in (hidden, *(kwargs.get("position_embeddings") or ())):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         for name, dimensions in _DYNAMIC_DIMENSIONS.items():
@@ -149,20 +155,28 @@ def compile_layers(
     core.fused_loss.compiled = bool(plan.compiled)
     if not plan.compiled and not plan.gradient_checkpointing:
         return plan
+    problem = _compile_problem(core) if plan.compiled else None
+    if problem and not plan.gradient_checkpointing:
+        log.warning(f"torch.compile is not used, running eager (slower): {problem}")
+        core.fused_loss.compiled = False
+        return plan.model_copy(update={"compiled": False})
     layers = decoder_layers(core)
     checkpointed = len(layers) if plan.checkpointed_layers is None else plan.checkpointed_layers
     checkpointed = checkpointed if plan.gradient_checkpointing else 0
     budget = budget if plan.selective_checkpointing else 1.0
-    configure_layers(layers, checkpointed=checkpointed, compiled=bool(plan.compiled), budget=budget)
+    compiled = bool(plan.compiled) and problem is None
+    configure_layers(layers, checkpointed=checkpointed, compiled=compiled, budget=budget)
     if not plan.compiled:
         return plan
-    log.info("Compiling the decoder layers")
-    began = time.monotonic()
-    error = _warm_up(model, example, precision)
-    if error is None:
-        log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
-        return plan
-    log.warning(f"torch.compile failed, running eager (slower): {error}")
+    if compiled:
+        log.info("Compiling the decoder layers")
+        began = time.monotonic()
+        problem = _warm_up(model, example, precision)
+        if problem is None:
+            log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
+            return plan
+    how = "failed" if compiled else "is not used"
+    log.warning(f"torch.compile {how}, running eager (slower): {problem}")
     if plan.selective_checkpointing:  # memory was to be saved: then by whole layers
         checkpointed = len(layers)
         whole = {"gradient_checkpointing": True, "checkpointed_layers": checkpointed, "selective_checkpointing": False}
@@ -170,6 +184,17 @@ def compile_layers(
     configure_layers(layers, checkpointed=checkpointed, compiled=False)
     core.fused_loss.compiled = False
     return plan.model_copy(update={"compiled": False})
+
+
+def _compile_problem(core: Any) -> str | None:
+    """Return why the layers of `core` are not worth a try, None if they are."""
+    if missing := [name for name in missing_kernels(core) if name != _ONE_CALL]:
+        return f"{' and '.join(missing)} not installed, and torch's loops over tokens would be compiled token by token"
+    try:
+        decoder_layers(core)
+    except ConfigInvalid as error:
+        return str(error)
+    return None
 
 
 def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | None:

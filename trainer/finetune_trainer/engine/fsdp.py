@@ -31,7 +31,7 @@ def shard(model: Any, ranks: Ranks, device: str) -> None:
         ConfigInvalid: When the model does not name its layers.
     """
     core = model.get_base_model()
-    layers = modules.decoder_layers(core)
+    layers = modules.repeated_layers(core, core._no_split_modules)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
     mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
     for layer in layers:

@@ -1,6 +1,7 @@
 """Which class of transformers a base model is, and its modules without their weights."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 import json
@@ -18,6 +19,9 @@ from finetune_trainer.planning.parameters import Counts
 _IMPLEMENTATIONS: Final = ("attn_implementation", "experts_implementation")
 #: How transformers' code names a package that has kernels for a function.
 _KERNEL: Final = re.compile(r"""use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)""")
+
+#: How a module's code reads the weight of a layer in it, other than a part of it, or what it is like.
+_READ: Final = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:device|shape|size|dtype)\b)")
 
 
 def read_config(folder: Path, spec: FineTuneJobSpec) -> tuple[Any, Any]:
@@ -154,17 +158,56 @@ def linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear | Conv1D))
 
 
+def read_past(model: Any) -> list[str]:
+    """Return the names of linear layers whose weights the code around them reads itself: those cannot be packed."""
+    linear = {name for name, _ in linear_modules(model)}
+    return [
+        name
+        for parent, module in model.named_modules()
+        for child in sorted(_weights_read(type(module)))
+        if (name := f"{parent}.{child}".lstrip(".")) in linear
+    ]
+
+
+@functools.cache
+def is_plain_linear(kind: type) -> bool:
+    """Return whether `kind` computes what torch's linear layer does, as its own class or by another name."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if kind in (torch.nn.Linear, Conv1D):
+        return True
+    with torch.device("cpu"), torch.random.fork_rng([]):
+        x, layer = torch.rand(2, 4), torch.nn.Linear(4, 3)
+        try:
+            other = kind(4, 3)
+            other.load_state_dict(layer.state_dict())
+            found = other(x)
+        except Exception:  # it wants other arguments: a layer of its own kind
+            return False
+        return isinstance(found, torch.Tensor) and bool(torch.allclose(found, layer(x)))
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """Return the children of a module of transformers' whose weights its own code reads."""
+    if not kind.__module__.startswith("transformers"):
+        return frozenset()
+    return frozenset(_READ.findall(inspect.getsource(kind)))
+
+
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     """Return the (input, output) widths of each layer of the language part that can get an adapter, without the head.
 
-    A router that is a linear layer with another answer can get none, nor what Mamba's kernels compute along.
+    A router that is a linear layer with another answer can get none, nor what the code around it, or a kernel that it
+    calls, multiplies itself.
     """
     import torch
 
     head, within = model.get_output_embeddings(), language_part(model)
-    found = {}
+    found, read = {}, set(read_past(model))
     for name, module in linear_modules(model):
-        is_ours = module is not head and (not within or name.startswith(f"{within}."))
+        is_ours = module is not head and name not in read and (not within or name.startswith(f"{within}."))
         if is_ours and _answers_with_a_tensor(module) and not _in_mamba(model, name):
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
             found[name] = (int(inputs), int(outputs))
@@ -175,8 +218,9 @@ def count_weights(model: Any) -> Counts:
     """Return the weights of `model`, by what becomes of them in 4 bits; those that layers share count once."""
     from finetune_trainer.model.experts import experts_of
 
-    head = model.get_output_embeddings()
-    linear = sum({each.weight: each.weight.numel() for _, each in linear_modules(model) if each is not head}.values())
+    kept = {model.get_output_embeddings(), *map(model.get_submodule, read_past(model))}
+    packed = [each for _, each in linear_modules(model) if each not in kept and is_plain_linear(type(each))]
+    linear = sum({each.weight: each.weight.numel() for each in packed}.values())
     experts = sum(each.numel() for _, _, each in experts_of(model))
     return Counts(linear, experts, sum(each.numel() for each in model.parameters()) - linear - experts)
 

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from finetune_trainer.model.architecture import is_plain_linear, linear_modules, read_past
 from finetune_trainer.runtime.patches import restore_forward, swap_forward
 
 #: transformers' name for 4 bits of linear layers and of experts.
@@ -205,7 +206,22 @@ class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
 
 @register_quantizer(_METHOD)
 class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """Quantizes experts layer by layer, as transformers loads them: there is never more than one in both forms."""
+    """Quantizes experts layer by layer, as transformers loads them: there is never more than one in both forms.
+
+    Linear layers of a class of their own (Falcon) are quantized too; those whose weights the model's code reads itself
+    (Mamba's kernels) are not, for it would read packed bytes.
+    """
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        for _, module in linear_modules(model):
+            if isinstance(module, torch.nn.Linear) and is_plain_linear(type(module)):
+                module.__class__ = torch.nn.Linear
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+    @staticmethod
+    def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        found = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
+        return [*found, *read_past(model)]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
