@@ -18,6 +18,7 @@ from finetune_trainer.model.adapter import adapter_weights, attach_adapter, save
 from finetune_trainer.model.architecture import count_weights, missing_kernels
 from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.model.measure import measure
+from finetune_trainer.planning.refusals import check_config
 from finetune_trainer.publishing.adapter_checks import require_same
 from support.trainer import family_report
 from support.trainer.expert_layouts import layouts
@@ -78,6 +79,10 @@ def test_a_family_trains_in_4_bits_with_the_loss_of_its_quantized_weights(kind: 
     if reason := family_report.not_built(kind) or family_report.NOT_SAVED.get(kind):
         pytest.skip(reason)
     tiny_model(kind).save_pretrained(tmp_path / "base")
+    try:
+        check_config({"model_type": kind}, family_report.FOUR_BITS)
+    except ConfigInvalid as error:
+        pytest.skip(str(error))
     base = family_report.base_model(whole := tiny_model(kind), kind)
     model, plain = (family_report.load_in_4_bits(base, tmp_path / "base") for _ in range(2))
     counts = count_weights(whole)

@@ -46,16 +46,32 @@ _LATENT: Final = (
     "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
 )  # fmt: skip
 _MROPE: Final = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+_EXPERIMENTAL: Final = ("qwen4_exp", "qwen4_exp_text")
+_QWEN4_EXP: Final = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4, "hc_lowrank": 16, "num_experts_per_tok": 2,
+}  # fmt: skip
 #: What a type wants besides, or otherwise.
 _MORE: Final[dict[str, dict[str, Any]]] = {
+    **{kind: {"text_config": _QWEN4_EXP} if kind == "qwen4_exp" else _QWEN4_EXP for kind in _EXPERIMENTAL},
     **{kind: {"is_decoder": True} for kind in _ENCODERS},
     **{kind: {"head_dim": 8, "num_key_value_heads": 4} for kind in _LATENT},
     **{kind: {"text_config": {"rope_parameters": _MROPE}} for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
+    "bailing_hybrid": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    },
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cpmant": {"dim_head": 16},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"hidden_size": 64}},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},

@@ -41,16 +41,12 @@ ROWS: Final = [[token for row in _ROWS for token in row] * 2]
 #: Types that cannot be built small, or are no language models.
 _NOT_BUILT: Final = {
     "blt": "its byte encoders are large whatever its size",
-    "dbrx": "its configuration has no small form",
-    "deepseek_v4": "its blocks need longer rows than these",
-    "dots3_note": "its configuration has no small form",
+    "dots3_note": "its experts and towers have no small form",
     "gemma3n": "needs the timm package",
     "gemma4_assistant": "a drafting head, no model by itself",
     "gemma4_unified_assistant": "a drafting head, no model by itself",
     "musicgen": "makes music, not text",
     "musicgen_melody": "makes music, not text",
-    "qwen4_exp": "its configuration has no small form",
-    "qwen4_exp_text": "its configuration has no small form",
 }
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
@@ -65,8 +61,9 @@ UNREACHED: Final = {
          "trocr", "whisper"),
         "encoder_attn",
     ),
-    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"), "indexer"),
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp", "qwen4_exp_text"), "indexer"),
     "big_bird": "pooler",
+    "deepseek_v4": "compressor and indexer, of short rows",
     "doge": "dt_proj",
     "gemma3n_text": "altup, per_layer_input_gate, per_layer_projection, per_layer_model_projection",
     "git": "image_encoder",

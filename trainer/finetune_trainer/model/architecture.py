@@ -170,7 +170,7 @@ def read_past(model: Any) -> list[str]:
 
 
 @functools.cache
-def is_plain_linear(kind: type) -> bool:
+def is_plain_linear(kind: Any) -> bool:
     """Return whether `kind` computes what torch's linear layer does, as its own class or by another name."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -189,7 +189,7 @@ def is_plain_linear(kind: type) -> bool:
 
 
 @functools.cache
-def _weights_read(kind: type) -> frozenset[str]:
+def _weights_read(kind: Any) -> frozenset[str]:
     """Return the children of a module of transformers' whose weights its own code reads."""
     if not kind.__module__.startswith("transformers"):
         return frozenset()
@@ -216,10 +216,14 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
 
 def count_weights(model: Any) -> Counts:
     """Return the weights of `model`, by what becomes of them in 4 bits; those that layers share count once."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     from finetune_trainer.model.experts import experts_of
 
-    kept = {model.get_output_embeddings(), *map(model.get_submodule, read_past(model))}
-    packed = [each for _, each in linear_modules(model) if each not in kept and is_plain_linear(type(each))]
+    kept = [*HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules), *read_past(model)]
+    named = [(name, each) for name, each in linear_modules(model) if should_convert_module(name, kept)]
+    packed = [each for _, each in named if is_plain_linear(type(each))]
     linear = sum({each.weight: each.weight.numel() for each in packed}.values())
     experts = sum(each.numel() for _, _, each in experts_of(model))
     return Counts(linear, experts, sum(each.numel() for each in model.parameters()) - linear - experts)
@@ -230,8 +234,11 @@ def _answers_with_a_tensor(module: Any) -> bool:
 
     if type(module).forward is torch.nn.Linear.forward or not isinstance(module, torch.nn.Linear):
         return True
-    with torch.no_grad():
-        return isinstance(module(module.weight.new_empty(1, module.in_features)), torch.Tensor)
+    try:
+        with torch.no_grad():
+            return isinstance(module(module.weight.new_empty(1, module.in_features)), torch.Tensor)
+    except RuntimeError:  # it takes inputs of another shape than its weight's: groups of them
+        return False
 
 
 def _in_mamba(model: Any, name: str) -> bool:

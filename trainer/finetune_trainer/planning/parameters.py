@@ -226,8 +226,6 @@ def _experts(config: Mapping[str, Any], kind: str, hidden: int, inner: int) -> C
         return None
     width = inner if kind in _WHOLE_WIDTH else config["moe_intermediate_size"]
     experts, linear, other = count * 3 * hidden * width, 0, count * hidden
-    if kind == "phimoe":  # its router is a linear layer
-        linear, other = other, 0
     if kind == "gpt_oss":
         other += count * (2 * width + hidden + 1) + config["num_attention_heads"]  # biases, and a sink for each head
     if kind == "qwen2_moe":

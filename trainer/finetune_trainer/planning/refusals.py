@@ -21,6 +21,11 @@ LAYERS: Final[Mapping[str, str]] = {
     "phi3": "down_proj gate_up_proj o_proj qkv_proj",
     "starcoder2": "c_fc c_proj k_proj o_proj q_proj v_proj",
 }
+#: Types whose code does with linear layers what bitsandbytes' cannot take.
+_NOT_QUANTIZED: Final = {
+    "roc_bert": "their code changes in place what linear layers answer",
+    "rwkv": "their code rescales the weights of linear layers",
+}
 
 
 def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
@@ -42,7 +47,13 @@ def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
             f"spec.training.maxLength: {spec.training.max_length} is more than the {positions} positions of"
             f" {spec.model.source}"
         )
-    _check_names(str(config.get("model_type")), spec)
+    kind = str(config.get("model_type"))
+    if spec.quantization.bits < 16 and (reason := _NOT_QUANTIZED.get(kind)):
+        raise ConfigInvalid(
+            f"spec.quantization.bits: {spec.quantization.bits}, but models of type {kind} train in 16 bits only:"
+            f" {reason}"
+        )
+    _check_names(kind, spec)
 
 
 def _check_names(kind: str, spec: FineTuneJobSpec) -> None:
