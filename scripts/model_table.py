@@ -19,10 +19,13 @@ with `make test-nightly`).
   that it loads: `own` says that it takes the model's own logits, for its head is not where others have it.
 - **Packed**: rows laid end to end give what they give alone. Elsewhere `training.packing: auto` pads, and `enabled` is
   refused.
-- **Layers**: whether the decoder layers are found, so that they can be checkpointed and compiled. Compiling was not run
-  here; where it fails a run goes on without, and says so.
-- **In 4 bits**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes, counted and
-  not run, [experts](#experts) included.
+- **Layers**: whether the decoder layers are found, so that they can be checkpointed and compiled. `make test-nightly`
+  traces them with torch.compile, without its kernels (backend `aot_eager`), and compares loss and gradients. Where
+  compiling fails a run goes on without, and says so; so it does where kernels for linear attention or state spaces are
+  missing, for torch's loops over tokens would be compiled token by token.
+- **In 4 bits**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes,
+  [experts](#experts) included. `tests/models` takes the same step in 4 bits, on the CPU. Weights that kernels read past
+  their layer (Mamba's `out_proj`) stay in 16 bits; RWKV and RoCBert train in 16 bits only.
 - **Planned**: `exact` where `finetune plan` counts the weights by a table, at once. Of other types it builds the model
   without memory where torch is installed, in seconds, and else estimates; the trainer always counts them itself.
 

@@ -31,10 +31,10 @@ SPEC: Final = FineTuneJobSpec.model_validate(
         "training": {"precision": "fp32"},
     }
 )
-FOUR_BITS: Final = SPEC.model_copy(
-    update={"quantization": SPEC.quantization.model_copy(update={"bits": 4, "compute_dtype": "fp32"})}
-)
 LORA: Final = Lora.model_validate({"targetModules": ["all-linear"], "rank": 4, "dropout": 0.0})
+FOUR_BITS: Final = SPEC.model_copy(
+    update={"lora": LORA, "quantization": SPEC.quantization.model_copy(update={"bits": 4, "compute_dtype": "fp32"})}
+)
 #: Two rows of different lengths.
 _ROWS: Final = [[5, 9, 77, 31, 8, 100, 64, 12, 90, 33, 7, 21, 55, 10, 3, 88, 40], [17, 66, 29, 71, 4, 19, 52, 101, 60]]
 ROWS: Final = [[token for row in _ROWS for token in row] * 2]
@@ -61,7 +61,8 @@ UNREACHED: Final = {
          "trocr", "whisper"),
         "encoder_attn",
     ),
-    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp", "qwen4_exp_text"), "indexer"),
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp",
+         "qwen4_exp_text"), "indexer"),
     "big_bird": "pooler",
     "deepseek_v4": "compressor and indexer, of short rows",
     "doge": "dt_proj",

@@ -1,7 +1,6 @@
 """Which class of transformers a base model is, and its modules without their weights."""
 
 import copy
-import functools
 import importlib.util
 import inspect
 import json
@@ -161,15 +160,15 @@ def linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
 def read_past(model: Any) -> list[str]:
     """Return the names of linear layers whose weights the code around them reads itself: those cannot be packed."""
     linear = {name for name, _ in linear_modules(model)}
+    read = {kind: _weights_read(kind) for kind in {type(module) for module in model.modules()}}
     return [
         name
         for parent, module in model.named_modules()
-        for child in sorted(_weights_read(type(module)))
+        for child in read[type(module)]
         if (name := f"{parent}.{child}".lstrip(".")) in linear
     ]
 
 
-@functools.cache
 def is_plain_linear(kind: Any) -> bool:
     """Return whether `kind` computes what torch's linear layer does, as its own class or by another name."""
     import torch
@@ -188,12 +187,11 @@ def is_plain_linear(kind: Any) -> bool:
         return isinstance(found, torch.Tensor) and bool(torch.allclose(found, layer(x)))
 
 
-@functools.cache
-def _weights_read(kind: Any) -> frozenset[str]:
+def _weights_read(kind: Any) -> list[str]:
     """Return the children of a module of transformers' whose weights its own code reads."""
     if not kind.__module__.startswith("transformers"):
-        return frozenset()
-    return frozenset(_READ.findall(inspect.getsource(kind)))
+        return []
+    return sorted(set(_READ.findall(inspect.getsource(kind))))
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
