@@ -133,10 +133,10 @@ def publish_an_adapter(job: FineTuneJob, s3: S3Server, folder: Path) -> str:
 
 @pytest.fixture
 def cluster() -> Iterator[clusters.Cluster]:
-    """A cluster of this test's own: the chart brings the definition that other tests want to keep."""
+    """A cluster of this test's own: the chart brings the definitions that other tests want to keep."""
     with clusters.start() as running:
-        definition = f"{constants.PLURAL}.{constants.GROUP}"
-        running.kube.delete("CustomResourceDefinition", definition)
+        for plural in (constants.PLURAL, constants.SWEEP_PLURAL):
+            running.kube.delete("CustomResourceDefinition", f"{plural}.{constants.GROUP}")
         yield running
 
 
