@@ -92,7 +92,7 @@ def _measured(kind: str) -> list[str]:
     from finetune_trainer.engine.modules import decoder_layers
     from finetune_trainer.engine.proof import prove
     from finetune_trainer.errors import ConfigInvalid
-    from finetune_trainer.model.architecture import count_weights
+    from finetune_trainer.model.counts import count_weights
     from finetune_trainer.planning.parameters import count
     from support.trainer import family_report
     from support.trainer.families import tiny_model

@@ -53,7 +53,7 @@ def plan(tmp_path):
 
 def memory(result):
     """The page's part about memory, its lines joined."""
-    return " ".join(result.stdout.partition("\nMemory\n")[2].split())
+    return " ".join(result.stdout.partition("\nMemory\n")[2].partition("\n\n")[0].split())
 
 
 def trainers_plan(gib, cached_layers="auto", **training):
@@ -283,7 +283,8 @@ def test_types_and_layers_that_the_table_does_not_hold_are_built_without_weights
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from finetune_trainer.model.architecture import count_weights, model_class
+    from finetune_trainer.model.architecture import model_class
+    from finetune_trainer.model.counts import count_weights
 
     job = load_text(MANIFEST, "job.yaml")
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"target_modules": targets})})

@@ -34,7 +34,10 @@ from support.stores.s3 import S3Server
 
 README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 #: What a block shows and this test leaves out, and why.
-NOT_RUN = {"make test": "it is the run that this test belongs to"}
+NOT_RUN = {
+    "make test": "it is the run that this test belongs to",
+    "make images REGISTRY=registry.example.com/team PUSH=1": "it wants a container engine and a registry",
+}
 #: What is written smaller in the copy, file by file, to run every command in little time; the night runs it as it is.
 SMALLER = {
     "prepare.py": [("DOCUMENTS: Final = 51_000", "DOCUMENTS: Final = 2_000")],

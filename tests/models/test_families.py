@@ -15,7 +15,8 @@ from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.adapter import adapter_weights, attach_adapter, save_adapter, unreached
-from finetune_trainer.model.architecture import count_weights, missing_kernels
+from finetune_trainer.model.architecture import missing_kernels
+from finetune_trainer.model.counts import count_weights
 from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.model.measure import measure
 from finetune_trainer.planning.refusals import check_config

@@ -211,8 +211,8 @@ def run(
         job = manifest.check(document, source.base, overrides or ())
     except manifest.ManifestError as error:
         raise refused(error) from None
-    check_local(job, os.environ)
     trainer = trainer_command()
+    check_local(job, os.environ)
 
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         env = environment(os.environ, Path(folder))

@@ -51,7 +51,7 @@ _NOT_BUILT: Final = {
 #: Types that the trainer refuses: tokens see those that follow, or rows must have one certain length.
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
 #: Types whose tiny model cannot be loaded from files.
-NOT_SAVED: Final = {"emu3": "its text part is no checkpoint by itself"}
+NOT_SAVED: Final = dict.fromkeys(("emu3", "mllama"), "its text part is no checkpoint by itself")
 #: Types whose layers are not told from others, and so are not compiled, besides those whose kernels are missing.
 NOT_COMPILED: Final = frozenset({"ctrl", "openai-gpt"})
 #: Types with linear layers that no gradient reaches, and what those layers are called.

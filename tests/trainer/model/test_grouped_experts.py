@@ -16,7 +16,7 @@ from finetune_trainer.engine.compilation import configure_layers
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.model import experts, grouped_experts
-from finetune_trainer.model.architecture import count_weights
+from finetune_trainer.model.counts import count_weights
 from finetune_trainer.planning import memory
 from finetune_trainer.planning.memory import ModelShape
 from support.trainer import families

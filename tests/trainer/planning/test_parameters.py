@@ -15,7 +15,8 @@ _NO_DEFAULTS = {"ministral", "hunyuan_v1_dense", "nemotron"}
 def _check(config: Any, raw: dict[str, Any] | None = None) -> None:
     import torch
 
-    from finetune_trainer.model.architecture import count_weights, model_class
+    from finetune_trainer.model.architecture import model_class
+    from finetune_trainer.model.counts import count_weights
 
     with torch.device("meta"):
         model = model_class(config).from_config(config)

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid, whole_text
-from finetune_trainer.planning.parameters import Counts
 
 #: Settings that may name a kernel on the hub, `owner/name`, for one or for each part of a model.
 _IMPLEMENTATIONS: Final = ("attn_implementation", "experts_implementation")
@@ -210,21 +209,6 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
             found[name] = (int(inputs), int(outputs))
     return found
-
-
-def count_weights(model: Any) -> Counts:
-    """Return the weights of `model`, by what becomes of them in 4 bits; those that layers share count once."""
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    from finetune_trainer.model.experts import experts_of
-
-    kept = [*HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules), *read_past(model)]
-    named = [(name, each) for name, each in linear_modules(model) if should_convert_module(name, kept)]
-    packed = [each for _, each in named if is_plain_linear(type(each))]
-    linear = sum({each.weight: each.weight.numel() for each in packed}.values())
-    experts = sum(each.numel() for _, _, each in experts_of(model))
-    return Counts(linear, experts, sum(each.numel() for each in model.parameters()) - linear - experts)
 
 
 def _answers_with_a_tensor(module: Any) -> bool:

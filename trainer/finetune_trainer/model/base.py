@@ -7,7 +7,8 @@ from typing import Any
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.tokenizer import add_tokens, check_vocabulary, load_tokenizer
 from finetune_trainer.inputs import ModelFiles, base_model_id
-from finetune_trainer.model.architecture import count_weights, layout, linear_layers, read_config
+from finetune_trainer.model.architecture import layout, linear_layers, read_config
+from finetune_trainer.model.counts import count_weights
 from finetune_trainer.model.embeddings import NewTokens, grow
 from finetune_trainer.model.targets import adapter_settings, check_trained_whole
 from finetune_trainer.planning.memory import ModelShape

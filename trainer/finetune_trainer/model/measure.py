@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.model.architecture import count_weights, read_config
+from finetune_trainer.model.architecture import read_config
+from finetune_trainer.model.counts import count_weights
 from finetune_trainer.model.embeddings import NewTokens
 from finetune_trainer.model.targets import adapter_settings
 from finetune_trainer.planning.memory import ModelShape
