@@ -169,7 +169,7 @@ def test_the_readmes_commands_install_run_and_download(
         process.running(as_the_charts_account(cluster, tmp_path), tmp_path, {"namespaces": [NAMESPACE]}),
     ):
         page = shell([*script[first + 1 : applied], *script[:first], *script[applied:]], checkout, env)
-    assert "condition met" in page
+    assert re.search(r"\+ finetune watch mistral-nli\n[0-9:]{8}  Succeeded  20/20", page)
     assert (checkout / "adapter" / constants.ADAPTER_WEIGHTS_FILE).read_bytes() == b"weights"
 
 
