@@ -67,6 +67,24 @@ JobName = Annotated[
         callback=job_name,
     ),
 ]
+AdapterSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|URI",
+        help="A FineTuneJob, or where an adapter lies (s3://, file://, or a path such as ./nli).",
+        show_default=False,
+        autocompletion=complete_job,
+    ),
+]
+OtherBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Take the base model from this folder or URI, not from where the job had it.",
+        show_default=False,
+    ),
+]
 Namespace = Annotated[
     str | None,
     typer.Option(

@@ -22,7 +22,7 @@ from finetune_cli.local_trainer import (
     quiet,
     require_trainer,
 )
-from finetune_cli.options import Context, Kubeconfig, Namespace, complete_job
+from finetune_cli.options import AdapterSource, Context, Kubeconfig, Namespace, OtherBase
 from finetune_cli.output import console
 from finetune_cli.published import locate
 
@@ -43,15 +43,7 @@ class Form(StrEnum):
 
 
 def chat(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME|URI",
-            help="A FineTuneJob, or where an adapter lies (s3://, file://, or a path such as ./nli).",
-            show_default=False,
-            autocompletion=complete_job,
-        ),
-    ],
+    source: AdapterSource,
     once: Annotated[
         str | None, typer.Option("--once", metavar="PROMPT", help="Answer this and end.", show_default=False)
     ] = None,
@@ -62,15 +54,7 @@ def chat(
         ),
     ] = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="Let the base model answer first, as well.")] = False,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="MODEL",
-            help="Take the base model from this folder or URI, not from where the job had it.",
-            show_default=False,
-        ),
-    ] = None,
+    base: OtherBase = None,
     form: Annotated[
         Form | None,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from finetune_cli.errors import CliError
 from finetune_cli.local_trainer import explained, published_adapter, quiet, require_trainer
-from finetune_cli.options import Context, Kubeconfig, Namespace, complete_job
+from finetune_cli.options import AdapterSource, Context, Kubeconfig, Namespace, OtherBase
 from finetune_cli.output import console, formatting
 from finetune_cli.published import locate
 
@@ -23,15 +23,7 @@ class Kind(StrEnum):
 
 
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME|URI",
-            help="A FineTuneJob, or where an adapter lies (s3://, file://, or a path such as ./nli).",
-            show_default=False,
-            autocompletion=complete_job,
-        ),
-    ],
+    source: AdapterSource,
     target: Annotated[
         str, typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, or s3://.", show_default=False)
     ],
@@ -45,15 +37,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="MODEL",
-            help="Take the base model from this folder or URI, not from where the job had it.",
-            show_default=False,
-        ),
-    ] = None,
+    base: OtherBase = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
-from finetune_cli.options import Context, Kubeconfig, Namespace, Output, complete_job
+from finetune_cli.options import AdapterSource, Context, Kubeconfig, Namespace, Output
 from finetune_cli.output import console
 from finetune_cli.published import Published, locate, published_at
 
@@ -29,15 +27,7 @@ _TITLES = {
 
 
 def lineage(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME|URI",
-            help="A FineTuneJob, or where an adapter lies (s3://, file://, or a path such as ./nli).",
-            show_default=False,
-            autocompletion=complete_job,
-        ),
-    ],
+    source: AdapterSource,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
