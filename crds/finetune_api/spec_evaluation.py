@@ -30,6 +30,8 @@ class Generation(ApiModel):
     """Tokens to generate at most for one answer."""
     max_rows: PositiveInt = 200
     """Held-out rows to generate answers for, from the first."""
+    publish_answers: bool = True
+    """Publish training/answers.jsonl: prompt, right answer and answer of up to 200 of these rows."""
 
 
 class Evaluation(ApiModel):

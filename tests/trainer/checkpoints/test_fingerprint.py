@@ -75,11 +75,12 @@ def test_a_field_of_a_later_version_counts_by_itself(path: str, monkeypatch: pyt
 def test_every_field_that_does_not_count_exists() -> None:
     schema = FineTuneJobSpec.model_json_schema(by_alias=True)
     for path in EXECUTION_ONLY_FIELDS:
-        section, _, name = path.partition(".")
+        section, *names = path.split(".")
         field = schema["properties"][section]
-        if name:
+        for name in names:
             reference = field.get("$ref") or field["allOf"][0]["$ref"]
-            assert name in schema["$defs"][reference.rpartition("/")[2]]["properties"], path
+            field = schema["$defs"][reference.rpartition("/")[2]]["properties"].get(name)
+            assert field, path
 
 
 #: A value of each field of dataset that is not its default, and what must be beside it.

@@ -64,6 +64,7 @@ def test_all_files_of_an_adapter_are_there(run: tuple[Finished, Path]) -> None:
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training/answers.jsonl",
         "training/environment.json",
         "training/job.yaml",
         "training/log.txt",
@@ -73,6 +74,13 @@ def test_all_files_of_an_adapter_are_there(run: tuple[Finished, Path]) -> None:
     assert manifest["metrics"] == run[0].report["metrics"]
     assert (out / "training/loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "checkpoints/step-00000006/manifest.json").exists()
+
+
+def test_the_answers_are_those_that_the_metrics_count(run: tuple[Finished, Path]) -> None:
+    answers = [json.loads(line) for line in (run[1] / "out" / constants.ANSWERS_FILE).read_text().splitlines()]
+    assert [each["row"] for each in answers] == list(range(4))
+    assert all(each["prompt"].endswith("[/INST]") and "predicted_label" in each["expected"] for each in answers)
+    assert sum(each["right"] for each in answers) / 4 == run[0].report["metrics"]["accuracy"]
 
 
 def test_the_adapter_loads_on_a_fresh_base_and_changes_it(run: tuple[Finished, Path], tiny_model: Path) -> None:

@@ -20,6 +20,7 @@ EXECUTION_ONLY_FIELDS: Final = frozenset(
         "training.microBatchSize",  # may shrink between attempts
         "training.packing",
         "training.gradientCheckpointing",
+        "evaluation.generation.publishAnswers",
         "checkpoint",
         "logging",
         "resources",

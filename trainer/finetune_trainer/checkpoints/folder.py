@@ -9,7 +9,8 @@ from finetune_api import constants
 from finetune_trainer.checkpoints.state import TrainingState
 
 BEST_DIR = "best"
-_METRICS = Path(constants.METRICS_FILE).name
+#: What training writes for the adapter's folder while it runs.
+_WRITTEN = (constants.METRICS_FILE, constants.ANSWERS_FILE)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class RunDirectory:
         return self.root / "adapter" / constants.METRICS_FILE
 
     @property
+    def answers_file(self) -> Path:
+        return self.adapter / constants.ANSWERS_FILE
+
+    @property
     def published(self) -> Path:
         """Where a published adapter is downloaded to, to be loaded back."""
         return self.root / "published"
@@ -53,33 +58,39 @@ class RunDirectory:
         return self.checkpoints / f"checkpoint-{step}"
 
     def keep_steps(self, last: int) -> None:
-        """Drop what training/metrics.jsonl says of steps after `last`, and the best adapter."""
+        """Drop what training/metrics.jsonl says of steps after `last`, the answers, and the best adapter."""
         if self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines(keepends=True)
             self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= last))
+        self.answers_file.unlink(missing_ok=True)
         shutil.rmtree(self.best, ignore_errors=True)
 
     def add_to_checkpoint(self, folder: Path, state: TrainingState) -> None:
         """Put the run's memory next to the Trainer's files in `folder`."""
         state.save(folder)
-        if self.metrics_file.exists():
-            shutil.copy2(self.metrics_file, folder / _METRICS)
+        for path in _WRITTEN:
+            if (file := self.adapter / path).exists():
+                shutil.copy2(file, folder / file.name)
         if self.best.exists():
             shutil.copytree(self.best, folder / BEST_DIR, dirs_exist_ok=True)
 
     def take_from_checkpoint(self, folder: Path) -> TrainingState:
-        """Make metrics file and best adapter those of the checkpoint in `folder`; return its state."""
-        self.metrics_file.unlink(missing_ok=True)
-        shutil.rmtree(self.best, ignore_errors=True)
-        if (folder / _METRICS).exists():
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / _METRICS, self.metrics_file)
+        """Make metrics, answers and best adapter those of the checkpoint in `folder`; return its state."""
+        self._forget()
+        for path in _WRITTEN:
+            if (saved := folder / Path(path).name).exists():
+                self.training.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(saved, self.adapter / path)
         if (folder / BEST_DIR).exists():
             shutil.copytree(folder / BEST_DIR, self.best)
         return TrainingState.load(folder)
 
     def remove_checkpoint(self, checkpoint: Path) -> None:
         """Undo take_from_checkpoint, and delete the local copy."""
-        self.metrics_file.unlink(missing_ok=True)
-        shutil.rmtree(self.best, ignore_errors=True)
+        self._forget()
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _forget(self) -> None:
+        for path in _WRITTEN:
+            (self.adapter / path).unlink(missing_ok=True)
+        shutil.rmtree(self.best, ignore_errors=True)

@@ -19,6 +19,7 @@ from finetune_trainer.data.jinja import TemplateError
 from finetune_trainer.data.row_files import Rows
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
+from finetune_trainer.evaluation.answers import MAX_ROWS, AnsweredRow
 from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import LockstepBatches, never
 from finetune_trainer.methods import Method
@@ -40,10 +41,14 @@ class EvalPrompt:
     Attributes:
         prompt: Token ids.
         label: The right label.
+        row: Its number among the held-out rows.
+        answer: The right answer.
     """
 
     prompt: list[int]
     label: nli.Label
+    row: int
+    answer: str
 
 
 def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) -> list[EvalPrompt]:
@@ -55,7 +60,7 @@ def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) ->
     if rows is None or "nli" not in evaluation.metrics:
         return []
     result, bad, settings = [], [], evaluation.generation
-    for row in rows[: settings.max_rows]:
+    for number, row in enumerate(rows[: settings.max_rows]):
         parts = nli.split_row(rows.format.to_example(row.data), settings.answer_marker)
         if isinstance(parts, str):
             bad.append(row.refuse(parts))
@@ -70,7 +75,7 @@ def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) ->
         except TemplateError as error:
             bad.append(row.refuse(str(error)))
             continue
-        result.append(EvalPrompt(ids, label))
+        result.append(EvalPrompt(ids, label, number, answer))
     refuse_bad_rows(bad)
     return result
 
@@ -79,6 +84,9 @@ class Evaluator:
     """Measures a model on held-out rows: the mean loss, and with prompts the NLI metrics of its answers.
 
     With sharded weights every rank must call it, also `loss_of`.
+
+    Attributes:
+        answers: The first held-out rows as the last evaluation answered them; none without NLI metrics.
     """
 
     def __init__(
@@ -110,6 +118,7 @@ class Evaluator:
         self._ranks = ranks
         self._rows = rows
         self._prompts = sorted(prompts, key=lambda each: len(each.prompt))
+        self.answers: list[AnsweredRow] = []
         size, self._sharded = plan.micro_batch_size or 1, bool(plan.sharded)
         self._collate = method.collator(plan, tokenizer.pad_token_id, size)
         self._batches = LockstepBatches(ranks, size, interrupted, self._sharded)
@@ -181,20 +190,32 @@ class Evaluator:
     def _nli_metrics(self, model: Any) -> dict[str, float]:
         settings = self._spec.evaluation.generation
 
-        def answer(batch: Sequence[EvalPrompt]) -> list[nli.Answer]:
+        def answer(batch: Sequence[EvalPrompt]) -> list[tuple[nli.Answer, AnsweredRow | None]]:
             texts = self._generate(model, [each.prompt for each in batch])
-            return [nli.read_answer(text, settings.label_key) for text in texts]
+            read = [nli.read_answer(text, settings.label_key) for text in texts]
+            rows = map(self._answered, batch, texts, read)
+            return list(zip(read, rows, strict=True))
 
         prompts = [each.prompt for each in self._prompts]
         fitting = all_gather(self._ranks, self._generate.rows_at_once(model, prompts))
         self._generations.size = min(self._generations.size, *fitting)
         results = self._generations.run(self._prompts, answer)
         labels = [each.label for batch, _ in results for each in batch]
-        read = [each for _, answered in results for each in answered]
-        shares = all_gather(self._ranks, (labels, read))
+        read = [each for _, answered in results for each, _ in answered]
+        rows = [row for _, answered in results for _, row in answered if row]
+        shares = all_gather(self._ranks, (labels, read, rows))
+        self.answers = [row for *_, rows in shares for row in rows]
         return nli.score(
-            [label for labels, _ in shares for label in labels], [answer for _, read in shares for answer in read]
+            [label for labels, *_ in shares for label in labels], [answer for _, read, _ in shares for answer in read]
         )
+
+    def _answered(self, prompt: EvalPrompt, text: str, read: nli.Answer) -> AnsweredRow | None:
+        """Return the row for training/answers.jsonl; None for one that is not among the first."""
+        if prompt.row >= MAX_ROWS or not self._spec.evaluation.generation.publish_answers:
+            return None
+        asked = self._tokenizer.decode(prompt.prompt)
+        label = None if read.label is None else str(read.label)
+        return AnsweredRow(prompt.row, asked, prompt.answer, text, label, read.label == prompt.label)
 
     @contextmanager
     def _evaluating(self, model: Any) -> Iterator[None]:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Diverged
+from finetune_trainer.evaluation import answers
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.methods.base import Method
@@ -216,6 +217,8 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         self._ctx.report.progress(step=state.global_step, total_steps=state.max_steps, eval_loss=metrics["evalLoss"])
         evaluation = self._ctx.spec.evaluation
         is_best, stop = judge(self.run, metrics, step=state.global_step, evaluation=evaluation, method=self._method)
+        if self._ctx.ranks.is_main and (is_best or not evaluation.keep_best):
+            self._keep_answers()
         if is_best and evaluation.keep_best and self._ctx.ranks.is_main:
             shutil.rmtree(self._ctx.directory.best, ignore_errors=True)
             save_adapter(self._model, self._ctx.directory.best)
@@ -223,6 +226,13 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
             metric, patience = evaluation.early_stopping.metric, evaluation.early_stopping.patience
             log.info(f"Stopping early: {metric} has not improved in {patience} evaluations")
             self.stopped_early = control.should_training_stop = control.should_save = True
+
+    def _keep_answers(self) -> None:
+        """Write the answers of this evaluation to where they are published from."""
+        if self._evaluator is not None and self._evaluator.answers:
+            file = self._ctx.directory.answers_file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(answers.to_lines(self._evaluator.answers))
 
     # Saving
 
