@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -68,34 +68,6 @@ def run(tmp_path):
     return call
 
 
-def test_a_run_publishes_an_adapter_and_the_lines_it_shows_load_it(run, job, tmp_path):
-    result = run("job.yaml")
-    assert result.returncode == 0, result.stderr
-    assert "✓ tiny is trained" in result.stdout
-    assert re.search(rf"Adapter +{tmp_path}/out\n", result.stdout)
-    assert re.search(r"Held-out loss +[0-9.]{6} → [0-9.]{6}", result.stdout)
-    assert re.search(r"Training +4 steps, [0-9,.]+ tokens/s", result.stdout)
-    assert "finetune plan job.yaml" in result.stdout
-    assert "kubectl apply -f job.yaml" in result.stdout
-
-    shown = result.stdout.partition("Use it in Python:\n")[2].partition("\n\n")[0]
-    lines = [line.removeprefix("  ") for line in shown.splitlines()]
-    assert len(lines) == 5
-    check = "print(model.peft_config['default'].r, type(model).__name__, len(tokenizer) > 0)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", "\n".join([*lines, check])], capture_output=True, text=True, env=run.env, check=False
-    )
-    assert loaded.stdout == "16 PeftModelForCausalLM True\n", loaded.stderr
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
-def test_a_manifest_from_stdin_runs_too_and_set_wins_over_it(run, job):
-    result = run("-", "--set", "training.maxSteps=2", "--set", "lora.rank=4", stdin=job.read_text())
-    assert result.returncode == 0, result.stderr
-    assert "rank 4" in result.stdout
-    assert re.search(r"Training +2 steps", result.stdout)
-
-
 def test_the_trainers_failure_and_its_cure_are_shown_with_its_exit_code(run, job, tmp_path):
     (tmp_path / "train.jsonl").unlink()
     (tmp_path / "train.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
@@ -108,9 +80,9 @@ def test_the_trainers_failure_and_its_cure_are_shown_with_its_exit_code(run, job
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_to_an_adapter(run, job, tmp_path):
     """The trainer takes a second Ctrl-C for impatience: one press has to reach it exactly once."""
-    more = ("--set", "training.maxSteps=150")
+    more = ("--set", "training.maxSteps=100", "--set", "lora.rank=8")
     with on_a_terminal(("run", "job.yaml", *more), run.env | {"TERM": "xterm"}, tmp_path) as (process, master):
         before = read_until(master, "Step 5")
         assert "Step 5" in before, before
@@ -125,15 +97,32 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(run, job, tmp_pa
     again = run("job.yaml", *more)
     assert again.returncode == 0, again.stderr
     assert "Resuming from the checkpoint at step" in again.stderr
-    assert re.search(r"Training +150 steps", again.stdout)
+    assert_summary(again.stdout, tmp_path)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_signal_to_the_command_reaches_the_trainer(run, job, tmp_path):
+def assert_summary(shown, folder):
+    assert "✓ tiny is trained" in shown
+    assert re.search(rf"Adapter +{folder}/out\n", shown)
+    assert re.search(r"Held-out loss +[0-9.]{6} → [0-9.]{6}", shown)
+    assert re.search(r"Training +100 steps, [0-9,.]+ tokens/s", shown)
+    assert "finetune plan job.yaml" in shown
+    assert "kubectl apply -f job.yaml" in shown
+    lines = shown.partition("Use it in Python:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(lines) == 5
+    here = {}
+    exec(textwrap.dedent("\n".join(lines)), here)
+    assert here["model"].peft_config["default"].r == 8
+    assert type(here["model"]).__name__ == "PeftModelForCausalLM"
+    assert len(here["tokenizer"]) > 0
+
+
+def test_a_signal_to_the_command_reaches_the_trainer_of_a_manifest_from_stdin(run, job, tmp_path):
     log = tmp_path / "log"
-    with log.open("wb") as output:
+    with log.open("wb") as output, job.open() as manifest:
         process = subprocess.Popen(
-            [str(FINETUNE), "run", "job.yaml", "--set", "training.maxSteps=100000"],
-            stdin=subprocess.DEVNULL,
+            [str(FINETUNE), "run", "-", "--set", "training.maxSteps=100000"],
+            stdin=manifest,
             stdout=output,
             stderr=output,
             env=run.env,

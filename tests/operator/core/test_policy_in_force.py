@@ -7,12 +7,13 @@ import json
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune_api import constants, exit_codes
 from finetune_operator.settings import Settings
+from support.common.machines import stories
 from support.simulation.cluster import KINDS
 from support.simulation.world import World, adapter_report
 
@@ -188,10 +189,13 @@ class PolicyInForce(RuleBasedStateMachine):
             assert said["status"] == "False"
 
 
-TestPolicyInForce = PolicyInForce.TestCase
-TestPolicyInForce.settings = settings(
-    max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class TestPolicyInForce(PolicyInForce.TestCase):
+    settings = stories(60, 25)
+
+
+@pytest.mark.nightly
+class TestPolicyInForceAllNight(PolicyInForce.TestCase):
+    settings = stories(150, 25)
 
 
 def test_an_attempt_under_way_outlives_a_stricter_rule_and_the_next_one_is_refused() -> None:

@@ -5,11 +5,12 @@ Each kind's watch lags by itself, clocks differ, Jobs replace their pods, and Ku
 
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune_api import constants, exit_codes
+from support.common.machines import stories
 from support.simulation.cluster import KINDS
 from support.simulation.world import World, adapter_report, is_empty
 
@@ -332,7 +333,10 @@ class Life(RuleBasedStateMachine):
             assert len(open_jobs) <= (self.world.outcome == "Unknown"), open_jobs
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class TestLife(Life.TestCase):
+    settings = stories(80)
+
+
+@pytest.mark.nightly
+class TestLifeAllNight(Life.TestCase):
+    settings = stories(200)

@@ -119,10 +119,12 @@ def test_torchrun_on_s3_is_stopped_and_resumes(s3: S3Server, bucket: str, tiny_m
     assert run.process.returncode != 0
     saved = [key for key in s3.objects(bucket) if "/step-" in key and key.endswith(constants.MANIFEST_FILE)]
     assert saved == [f"nli/checkpoints/step-{stopped.progress.step:08}/{constants.MANIFEST_FILE}"]
-    resumed = Torchrun(config, tmp_path, s3.env)
-    report = resumed.finish()
-    assert (report.reason, resumed.process.returncode) == ("Succeeded", 0), resumed.log[-3000:]
-    assert f"Resuming from the checkpoint at step {stopped.progress.step}" in resumed.log
+    pair = Pair(config, tmp_path, s3.env)
+    resumed = pair.finish()
+    assert [each.exit_code for each in resumed] == [0, 0], resumed[0].log[-3000:]
+    report = pair.report()
+    assert report.reason == "Succeeded"
+    assert f"Resuming from the checkpoint at step {stopped.progress.step}" in resumed[0].log
     assert (report.metrics["evalLossBefore"], report.progress.step) == (stopped.metrics["evalLossBefore"], 40)
 
 

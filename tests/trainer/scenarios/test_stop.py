@@ -68,7 +68,7 @@ def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, 3), (3, 8), (6, 1), (9, 2)])
+@pytest.mark.parametrize(("step", "number"), [(1, 3), (3, 8), (6, 1), pytest.param(9, 2, marks=pytest.mark.nightly)])
 def test_a_step_under_way_is_given_up_and_the_one_before_saved(
     step: int, number: int, unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -41,51 +41,42 @@ def _train(tmp_path: Path, model: Path, changes: dict[str, Any]) -> Finished:
     return finished
 
 
-BITS, CHECKPOINTING, PRECISIONS = (4, 8, 16), ("disabled", "enabled"), ("bf16", "fp16", "fp32")
+CHECKPOINTING, PRECISIONS = ("disabled", "enabled"), ("bf16", "fp16", "fp32")
+QUANTIZATION: dict[int, list[dict[str, Any]]] = {
+    4: [{"type": "fp4"}, {"doubleQuant": False}, {"computeDtype": "float16"}],
+    8: [{}],
+    16: [{}, {"computeDtype": "float32"}],
+}
+OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor")
 
 
 def _combinations() -> Iterator[Any]:
-    """All of them; half are for the night, for any two values meet in the other half."""
-    for (row, bits), (column, precision) in itertools.product(enumerate(BITS), enumerate(PRECISIONS)):
-        for place, checkpointing in enumerate(CHECKPOINTING):
-            is_pair = (row + column) % 2 == place
-            yield pytest.param(bits, checkpointing, precision, marks=[] if is_pair else pytest.mark.nightly)
+    """Bits, checkpointing and precision in all combinations; half are for the night, for any two values meet in the
+    other half. Each run takes the next optimizer and the next kind of its quantization.
+    """
+    optimizers = itertools.cycle(OPTIMIZERS)
+    kinds = {bits: itertools.cycle(each) for bits, each in QUANTIZATION.items()}
+    for (row, bits), (column, precision) in itertools.product(enumerate(QUANTIZATION), enumerate(PRECISIONS)):
+        for place in ((row + column) % 2, (row + column + 1) % 2):
+            checkpointing, marks = CHECKPOINTING[place], [] if place == (row + column) % 2 else [pytest.mark.nightly]
+            quantization = {"bits": bits, **next(kinds[bits])} if not marks else {"bits": bits}
+            optimizer = next(optimizers) if not marks else OPTIMIZERS[0]
+            name = "-".join(map(str, [*quantization.values(), checkpointing, precision, optimizer]))
+            yield pytest.param(quantization, checkpointing, precision, optimizer, marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("bits", "checkpointing", "precision"), _combinations())
-def test_bits_checkpointing_and_precision_go_together(
-    bits: int, checkpointing: str, precision: str, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("quantization", "checkpointing", "precision", "optimizer"), _combinations())
+def test_quantization_checkpointing_precision_and_optimizers_go_together(
+    quantization: dict[str, Any], checkpointing: str, precision: str, optimizer: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     changes = {
-        "quantization.bits": bits,
+        "quantization": quantization,
         "training.gradientCheckpointing": checkpointing,
         "training.precision": precision,
+        "training.optimizer": optimizer,
     }
     finished = _train(tmp_path, tiny_model, changes)
     assert finished.report["executionPlan"]["gradientCheckpointing"] == (checkpointing == "enabled")
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        {"type": "fp4"},
-        {"doubleQuant": False},
-        {"computeDtype": "float32"},
-        {"computeDtype": "float16"},
-        {"bits": 16, "computeDtype": "float32"},
-    ],
-    ids=str,
-)
-def test_kinds_of_quantization(quantization: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    _train(tmp_path, tiny_model, {"quantization": quantization})
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor"],
-)
-def test_optimizers(optimizer: str, tiny_model: Path, tmp_path: Path) -> None:
-    _train(tmp_path, tiny_model, {"training.optimizer": optimizer})
 
 
 RATES = {

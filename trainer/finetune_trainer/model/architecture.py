@@ -1,6 +1,7 @@
 """Which class of transformers a base model is, and its modules without their weights."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 import json
@@ -186,6 +187,7 @@ def is_plain_linear(kind: Any) -> bool:
         return isinstance(found, torch.Tensor) and bool(torch.allclose(found, layer(x)))
 
 
+@functools.cache
 def _weights_read(kind: Any) -> list[str]:
     """Return the children of a module of transformers' whose weights its own code reads."""
     if not kind.__module__.startswith("transformers"):

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from support.common.machines import stories
 from support.simulation.sweep_world import SweepWorld
 from support.simulation.world import is_empty
 
@@ -140,7 +141,10 @@ class Life(RuleBasedStateMachine):
             assert len(self.world.created) == len(TRIALS)
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class TestLife(Life.TestCase):
+    settings = stories(60)
+
+
+@pytest.mark.nightly
+class TestLifeAllNight(Life.TestCase):
+    settings = stories(150)
