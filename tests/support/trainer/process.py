@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from finetune_api import constants
+from finetune_api.manifest import load_file
 from finetune_trainer.runtime.gc import freeze_imports
 from support.trainer.tiny_model import nli_rows, write_jsonl
 
@@ -194,8 +195,21 @@ def import_everything() -> None:
     with freeze_imports():
         for name in ("cli", "steps", "stores.folder", "stores.s3.store"):
             importlib.import_module(f"finetune_trainer.{name}")
-        for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
-            importlib.import_module(name)
+        _draw_once()
+        load_file(Path(__file__).parents[3] / "examples/quickstart/finetunejob.yaml")  # compiles the API's patterns
+
+
+def _draw_once() -> None:
+    """Fonts are looked for and measured once for all forks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.plot([1, 2], [0.1, 12345.6], label="training")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    FigureCanvasAgg(figure).draw()
 
 
 def train(config: Path, folder: Path, **options: Any) -> Finished:
