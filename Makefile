@@ -39,9 +39,16 @@ test-nightly: lint ## Run every test with its full promise: the whole quickstart
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint-types lint-files
+
+.PHONY: lint-types
+lint-types: $(VENV)/.dev
+	$(BIN)/mypy crds operator cli trainer
+
+.PHONY: lint-files
+lint-files: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy crds operator cli trainer
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/*/Containerfile
 	$(BIN)/python -m finetune_api.crd | diff -q crds/finetunejobs.yaml - || { echo 'crds/finetunejobs.yaml is stale: run make crds'; exit 1; }

@@ -47,7 +47,6 @@ class Recorder(threading.Thread):
 
 
 def test_an_applied_job_ends_as_a_verified_adapter(stage: Stage, tmp_path: Path):
-    stage.node.trainers = None  # the program that the image starts, executed; in the other tests it is a fork
     stage.secret(**CANARIES)
     with stage.operator(log_level="debug") as operator:
         recorder = Recorder(stage.kube, "nli")

@@ -13,7 +13,9 @@ from support.stores.hub import Hub
 
 
 def test_tokens_and_keys_in_use_show_nowhere(stage: Stage, hub: Hub, tiny_model):
-    stage.node.trainers = None  # libraries read addresses and keys from the environment as they are imported
+    # The program that the image starts, executed; in the other tests it is a fork. Libraries read addresses and keys
+    # from the environment as they are imported.
+    stage.node.trainers = None
     hub.add("org/base", tiny_model, token=CANARIES["HF_TOKEN"], gated=True)
     stage.secret(HF_ENDPOINT=hub.endpoint, **CANARIES)
     keys = {"secretRef": {"name": SECRET}}
