@@ -15,6 +15,7 @@ import typer
 
 from finetune_cli.commands import (
     chat,
+    compare,
     delete,
     download,
     export,
@@ -111,6 +112,7 @@ _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
 _register(export.export, RESULTS)
 _register(lineage.lineage, RESULTS)
+_register(compare.compare, RESULTS)
 
 
 @app.command("version", cls=Command, rich_help_panel=LOCAL)

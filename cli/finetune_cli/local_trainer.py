@@ -56,7 +56,7 @@ def published_adapter(published: Published, work: Path, base: str | None, change
     fetch_into(folder, published)
     changes = ["resources.nodes=1", f"resources.gpusPerNode={int(gpu_here())}", *changes]
     if base is not None:
-        changes.append(f"model.source={base if '://' in base else f'file://{Path(base).absolute()}'}")
+        changes.append(f"model.source={base if '://' in base else f'file://{Path(base).resolve()}'}")
     job = job_of(folder, changes)
     if job.spec.model.source.startswith("pvc://") and constants.ENV_PVC_ROOT not in os.environ:
         raise CliError(

@@ -64,9 +64,9 @@ def locate(
         CliError: There is none, it is out of reach, or not what the job published.
     """
     address, digest = source, None
-    if "://" not in source and "/" in source:
-        address = f"file://{Path(source).absolute()}"
-    elif "://" not in source:
+    if "/" in source:
+        address = address_of(source)
+    else:
         address, digest = _of_job(source, namespace, context, kubeconfig)
     found = published_at(address, adapters_only=adapters_only)
     if digest and digest != f"sha256:{found.digest}":
@@ -76,6 +76,11 @@ def locate(
             code=Exit.CORRUPT,
         )
     return found
+
+
+def address_of(source: str) -> str:
+    """Return a URI as it is, and a path of this machine as one."""
+    return source if "://" in source else f"file://{Path(source).resolve()}"
 
 
 def published_at(address: str, *, adapters_only: bool = False) -> Published:

@@ -114,7 +114,7 @@ def _written(data: str, model: str) -> str:
 
 def _uri(place: str) -> str:
     """Return a URI as it is, and a path of this machine as one."""
-    return place if "://" in place else f"file://{Path(place).absolute()}"
+    return place if "://" in place else f"file://{Path(place).resolve()}"
 
 
 def _inspection(job: FineTuneJob, shown: int) -> Inspection:

@@ -47,16 +47,22 @@ def published(address: str) -> Iterator[str]:
 
 
 def losses(lines: Iterable[str]) -> list[float]:
-    """Return the losses in JSON lines (metrics.jsonl or a pod's log) by step; a step done twice counts once. Pure."""
+    """Return the training losses in JSON lines, oldest first. Pure."""
+    found = curve(lines, "loss")
+    return [found[step] for step in sorted(found)]
+
+
+def curve(lines: Iterable[str], key: str) -> dict[int, float]:
+    """Return a value in JSON lines (metrics.jsonl or a pod's log) by step; a step done twice counts once. Pure."""
     found: dict[int, float] = {}
     for line in lines:
         entry = _parsed(line)
         step = entry.get("step")
         if step is None and (match := _STEP.match(str(entry.get("event", "")))):
             step = int(match[1])
-        if isinstance(step, int) and (loss := _number(entry.get("loss"))) is not None:
-            found[step] = loss
-    return [found[step] for step in sorted(found)]
+        if isinstance(step, int) and (value := _number(entry.get(key))) is not None:
+            found[step] = value
+    return found
 
 
 def _parsed(line: str) -> dict[str, Any]:
