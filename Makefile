@@ -39,7 +39,7 @@ test-nightly: lint ## Run every test with its full promise: the whole quickstart
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities, and that generated files are up to date
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint-types lint-files
+	$(MAKE) --no-print-directory --jobs 2 lint-types lint-files
 
 .PHONY: lint-types
 lint-types: $(VENV)/.dev
