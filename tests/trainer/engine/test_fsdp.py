@@ -58,8 +58,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "training.precision": "fp32",
         "evaluation.metrics": ["loss"],
     },
-    "every layer, DoRA": {"lora.targetModules": ["all-linear"], "lora.dora": True, "evaluation.metrics": ["loss"]},
-    "biases": {"lora.bias": "lora_only", "evaluation.metrics": ["loss"]},
+    "every layer, DoRA, biases": {
+        "lora": {"targetModules": ["all-linear"], "dora": True, "bias": "lora_only", "rank": 4, "alpha": 8},
+        "evaluation.metrics": ["loss"],
+    },
 }
 
 
