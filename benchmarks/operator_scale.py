@@ -27,7 +27,7 @@ import psutil
 import yaml
 
 from finetune_api import constants
-from finetune_operator.kube.client import METADATA_ONLY
+from finetune_operator.kube.requests import METADATA_ONLY
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

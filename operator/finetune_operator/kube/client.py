@@ -1,14 +1,9 @@
-"""The client of the API server: plain dicts in and out. No other module sends requests, except Kopf."""
+"""What the operator asks of the API server, and what it makes of the answers."""
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlencode
 
 import aiohttp
-from pydantic_core import to_json
-from yarl import URL
 
 from finetune_api import answers, constants
 from finetune_operator.core.objects import as_built, kinds, raw
@@ -19,9 +14,9 @@ from finetune_operator.kube.errors import (
     CreateDenied,
     UnreadableAnswer,
     create_error,
-    error_of,
     unreadable,
 )
+from finetune_operator.kube.requests import JSON, METADATA_ONLY, Requests
 from finetune_operator.kube.urls import path, resource_of
 
 MERGE_PATCH = "application/merge-patch+json"
@@ -29,13 +24,6 @@ MERGE_PATCH = "application/merge-patch+json"
 PAGE = 100
 #: A page with more bytes than this is read in smaller ones.
 PAGE_BYTES = 4 << 20
-CHUNK_BYTES = 1 << 20
-#: A watch that is silent for this long is dead: servers send bookmarks every minute, but none for events.
-SILENCE_SECONDS = 70
-WITHOUT_BOOKMARKS = (kinds.EVENT.plural,)
-_JSON = "application/json"
-#: Ask for answers without spec, data and status where only the metadata matters.
-METADATA_ONLY = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 #: Of every write: who we are, and that a field which the server does not know is an error, not dropped in silence.
 OWNED = {"fieldManager": constants.FIELD_MANAGER, "fieldValidation": "Strict"}
 _KINDS = (
@@ -62,11 +50,8 @@ class Page:
     whole: bool = True
 
 
-class KubeClient:
-    """The requests that the operator makes.
-
-    Every method raises ApiError for an answer of 400 or more, OSError when the connection fails, or TimeoutError.
-    An answer of 200 that is no JSON object is a failed connection, too.
+class KubeClient(Requests):
+    """The requests that the operator makes; each raises what Requests raises.
 
     Args:
         session: The session to send with.
@@ -84,60 +69,11 @@ class KubeClient:
         more: Iterable[Kind] = (),
         on_unreadable: Callable[[str, int], None] = lambda resource, count: None,
     ) -> None:
-        self._session, self._server = session, server.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        super().__init__(session, server, timeout_seconds, on_unreadable)
         self._kinds = {kind.name: kind for kind in (*_KINDS, *more)}
-        self._on_unreadable = on_unreadable
 
     def _path(self, kind: str, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
         return path(self._kinds[kind], namespace, name, subresource)
-
-    async def request(
-        self,
-        method: str,
-        where: str,
-        body: Any = None,
-        query: Mapping[str, str] | None = None,
-        content_type: str = _JSON,
-        accept: str = _JSON,
-    ) -> Raw:
-        """Send a request; return the answer as plain data."""
-        data = await self.send(method, where, body, query, content_type, accept)
-        try:
-            found, is_whole = answers.read_object(data)
-        except ValueError as error:
-            raise unreadable(where, data, error) from None
-        if not is_whole:
-            self._on_unreadable(resource_of(where), 1)
-        return found
-
-    async def send(
-        self,
-        method: str,
-        where: str,
-        body: Any = None,
-        query: Mapping[str, str] | None = None,
-        content_type: str = _JSON,
-        accept: str = METADATA_ONLY,
-        most: int | None = None,
-    ) -> bytes:
-        """Send a request; return the answer unparsed, because parsing takes longer than sending.
-
-        Of an answer with more than `most` bytes the rest is not read.
-        """
-        headers = {"Content-Type": content_type, "Accept": accept}
-        data = None if body is None else encoded(body)
-        url = self._url(where, query)
-        with _as_os_errors():
-            async with self._session.request(method, url, data=data, headers=headers, timeout=self._timeout) as answer:
-                found = await (answer.read() if most is None else _beginning(answer.content, most))
-        if answer.status >= 400:
-            raise error_of(answer.status, found)
-        return found
-
-    def _url(self, where: str, query: Mapping[str, str] | None) -> URL:
-        """Return the URL. Paths hold Kubernetes names and need no quoting, which would be the slowest step here."""
-        return URL(self._server + where + (f"?{urlencode(query)}" if query else ""), encoded=True)
 
     async def is_served(self, kind: Kind) -> bool:
         """Return whether the CRD of a kind is installed. Discovery needs no permission of its own."""
@@ -188,7 +124,7 @@ class KubeClient:
         """
         kind, namespace, name = obj["kind"], obj["metadata"]["namespace"], obj["metadata"]["name"]
         is_job = kind == kinds.JOB.name
-        accept = _JSON if is_job else METADATA_ONLY
+        accept = JSON if is_job else METADATA_ONLY
         try:
             made = await self.request("POST", self._path(kind, namespace), obj, OWNED, accept=accept)
         except ApiError as error:
@@ -294,7 +230,7 @@ class KubeClient:
         while True:
             more = {"continue": token} if token else {}
             asked, most = {"limit": str(limit), **query, **more}, PAGE_BYTES if limit > 1 else None
-            data = await self.send("GET", where, query=asked, accept=_JSON, most=most)
+            data = await self.send("GET", where, query=asked, accept=JSON, most=most)
             if most is not None and len(data) > most:
                 limit = max(1, limit // 4)
                 continue
@@ -305,48 +241,11 @@ class KubeClient:
             if not (version := raw.version(found.head)):
                 raise UnreadableAnswer(f"the answer of {where} is no list: it has no resourceVersion")
             if count := len(found.cut) + found.lost:
-                self._on_unreadable(resource_of(where), count)
+                self.on_unreadable(resource_of(where), count)
             token = raw.text(found.head, "metadata", "continue")
             yield Page(found.items, version, not token, not found.lost)
             if not token:
                 return
-
-    async def watch(self, where: str, query: Mapping[str, str], seconds: int) -> AsyncIterator[Raw]:
-        """Yield the events of a watch, the present state first, until the server ends it after `seconds`."""
-        common = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "0"}
-        url = self._url(where, {**common, "timeoutSeconds": str(seconds), **query})
-        silence = None if resource_of(where) in WITHOUT_BOOKMARKS else SILENCE_SECONDS
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_read=silence)
-        with _as_os_errors():
-            async with self._session.get(url, headers={"Accept": _JSON}, timeout=timeout) as answer:
-                if answer.status >= 400:
-                    raise error_of(answer.status, await answer.read())
-                rest = b""
-                async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        yield self._event(where, line)
-
-    def _event(self, where: str, line: bytes) -> Raw:
-        """Parse one line of a watch. Raises ApiError for an error that comes as an event, such as 410 Gone."""
-        try:
-            event, is_whole = answers.read_object(line)
-        except ValueError as error:
-            raise unreadable(where, line, error) from None
-        if not is_whole:
-            self._on_unreadable(resource_of(where), 1)
-        if event.get("type") == "ERROR":
-            status = raw.mapping(event, "object")
-            raise ApiError(raw.integer(status, "code"), raw.text(status, "reason"), raw.text(status, "message"))
-        return event
-
-
-async def _beginning(content: aiohttp.StreamReader, most: int) -> bytes:
-    """Return the content, or its first bytes, a few more than `most`, where it has more."""
-    found = bytearray()
-    while len(found) <= most and (chunk := await content.read(CHUNK_BYTES)):
-        found += chunk
-    return bytes(found)
 
 
 def _refuse_changed(obj: Raw, found: Raw) -> Raw:
@@ -373,17 +272,3 @@ def _lost_labels(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str
     """Return what is missing of the labels of our own group."""
     ours = {name: value for name, value in asked.items() if name.startswith(f"{constants.GROUP}/")}
     return [f"label {name}={value}" for name, value in ours.items() if found.get(name) != value]
-
-
-def encoded(body: Any) -> bytes:
-    """Encode as JSON for the API server, which accepts neither NaN nor infinity: such a number becomes null."""
-    return to_json(body, inf_nan_mode="null")
-
-
-@contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """Turn aiohttp's connection errors into OSErrors, which they are not by inheritance."""
-    try:
-        yield
-    except aiohttp.ClientError as error:
-        raise ConnectionError(f"{type(error).__name__}: {error}") from error

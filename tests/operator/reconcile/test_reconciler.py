@@ -19,8 +19,9 @@ from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.status.events import Event
-from finetune_operator.kube.client import KubeClient, encoded
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.errors import ApiError, CreateDenied
+from finetune_operator.kube.requests import encoded
 from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.observability.metrics import Metrics
 from finetune_operator.reconcile.event_recorder import EventRecorder

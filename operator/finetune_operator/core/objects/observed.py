@@ -119,15 +119,9 @@ class JobObject:
 
     @classmethod
     def from_api(cls, obj: Raw) -> "JobObject":
-        meta, found = raw.mapping(obj, "metadata"), raw.labels(obj)
+        found = raw.labels(obj)
         return cls(
-            namespace=raw.text(meta, "namespace"),
-            name=raw.text(meta, "name"),
-            uid=raw.text(meta, "uid"),
-            version=raw.version(obj),
-            generation=min(max(0, raw.integer(meta, "generation")), 2**53),
-            created_at=raw.timestamp(meta, "creationTimestamp"),
-            deleting=bool(meta.get("deletionTimestamp")),
+            **raw.identity(obj),
             queue_labels={label: found[label] for label in _KUEUE_LABELS if label in found},
             phase=raw.text(obj, "status", "phase") or "Pending",
             gpus=_gpus(raw.mapping(obj, "spec", "resources")),

@@ -1,7 +1,7 @@
 """Read plain API objects without trusting their shape: a missing or wrongly typed field is empty, never an error."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict
 
 Raw = dict[str, Any]
 #: Characters of a text that are read. Views stay in memory, and must not grow with what users write.
@@ -89,3 +89,29 @@ def version(obj: Any) -> int:
     """Return metadata.resourceVersion as a number (comparable within a resource: KEP-5504); 0 where it is none."""
     found = text(obj, "metadata", "resourceVersion")
     return int(found) if found.isdecimal() and len(found) < 20 else 0
+
+
+class Identity(TypedDict):
+    """What is known of every object of ours, from its metadata."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    generation: int
+    created_at: datetime | None
+    deleting: bool
+
+
+def identity(obj: Raw) -> Identity:
+    """Read it."""
+    meta = mapping(obj, "metadata")
+    return Identity(
+        namespace=text(meta, "namespace"),
+        name=text(meta, "name"),
+        uid=text(meta, "uid"),
+        version=version(obj),
+        generation=min(max(0, integer(meta, "generation")), 2**53),
+        created_at=timestamp(meta, "creationTimestamp"),
+        deleting=bool(meta.get("deletionTimestamp")),
+    )

@@ -35,15 +35,9 @@ class SweepObject:
 
     @classmethod
     def from_api(cls, obj: Raw) -> "SweepObject":
-        meta, found = raw.mapping(obj, "metadata"), raw.labels(obj)
+        found = raw.labels(obj)
         return cls(
-            namespace=raw.text(meta, "namespace"),
-            name=raw.text(meta, "name"),
-            uid=raw.text(meta, "uid"),
-            version=raw.version(obj),
-            generation=min(max(0, raw.integer(meta, "generation")), 2**53),
-            created_at=raw.timestamp(meta, "creationTimestamp"),
-            deleting=bool(meta.get("deletionTimestamp")),
+            **raw.identity(obj),
             labels={label: found[label] for label in _PASSED_ON if label in found},
             spec=to_json(obj.get("spec")),
             status=to_json(raw.mapping(obj, "status")),
