@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ def require_trainer(doing: str) -> None:
         raise CliError(
             f"{doing} needs the trainer, which is not installed here ({', '.join(missing)} missing)", hint=EXTRA
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels, as it is imported
 
 
 def published_adapter(published: Published, work: Path, base: str | None, changes: Sequence[str] = ()) -> LocalAdapter:
@@ -100,7 +102,6 @@ def explained() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the trainer's log, and libraries' warnings, off the screen: the page says what it says."""
-    import logging
     import warnings
 
     import structlog
