@@ -19,7 +19,7 @@ SCHEMA_VERSION: Final = 1
 MAX_BYTES: Final = 4 << 20
 MAX_FILES: Final = 10_000
 #: What a job can publish; the trainer has one module for each (finetune_trainer.publishing.artifacts).
-ArtifactKind = Literal["Adapter", "Merged"]
+ArtifactKind = Literal["Adapter", "Merged", "Gguf"]
 
 
 class FileRecord(StatusModel):

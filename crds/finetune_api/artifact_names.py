@@ -2,6 +2,6 @@
 
 from typing import Final, Literal
 
-ArtifactName = Literal["merged"]
+ArtifactName = Literal["merged", "gguf"]
 #: `kind` of the manifest.json of each.
-MANIFEST_KINDS: Final[dict[str, str]] = {"merged": "Merged"}
+MANIFEST_KINDS: Final[dict[str, str]] = {"merged": "Merged", "gguf": "Gguf"}

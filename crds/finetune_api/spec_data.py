@@ -133,6 +133,13 @@ def _each_once(values: list[str]) -> list[str]:
     return values
 
 
+class Gguf(ApiModel):
+    """The GGUF file of output.artifacts."""
+
+    quantization: Literal["q8_0", "f16", "q4_0"] = "q8_0"
+    """How its weights are stored: in 8, 16 or 4 bits. With q4_0 the embeddings keep 8 bits."""
+
+
 class Output(ApiModel):
     """Where the adapter goes."""
 
@@ -152,4 +159,7 @@ class Output(ApiModel):
         AfterValidator(_each_once),
     ] = []
     """What to make of the adapter besides, each in a folder of its name below uri. merged: the whole model in 16 bits,
-    with the adapter in its weights. One that fails leaves the adapter published, and says why in status.artifacts."""
+    with the adapter in its weights. gguf: the same in one GGUF file for llama.cpp, with a Modelfile for Ollama. One
+    that fails leaves the adapter published, and says why in status.artifacts."""
+    gguf: Gguf = Field(default_factory=Gguf)
+    """How the GGUF file is made."""

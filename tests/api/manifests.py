@@ -207,6 +207,7 @@ ACCEPTED = [
     _accepted("toleration with an empty key", {"spec.resources.tolerations": [{"key": None, "operator": "Exists"}]}),
     _accepted("whole numbers written with a point", {"spec.lora.rank": 16.0, "spec.activeDeadlineSeconds": 3600.0}),
     _accepted("a merged model besides", {"spec.output.artifacts": ["merged"]}),
+    _accepted("a GGUF file besides", {"spec.output.artifacts": ["gguf"], "spec.output.gguf": {"quantization": "q4_0"}}),
     _accepted("labels stay", {"metadata.labels": {"kueue.x-k8s.io/queue-name": "team-a"}}),
 ]  # fmt: skip
 
@@ -321,6 +322,7 @@ REFUSED = [
     _refused("shell in a path", {"spec.output.uri": "s3://adapters/$(id)"}, "spec.output.uri", "a path may hold letters"),
     _refused("newline in a URI", {"spec.output.uri": "s3://adapters/a\n"}, "spec.output.uri", "a path may hold letters"),
     _refused("an artifact that nobody makes", {"spec.output.artifacts": ["onnx"]}, "spec.output.artifacts", 'supported values: "merged"'),
+    _refused("a quantization that is not made", {"spec.output.gguf": {"quantization": "q4_k_m"}}, "spec.output.gguf.quantization", 'supported values: "q8_0", "f16", "q4_0"'),
     _refused("an artifact twice", {"spec.output.artifacts": ["merged", "merged"]}, "spec.output.artifacts", "Duplicate value", server_says='Duplicate value: "merged"'),
     _refused("output on the hub", {"spec.output.uri": "hf://me/adapter"}, "spec.output.uri", "must be s3://bucket/key"),
     _refused("checkpoints on the hub", {"spec.checkpoint.uri": "hf://me/ckpt"}, "spec.checkpoint.uri", "must be s3://bucket/key"),

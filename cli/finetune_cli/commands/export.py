@@ -1,4 +1,4 @@
-"""`finetune export`: a merged model of an adapter that was published before, on this machine."""
+"""`finetune export`: make something of an adapter that was published before, on this machine."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ class Kind(StrEnum):
     """What an adapter can be made into."""
 
     MERGED = "merged"
+    GGUF = "gguf"
+
+
+class Quantization(StrEnum):
+    """How the weights of a GGUF file are stored."""
+
+    Q8_0 = "q8_0"
+    F16 = "f16"
+    Q4_0 = "q4_0"
 
 
 def export(
@@ -27,7 +36,11 @@ def export(
     target: Annotated[
         str, typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, or s3://.", show_default=False)
     ],
-    kind: Annotated[Kind, typer.Option("--to", metavar="merged", help="What to make.")] = Kind.MERGED,
+    kind: Annotated[Kind, typer.Option("--to", metavar="merged|gguf", help="What to make.")] = Kind.MERGED,
+    quantization: Annotated[
+        Quantization,
+        typer.Option("--quantization", metavar="q8_0|f16|q4_0", help="How a GGUF file stores the weights."),
+    ] = Quantization.Q8_0,
     rows: Annotated[
         Path | None,
         typer.Option(
@@ -42,15 +55,17 @@ def export(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Make a merged model of a published adapter, as output.artifacts does in a job.
+    """Make a whole model of a published adapter, as output.artifacts does in a job.
 
-    The adapter is fetched and verified as by finetune download. The base model is loaded as it was trained, the weights
-    are merged tensor by tensor, and the result is loaded back: nothing is published unless its loss on held-out rows is
-    the adapter's. Temporary files, as large as the model in 16 bits, go to $TMPDIR.
+    merged is in 16-bit safetensors, gguf in one file for llama.cpp, with a Modelfile for Ollama. The adapter is fetched
+    and verified as by finetune download. The base model is loaded as it was trained, the weights are merged tensor by
+    tensor, and the result is loaded back: nothing is published unless its loss on held-out rows is the adapter's.
+    Temporary files, as large as the model in 16 bits, go to $TMPDIR.
 
     Examples:
         finetune export nli ./nli-merged --to merged
         finetune export s3://adapters/nli s3://adapters/nli/merged
+        finetune export nli ./nli-gguf --to gguf --quantization q4_0
         finetune export ./nli ./nli-merged --base ./models/Mistral-7B-v0.3 --rows test.jsonl
 
     Exit codes:
@@ -66,6 +81,7 @@ def export(
     address = target if "://" in target else f"file://{Path(target).absolute()}"
     changes = [f"dataset.eval=file://{rows.absolute()}", "dataset.evalFraction=null"] if rows else []
     changes += [f"dataset.train=file://{rows.absolute()}", "dataset.sources=null"] if rows else []
+    changes += [f"output.gguf.quantization={quantization.value}"]
     with explained(), tempfile.TemporaryDirectory(prefix="finetune-export-") as work:
         adapter = published_adapter(published, Path(work), base, changes)
         with quiet(), console.err().status(f"Exporting {published.address} to {kind.value}"):

@@ -10,8 +10,8 @@ import yaml
 from finetune_api.manifest import load_file
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.chat import prompts
-from finetune_trainer.chat.session import stop_tokens
 from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.prompt_form import stop_tokens, trained_form
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
 from finetune_trainer.model.published import JOB_FILE, job_of, trained_commit
 from finetune_trainer.settings import Environment, Ranks, Settings
@@ -65,7 +65,7 @@ def of_rows(rows: list[Any], tokenizer: Any, folder: Path, **dataset: Any) -> li
 def test_a_question_takes_the_form_of_the_rows(dataset: Any, template: str | None, form: str, tokenizer: Any) -> None:
     if template != "own":
         tokenizer.chat_template = template
-    assert prompts.trained_form(spec(**dataset), Encoder(tokenizer, 100)) == form
+    assert trained_form(spec(**dataset), Encoder(tokenizer, 100)) == form
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A merged model computes what the adapter on its base computes, whatever the family, the quantization, the adapter."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,60 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import ExecutionPlan
+from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles
-from finetune_trainer.model import adapter
 from finetune_trainer.model.base import BaseModel, inspect_base_model
-from finetune_trainer.model.weights import load_base_model
 from finetune_trainer.publishing import merging
 from finetune_trainer.publishing.export import check_exports
 from finetune_trainer.publishing.merging import CannotMerge, Merger, write_shards
-from support.trainer.families import tiny_model as tiny_family
-
-IDS = torch.arange(5, 45)[None]
-
-
-def spec(source: Path, **sections: Any) -> FineTuneJobSpec:
-    return FineTuneJobSpec.model_validate(
-        {
-            "model": {"source": f"file://{source}"},
-            "dataset": {"train": "file:///x.jsonl"},
-            "output": {"uri": "file:///out", "artifacts": ["merged"]},
-            "training": {"maxLength": 64, "precision": "fp32"},
-            "quantization": {"bits": 16, "computeDtype": "float32"},
-        }
-        | sections
-    )
-
-
-def family(kind: str, tokenizer: Path, folder: Path) -> Path:
-    """A model of the family `kind`, in files, with the tokenizer of the tiny model."""
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    tiny_family(kind, vocab_size=len(words)).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
-
-
-def trained(source: Path, wanted: FineTuneJobSpec, folder: Path) -> tuple[Any, BaseModel]:
-    """A PEFT model whose adapter does something, saved to `folder`."""
-    base = inspect_base_model(ModelFiles(source, None), wanted)
-    torch.manual_seed(0)
-    loaded = load_base_model(source, base, wanted, ExecutionPlan(attention=base.attention), "cpu")
-    model = adapter.attach_adapter(loaded, base, wanted.lora)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    adapter.save_adapter(model, folder)
-    return model.eval(), base
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits.float()
-    return found
+from support.trainer.adapted import adapted_spec as spec
+from support.trainer.adapted import family, logits, trained
 
 
 def merged_logits(folder: Path, base: BaseModel) -> torch.Tensor:
@@ -134,6 +89,40 @@ def test_what_cannot_be_merged_is_refused_before_training(tiny_model: Path, tmp_
     with pytest.raises(CannotMerge, match=r"the experts were trained in 4 bits"):
         merging.check_mergeable(source, base, spec(source, quantization={"bits": 4}))
     check_exports(source, base, spec(source, output={"uri": "file:///out"}))
+
+
+def test_a_base_stored_in_4_bits_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from finetune_trainer.model.weights import quantization_config
+
+    wanted = spec(tiny_model, quantization={"bits": 4})
+    packed = tmp_path / "packed"
+    AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization_config(wanted)).save_pretrained(
+        packed
+    )
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, packed)
+    wanted = spec(packed, quantization={"bits": 4})
+    base = inspect_base_model(ModelFiles(packed, None), wanted)
+    with pytest.raises(ConfigInvalid, match=r"^spec\.output\.artifacts: merged: the weights of .* in 4 bits: take"):
+        check_exports(packed, base, wanted)
+
+
+def test_an_adapter_with_tokens_of_its_own_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    rows = {"train": "file:///x.jsonl", "addTokens": ["<thought>"]}
+    wanted = spec(tiny_model, dataset=rows, lora={"embeddings": True})
+    base = inspect_base_model(ModelFiles(tiny_model, None), wanted)
+    with pytest.raises(ConfigInvalid, match=r"^spec\.output\.artifacts: merged: .*its own \(dataset\.addTokens\)"):
+        check_exports(tiny_model, base, wanted)
+
+
+def test_a_model_with_code_of_its_own_is_refused(tiny_model: Path) -> None:
+    model = {"source": f"file://{tiny_model}", "trustRemoteCode": True, "revision": "a" * 40}
+    wanted = spec(tiny_model, model=model)
+    base = inspect_base_model(ModelFiles(tiny_model, None), wanted)
+    with pytest.raises(ConfigInvalid, match=r"^spec\.output\.artifacts: merged: a model with code of its own"):
+        check_exports(tiny_model, base, wanted)
 
 
 def test_a_part_of_the_adapter_that_has_no_place_is_never_left_out(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data import formats
@@ -15,10 +15,8 @@ from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import DatasetInvalid
 from finetune_trainer.evaluation.nli import split_row
 
-Form = Literal["chat", "text"]
 #: An answer for rows that have none: formats want one. Nothing of it is shown or given to the model.
 _NO_ANSWER: Final = "\0no answer"
-_CHATS: Final = ("messages", "sharegpt")
 
 
 @dataclass(frozen=True)
@@ -34,23 +32,6 @@ class Prompt:
     text: str
     ids: Sequence[int]
     expected: str | None = None
-
-
-def trained_form(spec: FineTuneJobSpec, encoder: Encoder) -> Form:
-    """Return how the adapter knows a question: in its chat template, or as a text to go on with.
-
-    Texts that end in the answer marker where the chat template's prompts do are conversations written out before.
-    """
-    if spec.dataset.format in _CHATS:
-        return "chat"
-    if spec.dataset.format not in ("auto", "text") or not encoder.tokenizer.chat_template:
-        return "text"
-    try:
-        asked = encoder.template.prompt(ChatExample([{"role": "user", "content": "?"}]))
-    except TemplateError:
-        return "text"
-    marked = asked.rstrip().endswith(spec.evaluation.generation.answer_marker.strip())
-    return "chat" if spec.dataset.format == "auto" or marked else "text"
 
 
 def of_text(text: str, spec: FineTuneJobSpec, encoder: Encoder) -> Prompt:

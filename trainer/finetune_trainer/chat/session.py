@@ -11,10 +11,10 @@ import torch
 from transformers import TextStreamer
 
 from finetune_trainer.chat import prompts
-from finetune_trainer.chat.prompts import Form, Prompt
+from finetune_trainer.chat.prompts import Prompt
 from finetune_trainer.data.encoding import Encoder
-from finetune_trainer.data.jinja import TemplateError
-from finetune_trainer.data.row_format import ChatExample, Message
+from finetune_trainer.data.prompt_form import Form, stop_tokens, trained_form
+from finetune_trainer.data.row_format import Message
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.evaluation.decoding import left_padded
 from finetune_trainer.model.published import PublishedAdapter, load_published
@@ -83,7 +83,7 @@ class ChatSession:
         encoder = Encoder(adapter.base.tokenizer, _NO_LIMIT)
         if form == "chat" and not encoder.tokenizer.chat_template:
             raise ConfigInvalid("the adapter's tokenizer has no chat template: ask it in the form text")
-        form = form or prompts.trained_form(settings.spec, encoder)
+        form = form or trained_form(settings.spec, encoder)
         limit = max_new_tokens or settings.spec.evaluation.generation.max_new_tokens
         return cls(settings, adapter, encoder, form, limit, [])
 
@@ -157,21 +157,3 @@ class ChatSession:
         if len(prompt.ids) >= longest:
             raise ConfigInvalid(f"the prompt has {len(prompt.ids)} tokens, and the model reads at most {longest - 1}")
         return int(longest - len(prompt.ids))
-
-
-def stop_tokens(encoder: Encoder) -> set[int]:
-    """Return the tokens that end an answer: end of sequence, and what the chat template writes after an answer."""
-    tokenizer = encoder.tokenizer
-    ends = {int(tokenizer.eos_token_id)}
-    if not tokenizer.chat_template:
-        return ends
-    said = "Yes"
-    messages: Sequence[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    try:
-        whole = encoder.template.whole(ChatExample(messages))
-    except TemplateError:
-        return ends
-    _, _, rest = whole.rpartition(said)
-    after = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return ends | {int(each) for each in after[:1] if each in special}

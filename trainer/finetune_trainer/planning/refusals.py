@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.planning.gguf import gguf_problem
 
 _GATED: Final = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
 _PLAIN: Final = "down_proj k_proj o_proj q_proj up_proj v_proj"
@@ -54,6 +55,8 @@ def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
             f" {reason}"
         )
     _check_names(kind, spec)
+    if "gguf" in spec.output.artifacts and (problem := gguf_problem(config, spec.training.max_length)):
+        raise ConfigInvalid(f"spec.output.artifacts: gguf: {problem}")
 
 
 def _check_names(kind: str, spec: FineTuneJobSpec) -> None:

@@ -74,6 +74,9 @@ class Artifact(ABC):
     kind: ClassVar[ArtifactKind]
     required_files: ClassVar[tuple[str, ...]]
 
+    def check_makeable(self, weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:  # noqa: B027
+        """Raise ConfigInvalid, with the reason, if it cannot be made of this base model; before anything is trained."""
+
     @abstractmethod
     def build(self, trained: Trained, folder: Path) -> None:
         """Write the artifact's own files to `folder`; tokenizer, model card and provenance are written for it."""

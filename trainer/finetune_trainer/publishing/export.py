@@ -22,7 +22,6 @@ from finetune_trainer.publishing import model_card
 from finetune_trainer.publishing.artifact import Artifact, Check, LossMeter, Trained
 from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
-from finetune_trainer.publishing.merging import check_mergeable
 from finetune_trainer.publishing.publish import AdapterOutput, open_output
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
@@ -32,12 +31,11 @@ log = structlog.get_logger(__name__)
 
 def check_exports(weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
     """Refuse artifacts that cannot be made of this base model, before anything is trained; raises ConfigInvalid."""
-    if not spec.output.artifacts:
-        return
-    try:
-        check_mergeable(weights, base, spec)
-    except ConfigInvalid as error:
-        raise ConfigInvalid(f"spec.output.artifacts: {spec.output.artifacts[0]}: {error}") from None
+    for name in spec.output.artifacts:
+        try:
+            ARTIFACTS[MANIFEST_KINDS[name]].check_makeable(weights, base, spec)
+        except ConfigInvalid as error:
+            raise ConfigInvalid(f"spec.output.artifacts: {name}: {error}") from None
 
 
 @dataclass(frozen=True)

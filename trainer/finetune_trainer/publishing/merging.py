@@ -89,7 +89,15 @@ def check_mergeable(weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> No
 class Merger:
     """Gives the merged weights of a base model, one tensor at a time."""
 
-    def __init__(self, weights: Path, adapter: Path, base: BaseModel, spec: FineTuneJobSpec, device: str = "cpu"):
+    def __init__(
+        self,
+        weights: Path,
+        adapter: Path,
+        base: BaseModel,
+        spec: FineTuneJobSpec,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Prepare to merge.
 
         Args:
@@ -98,10 +106,11 @@ class Merger:
             base: What is known of the base model.
             spec: The job: how weights were quantized, and the adapter's scale.
             device: torch's name of the device to compute on; training's, so that quantization is the same.
+            dtype: What the merged weights are rounded to; default: output_dtype.
         """
         check_mergeable(weights, base, spec)
         self.tensors = tensors_of(weights)
-        self.dtype = output_dtype(spec)
+        self.dtype = dtype or output_dtype(spec)
         self._spec = spec
         self._device = device
         self._quantized = quantized_layers(base, spec)
@@ -109,7 +118,7 @@ class Merger:
         self._adapter = _AdapterFile(adapter / constants.ADAPTER_WEIGHTS_FILE)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each tensor of the model, merged, in 16 bits, on the CPU.
+        """Yield each tensor of the model, merged, on the CPU.
 
         Raises:
             CannotMerge: The adapter holds more than was merged.

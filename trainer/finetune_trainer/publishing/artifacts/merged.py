@@ -7,8 +7,10 @@ from typing import Any, Final
 
 import structlog
 
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.publishing.artifact import Artifact, Check, Losses, LossMeter, Trained, VerificationFailed
+from finetune_trainer.model.base import BaseModel
+from finetune_trainer.publishing.artifact import Artifact, Check, Losses, LossMeter, Trained
 from finetune_trainer.stores.errors import StoreCorrupted
 
 log = structlog.get_logger(__name__)
@@ -22,6 +24,11 @@ class MergedArtifact(Artifact):
 
     kind = "Merged"
     required_files = ("config.json",)
+
+    def check_makeable(self, weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
+        from finetune_trainer.publishing.merging import check_mergeable
+
+        check_mergeable(weights, base, spec)
 
     def build(self, trained: Trained, folder: Path) -> None:
         from finetune_trainer.publishing.merging import Merger, write_shards
@@ -45,14 +52,10 @@ class MergedArtifact(Artifact):
         device = str(trained.model.device)
 
         def check(folder: Path, where: str) -> Losses:
-            found = _loss(trained, meter, folder, device)
-            if not abs(found - expected) <= TOLERANCE * max(1.0, abs(expected)):
-                raise VerificationFailed(
-                    f"The merged model at {where}, loaded back, has loss {found:.6f} where the trained one has"
-                    f" {expected:.6f}; it is not published"
-                )
-            log.info(f"The merged model at {where} was loaded back", loss=round(found, 6), adapter=round(expected, 6))
-            return Losses(expected, found)
+            from finetune_trainer.publishing.loading_back import compare_loss
+
+            what = f"The merged model at {where}"
+            return compare_loss(what, meter, expected, lambda on: _loaded(trained, folder, on), device, TOLERANCE)
 
         return check
 
@@ -61,18 +64,6 @@ class MergedArtifact(Artifact):
 
         if not any(folder.glob("*.safetensors")) or not AutoConfig.from_pretrained(folder, local_files_only=True):
             raise StoreCorrupted(f"the merged model at {where} has no weights")
-
-
-def _loss(trained: Trained, meter: LossMeter, folder: Path, device: str) -> float:
-    """Return the loss of the model in `folder`, loaded as a user's program does; on the CPU if the GPU is too small."""
-    import torch
-
-    try:
-        return meter.own_loss_of(_loaded(trained, folder, device))
-    except torch.OutOfMemoryError:
-        log.warning("The merged model does not fit the GPU beside the trained one: it is checked on the CPU")
-        torch.cuda.empty_cache()
-        return meter.own_loss_of(_loaded(trained, folder, "cpu"))
 
 
 def _loaded(trained: Trained, folder: Path, device: str) -> Any:

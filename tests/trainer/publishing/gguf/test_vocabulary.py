@@ -1,0 +1,61 @@
+"""Tokenizers in llama.cpp's terms; test_llama_cpp.py asks llama.cpp itself."""
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.publishing.gguf import vocabulary
+from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
+from support.trainer import tokenizers
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "rule"),
+    [
+        (lambda: tokenizers.of_bytes(), "gpt-2"),
+        (lambda: tokenizers.of_bytes(digits=True), "smollm"),
+        (lambda: tokenizers.of_bytes(tokenizers.QWEN2), "qwen2"),
+        (lambda: tokenizers.of_bytes(tokenizers.LLAMA3), "smaug-bpe"),
+        (lambda: tokenizers.of_bytes(tokenizers.LLAMA3, ignore_merges=True), "llama-bpe"),
+    ],
+)
+def test_a_known_rule_is_named(tokenizer: Any, rule: str) -> None:
+    found = vocabulary_of(tokenizer(), 340)
+    assert (found.model, found.rule, found.adds_bos) == ("gpt2", rule, False)
+    assert len(found.tokens) == len(found.types) == 340
+    assert found.types[:2] == (vocabulary.CONTROL, vocabulary.CONTROL)
+    assert found.types[-1] == vocabulary.UNUSED
+    assert found.merges
+    assert not found.scores
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_pieces_have_scores_in_the_order_of_their_merges(adds_space: bool) -> None:
+    tokenizer = tokenizers.of_pieces(adds_space=adds_space)
+    found = vocabulary_of(tokenizer, len(tokenizer))
+    assert (found.model, found.rule, found.adds_space, found.adds_bos) == ("llama", "", adds_space, True)
+    assert found.types[:4] == (vocabulary.UNKNOWN, vocabulary.CONTROL, vocabulary.CONTROL, vocabulary.BYTE)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    scores = [found.scores[found.tokens.index("".join(pair))] for pair in merges]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == 0
+
+
+def test_what_llama_cpp_would_split_otherwise_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match=r"the rule by which this tokenizer splits text is none that llama\.cpp is"):
+        vocabulary_of(tokenizers.of_bytes(r"\p{L}+|\p{N}|\s+"), 400)
+    with pytest.raises(ConfigInvalid, match=r"has \d+ tokens, and the model 100 embeddings"):
+        vocabulary_of(tokenizers.of_bytes(), 100)
+    with pytest.raises(ConfigInvalid, match=r"has no tokenizer\.json"):
+        vocabulary_of(object(), 100)
+
+
+def test_a_tokenizer_of_another_type_is_refused() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(ConfigInvalid, match="a tokenizer of type WordLevel is not converted to GGUF; one of"):
+        vocabulary_of(words, 100)

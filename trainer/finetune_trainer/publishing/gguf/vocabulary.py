@@ -1,0 +1,133 @@
+"""A tokenizer as llama.cpp takes it: its tokens, how they are merged, and by which rule text is split before that.
+
+llama.cpp has the rules by name. They are told here by the tokenizer's own expressions, so that a vocabulary of one's
+own under a known rule is fine, and a rule that is not known is refused: text would be split otherwise than in training.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from finetune_trainer.errors import ConfigInvalid
+
+#: llama.cpp's types of tokens.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+#: Names of rules, by the expression that a tokenizer.json splits with.
+_EXPRESSIONS: Final = {
+    _CONTRACTIONS + _WORDS % "{1,3}": "llama-bpe",
+    _CONTRACTIONS + _WORDS % "": "qwen2",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What GGUF says of a tokenizer.
+
+    Attributes:
+        model: llama for pieces that begin with a mark for the space, gpt2 for bytes.
+        rule: The name of the rule that splits text, for bytes.
+        tokens: Every token, by its id; as many as the model has embeddings.
+        types: Of each token.
+        scores: Of each piece: what is merged first has the highest.
+        merges: In order, for bytes.
+        adds_space: Whether a space is put before a text.
+        adds_bos: Whether a text begins with the token for that.
+    """
+
+    model: str
+    rule: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    merges: tuple[str, ...]
+    adds_space: bool
+    adds_bos: bool
+
+
+def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
+    """Describe `tokenizer` for a model with `size` embeddings.
+
+    Raises:
+        ConfigInvalid: llama.cpp would tokenize otherwise.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigInvalid("this tokenizer has no tokenizer.json, and is not converted to GGUF")
+    read = json.loads(backend.to_str())
+    model = read["model"]
+    if model["type"] != "BPE":
+        raise ConfigInvalid(f"a tokenizer of type {model['type']} is not converted to GGUF; one of type BPE is")
+    pieces = bool(model.get("byte_fallback"))
+    rule = "" if pieces else _rule(read)
+    names = {index: token for token, index in model["vocab"].items()}
+    added = {each["id"]: each for each in read["added_tokens"]}
+    names |= {index: each["content"] for index, each in added.items()}
+    if max(names) >= size:
+        raise ConfigInvalid(f"the tokenizer has {max(names) + 1} tokens, and the model {size} embeddings")
+    tokens = tuple(names.get(index, f"[PAD{index}]") for index in range(size))
+    types = tuple(_type(index, names, added, tokenizer, pieces) for index in range(size))
+    merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
+    rank: dict[str, int] = {}
+    for index, pair in enumerate(merges):
+        rank.setdefault("".join(pair), index)
+    scores = tuple(-float(rank.get(token, len(merges))) for token in tokens) if pieces else ()
+    ids = tokenizer("a")["input_ids"]
+    return Vocabulary(
+        model="llama" if pieces else "gpt2",
+        rule=rule,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=() if pieces else tuple(" ".join(pair) for pair in merges),
+        adds_space=pieces and _adds_space(read),
+        adds_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+    )
+
+
+def _type(index: int, names: dict[int, str], added: dict[int, Any], tokenizer: Any, pieces: bool) -> int:
+    if index not in names:
+        return UNUSED
+    if pieces and index == tokenizer.unk_token_id:
+        return UNKNOWN
+    if index in added:
+        return CONTROL if added[index]["special"] else USER_DEFINED
+    is_byte = pieces and len(names[index]) == 6 and names[index].startswith("<0x")
+    return BYTE if is_byte else NORMAL
+
+
+def _rule(read: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the rule by which this tokenizer of bytes splits text. Raises ConfigInvalid."""
+    steps = _steps(read["pre_tokenizer"])
+    *first, last = steps or [{}]
+    plain = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    if plain and last.get("use_regex", True):
+        if not first:
+            return "gpt-2"
+        if len(first) == 1 and first[0].get("type") == "Digits" and first[0].get("individual_digits"):
+            return "smollm"
+    if plain and len(first) == 1 and first[0].get("behavior") == "Isolated" and not first[0].get("invert"):
+        name = _EXPRESSIONS.get(first[0]["pattern"].get("Regex", ""), "")
+        if name == "llama-bpe" and not read["model"].get("ignore_merges"):
+            return "smaug-bpe"  # the same expression, without whole words
+        if name:
+            return name
+    raise ConfigInvalid("the rule by which this tokenizer splits text is none that llama.cpp is known to have")
+
+
+def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if node is None:
+        return []
+    return [node] if node["type"] != "Sequence" else [each for part in node["pretokenizers"] for each in _steps(part)]
+
+
+def _adds_space(read: dict[str, Any]) -> bool:
+    """Return whether a space is put before a text: by the normalizer, or by the step that splits words."""
+    if any(each.get("prepend_scheme") in ("first", "always") for each in _steps(read["pre_tokenizer"])):
+        return True
+    normalizer = read["normalizer"] or {}
+    return any(each["type"] == "Prepend" for each in normalizer.get("normalizers", [normalizer] if normalizer else []))
