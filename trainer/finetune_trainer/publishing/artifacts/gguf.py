@@ -1,6 +1,7 @@
 """The whole model in one GGUF file, with the adapter in its weights: for llama.cpp, Ollama and what builds on them."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,12 +31,11 @@ class GgufArtifact(Artifact):
     required_files = (_FILE, _MODELFILE)
 
     def check_makeable(self, weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
+        from finetune_trainer.publishing.gguf.convert import check_convertible
         from finetune_trainer.publishing.merging import check_mergeable
 
-        try:
-            from finetune_trainer.publishing.gguf.convert import check_convertible
-        except ModuleNotFoundError as error:
-            raise ConfigInvalid(f"{error.name} is not installed here (it comes with the extra 'trainer')") from None
+        if find_spec("gguf") is None:
+            raise ConfigInvalid("the package gguf is not installed here (it comes with the extra 'trainer')")
         check_mergeable(weights, base, spec)
         check_convertible(weights, base, spec.training.max_length)
 

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import gguf
 import numpy
 import structlog
 import torch
-from gguf import GGMLQuantizationType as Type
 
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
@@ -19,12 +17,11 @@ from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
 from finetune_trainer.publishing.merging import Merger, tensors_of
 
 log = structlog.get_logger(__name__)
-_TYPES: Final = {"f16": Type.F16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 #: The embeddings and the head take more bits than four, as llama.cpp's own tool gives them more.
 _NAMES_OF_VOCABULARY: Final = ("token_embd.weight", "output.weight")
 _FREQUENCIES: Final = "rope_freqs.weight"
 #: What each type may change of a tensor, as a part of its length: no block of 32 numbers can lose more by rounding.
-_ROUNDING: Final = {Type.F32: 1e-6, Type.F16: 1e-3, Type.Q8_0: 0.02, Type.Q4_0: 0.25}
+_ROUNDING: Final = {"F32": 1e-6, "F16": 1e-3, "Q8_0": 0.02, "Q4_0": 0.25}
 
 
 def check_convertible(weights: Path, base: BaseModel, longest: int) -> None:
@@ -54,6 +51,8 @@ def write_gguf(merged: Merger, base: BaseModel, name: str, quantization: str, fi
     Raises:
         ConfigInvalid: The model, or its tokenizer, cannot be converted.
     """
+    import gguf
+
     config = base.config
     kind = GGUF_TYPES[config.model_type]
     writer = gguf.GGUFWriter(file, kind.architecture)
@@ -87,6 +86,8 @@ def compare_gguf(merged: Merger, base: BaseModel, file: Path, where: str) -> Non
     Raises:
         VerificationFailed: One is missing, or differs by more than its type rounds.
     """
+    import gguf
+
     reader = gguf.GGUFReader(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
     names = _names(merged.tensors, base.config)
@@ -96,7 +97,7 @@ def compare_gguf(merged: Merger, base: BaseModel, file: Path, where: str) -> Non
         if stored is None or read is None or read.shape != values.shape:
             raise VerificationFailed(f"The file at {where} lacks {names[tensor]}; it is not published")
         difference, length = numpy.linalg.norm(read - values), numpy.linalg.norm(values)
-        if not difference <= _ROUNDING[stored.tensor_type] * length:
+        if not difference <= _ROUNDING[stored.tensor_type.name] * length:
             raise VerificationFailed(
                 f"{names[tensor]} of the file at {where}, read back, differs from the merged weights by"
                 f" {difference / max(float(length), 1e-30):.1%}; it is not published"
@@ -111,6 +112,8 @@ def _names(tensors: Any, config: Any) -> dict[str, str]:
     Raises:
         ConfigInvalid: It has none for one of them.
     """
+    import gguf
+
     kind = GGUF_TYPES[config.model_type]
     architectures = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[kind.architecture], config.num_hidden_layers)
@@ -125,12 +128,15 @@ def _names(tensors: Any, config: Any) -> dict[str, str]:
     return found
 
 
-def _type_of(name: str, shape: tuple[int, ...], quantization: str) -> Type:
+def _type_of(name: str, shape: tuple[int, ...], quantization: str) -> Any:
     """Return how a tensor is stored: as it was asked, where its rows are whole blocks; norms and biases in float32."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Type
+
     if len(shape) < 2:
         return Type.F32
-    wanted = Type.Q8_0 if quantization == "q4_0" and name in _NAMES_OF_VOCABULARY else _TYPES[quantization]
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    wanted = Type.Q8_0 if quantization == "q4_0" and name in _NAMES_OF_VOCABULARY else Type[quantization.upper()]
+    block, _ = GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else Type.F16
 
 

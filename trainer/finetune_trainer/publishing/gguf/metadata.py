@@ -1,25 +1,28 @@
 """What a GGUF file says of a model before its weights: sizes, rotation of positions, tokenizer."""
 
-from typing import Any, Final
+from __future__ import annotations
 
-import gguf
+from typing import TYPE_CHECKING, Any, Final
+
 import torch
 
 from finetune_trainer.planning.gguf import GgufType
 from finetune_trainer.publishing.gguf.vocabulary import Vocabulary
 
-_FILE_TYPES: Final = {
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-}
+if TYPE_CHECKING:  # the library is asked for only where a file is made
+    import gguf
+
+#: The library's names of what a file mostly holds.
+_FILE_TYPES: Final = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 
 
 def describe(writer: gguf.GGUFWriter, config: Any, kind: GgufType, name: str, quantization: str) -> None:
     """Write the keys of a model with transformers' configuration `config`."""
+    import gguf
+
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[quantization])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     # llama.cpp's llama has no window: beyond it, it would compute something else.
