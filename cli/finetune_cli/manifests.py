@@ -106,6 +106,6 @@ def the_job(name: str, *, or_sweep: bool = False) -> tuple[Source, Document]:
     if ours[0].is_sweep and not or_sweep:
         raise CliError(
             f"{source.name}: holds a {constants.SWEEP_KIND}, this command takes one {constants.KIND}",
-            hint="validate, plan, submit, list and status take sweeps",
+            hint="validate, plan, run, submit, list and status take sweeps",
         )
     return source, ours[0]

@@ -1,5 +1,6 @@
 """FineTuneSweep and its spec: one template, many trials. A field's docstring is its description in the CRD."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -117,6 +118,14 @@ class Halving(ApiModel):
     """Optimizer steps at which trials are compared; multiples of template.evaluation.everySteps."""
     reduction_factor: Annotated[int, Field(ge=2, le=16)] = 4
     """One in so many goes on."""
+
+    def is_behind(self, value: float, passed: Sequence[float]) -> bool:
+        """Return whether a trial with `value` at a rung falls behind: whether it is not among the best that passed it.
+
+        `passed` holds the values there of all trials so far, its own too. One that equals the last of the best goes on.
+        """
+        going_on = max(1, len(passed) // self.reduction_factor)
+        return value > sorted(passed)[going_on - 1]
 
 
 _EVAL = "has(self.template.dataset.eval) || has(self.template.dataset.evalFraction)"

@@ -44,7 +44,8 @@ def rows(found: Sequence[Run], most: int = MAX_COLUMNS, longest: int = 40) -> tu
     paths, metrics, phases = header(found, most)
     names = runs.short_names(paths)
     titles = ["Run", *(["Phase"] if phases else []), *(names[path] for path in paths), *map(METRICS.get, metrics)]
-    titles += ["Time", "GPU-hours"]
+    hours = any(run.gpu_hours for run in found)
+    titles += ["Time", *(["GPU-hours"] if hours else [])]
     body = [
         [
             run.name,
@@ -52,7 +53,7 @@ def rows(found: Sequence[Run], most: int = MAX_COLUMNS, longest: int = 40) -> tu
             *(_cut(run.values.get(path, ""), longest) for path in paths),
             *(before_and_after(run, metric) for metric in metrics),
             formatting.duration(run.seconds) if run.seconds is not None else "",
-            formatting.number(run.gpu_hours) if run.gpu_hours is not None else "",
+            *([formatting.number(run.gpu_hours) if run.gpu_hours is not None else ""] if hours else []),
         ]
         for run in found
     ]

@@ -165,9 +165,9 @@ def test_what_cannot_run_here_is_refused_before_anything_starts(run, tmp_path, a
 
 
 def test_a_machine_without_a_gpu_says_so_before_anything_is_imported(tmp_path, monkeypatch):
-    from finetune_cli.commands import run
+    from finetune_cli import local_run
 
-    monkeypatch.setattr(run, "gpus_here", lambda: 0)
+    monkeypatch.setattr(local_run, "gpus_here", lambda: 0)
     (tmp_path / "job.yaml").write_text(MANIFEST)
     result = no_traceback(finetune("run", "job.yaml", cwd=tmp_path))
     assert result.returncode == 1

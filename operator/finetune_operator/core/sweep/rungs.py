@@ -26,7 +26,7 @@ def halve(
         values, known = passed[row.name], len(row.rungs or ())
         changed = row.model_copy(update={"rungs": values}) if len(values) > known else row
         behind = next(
-            (rung for rung in range(known, len(values)) if _is_behind(by_rung[rung], values[rung], halving)), None
+            (rung for rung in range(known, len(values)) if halving.is_behind(values[rung], by_rung[rung])), None
         )
         if behind is not None and row.phase not in ENDED:
             changed = changed.model_copy(update={"phase": "Stopped", "reason": OUTPERFORMED})
@@ -51,9 +51,3 @@ def _values(row: TrialStatus, state: TrialState | None, halving: Halving) -> lis
         if state.step > step or (state.step == step and state.outcome == "True"):
             values.append(state.eval_loss)
     return values
-
-
-def _is_behind(values: Sequence[float], value: float, halving: Halving) -> bool:
-    """Return whether `value` is not among the best of `values`; those equal to the last of them are."""
-    going_on = max(1, len(values) // halving.reduction_factor)
-    return value > values[going_on - 1]

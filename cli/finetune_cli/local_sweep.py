@@ -1,0 +1,270 @@
+"""A sweep on this machine: its trials one after the other, each in a trainer of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api import constants, exit_codes
+from finetune_cli import local_run
+from finetune_cli.comparison import reading, record, runs, table
+from finetune_cli.comparison.runs import Run
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.manifests import refused
+from finetune_cli.output import console, formatting, run_summary
+from finetune_cli.published import published_at
+from finetune_cli.storage import cache_folder
+
+if TYPE_CHECKING:
+    from finetune_api.manifest import Document
+    from finetune_api.spec import FineTuneJob
+    from finetune_api.status import TrainerReport
+    from finetune_api.sweep import FineTuneSweep, Halving
+
+#: More than a trainer says of itself.
+_MAX_REPORT = 1 << 20
+#: Trials that the next command names.
+_NAMED = 4
+#: Asks the trainer of this machine; a proxy for other machines is not for it.
+_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass
+class Trial:
+    """One trial, and how far it is. `losses` holds its held-out loss at each rung that it passed."""
+
+    name: str
+    summary: str
+    job: FineTuneJob
+    phase: str = "Waiting"
+    report: TrainerReport | None = None
+    reason: str = ""
+    started: float = 0.0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet: bool) -> None:
+    """Run the trials of a sweep and print how they compare. Raises CliError where none succeeds, or when stopped."""
+    from finetune_api import manifest
+
+    try:
+        sweep = manifest.check_sweep(document, base, overrides)
+    except manifest.ManifestError as error:
+        raise refused(error) from None
+    trainer = local_run.trainer_command()
+    trials = _trials(sweep)
+    for trial in trials:
+        local_run.check_local(trial.job, os.environ)
+    with _Progress(trials) as progress:
+        for trial in trials:
+            code = _run(sweep, trial, trials, trainer, progress)
+            progress.ended(trial)
+            if code == exit_codes.ExitCode.PREEMPTED or code > 128:
+                hint = "run the same command again: what is published is kept, and this trial resumes"
+                raise CliError(f"stopped in trial {trial.name}", hint=hint, code=code)
+    if not quiet:
+        _summary(sweep, trials)
+    if not any(trial.phase == "Succeeded" for trial in trials):
+        raise CliError(f"no trial of {sweep.metadata.name} succeeded", code=Exit.JOB_FAILED)
+
+
+def _trials(sweep: FineTuneSweep) -> list[Trial]:
+    from finetune_api import manifest
+    from finetune_api.sweep_trials import expand
+
+    name = sweep.metadata.name
+    template = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return [
+        Trial(each.name, each.summary, manifest.check(manifest.trial_document(name, template, each)))
+        for each in expand(name, sweep.spec)
+    ]
+
+
+def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: str, progress: _Progress) -> int:
+    """Run one trial to its end and note how it ended; returns the trainer's exit code."""
+    import yaml
+
+    if _is_published(trial.job):
+        trial.phase, trial.reason = "Succeeded", "published before"
+        return int(Exit.OK)
+    halving, fell_behind = sweep.spec.early_stopping, False
+    trial.phase, trial.started = "Running", time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, _log_of(sweep, trial).open("wb") as log:
+        env = local_run.environment(os.environ, Path(folder))
+        config = Path(folder) / constants.CONFIG_FILE
+        config.write_text(yaml.safe_dump(trial.job.manifest(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+        def tick() -> bool:
+            nonlocal fell_behind
+            trial.report = _asked(env[constants.ENV_LISTEN]) or trial.report
+            progress.show()
+            fell_behind = halving is not None and _is_behind(trial, trials, halving)
+            return fell_behind
+
+        command = [*local_run.launcher(trial.job, trainer), "--config", str(config)]
+        code = local_run.supervise(command, env, log, tick)
+        last = run_summary.read_report(Path(env[constants.ENV_TERMINATION_LOG]))
+        trial.report, code = last or trial.report, local_run.trainers_code(code, last)
+    trial.seconds = time.monotonic() - trial.started
+    if code == Exit.OK:
+        trial.phase = "Succeeded"
+    elif fell_behind:
+        trial.phase, trial.reason, code = "Stopped", "fell behind", int(Exit.OK)
+    else:
+        outcome = exit_codes.outcome_of(code, last.reason if last else None)
+        said = (last.message if last else "") or f"exit code {code}"
+        trial.phase, trial.reason = "Failed", f"{outcome.reason if outcome else 'failed'}: {said}"
+        console.note(f"{trial.name} failed: {trial.reason}\n  its log: {_log_of(sweep, trial)}")
+    return code
+
+
+def _is_behind(trial: Trial, trials: Sequence[Trial], halving: Halving) -> bool:
+    """Note the held-out loss at the rungs that `trial` has passed; return whether it falls behind at one of them."""
+    progress = trial.report.progress if trial.report else None
+    if progress is None or progress.eval_loss is None:
+        return False
+    for rung in halving.rungs[len(trial.losses) :]:
+        if progress.step <= rung:
+            return False
+        trial.losses.append(progress.eval_loss)
+        at = len(trial.losses) - 1
+        if halving.is_behind(trial.losses[at], [each.losses[at] for each in trials if len(each.losses) > at]):
+            return True
+    return False
+
+
+def _is_published(job: FineTuneJob) -> bool:
+    """Return whether the adapter of this very job lies at its output already, and may stay there."""
+    from finetune_api.manifest import Document, ManifestError, check
+
+    if job.spec.output.overwrite:
+        return False
+    try:
+        found = check(Document(record.job_of(published_at(job.spec.output.uri, adapters_only=True)), ""))
+    except (CliError, ManifestError):
+        return False  # the trainer says what is wrong with the output
+    # The published job has the format that its rows were read in.
+    theirs, ours = (each.spec.manifest() | {"dataset": None} for each in (found, job))
+    data = [each.spec.dataset.model_copy(update={"format": "auto"}).manifest() for each in (found, job)]
+    return found.metadata.name == job.metadata.name and theirs == ours and data[0] == data[1]
+
+
+def _log_of(sweep: FineTuneSweep, trial: Trial) -> Path:
+    folder = cache_folder(os.environ) / "sweeps" / sweep.metadata.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"{folder}: cannot be made: {error.strerror}", hint="set XDG_CACHE_HOME") from None
+    return folder / f"{trial.name}.log"
+
+
+def _asked(address: str) -> TrainerReport | None:
+    """Return what the trainer at `address` says of itself; None while it does not answer."""
+    from finetune_api.status import TrainerReport
+
+    try:
+        with _LOCAL.open(f"http://{address}/progress", timeout=2) as answer:
+            return TrainerReport.model_validate_json(answer.read(_MAX_REPORT))
+    except (OSError, ValueError):
+        return None
+
+
+class _Progress:
+    """The trials so far: on a terminal a table that is kept up to date, elsewhere a line for each that ends."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        from rich.live import Live
+
+        self._trials = trials
+        screen = console.out()
+        self._live = Live(console=screen, get_renderable=self._table, transient=True) if screen.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self) -> None:
+        if self._live:
+            self._live.refresh()
+
+    def ended(self, trial: Trial) -> None:
+        self.show()
+        if self._live is None:
+            number = self._trials.index(trial) + 1
+            loss = self._loss(trial)
+            said = [trial.phase, *([f"evalLoss {loss}"] if loss else []), f"in {formatting.duration(trial.seconds)}"]
+            console.out().print(f"{number}/{len(self._trials)}  {trial.name}  {' '.join(said)}", soft_wrap=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        for title in ("TRIAL", "PHASE", "STEP", "EVAL LOSS", "TIME", "VALUES"):
+            grid.add_column(title, no_wrap=True)
+        for trial in self._trials:
+            running = time.monotonic() - trial.started if trial.phase == "Running" else trial.seconds
+            stage = trial.report.stage if trial.report and trial.phase == "Running" else trial.phase
+            grid.add_row(
+                Text(trial.name, style="bold"),
+                stage,
+                trial.report.progress.summary if trial.report else "",
+                self._loss(trial),
+                formatting.duration(running) if running else "",
+                Text(trial.summary),
+            )
+        return grid
+
+    @staticmethod
+    def _loss(trial: Trial) -> str:
+        metrics = trial.report.metrics if trial.report else {}
+        return formatting.loss(metrics["evalLoss"]) if "evalLoss" in metrics else ""
+
+
+def _summary(sweep: FineTuneSweep, trials: Sequence[Trial]) -> None:
+    objective = sweep.spec.objective
+    order = reading.Sweep(sweep.metadata.name, objective.metric, objective.minimizes)
+    found = reading.ordered(order, [_run_of(trial) for trial in trials])
+    console.out().print()
+    console.page(table.table(found), console.PIPED_TABLE_WIDTH)
+    best = found[0]
+    if objective.metric in best.metrics and best.phase == "Succeeded":
+        console.out().print()
+        console.done(f"{best.name} is best: {table.shown_value(objective.metric, best.metrics[objective.metric])}")
+    places = [_place(run.uri) for run in found if run.phase == "Succeeded" and not run.uri.startswith("pvc://")]
+    if places:
+        some = " ".join(places[:_NAMED])
+        compared = [f"finetune compare {some} --html report.html"] if len(places) > 1 else []
+        console.next_commands(*compared, f"finetune chat {places[0]}")
+
+
+def _place(address: str) -> str:
+    """Return an adapter's address as it is typed from here."""
+    path = run_summary.local_path(address)
+    here = f"{Path.cwd()}/"
+    return f"./{path.removeprefix(here)}" if path.startswith(here) else path
+
+
+def _run_of(trial: Trial) -> Run:
+    """Return a trial as it is compared: by what it published, or else by what its trainer said last."""
+    if trial.phase == "Succeeded":
+        try:
+            place = published_at(trial.job.spec.output.uri, adapters_only=True)
+            return reading.read_published(place, trial.name, whole=False)
+        except CliError:
+            pass  # out of reach by now, or a volume: the trainer's last words are as good
+    metrics = runs.finite(trial.report.metrics) if trial.report and trial.phase == "Succeeded" else {}
+    spec = trial.job.spec.manifest()
+    return Run(trial.name, trial.job.spec.output.uri, trial.phase, runs.values_of(spec), metrics, None)

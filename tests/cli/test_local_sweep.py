@@ -1,0 +1,122 @@
+"""`finetune run` of a sweep: its trials one after the other, each in a trainer of its own, here a stand-in."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_cli import local_run
+from support.cli import fake_trainer
+from support.cli.run import finetune, no_traceback
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Run a sweep of three learning rates whose trials do what `plan` says; returns the result."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = tmp_path / "trainer" / "finetune-trainer"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{Path(fake_trainer.__file__).read_text()}")
+    program.chmod(0o755)
+    monkeypatch.setattr(local_run, "trainer_command", lambda: str(program))
+
+    def run(plan, *arguments, **spec):
+        (tmp_path / "trainer" / "plan.json").write_text(json.dumps({f"nli-{name}": do for name, do in plan.items()}))
+        template = {
+            "model": {"source": "file://./model"},
+            "dataset": {"train": "file://./train.jsonl", "eval": "file://./eval.jsonl"},
+            "evaluation": {"everySteps": 10},
+            "resources": {"gpusPerNode": 0},
+            "output": {"uri": "file://./out"},
+        }
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneSweep",
+            "metadata": {"name": "nli"},
+            "spec": {
+                "template": template,
+                "parameters": [{"path": "training.learningRate", "values": [1e-4, 2e-4, 4e-4]}],
+            }
+            | spec,
+        }
+        (tmp_path / "sweep.yaml").write_text(json.dumps(body))
+        return no_traceback(finetune("run", "sweep.yaml", *arguments, cwd=tmp_path))
+
+    return run
+
+
+def started(tmp_path):
+    return (tmp_path / "trainer" / "started").read_text().split()
+
+
+DONE = {"lr1e-4": {"evalLoss": 0.5}, "lr2e-4": {"evalLoss": 0.3}, "lr4e-4": {"evalLoss": 0.4}}
+
+
+def test_the_trials_run_in_their_order_and_the_best_is_first_in_the_table(sweep, tmp_path):
+    result = sweep(DONE)
+    assert result.returncode == 0, result.stderr
+    assert started(tmp_path) == ["nli-lr1e-4", "nli-lr2e-4", "nli-lr4e-4"]
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("1/3  lr1e-4  Succeeded evalLoss 0.5000 in ")
+    assert [line.split()[0] for line in lines[4:8]] == ["RUN", "lr2e-4", "lr4e-4", "lr1e-4"]
+    assert "✓ lr2e-4 is best: 0.3000" in lines
+    assert "  finetune compare ./out/lr2e-4 ./out/lr4e-4 ./out/lr1e-4 --html report.html" in lines
+    assert "a line of the log" not in result.stdout
+    assert (tmp_path / "cache/finetune/sweeps/nli/lr1e-4.log").read_text() == "a line of the log\n"
+
+
+def test_one_that_fails_takes_no_other_along(sweep):
+    result = sweep(DONE | {"lr1e-4": {"exit": 91, "reason": "Diverged", "message": "the loss is NaN"}})
+    assert result.returncode == 0
+    assert "lr1e-4 failed: Diverged: the loss is NaN" in result.stderr and "lr1e-4.log" in result.stderr
+    assert [line.split()[:2] for line in result.stdout.splitlines()[4:8]][-1] == ["lr1e-4", "Failed"]
+
+
+def test_where_none_succeeds_the_sweep_has_failed(sweep):
+    result = sweep({name: {"exit": 65, "reason": "DatasetInvalid", "message": "row 3"} for name in DONE})
+    assert result.returncode == 2
+    assert "error: no trial of nli succeeded" in result.stderr
+    assert "Next:" not in result.stdout
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path):
+    stopped = sweep(DONE | {"lr2e-4": {"exit": 75, "reason": "Preempted"}})
+    assert stopped.returncode == 75
+    assert "stopped in trial lr2e-4" in stopped.stderr and "run the same command again" in stopped.stderr
+    (tmp_path / "trainer" / "started").unlink()
+    result = sweep(DONE)
+    assert result.returncode == 0, result.stderr
+    assert started(tmp_path) == ["nli-lr2e-4", "nli-lr4e-4"], "lr1e-4 is published"
+    (tmp_path / "trainer" / "started").unlink()
+    assert sweep(DONE, "--set", "template.training.maxSteps=7").returncode == 0
+    assert len(started(tmp_path)) == 3, "another spec is another run"
+
+
+def test_a_trial_that_falls_behind_is_stopped_after_a_checkpoint(sweep):
+    def training(loss, **more):
+        return {"progress": {"step": 11, "totalSteps": 100, "evalLoss": loss}, **more}
+
+    plan = {
+        "lr1e-4": training(0.5, evalLoss=0.2, seconds=1.5),
+        "lr2e-4": training(0.6, waits=True),
+        "lr4e-4": {"evalLoss": 0.4},
+    }
+    result = sweep(plan, earlyStopping={"rungs": [10], "reductionFactor": 2})
+    assert result.returncode == 0, result.stderr
+    assert any(line.startswith("2/3  lr2e-4  Stopped") for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"parallelism": 0}, "spec.parallelism: Invalid value: 0"),
+        ({"parameters": [{"path": "lora.rank", "values": [0]}]}, "trial r0: spec.lora.rank: Invalid value: 0"),
+        ({"parameters": [{"path": "resources.nodes", "values": [2]}]}, "spec.resources.nodes is 2"),
+    ],
+)
+def test_a_sweep_that_cannot_run_here_starts_no_trial(sweep, tmp_path, spec, says):
+    result = sweep({}, **spec)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert not (tmp_path / "trainer" / "started").exists()
