@@ -73,6 +73,22 @@ _MORE: Final[dict[str, dict[str, Any]]] = {
     "cpmant": {"dim_head": 16},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"hidden_size": 64}},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+    "dots3_note_text": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "shared_experts_intermediate_size": 32,
+        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+        **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
+        "swa_head_dim": 24,
+    },
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_experts_per_tok": 2,
+        "per_layer_config": {},
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 32},
@@ -159,4 +175,8 @@ def tiny_model(kind: str, **changes: Any) -> Any:
 
     torch.manual_seed(0)
     config = tiny_config(kind, **changes)
-    return model_class(config).from_config(config)
+    model = model_class(config).from_config(config)
+    for each in model.parameters():  # what begins as zeros would hide whatever it is multiplied with, or added to
+        if not each.is_meta and not each.any():
+            torch.nn.init.normal_(each, std=0.05)
+    return model

@@ -12,6 +12,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_training import Lora
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate
+from finetune_trainer.engine.compilation import kernels_to_compile
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.proof import prove
@@ -41,7 +42,6 @@ ROWS: Final = [[token for row in _ROWS for token in row] * 2]
 #: Types that cannot be built small, or are no language models.
 _NOT_BUILT: Final = {
     "blt": "its byte encoders are large whatever its size",
-    "dots3_note": "its experts and towers have no small form",
     "gemma3n": "needs the timm package",
     "gemma4_assistant": "a drafting head, no model by itself",
     "gemma4_unified_assistant": "a drafting head, no model by itself",
@@ -52,28 +52,14 @@ _NOT_BUILT: Final = {
 REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
 #: Types whose tiny model cannot be loaded from files.
 NOT_SAVED: Final = dict.fromkeys(("emu3", "mllama"), "its text part is no checkpoint by itself")
-#: Types whose layers are not told from others, and so are not compiled, besides those whose kernels are missing.
+#: Types that are not compiled, besides those whose kernels are missing: their layers are not told from others.
 NOT_COMPILED: Final = frozenset({"ctrl", "openai-gpt"})
-#: Types with linear layers that no gradient reaches, and what those layers are called.
+#: Types with linear layers that no gradient reaches, which a rehearsal cannot find out, and what they are called.
 UNREACHED: Final = {
-    **dict.fromkeys(
-        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
-         "trocr", "whisper"),
-        "encoder_attn",
-    ),
-    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp",
-         "qwen4_exp_text"), "indexer"),
-    "big_bird": "pooler",
-    "deepseek_v4": "compressor and indexer, of short rows",
-    "doge": "dt_proj",
-    "gemma3n_text": "altup, per_layer_input_gate, per_layer_projection, per_layer_model_projection",
-    "git": "image_encoder",
-    "longcat_flash": "router",
-    "phi4_multimodal": "embed_tokens_extend",
-    "prophetnet": "cross_attn, and parts of an encoder",
+    "qwen4_exp": "indexer",
+    "qwen4_exp_text": "indexer",
     "zamba2": "gate_up_proj_adapter_list, of some layers",
-    "zaya": "q_proj and k_proj, of some layers",
-}  # fmt: skip
+}
 
 
 def not_built(kind: str) -> str | None:
@@ -124,6 +110,13 @@ def weights_in_4_bits(model: Any) -> tuple[int, int]:
     return sum(packed.values()), sum(math.prod(found[1].shape) for found in experts if found)
 
 
+def compiled(kind: str, model: Any) -> str:
+    """Return what the table says of compiled layers: yes, no, or kernels where those are missing."""
+    if kind in NOT_COMPILED:
+        return "no"
+    return "kernels" if kernels_to_compile(model) else "yes"
+
+
 def example(plan: ExecutionPlan) -> dict[str, Any]:
     """Return the micro-batch that `plan` makes of the rows."""
     return batches()["packed" if plan.packing else "padded"]
@@ -139,9 +132,11 @@ def to_compile(kind: str) -> tuple[Any, ExecutionPlan]:
     for name, each in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(each, std=0.02)
-    for module in adapted.train().modules():
+    for module in adapted.train().modules():  # as layers, or as numbers that functions take
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name in [each for each, value in vars(module).items() if "drop" in each and isinstance(value, float)]:
+            setattr(module, name, 0.0)
     packing = findings.packing_problem is None
     return adapted, ExecutionPlan(attention=findings.attention, packing=packing, compiled=True)
 

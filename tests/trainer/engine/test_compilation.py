@@ -117,6 +117,19 @@ def _attention_without_a_mask() -> None:
     AttentionMaskInterface.register("one_sequence", lambda *args, **kwargs: None)
 
 
+@pytest.mark.parametrize("embedded", [torch.ones(1, 6, 4), {"main": (torch.ones(1, 6, 4),) * 2}, None, torch.ones(6)])
+def test_embedded_positions_come_in_every_form(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V2 passes one tensor, DeepSeek-V4 a dict: what is not marked would be compiled for each length."""
+    marked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda tensor, dimension: marked.append(tensor))
+    hidden = torch.ones(1, 6, 8)
+    layer = compilation._compiled(lambda hidden_states, position_embeddings: hidden_states, [])
+    assert layer(hidden, position_embeddings=embedded) is hidden
+    expected = {"Tensor": 1, "dict": 2}.get(type(embedded).__name__, 0) if embedded is None or len(embedded) == 1 else 0
+    assert len(marked) == 1 + expected
+
+
 def test_layers_that_cannot_be_compiled_train_as_they_are(
     deep_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from safetensors.torch import load_file
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine.proof import prove
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.inputs import ModelFiles
 from finetune_trainer.model.base import inspect_base_model
 from finetune_trainer.model.checkpoint import check_weights
 from finetune_trainer.model.weights import load_base_model
+from support.trainer import family_report
+from support.trainer.families import tiny_model
 
 
 def _spec(folder: Path, **quantization: Any) -> FineTuneJobSpec:
@@ -81,3 +85,20 @@ def test_stored_weights_that_are_missing_are_named(stored: Path, tmp_path: Path)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigInvalid, match=r"lack model\.layers\.0\.input_layernorm"):
         _load(folder, _spec(folder))
+
+
+def test_eight_bits_are_for_linear_layers_but_not_for_those_that_are_read_past(tmp_path: Path) -> None:
+    """Mamba's kernels would read packed bytes."""
+    plain = tiny_model("mamba")
+    plain.save_pretrained(tmp_path)
+    quantization = family_report.SPEC.quantization.model_copy(update={"bits": 8, "compute_dtype": "fp32"})
+    spec = family_report.SPEC.model_copy(update={"quantization": quantization})
+    base = family_report.base_model(plain, "mamba")
+    model = load_base_model(tmp_path, base, spec, ExecutionPlan(attention="eager"), "cpu")
+    layers = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
+    assert [layers[name] is Linear8bitLt for name in ("in_proj", "x_proj", "out_proj")] == [True, False, False]
+    findings = prove(model, spec, family_report.plan(model), family_report.ROWS, 0)
+    own, whole = (family_report.own_loss(each.eval(), findings.attention) for each in (model, plain))
+    torch.testing.assert_close(model(**family_report.batches()["padded"]), own, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(own, whole, rtol=1e-2, atol=1e-1)
+    family_report.one_step(model, "mamba")

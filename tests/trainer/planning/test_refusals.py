@@ -24,6 +24,8 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         ({"quantization_config": BNB}, {"quantization": {"bits": 16}}, "spec.quantization.bits: 16, but the weights"),
         ({"max_position_embeddings": 256}, {}, "spec.training.maxLength: 512 is more than the 256 positions of hf://"),
         ({"text_config": {"max_position_embeddings": 256}}, {}, "more than the 256 positions"),
+        ({"model_type": "falcon"}, {"quantization": {"bits": 8}}, "type falcon train in 4 or 16 bits only: their code"),
+        ({"model_type": "rwkv"}, {}, "spec.quantization.bits: 4, but models of type rwkv train in 16 bits only: their"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(config: dict[str, Any], sections: dict[str, Any], sentence: str) -> None:
@@ -33,6 +35,7 @@ def test_a_model_that_cannot_be_is_refused(config: dict[str, Any], sections: dic
 
 def test_a_model_that_can_be_is_not() -> None:
     check_config({"quantization_config": BNB, "max_position_embeddings": 512}, _spec())
+    check_config({"model_type": "falcon"}, _spec())
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import structlog
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -106,8 +107,10 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(names, args, strict=False))  # some families pass them by place
-        for tensor in (hidden, *(kwargs.get("position_embeddings") or ())):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        # Some families pass one tensor, or a dict of pairs by the kind of layer.
+        for tensor in tree_leaves((hidden, kwargs.get("position_embeddings"))):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
         for name, dimensions in _DYNAMIC_DIMENSIONS.items():
             tensor = kwargs.get(name)
             if isinstance(tensor, torch.Tensor):
@@ -186,9 +189,14 @@ def compile_layers(
     return plan.model_copy(update={"compiled": False})
 
 
+def kernels_to_compile(core: Any) -> list[str]:
+    """Return packages that are not installed, without whose kernels compiling `core` would take its time."""
+    return [name for name in missing_kernels(core) if name != _ONE_CALL]
+
+
 def _compile_problem(core: Any) -> str | None:
     """Return why the layers of `core` are not worth a try, None if they are."""
-    if missing := [name for name in missing_kernels(core) if name != _ONE_CALL]:
+    if missing := kernels_to_compile(core):
         return f"{' and '.join(missing)} not installed, and torch's loops over tokens would be compiled token by token"
     try:
         decoder_layers(core)

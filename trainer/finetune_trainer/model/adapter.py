@@ -120,9 +120,20 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     except RuntimeError as error:
         raise ConfigInvalid(f"the adapter in {folder} does not fit: {str(error).splitlines()[0]}") from None
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
-    if missing or result.unexpected_keys:
-        wrong = (missing or result.unexpected_keys)[0]
+    missing += [name for name in result.unexpected_keys if not _does_nothing(name, weights)]
+    if missing:
+        wrong = missing[0]
         raise ConfigInvalid(f"the adapter in {folder} does not fit: its layers differ, for example at {wrong}")
+
+
+def _does_nothing(name: str, weights: dict[str, Any]) -> bool:
+    """Return whether the tensor `name` is of an adapter whose second matrix is zero, as one that no gradient reached.
+
+    Others put adapters on layers that get none here (see model.reach).
+    """
+    layer, found, _ = name.partition(".lora_")
+    second = weights.get(f"{layer}.lora_B.weight")
+    return bool(found) and second is not None and not second.any()
 
 
 def detach_adapter(adapted: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from finetune_trainer.model.architecture import is_plain_linear, linear_modules, read_past
+from finetune_trainer.model.every_linear import EveryLinear
 from finetune_trainer.runtime.patches import restore_forward, swap_forward
 
 #: transformers' name for 4 bits of linear layers and of experts.
@@ -205,23 +205,8 @@ class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
 
 
 @register_quantizer(_METHOD)
-class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """Quantizes experts layer by layer, as transformers loads them: there is never more than one in both forms.
-
-    Linear layers of a class of their own (Falcon) are quantized too; those whose weights the model's code reads itself
-    (Mamba's kernels) are not, for it would read packed bytes.
-    """
-
-    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        for _, module in linear_modules(model):
-            if isinstance(module, torch.nn.Linear) and is_plain_linear(type(module)):
-                module.__class__ = torch.nn.Linear
-        super()._process_model_before_weight_loading(model, *args, **kwargs)
-
-    @staticmethod
-    def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        found = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
-        return [*found, *read_past(model)]
+class _Quantizer(EveryLinear, Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """Quantizes experts layer by layer, as transformers loads them: there is never more than one in both forms."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -238,8 +223,6 @@ class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 scales = getattr(module._parameters.get(name), "scales_of_experts", None)
                 if scales is not None:
                     parametrize.register_parametrization(module, name, scales, unsafe=True)
-        # To all others it is a model of bitsandbytes.
-        self.quantization_config.quant_method = model.quantization_method = BitsAndBytesConfig().quant_method
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 

@@ -13,6 +13,7 @@ from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import language_part, linear_layers, linear_modules
 from finetune_trainer.model.embeddings import NewTokens, check_trained, trained_whole
+from finetune_trainer.model.reach import unreached
 
 log = structlog.get_logger(__name__)
 ALL_LINEAR: Final = "all-linear"
@@ -93,7 +94,7 @@ def adapter_settings(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": targets,
-        "exclude_modules": _excluded(skeleton, layers),
+        "exclude_modules": "|".join([*_excluded(skeleton, layers), *unreached(skeleton, lora, layers)]) or None,
         "bias": lora.bias,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
@@ -207,8 +208,8 @@ def _reaches_experts(skeleton: Any, settings: Any) -> bool:
     return bool(converted.target_parameters)
 
 
-def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> str | None:
-    """Return a regular expression of what gets no adapter though its name is a target's; None if there is no such."""
+def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> list[str]:
+    """Return regular expressions of what gets no adapter though its name is a target's."""
     within, head = language_part(skeleton), skeleton.get_output_embeddings()
     parts = [rf"(?!{re.escape(within)}\.).*"] if within else []
     inside = (name for name, module in linear_modules(skeleton) if module is not head and name not in layers)
@@ -217,7 +218,7 @@ def _excluded(skeleton: Any, layers: dict[str, tuple[int, int]]) -> str | None:
         end = name.rpartition(".")[2]
         if not within or name.startswith(f"{within}."):
             parts.append(re.escape(name) if end in ends else rf"(?:.*\.)?{re.escape(end)}")
-    return "|".join(dict.fromkeys(parts)) or None
+    return list(dict.fromkeys(parts))
 
 
 def _rehearse(skeleton: Any, settings: Any) -> Rehearsal:

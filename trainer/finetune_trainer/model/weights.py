@@ -15,6 +15,7 @@ from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
 from finetune_trainer.model.embeddings import grow
+from finetune_trainer.model.every_linear import EightBitConfig
 from finetune_trainer.model.experts import ExpertsConfig
 from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.planning.refusals import stored_quantization
@@ -31,8 +32,6 @@ def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False, devi
 
     4-bit weights to be sharded are stored as bfloat16: torch 2.11 shards floating-point weights only.
     """
-    from transformers import BitsAndBytesConfig
-
     quantization = spec.quantization
     if quantization.bits == 4:
         return ExpertsConfig(
@@ -43,7 +42,7 @@ def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False, devi
             bnb_4bit_compute_dtype=torch_dtype(quantization.compute_dtype),
             bnb_4bit_quant_storage="bfloat16" if to_be_sharded else None,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
+    return EightBitConfig() if quantization.bits == 8 else None
 
 
 def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: ExecutionPlan, device: str) -> Any:

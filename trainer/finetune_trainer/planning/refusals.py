@@ -22,10 +22,11 @@ LAYERS: Final[Mapping[str, str]] = {
     "phi3": "down_proj gate_up_proj o_proj qkv_proj",
     "starcoder2": "c_fc c_proj k_proj o_proj q_proj v_proj",
 }
-#: Types whose code does with linear layers what bitsandbytes' cannot take.
-_NOT_QUANTIZED: Final = {
-    "roc_bert": "their code changes in place what linear layers answer",
-    "rwkv": "their code rescales the weights of linear layers",
+#: Types whose code does with linear layers what bitsandbytes' cannot take: bits that are refused, and why.
+_NOT_QUANTIZED: Final[Mapping[str, tuple[tuple[int, ...], str]]] = {
+    "falcon": ((8,), "their code changes in place what linear layers answer, and LLM.int8's cannot be changed"),
+    "roc_bert": ((4, 8), "their code changes in place what linear layers answer"),
+    "rwkv": ((4, 8), "their code rescales the weights of linear layers"),
 }
 
 
@@ -49,10 +50,11 @@ def check_config(config: Mapping[str, Any], spec: FineTuneJobSpec) -> None:
             f" {spec.model.source}"
         )
     kind = str(config.get("model_type"))
-    if spec.quantization.bits < 16 and (reason := _NOT_QUANTIZED.get(kind)):
+    refused, reason = _NOT_QUANTIZED.get(kind, ((), ""))
+    if (bits := spec.quantization.bits) in refused:
+        others = " or ".join(str(each) for each in (4, 8, 16) if each not in refused)
         raise ConfigInvalid(
-            f"spec.quantization.bits: {spec.quantization.bits}, but models of type {kind} train in 16 bits only:"
-            f" {reason}"
+            f"spec.quantization.bits: {bits}, but models of type {kind} train in {others} bits only: {reason}"
         )
     _check_names(kind, spec)
     if "gguf" in spec.output.artifacts and (problem := gguf_problem(config, spec.training.max_length)):
