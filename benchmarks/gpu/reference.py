@@ -15,6 +15,29 @@ MODEL = sys.argv[2]
 SHAPES = {
     "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     # Twelve layers of Qwen3-30B-A3B: 8.1 billion weights, 0.9 billion of which compute a token.
     "qwen3-moe": {
         "vocab_size": 151936,
@@ -42,7 +65,8 @@ def build():
     shape = SHAPES[sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"]
     dense = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
     kind = Qwen3MoeConfig if "num_experts" in shape else MistralConfig
-    cfg = kind(**(dense | shape), num_attention_heads=32, head_dim=128, sliding_window=None)
+    heads = {"num_attention_heads": 32, "head_dim": 128, "sliding_window": None}
+    cfg = kind(**(dense | heads | shape))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):

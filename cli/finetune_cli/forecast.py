@@ -73,6 +73,7 @@ class Forecast:
             "cachedLayers": plan and plan.cached_layers,
             "packing": plan and plan.packing,
             "compiled": plan and plan.compiled,
+            "captured": plan and plan.captured,
             "message": " ".join(self.lines),
         }
 

@@ -113,6 +113,9 @@ class Training(ApiModel):
     dropout (selective, where layers are compiled). auto as few as it must; a number leaves it free to be selective."""
     compile: Switch = "auto"
     """Compile the decoder layers (torch.compile). auto does so on a GPU where rows are packed, for dense models."""
+    cuda_graphs: Switch = "auto"
+    """Replay forward and backward passes as CUDA graphs, so that the GPU never waits for Python: for packed rows on one
+    GPU. auto does so where passes are too short to hide the launches of their kernels (few rows, small models)."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     """Seed of every random generator."""
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"

@@ -142,6 +142,8 @@ class ExecutionPlan(StatusModel):
     """The most tokens of one forward pass, padding included."""
     compiled: bool | None = None
     """Whether the decoder layers are compiled."""
+    captured: bool | None = None
+    """Whether forward and backward passes are replayed as CUDA graphs."""
     fp8: bool | None = None
     """Whether products with the cached layers' weights are in FP8."""
     attention: Annotated[str, Field(max_length=64)] | None = None

@@ -155,6 +155,7 @@ ACCEPTED = [
         {
             "spec.training.gradientCheckpointing": 12,
             "spec.training.compile": "disabled",
+            "spec.training.cudaGraphs": "enabled",
             "spec.training.precision": "fp8",
             "spec.quantization.cachedLayers": 20,
         },

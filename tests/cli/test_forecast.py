@@ -80,6 +80,7 @@ def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
         "cachedLayers": expected.cached_layers,
         "packing": True,
         "compiled": True,
+        "captured": False,
         "message": f"{expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
         f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing,"
         f" weights kept dequantized in {expected.cached_layers} layers. It fits a GPU with 80.0 GiB.",

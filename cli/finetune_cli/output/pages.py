@@ -155,6 +155,7 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
         engine = [
             "packed" if plan.packing else "padded",
             "compiled" if plan.compiled else "not compiled",
+            *(["CUDA graphs"] if plan.captured else []),
             *([f"{plan.checkpointed_layers} layers recomputed"] if plan.checkpointed_layers else []),
             *(["attention recomputed"] if plan.selective_checkpointing else []),
             *([f"{plan.cached_layers} layers dequantized"] if plan.cached_layers else []),

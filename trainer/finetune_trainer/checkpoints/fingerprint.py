@@ -21,6 +21,7 @@ EXECUTION_ONLY_FIELDS: Final = frozenset(
         "training.packing",
         "training.gradientCheckpointing",
         "evaluation.generation.publishAnswers",
+        "training.cudaGraphs",
         "checkpoint",
         "logging",
         "resources",

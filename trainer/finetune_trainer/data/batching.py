@@ -7,7 +7,7 @@ everywhere.
 
 import functools
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Final
@@ -19,6 +19,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
+from finetune_trainer.planning.shapes import filled_up, step_of
 
 #: Rows scanned for the most tokens of a micro-batch.
 _SCANNED_ROWS: Final = 16_384
@@ -201,17 +202,24 @@ class Collate:
     position_ids [1, tokens] and their starts as transformers' flash attention takes them (cu_seq_lens_*, max_length_*);
     `rows` and `longest`, the most of any micro-batch, keep shapes the same from pass to pass. A micro-batch without
     rows becomes two tokens and no target.
+
+    With `few_shapes`, packed rows are filled up to one of a few numbers of tokens by a sequence of padding, which
+    comes last and is seen by no row; targets are filled up likewise, by some whose `target_weights`, float32 [targets],
+    are 0.
     """
 
     packed: bool
     pad_id: int
     rows: int = 0
     longest: int = 0
+    few_shapes: bool = False
 
     def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         # Two tokens: of a dimension of one, torch.compile makes a graph of its own.
         rows = rows or [([self.pad_id] * 2, [IGNORE] * 2)]
-        return self._end_to_end(rows) if self.packed else self._padded(rows)
+        if not self.packed:
+            return self._padded(rows)
+        return self._filled_up(rows) if self.few_shapes else self._end_to_end(rows)
 
     def _end_to_end(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         lengths = [len(ids) for ids, _ in rows]
@@ -232,6 +240,29 @@ class Collate:
             **_targets([labels for _, labels in rows], starts),
         }
 
+    def _filled_up(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        real = sum(len(ids) for ids, _ in rows)
+        total = filled_up(real)
+        padding = total - real
+        batch = self._end_to_end(rows)
+        tokens = torch.full((1, padding), self.pad_id)
+        positions = torch.arange(padding)[None]
+        ends = torch.cat([batch["cu_seq_lens_q"], torch.tensor([total], dtype=torch.int32)])
+        longest = max(batch["max_length_q"], step_of(real))
+        targets = len(batch["target_ids"])
+        unreal = filled_up(targets) - targets
+        return batch | {
+            "input_ids": torch.cat([batch["input_ids"], tokens], 1),
+            "position_ids": torch.cat([batch["position_ids"], positions], 1),
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "target_positions": torch.nn.functional.pad(batch["target_positions"], (0, unreal), value=total - 1),
+            "target_ids": torch.nn.functional.pad(batch["target_ids"], (0, unreal), value=self.pad_id),
+            "target_weights": torch.nn.functional.pad(torch.ones(targets), (0, unreal)),
+        }
+
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         width = max(len(ids) for ids, _ in rows)
         return {
@@ -239,6 +270,21 @@ class Collate:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
             **_targets([labels for _, labels in rows], [width * row for row in range(len(rows))]),
         }
+
+
+def real_tokens(batch: Mapping[str, Any]) -> int:
+    """Return the tokens of a micro-batch without its padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if "target_weights" in batch:
+        return int(batch["cu_seq_lens_q"][-2])
+    return int(batch["input_ids"].numel())
+
+
+def real_targets(batch: Mapping[str, Any]) -> int:
+    """Return the targets of a micro-batch without those that only fill it up."""
+    weights = batch.get("target_weights")
+    return len(batch["target_ids"]) if weights is None else int(weights.sum())
 
 
 def _targets(labels: Sequence[Sequence[int]], starts: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -58,11 +58,11 @@ _Tile = Callable[[torch.Tensor, torch.Tensor, Logits, bool], tuple[torch.Tensor,
 def _tile(
     product: torch.Tensor, targets: torch.Tensor, logits: Logits, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the summed loss of the head's `product` [tokens, vocabulary] in float32, and its gradient in its type."""
+    """Return the losses of the head's `product` [tokens, vocabulary] in float32, and its gradient in its type."""
     full = logits.of_product(product)
     normalizer = full.logsumexp(-1, keepdim=True)
     index = targets[:, None]
-    loss = (normalizer - full.gather(-1, index)).sum()
+    loss = normalizer - full.gather(-1, index)
     if not with_gradient:
         return loss, None
     hit = torch.arange(full.shape[-1], device=full.device)[None] == index
@@ -82,6 +82,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        weights: torch.Tensor | None,
         logits: Logits,
         tile: _Tile,
     ) -> torch.Tensor:
@@ -92,10 +93,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for number in range(tiles):  # of equal size, but for one token
             part = slice(number * len(targets) // tiles, (number + 1) * len(targets) // tiles)
             product = torch.nn.functional.linear(hidden[part], weight, bias)
-            summed, slope = tile(product, targets[part], logits, wanted)
-            loss += summed
+            losses, slope = tile(product, targets[part], logits, wanted)
+            loss += _summed(losses, None if weights is None else weights[part])
             if gradient is not None and slope is not None:
                 torch.mm(slope, weight, out=gradient[part])
+        if gradient is not None and weights is not None:
+            gradient *= weights[:, None]
         ctx.save_for_backward(gradient)
         return loss
 
@@ -103,7 +106,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In float32: the slope holds fp16's loss scale, which fp16 itself may not.
-        return (gradient.float() * slopes[0]).to(gradient.dtype), None, None, None, None, None
+        return (gradient.float() * slopes[0]).to(gradient.dtype), *[None] * 6
+
+
+def _summed(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return (losses if weights is None else losses * weights[:, None]).sum()
 
 
 def summed_cross_entropy(
@@ -113,6 +120,7 @@ def summed_cross_entropy(
     targets: torch.Tensor,
     logits: Logits = Logits(),
     compiled: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the loss in nats, summed over all targets, as a float32 scalar; 0 without targets.
 
@@ -125,14 +133,15 @@ def summed_cross_entropy(
         targets: The token ids to predict there, int64 [targets].
         logits: What the model does to the head's product.
         compiled: Whether tiles are computed by torch.compile.
+        weights: What the loss of each target is multiplied by, float32 [targets]: 0 where it only fills up a shape.
     """
     chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
     if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
-        return _tile(head(chosen), targets, logits, False)[0]
+        return _summed(_tile(head(chosen), targets, logits, False)[0], weights)
     tile = _compiled_tile() if compiled and torch.is_grad_enabled() else _tile
     with torch.autocast(hidden.device.type, enabled=False):
         loss: torch.Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            chosen, head.weight, head.bias, targets, logits, tile
+            chosen, head.weight, head.bias, targets, weights, logits, tile
         )
         return loss
 
@@ -149,6 +158,8 @@ def _compiled_tile() -> _Tile:
     return tile
 
 
-def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def plain_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the loss in nats of `logits` [targets, vocabulary], summed over all targets, as a float32 scalar."""
-    return _tile(logits, targets, Logits(), False)[0]
+    return _summed(_tile(logits, targets, Logits(), False)[0], weights)

@@ -48,6 +48,7 @@ def patch_fused_loss(core: Any) -> None:
         *args: Any,
         target_positions: torch.Tensor | None = None,
         target_ids: torch.Tensor | None = None,
+        target_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if target_positions is None or target_ids is None:
@@ -57,10 +58,13 @@ def patch_fused_loss(core: Any) -> None:
         with _sequences(self, kwargs):
             if settings.own:
                 logits = plain(*args, **{**kwargs, "use_cache": False}).logits
-                return plain_cross_entropy(logits.flatten(0, 1).index_select(0, target_positions), target_ids)
+                chosen = logits.flatten(0, 1).index_select(0, target_positions)
+                return plain_cross_entropy(chosen, target_ids, target_weights)
             hidden = _body(self)(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
-        return summed_cross_entropy(hidden, head, target_positions, target_ids, settings.logits, settings.compiled)
+        return summed_cross_entropy(
+            hidden, head, target_positions, target_ids, settings.logits, settings.compiled, target_weights
+        )
 
     swap_forward(core, MethodType(forward, core))
 

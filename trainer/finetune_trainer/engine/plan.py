@@ -79,6 +79,9 @@ def plan_execution(
     log.info("Execution plan", **plan.manifest())
     if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing), base.shape)):
         log.info(f"The decoder layers are not compiled: {reason}")
+    if not plan.captured and spec.training.cuda_graphs == "enabled":
+        reason = planner.capture_blocker(spec, device, bool(plan.packing), attention, ranks.size, base.shape)
+        log.warning(f"CUDA graphs are not used: {reason or 'memory is short, or activations are recomputed'}")
     return plan
 
 

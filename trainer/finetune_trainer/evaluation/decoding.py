@@ -18,6 +18,7 @@ from finetune_trainer.errors import type_and_reason
 from finetune_trainer.evaluation import fixed_cache
 from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache
 from finetune_trainer.model.architecture import head_dim
+from finetune_trainer.runtime.peak_memory import free
 
 log = structlog.get_logger(__name__)
 #: Tokens between two looks at what the rows have found: a look waits for the GPU.
@@ -70,9 +71,7 @@ def rows_that_fit(model: Any, longest: int, max_new_tokens: int, rows: int) -> i
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = 2 * text.num_hidden_layers * heads * head_dim(text) * 2 * _length(longest, max_new_tokens)
-    free, _ = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, min(rows, int(free * _MEMORY_SHARE / size)))
+    return max(1, min(rows, int(free(model.device) * _MEMORY_SHARE / size)))
 
 
 def decode(

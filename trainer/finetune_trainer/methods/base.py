@@ -22,7 +22,7 @@ class Method(Protocol):
         """Return the function that makes a micro-batch.
 
         Args:
-            plan: Says whether rows are packed end to end.
+            plan: Says whether rows are packed end to end, and whether passes are captured: then shapes must be few.
             pad_id: Token id that fills up padded rows.
             rows: The most rows of any micro-batch.
             longest: The most tokens of any row; 0 when shapes may change from batch to batch.

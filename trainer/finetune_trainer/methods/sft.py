@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.data.batching import Collate
+from finetune_trainer.data.batching import Collate, real_targets
 from finetune_trainer.methods.base import Collator
 
 
@@ -17,11 +17,11 @@ class Sft:
     minimized = frozenset({"evalLoss"})
 
     def collator(self, plan: ExecutionPlan, pad_id: int, rows: int, longest: int = 0) -> Collator:
-        return Collate(bool(plan.packing), pad_id, rows, longest)
+        return Collate(bool(plan.packing), pad_id, rows, longest, few_shapes=bool(plan.captured and longest))
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         summed: torch.Tensor = model(**batch)
         return summed
 
     def targets(self, batch: Mapping[str, Any]) -> int:
-        return len(batch["target_ids"])
+        return real_targets(batch)

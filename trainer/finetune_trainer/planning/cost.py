@@ -36,5 +36,7 @@ def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:
     each = _STARTING_A_LAYER if layout.compiled else _STARTING_A_LAYER_EAGER
     smaller = _WEIGHTS_OF_A_LAYER * shape.layers / shape.active_weights
     on_the_host = (2 + checkpointed) * shape.layers * (each + still_quantized * _STARTING_TO_DEQUANTIZE) * smaller
+    if layout.captured:
+        on_the_host = 0.0
     passes = rows // layout.micro_batch
     return passes * (_EACH_PASS + max(on_the_gpu, on_the_host))

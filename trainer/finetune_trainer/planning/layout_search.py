@@ -11,9 +11,11 @@ from finetune_trainer.planning.cost import cost
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import (
     Layout,
+    Memory,
     ModelShape,
     predict,
 )
+from finetune_trainer.planning.shapes import filled_up
 
 #: Larger micro-batches gain nothing on a CPU.
 CPU_MICRO_BATCH: Final = 8
@@ -47,6 +49,7 @@ class LayoutSearch:
         processes: Number of processes.
         compiled: Whether decoder layers may be compiled.
         tokens: Returns the most tokens of any micro-batch of so many rows; None counts every row as the longest.
+        capturable: Whether passes may be replayed as CUDA graphs.
     """
 
     spec: FineTuneJobSpec
@@ -58,6 +61,7 @@ class LayoutSearch:
     processes: int
     compiled: bool
     tokens: Callable[[int], int] | None
+    capturable: bool = False
 
     def layout(
         self, micro_batch: int, checkpointed: int, dequantized: int = 0, sharded: bool = False, selective: bool = False
@@ -83,9 +87,11 @@ class LayoutSearch:
         known = self.compiled and self.shape is not None
         checkpointed, selective = _fixed(checkpointing, layers, known) or (int(checkpointing), False)
         dequantized = 0 if self.spec.quantization.cached_layers == "auto" else self.spec.quantization.cached_layers
-        return self.layout(
-            micro, checkpointed, min(dequantized, layers) if self._can_dequantize else 0, selective=selective
-        )
+        dequantized = min(dequantized, layers) if self._can_dequantize else 0
+        layout = self.layout(micro, checkpointed, dequantized, selective=selective)
+        # What graphs take can only be predicted of a known shape: of another one they must be asked for.
+        asked_for = self.spec.training.cuda_graphs == "enabled" and self.capturable
+        return _captured(layout) if asked_for and not checkpointed else layout
 
     def fastest(self, shape: ModelShape) -> tuple[Layout, int] | None:
         """Return the fastest layout that fits and its peak in bytes; None if none fits."""
@@ -94,11 +100,21 @@ class LayoutSearch:
             found = self._fitting(shape, sharded=True)
         if not found:
             return None
+        if self.spec.training.cuda_graphs == "enabled":
+            found = [layout for layout in found if layout.captured] or found
         layout = min(found, key=lambda layout: cost(self.share, layout, shape, self.spec.quantization.bits))
         return layout, self.peak(shape, layout)
 
     def peak(self, shape: ModelShape, layout: Layout) -> int:
-        return predict(shape, self.spec, layout, longest=self.longest, attention=self.attention).total
+        return self._memory(shape, layout).total
+
+    def _memory(self, shape: ModelShape, layout: Layout) -> Memory:
+        return predict(shape, self.spec, layout, longest=self.longest, attention=self.attention)
+
+    def _needed(self, shape: ModelShape, layout: Layout) -> int:
+        """Return the bytes that must be free for the process: CUDA graphs keep those of a pass for themselves."""
+        memory = self._memory(shape, layout)
+        return memory.total + memory.of_a_pass * layout.captured
 
     def minimal_memory(self, shape: ModelShape, sharded: bool = False) -> Layout:
         """Return the layout that takes the least memory of those that the spec allows."""
@@ -111,10 +127,12 @@ class LayoutSearch:
         for micro in self._sizes(max(1, _ENOUGH_TOKENS // self.longest)):
             for checkpointed, selective in self._checkpointed(shape, sharded):
                 least = self.layout(micro, checkpointed, 0, sharded, selective)
-                dequantized = 0 if sharded else self._most_dequantized(shape, least)
-                layout = replace(least, dequantized=dequantized)
-                if self.device.fits(self.peak(shape, layout)):
-                    found.append(layout)
+                captured = [_captured(least)] if self.capturable and not checkpointed and not sharded else []
+                for each in (least, *captured):
+                    dequantized = 0 if sharded else self._most_dequantized(shape, each)
+                    layout = replace(each, dequantized=dequantized)
+                    if self.device.fits(self._needed(shape, layout)):
+                        found.append(layout)
         return found
 
     def _most_dequantized(self, shape: ModelShape, layout: Layout) -> int:
@@ -123,9 +141,9 @@ class LayoutSearch:
         if wanted is not None or not self.device.memory_bytes:
             return shape.layers if wanted is None else wanted
         all_dequantized = replace(layout, dequantized=shape.layers)
-        if self.device.fits(self.peak(shape, all_dequantized)):
+        if self.device.fits(self._needed(shape, all_dequantized)):
             return shape.layers
-        none, one = (self.peak(shape, replace(layout, dequantized=count)) for count in (0, 1))
+        none, one = (self._needed(shape, replace(layout, dequantized=count)) for count in (0, 1))
         return max(0, min(shape.layers - 1, (self.device.usable_bytes - none) // (one - none)))
 
     @property
@@ -163,6 +181,10 @@ class LayoutSearch:
         several = {*range(0, shape.layers + 1, max(1, shape.layers // 32)), shape.layers}
         numbers = several if wanted == "auto" else {min(wanted, shape.layers)}
         return sorted(itertools.product(numbers, (False, True) if compiled else (False,)))
+
+
+def _captured(layout: Layout) -> Layout:
+    return replace(layout, captured=True, tokens=filled_up(layout.tokens))
 
 
 def _fixed(checkpointing: int | str, layers: int, compiled: bool) -> tuple[int, bool] | None:

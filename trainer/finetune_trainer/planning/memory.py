@@ -154,6 +154,11 @@ class Memory:
     def total(self) -> int:
         return self.weights + self.adapter + self.activations + self.workspace
 
+    @property
+    def of_a_pass(self) -> int:
+        """What is gone after a pass; CUDA graphs keep as much for themselves, beside what other passes take."""
+        return self.activations + self.workspace
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -168,6 +173,7 @@ class Layout:
         selective: Whether compiled layers recompute the inputs of adapters (selective checkpointing).
         processes: Number of processes.
         sharded: Whether the base weights are sharded over all processes.
+        captured: Whether passes are replayed as CUDA graphs.
     """
 
     micro_batch: int
@@ -178,6 +184,7 @@ class Layout:
     selective: bool = False
     processes: int = 1
     sharded: bool = False
+    captured: bool = False
 
 
 def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest: int, attention: str) -> Memory:
@@ -189,9 +196,10 @@ def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest
     kept = layout.tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
     # The first layers are checkpointed, and their backward pass comes last: what the others keep is gone by then.
     whole = max(shape.layers - layout.checkpointed, min(layout.checkpointed, 1))
+    gradients = 4 + 8 * layout.captured  # the pass's own, those that its graph leaves, and their sum over the step
     return Memory(
         weights=_weights(shape, spec, layout),
-        adapter=int(adapter_weights(shape, spec) * (4 + 4 + _OPTIMIZER_BYTES[spec.training.optimizer])),
+        adapter=int(adapter_weights(shape, spec) * (4 + gradients + _OPTIMIZER_BYTES[spec.training.optimizer])),
         activations=int(layout.checkpointed * kept + whole * layer),
         workspace=_workspace(shape, spec, layout),
     )

@@ -42,6 +42,27 @@ def compile_blocker(spec: FineTuneJobSpec, device: Device, packed: bool, shape: 
     return None if packed else "rows are padded, each micro-batch to another width"
 
 
+def capture_blocker(
+    spec: FineTuneJobSpec, device: Device, packed: bool, attention: str, world_size: int, shape: ModelShape | None
+) -> str | None:
+    """Return why passes are not replayed as CUDA graphs, or None if they may be."""
+    if spec.training.cuda_graphs == "disabled":
+        return "training.cudaGraphs is disabled"
+    if device.kind == "cpu":
+        return "there is no GPU"
+    if not packed:
+        return "rows are padded, each micro-batch to another width"
+    if attention not in _WITHOUT_PADDING:
+        return f"attention {attention} looks for the beginnings of rows in each pass"
+    if spec.quantization.bits == 8:
+        return "LLM.int8 products wait for the GPU"
+    if spec.training.precision == "fp16":
+        return "the loss scale of fp16 changes from step to step"
+    if shape and shape.routing:
+        return "tokens are dealt out to experts on the host"
+    return "several GPUs add up gradients while the backward pass runs" if world_size > 1 else None
+
+
 def local_batch(spec: FineTuneJobSpec, world_size: int) -> int:
     """Return the sequences of each process and step; raises ConfigInvalid if batchSize cannot be split evenly."""
     if spec.training.batch_size % world_size:
@@ -83,7 +104,8 @@ def make_plan(
     length = min(longest or spec.training.max_length, spec.training.max_length)
     packed = uses_packing(spec, device, attention)
     compiled = can_compile and compile_blocker(spec, device, packed, shape) is None
-    search = LayoutSearch(spec, device, shape, attention, length, share, world_size, compiled, tokens)
+    capturable = capture_blocker(spec, device, packed, attention, world_size, shape) is None
+    search = LayoutSearch(spec, device, shape, attention, length, share, world_size, compiled, tokens, capturable)
     layout: Layout = search.default()
     peak: int | None = None
     if shape and device.kind == "cuda":
@@ -103,6 +125,7 @@ def make_plan(
         packing=packed,
         tokens_per_pass=layout.tokens,
         compiled=layout.compiled,
+        captured=layout.captured,
         fp8=_in_fp8(spec, layout) and has_fp8,
         attention=attention,
         predicted_peak_memory_bytes=peak,

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _before = 0
+_set_aside = 0
 
 
 def reset_peak() -> None:
@@ -18,6 +20,27 @@ def reset_peak() -> None:
 def peak() -> int:
     """Return the peak since `reset_peak`, in bytes that PyTorch's allocator held."""
     return max(_before, torch.cuda.max_memory_allocated())
+
+
+def reserved() -> int:
+    """Return the bytes that PyTorch has taken from the device, after it gave back what nobody uses."""
+    if not torch.cuda.is_initialized():
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def set_aside(size: int) -> None:
+    """Say how many reserved bytes nobody else can have, though nothing is allocated there: those of CUDA graphs."""
+    global _set_aside
+    _set_aside = size
+
+
+def free(device: Any) -> int:
+    """Return the bytes that can be allocated on the GPU `device`."""
+    left, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return left + max(0, unused - _set_aside)
 
 
 @contextmanager

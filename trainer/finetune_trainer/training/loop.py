@@ -11,6 +11,7 @@ from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
 from finetune_trainer.engine.gradients import GradientReducer
+from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
@@ -28,16 +29,30 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     control: TrainerControl
 
     def __init__(
-        self, *, model: Any, method: Method, batches: StepBatches, hooks: TrainingHooks, **options: Any
+        self,
+        *,
+        model: Any,
+        method: Method,
+        batches: StepBatches,
+        hooks: TrainingHooks,
+        captured: bool = False,
+        **options: Any,
     ) -> None:
         self._method, self._batches, self._hooks = method, batches, hooks
         self._reducer: GradientReducer | None = None
+        #: Passes replayed as CUDA graphs, if they are.
+        self.graphs: StepGraphs | None = None
         weights = {name: each.data for name, each in model.named_parameters() if each.requires_grad}
         super().__init__(model=model, callbacks=[hooks], **options)
         for name, parameter in model.named_parameters():  # TRL rounds adapter weights to bfloat16: put them back
             if name in weights:
                 parameter.data = weights[name]
         self.remove_callback(PrinterCallback)
+        if captured:
+            self.graphs = StepGraphs(
+                [each for each in model.parameters() if each.requires_grad],
+                lambda inputs, targets: self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=targets),
+            )
 
     def get_train_dataloader(self) -> Any:
         return self._batches.loader
@@ -55,10 +70,12 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one forward and backward pass without waiting for the device. Raises StepAborted."""
         self._hooks.before_micro_batch()
-        loss = self.compute_loss(model, on_device(inputs, self.args.device), num_items_in_batch=num_items_in_batch)
         is_last = self.accelerator.sync_gradients
-        with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
-            self.accelerator.backward(loss)
+        loss = self.graphs.run(inputs, num_items_in_batch) if self.graphs else None
+        if loss is None:
+            loss = self.compute_loss(model, on_device(inputs, self.args.device), num_items_in_batch=num_items_in_batch)
+            with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
+                self.accelerator.backward(loss)
         loss = loss.detach() * int(self.args.world_size)  # logged as the mean over ranks
         self._hooks.after_micro_batch(loss, self.state.global_step + 1)
         if is_last:

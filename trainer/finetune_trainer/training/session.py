@@ -120,12 +120,17 @@ class TrainingSession:
             except Exception as error:
                 if not is_gpu_out_of_memory(error):
                     raise
+                if trainer.graphs:
+                    trainer.graphs.clear()
                 self.plan = self._smaller(error)
                 state, checkpoint = self._last_good(trainer, hooks, initial)
                 del trainer, hooks, error
                 continue
             if hooks.preempted:
                 raise self._preempted(hooks.run)
+            if trainer.graphs:
+                self.plan = self.plan.model_copy(update={"captured": not trainer.graphs.problem})
+                trainer.graphs.clear()
             plan = self._with_measured_memory() if self.has_trained else self.plan
             self.ctx.report.plan(plan)
             return TrainingResult(hooks.run, plan)
@@ -171,6 +176,7 @@ class TrainingSession:
             method=self.method,
             batches=batches,
             hooks=hooks,
+            captured=bool(self.plan.captured) and not self.plan.gradient_checkpointing,
             args=training_arguments(self.ctx.spec, self.plan, self.ctx.directory.checkpoints, self.model),
             train_dataset=self.data.train.dataset(),
             eval_dataset=None,
@@ -189,6 +195,9 @@ class TrainingSession:
         """Return the plan with a smaller micro-batch and the same effective batch. Raises GpuOutOfMemory."""
         plan = self.plan
         micro = plan.micro_batch_size or 1
+        if plan.captured and self.ctx.spec.recovery.on_out_of_memory != "Fail":
+            log.warning("The GPU ran out of memory: retrying without CUDA graphs")
+            return self._retried(plan.model_copy(update={"captured": False}))
         if micro == 1:
             uncached = " quantization.cachedLayers: 0 or" if plan.cached_layers else ""
             raise GpuOutOfMemory(
@@ -200,8 +209,13 @@ class TrainingSession:
         share = micro * (plan.gradient_accumulation_steps or 1)
         smaller = next(size for size in range(micro // 2, 0, -1) if share % size == 0)
         log.warning(f"The GPU ran out of memory at micro-batch {micro}: retrying with {smaller}, same effective batch")
+        return self._retried(
+            plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
+        )
+
+    def _retried(self, plan: ExecutionPlan) -> ExecutionPlan:
+        """Return `plan` with its tokens counted anew, and report it."""
         self.ctx.telemetry.out_of_memory.inc()
-        plan = plan.model_copy(update={"micro_batch_size": smaller, "gradient_accumulation_steps": share // smaller})
         most = Steps.from_plan(self.ctx.spec, self.data.train.input_ids.lengths, plan).most_tokens
         plan = plan.model_copy(update={"tokens_per_pass": most})
         self.ctx.report.plan(plan)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune_trainer.data.batching import Loader
+from finetune_trainer.data.batching import Loader, real_tokens
 from finetune_trainer.methods.base import Method
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.runtime.transfer import AsyncScalar
@@ -36,7 +36,7 @@ class StepBatches:
             self._iterator, self._prefetched = iterator, []
         batches = [*self._prefetched, *islice(iterator, count - len(self._prefetched))]
         self._prefetched = []
-        self._throughput.tokens += sum(_real_tokens(batch) for batch in batches)
+        self._throughput.tokens += sum(real_tokens(batch) for batch in batches)
         targets = torch.full((2,), sum(self._method.targets(batch) for batch in batches), device=device)
         if self._ranks.size > 1:
             targets[1] = int(bool(self._stop))
@@ -54,8 +54,3 @@ class StepBatches:
         if self._ranks.size == 1:
             return bool(self._stop)
         return self._stop_agreed is not None and bool(self._stop_agreed.value())
-
-
-def _real_tokens(batch: dict[str, Any]) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())

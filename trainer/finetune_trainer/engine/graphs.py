@@ -1,0 +1,196 @@
+"""Forward and backward passes as CUDA graphs: one launch where Python would launch thousands of kernels.
+
+A pass of few tokens, or of a small model, takes the GPU less time than Python needs to launch its kernels. A graph
+(torch.cuda.CUDAGraph) launches them all at once, on the memory that they were captured with, so the sums are those of
+the pass that was captured. Weights are read where they lie, and random generators go on as without.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import structlog
+import torch
+
+from finetune_trainer.engine.flat import flattened
+from finetune_trainer.errors import type_and_reason
+from finetune_trainer.runtime.peak_memory import reserved, set_aside
+
+log = structlog.get_logger(__name__)
+#: Beyond so many shapes a pass runs as ever: each graph takes host memory and a second to capture.
+_MOST_GRAPHS: Final = 128
+
+#: Returns the loss of a micro-batch on the device; a device scalar holds the targets of the whole step.
+Loss = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+class StepGraphs:
+    """Replays the passes of micro-batches, one graph for each shape.
+
+    The first pass of a shape is left to the caller: it compiles, tunes and loads whatever it needs. The second is
+    captured, and all passes from then on are replayed. Where a capture fails, everything is left to the caller.
+
+    Attributes:
+        problem: Why nothing is captured anymore; None while all is well.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], loss: Loss) -> None:
+        self.problem: str | None = None
+        self._parameters = list(parameters)
+        self._loss = loss
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, _Pass] = {}
+        self._addresses: list[int] = []
+        self._gradients: _Gradients | None = None
+        self._pool: Any = None
+        self._held = 0  # bytes
+
+    def run(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor | None:
+        """Return the loss of `batch`, with its gradient added to the parameters'; None if the caller must compute it.
+
+        Args:
+            batch: The micro-batch, in host memory or on the device.
+            targets: The targets of the whole step, a scalar on the device.
+        """
+        if self.problem:
+            return None
+        addresses = [each.data_ptr() for each in self._parameters]
+        if addresses != self._addresses:  # the optimizer has moved the weights: graphs read where they were
+            self.clear()
+            self._addresses = addresses
+        key = tuple(_kind(each) for each in batch.items())
+        found = self._graphs.get(key)
+        if found is None:
+            if key not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
+                self._seen.add(key)
+                return None
+            found = self._captured(batch, targets)
+            if found is None:
+                return None
+            self._graphs[key] = found
+        loss = found.replay(batch, targets)
+        assert self._gradients is not None
+        self._gradients.hand_over(found.used)
+        return loss
+
+    def clear(self) -> None:
+        """Drop all graphs, and the memory that they hold."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._gradients = self._pool = None
+        self._held = 0
+        set_aside(0)
+
+    def _captured(self, batch: Mapping[str, Any], targets: torch.Tensor) -> "_Pass | None":
+        try:
+            if self._gradients is None:
+                self._gradients = _Gradients(self._parameters)
+            before = reserved()
+            found = _Pass(batch, targets, self._loss, self._gradients)
+            self._pool = found.capture(self._pool)
+            self._held += max(0, reserved() - before)
+            set_aside(self._held)
+        except Exception as error:
+            self.problem = type_and_reason(error)
+            log.warning(f"CUDA graphs disabled, launching each kernel (slower): {self.problem}")
+            self.clear()
+            _leave_capture()
+            return None
+        return found
+
+
+class _Gradients:
+    """The gradients that a replayed pass leaves, and those of the step that they are added to."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+        zeros = [torch.zeros_like(each) for each in parameters]
+        self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.of_pass: list[torch.Tensor] = [*zeros]
+        self._of_step: list[torch.Tensor] = [*zeros]
+        for dtype in dict.fromkeys(each.dtype for each in zeros):
+            places = [place for place, each in enumerate(zeros) if each.dtype == dtype]
+            both = [flattened([zeros[place] for place in places]) for _ in range(2)]
+            self._flat.append((both[0][0], both[1][0]))
+            for (_, views), target in zip(both, (self.of_pass, self._of_step), strict=True):
+                for place, view in zip(places, views, strict=True):
+                    target[place] = view
+
+    def hand_over(self, used: list[int]) -> None:
+        """Add the gradients of the pass to those of the step."""
+        members = [self._parameters[place] for place in used]
+        if all(each.grad is None for each in members):
+            for of_pass, of_step in self._flat:
+                of_step.copy_(of_pass)
+            for place, each in zip(used, members, strict=True):
+                each.grad = self._of_step[place]
+            return
+        sums = []
+        for each in members:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+            sums.append(each.grad)
+        torch._foreach_add_(sums, [self.of_pass[place] for place in used])
+
+
+class _Pass:
+    """One forward and backward pass: captured once, then replayed."""
+
+    def __init__(self, batch: Mapping[str, Any], targets: torch.Tensor, loss: Loss, gradients: _Gradients) -> None:
+        self.used: list[int] = []  # places of the parameters that get a gradient
+        self._compute_loss, self._gradients = loss, gradients
+        device = targets.device
+        self._batch = {
+            name: torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each
+            for name, each in batch.items()
+        }
+        self._targets = torch.empty_like(targets)
+        self._loss = torch.zeros((), device=device)
+        self._graph: Any = None
+        self._fill(batch, targets)
+
+    def capture(self, pool: Any) -> Any:
+        """Capture the pass in the memory of `pool`, the one of all graphs: only one of them runs at a time."""
+        self._graph, pool = capture(self._run, pool)
+        return pool
+
+    def replay(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        self._fill(batch, targets)
+        self._graph.replay()
+        return self._loss
+
+    def _fill(self, batch: Mapping[str, Any], targets: torch.Tensor) -> None:
+        for name, each in batch.items():
+            if isinstance(each, torch.Tensor):
+                self._batch[name].copy_(each, non_blocking=True)
+        self._targets.copy_(targets)
+
+    def _run(self) -> None:
+        parameters = self._gradients._parameters
+        loss = self._compute_loss(dict(self._batch), self._targets)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.used = [place for place, each in enumerate(found) if each is not None]
+        torch._foreach_copy_([self._gradients.of_pass[place] for place in self.used], [found[p] for p in self.used])
+        self._loss.copy_(loss.detach())
+
+
+def capture(function: Callable[[], None], pool: Any) -> tuple[Any, Any]:
+    """Capture what `function` launches; return the graph, and the pool of its memory."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may do as they like meanwhile: they pin memory, and watch over messages of several ranks.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph, graph.pool()
+
+
+def _leave_capture() -> None:
+    """Let the random generators leave a capture that CUDA ended: else they refuse to draw from then on."""
+    with suppress(Exception):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros((), device="cuda")
+
+
+def _kind(item: tuple[str, Any]) -> Hashable:
+    name, value = item
+    return (name, value.shape, value.dtype) if isinstance(value, torch.Tensor) else (name, value)
