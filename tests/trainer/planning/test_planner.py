@@ -24,6 +24,7 @@ from finetune_trainer.planning.memory import (
 )
 from finetune_trainer.planning.planner import make_plan
 from finetune_trainer.planning.routing import Routing
+from finetune_trainer.planning.shapes import filled_up, step_of
 
 CONFIG = {
     "vocab_size": 32768,
@@ -37,6 +38,14 @@ MISTRAL_7B = ModelShape.from_config(CONFIG)
 LLAMA_70B = ModelShape.from_config(
     CONFIG | {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
               "num_attention_heads": 64}
+)  # fmt: skip
+QWEN_05B = ModelShape.from_config(
+    {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+     "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
+)  # fmt: skip
+QWEN_15B = ModelShape.from_config(
+    {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+     "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}
 )  # fmt: skip
 CPU = Device("cpu")
 
@@ -218,6 +227,46 @@ def test_selective_checkpointing_is_for_compiled_layers(attention: str, expected
     assert (plan.checkpointed_layers, plan.selective_checkpointing) == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows", "captured"),
+    [(MISTRAL_7B, 1, True), (MISTRAL_7B, 4, True), (MISTRAL_7B, 16, False), (QWEN_05B, 16, True),
+     (QWEN_15B, 16, True), (QWEN_05B, 256, False)],
+)  # fmt: skip
+def test_passes_too_short_for_python_are_captured(shape: ModelShape, rows: int, captured: bool) -> None:
+    spec = _spec(training={"batchSize": rows, "microBatchSize": rows})
+    plan = make_plan(spec, _gpu(140), 1, "varlen", shape, tokens=_rows_of_325_tokens)
+    assert plan.captured is captured
+    assert plan.tokens_per_pass == (filled_up if captured else int)(_rows_of_325_tokens(rows))
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "attention", "captured"),
+    [({}, 1, "varlen", True), ({"training": {"cudaGraphs": "disabled"}}, 1, "varlen", False),
+     ({}, 1, "sdpa", False), ({"training": {"packing": "enabled"}}, 1, "sdpa", False), ({}, 2, "varlen", False),
+     ({"training": {"gradientCheckpointing": "enabled"}}, 1, "varlen", False),
+     ({"training": {"precision": "fp16"}}, 1, "varlen", False), ({"quantization": {"bits": 8}}, 1, "varlen", False),
+     ({"training": {"compile": "disabled"}}, 1, "varlen", True)],
+)  # fmt: skip
+def test_what_is_captured(sections: dict[str, Any], world: int, attention: str, captured: bool) -> None:
+    training = {"batchSize": 2} | sections.get("training", {})
+    plan = make_plan(_spec(**sections | {"training": training}), _gpu(140), world, attention, MISTRAL_7B)
+    assert plan.captured is captured
+    forced = {"training": training | {"cudaGraphs": training.get("cudaGraphs", "enabled"), "batchSize": 16}}
+    assert make_plan(_spec(**sections | forced), _gpu(140), world, attention, MISTRAL_7B).captured is captured
+
+
+@given(st.integers(1, 32), st.sampled_from([16, 17, 18, 20, 22, 24, 28]))
+def test_graphs_keep_their_memory_beside_what_other_passes_take(rows: int, gib: int) -> None:
+    spec = _spec(training={"batchSize": rows, "cudaGraphs": "enabled", "gradientCheckpointing": "disabled"})
+    plan = make_plan(spec, _gpu(gib), 1, "varlen", MISTRAL_7B, tokens=_rows_of_325_tokens)
+    if plan.captured:
+        layout = Layout(plan.micro_batch_size or 0, plan.tokens_per_pass or 0, dequantized=plan.cached_layers or 0,
+                        compiled=True, selective=bool(plan.selective_checkpointing), captured=True)  # fmt: skip
+        assert MISTRAL_7B is not None
+        memory = predict(MISTRAL_7B, spec, layout, longest=512, attention="varlen")
+        assert _gpu(gib).fits(memory.total + memory.activations + memory.workspace)
+
+
 def test_short_rows_need_less_than_max_length_allows() -> None:
     short, long = (make_plan(_spec(), _gpu(8), 1, "sdpa", MISTRAL_7B, longest=length) for length in (128, 512))
     assert (short.micro_batch_size or 0) > (long.micro_batch_size or 0)
@@ -339,6 +388,11 @@ LAID_OUT: dict[str, tuple[float, ModelShape | None, Layout, dict[str, Any]]] = {
     "not compiled": (27.67, MISTRAL_7B, Layout(8, 2987, 0, 32), {}),
     "not compiled, padded": (22.10, MISTRAL_7B, Layout(8, 3624), {}),
     "not compiled, padded, no dropout": (39.54, MISTRAL_7B, Layout(16, 7248), NO_DROPOUT),
+    # Replayed as CUDA graphs, on an H200
+    "1 row, captured": (15.45, MISTRAL_7B, Layout(1, 512, 0, 32, compiled=True, captured=True), {}),
+    "8 rows, captured": (24.45, MISTRAL_7B, Layout(8, 3200, 0, 32, compiled=True, captured=True), {}),
+    "0.5B, captured": (5.96, QWEN_05B, Layout(16, 6016, 0, 24, compiled=True, captured=True), {}),
+    "1.5B, captured": (12.31, QWEN_15B, Layout(16, 6016, 0, 28, compiled=True, captured=True), {}),
 }
 
 
@@ -466,3 +520,13 @@ def test_quantities_are_bytes(quantity: int | str, size: int) -> None:
     from finetune_api.fields import quantity_bytes
 
     assert quantity_bytes(quantity) == size
+
+
+@given(st.integers(1, 1 << 20))
+def test_shapes_are_few_and_waste_little(count: int) -> None:
+    shape = filled_up(count)
+    assert shape % 64 == 0
+    assert 0 <= shape - count < step_of(count)
+    assert step_of(count) <= max(64, count // 32)
+    assert filled_up(shape) == shape, "a full shape stays as it is"
+    assert filled_up(0) == 64
