@@ -42,6 +42,12 @@ TrainingHooks.on_step_end = stop
 """
 SETTINGS: dict[str, Any] = {"training__maxSteps": 100, "evaluation__everySteps": 40}
 RUNS = {"captured": "", "launched": LAUNCHED, "looking": LOOKING, "stopped": STOPPED}
+#: Weights dequantized in each pass, norms and dropout recomputed, two passes a step.
+FRUGAL: dict[str, Any] = {
+    "quantization__cachedLayers": 0,
+    "training__gradientCheckpointing": "selective",
+    "training__microBatchSize": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +56,13 @@ def logs(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root = tmp_path_factory.mktemp("graphs")
     settings = SETTINGS | {"dataset__eval": f"file://{material}/train.jsonl"}
     running = {name: start(material, root / name, prelude, **settings) for name, prelude in RUNS.items()}
+    for name, prelude in (("frugal", ""), ("frugal, launched", LAUNCHED)):
+        running[name] = start(material, root / name, prelude, **settings | FRUGAL)
     found = {name: run.communicate(timeout=400)[0] for name, run in running.items()}
     resumed = start(material, root / "stopped", **settings)
     found["resumed"] = resumed.communicate(timeout=400)[0]
     print({name: log[-1500:] for name, log in found.items() if "published" not in log})
-    return found | {f"{name} in": str(root / name) for name in RUNS}
+    return found | {f"{name} in": str(root / name) for name in running}
 
 
 def _adapter(logs: dict[str, str], name: str) -> bytes:
@@ -73,6 +81,14 @@ def test_100_captured_steps_are_those_of_launched_kernels_bit_for_bit(logs: dict
     assert len(_losses(logs, "captured")) == 100
     assert _losses(logs, "captured") == _losses(logs, "launched")
     assert _adapter(logs, "captured") == _adapter(logs, "launched")
+
+
+def test_so_are_those_of_accumulated_passes_with_4_bit_weights_that_recompute(logs: dict[str, str]) -> None:
+    plan = report(Path(logs["frugal in"]))["executionPlan"]
+    expected = {"captured": True, "cachedLayers": 0, "selectiveCheckpointing": True, "gradientAccumulationSteps": 2}
+    assert {name: plan[name] for name in expected} == expected, logs["frugal"][-3000:]
+    assert _losses(logs, "frugal") == _losses(logs, "frugal, launched")
+    assert _adapter(logs, "frugal") == _adapter(logs, "frugal, launched")
 
 
 def test_a_capture_that_fails_is_logged_and_changes_no_number(logs: dict[str, str]) -> None:
