@@ -1,7 +1,5 @@
-"""Passes replayed as CUDA graphs compute what launched ones do, bit for bit. Skipped where there is no GPU."""
+"""Passes replayed as CUDA graphs compute what launched kernels do, bit for bit. Skipped where there is no GPU."""
 
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +13,65 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-#: The same micro-batches, filled up alike, but every kernel is launched.
-LAUNCHED = "from finetune_trainer.engine import graphs; graphs.StepGraphs.run = lambda *args: None"
-#: The loss looks at a number on the GPU, which no capture allows.
-LOOKING = """
+#: Trains in turn, in one process and so with the same kernels: each time from the same weights and random numbers.
+#: "looking" looks at a number on the GPU, which no capture allows; "resumed" begins with the captured run's checkpoint.
+IN_TURN = """
+import shutil
 import torch
+from finetune_trainer.checkpoints.manager import CheckpointManager
+from finetune_trainer.engine import graphs
 from finetune_trainer.methods.sft import Sft
-loss = Sft.loss
+from finetune_trainer.runtime.device import seed
+from finetune_trainer.training.hooks import TrainingHooks
+from finetune_trainer.training.session import TrainingSession, restore, snapshot
+
+fit, loss, run, record = TrainingSession.fit, Sft.loss, graphs.StepGraphs.run, TrainingHooks._record
+upload, lines = CheckpointManager.upload, []
+
+def recorded(self, step, values, **timing):
+    lines.append(values)
+    record(self, step, values, **timing)
+
+def kept(self, folder, step):
+    upload(self, folder, step)
+    if step == 60:
+        shutil.copytree(folder, f"{PATH}.60", dirs_exist_ok=True)
+
 def looking(self, model, batch):
     found = loss(self, model, batch)
     if torch.cuda.is_current_stream_capturing():
         float(found)
     return found
-Sft.loss = looking
+
+def in_turn(self, state, checkpoint):
+    initial, found = snapshot(self.model), {}
+    for name in ("launched", "launched again", "captured", "resumed", "looking"):
+        graphs.StepGraphs.run = (lambda *args: None) if name.startswith("launched") else run
+        Sft.loss = looking if name == "looking" else loss
+        lines.clear()
+        seed(self.ctx.spec.training.seed)
+        turn = TrainingSession(self.ctx, self.method, self.plan, self.base, self.model, self.data, (), self.checkpoints)
+        if name == "resumed":
+            folder = shutil.copytree(f"{PATH}.60", self.ctx.directory.checkpoint(60), dirs_exist_ok=True)
+            result = fit(turn, self.ctx.directory.take_from_checkpoint(folder), folder)
+        else:
+            restore(self.model, initial)
+            self.ctx.directory.keep_steps(0)
+            result = fit(turn, type(state)(fingerprint=state.fingerprint), None)
+        found[name] = {
+            "loss": [each["loss"] for each in lines if "loss" in each],
+            "norm": [each["gradNorm"] for each in lines if "gradNorm" in each],
+            "weights": snapshot(self.model),
+            "captured": result.plan.captured,
+            "peak": result.plan.measured_peak_memory_bytes / result.plan.predicted_peak_memory_bytes,
+        }
+        print("RESULT", name, found[name]["captured"], found[name]["loss"][::20], found[name]["peak"], flush=True)
+    torch.save(found, PATH)
+    return result
+
+TrainingHooks._record, TrainingSession.fit, CheckpointManager.upload = recorded, in_turn, kept
 """
-#: A stop after step 30, in the middle of everything.
-STOPPED = f"""
-import os
-from finetune_trainer.training.hooks import TrainingHooks
-end = TrainingHooks.on_step_end
-def stop(self, args, state, control, **options):
-    if state.global_step == 30:
-        os.kill(os.getpid(), {int(signal.SIGTERM)})
-    end(self, args, state, control, **options)
-TrainingHooks.on_step_end = stop
-"""
-SETTINGS: dict[str, Any] = {"training__maxSteps": 100, "evaluation__everySteps": 40}
-RUNS = {"captured": "", "launched": LAUNCHED, "looking": LOOKING, "stopped": STOPPED}
-#: Weights dequantized in each pass, norms and dropout recomputed, two passes a step.
+#: 4-bit weights dequantized in each pass, norms and dropout recomputed, two passes a step.
 FRUGAL: dict[str, Any] = {
     "quantization__cachedLayers": 0,
     "training__gradientCheckpointing": "selective",
@@ -50,57 +79,50 @@ FRUGAL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def logs(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The log of each run by its name, and its folder as `<name> in`. They run at the same time."""
-    root = tmp_path_factory.mktemp("graphs")
-    settings = SETTINGS | {"dataset__eval": f"file://{material}/train.jsonl"}
-    running = {name: start(material, root / name, prelude, **settings) for name, prelude in RUNS.items()}
-    for name, prelude in (("frugal", ""), ("frugal, launched", LAUNCHED)):
-        running[name] = start(material, root / name, prelude, **settings | FRUGAL)
-    found = {name: run.communicate(timeout=400)[0] for name, run in running.items()}
-    resumed = start(material, root / "stopped", **settings)
-    found["resumed"] = resumed.communicate(timeout=400)[0]
-    print({name: log[-1500:] for name, log in found.items() if "published" not in log})
-    return found | {f"{name} in": str(root / name) for name in running}
+@pytest.fixture(scope="module", params=["plain", "frugal"])
+def found(request: pytest.FixtureRequest, material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each run came to; with the log."""
+    work = tmp_path_factory.mktemp(request.param)
+    settings: dict[str, Any] = {"training__maxSteps": 100, "checkpoint__everySteps": 60}
+    if request.param == "frugal":
+        settings |= FRUGAL
+    run = start(material, work, f"PATH = {str(work)!r} + '.pt'" + IN_TURN, **settings)
+    log, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, log[-3000:]
+    print(*(line for line in log.splitlines() if line.startswith("RESULT")), sep="\n")
+    return dict(torch.load(f"{work}.pt")) | {"log": log, "plan": report(work)["executionPlan"], "name": request.param}
 
 
-def _adapter(logs: dict[str, str], name: str) -> bytes:
-    return (Path(logs[f"{name} in"]) / "out/adapter_model.safetensors").read_bytes()
+def _assert_same(found: dict[str, Any], name: str, other: str) -> None:
+    ours, theirs = found[name], found[other]
+    count = len(ours["loss"])
+    assert ours["loss"] == theirs["loss"][-count:]
+    assert ours["norm"] == theirs["norm"][-count:]
+    assert all(torch.equal(each, theirs["weights"][key]) for key, each in ours["weights"].items())
 
 
-def _losses(logs: dict[str, str], name: str) -> list[float]:
-    return losses(Path(logs[f"{name} in"]))
+def test_100_captured_steps_are_those_of_launched_kernels_bit_for_bit(found: dict[str, Any]) -> None:
+    """With dropout, 8-bit optimizer state and rows that end anywhere."""
+    plan = found["plan"]
+    assert (plan["compiled"], plan["packing"]) == (True, True)
+    if found["name"] == "frugal":
+        assert (plan["cachedLayers"], plan["gradientAccumulationSteps"]) == (0, 2)
+    assert found["captured"]["captured"] is True, found["log"][-3000:]
+    assert len(found["captured"]["loss"]) == 100
+    _assert_same(found, "launched again", "launched")
+    _assert_same(found, "captured", "launched")
 
 
-def test_100_captured_steps_are_those_of_launched_kernels_bit_for_bit(logs: dict[str, str]) -> None:
-    """With dropout, 8-bit optimizer state, evaluations in between, and rows that end anywhere."""
-    plan = report(Path(logs["captured in"]))["executionPlan"]
-    assert (plan["captured"], plan["compiled"], plan["packing"]) == (True, True, True), logs["captured"][-3000:]
-    assert "CUDA graphs disabled" not in logs["captured"]
-    assert len(_losses(logs, "captured")) == 100
-    assert _losses(logs, "captured") == _losses(logs, "launched")
-    assert _adapter(logs, "captured") == _adapter(logs, "launched")
+def test_a_run_that_resumes_captures_anew_and_has_the_same_numbers(found: dict[str, Any]) -> None:
+    assert found["resumed"]["captured"] is True
+    assert len(found["resumed"]["loss"]) == 40
+    _assert_same(found, "resumed", "captured")
 
 
-def test_so_are_those_of_accumulated_passes_with_4_bit_weights_that_recompute(logs: dict[str, str]) -> None:
-    plan = report(Path(logs["frugal in"]))["executionPlan"]
-    expected = {"captured": True, "cachedLayers": 0, "selectiveCheckpointing": True, "gradientAccumulationSteps": 2}
-    assert {name: plan[name] for name in expected} == expected, logs["frugal"][-3000:]
-    assert _losses(logs, "frugal") == _losses(logs, "frugal, launched")
-    assert _adapter(logs, "frugal") == _adapter(logs, "frugal, launched")
-
-
-def test_a_capture_that_fails_is_logged_and_changes_no_number(logs: dict[str, str]) -> None:
-    assert logs["looking"].count("CUDA graphs disabled, launching each kernel (slower)") == 1
-    assert report(Path(logs["looking in"]))["executionPlan"]["captured"] is False
-    assert _losses(logs, "looking") == _losses(logs, "captured")
-
-
-def test_a_stopped_run_goes_on_with_the_same_numbers(logs: dict[str, str]) -> None:
-    assert "Resuming from" in logs["resumed"]
-    assert _losses(logs, "stopped") == _losses(logs, "captured")
-    assert _adapter(logs, "stopped") == _adapter(logs, "captured")
+def test_a_capture_that_fails_is_logged_and_changes_no_number(found: dict[str, Any]) -> None:
+    assert found["log"].count("CUDA graphs disabled, launching each kernel (slower)") == 1
+    assert found["looking"]["captured"] is False
+    _assert_same(found, "looking", "launched")
 
 
 def test_memory_that_runs_out_is_found_without_graphs(material: Path, tmp_path: Path) -> None:
@@ -108,12 +130,11 @@ def test_memory_that_runs_out_is_found_without_graphs(material: Path, tmp_path: 
     prelude = """
 import torch
 from finetune_trainer.engine import graphs
-replay = graphs._Pass.replay
 def full(self, *args):
     raise torch.OutOfMemoryError("CUDA out of memory")
 graphs._Pass.replay = full
 """
-    run: subprocess.Popen[str] = start(material, tmp_path, prelude, training__maxSteps=8)
+    run = start(material, tmp_path, prelude, training__maxSteps=8)
     log, _ = run.communicate(timeout=400)
     assert run.returncode == 0, log[-3000:]
     assert "retrying without CUDA graphs" in log
