@@ -67,6 +67,7 @@ JobName = Annotated[
         callback=job_name,
     ),
 ]
+IsSweep = Annotated[bool, typer.Option("--sweep", help="NAME is a FineTuneSweep.")]
 AdapterSource = Annotated[
     str,
     typer.Argument(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from finetune_api import constants
 from finetune_cli.options import (
     Context,
+    IsSweep,
     JobName,
     Kubeconfig,
     Namespace,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def status(
     name: JobName,
-    sweep: Annotated[bool, typer.Option("--sweep", help="It is a FineTuneSweep: show its trials.")] = False,
+    sweep: IsSweep = False,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,

@@ -54,8 +54,6 @@ def submit(
     from finetune_cli.manifests import refused, the_job
 
     _, document = the_job(file, or_sweep=True)
-    if document.is_sweep and watch:
-        raise CliError("--watch follows one job", hint="submit the sweep without it, then finetune status shows it")
     if name and isinstance(document.data, dict) and isinstance(document.data.get("metadata"), dict):
         document.data["metadata"]["name"] = name
     try:
@@ -75,15 +73,19 @@ def submit(
     if not output:
         console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
     if watch and not dry_run:
-        from finetune_cli.commands.watch import watch_job
+        from finetune_cli.commands.watch import watch_job, watch_sweep
 
-        watch_job(cluster, metadata["name"], timeout=None, output=output)
+        follow = watch_sweep if document.is_sweep else watch_job
+        follow(cluster, metadata["name"], timeout=None, output=output)
     elif output:
         console.structured_job(result, output)
     elif not dry_run:
         option = f" -n {namespace}" if namespace else ""
         if document.is_sweep:
-            console.next_commands(f"finetune status --sweep {metadata['name']}{option}")
+            console.next_commands(
+                f"finetune watch --sweep {metadata['name']}{option}",
+                f"finetune status --sweep {metadata['name']}{option}",
+            )
             return
         console.next_commands(
             f"finetune watch {metadata['name']}{option}", f"finetune logs -f {metadata['name']}{option}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finetune_api import constants
 from finetune_cli.errors import CliError
 from finetune_cli.options import (
     Context,
+    IsSweep,
     JobName,
     Kubeconfig,
     Namespace,
@@ -21,55 +23,65 @@ if TYPE_CHECKING:
 
 def suspend(
     name: JobName,
+    sweep: IsSweep = False,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Stop a job after a checkpoint, and free its GPUs.
+    """Stop a job, or all trials of a sweep, after a checkpoint, and free the GPUs.
 
     Examples:
         finetune suspend nli
+        finetune suspend nli-rates --sweep
     """
-    job = _set_suspend(name, True, namespace, context, kubeconfig)
+    job = _set_suspend(name, True, sweep, namespace, context, kubeconfig)
     if output:
         console.structured_job(job, output)
         return
     where = job["metadata"]["namespace"]
-    console.done(f"{name} is being suspended in namespace {where}: it saves a checkpoint first")
-    console.next_commands(f"finetune resume {name}{same_place(namespace, context)}")
+    saves = "its trials save a checkpoint" if sweep else "it saves a checkpoint"
+    console.done(f"{name} is being suspended in namespace {where}: {saves} first")
+    console.next_commands(f"finetune resume {name}{_flag(sweep)}{same_place(namespace, context)}")
 
 
 def resume(
     name: JobName,
+    sweep: IsSweep = False,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Resume a suspended job from its checkpoint.
+    """Resume a suspended job from its checkpoint, or the trials of a suspended sweep from theirs.
 
     Examples:
         finetune resume nli
+        finetune resume nli-rates --sweep
     """
-    job = _set_suspend(name, False, namespace, context, kubeconfig)
+    job = _set_suspend(name, False, sweep, namespace, context, kubeconfig)
     if output:
         console.structured_job(job, output)
         return
     console.done(f"{name} is resuming in namespace {job['metadata']['namespace']}")
-    console.next_commands(f"finetune watch {name}{same_place(namespace, context)}")
+    console.next_commands(f"finetune watch {name}{_flag(sweep)}{same_place(namespace, context)}")
 
 
-def _set_suspend(name: str, value: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
-    """Return the job with spec.suspend at `value`."""
+def _flag(sweep: bool) -> str:
+    return " --sweep" if sweep else ""
+
+
+def _set_suspend(name: str, value: bool, sweep: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
+    """Return the job or the sweep with spec.suspend at `value`."""
     from finetune_cli.kube.connect import connect
     from finetune_cli.output.job_view import View
+    from finetune_cli.output.sweep_page import SweepView
 
-    cluster = connect(namespace, context, kubeconfig)
-    job = cluster.get(name)
-    view = View.of(job)
+    cluster, kind = connect(namespace, context, kubeconfig), constants.SWEEP_KIND if sweep else constants.KIND
+    found = cluster.get(name, kind)
+    view = SweepView.of(found) if sweep else View.of(found)
     if view.is_over:
         raise CliError(f"{name} has ended ({view.phase}): there is nothing to {'suspend' if value else 'resume'}")
-    if view.spec.get("suspend", False) is value:
-        return job
-    return cluster.patch(name, {"spec": {"suspend": value}})
+    if (found.get("spec") or {}).get("suspend", False) is value:
+        return found
+    return cluster.patch(name, {"spec": {"suspend": value}}, kind)

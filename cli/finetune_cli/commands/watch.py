@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.interrupts import insistent_interrupts
 from finetune_cli.options import (
     Context,
+    IsSweep,
     JobName,
     Kubeconfig,
     Namespace,
@@ -23,12 +26,20 @@ from finetune_cli.options import (
 from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from finetune_cli.kube.client import Cluster, Object
     from finetune_cli.output.job_view import View
+    from finetune_cli.output.sweep_page import SweepView
+
+V = TypeVar("V", "View", "SweepView")
+#: Seconds between two lists of a sweep's trials.
+TRIALS_SECONDS = 5
 
 
 def watch(
     name: JobName,
+    sweep: IsSweep = False,
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -44,7 +55,7 @@ def watch(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Watch a job until it ends. Ctrl-C leaves it running.
+    """Watch a job, or a sweep, until it ends. Ctrl-C leaves it running.
 
     On a terminal the page of `finetune status` is kept up to date; elsewhere each change is a line, and with -o the
     whole job each time.
@@ -53,33 +64,99 @@ def watch(
         finetune watch nli
         finetune watch nli --timeout 4h && finetune download nli ./nli
         finetune watch nli -o json | jq .status.progress
+        finetune watch nli-rates --sweep
 
     Exit codes:
-        0    the job succeeded
-        2    the job failed
+        0    the job, or the sweep, succeeded
+        2    it failed
         3    the cluster is out of reach, or access is denied
         4    the wait timed out
         130  interrupted; the job keeps running
     """
     from finetune_cli.kube.connect import connect
 
-    watch_job(connect(namespace, context, kubeconfig), name, timeout, output)
+    cluster = connect(namespace, context, kubeconfig)
+    if sweep:
+        watch_sweep(cluster, name, timeout, output)
+    else:
+        watch_job(cluster, name, timeout, output)
 
 
 def watch_job(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None = None) -> None:
     """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code."""
-    try:
+    with _left_running(name):
         if output:
-            view = _follow_data(cluster, name, timeout, output)
+            view = _follow_data(_states(cluster, name, timeout), output)
         elif console.out().is_terminal:
             view = _follow_live(cluster, name, timeout)
         else:
             view = _follow(cluster, name, timeout)
+    if view.state == "failed":
+        raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
+
+
+def watch_sweep(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None) -> None:
+    """Show a sweep until it has ended; raises CliError with the watch's exit code unless it succeeded."""
+    with _left_running(name):
+        states = _sweep_states(cluster, name, timeout)
+        if output:
+            view = _follow_data(states, output)
+        elif console.out().is_terminal:
+            view = _follow_sweep_live(cluster, states)
+        else:
+            view = _follow_sweep(states)
+    if view.has_failed:
+        raise CliError(f"{name} failed: {view.why}", code=Exit.JOB_FAILED)
+
+
+@contextmanager
+def _left_running(name: str) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         console.note(f"{name} keeps running in the cluster.")
         raise CliError("", code=Exit.INTERRUPTED) from None
-    if view.state == "failed":
-        raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
+
+
+def _follow_sweep(states: Iterator[tuple[Object, SweepView]]) -> SweepView:
+    """Print a line for each change."""
+    from finetune_cli.output.sweep_page import sweep_line
+
+    said = ""
+    with insistent_interrupts():
+        for _, view in states:
+            line = sweep_line(view, datetime.now(UTC))
+            if line.partition("  ")[2] != said:
+                said = line.partition("  ")[2]
+                console.out().print(line, soft_wrap=True)
+            if view.is_over:
+                break
+    return view
+
+
+def _follow_sweep_live(cluster: Cluster, states: Iterator[tuple[Object, SweepView]]) -> SweepView:
+    """Redraw the sweep's page; its trials' jobs are listed again every few seconds at most."""
+    from rich.live import Live
+
+    from finetune_cli.output.sweep_page import sweep_page
+
+    shown: list[SweepView] = []
+    trials: list[Object] = []
+    listed = 0.0
+
+    def draw() -> RenderableType:
+        return sweep_page(shown[-1], trials, datetime.now(UTC)) if shown else ""
+
+    with Live(console=console.out(), refresh_per_second=2, get_renderable=draw) as live, insistent_interrupts():
+        for _, view in states:
+            if view.is_over or time.monotonic() - listed > TRIALS_SECONDS:
+                trials[:] = cluster.jobs(selector=f"{constants.LABEL_SWEEP}={view.name}").items
+                listed = time.monotonic()
+            shown[:] = [view]
+            live.refresh()
+            if view.is_over:
+                break
+    return view
 
 
 def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
@@ -98,10 +175,10 @@ def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
     return view
 
 
-def _follow_data(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat) -> View:
-    """Print the job after each change: JSON documents one after the other, YAML documents between lines of ---."""
+def _follow_data(states: Iterator[tuple[Object, V]], output: OutputFormat) -> V:
+    """Print the object after each change: JSON documents one after the other, YAML documents between lines of ---."""
     with insistent_interrupts():
-        for job, view in _states(cluster, name, timeout):
+        for job, view in states:
             if output == OutputFormat.YAML:
                 console.out().print("---")
             console.structured_job(job, output)
@@ -154,9 +231,19 @@ def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]
 def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, View]]:
     from finetune_cli.output.job_view import View
 
+    return ((job, View.of(job)) for job in _objects(cluster, name, timeout, constants.KIND))
+
+
+def _sweep_states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, SweepView]]:
+    from finetune_cli.output.sweep_page import SweepView
+
+    return ((found, SweepView.of(found)) for found in _objects(cluster, name, timeout, constants.SWEEP_KIND))
+
+
+def _objects(cluster: Cluster, name: str, timeout: float | None, kind: str) -> Iterator[Object]:
     deadline = time.monotonic() + timeout if timeout else None
-    for job in cluster.follow(name, deadline):
-        if job is None:
+    for found in cluster.follow(name, deadline, kind=kind, poll=kind == constants.SWEEP_KIND):
+        if found is None:
             raise CliError(f"{name} was deleted while it was watched")
-        yield job, View.of(job)
+        yield found
     raise CliError(f"{name} has not ended within {formatting.duration(timeout or 0)}", code=Exit.TIMED_OUT)

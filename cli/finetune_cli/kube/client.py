@@ -106,11 +106,11 @@ class Cluster:
             )
             return _job(json.loads(reading.body(answer))), answer.status == HTTPStatus.CREATED
 
-    def patch(self, name: str, change: Object) -> Object:
-        """Merge `change` into a FineTuneJob."""
-        with explained(self.server, self.namespace, name):
+    def patch(self, name: str, change: Object, kind: str = constants.KIND) -> Object:
+        """Merge `change` into a FineTuneJob, or a FineTuneSweep."""
+        with explained(self.server, self.namespace, name, kind):
             answer = self._custom().patch_namespaced_custom_object(
-                *self._place(),
+                *self._place(kind),
                 name,
                 change,
                 field_manager=FIELD_MANAGER,
@@ -120,11 +120,11 @@ class Cluster:
             )
             return _job(answers.read_object(reading.body(answer))[0])
 
-    def delete(self, name: str) -> None:
-        """Delete a FineTuneJob; what it owns follows in the background."""
-        with explained(self.server, self.namespace, name):
+    def delete(self, name: str, kind: str = constants.KIND) -> None:
+        """Delete a FineTuneJob, or a FineTuneSweep; what it owns follows in the background."""
+        with explained(self.server, self.namespace, name, kind):
             answer = self._custom().delete_namespaced_custom_object(
-                *self._place(),
+                *self._place(kind),
                 name,
                 propagation_policy="Background",
                 _request_timeout=self.timeout,
@@ -132,19 +132,22 @@ class Cluster:
             )
             reading.body(answer)
 
-    def follow(self, name: str, deadline: float | None = None, *, poll: bool = False) -> Iterator[Object | None]:
-        """Yield the job now and after every change, None once it is deleted; end at `deadline` (time.monotonic()).
+    def follow(
+        self, name: str, deadline: float | None = None, *, poll: bool = False, kind: str = constants.KIND
+    ) -> Iterator[Object | None]:
+        """Yield the job, or the sweep, now and after every change, None once it is deleted.
 
-        With `poll`, also every few seconds without a change. Outlives short losses of connection.
+        It ends at `deadline` (time.monotonic()). With `poll`, also every few seconds without a change. Outlives short
+        losses of connection.
         """
         lost_since: float | None = None
         was_there = False
         while (seconds := _watch_seconds(deadline, poll)) > 0:
             try:
-                job = self.get(name)
+                job = self.get(name, kind)
                 lost_since, was_there = None, True
                 yield job
-                for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds):
+                for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds, kind):
                     if event["type"] == "DELETED":
                         yield None
                         return
@@ -157,13 +160,13 @@ class Cluster:
                     raise
                 time.sleep(1)
 
-    def _watch(self, name: str, since: str, seconds: int) -> Iterator[Object]:
+    def _watch(self, name: str, since: str, seconds: int, kind: str) -> Iterator[Object]:
         from kubernetes.client.exceptions import ApiException
 
-        with explained(self.server, self.namespace, name):
+        with explained(self.server, self.namespace, name, kind):
             try:
                 answer = self._custom().list_namespaced_custom_object(
-                    *self._place(),
+                    *self._place(kind),
                     watch=True,
                     field_selector=f"metadata.name={name}",
                     resource_version=since,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -51,6 +51,20 @@ class SweepView:
         )
 
     @property
+    def is_over(self) -> bool:
+        """Whether the sweep has ended, well or not."""
+        return self._succeeded not in (None, "Unknown")
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the sweep has ended without an adapter, or before its trials did."""
+        return self._succeeded == "False"
+
+    @property
+    def _succeeded(self) -> str | None:
+        return next((each.status for each in self.status.conditions if each.type == "Succeeded"), None)
+
+    @property
     def phase(self) -> str:
         """The operator's word for it."""
         return self.status.phase or "Pending"
@@ -61,6 +75,16 @@ class SweepView:
         if not self.status.conditions:
             return "The operator has not seen this sweep yet. If that lasts: is the operator running in this cluster?"
         return next((each.message for each in self.status.conditions if each.type == "Succeeded"), "")
+
+
+def sweep_line(view: SweepView, now: datetime) -> str:
+    """Return one line about a sweep's state, for a watch that is not on a terminal."""
+    parts = [now.astimezone(UTC).strftime("%H:%M:%S"), view.phase]
+    if view.status.summary:
+        parts.append(f"{view.status.summary} trials")
+    if best := view.status.best:
+        parts.append(f"best {best.trial} {formatting.number(best.value)}")
+    return "  ".join([*parts, one_line(view.why)]).rstrip()
 
 
 def sweep_table(views: Sequence[SweepView], now: datetime, *, namespaces: bool) -> Table:

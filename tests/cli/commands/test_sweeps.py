@@ -78,7 +78,7 @@ def test_the_plan_sums_up_the_gpu_hours_of_all_trials(tmp_path):
 
 
 def test_a_command_for_one_job_refuses_a_sweep(tmp_path):
-    result = no_traceback(finetune("run", write(tmp_path)))
+    result = no_traceback(finetune("inspect", write(tmp_path)))
     assert result.returncode == 1
     assert "holds a FineTuneSweep, this command takes one FineTuneJob" in result.stderr
 
@@ -110,3 +110,44 @@ def test_submit_list_and_status(ctl, kube, tmp_path):
     page = ctl("status", "--sweep", "nli").stdout
     assert "evalLoss 0.2679" in page and "learningRate=1e-4" in page and "… and 1 that have not started" in page
     assert ctl("status", "--sweep", "none").returncode == 1
+
+
+def ended(status="True", message="2 of 2 trials succeeded"):
+    condition = {
+        "type": "Succeeded",
+        "status": status,
+        "reason": "Succeeded",
+        "message": message,
+        "lastTransitionTime": "2026-11-01T00:00:00Z",
+    }
+    return {"phase": "Succeeded", "summary": "2/2", "counts": {"total": 2, "succeeded": 2}, "conditions": [condition]}
+
+
+def test_a_sweep_is_suspended_resumed_and_deleted_as_a_job_is(ctl, kube, tmp_path):
+    ctl("submit", write(tmp_path))
+    told = ctl("suspend", "nli", "--sweep")
+    assert "its trials save a checkpoint first" in told.stdout and "finetune resume nli --sweep -n " in told.stdout
+    assert kube.get("FineTuneSweep", "nli")["spec"]["suspend"] is True
+    assert ctl("resume", "nli", "--sweep").returncode == 0
+    assert not kube.get("FineTuneSweep", "nli")["spec"].get("suspend")
+    assert "no FineTuneJob" in ctl("suspend", "nli").stderr, "without --sweep a job is meant"
+    kube.patch("FineTuneSweep", "nli", {"status": ended()}, subresource="status")
+    assert "nli has ended (Succeeded): there is nothing to suspend" in ctl("suspend", "nli", "--sweep").stderr
+    gone = ctl("delete", "nli", "--sweep")
+    assert "nli deleted" in gone.stdout and "2 published adapters stay where they are" in gone.stderr
+    assert ctl("status", "--sweep", "nli").returncode == 1
+
+
+def test_a_sweep_is_watched_to_its_end(ctl, kube, tmp_path):
+    ctl("submit", write(tmp_path))
+    kube.patch("FineTuneSweep", "nli", {"status": ended()}, subresource="status")
+    watched = ctl("watch", "nli", "--sweep")
+    assert watched.returncode == 0, watched.stderr
+    assert watched.stdout.rstrip().endswith("Succeeded  2/2 trials  2 of 2 trials succeeded")
+    assert json.loads(ctl("watch", "nli", "--sweep", "-o", "json").stdout)["status"]["summary"] == "2/2"
+    failed = ended("False", "0 of 2 trials succeeded") | {"phase": "Failed"}
+    kube.patch("FineTuneSweep", "nli", {"status": failed}, subresource="status")
+    result = ctl("watch", "nli", "--sweep")
+    assert result.returncode == 2
+    assert "nli failed: 0 of 2 trials succeeded" in result.stderr
+    assert ctl("watch", "none", "--sweep").returncode == 1
