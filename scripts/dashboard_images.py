@@ -31,7 +31,7 @@ def tell(live: Scene, minutes: float) -> float:
     A job is preempted, resumes and is published; one trains on, one fails, one waits for GPUs. For a moment the API
     server does not answer.
     """
-    give_data(live)
+    give_data(live.node, live.kube)
     (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
     waiting, broken = job("llama-70b", batchSize=16), job("bad-data")
     waiting["spec"]["resources"] = {"gpusPerNode": 8}

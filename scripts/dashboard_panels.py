@@ -43,7 +43,7 @@ class Dashboard:
 
 _TOKENS = "suffix:tok/s"
 _LOSS = "suffix:nats"
-_PHASES = {
+PHASES = {
     "Pending": "#b0b6bd",
     "Queued": "#d5d9dd",
     "Starting": "#f2cc0c",
@@ -119,7 +119,7 @@ FLEET = Dashboard(
         "Jobs": (
             Panel("Jobs by phase", "Where the jobs stand. Finished jobs are counted until they are deleted.", "short",
                   {"{{phase}}": f"sum by (phase) (finetune_operator_jobs{{{_NS}}})"}, width=12, stack=True,
-                  colors=_PHASES),
+                  colors=PHASES),
             Panel("GPUs in use by namespace", "GPUs held by running jobs.", "short",
                   {"{{namespace}}": f"sum by (namespace) (finetune_operator_gpus_allocated{{{_NS}}})"}, width=6,
                   stack=True),
@@ -246,7 +246,7 @@ JOB = Dashboard(
             Panel("Time by stage", "Time spent in each stage so far: reading data, loading, training, evaluating,"
                   " publishing (the upload), verifying.", "s",
                   {"{{stage}}": f"sum by (stage) (finetune_trainer_stage_duration_seconds{{{_JOB}}})"},
-                  width=12, stack=True, colors=_PHASES),
+                  width=12, stack=True, colors=PHASES),
             Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "short",
                   {"{{pod}}": _trainer("micro_batch_size")}, width=6),
             Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "short",

@@ -192,7 +192,7 @@ def _bars(axes: Axes, rows: list[list[float]], colors: list[str]) -> None:
     moments, *values = rows
     below = [0.0] * len(moments)
     for color, row in zip(colors, values, strict=True):
-        axes.bar(moments, row, bottom=below, color=color, width=(moments[-1] - moments[0]) / max(1, len(moments)))
+        axes.bar(moments, row, bottom=below, color=color, width=(moments[-1] - moments[0]) / max(1, len(moments) - 1))
         below = [a + b for a, b in zip(below, row, strict=True)]
 
 

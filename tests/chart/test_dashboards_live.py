@@ -34,7 +34,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Two jobs that train, one that is done, one that waits for GPUs, and one whose data set is wrong."""
     folder: Path = tmp_path_factory.mktemp("dashboards")
     with cluster.namespace("dashboards") as namespace, scene(cluster, namespace, folder, gpus=4) as live:
-        give_data(live)
+        give_data(live.node, live.kube)
         live.unseen.add("broken")
         (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
         waiting, broken = job("waiting", batchSize=8), job("broken")

@@ -213,6 +213,22 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    loaded = re.compile(r"<script[^>]+src=\"http|<link[^>]+rel=\"stylesheet\"[^>]+href=\"http")
+    assert [page for page in tmp_path.rglob("*.html") if loaded.search(page.read_text())] == [], "not from this site"
+    assert (tmp_path / "assets" / "mermaid.js").stat().st_size > 1_000_000  # else the theme takes it from a CDN
+
+
+@pytest.mark.parametrize(("page", "schema"), [("api.md", SCHEMA), ("sweep.md", SWEEP_SCHEMA)])
+def test_every_field_has_one_anchor_and_no_rule_of_uris_is_said_twice(page: str, schema: dict[str, Any]) -> None:
+    text = (DOCS / "reference" / page).read_text()
+    anchors = re.findall(r"<a id=\"([^\"]+)\">", text)
+    assert len(anchors) == len(set(anchors))
+    blocks_ = {name: node for name, node in schema["spec"]["properties"].items() if "properties" in node}
+    for block, node in blocks_.items():
+        if block != "template":
+            assert f"\n### spec.{block}\n" in text
+            assert {f"spec.{block}.{name}" for name in node["properties"]} <= set(anchors)
+    assert text.count("ust not hold credentials") <= 1
 
 
 def test_the_generated_pages_are_current() -> None:

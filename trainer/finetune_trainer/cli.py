@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import structlog
 from rich.console import Console
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     environment, ranks = Environment.from_env(), Ranks.from_env()
     set_defaults(environment.scratch)
-    console = Console(stderr=True) if sys.stderr.isatty() and ranks.is_main else None
-    logs.configure(console)
+    has_bar = sys.stderr.isatty() and ranks.is_main and options.log != "json"
+    console = Console(stderr=True) if has_bar else None
+    logs.configure(console, options.log, details=options.verbose)
     reporter = Reporter(environment.termination_log)
     if ranks.local_rank == 0:
         reporter.clear_termination_log()
@@ -70,7 +71,7 @@ def cli() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of --config and --set; its help also explains environment variables and exit codes."""
+    """Return the parser of the options; its help also explains environment variables and exit codes."""
     codes = "\n".join(
         f"  {outcome.code:>3}  {outcome.reason:<16} {outcome.cause}"
         for outcome in sorted(exit_codes.REASONS.values(), key=lambda outcome: outcome.code)
@@ -116,6 +117,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH=VALUE",
         help="set a field below spec, over the file; may be given more than once",
     )
+    result.add_argument(
+        "--log", choices=get_args(logs.Form), help="text or JSON lines (default: text on a terminal, JSON elsewhere)"
+    )
+    result.add_argument("--verbose", "-v", action="store_true", help="with text: every detail of each line")
     return result
 
 

@@ -7,12 +7,11 @@ import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_api import constants
+from finetune_api import constants, log_lines
 from finetune_cli import storage
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.interrupts import insistent_interrupts
@@ -32,7 +31,6 @@ LOG_FILE = f"{constants.TRAINING_DIR}/log.txt"
 #: Of a log in a store, no more than this is shown.
 MAX_LOG_BYTES = 64 << 20
 _LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
-_HIDDEN = ("event", "level", "timestamp", "logger")
 
 
 def logs(
@@ -195,15 +193,4 @@ def readable(line: str) -> tuple[str, str]:
         entry = None
     if not isinstance(entry, dict) or "event" not in entry:
         return line, ""
-    level = str(entry.get("level", "info"))
-    extra = "  ".join(f"{key}={value}" for key, value in entry.items() if key not in _HIDDEN)
-    label = f"{level}: " if level in _LEVELS else ""
-    parts = (_clock(entry.get("timestamp")), f"{label}{entry['event']}", extra)
-    return "  ".join(part for part in parts if part), _LEVELS.get(level, "")
-
-
-def _clock(timestamp: object) -> str:
-    try:
-        return datetime.fromisoformat(str(timestamp)).strftime("%H:%M:%S")
-    except ValueError:
-        return ""
+    return log_lines.readable(entry, details=False), _LEVELS.get(str(entry.get("level", "info")), "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +25,24 @@ from finetune_cli.local_run import (
 from finetune_cli.options import ManifestFile, Overrides
 
 
+class LogForm(StrEnum):
+    """How the trainer writes its log."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 def run(
     file: ManifestFile,
     overrides: Overrides = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
+    log: Annotated[
+        LogForm | None,
+        typer.Option(
+            "--log", help="How the log is written. Default: text on a terminal, else json.", show_default=False
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="In text: every detail of each line.")] = False,
 ) -> None:
     """Train on this machine: no cluster, the same trainer as in the image.
 
@@ -41,6 +56,7 @@ def run(
         finetune run job.yaml
         finetune run job.yaml --set training.learningRate=1e-4 --set lora.rank=32
         finetune run job.yaml --set training.maxSteps=5 --set output.uri=file:///tmp/trial
+        finetune run job.yaml --log text 2>&1 | tee run.log
         finetune run sweep.yaml --set template.training.maxSteps=50
 
     Exit codes:
@@ -74,7 +90,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         env = environment(os.environ, Path(folder))
         started = time.monotonic()
-        code = supervise([*launcher(job, trainer), *trainer_arguments(source, job, overrides or (), Path(folder))], env)
+        arguments = trainer_arguments(source, job, overrides or (), Path(folder))
+        arguments += [*(["--log", log] if log else []), *(["--verbose"] if verbose else [])]
+        code = supervise([*launcher(job, trainer), *arguments], env)
         report = run_summary.read_report(Path(env[constants.ENV_TERMINATION_LOG]))
         code = trainers_code(code, report)
     if not quiet:

@@ -61,11 +61,11 @@ def test_the_log_of_a_running_pod_is_shown_for_people(ctl, put, attempt):
     attempt(1)
     assert ctl("logs", "nli").stdout.splitlines() == [
         "12:03:11  attempt 1",
-        "12:03:11  Step 10  loss=2.4",
-        "12:03:11  Step 20  loss=1.2",
-        "12:03:11  Step 30  loss=0.6",
+        "12:03:11  Step 10     loss  2.4000",
+        "12:03:11  Step 20     loss  1.2000",
+        "12:03:11  Step 30     loss  0.6000",
     ]
-    assert ctl("logs", "nli", "--tail", "1").stdout == "12:03:11  Step 30  loss=0.6\n"
+    assert ctl("logs", "nli", "--tail", "1").stdout == "12:03:11  Step 30     loss  0.6000\n"
     raw = [json.loads(line) for line in ctl("logs", "nli", "--raw").stdout.splitlines()]
     assert raw[1]["loss"] == "2.4"
 

@@ -75,7 +75,7 @@ def test_a_step_done_again_after_a_resume_counts_once():
 
 def test_json_log_lines_are_shown_for_people_and_others_as_they_are():
     line = json.dumps({"event": "Step 10", "loss": "0.5", "level": "info", "timestamp": "2026-01-01T12:03:11.5Z"})
-    assert logs.readable(line) == ("12:03:11  Step 10  loss=0.5", "")
+    assert logs.readable(line) == ("12:03:11  Step 10     loss  0.5000", "")
     assert logs.readable(json.dumps({"event": "careful", "level": "warning"})) == ("warning: careful", "yellow")
     assert logs.readable("Traceback (most recent call last):") == ("Traceback (most recent call last):", "")
     assert logs.readable('{"half": ') == ('{"half": ', "")

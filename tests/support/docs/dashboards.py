@@ -233,16 +233,14 @@ def scene(cluster: Cluster, namespace: str, folder: Path, gpus: int) -> Iterator
     kube.close()
 
 
-def give_data(scene: Scene, claim: str = "data") -> None:
+def give_data(node: ProcessNode, kube: Kube, claim: str = "data") -> None:
     """A claim with a tiny model and NLI rows."""
-    folder = scene.node.claim_folder(claim)
+    folder = node.claim_folder(claim)
     build_model(folder / "model")
     write_jsonl(folder / "train.jsonl", nli_rows(200))
     write_jsonl(folder / "eval.jsonl", nli_rows(12, seed=5))
     request = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
-    scene.kube.create(
-        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": request}
-    )
+    kube.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": request})
 
 
 def job(name: str, claim: str = "data", **training: Any) -> Object:

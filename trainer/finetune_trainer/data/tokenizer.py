@@ -49,7 +49,9 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
     pad = choose_pad_token(tokenizer)
     if pad != tokenizer.pad_token:
         tokenizer.pad_token = pad
-    log.info("Tokenizer loaded", size=len(tokenizer), pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token)
+    log.info(
+        f"Tokenizer of {len(tokenizer):,} tokens loaded", pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token
+    )
     return tokenizer
 
 

@@ -76,13 +76,30 @@ def plan_execution(
         can_compile=capabilities.can_compile(spec),
         has_fp8=capabilities.has_fp8(spec, device),
     )
-    log.info("Execution plan", **plan.manifest())
+    log.info(f"Execution plan: {_told(plan)}", **plan.manifest())
     if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing), base.shape)):
         log.info(f"The decoder layers are not compiled: {reason}")
     if not plan.captured and spec.training.cuda_graphs == "enabled":
         reason = planner.capture_blocker(spec, device, bool(plan.packing), attention, ranks.size, base.shape)
         log.warning(f"CUDA graphs are not used: {reason or 'memory is short, or activations are recomputed'}")
     return plan
+
+
+def _told(plan: ExecutionPlan) -> str:
+    """Return the plan in a few words."""
+    peak = plan.predicted_peak_memory_bytes
+    told = {
+        f"{plan.micro_batch_size} rows at once": True,
+        f"{plan.gradient_accumulation_steps} passes a step": (plan.gradient_accumulation_steps or 1) > 1,
+        "packed" if plan.packing else "padded": True,
+        "compiled" if plan.compiled else "not compiled": True,
+        f"{plan.checkpointed_layers} layers recomputed": plan.checkpointed_layers,
+        "norms and dropout recomputed": plan.selective_checkpointing,
+        f"{plan.cached_layers} layers kept dequantized": plan.cached_layers,
+        "base weights sharded": plan.sharded,
+        f"{(peak or 0) / GIB:.1f} GiB of GPU memory at most": peak,
+    }
+    return ", ".join(words for words, applies in told.items() if applies)
 
 
 def prove_plan(

@@ -1,16 +1,18 @@
-"""Logging: readable on a terminal, JSON lines elsewhere, and a copy in the adapter's training/log.txt."""
+"""Logging: text on a terminal, JSON lines elsewhere, or as asked for; and a copy in the adapter's training/log.txt."""
 
 import logging
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 from rich.console import Console
 
+from finetune_api import log_lines
 from finetune_trainer.redact import redacted
 
+Form = Literal["text", "json"]
 #: The copy of the log in the run's scratch directory, and in the adapter's training/.
 LOG_FILE: Final = "log.txt"
 _SHARED: list[Any] = [
@@ -36,13 +38,17 @@ class _ConsoleStream:
         pass
 
 
-def configure(console: Console | None = None, level: int = logging.INFO) -> None:
-    """Send all logging, of libraries too, to stderr: readable above the bar of `console` if given, else JSON lines."""
+def configure(console: Console | None = None, form: Form | None = None, *, details: bool = False) -> None:
+    """Send all logging, of libraries too, to stderr, above the bar of `console` if given.
+
+    Without a `form` that is text above a bar and JSON lines elsewhere; text has every detail with `details`.
+    """
     stream = logging.StreamHandler(_ConsoleStream(console) if console else sys.stderr)
-    stream.setFormatter(_formatter(_readable if console else structlog.processors.JSONRenderer()))
+    is_text = form == "text" or (form is None and console is not None)
+    stream.setFormatter(_formatter(_Readable(details) if is_text else structlog.processors.JSONRenderer()))
     root = logging.getLogger()
     root.handlers = [stream]
-    root.setLevel(level)
+    root.setLevel(logging.INFO)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels
@@ -66,18 +72,18 @@ def copy_to(path: Path) -> None:
     """Also append all log lines, readable, to the file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(_formatter(_readable))
+    handler.setFormatter(_formatter(_Readable(details=True)))
     logging.getLogger().addHandler(handler)
 
 
-def _readable(_logger: Any, _method: str, event: dict[str, Any]) -> str:
-    """Return one line for people: time, event, the rest as key=value."""
-    when = str(event.pop("timestamp", ""))[11:19]
-    level, what, trace = event.pop("level", "info"), event.pop("event", ""), event.pop("exception", "")
-    event.pop("stage", None)
-    mark = "" if level in ("info", "debug") else f"{level.upper()}: "
-    rest = "".join(f"  {key}={value}" for key, value in event.items())
-    return f"{when}  {mark}{what}{rest}" + (f"\n{trace}" if trace else "")
+class _Readable:
+    """Renders an event as one line for people."""
+
+    def __init__(self, details: bool) -> None:
+        self._details = details
+
+    def __call__(self, _logger: Any, _method: str, event: dict[str, Any]) -> str:
+        return log_lines.readable(event, details=self._details)
 
 
 def _without_secrets(_logger: Any, _method: str, line: Any) -> str:

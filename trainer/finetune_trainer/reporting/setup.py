@@ -30,7 +30,7 @@ def show(exit_stack: ExitStack, settings: Settings, reporter: Reporter, console:
     }
     address = exit_stack.enter_context(serve(settings.environment.listen, pages))
     if address:
-        log.info("Serving /metrics and /progress", address=address)
+        log.info(f"Serving /metrics and /progress at {address}", address=address)
     if console:
         exit_stack.enter_context(live_progress(console, reporter))
     return telemetry
