@@ -50,12 +50,14 @@ class Forecast:
     """What is known of GPU memory ahead of a run.
 
     `plan` is the trainer's own, None where it makes none. `fits` is None where it cannot be told, or was not asked.
+    `shape` is the model's, None where it is not known.
     """
 
     plan: ExecutionPlan | None
     gpu_memory_bytes: int | None
     fits: bool | None
     lines: tuple[str, ...]
+    shape: ModelShape | None = None
 
     @property
     def data(self) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def forecast(job: FineTuneJob, gpu_memory: int | None, config_file: Path | None 
         kind = config.get("model_type") or "this kind"
         return Forecast(None, gpu_memory, None, (f"Not predicted: models of type {kind} are not counted yet.",))
     found = _with_memory(job.spec, shape, gpu_memory) if gpu_memory else _without_memory(job.spec, shape)
+    found = replace(found, shape=shape)
     if shape.counts is None:
         kind = config.get("model_type") or "this type"
         return replace(found, lines=(*found.lines, f"An estimate: weights of {kind} models are counted as Llama's."))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_cli import forecast
+from finetune_cli import duration, forecast
+from finetune_cli.duration import Duration
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.forecast import Forecast
 from finetune_cli.manifests import refused
@@ -36,6 +37,21 @@ MAX_LAYOUTS = 16
 
 
 @dataclass(frozen=True)
+class Time:
+    """What the user says of the time that trials take: their GPU, or their hours."""
+
+    gpu: str | None = None
+    hours: float | None = None
+
+    def of(self, job: FineTuneJob, memory: Forecast | None) -> Duration | str:
+        """Return how long a trial takes, or why that cannot be told."""
+        if self.hours is not None:
+            return Duration(0, 0.0, self.hours * 3600)
+        gpu = duration.gpu_of(job, self.gpu)
+        return duration.predict(job, memory, gpu) if memory else f"only the first {MAX_LAYOUTS} layouts are predicted"
+
+
+@dataclass(frozen=True)
 class SweepPlan:
     """A sweep, its trials as jobs, and the memory of those that differ in it, by the index of the first such trial."""
 
@@ -44,6 +60,8 @@ class SweepPlan:
     jobs: list[FineTuneJob]
     layouts: dict[int, Forecast]
     layout_of: list[int]
+    times: list[Duration | str]
+    """How long each trial takes, or why that cannot be told."""
 
     @property
     def gpus(self) -> list[int]:
@@ -57,7 +75,7 @@ def plan_sweep(
     overrides: Sequence[str],
     room: int | None,
     model_config: Path | None,
-    hours: float | None,
+    time: Time,
     output: str | None,
 ) -> None:
     """Print the plan of a sweep. Raises CliError for a wrong one, and where a trial does not fit."""
@@ -67,11 +85,11 @@ def plan_sweep(
         sweep = manifest.check_sweep(document, base, overrides)
     except manifest.ManifestError as error:
         raise refused(error) from None
-    made = _plan(sweep, room, model_config)
+    made = _plan(sweep, room, model_config, time)
     if output:
-        console.structured(_data(made, hours), output)
+        console.structured(_data(made), output)
     else:
-        _page(made, hours)
+        _page(made)
     fits = [found.fits for found in made.layouts.values()]
     if False in fits:
         raise CliError("", code=Exit.INVALID)
@@ -79,7 +97,7 @@ def plan_sweep(
         raise CliError("", code=Exit.UNREACHABLE)
 
 
-def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None) -> SweepPlan:
+def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, time: Time) -> SweepPlan:
     from finetune_api import manifest
     from finetune_api.sweep_trials import expand
 
@@ -91,7 +109,8 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None) -> 
     layout_of = [first.setdefault(_weight(job), index) for index, job in enumerate(jobs)]
     chosen = list(first.values())[:MAX_LAYOUTS]
     layouts = {index: forecast.forecast(jobs[index], room, model_config) for index in chosen}
-    return SweepPlan(sweep, trials, jobs, layouts, layout_of)
+    times = [time.of(job, layouts.get(layout)) for job, layout in zip(jobs, layout_of, strict=True)]
+    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times)
 
 
 def _weight(job: FineTuneJob) -> str:
@@ -102,13 +121,31 @@ def _weight(job: FineTuneJob) -> str:
     return json.dumps(spec, sort_keys=True)
 
 
-def gpu_hours(made: SweepPlan, hours: float | None) -> float | None:
-    """Return the GPU-hours of all trials together, if each takes `hours`."""
-    return None if hours is None else sum(made.gpus) * hours
+@dataclass(frozen=True)
+class Hours:
+    """Of the whole sweep: hours until it ends, and GPU-hours; with early stopping both at most, and GPU-hours about."""
+
+    hours: float
+    gpu_hours: float
+    about: float | None
 
 
-def _data(made: SweepPlan, hours: float | None) -> dict[str, Any]:
-    spec = made.sweep.spec
+def hours_of(made: SweepPlan) -> Hours | str:
+    """Return what all trials take together, or why that cannot be told."""
+    known = [each for each in made.times if isinstance(each, Duration)]
+    if len(known) < len(made.times):
+        return next(each for each in made.times if isinstance(each, str))
+    seconds, spec = [each.seconds for each in known], made.sweep.spec
+    gpu_seconds = sum(each * gpus for each, gpus in zip(seconds, made.gpus, strict=True))
+    about = None
+    if spec.early_stopping and any(each.steps for each in known):
+        about = duration.with_halving(known, spec.early_stopping) / sum(seconds) * gpu_seconds / 3600
+    whole = duration.one_after_the_other(seconds, spec.parallelism)
+    return Hours(whole / 3600, gpu_seconds / 3600, about)
+
+
+def _data(made: SweepPlan) -> dict[str, Any]:
+    spec, total = made.sweep.spec, hours_of(made)
     return {
         "sweep": made.sweep.metadata.name,
         "trials": [
@@ -119,37 +156,43 @@ def _data(made: SweepPlan, hours: float | None) -> dict[str, Any]:
                 "gpus": gpus,
                 "output": job.spec.output.uri,
                 "memory": made.layouts[layout].data if layout in made.layouts else None,
+                "hours": time.seconds / 3600 if isinstance(time, Duration) else None,
             }
-            for trial, job, gpus, layout in zip(made.trials, made.jobs, made.gpus, made.layout_of, strict=True)
+            for trial, job, gpus, layout, time in zip(
+                made.trials, made.jobs, made.gpus, made.layout_of, made.times, strict=True
+            )
         ],
         "parallelism": spec.parallelism,
         "gpusAtOnce": sum(sorted(made.gpus, reverse=True)[: spec.parallelism]),
-        "gpuHours": gpu_hours(made, hours),
+        "hours": total.hours if isinstance(total, Hours) else None,
+        "gpuHours": total.gpu_hours if isinstance(total, Hours) else None,
+        "gpuHoursWithEarlyStopping": total.about if isinstance(total, Hours) else None,
     }
 
 
-def _page(made: SweepPlan, hours: float | None) -> None:
+def _page(made: SweepPlan) -> None:
     from rich.table import Table
     from rich.text import Text
 
     spec, screen = made.sweep.spec, console.out()
     screen.print(Text(made.sweep.metadata.name, style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("TRIAL", "VALUES", "GPUS", "MEMORY"):
+    for title in ("TRIAL", "VALUES", "GPUS", "MEMORY", "TIME"):
         table.add_column(title, no_wrap=True)
-    for trial, gpus, layout in zip(made.trials, made.gpus, made.layout_of, strict=True):
-        table.add_row(Text(trial.name), Text(trial.summary), str(gpus), _memory(made.layouts.get(layout)))
+    for trial, gpus, layout, time in zip(made.trials, made.gpus, made.layout_of, made.times, strict=True):
+        takes = formatting.duration(time.seconds) if isinstance(time, Duration) else ""
+        table.add_row(Text(trial.name), Text(trial.summary), str(gpus), _memory(made.layouts.get(layout)), takes)
     console.page(table, console.PIPED_TABLE_WIDTH)
     at_once = sum(sorted(made.gpus, reverse=True)[: spec.parallelism])
     screen.print(Text(f"\n{len(made.trials)} trials, {spec.parallelism} at a time: {at_once} GPUs at most"))
-    total = gpu_hours(made, hours)
-    limit = "at most " if spec.early_stopping else ""
-    if total is not None:
-        screen.print(
-            Text(f"{limit}{formatting.number(total)} GPU-hours, if a trial takes {formatting.number(hours or 0)} h")
-        )
+    total, most = hours_of(made), "at most " if spec.early_stopping else ""
+    if isinstance(total, Hours):
+        about = f", about {formatting.number(total.about)} with early stopping" if total.about is not None else ""
+        time = formatting.duration(total.hours * 3600)
+        screen.print(Text(f"{most}{time} and {formatting.number(total.gpu_hours)} GPU-hours{about}"))
     else:
-        screen.print(Text(f"{limit}{sum(made.gpus)} GPU-hours for each hour that a trial takes; --trial-hours sums up"))
+        each = f"{most}{sum(made.gpus)} GPU-hours for each hour that a trial takes"
+        screen.print(Text(f"{each}; to predict it: {total}, or --trial-hours"), soft_wrap=True)
     told = dict.fromkeys(line for found in made.layouts.values() if found.plan is None for line in found.lines)
     for line in told:
         screen.print(Text(line, style="dim"))

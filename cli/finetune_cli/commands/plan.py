@@ -11,12 +11,13 @@ import typer
 
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.options import ManifestFile, Output, Overrides
-from finetune_cli.output import console
+from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
     from finetune_api.base import ApiModel
     from finetune_api.manifest import Document
     from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+    from finetune_cli.duration import Duration
 
 DEFAULT = "default"
 
@@ -92,10 +93,14 @@ def plan(
             "--model-config", metavar="FILE", help="The model's config.json, instead of the one where the model lies."
         ),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="The GPU, such as H100 or L4: how long will it take?"),
+    ] = None,
     trial_hours: Annotated[
         float | None,
         typer.Option(
-            "--trial-hours", metavar="HOURS", min=0, help="How long one trial of a sweep runs, to sum up its GPU-hours."
+            "--trial-hours", metavar="HOURS", min=0, help="How long one trial of a sweep takes, where you know better."
         ),
     ] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out the values that are defaults.")] = False,
@@ -109,6 +114,10 @@ def plan(
     its config.json is read from the hub (HF_TOKEN, HF_ENDPOINT), the bucket (AWS_*) or this machine, or given with
     --model-config. No GPU is needed, and no weights.
 
+    The time is for rows of training.maxLength tokens and without evaluations, by what an H100 and an H200 were measured
+    to do; other GPUs are scaled by their makers' figures. The GPU is --gpu, or what resources.nodeSelector names in
+    nvidia.com/gpu.product. Steps are training.maxSteps, or follow from the rows of a local file of JSON lines.
+
     Examples:
         finetune plan job.yaml
         finetune plan job.yaml --changed
@@ -116,7 +125,8 @@ def plan(
         finetune plan job.yaml --gpu-memory 24Gi
         finetune plan job.yaml --gpu-memory 24Gi --model-config Mistral-7B/config.json
         finetune plan job.yaml -o json
-        finetune plan sweep.yaml --gpu-memory 80Gi --trial-hours 1.5
+        finetune plan sweep.yaml --gpu-memory 80Gi --gpu H100
+        finetune plan sweep.yaml --trial-hours 1.5
 
     Exit codes:
         0    the manifest is right, and fits the GPU if one is given
@@ -124,15 +134,16 @@ def plan(
         3    it cannot be told whether it fits: the model's config.json is out of reach, or of an unknown kind
     """
     from finetune_api import manifest
+    from finetune_cli import duration
     from finetune_cli import forecast as memory
     from finetune_cli.manifests import refused, the_job
 
     room = memory.parse_size(gpu_memory) if gpu_memory else None
     source, document = the_job(file, or_sweep=True)
     if document.is_sweep:
-        from finetune_cli.sweep_forecast import plan_sweep
+        from finetune_cli.sweep_forecast import Time, plan_sweep
 
-        plan_sweep(document, source.base, overrides or (), room, model_config, trial_hours, output)
+        plan_sweep(document, source.base, overrides or (), room, model_config, Time(gpu, trial_hours), output)
         return
     if trial_hours is not None:
         raise CliError("--trial-hours is for sweeps")
@@ -142,6 +153,7 @@ def plan(
         raise refused(error) from None
     found, made = values(job, document), batch(job.spec)
     forecast = memory.forecast(job, room, model_config)
+    time = duration.predict(job, forecast, duration.gpu_of(job, gpu))
     if output:
         console.structured(
             {
@@ -149,18 +161,19 @@ def plan(
                 "values": [asdict(value) for value in found],
                 "batch": asdict(made) | {"choices": list(made.choices)},
                 "memory": forecast.data,
+                "time": None if isinstance(time, str) else asdict(time) | {"seconds": time.seconds},
             },
             output,
         )
     else:
-        _page(job, [value for value in found if not changed or value.origin != DEFAULT], made, forecast)
+        _page(job, [value for value in found if not changed or value.origin != DEFAULT], made, forecast, time)
     if forecast.fits is False:
         raise CliError("", code=Exit.INVALID)
     if room and forecast.fits is None:
         raise CliError("", code=Exit.UNREACHABLE)
 
 
-def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> None:
+def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any, time: Duration | str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -169,6 +182,11 @@ def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any) -> N
     screen.print(Text("\nMemory", style="bold"))
     for line in forecast.lines:
         screen.print(Text("  " + line))
+    if not isinstance(time, str):
+        screen.print(Text("\nTime", style="bold"))
+        each = f"{time.steps:,} steps of {formatting.number(time.step_seconds)} s"
+        about = formatting.duration(time.seconds)
+        screen.print(Text(f"  about {about}: {each}, if all rows have training.maxLength tokens; no evaluations"))
     screen.print(Text("\nBatch", style="bold"))
     screen.print(Text("  " + batch_sentence(made) + "\n"))
     table = Table.grid(padding=(0, 2))

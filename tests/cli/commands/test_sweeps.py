@@ -71,10 +71,30 @@ def test_the_plan_sums_up_the_gpu_hours_of_all_trials(tmp_path):
     assert result.exit_code == 0, result.output
     assert "lr1e-4  learningRate=1e-4  2" in result.stdout
     assert "2 trials, 4 at a time: 4 GPUs at most" in result.stdout
-    assert "6 GPU-hours, if a trial takes 1.5 h" in result.stdout
+    assert "1 h 30 min and 6 GPU-hours" in result.stdout
     data = json.loads(run("plan", write(tmp_path), "--model-config", str(config), "-o", "json").stdout)
     assert [trial["output"] for trial in data["trials"]] == ["s3://adapters/nli/lr1e-4/", "s3://adapters/nli/lr2e-4/"]
     assert data["gpuHours"] is None
+
+
+def test_hours_and_gpu_hours_are_predicted_where_gpu_and_steps_are_known(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MISTRAL))
+    template = TEMPLATE | {"training": {"maxSteps": 1000}, "evaluation": {"everySteps": 100}}
+    halving = {"rungs": [100, 400], "reductionFactor": 2}
+    file = write(tmp_path, template=template, earlyStopping=halving, parallelism=1)
+    asked = ("plan", file, "--model-config", str(config), "--gpu-memory", "80Gi", "--gpu")
+    data = json.loads(run(*asked, "H100", "-o", "json").stdout)
+    assert 0.05 < data["trials"][0]["hours"] < 0.3
+    assert data["hours"] == pytest.approx(sum(trial["hours"] for trial in data["trials"]))
+    assert data["gpuHoursWithEarlyStopping"] < data["gpuHours"] == pytest.approx(data["hours"])
+    page = run(*asked, "H100").stdout
+    assert "at most " in page and "GPU-hours, about " in page and " with early stopping" in page
+    slow = json.loads(run(*asked, "L4", "-o", "json").stdout)
+    assert slow["hours"] > 5 * data["hours"]
+    assert "'abacus' is not in the speed table" in str(run(*asked, "abacus").exception)
+    untold = run("plan", file, "--model-config", str(config)).stdout
+    assert "to predict it: name the GPU with --gpu, such as H100, or --trial-hours" in untold
 
 
 def test_a_command_for_one_job_refuses_a_sweep(tmp_path):
