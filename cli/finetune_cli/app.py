@@ -25,6 +25,7 @@ from finetune_cli.commands import (
     list_jobs,
     logs,
     plan,
+    promote,
     run,
     status,
     submit,
@@ -112,6 +113,8 @@ _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
 _register(export.export, RESULTS)
 _register(lineage.lineage, RESULTS)
+_register(promote.promote, RESULTS)
+_register(promote.rollback, RESULTS)
 _register(compare.compare, RESULTS)
 
 

@@ -19,6 +19,7 @@ from finetune_cli.target_folder import TargetFolder
 if TYPE_CHECKING:
     from finetune_api.artifact_manifest import FileRecord, StoreManifest
     from finetune_trainer.stores.base import Store
+    from finetune_trainer.stores.latest import Found
 
 #: Files fetched at the same time.
 PARALLEL = 4
@@ -84,12 +85,17 @@ def address_of(source: str) -> str:
 
 
 def published_at(address: str, *, adapters_only: bool = False) -> Published:
-    """Return what lies at a URI, without its files; raises CliError."""
+    """Return what lies at a URI, or what the latest.json there names, without its files; raises CliError."""
     store = storage.open_store(address)
     with storage.store_errors():
+        from finetune_trainer.stores import latest
         from finetune_trainer.stores.signature import require_signature
 
-        found = Published(address, store, *_read_manifest(store, address, adapters_only))
+        named = latest.find(store)
+        if named is not None and named.path:
+            address = store.uri_of(named.path)
+            store = storage.open_store(address)
+        found = Published(address, store, *_accepted(named, address, adapters_only))
         require_signature(found.data, store.uri_of(constants.MANIFEST_FILE), os.environ)
     return found
 
@@ -114,6 +120,11 @@ def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: P
     from finetune_cli.output.job_view import View
 
     view = View.of(connect(namespace, context, kubeconfig).get(name))
+    if view.status.adapter is None and (candidate := view.status.candidate):
+        raise CliError(
+            f"{name} has published no adapter: it did not meet publish.onlyIf ({view.why})",
+            hint=f"what it trained is kept at {candidate.uri}",
+        )
     if view.status.adapter is None:
         raise CliError(
             f"{name} has published no adapter ({view.phase})",
@@ -123,18 +134,15 @@ def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: P
     return view.status.adapter.uri, view.status.adapter.manifest_digest
 
 
-def _read_manifest(store: Store, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:
-    """Return the manifest of the adapter in `store` and its bytes. Raises CliError, StoreError."""
-    from finetune_trainer.stores import manifest
-
-    found = manifest.read(store)
+def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:
+    """Return the manifest that was found at `address` and its bytes. Raises CliError if it is none to read."""
     if found is None:
         raise CliError(
             f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
         )
-    if found[0].kind == "Checkpoint" or (adapters_only and found[0].kind != "Adapter"):
-        raise CliError(f"{address} holds a {found[0].kind}, not an adapter")
-    return found
+    if found.manifest.kind == "Checkpoint" or (adapters_only and found.manifest.kind != "Adapter"):
+        raise CliError(f"{address} holds a {found.manifest.kind}, not an adapter")
+    return found.manifest, found.data
 
 
 def _fetch_all(store: Store, target: TargetFolder) -> None:

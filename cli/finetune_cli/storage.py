@@ -1,7 +1,4 @@
-"""The user's stores, opened with the trainer's own clients; what goes wrong there ends the command.
-
-Nothing here writes to a store.
-"""
+"""The user's stores, opened with the trainer's own clients; what goes wrong there ends the command."""
 
 from __future__ import annotations
 

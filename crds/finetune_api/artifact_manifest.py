@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from finetune_api import constants
+from finetune_api.gate import MAX_CHECKS, GateCheck
 from finetune_api.plain_text import is_plain_line
 from finetune_api.status import Count, Metrics, StatusModel
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
@@ -62,6 +63,8 @@ class Lineage(StatusModel):
     """Digest of the training rows, as token ids and labels."""
     eval_rows: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     """Digest of the held-out rows, likewise."""
+    eval_prompts: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """Digest of what decides the metrics of generated answers: prompts, right labels, and how answers are made."""
     parent: Parent | None = None
 
 
@@ -79,6 +82,8 @@ class StoreManifest(StatusModel):
     files: Annotated[list[FileRecord], Field(min_length=1, max_length=MAX_FILES)]
     metrics: Metrics | None = None
     lineage: Lineage | None = None
+    gate: Annotated[list[GateCheck], Field(min_length=1, max_length=MAX_CHECKS)] | None = None
+    """What became of publish.onlyIf. One that is not passed: this is a candidate, not published."""
     signature: Annotated[str, Field(max_length=128)] | None = None
 
     @model_validator(mode="after")

@@ -74,6 +74,7 @@ SECRET_ROLES: Final = ("model", "dataset", "output", "wandb")
 # In the object store, below output.uri
 MANIFEST_FILE: Final = "manifest.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
+CANDIDATES_DIR: Final = "candidates"
 TRAINING_DIR: Final = "training"
 METRICS_FILE: Final = f"{TRAINING_DIR}/metrics.jsonl"
 ANSWERS_FILE: Final = f"{TRAINING_DIR}/answers.jsonl"

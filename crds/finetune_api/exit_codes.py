@@ -20,6 +20,10 @@ class ExitCode(IntEnum):
     KILLED = 137  # 128 + SIGKILL
 
 
+#: Reason of a run that ended well, but whose adapter was not published.
+GATE_NOT_PASSED: Final = "GateNotPassed"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One way an attempt ends: the reason shown in status, whether another attempt could help, and what to do."""
@@ -39,6 +43,13 @@ _OUTCOMES: Final = (
         True,
         "The adapter is published and was loaded back.",
         "Nothing to do: download the adapter.",
+    ),
+    Outcome(  # told by the trainer's report
+        ExitCode.SUCCEEDED,
+        GATE_NOT_PASSED,
+        True,
+        "The adapter is trained and whole, but does not meet publish.onlyIf: it is kept below candidates/.",
+        "Look at status.gate. To serve it all the same: finetune promote with the URI in status.candidate.",
     ),
     Outcome(
         ExitCode.DATASET_INVALID,

@@ -68,6 +68,18 @@ PLACES: Final = (
         "must differ from lora.initFrom, which would be replaced while it is read",
         "output.uri",
     ),
+    Rule(
+        "!has(self.publish) || self.publish.onlyIf.all(each, !has(each.betterThan)"
+        f" || !{_cel_folder('each.betterThan')}.startsWith({_cel_folder('self.output.uri')}))",
+        lambda s: (
+            not any(
+                each.better_than and _folder(each.better_than).startswith(_folder(s.output.uri))
+                for each in (s.publish.only_if if s.publish else ())
+            )
+        ),
+        "must not be or hold the adapter of publish.onlyIf that this one must beat",
+        "output.uri",
+    ),
     *_apart_rules("output.uri", lambda s: s.output.uri),
     *_apart_rules("checkpoint.uri", lambda s: s.checkpoint.uri, "!has(self.checkpoint.uri) || "),
     Rule(

@@ -18,6 +18,7 @@ from finetune_api.spec_data import (
     Output,
 )
 from finetune_api.spec_evaluation import Evaluation, Generation
+from finetune_api.spec_publish import LOSS, Publish
 from finetune_api.spec_runtime import (
     Checkpoint,
     Logging,
@@ -69,6 +70,23 @@ class FineTuneJobSpec(ApiModel):
             "evaluation.earlyStopping",
         ),
         Rule(
+            f"!has(self.publish) || {_HOLDS_OUT}",
+            lambda s: s.publish is None or s.dataset.holds_out,
+            _EVAL_NEEDED,
+            "publish.onlyIf",
+        ),
+        Rule(
+            "!has(self.publish) || 'nli' in self.evaluation.metrics"
+            " || self.publish.onlyIf.all(each, each.metric == 'evalLoss')",
+            lambda s: (
+                s.publish is None
+                or "nli" in s.evaluation.metrics
+                or all(each.metric == LOSS for each in s.publish.only_if)
+            ),
+            "metrics other than evalLoss are measured only when evaluation.metrics holds nli",
+            "publish.onlyIf",
+        ),
+        Rule(
             "self.training.batchSize % (self.resources.nodes * (self.resources.gpusPerNode > 0 ?"
             " self.resources.gpusPerNode : 1) * (type(self.training.microBatchSize) == int ?"
             " int(self.training.microBatchSize) : 1)) == 0",
@@ -114,6 +132,8 @@ class FineTuneJobSpec(ApiModel):
     """Volume shared by jobs for models and data sets. Off unless given."""
     output: Output
     """Where the adapter goes."""
+    publish: Publish | None = None
+    """What the adapter must reach on held-out rows to be published. Off unless given."""
     recovery: Recovery = Field(default_factory=Recovery)
     """What happens after a failed attempt."""
     image: Image | None = None
@@ -137,6 +157,8 @@ class FineTuneJobSpec(ApiModel):
             "checkpoint.uri": self.checkpoint.uri,
             "output.uri": self.output.uri,
         }
+        for index, each in enumerate(self.publish.only_if if self.publish else ()):
+            found[f"publish.onlyIf[{index}].betterThan"] = each.better_than
         return {field: uri for field, uri in found.items() if uri}
 
 
@@ -153,6 +175,7 @@ IMMUTABLE = (
     "resources",
     "cache",
     "output",
+    "publish",
     "image",
     "pendingDeadlineSeconds",
 )

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel
+from finetune_api.gate import MAX_CHECKS, GateCheck
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 #: At most what every JSON reader keeps exactly: the API server refuses a status with a larger integer.
@@ -272,6 +273,10 @@ class FineTuneJobStatus(StatusModel):
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None
     """The published adapter."""
+    candidate: Adapter | None = None
+    """The adapter of a job that did not meet publish.onlyIf: kept whole and verified, but not published."""
+    gate: Annotated[list[GateCheck], Field(max_length=MAX_CHECKS)] = []
+    """What became of each condition in publish.onlyIf."""
     artifacts: Annotated[
         list[Artifact],
         Field(
@@ -315,6 +320,10 @@ class TrainerReport(StatusModel):
     """Latest values of every metric, as in status.metrics."""
     adapter: Adapter | None = None
     """Once published."""
+    candidate: Adapter | None = None
+    """In its place, where the adapter did not meet publish.onlyIf."""
+    gate: Annotated[list[GateCheck], Field(max_length=MAX_CHECKS)] = []
+    """Once each condition of publish.onlyIf is decided."""
     artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
     """What was made of it besides, and what failed."""
     resumed_from: Resumption | None = None

@@ -104,13 +104,16 @@ _CHANGES: dict[str, Any] = {
     "resources": {"sharedMemory": "1Gi"},
     "cache": {"claimName": "cache"},
     "output": {"uri": "s3://adapters/other"},
+    "publish": {"onlyIf": [{"metric": "evalLoss", "atMost": 1}]},
     "image": "example.org/other:1",
     "pendingDeadlineSeconds": 60,
 }
 
 
 def _job(kube: Kube, *, started: bool, **status: Any) -> Object:
-    stored = kube.create(_within(kube.namespace, MINIMAL))
+    manifest = copy.deepcopy(MINIMAL)
+    manifest["spec"]["dataset"]["evalFraction"] = 0.1  # publish needs held-out rows
+    stored = kube.create(_within(kube.namespace, manifest))
     if started:
         status = {"attempts": [{"jobName": "nli-1"}]} | status
         stored = kube.patch(constants.KIND, "nli", {"status": status}, subresource="status")

@@ -90,6 +90,11 @@ class RunContext:
         self.report.succeeded(adapter, message)
         return adapter
 
+    def kept_back(self, candidate: Adapter, why: str) -> Adapter:
+        """Report an adapter that did not meet publish.onlyIf; return it."""
+        self.report.kept_back(candidate, f"Not published: {why}; the adapter is kept at {candidate.uri}")
+        return candidate
+
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""
         return run_on_rank_zero(self.ranks, work)

@@ -9,7 +9,8 @@ from finetune_trainer.data.dataset import tokenize
 from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import weights_must_fit
 from finetune_trainer.inputs import fetch_adapter, fetch_data_files, fetch_model_metadata, fetch_model_weights
-from finetune_trainer.publishing.earlier import published_earlier
+from finetune_trainer.publishing.earlier import ended_earlier
+from finetune_trainer.publishing.gate import check_gate, through_gate
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.reporting.open_trackers import check_trackers
 from finetune_trainer.runtime.start import start_runtime
@@ -28,11 +29,11 @@ def run(ctx: RunContext) -> Adapter | None:
         )  # on_rank_zero is a collective; a single process stays torch-free until step 4
 
     with ctx.stage("CheckingData", f"Reading the data set, the tokenizer and the configuration of {spec.model.source}"):
-        # 1. Can we write the output? Did an earlier attempt already publish this job's adapter?
+        # 1. Can we write the output? Did an earlier attempt already publish this job's adapter, or keep it back?
         output = AdapterOutput.open(settings)
         checkpoints = CheckpointManager(settings, on_saved=ctx.telemetry.checkpoint_saved)
-        if adapter := ctx.on_rank_zero(output.find_published):
-            return ctx.succeeded(adapter, published_earlier(ctx, output, checkpoints))
+        if adapter := ended_earlier(ctx, output, checkpoints):
+            return adapter
 
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
         model_files = fetch_model_metadata(settings, ctx.directory.inputs, checkpoints.pinned_commit())
@@ -53,6 +54,8 @@ def run(ctx: RunContext) -> Adapter | None:
         prompts = steps.eval_prompts(rows.eval, data.encoder, spec.evaluation)
         if init_from := fetch_adapter(settings, ctx.directory.inputs):
             steps.check_init_from(init_from, spec)
+        lineage = steps.lineage_of(spec, data, init_from, prompts)
+        ctx.on_rank_zero(lambda: check_gate(settings, lineage))
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
@@ -103,10 +106,10 @@ def run(ctx: RunContext) -> Adapter | None:
     with ctx.stage("Publishing", f"Publishing the adapter to {spec.output.uri}"):
         # 11. Write adapter, tokenizer, model card and provenance into one folder.
         ctx.report_final(result.state)
-        lineage, row_format = steps.lineage_of(spec, data, init_from), rows.train.format.name
         bundle = steps.write_bundle(
-            settings.job, model, base, result.plan, result.state, ctx.directory, row_format, lineage
+            settings.job, model, base, result.plan, result.state, ctx.directory, rows.train.format.name, lineage
         )
+        output, bundle, refusal = through_gate(ctx, output, bundle)
         exports = steps.plan_exports(model, base, session.evaluator, result.plan, spec, weights, bundle.folder)
         verifier = steps.make_verifier(model, base, session.evaluator, result.plan, spec, ctx.directory.published)
         if spec.output.overwrite:  # Overwriting is destructive: verify before deleting the published adapter.
@@ -118,5 +121,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 13. Drop the checkpoints unless asked to keep them, make what the job wants besides, and report success.
         checkpoints.delete_unless_kept()
+        if refusal:
+            return ctx.kept_back(adapter, refusal)
         beside = steps.run_exports(ctx, exports, bundle.metrics)
         return ctx.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back{beside}")

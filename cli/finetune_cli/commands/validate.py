@@ -14,8 +14,8 @@ from finetune_cli.errors import CliError
 class Tally:
     """What a validation found.
 
-    Names of valid jobs and sweeps, problems as printable lines, kinds left alone, and what a cluster cannot read of
-    valid jobs.
+    Names of valid jobs and sweeps, problems as printable lines, kinds left alone, what a cluster cannot read of valid
+    jobs, and what their adapters must reach to be published.
     """
 
     valid: list[str] = field(default_factory=list)
@@ -24,6 +24,7 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     local: list[str] = field(default_factory=list)
+    gates: list[str] = field(default_factory=list)
 
 
 def check(file: str, tally: Tally) -> None:
@@ -54,6 +55,9 @@ def check(file: str, tally: Tally) -> None:
                 continue
             job = manifest.check(document, source.base)
             tally.valid.append(job.metadata.name)
+            if job.spec.publish:
+                asked = " and ".join(each.told for each in job.spec.publish.only_if)
+                tally.gates.append(f"{job.metadata.name} is published only if {asked}")
             if fields := [f"spec.{name}" for name, uri in job.spec.uris.items() if uri.startswith("file://")]:
                 tally.local.append(f"{document.source}: the cluster cannot read {', '.join(fields)}")
         except manifest.ManifestError as error:
@@ -108,7 +112,7 @@ def validate(
         if names:
             listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             console.done(f"{len(names)} {kind}: {listed}")
-    for line in tally.local:
+    for line in (*tally.gates, *tally.local):
         console.note(line)
     if tally.local:
         console.note("hint:  for a cluster, put these at s3://bucket/key, pvc://claim/path or hf://owner/name")

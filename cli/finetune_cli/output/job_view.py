@@ -74,6 +74,12 @@ class View:
         return self.state in ("succeeded", "failed")
 
     @property
+    def is_kept_back(self) -> bool:
+        """Whether it succeeded, but its adapter did not meet publish.onlyIf."""
+        succeeded = self.condition("Succeeded")
+        return self.state == "succeeded" and succeeded is not None and succeeded.reason == exit_codes.GATE_NOT_PASSED
+
+    @property
     def phase(self) -> str:
         """The operator's word for it."""
         if self.is_cut:
@@ -99,6 +105,7 @@ class View:
             return (training.reason, training.message) if training and tells else ("", "")
         blamed = {
             "failed": ("Succeeded",),
+            "succeeded": ("Succeeded",) if self.is_kept_back else (),
             "suspended": ("Suspended",),
             "waiting": ("Accepted", "Scheduled", "Succeeded"),
         }
@@ -120,6 +127,8 @@ class View:
         if self.state == "failed" and succeeded:
             last = self.status.attempts[-1].reason if self.status.attempts else None
             return _CURES.get(succeeded.reason) or _CURES.get(last or "", "")
+        if self.is_kept_back and self.status.candidate:
+            return f"finetune promote {self.status.candidate.uri}, to serve it all the same"
         is_asked = self.state == "suspended" and self.spec.get("suspend") is True
         return f"finetune resume {self.name} -n {self.namespace}" if is_asked else ""
 

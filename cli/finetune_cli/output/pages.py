@@ -201,6 +201,12 @@ def _results(view: View) -> Table:
         grid.add_row("Adapter", Text(local_path(adapter.uri), style="green"))
         grid.add_row("", Text(f"rank {adapter.rank} for {adapter.base_model}, {formatting.size(adapter.size_bytes)}"))
         grid.add_row("Digest", Text(adapter.manifest_digest, style="dim"))
+    if candidate := view.status.candidate:
+        grid.add_row("Candidate", Text(f"{local_path(candidate.uri)} (not published)", style="yellow"))
+        grid.add_row("Digest", Text(candidate.manifest_digest, style="dim"))
+    for check in view.status.gate:
+        mark, style = MARKS["True" if check.passed else "False"]
+        grid.add_row("Gate", Text.assemble((f"{mark} ", style), check.told))
     for artifact in view.status.artifacts:
         if artifact.uri:
             size = f", {formatting.size(artifact.size_bytes)}" if artifact.size_bytes is not None else ""

@@ -86,11 +86,14 @@ def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float
     from rich.text import Text
 
     metrics = report.metrics if report else {}
-    adapter = report.adapter if report else None
+    candidate = report.candidate if report else None
+    adapter = (report.adapter or candidate) if report else None
     target = adapter.uri if adapter else job.spec.output.uri
-    rows = [("Adapter", local_path(target))]
+    rows = [("Candidate" if candidate else "Adapter", local_path(target))]
     if adapter:
         rows.append(("", f"rank {adapter.rank}, {formatting.size(adapter.size_bytes)}, verified"))
+    checks = report.gate if report else []
+    rows += [("Gate", f"{'passed' if each.passed else 'not passed'}: {each.told}") for each in checks]
     for artifact in report.artifacts if report else ():
         told = local_path(artifact.uri) if artifact.uri else f"failed: {artifact.message}"
         rows.append((artifact.name.capitalize(), told))
@@ -106,7 +109,8 @@ def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float
     for title, value in rows:
         table.add_row(Text(f"  {title}", style="bold"), Text(value))
     console.out().print()
-    console.done(f"{job.metadata.name} is trained")
+    ending = ", but not published: its gate is not passed" if candidate else ""
+    console.done(f"{job.metadata.name} is trained{ending}")
     console.page(table)
     _show_next(job, target, file)
 

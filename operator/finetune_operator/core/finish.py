@@ -83,8 +83,12 @@ def _new_status(
             changed["execution_plan"] = view.report.execution_plan
         if view.ending and view.ending.report:
             changed |= {"metrics": view.ending.report.metrics or status.metrics}
+            if view.ending.reason in failure.ENDED_WELL:
+                changed |= {"gate": view.ending.report.gate}
             if view.ending.reason == failure.SUCCEEDED:
                 changed |= {"adapter": view.ending.report.adapter, "artifacts": view.ending.report.artifacts}
+            if view.ending.reason == failure.GATE_NOT_PASSED:
+                changed |= {"candidate": view.ending.report.candidate}
     new = status.model_copy(update=changed)
     return _final_status(observed, new, step, now) if status_io.is_terminal(new) else new
 

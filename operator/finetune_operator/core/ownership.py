@@ -63,7 +63,7 @@ def _without(observed: Observed, children: tuple[Child, ...], strangers: tuple[C
 def _may_follow(observed: Observed, attempts: AttemptHistory, spec: FineTuneJobSpec, settings: Settings) -> bool:
     """Return whether the operator itself may start another attempt now."""
     if attempts.history:
-        if attempts.history[-1].reason == failure.SUCCEEDED:
+        if attempts.history[-1].reason in failure.ENDED_WELL:
             return False
         if isinstance(retry.decide_retry(attempts.history, spec, observed.job.uid), retry.Stop):
             return False

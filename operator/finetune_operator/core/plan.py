@@ -77,6 +77,8 @@ def _step(view: View) -> Step:
     if view.last and not view.live:
         if view.last.reason == failure.SUCCEEDED:
             return Step(conditions.succeeded(view.spec.output.uri, view.last.message or ""))
+        if view.last.reason == failure.GATE_NOT_PASSED:
+            return Step(conditions.kept_back(view.last.message or ""))
         decision = retry.decide_retry(view.history, view.spec, view.observed.job.uid)
         if isinstance(decision, Stop):
             return Step(conditions.failed(decision.reason, decision.message))

@@ -38,6 +38,22 @@ def test_a_running_job_shows_progress_attempts_and_conditions(ctl, put):
     assert "━━━━━━━━━━━╌" in page
 
 
+def test_a_job_that_did_not_pass_its_gate_says_so_with_both_numbers(ctl, put, tmp_path):
+    uri = "s3://adapters/nli/candidates/nli-0f3c9a77"
+    put(states.job("nli"), states.kept_back(uri))
+    page = ctl("status", "nli").stdout
+    assert "GateNotPassed: Not published: f1 0.87, at least 0.9 is asked" in " ".join(page.split())
+    assert "✗ f1 0.87, at least 0.9 is asked" in page
+    assert f"{uri} (not published)" in page
+    watched = ctl("watch", "nli")
+    assert (watched.returncode, "Not published: f1 0.87" in watched.stdout) == (0, True)
+    assert "Not published: f1 0.87" in ctl("list").stdout
+    fetched = ctl("download", "nli", str(tmp_path / "nli"))
+    assert fetched.returncode == 1
+    assert "did not meet publish.onlyIf" in fetched.stderr.replace("\n", " ")
+    assert uri in fetched.stderr
+
+
 def test_a_waiting_job_says_why_in_the_schedulers_words(ctl, put):
     message = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu."
     put(states.job("nli"), states.waiting(message))

@@ -26,6 +26,17 @@ def test_a_valid_manifest_is_named_and_exits_0(folder):
     assert result.stdout == "✓ 1 FineTuneJob valid: nli\n"
 
 
+def test_a_gate_is_said_in_words(folder):
+    gate = (
+        "    onlyIf:\n    - {metric: evalLoss, atMost: 1.5}\n    - {metric: evalLoss, betterThan: s3://adapters/now}\n"
+    )
+    manifest = MANIFEST.replace("train.jsonl\n", "train.jsonl\n    evalFraction: 0.1\n")
+    (folder / "gate.yaml").write_text(f"{manifest}  publish:\n{gate}")
+    result = validate(folder, "gate.yaml")
+    said = "nli is published only if evalLoss is at most 1.5 and evalLoss is better than that of s3://adapters/now"
+    assert (result.returncode, said in result.stderr.replace("\n", " ")) == (0, True), result.stderr
+
+
 def test_a_problem_names_file_line_field_and_what_is_allowed(folder):
     result = validate(folder, "rank.yaml")
     assert result.returncode == 1

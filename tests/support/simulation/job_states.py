@@ -156,6 +156,19 @@ def succeeded(uri: str, digest: str = "sha256:" + "ab" * 32) -> Object:
     }
 
 
+def kept_back(uri: str) -> Object:
+    """Trained, but its gate is not passed: kept at `uri`."""
+    said = f"Not published: f1 0.87, at least 0.9 is asked; the adapter is kept at {uri}"
+    status = succeeded(uri)
+    conditions = [each for each in status["conditions"] if each["type"] not in ("Published", "Succeeded")]
+    told = [
+        condition("Published", "False", "GateNotPassed", said),
+        condition("Succeeded", "True", "GateNotPassed", said),
+    ]
+    gate = [{"metric": "f1", "value": 0.87, "comparison": "atLeast", "bar": 0.9, "passed": False}]
+    return status | {"conditions": conditions + told, "candidate": status.pop("adapter"), "gate": gate}
+
+
 def failed(reason: str, message: str, exit_code: int) -> Object:
     """Ended for good by the trainer's exit code."""
     now = datetime.now(UTC)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from finetune_api.gate import GateCheck
 from finetune_api.status import Adapter, ExecutionPlan, Progress, Resumption, TrainerReport
 from finetune_trainer.reporting.report import Reporter, termination_message
 
@@ -55,6 +56,22 @@ def test_the_confusion_matrix_goes_before_the_figures_do(message: str) -> None:
     assert len(text) <= 1536
     assert kept.metrics == figures
     assert kept.message == message or (kept.message.endswith("…") and len(kept.message.encode()) > 400)
+
+
+def test_a_report_that_is_too_long_still_tells_a_candidate_from_a_published_adapter() -> None:
+    adapter = Adapter(uri="s3://a/b", manifest_digest=f"sha256:{0:064}", size_bytes=1, base_model="b" * 1000, rank=1)
+    other = f"s3://a/{'c' * 900}"
+    check = GateCheck(metric="f1", comparison="betterThan", other=other, passed=False, problem="p" * 500)
+    for number in (1, 8):
+        reporter = Reporter()
+        reporter.gate([check] * number)
+        reporter.kept_back(adapter, "not published: f1 0.5")
+        text = termination_message(reporter.report)
+        read = TrainerReport.model_validate_json(text)
+        assert len(text) <= 1536
+        assert (read.reason, read.adapter) == ("GateNotPassed", None)
+        assert read.candidate is not None
+        assert read.candidate.uri == "s3://a/b"
 
 
 def test_the_whole_room_is_used() -> None:

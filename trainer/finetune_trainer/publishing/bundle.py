@@ -16,6 +16,7 @@ import structlog
 import yaml
 
 from finetune_api.artifact_manifest import Lineage
+from finetune_api.gate import GateCheck
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.folder import RunDirectory
@@ -54,6 +55,7 @@ class Bundle:
     step: int | None = None
     base_commit: str | None = None
     lineage: Lineage | None = None
+    gate: tuple[GateCheck, ...] = ()
 
 
 def write_bundle(

@@ -124,6 +124,7 @@ class AdapterOutput:
             metrics=dict(bundle.metrics),
             base_commit=bundle.base_commit,
             lineage=bundle.lineage,
+            gate=list(bundle.gate) or None,
         )
         if self.key:
             manifest = manifest.model_copy(update={"signature": self.key.sign(manifest.to_bytes())})

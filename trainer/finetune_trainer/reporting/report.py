@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from finetune_api import constants, exit_codes
+from finetune_api.gate import GateCheck
 from finetune_api.status import Adapter, Artifact, ExecutionPlan, Progress, Resumption, Stage, TrainerReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import drop_non_finite
@@ -19,7 +20,7 @@ log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
 #: Bytes that a message keeps, if it is too long for the termination log, before metrics are dropped instead.
 _LEAST_MESSAGE_BYTES = 256
-_FIRST = ("adapter", "stage", "reason", "message", "resumedFrom", "artifacts")
+_FIRST = ("adapter", "candidate", "stage", "reason", "message", "gate", "resumedFrom", "artifacts")
 _TOLD_BEFORE = ("learning_rate", "tokens_per_second", "estimated_completion_time", "updated_at")
 _PLAN = ("micro_batch_size", "gradient_accumulation_steps", "predicted_peak_memory_bytes", "measured_peak_memory_bytes")
 Listener = Callable[[TrainerReport], None]
@@ -84,6 +85,14 @@ class Reporter:
         self._change(stage="Succeeded", reason="Succeeded", message=message, adapter=adapter)
         self._write_termination_message()
 
+    def gate(self, checks: Sequence[GateCheck]) -> None:
+        """Report what became of publish.onlyIf."""
+        self._change(gate=list(checks))
+
+    def kept_back(self, candidate: Adapter, message: str) -> None:
+        self._change(stage="Succeeded", reason=exit_codes.GATE_NOT_PASSED, message=message, candidate=candidate)
+        self._write_termination_message()
+
     def failed(self, failure: Failure) -> None:
         """Report `failure`. Keep the termination message if another process of the pod has written the cause."""
         self._change(stage="Failed", reason=failure.reason, message=failure.message)
@@ -143,11 +152,14 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
     least = lean.model_copy(update={"metrics": {}, "execution_plan": None})
     if (shorter := _shortened(least, limit, least=0)) is not None:
         return shorter
-    if least.adapter:  # both of its URIs are long: the base model's also stands in the job's spec
-        brief = least.adapter.model_copy(update={"base_model": _cut(least.adapter.base_model, 64)})
-        least = least.model_copy(
-            update={"adapter": brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
-        )
+    least = least.model_copy(update={"gate": []})  # its numbers are in the message
+    if (shorter := _shortened(least, limit, least=0)) is not None:
+        return shorter
+    for name in ("adapter", "candidate"):  # both of its URIs are long: the base model's also stands in the job's spec
+        if published := getattr(least, name):
+            brief = published.model_copy(update={"base_model": _cut(published.base_model, 64)})
+            bare = {name: brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
+            least = least.model_copy(update=bare)
     return _json(least)
 
 

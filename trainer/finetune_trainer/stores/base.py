@@ -90,6 +90,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
+        """Replace a small object in one step, if it holds `expected`; if it holds `data` already, that was our own try.
+
+        Raises:
+            AlreadyExists: It holds something else: somebody replaced it meanwhile.
+        """
+
+    @abstractmethod
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
     ) -> None:

@@ -87,6 +87,14 @@ class FolderStore(Store):
                 if self.read_bytes(path) != data:
                     raise AlreadyExists(f"{self.field}: {self.uri_of(path)} is already there") from None
 
+    def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
+        # A folder cannot compare and rename in one step: two writers in the same instant are not detected.
+        if (found := self.read_bytes(path)) == data:
+            return
+        if found != expected:
+            raise AlreadyExists(f"{self.field}: {self.uri_of(path)} was changed by somebody else meanwhile")
+        self.write_bytes(path, data)
+
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
     ) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api import exit_codes
 from finetune_api.exit_codes import OUTCOMES, REASONS, ExitCode
-from finetune_api.status import TrainerReport
+from finetune_api.status import Adapter, TrainerReport
 from finetune_operator.core.attempts import root_cause
 from finetune_operator.core.attempts.last_words import final_report, last_lines
 from finetune_operator.core.attempts.root_cause import OOM_KILLED, PREEMPTED, STORAGE_EXCEEDED
@@ -15,6 +16,9 @@ from finetune_operator.core.objects.pod import Pod
 SUCCEEDED = OUTCOMES[ExitCode.SUCCEEDED].reason
 OUT_OF_MEMORY = OUTCOMES[ExitCode.GPU_OUT_OF_MEMORY].reason
 GPU_UNAVAILABLE = root_cause.GPU_UNAVAILABLE
+GATE_NOT_PASSED = exit_codes.GATE_NOT_PASSED
+#: Reasons of attempts whose trainer did all of its work; there is never another one after them.
+ENDED_WELL = (SUCCEEDED, GATE_NOT_PASSED)
 NODE_LOST = "NodeLost"
 SUSPENDED = "Suspended"
 JOB_DELETED = "JobDeleted"
@@ -50,16 +54,24 @@ class Ending:
     """Node of the pod that explains it."""
 
 
-def classify_exit(child: Child, pods: Sequence[Pod], output: str, memory_limit: str = "") -> Ending:
+@dataclass(frozen=True)
+class Places:
+    """Where a job's adapter may lie: `output` if it is published, `candidate` if it did not meet publish.onlyIf."""
+
+    output: str
+    candidate: str
+
+
+def classify_exit(child: Child, pods: Sequence[Pod], places: Places, memory_limit: str = "") -> Ending:
     """Return why an attempt ended: its Job has, or the trainers of its pods have.
 
     Args:
         child: The Job.
         pods: The last pod of each rank (pod_set.current): earlier ones were replaced and explain nothing.
-        output: output.uri.
+        places: Where the adapter may lie.
         memory_limit: resources.memory as the user wrote it.
     """
-    if success := _published(child, pods, output):
+    if success := _ended_well(child, pods, places):
         return success
     blamed = root_cause.find(pods)
     if child.finished == "Complete" or (blamed is None and any(pod.index == 0 and pod.exit for pod in pods)):
@@ -84,19 +96,27 @@ def classify_exit(child: Child, pods: Sequence[Pod], output: str, memory_limit: 
     return _failed(child, blamed, memory_limit)
 
 
-def _published(child: Child, pods: Sequence[Pod], output: str) -> Ending | None:
-    """Return the success that rank 0 reported. It stands, however the containers and the Job ended after it.
+def _ended_well(child: Child, pods: Sequence[Pod], places: Places) -> Ending | None:
+    """Return the publication, or the candidate, that rank 0 reported. It stands, however all ended after it.
 
     Whoever gets at the pod can write a report, and users follow its URI: it can only be the job's own.
     """
     for pod in pods:
         report = final_report(pod) if pod.index == 0 else None
-        is_here = report and report.adapter and report.adapter.uri.rstrip("/") == output.rstrip("/")
-        if report and report.stage == SUCCEEDED and is_here:
-            assert pod.exit is not None
-            ended = child.finished_at or pod.exit.finished_at
+        if report is None or report.stage != SUCCEEDED:
+            continue
+        assert pod.exit is not None
+        ended = child.finished_at or pod.exit.finished_at
+        if _lies_at(report.adapter, places.output):
             return Ending(SUCCEEDED, report.message or "the adapter is published", pod.exit.code, ended, report)
+        if _lies_at(report.candidate, places.candidate):
+            why = report.message or "the adapter does not meet publish.onlyIf"
+            return Ending(GATE_NOT_PASSED, why, pod.exit.code, ended, report)
     return None
+
+
+def _lies_at(adapter: Adapter | None, uri: str) -> bool:
+    return adapter is not None and adapter.uri.rstrip("/") == uri.rstrip("/")
 
 
 def _why_unread(pods: Sequence[Pod]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
+from finetune_api.gate import candidate_uri
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, EarlierAttempts, FineTuneJobStatus, TrainerReport
 from finetune_operator.core.attempts import (
@@ -162,15 +163,17 @@ def _detect_ending(
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
     settled = child is not None and is_settled(child, now)
     memory = "" if spec.resources.memory is None else str(spec.resources.memory)
+    output = spec.output.uri
+    places = failure.Places(output, candidate_uri(output, observed.job.name, observed.job.uid))
     if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
-        return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), spec.output.uri, memory))
+        return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), places, memory))
     if any(pod.live for pod in mine):
         return _StillOpen(needs_look=settled and not observed.looked_up)
     if child and child.finished:
         last = pod_set.current(mine)
         if sum(pod.exit is not None for pod in last) < spec.resources.nodes and not (settled and observed.looked_up):
             return _StillOpen(needs_look=settled)
-        return _map_superseded(attempt, failure.classify_exit(child, last, spec.output.uri, memory))
+        return _map_superseded(attempt, failure.classify_exit(child, last, places, memory))
     stopping = spec.suspend or any(c.type == "Suspended" and c.status == "True" for c in status.conditions)
     is_stopped = child is None or (child.suspended and not (child.active or child.terminating) and not child.queued)
     if child is not None and not (stopping and is_stopped):
@@ -211,7 +214,7 @@ def _map_superseded(attempt: Attempt, ending: Ending) -> Ending:
     """Map the outcome of an attempt that ran an outdated spec; only success is kept."""
     if not is_superseded(attempt):
         return ending
-    if ending.reason == failure.SUCCEEDED:
+    if ending.reason in failure.ENDED_WELL:
         return replace(ending, message=f"{ending.message}, but with an outdated spec: {attempt.message}")
     return Ending(failure.SPEC_CHANGED, attempt.message or "", ending.exit_code, ending.finished_at)
 

@@ -166,6 +166,7 @@ def claim_names(spec: FineTuneJobSpec) -> dict[str, bool]:
     """Return the PersistentVolumeClaims of the pvc:// URIs, and whether each is read-only."""
     found: dict[str, bool] = {}
     reads = (spec.model.source, *spec.dataset.uris.values(), spec.lora.init_from)
+    reads += tuple(each.better_than for each in (spec.publish.only_if if spec.publish else ()))
     for value, read_only in (*((v, True) for v in reads), (spec.output.uri, False), (spec.checkpoint.uri, False)):
         place = uri.parse(value) if value else None
         if place and place.scheme == "pvc":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import get_args
 
-from finetune_api import constants
+from finetune_api import constants, exit_codes
 from finetune_api.status import Condition, ConditionStatus, ConditionType, FineTuneJobStatus
 
 MAX_MESSAGE = 4096
@@ -117,6 +117,13 @@ def succeeded(uri: str, message: str) -> JobConditions:
     told = f"the trainer reports that it published the adapter at {uri}, read it back and loaded it"
     published = ConditionValue("True", "Reported", told)
     return JobConditions("Succeeded", over, over, ConditionValue("True", "Succeeded", message), published=published)
+
+
+def kept_back(message: str) -> JobConditions:
+    """Return the conditions of a job that did all of its work, whose adapter does not meet publish.onlyIf."""
+    over, said = ConditionValue("False", "Finished"), exit_codes.GATE_NOT_PASSED
+    published = ConditionValue("False", said, message)
+    return JobConditions("Succeeded", over, over, ConditionValue("True", said, message), published=published)
 
 
 def _valid_reason(reason: str) -> str:

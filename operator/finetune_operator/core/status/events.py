@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune_api.status import Attempt, Condition, FineTuneJobStatus
 from finetune_operator.core.attempts import progress
-from finetune_operator.core.attempts.failure import JOB_REFUSED, NOT_COUNTED_AS_FAILURE, SUCCEEDED
+from finetune_operator.core.attempts.failure import ENDED_WELL, GATE_NOT_PASSED, JOB_REFUSED, NOT_COUNTED_AS_FAILURE
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.status.training import NOT_ANSWERING, STALLED
 
@@ -52,7 +52,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Event]
         if before is None and attempt.reason != JOB_REFUSED:
             yield Event("Normal", "AttemptStarted", _started_message(attempt), f"{attempt.job_name}/started")
         yield from _within(before or Attempt(job_name=attempt.job_name), attempt)
-        if attempt.reason not in (None, SUCCEEDED) and (before is None or before.reason is None):
+        if attempt.reason not in (None, *ENDED_WELL) and (before is None or before.reason is None):
             kind: Kind = "Normal" if attempt.reason in NOT_COUNTED_AS_FAILURE - {JOB_REFUSED} else "Warning"
             message = f"{attempt.job_name}: {attempt.reason}: {attempt.message or ''}"
             yield Event(kind, "AttemptEnded", message, f"{attempt.job_name}/ended")
@@ -78,13 +78,14 @@ def _warning_or_end(condition: Condition, subject: str) -> Event | None:
     """Return the event for a changed condition; None where another condition or an attempt posts it."""
     match condition.type, condition.status:
         case "Succeeded", "True":
-            return Event("Normal", "Succeeded", condition.message, subject)
+            kind: Kind = "Warning" if condition.reason == GATE_NOT_PASSED else "Normal"
+            return Event(kind, condition.reason, condition.message, subject)
         case "Succeeded", "False":
             return Event("Warning", condition.reason, condition.message, subject)
         case "Suspended", "True":
             return Event("Normal", condition.reason, condition.message, subject)
         case "Scheduled", "False" if condition.reason not in ("Pending", "Finished", "Suspended", "BackingOff"):
-            kind: Kind = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
+            kind = "Normal" if condition.reason in ("Queued", "Stopping") else "Warning"
             return Event(kind, condition.reason, condition.message, subject)
         case "Training", _ if condition.reason in (STALLED, NOT_ANSWERING):
             return Event("Warning", condition.reason, condition.message, subject)

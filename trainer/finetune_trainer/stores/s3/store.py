@@ -140,6 +140,26 @@ class S3Store(Store):
 
         self._repeat(path, run)
 
+    def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
+        digest = digest_bytes(data)
+
+        def run() -> None:
+            answer = self._s3.control.get_object(Bucket=self._bucket, Key=self._key(path))
+            with closing(answer["Body"]) as body:
+                found = body.read(max(len(data), len(expected)) + 1)
+            if found == data:  # our own first try got through, and only its answer was lost
+                return
+            if found != expected:
+                raise AlreadyExists(f"{self._location(path).subject} was changed by somebody else meanwhile")
+            try:
+                self._put(path, data, digest, IfMatch=answer["ETag"])
+            except ClientError as error:
+                if errors.status_of(error) not in (409, 412):
+                    raise
+                raise AlreadyExists(f"{self._location(path).subject} was changed by somebody else meanwhile") from None
+
+        self._repeat(path, run)
+
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
     ) -> None:

@@ -1,0 +1,154 @@
+"""The gate before publication: whether the adapter meets publish.onlyIf, and where it goes if it does not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import structlog
+
+from finetune_api import constants
+from finetune_api.artifact_manifest import Lineage, StoreManifest
+from finetune_api.gate import GateCheck, candidate_folder
+from finetune_api.latest import LATEST_FILE
+from finetune_api.spec_publish import LOSS, Requirement
+from finetune_api.uri import parse
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.publishing.publish import AdapterOutput
+from finetune_trainer.settings import Settings
+from finetune_trainer.stores import latest
+from finetune_trainer.stores import manifest as store_manifest
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound
+from finetune_trainer.stores.open import open_store
+from finetune_trainer.stores.signature import require_signature
+
+log = structlog.get_logger(__name__)
+
+
+def check_gate(settings: Settings, lineage: Lineage) -> None:
+    """Refuse, before anything is trained, a comparison with an adapter that was measured otherwise.
+
+    Args:
+        settings: Its spec has the conditions.
+        lineage: Of what is about to be trained.
+
+    Raises:
+        ConfigInvalid: There is no such adapter, it is damaged, or its metric is not of the same rows and settings.
+        StoreError: It cannot be read.
+    """
+    for index, each in enumerate(_requirements(settings)):
+        if each.better_than and (problem := _check(settings, index, each, {each.metric: 0.0}, lineage).problem):
+            raise ConfigInvalid(f"spec.{_field(index)}: {each.better_than}: {problem}")
+
+
+def through_gate(ctx: RunContext, output: AdapterOutput, bundle: Bundle) -> tuple[AdapterOutput, Bundle, str]:
+    """Decide whether the adapter is published, and report it.
+
+    Returns:
+        Where it goes, the bundle with what decided it, and what is not met ('' if it is published).
+
+    Raises:
+        StoreError: An adapter to beat is out of reach.
+    """
+    checks = judge(ctx.settings, bundle.metrics, bundle.lineage or Lineage())
+    ctx.report.gate(checks)
+    bundle, refusal = replace(bundle, gate=tuple(checks)), verdict(checks)
+    if not refusal:
+        return output, bundle, ""
+    log.warning(f"The adapter does not meet publish.onlyIf: {refusal}")
+    return candidate_output(ctx.settings), bundle, refusal
+
+
+def candidate_output(settings: Settings) -> AdapterOutput:
+    """Return where this job's adapter is kept if it does not pass."""
+    job = settings.job.metadata
+    return AdapterOutput.open(settings, candidate_folder(job.name, job.uid))
+
+
+def judge(settings: Settings, metrics: Mapping[str, float], lineage: Lineage) -> list[GateCheck]:
+    """Return what becomes of each condition of publish.onlyIf, with these metrics of the adapter and its lineage.
+
+    An adapter to beat is read again: it is what the pointer names now that would be replaced.
+    """
+    return [_check(settings, index, each, metrics, lineage) for index, each in enumerate(_requirements(settings))]
+
+
+def verdict(checks: Sequence[GateCheck]) -> str:
+    """Return what to say of the conditions that are not met; '' if all are."""
+    return "; ".join(each.told for each in checks if not each.passed)
+
+
+def _requirements(settings: Settings) -> Sequence[Requirement]:
+    return settings.spec.publish.only_if if settings.spec.publish else ()
+
+
+def _field(index: int) -> str:
+    return f"publish.onlyIf[{index}].betterThan"
+
+
+def _check(
+    settings: Settings, index: int, asked: Requirement, metrics: Mapping[str, float], lineage: Lineage
+) -> GateCheck:
+    value = metrics.get(asked.metric)
+    if asked.at_least is not None:
+        passed = value is not None and value >= asked.at_least
+        return GateCheck(metric=asked.metric, value=value, comparison="atLeast", bar=asked.at_least, passed=passed)
+    if asked.at_most is not None:
+        passed = value is not None and value <= asked.at_most
+        return GateCheck(metric=asked.metric, value=value, comparison="atMost", bar=asked.at_most, passed=passed)
+    check = GateCheck(metric=asked.metric, value=value, comparison="betterThan", other=asked.better_than, passed=False)
+    try:
+        digest, other = _other(settings, index, asked)
+        bar = _comparable(other, asked.metric, lineage)
+    except (StoreCorrupted, StoreNotFound, _OtherwiseMeasured) as error:
+        return check.model_copy(update={"problem": str(error).removeprefix(f"{_field(index)}: ")[:512]})
+    passed = value is not None and (value < bar if asked.metric == LOSS else value > bar)
+    return check.model_copy(update={"bar": bar, "other_digest": digest, "passed": passed})
+
+
+class _OtherwiseMeasured(Exception):
+    """Two metrics of one name are not of the same rows, or were not measured alike."""
+
+
+def _other(settings: Settings, index: int, asked: Requirement) -> tuple[str, StoreManifest]:
+    """Return the digest and the manifest of the adapter to beat, whose every file was read and compared.
+
+    Raises:
+        StoreNotFound: There is none.
+        StoreCorrupted: It is not what its manifest says, or is not signed as it must be.
+    """
+    credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
+    store = open_store(parse(asked.better_than or ""), credentials, field=_field(index))
+    found = latest.find(store)
+    if found is None or found.manifest.kind != "Adapter":
+        raise StoreNotFound(
+            f"there is no adapter to beat: neither {constants.MANIFEST_FILE} of one nor {LATEST_FILE}; publish"
+            " the first one without this condition"
+        )
+    require_signature(found.data, store.uri_of(found.path), credentials.values)
+    store_manifest.verify(store, found.manifest, found.path)
+    return store_manifest.digest_of(found.data), found.manifest
+
+
+def _comparable(other: StoreManifest, metric: str, mine: Lineage) -> float:
+    """Return the recorded metric of `other`. Raises _OtherwiseMeasured unless it is of the same rows and settings."""
+    theirs = other.lineage or Lineage()
+    value = (other.metrics or {}).get(metric)
+    if value is None:
+        raise _OtherwiseMeasured(f"its manifest records no {metric}")
+    if theirs.eval_rows is None or theirs.eval_rows != mine.eval_rows:
+        raise _OtherwiseMeasured(
+            f"its {metric} is of other held-out rows ({_short(theirs.eval_rows)}, here {_short(mine.eval_rows)}):"
+            " train it with this job's dataset.eval, base tokenizer and maxLength"
+        )
+    if metric != LOSS and (theirs.eval_prompts is None or theirs.eval_prompts != mine.eval_prompts):
+        raise _OtherwiseMeasured(
+            f"its {metric} was measured with other prompts or settings ({_short(theirs.eval_prompts)}, here"
+            f" {_short(mine.eval_prompts)}): evaluation.generation must be the same"
+        )
+    return value
+
+
+def _short(digest: str | None) -> str:
+    return digest[:15] if digest else "not recorded"
