@@ -121,7 +121,8 @@ def succeeded(uri: str, message: str) -> JobConditions:
 
 def kept_back(message: str) -> JobConditions:
     """Return the conditions of a job that did all of its work, whose adapter does not meet publish.onlyIf."""
-    over, said = ConditionValue("False", "Finished"), exit_codes.GATE_NOT_PASSED
+    over = ConditionValue("False", "Finished")
+    said = exit_codes.GATE_NOT_PASSED
     published = ConditionValue("False", said, message)
     return JobConditions("Succeeded", over, over, ConditionValue("True", said, message), published=published)
 
