@@ -56,6 +56,7 @@ NOT_SAVED: Final = dict.fromkeys(("emu3", "mllama"), "its text part is no checkp
 NOT_COMPILED: Final = frozenset({"ctrl", "openai-gpt"})
 #: Types with linear layers that no gradient reaches, which a rehearsal cannot find out, and what they are called.
 UNREACHED: Final = {
+    "deepseek_v4": "compressor, of short rows",
     "qwen4_exp": "indexer",
     "qwen4_exp_text": "indexer",
     "zamba2": "gate_up_proj_adapter_list, of some layers",

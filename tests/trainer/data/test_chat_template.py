@@ -160,6 +160,20 @@ def test_a_template_that_ignores_tools_is_said(tokenizer: Any) -> None:
     assert warning == "Chat template does not write the tools of a row: the model learns without them"
 
 
+@pytest.mark.parametrize(("key", "name", "is_said"), [
+    ("reasoning_content", "qwen3", False), ("thinking", "qwen2_5", True), ("reasoning_content", "qwen2_5", True),
+])  # fmt: skip
+def test_thoughts_that_a_template_does_not_write_are_said(key: str, name: str, is_said: bool, tokenizer: Any) -> None:
+    tokenizer.chat_template = getattr(chat_template_utils, f"{name}_chat_template")
+    template = ChatTemplate(tokenizer)
+    text = template.whole(ChatExample([TWO_TURNS[0], {"role": "assistant", "content": "ok", key: "because"}]))
+    assert ("because" in text) is not is_said
+    assert (
+        list(template.notes)
+        == [f"Chat template does not write {key} of a message: the model learns without it"] * is_said
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "deepseekv3"])
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
 def test_arguments_of_tool_calls_have_the_form_that_the_template_takes(

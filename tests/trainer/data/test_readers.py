@@ -37,6 +37,7 @@ BAD_FILES = [
     ),
     ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: is not usable JSON: nested too deep"),
     ("a.csv", "", "a.csv: has no rows"),
+    ("a.csv", "text,id,text\nx,1,y\n", "a.csv: has two columns 'text', and a row can have but one"),
 ]
 
 
@@ -146,3 +147,18 @@ def test_parquets_nulls_in_objects_are_no_keys(tmp_path: Path) -> None:
     ]
     [row] = load(write(tmp_path / "a.parquet", rows))[0]
     assert row == rows[0]
+
+
+def test_columns_of_one_name_are_not_told_apart_in_parquet_either(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(DatasetInvalid, match=r"a\.parquet: has two columns 'text'"):
+        load(tmp_path / "a.parquet")
+
+
+def test_columns_without_a_name_are_what_a_spreadsheet_leaves(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,,\nx,,\n")
+    assert load(tmp_path / "a.csv")[1] == "text"

@@ -144,6 +144,7 @@ def test_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
         ("special_tokens_map.json", "[]"),
         ("tokenizer.json", "[" * 100_000),
         ("config.json", '{"model_type": []}'),
+        ("tokenizer_config.json", "\ufeff{}"),
     ],
 )
 def test_files_of_a_tokenizer_that_are_none_are_explained(
@@ -153,3 +154,25 @@ def test_files_of_a_tokenizer_that_are_none_are_explained(
     (tmp_path / "model" / file).write_text(content)
     with pytest.raises(ConfigInvalid, match=r"^spec\.model\.source: file://model has no usable tokenizer: "):
         load_tokenizer(tmp_path / "model", "file://model")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_git_pointer_in_the_place_of_a_file_is_named(file: str, tiny_model: Path, tmp_path: Path) -> None:
+    """As a chat template it would be the whole text of every conversation."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigInvalid, match=f"{file} of file://model is a Git LFS pointer, not the file it stands"):
+        load_tokenizer(tmp_path / "model", "file://model")
+
+
+def test_a_token_beyond_the_embeddings_is_refused_however_few_there_are(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 5000
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path / "model", "x")
+    with pytest.raises(ConfigInvalid, match="has a token of the id 5000, the model's embeddings end at 399"):
+        check_vocabulary(tokenizer, 400)
+    check_vocabulary(tokenizer, 5001)

@@ -147,7 +147,30 @@ def test_values_of_every_type_are_read(tmp_path: Path) -> None:
         count = {"F4": 32, "U64": 2, "C64": 2}.get(dtype, 16)
         header = json.dumps({"a": {"dtype": dtype, "shape": [count], "data_offsets": [0, 16]}}).encode()
         (tmp_path / dtype).write_bytes(len(header).to_bytes(8, "little") + header + b"\1" * 16)
-        _check_file(tmp_path / dtype, "hf://a/b")
+        _check_file(tmp_path / dtype, "hf://a/b", quantized=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_quantized_numbers_without_a_word_of_it_are_refused(
+    dtype: torch.dtype, tiny_model: Path, tmp_path: Path
+) -> None:
+    """transformers would take them for weights, and their scales for tensors without a place."""
+    folder = _copy(tiny_model, tmp_path / "model", _with(NORM, torch.ones(64).to(dtype)))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ConfigInvalid, match=rf"has {NORM} as {kind}, whose numbers mean nothing without scales"):
+        _check(folder)
+
+
+def test_masks_are_integers_in_some_checkpoints(tiny_model: Path, tmp_path: Path) -> None:
+    _check(_copy(tiny_model, tmp_path / "model", _with("model.layers.0.attn.bias", torch.ones(4, 4).byte())))
+
+
+def test_a_folder_in_the_place_of_the_weights_is_explained(tiny_model: Path, tmp_path: Path) -> None:
+    folder = _copy(tiny_model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(ConfigInvalid, match=r"has neither model\.safetensors nor"):
+        _check(folder)
 
 
 def test_an_adapter_beside_the_base_is_ignored(

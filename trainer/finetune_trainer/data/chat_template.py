@@ -17,6 +17,8 @@ from finetune_trainer.data.rows import half_character
 from finetune_trainer.data.template_traits import TOOL, TemplateTraits
 from finetune_trainer.errors import reason
 
+#: What a model has thought before it spoke, by the names that data sets and templates have for it.
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 _MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -187,6 +189,9 @@ class ChatTemplate:
             if form is None:
                 raise TemplateError("has tool calls, and the chat template writes none")
             messages = [_with_arguments(message, index, form) for index, message in enumerate(messages)]
+        for key in _THOUGHTS:
+            if any(message.get(key) for message in messages) and not self._traits.writes(key):
+                self.notes[f"Chat template does not write {key} of a message: the model learns without it"] = None
         return [_in_parts(message) for message in messages] if self._traits.content_as_parts else messages
 
 

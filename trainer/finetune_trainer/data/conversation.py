@@ -18,7 +18,8 @@ _TAKEN: Final = (
 def messages_problem(name: str, value: Any) -> str:
     """Return what is wrong with the list of messages in column `name`, or ''."""
     if not isinstance(value, list) or not value:
-        return f"{name!r} must be a list of messages with role and content, and not empty"
+        said = ", not a string" if isinstance(value, str) else ", and not empty"
+        return f"{name!r} must be a list of messages with role and content{said}"
     for index, message in enumerate(value):
         where = f"'{name}[{index}]'"
         if not isinstance(message, dict):
@@ -28,6 +29,8 @@ def messages_problem(name: str, value: Any) -> str:
         calls = message.get("tool_calls")
         if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             return f"{where}.tool_calls must be a list of objects"
+        if message.get("function_call"):
+            return f"{where}.function_call is not read: write it as tool_calls, with role tool for what it returns"
         if not isinstance(message.get("content"), str) and not calls:
             return f"{where}.content must be a string"
         if (weight := message.get("weight")) is not None and (isinstance(weight, bool) or weight not in (0, 1)):
@@ -40,7 +43,15 @@ def unlearnable(name: str, messages: Sequence[Message]) -> str:
     said = [message for message in messages if message["role"] == "assistant"]
     if not said:
         return f"{name!r} has no assistant turn to learn from"
-    return "" if any(message.get("weight") != 0 for message in said) else f"{name!r} has only turns of weight 0"
+    learned = [message for message in said if message.get("weight") != 0]
+    if not learned:
+        return f"{name!r} has only turns of weight 0"
+    return "" if any(map(says_something, learned)) else f"{name!r} has no assistant turn that says something"
+
+
+def says_something(message: Message) -> bool:
+    """Return whether a checked message has content, or calls a tool."""
+    return bool(message.get("tool_calls") or message["content"].strip())
 
 
 def template_problem(data: Mapping[str, Any]) -> str:

@@ -176,6 +176,7 @@ def _csv(file: BinaryIO, name: str) -> Iterator[Row]:
         header = next(reader, None)
         if header is None:
             return
+        _check_columns(header, name)
         end = reader.line_num
         for cells in reader:
             start, end = end + 1, reader.line_num
@@ -195,12 +196,19 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        opened = pyarrow.parquet.ParquetFile(file)
+        _check_columns(opened.schema_arrow.names, name)
+        for batch in opened.iter_batches(batch_size=1024):
             for data in batch.to_pylist():
                 number += 1
                 yield Row(name, number, {column: _without_nulls(value) for column, value in data.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DatasetInvalid(f"{name}: is not a readable Parquet file: {reason(error)}") from None
+
+
+def _check_columns(names: list[str], file: str) -> None:
+    if twice := next((each for each in names if each and names.count(each) > 1), None):
+        raise DatasetInvalid(f"{file}: has two columns {twice!r}, and a row can have but one: rename one of them")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -27,12 +27,20 @@ class TemplateTraits:
     def __init__(self, tokenizer: Any, renderer: Renderer) -> None:
         self._tokenizer = tokenizer
         self._renderer = renderer
+        self._written: dict[str, bool] = {}
 
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the tools of a conversation come into its text."""
         turns = [{"role": "user", "content": self._content("?")}]
         return self._try(turns, tools=True) != self._try(turns)
+
+    def writes(self, key: str) -> bool:
+        """Whether what an assistant's message holds under `key`, beside its content, comes into the text."""
+        if key not in self._written:
+            turns = [{"role": role, "content": self._content("?")} for role in ("user", "assistant")]
+            self._written[key] = _WORD in self._try([turns[0], turns[1] | {key: _WORD}])
+        return self._written[key]
 
     @cached_property
     def content_as_parts(self) -> bool:

@@ -1,5 +1,6 @@
 """Load the tokenizer and check it against the base model."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,9 @@ from finetune_trainer.errors import ConfigInvalid, whole_text
 
 log = structlog.get_logger(__name__)
 _SAMPLE: Final = "Hello world, these are 12 plain words: naïve, 你好!"
+#: How a file begins that Git has put in the place of a large one.
+LFS_POINTER: Final = b"version https://git-lfs"
+_TEXT_FILES: Final = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 #: Whole names of tokens that models reserve for padding, then for anything; best first.
 _PAD_TOKENS: Final = (
     r"<\|finetune_right_pad_id\|>",  # Llama 3
@@ -34,6 +38,11 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
     """
     from transformers import AutoTokenizer
 
+    if pointer := next(filter(_is_lfs_pointer, _text_files(folder)), None):
+        raise ConfigInvalid(
+            f"spec.model.source: {pointer.name} of {source} is a Git LFS pointer, not the file it stands for: fetch it"
+            " with git lfs pull"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
@@ -42,7 +51,8 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
     except ConfigInvalid:
         raise
     except Exception as error:  # transformers checks little of what it reads, so anything can go wrong
-        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {whole_text(error)}") from None
+        why = _unusable_file(folder) or whole_text(error)
+        raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {why}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
     tokenizer.padding_side = "right"
@@ -53,6 +63,25 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
         f"Tokenizer of {len(tokenizer):,} tokens loaded", pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token
     )
     return tokenizer
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _TEXT_FILES and path.is_file())
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _unusable_file(folder: Path) -> str | None:
+    """Return which JSON file of the tokenizer cannot be read, and why; None if it is none of them."""
+    for file in sorted(folder.glob("*token*.json")):
+        try:
+            json.loads(file.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            return f"{file.name} is no JSON: {whole_text(error)}"
+    return None
 
 
 def choose_pad_token(tokenizer: Any) -> str:
@@ -115,6 +144,11 @@ def add_tokens(tokenizer: Any, wanted: Iterable[str]) -> list[int]:
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Raise ConfigInvalid if the tokenizer has more tokens than the model has embeddings; call it before add_tokens."""
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= max(vocab_size, len(tokenizer)):
+        raise ConfigInvalid(
+            f"spec.model.source: the tokenizer has a token of the id {last}, the model's embeddings end at"
+            f" {vocab_size - 1}: take the model's own tokenizer"
+        )
     if len(tokenizer) > vocab_size:
         raise ConfigInvalid(
             f"spec.model.source: the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab_size}: "

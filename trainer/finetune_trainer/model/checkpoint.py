@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.data.tokenizer import LFS_POINTER
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
@@ -18,7 +19,6 @@ from finetune_trainer.model.base import BaseModel
 log = structlog.get_logger(__name__)
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
-_LFS_POINTER: Final = b"version https://git-lfs"
 #: Names listed of what may be hundreds.
 _LISTED: Final = 5
 #: Where transformers looks for an adapter that lies beside a base model: nowhere.
@@ -38,7 +38,7 @@ def check_weights(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
         log.warning(f"An adapter lies beside the weights of {spec.model.source}: it is ignored, the base model is used")
     files = _files(folder, spec.model.source)
     for file in files:
-        _check_file(file, spec.model.source)
+        _check_file(file, spec.model.source, base.quantized)
     if not base.quantized:  # transformers cannot lay out quantized weights without loading them
         check_names(_loading_info(folder, base, spec), spec.model.source)
 
@@ -77,10 +77,10 @@ def _some(names: Any) -> str:
 
 def _files(folder: Path, source: str) -> list[Path]:
     """Return the files that transformers will load. Raises ConfigInvalid."""
-    if (folder / _SINGLE).exists():
+    if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     index = folder / _INDEX
-    if not index.exists():
+    if not index.is_file():
         there = ", ".join(islice(sorted(path.name for path in folder.glob("*.safetensors")), _LISTED))
         raise ConfigInvalid(
             f"spec.model.source: {source} has neither {_SINGLE} nor {_INDEX}, which names the parts; it has {there}"
@@ -95,21 +95,34 @@ def _files(folder: Path, source: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_file(file: Path, source: str) -> None:
-    """Raise ConfigInvalid if `file` cannot be read whole, or holds NaN or infinity."""
+def _check_file(file: Path, source: str, quantized: bool) -> None:
+    """Raise ConfigInvalid if `file` cannot be read whole, or holds NaN, infinity or, unsaid, quantized numbers."""
     try:
         for name, tensor in _tensors(file):
+            if not quantized and _wants_scales(name, tensor):
+                raise ConfigInvalid(
+                    f"spec.model.source: {file.name} of {source} has {name} as"
+                    f" {str(tensor.dtype).removeprefix('torch.')}, whose numbers mean nothing without scales, and"
+                    " config.json has no quantization_config: take the original weights"
+                )
             if not is_finite(tensor):
                 raise ConfigInvalid(f"spec.model.source: {file.name} of {source} has NaN or infinity in {name}")
     except (SafetensorError, OSError) as error:
         with file.open("rb") as opened:
-            is_pointer = opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
         why = (
             "a Git LFS pointer, not the file it stands for: fetch it with git lfs pull"
             if is_pointer
             else f"cut or damaged ({whole_text(error)}): fetch it again"
         )
         raise ConfigInvalid(f"spec.model.source: {file.name} of {source} is {why}") from None
+
+
+def _wants_scales(name: str, tensor: torch.Tensor) -> bool:
+    """Return whether `tensor` is of a type that only quantized weights have; some models hold masks as integers."""
+    if tensor.is_floating_point():
+        return tensor.element_size() == 1
+    return name.endswith("weight")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

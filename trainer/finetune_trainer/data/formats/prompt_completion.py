@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_trainer.data.conversation import chat_example, messages_problem, template_problem
+from finetune_trainer.data.conversation import chat_example, messages_problem, says_something, template_problem
 from finetune_trainer.data.row_format import CHAT_COLUMNS, ChatExample, CompletionExample, RowFormat
 
 
@@ -20,7 +20,8 @@ class PromptCompletionFormat(RowFormat):
         names = self.called("prompt"), self.called("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
             problem = messages_problem(names[0], prompt) or messages_problem(names[1], completion)
-            return problem or template_problem(data)
+            is_something = problem or any(map(says_something, completion))
+            return problem or template_problem(data) or ("" if is_something else f"{names[1]!r} is empty")
         return f"{names[0]!r} and {names[1]!r} must both be strings, or both lists of messages"
 
     def to_example(self, data: dict[str, Any]) -> CompletionExample | ChatExample:
