@@ -1,5 +1,6 @@
 """The operator's settings: environment variables FINETUNE_OPERATOR_<FIELD>; lists and maps are JSON."""
 
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     """Watch Kueue's Workloads to explain why a queued job waits. auto: when the cluster has them."""
 
     # The trainer's pods
-    trainer_image: str = "finetune-trainer:0.1.0"
+    trainer_image: str = f"finetune-trainer:{version('finetune-operator')}"
     """Image of the trainer, unless a job sets spec.image."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the trainer's image is pulled."""

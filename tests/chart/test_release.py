@@ -2,14 +2,17 @@
 
 import hashlib
 import re
+import tomllib
 from typing import Any
 
 import helm_python
 import pytest
+import yaml
 
 from support.docs.chart import (
     CHART,
     NAMESPACE,
+    ROOT,
     find,
     objects,
     render,
@@ -114,6 +117,20 @@ def test_one_registry_holds_both_images() -> None:
         "registry.example.com/a/operator:2",
         "other.example.com/t:0.1.0",
     )
+
+
+def test_the_version_is_pyprojects_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    tags = [
+        tag for page in pages for tag in re.findall(r"finetune-(?:operator|trainer):([0-9][\w.]*)", page.read_text())
+    ]
+    assert tags and set(tags) == {version}
+    code = [path for folder in ("crds", "operator", "cli", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    places = [*code, *(ROOT / "images").glob("*/Containerfile"), ROOT / "scripts" / "build-images.sh"]
+    assert [path for path in places if f'"{version}"' in path.read_text() or f":{version}" in path.read_text()] == []
 
 
 def checksum(values: Object, name: str) -> str:

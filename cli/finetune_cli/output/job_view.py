@@ -97,7 +97,9 @@ class View:
         if not self.status.conditions:
             return (
                 "Why",
-                "The operator has not seen this job yet. If that lasts: is the operator running in this cluster?",
+                f"The operator has not seen this job yet. If that lasts, none watches {self.namespace} (the"
+                " chart's watch.namespaces; by default its own): kubectl get deployments -A -l"
+                " app.kubernetes.io/name=finetune-operator",
             )
         if self.state == "running":
             training = self.condition("Training")

@@ -93,6 +93,7 @@ def _told(plan: ExecutionPlan) -> str:
         f"{plan.gradient_accumulation_steps} passes a step": (plan.gradient_accumulation_steps or 1) > 1,
         "packed" if plan.packing else "padded": True,
         "compiled" if plan.compiled else "not compiled": True,
+        "as CUDA graphs": plan.captured,
         f"{plan.checkpointed_layers} layers recomputed": plan.checkpointed_layers,
         "norms and dropout recomputed": plan.selective_checkpointing,
         f"{plan.cached_layers} layers kept dequantized": plan.cached_layers,

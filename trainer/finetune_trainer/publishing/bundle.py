@@ -6,7 +6,7 @@ torch is imported only once a bundle is written: publish.py needs the Bundle bef
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from finetune_trainer.model.base import BaseModel
 from finetune_trainer.publishing import model_card
 from finetune_trainer.publishing.artifact import Artifact, Trained
 from finetune_trainer.publishing.artifacts import ARTIFACTS
+from finetune_trainer.publishing.loss_curve import plot_loss
 from finetune_trainer.reporting.logs import LOG_FILE
 from finetune_trainer.settings import resolved_job
 
@@ -151,24 +152,3 @@ def environment(plan: ExecutionPlan) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of training/metrics.jsonl; none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def plot_loss(lines: Iterable[dict[str, Any]], path: Path) -> None:
-    """Draw training and evaluation loss (nats per token) over optimizer steps, as a PNG at `path`."""
-    import matplotlib.figure
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    lines = list(lines)
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("evalLoss", "held-out", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, metadata={"Software": None})
