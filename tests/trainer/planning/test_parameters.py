@@ -6,7 +6,7 @@ import pytest
 
 from finetune_trainer.planning.parameters import FAMILIES, count
 from support.trainer.families import tiny_config
-from support.trainer.published import PUBLISHED
+from finetune_trainer.planning.known_models import CONFIGS
 
 #: Types whose own defaults cannot be built.
 _NO_DEFAULTS = {"ministral", "hunyuan_v1_dense", "nemotron"}
@@ -35,7 +35,7 @@ def test_tied_embeddings_count_once(kind: str, changes: dict[str, Any]) -> None:
 
 
 def test_there_are_forty_published_models() -> None:
-    assert len(PUBLISHED) >= 40
+    assert len(CONFIGS) >= 40
 
 
 #: Built by day; the others at night.
@@ -43,13 +43,13 @@ _DAILY = ("Llama-3.2-1B", "Gemma-2-2B", "Qwen3-30B-A3B", "Pythia-1.4B")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in _DAILY else pytest.mark.nightly) for name in PUBLISHED]
+    "name", [pytest.param(name, marks=[] if name in _DAILY else pytest.mark.nightly) for name in CONFIGS]
 )
 def test_published_models_are_counted_as_they_are_built(name: str) -> None:
     """config.json as it is published leaves out what is the default: the table must know."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw = PUBLISHED[name]
+    raw = CONFIGS[name]
     _check(CONFIG_MAPPING[raw["model_type"]](**raw), raw)
 
 

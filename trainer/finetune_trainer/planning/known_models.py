@@ -1,4 +1,4 @@
-"""config.json of models that were published, as far as their sizes go."""
+"""Shapes of popular models, so that a run is planned by name without the hub: config.json, as far as sizes go."""
 
 from typing import Any, Final
 
@@ -57,7 +57,7 @@ _ROWS: Final[list[tuple[str, str, int, int, int, int, int, int, dict[str, Any]]]
     ("smollm3", "SmolLM3-3B", 128256, 2048, 11008, 36, 16, 4, {"tie_word_embeddings": True}),
     ("cohere", "Command-R", 256000, 8192, 22528, 40, 64, 64, {}),
 ]  # fmt: skip
-PUBLISHED: Final[dict[str, dict[str, Any]]] = {
+CONFIGS: Final[dict[str, dict[str, Any]]] = {
     name: {
         "model_type": kind,
         "vocab_size": vocabulary,
@@ -70,3 +70,63 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
     }
     for kind, name, vocabulary, hidden, inner, layers, heads, kv_heads, more in _ROWS
 }
+#: Repository on the hub -> name above. {} is nothing or one of the ends.
+_REPOSITORIES: Final[list[tuple[str, str, tuple[str, ...]]]] = [
+    ("meta-llama/Llama-2-7b{}-hf", "Llama-2-7B", ("", "-chat")),
+    ("meta-llama/Llama-2-13b{}-hf", "Llama-2-13B", ("", "-chat")),
+    ("meta-llama/Llama-2-70b{}-hf", "Llama-2-70B", ("", "-chat")),
+    ("meta-llama/Meta-Llama-3-8B{}", "Llama-3.1-8B", ("", "-Instruct")),
+    ("meta-llama/Meta-Llama-3-70B{}", "Llama-3.1-70B", ("", "-Instruct")),
+    ("meta-llama/Llama-3.1-8B{}", "Llama-3.1-8B", ("", "-Instruct")),
+    ("meta-llama/Meta-Llama-3.1-8B{}", "Llama-3.1-8B", ("", "-Instruct")),
+    ("meta-llama/Llama-3.1-70B{}", "Llama-3.1-70B", ("", "-Instruct")),
+    ("meta-llama/Meta-Llama-3.1-70B{}", "Llama-3.1-70B", ("", "-Instruct")),
+    ("meta-llama/Llama-3.3-70B-Instruct", "Llama-3.1-70B", ("",)),
+    ("meta-llama/Llama-3.2-1B{}", "Llama-3.2-1B", ("", "-Instruct")),
+    ("meta-llama/Llama-3.2-3B{}", "Llama-3.2-3B", ("", "-Instruct")),
+    ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B", ("",)),
+    ("HuggingFaceTB/SmolLM2-135M{}", "SmolLM2-135M", ("", "-Instruct")),
+    ("HuggingFaceTB/SmolLM2-1.7B{}", "SmolLM2-1.7B", ("", "-Instruct")),
+    ("HuggingFaceTB/SmolLM3-3B{}", "SmolLM3-3B", ("", "-Base")),
+    ("01-ai/Yi-6B{}", "Yi-6B", ("", "-Chat")),
+    ("01-ai/Yi-34B{}", "Yi-34B", ("", "-Chat")),
+    ("deepseek-ai/deepseek-llm-67b-{}", "deepseek-llm-67B", ("base", "chat")),
+    ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "Llama-3.1-8B", ("",)),
+    ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "Llama-3.1-70B", ("",)),
+    ("mistralai/Mistral-7B{}", "Mistral-7B-v0.1", ("-v0.1", "-Instruct-v0.1", "-Instruct-v0.2")),
+    ("mistralai/Mistral-7B{}-v0.3", "Mistral-7B-v0.3", ("", "-Instruct")),
+    ("mistralai/Mistral-Nemo-{}-2407", "Mistral-Nemo", ("Base", "Instruct")),
+    ("mistralai/Mistral-Small-24B-{}-2501", "Mistral-Small-24B", ("Base", "Instruct")),
+    ("mistralai/Mixtral-8x7B{}-v0.1", "Mixtral-8x7B", ("", "-Instruct")),
+    ("google/gemma-2b{}", "Gemma-2B", ("", "-it")),
+    ("google/gemma-7b{}", "Gemma-7B", ("", "-it")),
+    ("google/gemma-2-2b{}", "Gemma-2-2B", ("", "-it")),
+    ("google/gemma-2-9b{}", "Gemma-2-9B", ("", "-it")),
+    ("google/gemma-2-27b{}", "Gemma-2-27B", ("", "-it")),
+    ("google/gemma-3-1b-{}", "Gemma-3-1B", ("pt", "it")),
+    ("microsoft/Phi-3-mini-{}-instruct", "Phi-3-mini", ("4k",)),
+    ("microsoft/phi-4", "Phi-4", ("",)),
+    ("microsoft/phi-2", "Phi-2", ("",)),
+    ("EleutherAI/pythia-1.4b{}", "Pythia-1.4B", ("", "-deduped")),
+    ("EleutherAI/pythia-6.9b{}", "Pythia-6.9B", ("", "-deduped")),
+    ("EleutherAI/pythia-12b{}", "Pythia-12B", ("", "-deduped")),
+    ("bigcode/starcoder2-3b", "StarCoder2-3B", ("",)),
+    ("bigcode/starcoder2-15b", "StarCoder2-15B", ("",)),
+    ("allenai/OLMo-2-1124-7B{}", "OLMo-2-7B", ("", "-Instruct")),
+    ("ibm-granite/granite-3.1-8b-{}", "Granite-3.1-8B", ("base", "instruct")),
+    ("CohereForAI/c4ai-command-r-v01", "Command-R", ("",)),
+    ("Qwen/Qwen3-30B-A3B{}", "Qwen3-30B-A3B", ("", "-Base", "-Instruct-2507", "-Thinking-2507")),
+    *((f"Qwen/Qwen2.5-{size}{{}}", f"Qwen2.5-{size}", ("", "-Instruct"))
+      for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
+    *((f"Qwen/Qwen3-{size}{{}}", f"Qwen3-{size}", ("", "-Base")) for size in ("0.6B", "1.7B", "4B", "8B", "14B")),
+    ("Qwen/Qwen3-32B", "Qwen3-32B", ("",)),
+]  # fmt: skip
+BY_REPOSITORY: Final[dict[str, str]] = {
+    form.format(end).lower(): name for form, name, ends in _REPOSITORIES for end in ends
+}
+
+
+def config_of(source: str) -> dict[str, Any] | None:
+    """Return the sizes of the model at `source`, an hf:// address, if it is a known one."""
+    name = BY_REPOSITORY.get(source.removeprefix("hf://").lower()) if source.startswith("hf://") else None
+    return CONFIGS[name] if name else None
