@@ -154,7 +154,7 @@ def _with_memory(spec: FineTuneJobSpec, shape: ModelShape, gpu_memory: int) -> F
     except TrainerError as error:
         return Forecast(None, gpu_memory, False, (f"Does not fit: {error}",))
     return Forecast(
-        plan, gpu_memory, True, (f"{_sentence(plan)}.", f"It fits a GPU with {formatting.size(gpu_memory)}.")
+        plan, gpu_memory, True, (f"It fits a GPU with {formatting.size(gpu_memory)}.", f"{_sentence(plan)}.")
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import uri
 from finetune_cli import storage
 from finetune_cli.errors import CliError
+from finetune_trainer.planning import known_models
 
 if TYPE_CHECKING:
     from finetune_api.spec_data import Model
@@ -30,8 +31,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def fetch(model: Model) -> dict[str, Any]:
-    """Fetch the configuration of a job's base model from the hub, a bucket or this machine. Raises CliError."""
+    """Return the configuration of a job's base model: a known one, or from the hub, a bucket or this machine.
+
+    Raises CliError.
+    """
     source = uri.parse(model.source)
+    known = None if model.revision else known_models.config_of(model.source)
+    if known:
+        return known
     if source.scheme == "hf":
         file = source.join(CONFIG_FILE)
         return _parse(_bounded(_from_hub(file, model.revision)), str(file))

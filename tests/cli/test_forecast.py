@@ -12,7 +12,8 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.planner import make_plan
-from support.cli.run import MANIFEST, finetune, finetune_process, no_traceback
+from support.cli import run
+from support.cli.run import finetune, finetune_process, no_traceback
 
 #: Where nothing listens.
 NOBODY = "http://127.0.0.1:9"
@@ -29,7 +30,9 @@ MISTRAL = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-HUB_NAME = "mistralai/Mistral-7B-v0.3"
+#: Not one of those that are known by their name.
+HUB_NAME = "owner/private-7b"
+MANIFEST = run.MANIFEST.replace("mistralai/Mistral-7B-v0.3", HUB_NAME)
 
 
 @pytest.fixture
@@ -81,9 +84,10 @@ def test_what_the_trainer_would_do_is_what_is_shown(plan, model):
         "packing": True,
         "compiled": True,
         "captured": False,
-        "message": f"{expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
+        "message": "It fits a GPU with 80.0 GiB."
+        f" {expected.predicted_peak_memory_bytes / GIB:.1f} GiB at the peak, per GPU, with micro-batch"
         f" {expected.micro_batch_size} × {expected.gradient_accumulation_steps} accumulated, no gradient checkpointing,"
-        f" weights kept dequantized in {expected.cached_layers} layers. It fits a GPU with 80.0 GiB.",
+        f" weights kept dequantized in {expected.cached_layers} layers.",
     }
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from finetune_api.base import ApiModel
     from finetune_api.manifest import Document
     from finetune_api.spec import FineTuneJob, FineTuneJobSpec
-    from finetune_cli.duration import Duration
+    from finetune_cli.duration import Cost
+    from finetune_cli.forecast import Forecast
 
 DEFAULT = "default"
 
@@ -95,7 +96,16 @@ def plan(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", metavar="NAME", help="The GPU, such as H100 or L4: how long will it take?"),
+        typer.Option("--gpu", metavar="NAME", help="The GPU, such as H100 or L4: will it fit, how long will it take?"),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            "--price", metavar="PRICE", min=0, help="Of one hour of one GPU, in any currency: what will it cost?"
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", metavar="N", min=1, help="Training rows, where they are not counted here.")
     ] = None,
     trial_hours: Annotated[
         float | None,
@@ -111,15 +121,17 @@ def plan(
     A value on the command line wins over the file, which wins over the default.
 
     The memory is the trainer's own prediction, for rows of training.maxLength tokens. It needs the shape of the model:
-    its config.json is read from the hub (HF_TOKEN, HF_ENDPOINT), the bucket (AWS_*) or this machine, or given with
-    --model-config. No GPU is needed, and no weights.
+    popular ones are known by their name on the hub; of others config.json is read from the hub (HF_TOKEN, HF_ENDPOINT),
+    the bucket (AWS_*) or this machine, or given with --model-config. No GPU is needed, and no weights.
 
     The time is for rows of training.maxLength tokens and without evaluations, by what an H100 and an H200 were measured
     to do; other GPUs are scaled by their makers' figures. The GPU is --gpu, or what resources.nodeSelector names in
-    nvidia.com/gpu.product. Steps are training.maxSteps, or follow from the rows of a local file of JSON lines.
+    nvidia.com/gpu.product. Steps are training.maxSteps, or follow from --rows, or the rows of a local file of JSON
+    lines.
 
     Examples:
         finetune plan job.yaml
+        finetune plan job.yaml --gpu h100 --price 2.5 --rows 50000
         finetune plan job.yaml --changed
         finetune plan job.yaml --set training.batchSize=64
         finetune plan job.yaml --gpu-memory 24Gi
@@ -138,7 +150,7 @@ def plan(
     from finetune_cli import forecast as memory
     from finetune_cli.manifests import refused, the_job
 
-    room = memory.parse_size(gpu_memory) if gpu_memory else None
+    room = memory.parse_size(gpu_memory) if gpu_memory else duration.memory_of(gpu) if gpu else None
     source, document = the_job(file, or_sweep=True)
     if document.is_sweep:
         from finetune_cli.sweep_forecast import Time, plan_sweep
@@ -153,7 +165,9 @@ def plan(
         raise refused(error) from None
     found, made = values(job, document), batch(job.spec)
     forecast = memory.forecast(job, room, model_config)
-    time = duration.predict(job, forecast, duration.gpu_of(job, gpu))
+    time = duration.predict(job, forecast, duration.gpu_of(job, gpu), rows)
+    gpus = max(1, job.spec.resources.nodes * job.spec.resources.gpus_per_node)
+    cost = None if isinstance(time, str) else duration.Cost(time, gpus, price)
     if output:
         console.structured(
             {
@@ -161,32 +175,48 @@ def plan(
                 "values": [asdict(value) for value in found],
                 "batch": asdict(made) | {"choices": list(made.choices)},
                 "memory": forecast.data,
-                "time": None if isinstance(time, str) else asdict(time) | {"seconds": time.seconds},
+                "time": cost and asdict(cost.time) | {"seconds": cost.time.seconds},
+                "gpuHours": cost and cost.gpu_hours,
+                "cost": cost and cost.money,
             },
             output,
         )
     else:
-        _page(job, [value for value in found if not changed or value.origin != DEFAULT], made, forecast, time)
+        shown = [value for value in found if not changed or value.origin != DEFAULT]
+        _page(job, shown, made, forecast, cost, time if isinstance(time, str) and (gpu or rows or price) else "")
     if forecast.fits is False:
         raise CliError("", code=Exit.INVALID)
     if room and forecast.fits is None:
         raise CliError("", code=Exit.UNREACHABLE)
 
 
-def _page(job: FineTuneJob, found: list[Value], made: Batch, forecast: Any, time: Duration | str) -> None:
+def verdict(forecast: Forecast, cost: Cost | None) -> str:
+    """Return what to know of a plan in one line."""
+    peak = forecast.plan and forecast.plan.predicted_peak_memory_bytes
+    of = f" of {formatting.size(forecast.gpu_memory_bytes)}" if forecast.gpu_memory_bytes else ""
+    fits = {True: "fits", False: "does not fit", None: "takes" if peak else "memory not predicted"}[forecast.fits]
+    memory = f"{formatting.size(peak)}{of} at the peak" if peak else ""
+    return ", ".join(filter(None, [fits, memory, cost.sentence if cost else ""]))
+
+
+def _page(
+    job: FineTuneJob, found: list[Value], made: Batch, forecast: Forecast, cost: Cost | None, untold: str
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
     screen = console.out()
-    screen.print(Text(job.metadata.name, style="bold"))
+    screen.print(Text.assemble((f"{job.metadata.name}: ", "bold"), verdict(forecast, cost)))
     screen.print(Text("\nMemory", style="bold"))
     for line in forecast.lines:
         screen.print(Text("  " + line))
-    if not isinstance(time, str):
+    if cost:
+        each = f"{cost.time.steps:,} steps of {formatting.number(cost.time.step_seconds)} s"
         screen.print(Text("\nTime", style="bold"))
-        each = f"{time.steps:,} steps of {formatting.number(time.step_seconds)} s"
-        about = formatting.duration(time.seconds)
-        screen.print(Text(f"  about {about}: {each}, if all rows have training.maxLength tokens; no evaluations"))
+        screen.print(Text(f"  {each}, if all rows have training.maxLength tokens; no evaluations"))
+    elif untold:
+        screen.print(Text("\nTime", style="bold"))
+        screen.print(Text(f"  Not predicted: {untold}."))
     screen.print(Text("\nBatch", style="bold"))
     screen.print(Text("  " + batch_sentence(made) + "\n"))
     table = Table.grid(padding=(0, 2))

@@ -1,6 +1,7 @@
 """plan: every value with its origin, the batch taken apart, the memory."""
 
 import json
+import re
 
 import pytest
 
@@ -105,3 +106,28 @@ def test_the_verdict_comes_first_and_changed_leaves_the_defaults_out(tmp_path):
     page = finetune("plan", "job.yaml", "--changed", "--set", "lora.rank=32", cwd=tmp_path).stdout
     assert page.index("Memory") < page.index("Batch") < page.index("rank")
     assert "learningRate" not in page and "mistralai/Mistral-7B-v0.3" in page
+
+
+@pytest.mark.parametrize(
+    ("gpu", "verdict"),
+    [("h100", r"nli: fits, [\d.]+ GiB of 79\.1 GiB at the peak, about 1 h \d+ min, [\d.]+ GPU-hours, 2\.\d+ at 2"),
+     ("L4", r"nli: fits, [\d.]+ GiB of 22\.0 GiB at the peak, about \d+ h .*, .* GPU-hours"),
+     ("RTX 3090", r"nli: fits, [\d.]+ GiB of 23\.6 GiB")],
+)  # fmt: skip
+def test_one_line_tells_fit_time_and_money_without_a_network(tmp_path, gpu, verdict):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    options = ("--gpu", gpu, "--price", "2.5", "--rows", "50000", "--changed")
+    result = no_traceback(finetune("plan", "job.yaml", *options, cwd=tmp_path, env={"HF_ENDPOINT": NOBODY}))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.match(verdict, result.stdout.splitlines()[0]), result.stdout
+    assert "9,375 steps of" in result.stdout
+    data = json.loads(finetune("plan", "job.yaml", *options, "-o", "json", cwd=tmp_path).stdout)
+    assert data["cost"] == pytest.approx(2.5 * data["gpuHours"])
+
+
+def test_what_is_missing_to_tell_the_time_is_named(tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    page = finetune("plan", "job.yaml", "--gpu", "H200", cwd=tmp_path, env={"HF_ENDPOINT": NOBODY}).stdout
+    assert "Not predicted: give --rows or training.maxSteps" in " ".join(page.split())
+    refused = finetune("plan", "job.yaml", "--gpu", "voodoo2", cwd=tmp_path)
+    assert (refused.returncode, "--gpu: 'voodoo2' is not in the speed table" in refused.stderr) == (1, True)

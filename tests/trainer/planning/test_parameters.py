@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.planning.known_models import CONFIGS
 from finetune_trainer.planning.parameters import FAMILIES, count
 from support.trainer.families import tiny_config
-from finetune_trainer.planning.known_models import CONFIGS
 
 #: Types whose own defaults cannot be built.
 _NO_DEFAULTS = {"ministral", "hunyuan_v1_dense", "nemotron"}

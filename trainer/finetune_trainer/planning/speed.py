@@ -24,6 +24,22 @@ TERAFLOPS: Final = {
     "RTX 3090": 71,
     "RTX 4090": 165,
 }
+#: GiB that drivers report of them.
+MEMORY_GIB: Final = {
+    "A10": 22.0,
+    "A10G": 22.0,
+    "A100": 79.2,
+    "B200": 178.3,
+    "GH200": 94.5,
+    "H100": 79.1,
+    "H100 NVL": 93.1,
+    "H100 PCIE": 79.1,
+    "H200": 139.8,
+    "L4": 22.0,
+    "L40S": 44.4,
+    "RTX 3090": 23.6,
+    "RTX 4090": 23.5,
+}
 #: Those whose times were measured; times of the others are scaled by teraflops.
 MEASURED: Final = ("H100", "H200")
 #: Seconds for one token through the linear layers of Mistral-7B, forward, on those (docs/performance.md).
