@@ -38,7 +38,7 @@ class Dashboard:
     about: str
     variables: tuple[tuple[str, str, str, bool], ...]
     rows: dict[str, tuple[Panel, ...]]
-    link: tuple[str, str] = ("", "")
+    links: tuple[tuple[str, str], ...] = ()
 
 
 _TOKENS = "suffix:tok/s"
@@ -63,6 +63,7 @@ PHASES = {
 _NS = 'namespace=~"$namespace"'
 _JOB = 'namespace="$namespace", finetunejob="$job"'
 _BY_NAME = 'namespace="$namespace", name="$job"'
+_SWEEP = 'namespace="$namespace", sweep="$sweep"'
 _HOLDING = 'phase!~"Pending|Queued|Suspended|Succeeded|Failed"'
 _BAD = 'reason!~"Succeeded|Preempted|NodeLost|Suspended"'
 _OPERATOR = 'job="finetune-operator"'
@@ -96,7 +97,7 @@ FLEET = Dashboard(
     title="Fine-tuning / Fleet",
     about="All fine-tuning jobs: what runs, what waits and why attempts end, and how the operator itself is.",
     variables=(("namespace", "Namespace", "label_values(finetune_operator_jobs, namespace)", True),),
-    link=("Job", "finetune-job"),
+    links=(("Job", "finetune-job"), ("Sweep", "finetune-sweep")),
     rows={
         "Now": (
             Panel("Running", "Jobs whose pods run: loading, training, evaluating or publishing.", "short",
@@ -187,7 +188,7 @@ JOB = Dashboard(
         ("namespace", "Namespace", "label_values(finetune_trainer_step, namespace)", False),
         ("job", "Job", 'label_values(finetune_trainer_step{namespace="$namespace"}, finetunejob)', False),
     ),
-    link=("Fleet", "finetune-fleet"),
+    links=(("Fleet", "finetune-fleet"),),
     rows={
         "Now": (
             Panel("Progress", "Optimizer steps done, of all that are planned.", "percentunit",
@@ -251,6 +252,54 @@ JOB = Dashboard(
                   {"{{pod}}": _trainer("micro_batch_size")}, width=6),
             Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "short",
                   {"{{pod}}": _trainer("gpu_out_of_memory_total")}, width=6),
+        ),
+    },
+)  # fmt: skip
+
+
+SWEEP = Dashboard(
+    uid="finetune-sweep",
+    title="Fine-tuning / Sweep",
+    about="One sweep: its trials' curves, the best so far, and what they take of the GPUs.",
+    variables=(
+        ("namespace", "Namespace", "label_values(finetune_operator_sweep_trials, namespace)", False),
+        ("sweep", "Sweep", 'label_values(finetune_operator_sweep_trials{namespace="$namespace"}, sweep)', False),
+    ),
+    links=(("Fleet", "finetune-fleet"),),
+    rows={
+        "Now": (
+            Panel("Trials started", "Trials whose job is there; those to come are not counted.", "short",
+                  {"trials": f"sum(finetune_operator_sweep_trials{{{_SWEEP}}})"}, "stat", 4),
+            Panel("Running", "Trials whose pods run.", "short",
+                  {"trials": f"sum(finetune_operator_sweep_trials{{{_SWEEP}, {_HOLDING}}})"}, "stat", 4),
+            Panel("Succeeded", "Trials that published an adapter.", "short",
+                  {"trials": f'sum(finetune_operator_sweep_trials{{{_SWEEP}, phase="Succeeded"}})'}, "stat", 4),
+            Panel("Lowest held-out loss", "Of all trials, within the time range; nats per token.", _LOSS,
+                  {"loss": f"min(min_over_time(finetune_operator_trial_eval_loss{{{_SWEEP}}}[$__range]))"}, "stat", 4),
+            Panel("GPUs in use", "GPUs held by its trials.", "short",
+                  {"GPUs": f"sum(finetune_operator_sweep_gpus_allocated{{{_SWEEP}}})"}, "stat", 4),
+            Panel("GPU hours", "GPUs held, summed over the time range shown.", "h",
+                  {"GPU hours":
+                   f"sum(sum_over_time(finetune_operator_sweep_gpus_allocated{{{_SWEEP}}}[$__range:30s])) / 120"},
+                  "stat", 4),
+        ),
+        "Trials": (
+            Panel("Held-out loss by trial", "Latest loss on the held-out rows, nats per token.", _LOSS,
+                  {"{{trial}}": f"finetune_operator_trial_eval_loss{{{_SWEEP}}}"}, width=12, from_zero=False),
+            Panel("Best so far", "The lowest held-out loss of any trial up to each moment, nats per token.", _LOSS,
+                  {"best": f"min(min_over_time(finetune_operator_trial_eval_loss{{{_SWEEP}}}[$__range]))"},
+                  width=12, from_zero=False),
+            Panel("Trials by phase", "Where the trials stand; one that was stopped early is suspended.", "short",
+                  {"{{phase}}": f"sum by (phase) (finetune_operator_sweep_trials{{{_SWEEP}}})"}, width=8, stack=True,
+                  colors=PHASES),
+            Panel("Steps", "Optimizer steps done by each trial.", "short",
+                  {"{{trial}}": f"finetune_operator_trial_step{{{_SWEEP}}}"}, width=8),
+            Panel("GPUs in use", "GPUs held by its trials.", "short",
+                  {"GPUs": f"finetune_operator_sweep_gpus_allocated{{{_SWEEP}}}"}, width=8),
+            Panel("Trials", "Each trial as its job's status has it, up to operator.jobMetricsLimit.", "locale",
+                  {"Held-out loss": f"finetune_operator_trial_eval_loss{{{_SWEEP}}}",
+                   "Step": f"finetune_operator_trial_step{{{_SWEEP}}}"},
+                  "table", 24, columns={"Held-out loss": _LOSS}),
         ),
     },
 )  # fmt: skip

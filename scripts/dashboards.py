@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dashboard_panels import FLEET, JOB, Dashboard, Panel
+from dashboard_panels import FLEET, JOB, SWEEP, Dashboard, Panel
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
 COLUMNS = 24
@@ -36,7 +36,6 @@ def model(dashboard: Dashboard) -> Json:
             panels.append({"id": next(numbers), **_panel(panel), "gridPos": place})
             x += panel.width
         y += tallest
-    title, uid = dashboard.link
     return {
         "uid": dashboard.uid,
         "title": dashboard.title,
@@ -47,7 +46,10 @@ def model(dashboard: Dashboard) -> Json:
         "graphTooltip": 1,
         "time": {"from": "now-6h", "to": "now"},
         "refresh": "30s",
-        "links": [{"title": title, "type": "link", "url": f"/d/{uid}", "keepTime": True, "includeVars": True}],
+        "links": [
+            {"title": title, "type": "link", "url": f"/d/{uid}", "keepTime": True, "includeVars": True}
+            for title, uid in dashboard.links
+        ],
         "templating": {"list": [_datasource_variable(), *(_variable(*variable) for variable in dashboard.variables)]},
         "panels": panels,
     }
@@ -126,18 +128,23 @@ def _drawing(panel: Panel) -> Json:
 
 
 def _join(panel: Panel) -> list[Json]:
-    """One row a job: the queries joined, their values named by the legends, everything else left out."""
+    """One row a job, or a trial: the queries joined, their values named by the legends, everything else left out."""
     letters = {f"Value #{chr(ord('A') + number)}": legend for number, legend in enumerate(panel.queries)}
-    hidden = dict.fromkeys(("Time", "__name__", "container", "endpoint", "instance", "job", "pod", "service"), True)
+    hidden = dict.fromkeys(
+        ("Time", "__name__", "container", "endpoint", "instance", "job", "pod", "service", "sweep"), True
+    )
     return [
         {"id": "merge", "options": {}},
-        {"id": "organize", "options": {"excludeByName": hidden, "renameByName": letters | {"name": "Job"}}},
+        {
+            "id": "organize",
+            "options": {"excludeByName": hidden, "renameByName": letters | {"name": "Job", "trial": "Trial"}},
+        },
     ]
 
 
 def main() -> int:
     check = sys.argv[1:] == ["--check"]
-    for name, dashboard in (("fleet", FLEET), ("job", JOB)):
+    for name, dashboard in (("fleet", FLEET), ("job", JOB), ("sweep", SWEEP)):
         path = FOLDER / f"{name}.json"
         text = json.dumps(model(dashboard), indent=1) + "\n"
         if check and (not path.exists() or path.read_text() != text):

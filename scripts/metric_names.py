@@ -26,6 +26,7 @@ def operator() -> list[Metric]:
 
     metrics = Metrics()
     job: Any = SimpleNamespace(namespace="", name="", phase="Pending", gpus=0, attempts=0, waiting_since=None)
+    job.trial, job.version = SimpleNamespace(sweep="", step=0, eval_loss=1.0), 1
     JobMetrics(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry)
     progress = Progress(step=1, total_steps=1, percent=1.0, loss=1.0, eval_loss=1.0, tokens_per_second=1.0)
     parts: Any = SimpleNamespace(

@@ -21,7 +21,7 @@ from support.docs.dashboards import (
 )
 from support.server.client import Object
 
-NAMES = ("fleet", "job")
+NAMES = ("fleet", "job", "sweep")
 EVERY_DASHBOARD = pytest.mark.parametrize("name", NAMES)
 
 
@@ -104,7 +104,8 @@ def test_the_chart_ships_the_dashboard_where_grafana_looks(name: str) -> None:
     assert len(found["data"][file]) < 900_000
 
 
-def test_the_two_dashboards_link_to_each_other() -> None:
+def test_the_dashboards_link_to_each_other() -> None:
     uids = {name: load(name)["uid"] for name in NAMES}
-    assert load("fleet")["links"][0]["url"] == f"/d/{uids['job']}"
-    assert load("job")["links"][0]["url"] == f"/d/{uids['fleet']}"
+    links = {name: [link["url"] for link in load(name)["links"]] for name in NAMES}
+    assert links["fleet"] == [f"/d/{uids['job']}", f"/d/{uids['sweep']}"]
+    assert links["job"] == links["sweep"] == [f"/d/{uids['fleet']}"]

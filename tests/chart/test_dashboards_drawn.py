@@ -15,11 +15,12 @@ import pytest
 from support.docs.chart import ROOT
 from support.docs.dashboards import load, panels
 
-EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job"])
+EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job", "sweep"])
 #: Longest labels one meets: a pod's name is cut to 63 characters.
 LABELS = {
     "pod": "instruction-tuning-{0}-vxcqg",
     **dict.fromkeys(("phase", "reason", "error", "stage", "verb", "resource", "kind", "gpu"), "CheckingData{0}"),
+    "trial": "learning-rate-2e-4-rank-64-alpha-128-s{0}",
     "namespace": "natural-language-research-{0}",
     "name": "instruction-tuning-{0}",
 }
@@ -53,7 +54,9 @@ def simulated(drawing: ModuleType, minutes: float, size: float, series: int = 5)
         def instant(self, expr: str) -> list[dict[str, Any]]:
             return [{"metric": one["metric"], "value": one["values"][-1]} for one in self.range(expr)]
 
-    return Simulated("", 1_700_000_000, 1_700_000_000 + 60 * minutes, {"namespace": "research", "job": "nli"})
+    return Simulated(
+        "", 1_700_000_000, 1_700_000_000 + 60 * minutes, {"namespace": "research", "job": "nli", "sweep": "nli"}
+    )
 
 
 def overlap(one: list[float], other: list[float]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api.constants import API_VERSION
 from support.docs.dashboards import (
     Scene,
     filled,
@@ -40,8 +41,14 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
         waiting, broken = job("waiting", batchSize=8), job("broken")
         waiting["spec"]["resources"] = {"gpusPerNode": 8}
         broken["spec"]["dataset"] = {"train": "pvc://data/broken.jsonl"}
+        # A sweep, suspended so that it starts nothing, to which two of the jobs belong.
+        owner = live.kube.create(sweep("rates"))["metadata"]
+        refs = [{"apiVersion": API_VERSION, "kind": "FineTuneSweep", "name": "rates", "uid": owner["uid"]}]
+        alpha, gamma = job("alpha"), job("gamma", maxSteps=120)
+        for trial in (alpha, gamma):
+            trial["metadata"]["ownerReferences"] = [refs[0] | {"controller": True}]
         # gamma is to end, but not before a scrape has seen it train.
-        for manifest in (job("alpha"), job("beta", learningRate=0.001), job("gamma", maxSteps=120), waiting, broken):
+        for manifest in (alpha, job("beta", learningRate=0.001), gamma, waiting, broken):
             live.kube.create(manifest)
 
         def story_is_told() -> bool:
@@ -57,6 +64,16 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
         live.until(lambda: status(live, "alpha")["phase"] == "Training", "the operator has recovered")
         time.sleep(5)  # rates need a few scrapes after the last change
         yield live
+
+
+def sweep(name: str) -> Object:
+    """A suspended FineTuneSweep."""
+    spec = {
+        "template": job("x")["spec"],
+        "suspend": True,
+        "parameters": [{"path": "training.learningRate", "values": [0.01]}],
+    }
+    return {"apiVersion": API_VERSION, "kind": "FineTuneSweep", "metadata": {"name": name}, "spec": spec}
 
 
 def status(live: Scene, name: str) -> Object:
@@ -111,12 +128,23 @@ def test_every_query_of_a_job_has_data(running: Scene, name: str, missing: set[s
     assert without_data(running, "job", namespace=running.namespace, job=name) == missing
 
 
-@pytest.mark.parametrize("name", ["fleet", "job"])
+def test_every_query_of_a_sweep_has_data_and_tells_the_truth(running: Scene) -> None:
+    where = {"namespace": running.namespace, "sweep": "rates"}
+    assert without_data(running, "sweep", **where) == set()
+    shows = now(running, "sweep", **where)
+    assert shows["Trials started"] == [2]
+    assert shows["Running"] == shows["Succeeded"] == shows["GPUs in use"] == [1]
+    losses = [status(running, name)["progress"]["evalLoss"] for name in ("alpha", "gamma")]
+    (lowest,) = shows["Lowest held-out loss"]
+    assert lowest <= min(losses) + 0.05
+
+
+@pytest.mark.parametrize("name", ["fleet", "job", "sweep"])
 def test_a_namespace_without_jobs_shows_none(running: Scene, name: str) -> None:
     """The variables do select: what a dashboard still shows elsewhere is the operator's own, and zeros."""
     of_the_operator = {panel["title"] for panel in _row(load("fleet"), "Operator")} if name == "fleet" else set()
     everything = {panel["title"] for panel in panels(load(name))}
-    assert without_data(running, name, namespace="nowhere", job="alpha") == everything - of_the_operator
+    assert without_data(running, name, namespace="nowhere", job="alpha", sweep="rates") == everything - of_the_operator
 
 
 def _row(dashboard: Object, title: str) -> list[Object]:
@@ -129,7 +157,7 @@ def _row(dashboard: Object, title: str) -> list[Object]:
 
 def test_variables_offer_the_namespaces_and_jobs_there_are(running: Scene) -> None:
     offered: dict[str, dict[str, set[str]]] = {}
-    for name in ("fleet", "job"):
+    for name in ("fleet", "job", "sweep"):
         for variable in load(name)["templating"]["list"]:
             if variable["type"] == "query":
                 query = filled(variable["query"]["query"], {"namespace": running.namespace})
@@ -137,6 +165,7 @@ def test_variables_offer_the_namespaces_and_jobs_there_are(running: Scene) -> No
                 values = running.prometheus.get(f"label/{label}/values", **{"match[]": series})
                 offered.setdefault(name, {})[variable["name"]] = set(values)
     assert offered["fleet"] == {"namespace": {running.namespace}}
+    assert offered["sweep"] == {"namespace": {running.namespace}, "sweep": {"rates"}}
     assert offered["job"] == {"namespace": {running.namespace}, "job": {"alpha", "beta", "gamma"}}
 
 

@@ -156,3 +156,25 @@ class JobMetrics(Collector):
         )
         attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
         yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)
+        yield from _of_sweeps(jobs, self._limit)
+
+
+def _of_sweeps(jobs: Iterable[JobObject], limit: int) -> Iterator[Metric]:
+    """Yield the gauges of the `limit` trials that changed last, and those of their sweeps."""
+    trials = [(job, job.trial) for job in jobs if job.trial]
+    shown = nlargest(limit, trials, key=lambda each: each[0].version)
+    phases = {(job.namespace, trial.sweep, phase): 0 for job, trial in shown for phase in PHASES}
+    held = {(job.namespace, trial.sweep): 0 for job, trial in shown}
+    for job, trial in trials:
+        sweep = (job.namespace, trial.sweep)
+        if sweep in held:
+            phases[*sweep, job.phase] = phases.get((*sweep, job.phase), 0) + 1
+            held[sweep] += job.gpus if job.phase in GPU_HOLDING_PHASES else 0
+    yield gauge("sweep_trials", "Trials of a sweep by phase.", ("namespace", "sweep", "phase"), phases)
+    yield gauge("sweep_gpus_allocated", "GPUs held by a sweep's trials.", ("namespace", "sweep"), held)
+    labels = ("namespace", "sweep", "trial")
+    named = {(job.namespace, trial.sweep, job.name.removeprefix(f"{trial.sweep}-")): trial for job, trial in shown}
+    steps = {name: trial.step for name, trial in named.items()}
+    yield gauge("trial_step", "Optimizer steps done, as in the status of a trial's job.", labels, steps)
+    losses = {name: trial.eval_loss for name, trial in named.items() if trial.eval_loss is not None}
+    yield gauge("trial_eval_loss", "Latest held-out loss of a trial, nats per token.", labels, losses)

@@ -128,3 +128,41 @@ def test_finished_jobs_keep_their_final_values_the_latest_up_to_the_limit() -> N
         f"{prefix}_progress_ratio": 1,
         f"{prefix}_loss": 0.5,
     }
+
+
+def trial(sweep: str, name: str, phase: str, loss: float | None, gpus: int = 1, version: int = 1) -> JobObject:
+    owner = {"kind": "FineTuneSweep", "name": sweep, "uid": "7", "controller": True}
+    metadata = {"name": f"{sweep}-{name}", "namespace": "research", "resourceVersion": str(version)}
+    progress = {"step": 20} | ({"evalLoss": loss} if loss is not None else {})
+    status = {"phase": phase, "progress": progress}
+    spec = {"resources": {"gpusPerNode": gpus}}
+    return JobObject.from_api({"metadata": metadata | {"ownerReferences": [owner]}, "spec": spec, "status": status})
+
+
+def values(registry: CollectorRegistry, name: str) -> dict[str, float]:
+    samples = [s for metric in registry.collect() for s in metric.samples if s.name == f"finetune_operator_{name}"]
+    labels = ("sweep", "trial", "phase")
+    return {"/".join(s.labels[key] for key in labels if key in s.labels): s.value for s in samples if s.value}
+
+
+def test_the_trials_of_a_sweep_have_their_losses_and_their_sweep_its_gpus() -> None:
+    jobs = (
+        trial("rates", "lr1", "Training", 0.5, gpus=2),
+        trial("rates", "lr2", "Succeeded", 0.3),
+        trial("rates", "lr3", "Pending", None),
+        job("research", None),
+    )
+    _, registry = fleet(*jobs)
+    assert values(registry, "trial_eval_loss") == {"rates/lr1": 0.5, "rates/lr2": 0.3}
+    assert values(registry, "trial_step") == {"rates/lr1": 20, "rates/lr2": 20, "rates/lr3": 20}
+    assert values(registry, "sweep_gpus_allocated") == {"rates": 2}
+    assert values(registry, "sweep_trials") == {"rates/Training": 1, "rates/Succeeded": 1, "rates/Pending": 1}
+
+
+def test_of_many_trials_the_latest_are_shown_and_their_sweeps_counted_whole() -> None:
+    old = [trial(f"old-{number}", "a", "Training", 0.9) for number in range(30)]
+    new = [trial("new", f"t{number}", "Training", 0.5, version=9) for number in range(25)]
+    _, registry = fleet(*old, *new)
+    assert len(values(registry, "trial_eval_loss")) == 10
+    assert values(registry, "sweep_trials") == {"new/Training": 25}
+    assert values(registry, "sweep_gpus_allocated") == {"new": 25}

@@ -11,7 +11,7 @@ from pydantic_core import from_json, to_json
 
 from finetune_api import constants, manifest, uri
 from finetune_api.status import TrainerReport
-from finetune_api.sweep import Objective
+from finetune_api.sweep import MAX_SWEEP_NAME, Objective
 from finetune_operator.core.objects import job_digest, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.pod import Pod
@@ -38,6 +38,8 @@ class TrialState:
 
     owner: str
     """Uid of the sweep that controls it."""
+    sweep: str
+    """Name of that sweep."""
     asked_to_suspend: bool
     suspended: bool
     outcome: str
@@ -62,6 +64,7 @@ class TrialState:
         found = {name: raw.decimal(status, "metrics", name) for name in _OBJECTIVES}
         return cls(
             owner=raw.text(owner, "uid"),
+            sweep=raw.text(owner, "name")[:MAX_SWEEP_NAME],
             asked_to_suspend=raw.flag(obj, "spec", "suspend"),
             suspended=bool(raw.condition(obj, "Suspended")),
             outcome=outcome if outcome in ("True", "False") else "Unknown",
