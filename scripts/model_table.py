@@ -19,13 +19,14 @@ with `make test-nightly`).
   that it loads: `own` says that it takes the model's own logits, for its head is not where others have it.
 - **Packed**: rows laid end to end give what they give alone. Elsewhere `training.packing: auto` pads, and `enabled` is
   refused.
-- **Layers**: whether the decoder layers are found, so that they can be checkpointed and compiled. `make test-nightly`
-  traces them with torch.compile, without its kernels (backend `aot_eager`), and compares loss and gradients. Where
-  compiling fails a run goes on without, and says so; so it does where kernels for linear attention or state spaces are
-  missing, for torch's loops over tokens would be compiled token by token.
+- **Layers**: whether the decoder layers are found, so that they can be checkpointed and compiled.
+- **Compiled**: whether compiled layers give the same loss and the same gradients; `make test-nightly` traces each type
+  with torch.compile, without its kernels (backend `aot_eager`), and compares. Where compiling fails a run goes on
+  without, and says so. `kernels`: not without those that are named below, for torch's loops over tokens would be
+  compiled token by token; with them it is not measured here. Empty: not measured yet.
 - **In 4 bits**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes,
   [experts](#experts) included. `tests/models` takes the same step in 4 bits, on the CPU. Weights that kernels read past
-  their layer (Mamba's `out_proj`) stay in 16 bits; RWKV and RoCBert train in 16 bits only.
+  their layer (Mamba's `out_proj`) stay in 16 bits. `refused`: RWKV and RoCBert train in 16 bits only.
 - **Planned**: `exact` where `finetune plan` counts the weights by a table, at once. Of other types it builds the model
   without memory where torch is installed, in seconds, and else estimates; the trainer always counts them itself.
 
@@ -34,7 +35,9 @@ Of some types not all linear layers can have an adapter:
 - Layers whose adapter would not load back, for transformers renames checkpoints of the type and PEFT renames adapters
   likewise, get none, and the log says so: shared experts of `laguna`, convolutions of `inkling2_text`. Whatever the
   type, an adapter whose weights differ once it is loaded back is never published.
-- Layers that no gradient reaches, for text does not go through them, keep an adapter that does nothing. The log says so
+- Layers that no gradient of text reaches get none: attention to an encoder that is not there, the indexers of sparse
+  attention, towers for images. A pass over the model's graph, without weights or memory, finds them before the weights
+  load, and the log says so. Where that cannot be told ahead they keep an adapter that does nothing: the log says so
   when it is published, and `spec.lora.targetPattern` leaves them out:
 {unreached}
 
@@ -43,8 +46,8 @@ use the kernels of `flash-linear-attention`, `causal-conv1d` and `mamba-ssm` whe
 `linear-attention`, and `LINEAR_ATTENTION=1` for the [trainer image](install.md). Without them torch computes the same
 much more slowly, the log names what is missing, and rows are padded where only the kernels keep packed ones apart.
 
-| Family | Trains | Packed | Layers | In 4 bits | Planned |
-| --- | --- | --- | --- | --- | --- |
+| Family | Trains | Packed | Layers | Compiled | In 4 bits | Planned |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 EXPERTS = """
@@ -65,7 +68,7 @@ def row(kind: str) -> str:
     from support.trainer import family_report
 
     if reason := family_report.not_built(kind):
-        return f"| `{kind}` | not measured: {reason} | | | | |"
+        return f"| `{kind}` | not measured: {reason} | | | | | |"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cells = _measured(kind)
     return f"| `{kind}` | {' | '.join(cells)} |"
@@ -101,7 +104,7 @@ def _measured(kind: str) -> list[str]:
     try:
         findings = prove(model, family_report.SPEC, family_report.plan(model), family_report.ROWS, 0)
     except ConfigInvalid as error:
-        return [f"refused: {_short(error)}", "", "", "", ""]
+        return [f"refused: {_short(error)}", "", "", "", "", ""]
     try:
         named = bool(decoder_layers(model))
     except ConfigInvalid:
@@ -113,9 +116,22 @@ def _measured(kind: str) -> list[str]:
         "own" if findings.own_loss else "yes",
         "padded" if findings.packing_problem else "yes",
         "yes" if named else "no",
-        f"{(weights.linear + weights.experts) / max(1, body):.0%}",
+        family_report.compiled(kind, model),
+        _in_4_bits(kind, (weights.linear + weights.experts) / max(1, body)),
         "exact" if count(model.config.to_dict()) == weights else "estimate",
     ]
+
+
+def _in_4_bits(kind: str, part: float) -> str:
+    from finetune_trainer.errors import ConfigInvalid
+    from finetune_trainer.planning.refusals import check_config
+    from support.trainer.family_report import FOUR_BITS
+
+    try:
+        check_config({"model_type": kind}, FOUR_BITS)
+    except ConfigInvalid:
+        return "refused"
+    return f"{part:.0%}"
 
 
 def _tables(model: Any) -> list[Any]:

@@ -160,7 +160,8 @@ def linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
 def read_past(model: Any) -> list[str]:
     """Return the names of linear layers whose weights the code around them reads itself: those cannot be packed."""
     linear = {name for name, _ in linear_modules(model)}
-    read = {kind: _weights_read(kind) for kind in {type(module) for module in model.modules()}}
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    read = {kind: _weights_read(kind) for kind in kinds}
     return [
         name
         for parent, module in model.named_modules()
