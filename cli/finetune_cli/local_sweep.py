@@ -229,8 +229,10 @@ class _Progress:
 
     @staticmethod
     def _loss(trial: Trial) -> str:
-        metrics = trial.report.metrics if trial.report else {}
-        return formatting.loss(metrics["evalLoss"]) if "evalLoss" in metrics else ""
+        if trial.report is None:
+            return ""
+        loss = trial.report.metrics.get("evalLoss", trial.report.progress.eval_loss)
+        return "" if loss is None else formatting.loss(loss)
 
 
 def _summary(sweep: FineTuneSweep, trials: Sequence[Trial]) -> None:

@@ -1,11 +1,12 @@
 """Sweeps on the command line: validate and plan on this machine, submit, list and status against a Kubernetes API."""
 
 import json
+import os
 
 import pytest
 
 from finetune_cli.app import app
-from support.cli.run import finetune, no_traceback
+from support.cli.run import finetune, no_traceback, on_a_terminal, read_until
 from support.simulation.sweep_world import TEMPLATE
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -171,3 +172,17 @@ def test_a_sweep_is_watched_to_its_end(ctl, kube, tmp_path):
     assert result.returncode == 2
     assert "nli failed: 0 of 2 trials succeeded" in result.stderr
     assert ctl("watch", "none", "--sweep").returncode == 1
+
+
+def test_on_a_terminal_the_page_of_a_sweep_is_kept_up_to_date(cluster, namespace, ctl, kube, tmp_path):
+    ctl("submit", write(tmp_path))
+    trials = [{"name": "lr1e-4", "values": "learningRate=1e-4", "phase": "Running"}]
+    running = ended("Unknown", "0 of 2 ended") | {"phase": "Running", "summary": "0/2", "trials": trials}
+    kube.patch("FineTuneSweep", "nli", {"status": running}, subresource="status")
+    env = {**os.environ, "TERM": "xterm", "KUBECONFIG": str(cluster.kubeconfig)}
+    with on_a_terminal(("watch", "nli", "--sweep", "-n", namespace), env, tmp_path) as (process, master):
+        assert "learningRate=1e-4" in read_until(master, "learningRate=1e-4")
+        kube.patch("FineTuneSweep", "nli", {"status": ended() | {"trials": trials}}, subresource="status")
+        assert "2 of 2 trials succeeded" in read_until(master, "2 of 2 trials succeeded")
+        read_until(master, "the end")
+        assert process.wait(60) == 0
