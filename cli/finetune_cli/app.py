@@ -27,6 +27,7 @@ from finetune_cli.commands import (
     plan,
     promote,
     run,
+    serve_manifest,
     status,
     submit,
     suspend,
@@ -113,6 +114,7 @@ _register(download.download, RESULTS)
 _register(chat.chat, RESULTS)
 _register(export.export, RESULTS)
 _register(lineage.lineage, RESULTS)
+_register(serve_manifest.serve_manifest, RESULTS, "serve-manifest")
 _register(promote.promote, RESULTS)
 _register(promote.rollback, RESULTS)
 _register(compare.compare, RESULTS)

@@ -24,7 +24,7 @@ from support.cli.run import (
 COMMANDS = (
     *("validate", "plan", "run"),
     *("submit", "list", "status", "watch", "logs", "suspend", "resume", "delete"),
-    *("download", "chat", "export", "lineage", "promote", "rollback"),
+    *("download", "chat", "export", "lineage", "promote", "rollback", "serve-manifest"),
 )
 #: What training needs, and the command line must not.
 TRAINING = ("torch", "transformers", "peft", "datasets", "numpy", "trl", "accelerate", "bitsandbytes")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from finetune_cli.errors import CliError, Exit
 from finetune_cli.options import (
     Context,
     Kubeconfig,
@@ -27,6 +28,10 @@ def download(
     ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to put it in; made when it is not there.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another adapter in DIR.")] = False,
+    digest: Annotated[
+        str | None,
+        typer.Option("--digest", metavar="SHA256", help="What its manifest must be, as sha256:….", show_default=False),
+    ] = None,
     output: Output = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -44,6 +49,11 @@ def download(
         finetune download s3://adapters/nli ./nli
     """
     published = locate(source, namespace, context, kubeconfig, f"finetune download {{}} {folder}")
+    if digest and digest != f"sha256:{published.digest}":
+        raise CliError(
+            f"{published.address} holds another adapter: its manifest is sha256:{published.digest}, not {digest}",
+            code=Exit.CORRUPT,
+        )
     target = fetch_into(folder, published, overwrite=overwrite)
     address, manifest = published.address, published.manifest
     missing = target.missing
