@@ -32,7 +32,7 @@ def open_store(address: str, *, role: str = "output", subject: str = "adapter", 
     """Open the store below `address` with the credentials of the environment. Nothing is contacted yet.
 
     Args:
-        address: An s3:// or file:// URI.
+        address: An s3://, file:// or oci:// URI.
         role: The role of the job that the store belongs to (names the manifest's field in messages).
         subject: What messages begin with.
         timeout: Seconds to wait for an answer, without retries; None waits as the trainer does.
@@ -41,7 +41,7 @@ def open_store(address: str, *, role: str = "output", subject: str = "adapter", 
         CliError: The address is none that can be read from here, or a library is missing.
     """
     try:
-        root = uri.parse(address, uri.WRITABLE)
+        root = uri.parse(address, (*uri.WRITABLE, *uri.PUSHED))
     except ValueError as error:
         raise CliError(f"{uri.redacted(address)}: {error}") from None
     if root.scheme == "pvc":

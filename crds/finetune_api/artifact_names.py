@@ -2,6 +2,8 @@
 
 from typing import Final, Literal
 
-ArtifactName = Literal["merged", "gguf"]
+ArtifactName = Literal["merged", "gguf", "oci"]
 #: `kind` of the manifest.json of each.
-MANIFEST_KINDS: Final[dict[str, str]] = {"merged": "Merged", "gguf": "Gguf"}
+MANIFEST_KINDS: Final[dict[str, str]] = {"merged": "Merged", "gguf": "Gguf", "oci": "Adapter"}
+#: The adapter itself, in another place (output.<name>.uri).
+COPIES: Final = ("oci",)

@@ -69,7 +69,9 @@ ENV_PUBLIC_KEY: Final = "FINETUNE_PUBLIC_KEY"
 #: Sub-directories of SECRETS_DIR, one per secretRef of the spec. Each file in one is an environment-style key
 #: (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, HF_TOKEN, WANDB_API_KEY)
 #: and wins over the environment variable of the same name for that role.
-SECRET_ROLES: Final = ("model", "dataset", "output", "wandb")
+SECRET_ROLES: Final = ("model", "dataset", "output", "oci", "hf", "wandb")
+#: The key of a Secret of type kubernetes.io/dockerconfigjson, in which registries' users and passwords are.
+DOCKER_CONFIG_KEY: Final = ".dockerconfigjson"
 
 # In the object store, below output.uri
 MANIFEST_FILE: Final = "manifest.json"

@@ -72,7 +72,8 @@ def with_name(value: Any, name: Any) -> Any:
     """Return the URI with {name} in its path filled in; anything else unchanged."""
     if not isinstance(value, str) or not isinstance(name, str) or uri.NAME_FIELD not in value:
         return value
-    is_right = all(rule.holds(value) for rule in uri.rules_with_name(uri.WRITABLE))
+    forms = (uri.rules_with_name(uri.WRITABLE), uri.image_rules())
+    is_right = any(all(rule.holds(value) for rule in rules) for rules in forms)
     return value.replace(uri.NAME_FIELD, name) if is_right else value
 
 
@@ -80,12 +81,17 @@ def _fill_in_name(spec: Any, name: Any) -> Any:
     """Fill {name} in where a job writes."""
     if not isinstance(spec, dict):
         return spec
-    filled = {
-        section: {**found, "uri": with_name(found.get("uri"), name)}
-        for section in ("output", "checkpoint")
-        if isinstance(found := spec.get(section), dict) and "uri" in found
-    }
+    filled = {section: _filled(spec[section], name) for section in ("output", "checkpoint") if section in spec}
     return {**spec, **filled}
+
+
+def _filled(section: Any, name: Any) -> Any:
+    """Return a section with {name} filled in in its uri, and in those of what lies in it."""
+    if not isinstance(section, dict):
+        return section
+    inner = {key: _filled(value, name) for key, value in section.items() if isinstance(value, dict)}
+    own = {"uri": with_name(section["uri"], name)} if "uri" in section else {}
+    return {**section, **inner, **own}
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import Columns, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri, refusal
+from finetune_api.fields import Columns, ImageUri, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri, refusal
 
 
 class SecretRef(ApiModel):
@@ -140,8 +140,27 @@ class Gguf(ApiModel):
     """How its weights are stored: in 8, 16 or 4 bits. With q4_0 the embeddings keep 8 bits."""
 
 
+class Oci(ApiModel):
+    """The adapter as an image in an OCI registry."""
+
+    uri: ImageUri
+    """Repository and tag, as in oci://registry.example.com/team/nli:v1. The adapter's files lie at the image's root,
+    each in a layer of its own: Kubernetes can mount it as an image volume. {name} stands for the job's name."""
+    secret_ref: SecretRef | None = None
+    """Secret of type kubernetes.io/dockerconfigjson with the registry's user and password."""
+
+
 class Output(ApiModel):
     """Where the adapter goes."""
+
+    RULES: ClassVar = (
+        Rule(
+            "!('oci' in self.artifacts) || has(self.oci)",
+            lambda o: "oci" not in o.artifacts or o.oci is not None,
+            "oci needs output.oci.uri, the image to push",
+            "artifacts",
+        ),
+    )
 
     uri: WritableUri
     """Prefix that will hold the adapter. Its manifest.json is written last: where it is, the adapter is whole. {name}
@@ -159,7 +178,10 @@ class Output(ApiModel):
         AfterValidator(_each_once),
     ] = []
     """What to make of the adapter besides, each in a folder of its name below uri. merged: the whole model in 16 bits,
-    with the adapter in its weights. gguf: the same in one GGUF file for llama.cpp, with a Modelfile for Ollama. One
-    that fails leaves the adapter published, and says why in status.artifacts."""
+    with the adapter in its weights. gguf: the same in one GGUF file for llama.cpp, with a Modelfile for Ollama. oci:
+    the adapter itself, as an image in a registry. One that fails leaves the adapter published, and says why in
+    status.artifacts."""
     gguf: Gguf = Field(default_factory=Gguf)
     """How the GGUF file is made."""
+    oci: Oci | None = None
+    """The image of artifact oci."""

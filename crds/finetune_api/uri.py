@@ -1,4 +1,4 @@
-"""Where models, data and adapters live: hf://, s3://, pvc:// and file:// URIs.
+"""Where models, data and adapters live: hf://, s3://, pvc:// and file:// URIs; where adapters are pushed: oci://, too.
 
 The same patterns feed the CRD's CEL rules (RE2) and the checks here, so `kubectl apply` and Python agree.
 """
@@ -35,11 +35,15 @@ _BEYOND_ASCII = "".join(
 _CHARACTERS = f"A-Za-z0-9._~@+=,:%!(){_BEYOND_ASCII}-"
 _SEGMENT = f"[{_CHARACTERS}]([ {_CHARACTERS}]*[{_CHARACTERS}])?"
 _PATH = rf"(/{_SEGMENT})*/?"
+_HOST = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?"
+_COMPONENT = r"/[a-z0-9]+([._-]+[a-z0-9]+)*"
+_TAG = r":[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 FORMS: Final = {
     "hf": (rf"hf://(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*{_PATH}", "hf://owner/name"),
     "s3": (rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_PATH}", "s3://bucket/key"),
     "pvc": (rf"pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?{_PATH}", "pvc://claim/path"),
     "file": (rf"file:///{_SEGMENT}{_PATH}", "file:///absolute/path"),
+    "oci": (rf"oci://{_HOST}({_COMPONENT})+{_TAG}", "oci://registry/repository:tag"),
 }
 PARENT_PATTERN: Final = r"(^|/)[.][.]?(/|$)"
 # A user before the host: an @ before the first slash of what follows the scheme, or a : there and an @ anywhere after,
@@ -49,6 +53,8 @@ USERINFO_PATTERN: Final = rf"(?s)^[^A-Za-z0-9]*{_USERINFO}"
 
 READABLE: Final = ("hf", "s3", "pvc", "file")
 WRITABLE: Final = ("s3", "pvc", "file")
+#: Where an adapter can be pushed to, besides.
+PUSHED: Final = ("oci",)
 
 
 def pattern(schemes: tuple[str, ...]) -> str:
@@ -119,9 +125,22 @@ def rules_with_name(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     )
 
 
+@cache
+def image_rules() -> tuple[TextRule, ...]:
+    """Return the rules of an image in a registry, which may hold {name} in its repository or its tag."""
+    pattern, form = FORMS["oci"]
+    with_braces = pattern.replace("[a-z0-9]+", "[a-z0-9{}]+").replace("[A-Za-z0-9_]", "[A-Za-z0-9_{}]")
+    with_braces = with_braces.replace("[A-Za-z0-9._-]", "[A-Za-z0-9._{}-]")
+    return (
+        TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
+        TextRule(r"^([^{}]|[{]name[}])*$", "may hold {name}, which stands for the job's name, and no other braces"),
+        TextRule(f"^{with_braces}$", f"must be {form}, in lowercase but for the tag"),
+    )
+
+
 @dataclass(frozen=True)
 class Uri:
-    """A parsed URI. `authority` is the bucket (s3), the claim (pvc), 'owner/name' (hf) or '' (file).
+    """A parsed URI. `authority` is the bucket (s3), claim (pvc), 'owner/name' (hf), registry (oci) or '' (file).
 
     `path` has no leading slash, except for file, where it is the absolute path. A trailing slash means a prefix.
     """

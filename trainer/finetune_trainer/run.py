@@ -11,7 +11,7 @@ from finetune_trainer.errors import weights_must_fit
 from finetune_trainer.inputs import fetch_adapter, fetch_data_files, fetch_model_metadata, fetch_model_weights
 from finetune_trainer.publishing.earlier import ended_earlier
 from finetune_trainer.publishing.gate import check_gate, through_gate
-from finetune_trainer.publishing.publish import AdapterOutput
+from finetune_trainer.publishing.publish import AdapterOutput, check_copies
 from finetune_trainer.reporting.open_trackers import check_trackers
 from finetune_trainer.runtime.start import start_runtime
 
@@ -34,6 +34,7 @@ def run(ctx: RunContext) -> Adapter | None:
         checkpoints = CheckpointManager(settings, on_saved=ctx.telemetry.checkpoint_saved)
         if adapter := ended_earlier(ctx, output, checkpoints):
             return adapter
+        ctx.on_rank_zero(lambda: check_copies(settings))
 
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
         model_files = fetch_model_metadata(settings, ctx.directory.inputs, checkpoints.pinned_commit())
@@ -123,5 +124,5 @@ def run(ctx: RunContext) -> Adapter | None:
         checkpoints.delete_unless_kept()
         if refusal:
             return ctx.kept_back(adapter, refusal)
-        beside = steps.run_exports(ctx, exports, bundle.metrics)
+        beside = steps.run_exports(ctx, exports, bundle, verifier)
         return ctx.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back{beside}")

@@ -21,6 +21,7 @@ class Kind(StrEnum):
 
     MERGED = "merged"
     GGUF = "gguf"
+    OCI = "oci"
 
 
 class Quantization(StrEnum):
@@ -31,12 +32,16 @@ class Quantization(StrEnum):
     Q4_0 = "q4_0"
 
 
+#: The credentials' role, of what goes to a place of its own.
+_ROLES = {Kind.OCI: "oci"}
+
+
 def export(
     source: AdapterSource,
     target: Annotated[
-        str, typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, or s3://.", show_default=False)
+        str, typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, s3://, or oci://.", show_default=False)
     ],
-    kind: Annotated[Kind, typer.Option("--to", metavar="merged|gguf", help="What to make.")] = Kind.MERGED,
+    kind: Annotated[Kind, typer.Option("--to", metavar="merged|gguf|oci", help="What to make.")] = Kind.MERGED,
     quantization: Annotated[
         Quantization,
         typer.Option("--quantization", metavar="q8_0|f16|q4_0", help="How a GGUF file stores the weights."),
@@ -55,17 +60,19 @@ def export(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Make a whole model of a published adapter, as output.artifacts does in a job.
+    """Make something of a published adapter, as output.artifacts does in a job.
 
-    merged is in 16-bit safetensors, gguf in one file for llama.cpp, with a Modelfile for Ollama. The adapter is fetched
-    and verified as by finetune download. The base model is loaded as it was trained, the weights are merged tensor by
-    tensor, and the result is loaded back: nothing is published unless its loss on held-out rows is the adapter's.
-    Temporary files, as large as the model in 16 bits, go to $TMPDIR.
+    merged is the whole model in 16-bit safetensors; gguf is one file for llama.cpp, with a Modelfile for Ollama; oci is
+    the adapter itself as an image in a registry, with the login of ~/.docker/config.json. The adapter is fetched and
+    verified as by finetune download. The base model is loaded as it was trained, weights are merged tensor by tensor,
+    and the result is loaded back: nothing is published unless its loss on held-out rows is the adapter's. Temporary
+    files, as large as the model in 16 bits, go to $TMPDIR.
 
     Examples:
         finetune export nli ./nli-merged --to merged
         finetune export s3://adapters/nli s3://adapters/nli/merged
         finetune export nli ./nli-gguf --to gguf --quantization q4_0
+        finetune export nli oci://registry.example.com/team/nli:v1 --to oci
         finetune export ./nli ./nli-merged --base ./models/Mistral-7B-v0.3 --rows test.jsonl
 
     Exit codes:
@@ -76,6 +83,8 @@ def export(
     """
     if rows is not None and not rows.is_file():
         raise CliError(f"{rows}: no such file")
+    if kind in _ROLES and not target.startswith(f"{kind.value}://"):
+        raise CliError(f"{target} is no {kind.value}:// URI, which --to {kind.value} needs")
     require_trainer("exporting")
     published = locate(source, namespace, context, kubeconfig, f"finetune export {{}} {target}", adapters_only=True)
     address = target if "://" in target else f"file://{Path(target).absolute()}"
@@ -89,7 +98,7 @@ def export(
             from finetune_trainer.publishing.artifact import VerificationFailed
             from finetune_trainer.publishing.later import export_published
 
-            store = storage.open_store(address, subject=kind.value)
+            store = storage.open_store(address, role=_ROLES.get(kind, "output"), subject=kind.value)
             try:
                 made = export_published(adapter.folder, adapter.settings, Path(work), kind.value, store)
             except VerificationFailed as error:

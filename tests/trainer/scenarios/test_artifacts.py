@@ -1,7 +1,12 @@
-"""A run that makes a merged model of its adapter, besides: published, compared, or told why not."""
+"""A run that makes a merged model of its adapter, besides, and pushes it to a registry: compared, or told why not.
+
+The registry is a stand-in; test_oci.py asks a real one where there is one.
+"""
 
 import hashlib
 import json
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +14,39 @@ import pytest
 
 from finetune_trainer.publishing.artifacts.merged import MergedArtifact
 from support.cli.run import finetune
+from support.stores.registry import Registry, standin_registry
 from support.trainer.process import Finished, job, train
 
-WANTED: dict[str, Any] = {"output.artifacts": ["merged"]}
+WANTED: dict[str, Any] = {"output.artifacts": ["merged", "oci"]}
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+def registry() -> Iterator[Registry]:
+    with standin_registry() as found:
+        yield found
+
+
+def start(
+    folder: Path, model: Path, registry: Registry, process: Path, image: str = "{name}:v1", **options: Any
+) -> Finished:
+    """Run a job that wants both artifacts, with the registry's login in its Secret."""
+    (process / "secrets" / "oci").mkdir(parents=True)
+    (process / "secrets" / "oci" / ".dockerconfigjson").write_text(registry.docker_config())
+    config = job(folder, model, WANTED | {"output.oci": {"uri": registry.uri(f"team/{image}")}}, uid="1234")
+    return train(config, process, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     folder = tmp_path_factory.mktemp("run")
-    return train(job(folder, tiny_model, WANTED, uid="1234"), folder / "process"), folder
+    return start(folder, tiny_model, registry, folder / "process"), folder
 
 
 def test_the_merged_model_is_published_beside_the_adapter(run: tuple[Finished, Path]) -> None:
     done, folder = run
     assert done.exit_code == 0, done.log
-    assert done.message.endswith("and was loaded back; merged beside it")
-    [merged] = done.report["artifacts"]
+    assert done.message.endswith("and was loaded back; merged and oci beside it")
+    merged, _ = done.report["artifacts"]
     data = (folder / "out/merged/manifest.json").read_bytes()
     manifest = json.loads(data)
     assert merged["name"] == "merged"
@@ -38,6 +60,24 @@ def test_the_merged_model_is_published_beside_the_adapter(run: tuple[Finished, P
     assert manifest["metrics"]["mergedLoss"] == merged["loss"]
     adapter = json.loads((folder / "out/manifest.json").read_text())
     assert not [file for file in adapter["files"] if file["path"].startswith("merged/")]
+
+
+def test_the_adapter_is_pushed_and_can_be_pulled(
+    run: tuple[Finished, Path], registry: Registry, tmp_path: Path
+) -> None:
+    done, folder = run
+    _, image = done.report["artifacts"]
+    assert image["uri"] == registry.uri("team/tiny:v1")
+    assert image["loss"] == image["adapterLoss"]
+    got = finetune("download", image["uri"], str(tmp_path / "got"), env=registry.login(tmp_path / "docker"))
+    assert got.returncode == 0, got.stderr
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "got" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
+    digest = hashlib.sha256((tmp_path / "got" / "manifest.json").read_bytes()).hexdigest()
+    assert image["manifestDigest"] == f"sha256:{digest}"
+    denied = finetune("download", image["uri"], str(tmp_path / "other"), env={"DOCKER_CONFIG": str(tmp_path)})
+    assert denied.returncode == 3
+    assert "access to read is denied (HTTP 401)" in denied.stderr
 
 
 def test_transformers_alone_finds_the_same_loss(run: tuple[Finished, Path]) -> None:
@@ -68,18 +108,21 @@ def test_a_merged_model_can_be_downloaded_and_is_no_adapter_to_chat_with(
     assert f"{merged} holds a Merged, not an adapter" in refused.stderr
 
 
-def test_another_attempt_reports_what_there_is(run: tuple[Finished, Path], tiny_model: Path, tmp_path: Path) -> None:
-    again = train(job(run[1], tiny_model, WANTED, uid="1234"), tmp_path / "again")
-    assert again.report["artifacts"] == run[0].report["artifacts"]
+def test_another_attempt_reports_what_there_is(
+    run: tuple[Finished, Path], registry: Registry, tiny_model: Path, tmp_path: Path
+) -> None:
+    again = start(run[1], tiny_model, registry, tmp_path / "again")
+    merged, image = run[0].report["artifacts"]
+    assert again.report["artifacts"] == [merged, {key: image[key] for key in image if "oss" not in key}]
     (run[1] / "out/merged/manifest.json").rename(tmp_path / "moved")
     try:
-        [missing] = train(job(run[1], tiny_model, WANTED, uid="1234"), tmp_path / "third").report["artifacts"]
+        [missing, _] = start(run[1], tiny_model, registry, tmp_path / "third").report["artifacts"]
     finally:
         (tmp_path / "moved").rename(run[1] / "out/merged/manifest.json")
     assert missing == {"name": "merged", "message": "the attempt that published the adapter ended before it was made"}
 
 
-def test_a_merge_that_computes_something_else_leaves_the_adapter_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_exports_that_fail_leave_the_adapter_alone(tiny_model: Path, registry: Registry, tmp_path: Path) -> None:
     def break_the_merge() -> None:
         from safetensors.torch import load_file, save_file
 
@@ -92,9 +135,12 @@ def test_a_merge_that_computes_something_else_leaves_the_adapter_alone(tiny_mode
 
         MergedArtifact.build = broken  # type: ignore[method-assign]
 
-    done = train(job(tmp_path, tiny_model, WANTED), tmp_path / "process", before=break_the_merge)
+    registry.faults.append(("PUT", "/manifests/broken", 405))
+    done = start(tmp_path, tiny_model, registry, tmp_path / "process", "other:broken", before=break_the_merge)
     assert done.exit_code == 0, done.log
-    [merged] = done.report["artifacts"]
+    merged, image = done.report["artifacts"]
+    assert image["message"].endswith("team/other: the registry refuses it (HTTP 405, UNKNOWN)")
+    assert "uri" not in image
     assert "uri" not in merged
     assert merged["message"].startswith("The merged model at hand, loaded back, has loss ")
     assert "merged failed: The merged model at hand" in done.message
@@ -107,7 +153,7 @@ def test_an_adapter_published_before_is_exported_by_the_command(run: tuple[Finis
     made = finetune("export", source, str(target), "--to", "merged")
     assert made.returncode == 0, made.stderr
     assert f"merged published at file://{target}" in made.stdout
-    [before] = run[0].report["artifacts"]
+    before, _ = run[0].report["artifacts"]
     metrics = json.loads((target / "manifest.json").read_text())["metrics"]
     assert metrics["mergedLoss"] == pytest.approx(before["loss"], abs=1e-6)
     assert (target / "model.safetensors").read_bytes() == (run[1] / "out/merged/model.safetensors").read_bytes()
@@ -118,6 +164,28 @@ def test_an_adapter_published_before_is_exported_by_the_command(run: tuple[Finis
     assert "already holds an adapter (of other" in taken.stderr
     gone = finetune("export", source, str(tmp_path / "other"), "--rows", "nowhere.jsonl")
     assert "nowhere.jsonl: no such file" in gone.stderr
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed: make test installs it")
+def test_the_command_makes_a_gguf_file(run: tuple[Finished, Path], tmp_path: Path) -> None:
+    target = tmp_path / "gguf"
+    made = finetune("export", str(run[1] / "out"), str(target), "--to", "gguf", "--quantization", "q4_0")
+    assert made.returncode == 0, made.stderr
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert {"model.gguf", "Modelfile", "README.md", "training/job.yaml"} <= {each["path"] for each in manifest["files"]}
+    assert manifest["kind"] == "Gguf"
+    assert abs(manifest["metrics"]["ggufLoss"] - run[0].report["artifacts"][0]["adapterLoss"]) < 0.1
+
+
+def test_the_command_pushes_an_image(run: tuple[Finished, Path], registry: Registry, tmp_path: Path) -> None:
+    image = registry.uri("team/later:v1")
+    login = registry.login(tmp_path / "docker")
+    made = finetune("export", str(run[1] / "out"), image, "--to", "oci", env=login)
+    assert made.returncode == 0, made.stderr
+    assert f"oci published at {image}" in made.stdout
+    refused = finetune("export", str(run[1] / "out"), str(tmp_path), "--to", "oci")
+    assert refused.returncode == 1
+    assert f"{tmp_path} is no oci:// URI, which --to oci needs" in refused.stderr
 
 
 def test_a_merged_model_goes_to_a_bucket(run: tuple[Finished, Path], s3: Any, bucket: str, tmp_path: Path) -> None:

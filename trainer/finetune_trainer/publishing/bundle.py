@@ -15,7 +15,8 @@ from typing import Any
 import structlog
 import yaml
 
-from finetune_api.artifact_manifest import Lineage
+from finetune_api import constants
+from finetune_api.artifact_manifest import Lineage, StoreManifest
 from finetune_api.gate import GateCheck
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ExecutionPlan
@@ -109,6 +110,22 @@ def write_bundle(
     card = model_card.render(job, metrics, facts)
     (directory.adapter / "README.md").write_text(card)
     return Bundle(directory.adapter, artifact, base.name, spec.lora.rank, metrics, state.step, base.commit, lineage)
+
+
+def published_bundle(folder: Path) -> Bundle:
+    """Return the adapter in `folder`, a copy that was compared with its manifest, to publish it in another place."""
+    found = StoreManifest.model_validate_json((folder / constants.MANIFEST_FILE).read_bytes())
+    return Bundle(
+        folder,
+        ARTIFACTS["Adapter"],
+        found.base_model or "",
+        found.rank or 0,
+        found.metrics or {},
+        found.step,
+        found.base_commit,
+        found.lineage,
+        tuple(found.gate or ()),
+    )
 
 
 def write_provenance(job: FineTuneJob, found: Mapping[str, Any], directory: RunDirectory, row_format: str) -> None:

@@ -4,25 +4,27 @@ The adapter is published first. Whatever fails here leaves it where it is, and i
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from finetune_api.artifact_names import MANIFEST_KINDS, ArtifactName
+from finetune_api.artifact_names import COPIES, MANIFEST_KINDS, ArtifactName
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+from finetune_api.status import Adapter, ExecutionPlan
 from finetune_api.status import Artifact as ArtifactStatus
-from finetune_api.status import ExecutionPlan
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ConfigInvalid, reason
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.publishing import model_card
-from finetune_trainer.publishing.artifact import Artifact, Check, LossMeter, Trained
+from finetune_trainer.publishing.artifact import Artifact, Check, Losses, LossMeter, Trained
 from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput, open_output
+from finetune_trainer.publishing.verify import Verifier
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
 
@@ -68,11 +70,7 @@ class Export:
             scratch: A folder for it, which is removed.
         """
         try:
-            return self.publish(job, metrics, output, scratch)
-        except Exception as error:  # the adapter is published: no failure here may take that back
-            why = reason(error)
-            log.warning(f"The export to {self.name} failed, the adapter stays: {why}")
-            return ArtifactStatus(name=self.name, message=why)
+            return _attempt(self.name, lambda: self.publish(job, metrics, output, scratch))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -95,15 +93,7 @@ class Export:
         found = dict(metrics) | ({f"{self.name}Loss": losses.artifact, "adapterLoss": losses.trained} if losses else {})
         bundle = Bundle(scratch, self.artifact, base.name, job.spec.lora.rank, found, base_commit=base.commit)
         # Every byte is read back after the upload: what lies there is what was checked.
-        published = output.publish(bundle)
-        return ArtifactStatus(
-            name=self.name,
-            uri=published.uri,
-            manifest_digest=published.manifest_digest,
-            size_bytes=published.size_bytes,
-            loss=losses.artifact if losses else None,
-            adapter_loss=losses.trained if losses else None,
-        )
+        return _status(self.name, output.publish(bundle), losses)
 
 
 def plan_exports(
@@ -128,6 +118,8 @@ def plan_exports(
     """
     trained, exports = Trained(spec, model, base, plan, weights, adapter), []
     for name in spec.output.artifacts:
+        if name in COPIES:
+            continue
         artifact = ARTIFACTS[MANIFEST_KINDS[name]]
         problem = "the weights are sharded over several GPUs, and no process can compare what it makes with them"
         check = None if plan.sharded else artifact.make_check(trained, meter)
@@ -135,19 +127,58 @@ def plan_exports(
     return exports
 
 
-def run_exports(ctx: RunContext, exports: Sequence[Export], metrics: Mapping[str, float]) -> str:
-    """Make and publish every artifact, report each, and return what became of them, to go on a sentence."""
-    made = []
-    for export in exports:
+def copy_adapter(name: ArtifactName, bundle: Bundle, verifier: Verifier, output: AdapterOutput) -> ArtifactStatus:
+    """Publish the adapter in another place: every byte is read back, and the adapter is loaded from there.
+
+    Raises what AdapterOutput.publish raises, and VerificationFailed.
+    """
+    return _status(name, output.publish(bundle, before_manifest=verifier.check_uploaded), verifier.losses)
+
+
+def run_exports(ctx: RunContext, exports: Sequence[Export], bundle: Bundle, verifier: Verifier) -> str:
+    """Make and publish every artifact, report each, and return what became of them, to go on a sentence.
+
+    Args:
+        ctx: The run.
+        exports: What is made of the adapter; the rest of output.artifacts is the adapter itself, in other places.
+        bundle: The adapter.
+        verifier: Compares a copy of it with the trained model.
+    """
+    made, planned = [], {each.name: each for each in exports}
+    for name in ctx.spec.output.artifacts:
         if ctx.is_stopping():
-            result = ArtifactStatus(name=export.name, message=f"asked to stop ({ctx.stop_reason}) before it was made")
+            result = ArtifactStatus(name=name, message=f"asked to stop ({ctx.stop_reason}) before it was made")
         else:
-            log.info(f"Exporting the adapter to {export.name}")
-            output = AdapterOutput.open(ctx.settings, export.name)
-            result = export.run(ctx.settings.job, metrics, output, ctx.directory.root / "export")
+            log.info(f"Exporting the adapter to {name}")
+            output = AdapterOutput.open(ctx.settings, name)
+            if export := planned.get(name):
+                result = export.run(ctx.settings.job, bundle.metrics, output, ctx.directory.root / "export")
+            else:
+                result = _attempt(name, partial(copy_adapter, name, bundle, verifier, output))
         ctx.report.artifact(result)
         made.append(result)
     return summary(made)
+
+
+def _attempt(name: ArtifactName, make: Callable[[], ArtifactStatus]) -> ArtifactStatus:
+    """Return what `make` does, or why it failed."""
+    try:
+        return make()
+    except Exception as error:  # the adapter is published: no failure here may take that back
+        why = reason(error)
+        log.warning(f"The export to {name} failed, the adapter stays: {why}")
+        return ArtifactStatus(name=name, message=why)
+
+
+def _status(name: ArtifactName, published: Adapter, losses: Losses | None) -> ArtifactStatus:
+    return ArtifactStatus(
+        name=name,
+        uri=published.uri,
+        manifest_digest=published.manifest_digest,
+        size_bytes=published.size_bytes,
+        loss=losses.artifact if losses else None,
+        adapter_loss=losses.trained if losses else None,
+    )
 
 
 def report_published(ctx: RunContext) -> str:

@@ -1,10 +1,11 @@
 """Make an artifact of an adapter that was published before, as a job would have done."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from finetune_api.artifact_names import ArtifactName
+from finetune_api.artifact_names import COPIES, ArtifactName
 from finetune_api.status import Artifact, ExecutionPlan
 from finetune_trainer.data.dataset import tokenize
 from finetune_trainer.data.row_files import read_rows
@@ -12,13 +13,28 @@ from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.inputs import fetch_data_files
 from finetune_trainer.methods import METHODS
 from finetune_trainer.model.published import load_published
-from finetune_trainer.publishing.export import check_exports, plan_exports
+from finetune_trainer.publishing.artifact import LossMeter
+from finetune_trainer.publishing.bundle import published_bundle
+from finetune_trainer.publishing.export import check_exports, copy_adapter, plan_exports
 from finetune_trainer.publishing.publish import AdapterOutput
+from finetune_trainer.publishing.verify import make_verifier
 from finetune_trainer.runtime.device import quiet_libraries
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.signature import signing_key
+
+
+@dataclass(frozen=True)
+class _OwnLoss:
+    """Measures a model that was not prepared for training, by its own logits."""
+
+    meter: LossMeter
+
+    def loss_of(self, model: Any) -> float:
+        return self.meter.own_loss_of(model)
+
+    own_loss_of = loss_of
 
 
 def export_published(folder: Path, settings: Settings, work: Path, name: ArtifactName, store: Store) -> Artifact:
@@ -45,6 +61,10 @@ def export_published(folder: Path, settings: Settings, work: Path, name: Artifac
     data = tokenize(rows, adapter.base.tokenizer, spec)
     plan = ExecutionPlan(micro_batch_size=1, attention=adapter.base.attention)
     meter = Evaluator(spec, METHODS["sft"], plan, adapter.base.tokenizer, settings.ranks, rows=data.eval or data.train)
-    [export] = plan_exports(adapter.model, adapter.base, meter, plan, spec, adapter.weights, folder)
     key = signing_key(Credentials.from_environment("output", os.environ).values)
-    return export.publish(settings.job, {}, AdapterOutput(store, settings.job.metadata, key=key), work / "export")
+    target = AdapterOutput(store, settings.job.metadata, key=key)
+    if name in COPIES:
+        verifier = make_verifier(adapter.model, adapter.base, _OwnLoss(meter), plan, spec, work / "published")
+        return copy_adapter(name, published_bundle(folder), verifier, target)
+    [export] = plan_exports(adapter.model, adapter.base, meter, plan, spec, adapter.weights, folder)
+    return export.publish(settings.job, {}, target, work / "export")

@@ -19,8 +19,9 @@ import structlog
 
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
+from finetune_api.artifact_names import COPIES
 from finetune_api.status import Adapter
-from finetune_api.uri import parse
+from finetune_api.uri import PUSHED, parse
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores import manifest as store_manifest
@@ -51,7 +52,7 @@ class AdapterOutput:
 
     @classmethod
     def open(cls, settings: Settings, folder: str = "") -> "AdapterOutput":
-        """Open output.uri, or a folder below it, with the credentials and the signing key of the role `output`.
+        """Open output.uri, a folder below it, or the place of an artifact, with the signing key of the role `output`.
 
         Makes no request yet; raises StoreError.
         """
@@ -166,10 +167,30 @@ class AdapterOutput:
 
 
 def open_output(settings: Settings, folder: str = "") -> Store:
-    """Open output.uri, or a folder below it. Makes no request yet; raises StoreError."""
-    credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
-    root = parse(settings.spec.output.uri)
+    """Open output.uri, or a folder below it; of a copy of the adapter the place of its own. Makes no request yet.
+
+    Raises:
+        StoreError: It cannot be opened.
+    """
+    output, secrets = settings.spec.output, settings.environment.secrets
+    if folder in COPIES and (place := getattr(output, folder)) is not None:
+        credentials = Credentials.for_role(folder, secrets_dir=secrets)
+        return open_store(parse(place.uri, PUSHED), credentials, field=f"output.{folder}.uri")
+    credentials = Credentials.for_role("output", secrets_dir=secrets)
+    root = parse(output.uri)
     return open_store(root.join(folder) if folder else root, credentials, field="output.uri")
+
+
+def check_copies(settings: Settings) -> None:
+    """Check that every place that the adapter is copied to can take it, before anything expensive.
+
+    Raises:
+        AlreadyExists: Another adapter is there, and `overwrite` is false.
+        StoreError: It is out of reach, or denies access.
+    """
+    for name in settings.spec.output.artifacts:
+        if name in COPIES:
+            AdapterOutput.open(settings, name).find_published()
 
 
 def _digests(bundle: Bundle) -> dict[str, Digest]:

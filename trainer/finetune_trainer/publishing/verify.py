@@ -9,7 +9,7 @@ from finetune_api.artifact_manifest import StoreManifest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.publishing.artifact import Artifact, LossMeter, Trained
+from finetune_trainer.publishing.artifact import Artifact, Losses, LossMeter, Trained
 from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores import manifest as store_manifest
@@ -26,15 +26,17 @@ class Verifier:
         self._required_files = artifact.required_files
         self._check = artifact.make_check(trained, meter)
         self._scratch = scratch
+        #: Of the last check, where it compared losses.
+        self.losses: Losses | None = None
 
     def check_local(self, folder: Path) -> None:
         """Check the artifact in `folder`, before it is uploaded. Raises VerificationFailed."""
-        self._check(folder, "hand")
+        self.losses = self._check(folder, "hand")
 
     def check_uploaded(self, output: AdapterOutput, digests: Mapping[str, Digest]) -> None:
         """Download the artifact's files from `output` and check them. Raises VerificationFailed, StoreError."""
         _fetch(output.store, {name: digests[name].sha256 for name in self._required_files}, self._scratch)
-        self._check(self._scratch, str(output.store.root))
+        self.losses = self._check(self._scratch, str(output.store.root))
 
 
 def make_verifier(

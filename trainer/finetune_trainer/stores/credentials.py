@@ -81,7 +81,8 @@ class Credentials:
     @property
     def secret_field(self) -> str:
         """The manifest's field that names this role's Secret."""
-        return "logging.wandb.secretRef" if self.role == "wandb" else f"{self.role}.secretRef"
+        below = {"wandb": "logging.wandb", "oci": "output.oci", "hf": "output.hf"}
+        return f"{below.get(self.role, self.role)}.secretRef"
 
     @property
     def where(self) -> str:
@@ -104,8 +105,12 @@ def _read_secret(folder: Path) -> dict[str, str]:
     """Read a mounted Secret: one file per key. Kubernetes' own '..data' links are no keys."""
     if not folder.is_dir():
         return {}
-    files = [path for path in sorted(folder.iterdir()) if _ENV_NAME.match(path.name) and path.is_file()]
+    files = [path for path in sorted(folder.iterdir()) if _is_key(path.name) and path.is_file()]
     return {path.name: _read_value(path) for path in files}
+
+
+def _is_key(name: str) -> bool:
+    return name == constants.DOCKER_CONFIG_KEY or _ENV_NAME.match(name) is not None
 
 
 def _read_value(path: Path) -> str:

@@ -52,6 +52,13 @@ def _open_claim(uri: Uri, credentials: Credentials, field: str, env: Mapping[str
     return FolderStore(uri, mount / uri.path, Tree.of(uri, field, env=env), field, mount=mount)
 
 
+def _open_registry(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
+    from finetune_trainer.stores.oci.store import OciStore
+
+    return OciStore(uri, credentials, field)
+
+
 #: Each scheme's store. Its module is imported when the scheme is first used: boto3 alone takes half a second.
+#: An image of a registry is one to push adapters to.
 #: hf:// is no store, nothing is written to it: fetch.py hands it to the hub's own client.
-SCHEMES: Final[dict[str, Opener]] = {"s3": _open_s3, "pvc": _open_claim, "file": _open_folder}
+SCHEMES: Final[dict[str, Opener]] = {"s3": _open_s3, "pvc": _open_claim, "file": _open_folder, "oci": _open_registry}

@@ -1,0 +1,242 @@
+"""An image in a registry as a store. On the stand-in, and on Docker's registry where that is installed."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+
+from finetune_api.spec import Metadata
+from finetune_api.uri import parse
+from finetune_trainer import redact
+from finetune_trainer.publishing.artifacts import ARTIFACTS
+from finetune_trainer.publishing.bundle import Bundle
+from finetune_trainer.publishing.publish import AdapterOutput
+from finetune_trainer.stores import manifest as store_manifest
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.errors import (
+    AlreadyExists,
+    StoreAccessDenied,
+    StoreCorrupted,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
+from finetune_trainer.stores.oci import layer
+from finetune_trainer.stores.oci.store import OciStore
+from finetune_trainer.stores.open import open_store
+from support.stores.registry import PASSWORD, USER, Registry, registry, standin_registry
+
+__all__ = ["registry"]
+FILES = {
+    "adapter_config.json": b"{}",
+    "adapter_model.safetensors": bytes(range(256)) * 9000,
+    "training/job.yaml": b"spec: {}\n",
+    "empty.txt": b"",
+}
+
+
+@pytest.fixture
+def standin() -> Iterator[Registry]:
+    with standin_registry() as found:
+        yield found
+
+
+def open_image(registry: Registry, name: str, folder: Path, password: str = PASSWORD) -> OciStore:
+    """The image with the credentials of a mounted Secret."""
+    secret = folder / "secrets" / "oci"
+    secret.mkdir(parents=True, exist_ok=True)
+    (secret / ".dockerconfigjson").write_text(registry.docker_config(password))
+    credentials = Credentials.for_role("oci", env={}, secrets_dir=folder / "secrets")
+    store = open_store(parse(registry.uri(name), ("oci",)), credentials, field="output.oci.uri")
+    assert isinstance(store, OciStore)
+    return store
+
+
+def bundle(folder: Path) -> Bundle:
+    for path, data in FILES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return Bundle(folder, ARTIFACTS["Adapter"], "org/base", rank=8, metrics={"evalLoss": 0.5}, step=3)
+
+
+def output(store: OciStore, uid: str = "1", **options: Any) -> AdapterOutput:
+    return AdapterOutput(store, Metadata(name="nli", uid=uid), **options)
+
+
+def test_an_adapter_is_pushed_and_every_digest_is_read_back(registry: Registry, tmp_path: Path) -> None:
+    target = output(open_image(registry, "team/nli:v1", tmp_path))
+    assert target.find_published() is None
+    seen: list[str] = []
+
+    def before(at: AdapterOutput, digests: Any) -> None:
+        seen.extend(sorted(digests))
+        at.store.download(
+            "adapter_model.safetensors", tmp_path / "back", sha256=digests["adapter_model.safetensors"].sha256
+        )
+        assert not at.store.exists("manifest.json")
+
+    made = target.publish(bundle(tmp_path / "adapter"), before)
+    assert seen == sorted(FILES)
+    assert made.uri == registry.uri("team/nli:v1")
+    assert (tmp_path / "back").read_bytes() == FILES["adapter_model.safetensors"]
+    again = open_image(registry, "team/nli:v1", tmp_path)
+    manifest, data = store_manifest.read(again) or pytest.fail("no manifest")
+    store_manifest.verify(again, manifest)
+    assert store_manifest.digest_of(data) == made.manifest_digest
+    assert b"".join(again.stream("adapter_model.safetensors", 5)) == FILES["adapter_model.safetensors"][5:]
+    assert [each.path for each in again.list("training")] == ["training/job.yaml"]
+    assert output(again).find_published() == made  # another attempt of the same job
+    with pytest.raises(
+        AlreadyExists, match=r"output\.oci\.uri: oci://.*/team/nli:v1 already holds an adapter \(of nli"
+    ):
+        output(again, uid="2").find_published()
+    replaced = output(again, uid="2", overwrite=True)
+    assert replaced.find_published() is None
+    assert replaced.publish(bundle(tmp_path / "adapter")).manifest_digest != made.manifest_digest
+
+
+def fetch(registry: Registry, path: str, accept: str) -> bytes:
+    headers = urllib3.make_headers(basic_auth=f"{USER}:{PASSWORD}") | {"Accept": accept}
+    return urllib3.request("GET", f"http://{registry.address}/v2/{path}", headers=headers).data
+
+
+def test_it_is_an_image_that_a_node_can_mount(registry: Registry, tmp_path: Path) -> None:
+    """What containerd and CRI-O do: take the image of their processor, check every digest, unpack the layers."""
+    output(open_image(registry, "team/volume:v1", tmp_path)).publish(bundle(tmp_path / "adapter"))
+    index = json.loads(fetch(registry, "team/volume/manifests/v1", "application/vnd.oci.image.index.v1+json"))
+    assert {each["platform"]["architecture"] for each in index["manifests"]} == {"amd64", "arm64"}
+    root = tmp_path / "mounted"
+    for image in index["manifests"]:
+        data = fetch(registry, f"team/volume/manifests/{image['digest']}", image["mediaType"])
+        assert f"sha256:{hashlib.sha256(data).hexdigest()}" == image["digest"]
+        manifest = json.loads(data)
+        config = json.loads(fetch(registry, f"team/volume/blobs/{manifest['config']['digest']}", "*/*"))
+        assert config["architecture"] == image["platform"]["architecture"]
+        assert config["rootfs"]["diff_ids"] == [each["digest"] for each in manifest["layers"]]
+        for each in manifest["layers"]:
+            blob = fetch(registry, f"team/volume/blobs/{each['digest']}", "*/*")
+            assert (f"sha256:{hashlib.sha256(blob).hexdigest()}", len(blob)) == (each["digest"], each["size"])
+            with tarfile.open(fileobj=BytesIO(blob)) as opened:
+                opened.extractall(root, filter="data")
+    assert {path: (root / path).read_bytes() for path in FILES} == FILES
+    assert (root / "manifest.json").is_file()
+
+
+def test_files_that_did_not_change_are_not_sent_again(standin: Registry, tmp_path: Path) -> None:
+    output(open_image(standin, "team/nli:v1", tmp_path)).publish(bundle(tmp_path / "adapter"))
+    standin.requests.clear()
+    output(open_image(standin, "team/nli:v2", tmp_path)).publish(bundle(tmp_path / "adapter"))
+    sent = [path for method, path in standin.requests if method == "PUT" and "/blobs/" in path]
+    assert len(sent) == 3  # manifest.json, and the two configurations that name its layer
+    assert layer.Layer.of("a", b"x") == layer.Layer.of("a", b"x")
+
+
+def test_a_wrong_password_is_told_by_its_field_and_never_shown(registry: Registry, tmp_path: Path) -> None:
+    store = open_image(registry, "team/nli:denied", tmp_path, password="wrong-password")
+    with pytest.raises(StoreAccessDenied, match=r"output\.oci\.uri: .*denied .*output\.oci\.secretRef") as caught:
+        output(store).find_published()
+    assert "wrong-password" not in str(caught.value)
+    assert "wrong-password" not in redact.redacted("it was wrong-password")
+
+
+@pytest.mark.parametrize(
+    "fault", [("PUT", "/blobs/uploads", 503), ("HEAD", "/blobs/", 500), ("PUT", "/manifests/v1", 502)]
+)
+def test_a_registry_that_fails_for_a_moment_is_asked_again(
+    fault: tuple[str, str, int], standin: Registry, tmp_path: Path
+) -> None:
+    standin.faults.append(fault)
+    output(open_image(standin, "team/nli:v1", tmp_path)).publish(bundle(tmp_path / "adapter"))
+    assert not standin.faults
+
+
+def test_a_registry_that_keeps_failing_leaves_no_tag(
+    standin: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_STORE_PATIENCE", "0")
+    standin.faults += [("PUT", "/manifests/sha256", 500)]
+    store = open_image(standin, "team/nli:v1", tmp_path)
+    with pytest.raises(StoreUnavailable, match=r"the registry keeps failing \(HTTP 500, UNKNOWN\)"):
+        output(store).publish(bundle(tmp_path / "adapter"))
+    assert open_image(standin, "team/nli:v1", tmp_path).entries() == []
+
+
+def put(registry: Registry, tag: str, document: Any, kind: str) -> str:
+    data = json.dumps(document).encode()
+    headers = urllib3.make_headers(basic_auth=f"{USER}:{PASSWORD}") | {"Content-Type": kind}
+    urllib3.request("PUT", f"http://{registry.address}/v2/team/x/manifests/{tag}", headers=headers, body=data)
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    "path", ["../../etc/passwd", "/etc/passwd", "a\u202eb", ""], ids=["parent", "absolute", "unseen", "none"]
+)
+def test_an_image_of_hostile_names_is_refused(path: str, standin: Registry, tmp_path: Path) -> None:
+    described = replace(layer.Layer.of("x", b"1"), path=path).descriptor()
+    digest = put(standin, "inner", {"layers": [described]}, "application/vnd.oci.image.manifest.v1+json")
+    put(standin, digest, {"layers": [described]}, "application/vnd.oci.image.manifest.v1+json")
+    put(standin, "v1", {"manifests": [{"digest": digest}]}, "application/vnd.oci.image.index.v1+json")
+    with pytest.raises(StoreMisconfigured, match="is an image of another kind: a file of a name that is not safe"):
+        open_image(standin, "team/x:v1", tmp_path).list()
+
+
+@pytest.mark.parametrize("document", [{}, [], {"manifests": [{}]}, {"layers": []}, {"manifests": "x"}])
+def test_an_image_of_somebody_else_is_neither_read_nor_replaced_unasked(
+    document: Any, standin: Registry, tmp_path: Path
+) -> None:
+    put(standin, "v1", document, "application/vnd.oci.image.index.v1+json")
+    with pytest.raises(StoreMisconfigured, match=r"output\.oci\.uri: oci://.* is an image of another kind"):
+        output(open_image(standin, "team/x:v1", tmp_path)).find_published()
+
+
+def test_bytes_that_changed_are_noticed(standin: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_image(standin, "team/nli:v1", tmp_path)
+    output(store).publish(bundle(tmp_path / "adapter"))
+    whole = type(store._client).blob
+
+    def damaged(self: Any, digest: str, start: int, size: int) -> Iterator[bytes]:
+        yield from (bytes(len(chunk)) for chunk in whole(self, digest, start, size))
+
+    monkeypatch.setattr(type(store._client), "blob", damaged)
+    with pytest.raises(StoreCorrupted, match=r"adapter_model\.safetensors has SHA-256 "):
+        store.download("adapter_model.safetensors", tmp_path / "back", sha256="0" * 64)
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_the_login_of_docker_is_a_users(standin: Registry, tmp_path: Path) -> None:
+    env = standin.login(tmp_path / "docker")
+    store = OciStore(parse(standin.uri("team/nli:v1"), ("oci",)), Credentials.from_environment("oci", env), "oci")
+    assert output(store).find_published() is None
+
+
+@pytest.mark.parametrize(
+    "text", ["no JSON", '{"auths": {"HOST": {"auth": "%%"}}}', '{"auths": [1]}', '{"auths": {"HOST": {}}}']
+)
+def test_a_secret_of_another_kind_is_told(text: str, standin: Registry, tmp_path: Path) -> None:
+    values = {".dockerconfigjson": text.replace("HOST", standin.address)}
+    with pytest.raises(StoreMisconfigured, match="kubectl create secret docker-registry makes one"):
+        OciStore(parse(standin.uri("team/nli:v1"), ("oci",)), Credentials("oci", values), "output.oci.uri")
+
+
+def test_another_registry_needs_the_administrators_word(
+    standin: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_ALLOWED_ENDPOINTS", "https://ghcr.io")
+    with pytest.raises(
+        StoreMisconfigured, match=r"is not allowed here; allowed: https://ghcr\.io .*allowedHubEndpoints"
+    ):
+        open_image(standin, "team/nli:v1", tmp_path)
+
+
+def test_uploads_are_sent_to_the_registry_alone(
+    standin: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_image(standin, "team/nli:v1", tmp_path)
+    with pytest.raises(StoreMisconfigured, match="the registry sends uploads to http://elsewhere:1, another server"):
+        store._client._url("http://elsewhere:1/v2/x")
