@@ -7,7 +7,7 @@ from finetune_api import artifact_manifest
 from finetune_trainer.stores import fsync
 from finetune_trainer.stores.base import Entry, OnProgress, Store
 from finetune_trainer.stores.digest import Digest, digest_chunks
-from finetune_trainer.stores.errors import StoreCorrupted, StoreNotFound, on_local_disk, too_large
+from finetune_trainer.stores.errors import StoreCorrupted, StoreMisconfigured, StoreNotFound, on_local_disk, too_large
 
 
 class StreamedStore(Store):
@@ -41,6 +41,10 @@ class StreamedStore(Store):
             if len(read) > limit:
                 raise too_large(f"{self.field}: {self.uri_of(path)}", limit)
         return bytes(read)
+
+    def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
+        """Refuse: what is here are versions, each whole, and nothing points from one to another."""
+        raise StoreMisconfigured(f"{self.field}: {self.root} cannot hold {path}: name a tag or a repository of its own")
 
     def digest(self, path: str) -> Digest:
         return digest_chunks(self.stream(path))
