@@ -18,6 +18,7 @@ from finetune_cli.target_folder import TargetFolder
 
 if TYPE_CHECKING:
     from finetune_api.artifact_manifest import FileRecord, StoreManifest
+    from finetune_cli.kube.client import Cluster
     from finetune_trainer.stores.base import Store
     from finetune_trainer.stores.latest import Found
 
@@ -68,7 +69,9 @@ def locate(
     if "/" in source:
         address = address_of(source)
     else:
-        address, digest = _of_job(source, namespace, context, kubeconfig)
+        from finetune_cli.kube.connect import connect
+
+        address, digest = of_job(connect(namespace, context, kubeconfig), source)
     found = published_at(address, adapters_only=adapters_only)
     if digest and digest != f"sha256:{found.digest}":
         raise CliError(
@@ -114,12 +117,11 @@ def fetch_into(folder: Path, published: Published, *, overwrite: bool = False) -
     return target
 
 
-def _of_job(name: str, namespace: str | None, context: str | None, kubeconfig: Path | None) -> tuple[str, str]:
-    """URI and manifest digest of a job's adapter."""
-    from finetune_cli.kube.connect import connect
+def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
+    """Return URI and manifest digest of a job's adapter. Raises CliError if it has published none."""
     from finetune_cli.output.job_view import View
 
-    view = View.of(connect(namespace, context, kubeconfig).get(name))
+    view = View.of(cluster.get(name))
     if view.status.adapter is None and (candidate := view.status.candidate):
         raise CliError(
             f"{name} has published no adapter: it did not meet publish.onlyIf ({view.why})",

@@ -1,5 +1,6 @@
 """How a line of the trainer's log reads, for `finetune run`, `finetune logs` and training/log.txt alike. Pure."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -38,6 +39,15 @@ def readable(entry: Mapping[str, object], *, details: bool) -> str:
         told = [f"{key}={value}" for key, value in rest.items() if label or details]
     parts = "  ".join(filter(None, (_clock(entry.get("timestamp")), label + event, *told)))
     return f"{parts}\n{entry['exception']}" if entry.get("exception") else parts
+
+
+def of_json(line: str) -> dict[str, object] | None:
+    """Return what a JSON line of the trainer's log tells; None of any other line."""
+    try:
+        entry = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and "event" in entry else None
 
 
 def _columns(values: Mapping[str, object]) -> Iterator[str]:

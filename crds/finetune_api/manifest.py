@@ -239,12 +239,17 @@ def check_as(kind: type[M], document: Document, base: Path | None = None, overri
 
 def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
     """Return the one FineTuneJob in `text`. Raises ManifestError when there is none, several, or a wrong one."""
+    return check(the_document(text, source), base, overrides)
+
+
+def the_document(text: str, source: str) -> Document:
+    """Return the one FineTuneJob in `text`, not checked yet. Raises ManifestError when there is none, or several."""
     documents = parse(text, source)
     jobs = [document for document in documents if document.is_job] or documents
     if len(jobs) != 1:
         found = "nothing" if not jobs else f"{len(jobs)}"
         raise ManifestError([Problem("", f"one {constants.KIND} is expected, {found} found", source=source)])
-    return check(jobs[0], base, overrides)
+    return jobs[0]
 
 
 def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:

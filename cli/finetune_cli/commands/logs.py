@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -187,10 +186,7 @@ def _print(lines: Iterable[str], *, raw: bool) -> None:
 
 def readable(line: str) -> tuple[str, str]:
     """Return a JSON log line as text and its style; any other line as it is. Pure."""
-    try:
-        entry = json.loads(line) if line.startswith("{") else None
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict) or "event" not in entry:
+    entry = log_lines.of_json(line)
+    if entry is None:
         return line, ""
     return log_lines.readable(entry, details=False), _LEVELS.get(str(entry.get("level", "info")), "")

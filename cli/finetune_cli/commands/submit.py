@@ -19,8 +19,6 @@ from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
-    from finetune_api.spec import FineTuneJob
-    from finetune_cli.kube.client import Cluster
 
 
 def submit(
@@ -50,6 +48,7 @@ def submit(
     """
     from finetune_api import manifest
     from finetune_api.sweep import FineTuneSweep
+    from finetune_cli.client import refuse_shared_output
     from finetune_cli.kube.connect import connect
     from finetune_cli.manifests import refused, the_job
 
@@ -66,7 +65,7 @@ def submit(
         raise CliError(f"{file} is for namespace {job.metadata.namespace!r}, --namespace says {namespace!r}")
     cluster = connect(namespace or job.metadata.namespace, context, kubeconfig)
     if not isinstance(job, FineTuneSweep):  # the operator looks at each trial's output
-        _refuse_shared_output(cluster, job)
+        refuse_shared_output(cluster, job)
     result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
     metadata = result["metadata"]
     verb = "created" if is_new else "applied"
@@ -90,28 +89,6 @@ def submit(
         console.next_commands(
             f"finetune watch {metadata['name']}{option}", f"finetune logs -f {metadata['name']}{option}"
         )
-
-
-def _refuse_shared_output(cluster: Cluster, job: FineTuneJob) -> None:
-    """Refuse a job whose output another one that is not over writes: the later would replace or refuse the earlier."""
-    from finetune_api import manifest, uri
-    from finetune_cli.output.job_view import View
-
-    try:
-        found = cluster.jobs().items
-    except CliError as error:
-        if not error.is_denied:
-            raise
-        return  # a user who may not list jobs; the operator looks, too
-    name, place = job.metadata.name, uri.place(job.spec.output.uri)
-    for view in map(View.of, found):
-        output = view.spec.get("output")
-        theirs = manifest.with_name(output.get("uri") if isinstance(output, dict) else None, view.name)
-        if view.name != name and not view.is_over and isinstance(theirs, str) and uri.place(theirs) == place:
-            raise CliError(
-                f"spec.output.uri: {job.spec.output.uri} is where job {view.name} ({view.phase}) writes",
-                hint="give each job its own, for example --set 'output.uri=s3://bucket/{name}', or delete that job",
-            )
 
 
 def _without_status(document: Document) -> dict[str, Any]:
