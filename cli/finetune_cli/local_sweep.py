@@ -264,7 +264,7 @@ def _run_of(trial: Trial) -> Run:
     if trial.phase == "Succeeded":
         try:
             place = published_at(trial.job.spec.output.uri, adapters_only=True)
-            return reading.read_published(place, trial.name, whole=False)
+            return reading.read_published(place, trial.name)
         except CliError:
             pass  # out of reach by now, or a volume: the trainer's last words are as good
     metrics = runs.finite(trial.report.metrics) if trial.report and trial.phase == "Succeeded" else {}

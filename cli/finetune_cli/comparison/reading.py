@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_api import constants
 from finetune_api.plain_text import one_line
@@ -19,10 +20,21 @@ if TYPE_CHECKING:
     from finetune_cli.kube.client import Cluster
     from finetune_cli.output.job_view import View
 
+T = TypeVar("T")
 #: Lines of a running trainer's log in which its losses are looked for.
 TAIL_LINES = 3000
 #: Stores that are read at the same time.
 PARALLEL = 8
+#: Runs whose answers are read: they are shown side by side.
+ANSWERED = 2
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A run, and where it was published if its answers may be read."""
+
+    run: Run
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,15 @@ def read_all(sources: Sequence[str], cluster: Callable[[], Cluster], *, whole: b
     """
     connected = cluster() if any(not _is_address(source) for source in sources) else None
 
-    def read(source: str) -> Run:
+    def read(source: str) -> _Read:
         if connected is not None and not _is_address(source):
             return _job(connected, connected.get(source), whole, is_named=True)
         address = address_of(source)
-        return read_published(published_at(address, adapters_only=True), _last_part(address), whole=whole)
+        published = published_at(address, adapters_only=True)
+        run = read_published(published, _last_part(address))
+        return _with_record(run, published) if whole else _Read(run)
 
-    return _with_names(_at_once(read, sources))
+    return _with_names(_with_answers(_at_once(read, sources), is_named=True))
 
 
 def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list[Run]]:
@@ -64,12 +78,15 @@ def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list
     if not jobs:
         raise CliError(f"{name} has no trials yet", hint=f"finetune status --sweep {name}")
 
-    def read(job: dict[str, Any]) -> Run:
-        run = _job(cluster, job, whole, is_named=False)
+    def read(job: dict[str, Any]) -> _Read:
+        found = _job(cluster, job, whole, is_named=False)
         trial = (job["metadata"].get("labels") or {}).get(constants.LABEL_TRIAL)
-        return replace(run, name=one_line(trial)) if isinstance(trial, str) and trial else run
+        if isinstance(trial, str) and trial:
+            return replace(found, run=replace(found.run, name=one_line(trial)))
+        return found
 
-    return sweep, ordered(sweep, _at_once(read, jobs))
+    ranked = sorted(_at_once(read, jobs), key=lambda each: _rank(sweep, each.run))
+    return sweep, _with_answers(ranked, is_named=False)
 
 
 def sweep_of(name: str, objective: Any) -> Sweep:
@@ -87,26 +104,28 @@ def sweep_of(name: str, objective: Any) -> Sweep:
 
 def ordered(sweep: Sweep, found: Sequence[Run]) -> list[Run]:
     """Return the runs, the best first, those without a value last."""
-    sign = 1 if sweep.minimizes else -1
-    return sorted(found, key=lambda run: (sweep.metric not in run.metrics, sign * run.metrics.get(sweep.metric, 0.0)))
+    return sorted(found, key=lambda run: _rank(sweep, run))
 
 
-def read_published(published: Published, name: str, *, whole: bool) -> Run:
-    """Return the run that published an adapter. Raises CliError."""
-    run = runs.of_published(published, record.job_of(published), one_line(name))
-    return _with_record(run, published) if whole else run
+def _rank(sweep: Sweep, run: Run) -> tuple[bool, float]:
+    return sweep.metric not in run.metrics, (1 if sweep.minimizes else -1) * run.metrics.get(sweep.metric, 0.0)
 
 
-def _job(cluster: Cluster, job: dict[str, Any], whole: bool, *, is_named: bool) -> Run:
+def read_published(published: Published, name: str) -> Run:
+    """Return the run that published an adapter, without curves and answers. Raises CliError."""
+    return runs.of_published(published, record.job_of(published), one_line(name))
+
+
+def _job(cluster: Cluster, job: dict[str, Any], whole: bool, *, is_named: bool) -> _Read:
     """Return the run of a FineTuneJob. What its store does not tell, where it is not named itself, is left out."""
     from finetune_cli.output.job_view import View
 
     view = View.of(job)
     run = runs.of_job(view)
     if not whole:
-        return run
+        return _Read(run)
     if view.status.adapter is None:
-        return replace(run, curves=_running(cluster, view))
+        return _Read(replace(run, curves=_running(cluster, view)))
     try:
         published = published_at(run.uri, adapters_only=True)
         if f"sha256:{published.digest}" != view.status.adapter.manifest_digest:
@@ -116,19 +135,39 @@ def _job(cluster: Cluster, job: dict[str, Any], whole: bool, *, is_named: bool) 
         if is_named:
             raise
         console.note(f"{run.name}: no curves and no answers: {error.message}")
-        return run
+        return _Read(run)
 
 
-def _with_record(run: Run, published: Published) -> Run:
-    metrics = {**runs.finite(published.manifest.metrics or {}), **run.metrics}
+def _with_record(run: Run, published: Published) -> _Read:
+    run = replace(run, metrics={**runs.finite(published.manifest.metrics or {}), **run.metrics})
+    curves = _unless_damaged(run, partial(record.curves_of, published), is_named=True) or Curves()
+    return _Read(replace(run, curves=curves), published)
+
+
+def _with_answers(found: Sequence[_Read], *, is_named: bool) -> list[Run]:
+    """Return the runs, the first few that published any with their answers: those of a thousand would fill memory."""
+    result: list[Run] = []
+    left = ANSWERED
+    for run, published in ((each.run, each.published) for each in found):
+        wanted = partial(record.answers_of, published) if published and left else tuple
+        answers = _unless_damaged(run, wanted, is_named=is_named)
+        left -= bool(answers)
+        result.append(replace(run, answers=answers) if answers else run)
+    return result
+
+
+def _unless_damaged(run: Run, read: Callable[[], T], *, is_named: bool) -> T | None:
+    """Return what is read of a run, None, after a note, where that cannot be. Raises CliError if it was changed.
+
+    A run that the user did not name, one of many trials, is shown without what was changed.
+    """
     try:
-        curves = record.curves_of(published)
-        return replace(run, metrics=metrics, curves=curves, answers=record.answers_of(published))
+        return read()
     except CliError as error:
-        if error.code == Exit.CORRUPT:
+        if error.code == Exit.CORRUPT and is_named:
             raise
         console.note(f"{run.name}: {error.message}")
-        return replace(run, metrics=metrics)
+        return None
 
 
 def _running(cluster: Cluster, view: View) -> Curves:
@@ -139,7 +178,7 @@ def _running(cluster: Cluster, view: View) -> Curves:
         return Curves()
 
 
-def _at_once(read: Callable[[Any], Run], sources: Sequence[Any]) -> list[Run]:
+def _at_once(read: Callable[[Any], _Read], sources: Sequence[Any]) -> list[_Read]:
     with ThreadPoolExecutor(PARALLEL) as pool:
         pending = [pool.submit(read, source) for source in sources]
         try:

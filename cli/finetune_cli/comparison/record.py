@@ -23,6 +23,8 @@ JOB_FILE = f"{constants.TRAINING_DIR}/job.yaml"
 #: More than any of these files has; of a larger one nothing is read.
 MAX_BYTES = {JOB_FILE: 1 << 20, constants.METRICS_FILE: 8 << 20, constants.ANSWERS_FILE: 2 << 20}
 MAX_ROWS = 200
+#: Points of a curve that are kept.
+MAX_POINTS = 600
 #: Characters of a text of one row.
 MAX_TEXT = 4_000
 
@@ -47,7 +49,8 @@ def curves_of(published: Published) -> Curves:
 def curves_in(lines: Iterable[str]) -> Curves:
     """Return the losses in JSON lines (metrics.jsonl or a pod's log); that of the base model is step 0. Pure."""
     kept = list(lines)
-    return Curves(curve(kept, "loss"), curve(kept, "evalLossBefore") | curve(kept, "evalLoss"))
+    train, held_out = curve(kept, "loss"), curve(kept, "evalLossBefore") | curve(kept, "evalLoss")
+    return Curves(dict(thinned(train, MAX_POINTS)), dict(thinned(held_out, MAX_POINTS)))
 
 
 def answers_of(published: Published) -> tuple[AnsweredRow, ...]:
