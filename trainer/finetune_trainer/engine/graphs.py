@@ -91,7 +91,8 @@ class StepGraphs:
             self._held += max(0, reserved() - before)
             set_aside(self._held)
         except Exception as error:
-            self.problem = type_and_reason(error)
+            first = error.__context__  # what ended the capture; torch then complains that it ended
+            self.problem = type_and_reason(first if isinstance(first, Exception) else error)
             log.warning(f"CUDA graphs disabled, launching each kernel (slower): {self.problem}")
             self.clear()
             _leave_capture()
@@ -177,9 +178,12 @@ class _Pass:
 def capture(function: Callable[[], None], pool: Any) -> tuple[Any, Any]:
     """Capture what `function` launches; return the graph, and the pool of its memory."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may do as they like meanwhile: they pin memory, and watch over messages of several ranks.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
+    stream = torch.cuda.current_stream()
+    try:  # other threads may do as they like meanwhile: they pin memory, and watch over messages of several ranks
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+    finally:
+        torch.cuda.set_stream(stream)  # torch leaves its own in place when it cannot end a capture
     return graph, graph.pool()
 
 
