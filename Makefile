@@ -48,7 +48,7 @@ lint: $(VENV)/.dev ## Check style, types, imports, images, known vulnerabilities
 
 .PHONY: lint-types
 lint-types: $(VENV)/.dev
-	$(BIN)/mypy crds operator cli trainer
+	$(BIN)/mypy crds operator cli trainer vllm-plugin
 
 .PHONY: lint-files
 lint-files: $(VENV)/.dev
