@@ -1,6 +1,6 @@
-"""Make docs/images/dashboard-{fleet,job}.png: jobs run on this machine's CPU, and what their Prometheus holds is drawn.
+"""Make docs/images/dashboard-{fleet,job,sweep}.png: jobs run on this machine's CPU, and their Prometheus is drawn.
 
-    python scripts/dashboard_images.py [--minutes 4]
+    python scripts/dashboard_images.py [--minutes 4] [fleet] [job] [sweep]
 
 Needs what the tests need: Prometheus, and the API server of `make envtest` or its stand-in.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NOTE = "Drawn from a CPU run of a tiny model. Values of GPUs are simulated."
 STEPS = 800
+SWEEP_STEPS = 120
+DASHBOARDS = ("fleet", "job", "sweep")
 sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
@@ -31,7 +33,6 @@ def tell(live: Scene, minutes: float) -> float:
     A job is preempted, resumes and is published; one trains on, one fails, one waits for GPUs. For a moment the API
     server does not answer.
     """
-    give_data(live.node, live.kube)
     (live.node.claim_folder("data") / "broken.jsonl").write_text('{"text": 3}\n')
     waiting, broken = job("llama-70b", batchSize=16), job("bad-data")
     waiting["spec"]["resources"] = {"gpusPerNode": 8}
@@ -51,6 +52,24 @@ def tell(live: Scene, minutes: float) -> float:
     live.simulate_api_trouble()
     live.until(lambda: _status(live, "mistral-nli").get("adapter"), "the job is published")
     _wait(live, max(time.time() + 10, began + 60 * minutes))
+    return began
+
+
+def tell_sweep(live: Scene) -> float:
+    """Write the story of a sweep: five trials, two at a time, one of which does not learn; return when it began."""
+    template = job("x", maxSteps=SWEEP_STEPS)["spec"] | {"output": {"uri": "pvc://data/rates"}}
+    rates = {"path": "training.learningRate", "values": [0.0005, 0.002, 0.01, 0.03, 0.3]}
+    spec = {"template": template, "parallelism": 2, "parameters": [rates]}
+    began = time.time()
+    body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneSweep", "metadata": {"name": "rates"}, "spec": spec}
+    live.kube.create(body)
+
+    def is_over() -> bool:
+        status = live.kube.get("FineTuneSweep", "rates").get("status") or {}
+        return bool(status.get("completionTime"))
+
+    live.until(is_over, "the sweep has ended")
+    _wait(live, time.time() + 5)
     return began
 
 
@@ -83,7 +102,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4, help="least length of the story")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images", help="where the images go")
+    parser.add_argument("dashboards", nargs="*", choices=[[], *DASHBOARDS], help="default: all")
     wanted = parser.parse_args()
+    names = wanted.dashboards or DASHBOARDS
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     wanted.folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -92,10 +113,18 @@ def main() -> int:
         _namespace(cluster, "research") as namespace,
         scene(cluster, namespace, Path(folder), gpus=3) as live,
     ):
-        began = tell(live, wanted.minutes)
-        everywhere, one = {"namespace": ".*"}, {"namespace": namespace, "job": "mistral-nli"}
-        for name, variables in (("fleet", everywhere), ("job", one)):
-            source = Source(live.prometheus.url, began, time.time(), variables, scrape_seconds=1)
+        give_data(live.node, live.kube)
+        variables = {
+            "fleet": {"namespace": ".*"},
+            "job": {"namespace": namespace, "job": "mistral-nli"},
+            "sweep": {"namespace": namespace, "sweep": "rates"},
+        }
+        stories = {"sweep": tell_sweep(live)} if "sweep" in names else {}
+        if set(names) != {"sweep"}:
+            stories |= dict.fromkeys(("fleet", "job"), tell(live, wanted.minutes))
+        for name in names:
+            began, variables_of = stories[name], variables[name]
+            source = Source(live.prometheus.url, began, time.time(), variables_of, scrape_seconds=1)
             empty = draw(load(name), source, wanted.folder / f"dashboard-{name}.png", NOTE)
             sys.stdout.write(f"dashboard-{name}.png; without data: {', '.join(empty) or 'none'}\n")
     return 0

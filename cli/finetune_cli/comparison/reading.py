@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finetune_api import constants
 from finetune_api.plain_text import one_line
 from finetune_cli.comparison import record, runs
-from finetune_cli.comparison.runs import Curves, Run
+from finetune_cli.comparison.runs import AnsweredRow, Curves, Run
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.output import console
 from finetune_cli.published import Published, address_of, published_at
@@ -149,8 +149,9 @@ def _with_answers(found: Sequence[_Read], *, is_named: bool) -> list[Run]:
     result: list[Run] = []
     left = ANSWERED
     for run, published in ((each.run, each.published) for each in found):
-        wanted = partial(record.answers_of, published) if published and left else tuple
-        answers = _unless_damaged(run, wanted, is_named=is_named)
+        answers: tuple[AnsweredRow, ...] | None = None
+        if published and left:
+            answers = _unless_damaged(run, partial(record.answers_of, published), is_named=is_named)
         left -= bool(answers)
         result.append(replace(run, answers=answers) if answers else run)
     return result
