@@ -32,7 +32,7 @@ def open_store(address: str, *, role: str = "output", subject: str = "adapter", 
     """Open the store below `address` with the credentials of the environment. Nothing is contacted yet.
 
     Args:
-        address: An s3://, file:// or oci:// URI.
+        address: An s3://, file://, oci:// or hf:// URI.
         role: The role of the job that the store belongs to (names the manifest's field in messages).
         subject: What messages begin with.
         timeout: Seconds to wait for an answer, without retries; None waits as the trainer does.

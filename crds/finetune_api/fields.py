@@ -41,6 +41,7 @@ Image = text_type(patterns.IMAGE, max_length=512)
 ReadableUri = text_type(*uri.rules(uri.READABLE), max_length=uri.MAX_LENGTH)
 WritableUri = text_type(*uri.rules_with_name(uri.WRITABLE), max_length=uri.MAX_LENGTH)
 StoreUri = text_type(*uri.rules(uri.WRITABLE), max_length=uri.MAX_LENGTH)
+RepositoryUri = text_type(*uri.repository_rules(), max_length=200)
 ImageUri = text_type(*uri.image_rules(), max_length=512)
 RowTemplate = text_type(*patterns.ROW_TEMPLATE, max_length=4096)
 Text = Annotated[str, Field(min_length=1, max_length=256)]

@@ -72,7 +72,7 @@ def with_name(value: Any, name: Any) -> Any:
     """Return the URI with {name} in its path filled in; anything else unchanged."""
     if not isinstance(value, str) or not isinstance(name, str) or uri.NAME_FIELD not in value:
         return value
-    forms = (uri.rules_with_name(uri.WRITABLE), uri.image_rules())
+    forms = (uri.rules_with_name(uri.WRITABLE), uri.image_rules(), uri.repository_rules())
     is_right = any(all(rule.holds(value) for rule in rules) for rules in forms)
     return value.replace(uri.NAME_FIELD, name) if is_right else value
 

@@ -7,7 +7,18 @@ from pydantic import AfterValidator, Field
 
 from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import Columns, ImageUri, Name, ReadableUri, Revision, RowTemplate, Text, WritableUri, refusal
+from finetune_api.fields import (
+    Columns,
+    ImageUri,
+    Name,
+    ReadableUri,
+    RepositoryUri,
+    Revision,
+    RowTemplate,
+    Text,
+    WritableUri,
+    refusal,
+)
 
 
 class SecretRef(ApiModel):
@@ -150,6 +161,16 @@ class Oci(ApiModel):
     """Secret of type kubernetes.io/dockerconfigjson with the registry's user and password."""
 
 
+class Hf(ApiModel):
+    """The adapter in a model repository of the hub."""
+
+    uri: RepositoryUri
+    """The repository, as in hf://my-org/nli. One that is not there is made, a private one. {name} stands for the job's
+    name."""
+    secret_ref: SecretRef | None = None
+    """Secret with an HF_TOKEN that may write there, and HF_ENDPOINT for another hub than huggingface.co."""
+
+
 class Output(ApiModel):
     """Where the adapter goes."""
 
@@ -158,6 +179,12 @@ class Output(ApiModel):
             "!('oci' in self.artifacts) || has(self.oci)",
             lambda o: "oci" not in o.artifacts or o.oci is not None,
             "oci needs output.oci.uri, the image to push",
+            "artifacts",
+        ),
+        Rule(
+            "!('hf' in self.artifacts) || has(self.hf)",
+            lambda o: "hf" not in o.artifacts or o.hf is not None,
+            "hf needs output.hf.uri, the repository to push to",
             "artifacts",
         ),
     )
@@ -178,10 +205,12 @@ class Output(ApiModel):
         AfterValidator(_each_once),
     ] = []
     """What to make of the adapter besides, each in a folder of its name below uri. merged: the whole model in 16 bits,
-    with the adapter in its weights. gguf: the same in one GGUF file for llama.cpp, with a Modelfile for Ollama. oci:
-    the adapter itself, as an image in a registry. One that fails leaves the adapter published, and says why in
-    status.artifacts."""
+    with the adapter in its weights. gguf: the same in one GGUF file for llama.cpp, with a Modelfile for Ollama. And
+    where to put the adapter itself besides: oci, as an image in a registry; hf, in a model repository of the hub. One
+    that fails leaves the adapter published, and says why in status.artifacts."""
     gguf: Gguf = Field(default_factory=Gguf)
     """How the GGUF file is made."""
     oci: Oci | None = None
     """The image of artifact oci."""
+    hf: Hf | None = None
+    """The repository of artifact hf."""

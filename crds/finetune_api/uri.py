@@ -54,7 +54,7 @@ USERINFO_PATTERN: Final = rf"(?s)^[^A-Za-z0-9]*{_USERINFO}"
 READABLE: Final = ("hf", "s3", "pvc", "file")
 WRITABLE: Final = ("s3", "pvc", "file")
 #: Where an adapter can be pushed to, besides.
-PUSHED: Final = ("oci",)
+PUSHED: Final = ("oci", "hf")
 
 
 def pattern(schemes: tuple[str, ...]) -> str:
@@ -135,6 +135,17 @@ def image_rules() -> tuple[TextRule, ...]:
         TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
         TextRule(r"^([^{}]|[{]name[}])*$", "may hold {name}, which stands for the job's name, and no other braces"),
         TextRule(f"^{with_braces}$", f"must be {form}, in lowercase but for the tag"),
+    )
+
+
+@cache
+def repository_rules() -> tuple[TextRule, ...]:
+    """Return the rules of a model repository to push to, which may hold {name}."""
+    word = "[A-Za-z0-9{][A-Za-z0-9._{}-]*"
+    return (
+        TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
+        TextRule(r"^([^{}]|[{]name[}])*$", "may hold {name}, which stands for the job's name, and no other braces"),
+        TextRule(rf"^hf://{word}/{word}$", "must be hf://owner/name, a model repository"),
     )
 
 

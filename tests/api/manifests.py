@@ -219,6 +219,7 @@ ACCEPTED = [
     _accepted("whole numbers written with a point", {"spec.lora.rank": 16.0, "spec.activeDeadlineSeconds": 3600.0}),
     _accepted("a merged model besides", {"spec.output.artifacts": ["merged"]}),
     _accepted("an image besides", {"spec.output.artifacts": ["oci"], "spec.output.oci": {"uri": "oci://r.example.com:5000/team/{name}:V1.0", "secretRef": {"name": "login"}}}),
+    _accepted("a repository besides", {"spec.output.artifacts": ["hf"], "spec.output.hf": {"uri": "hf://my-org/{name}", "secretRef": {"name": "writer"}}}),
     _accepted("a GGUF file besides", {"spec.output.artifacts": ["gguf"], "spec.output.gguf": {"quantization": "q4_0"}}),
     _accepted("labels stay", {"metadata.labels": {"kueue.x-k8s.io/queue-name": "team-a"}}),
 ]  # fmt: skip
@@ -334,6 +335,8 @@ REFUSED = [
     _refused("shell in a path", {"spec.output.uri": "s3://adapters/$(id)"}, "spec.output.uri", "a path may hold letters"),
     _refused("newline in a URI", {"spec.output.uri": "s3://adapters/a\n"}, "spec.output.uri", "a path may hold letters"),
     _refused("an artifact that nobody makes", {"spec.output.artifacts": ["onnx"]}, "spec.output.artifacts", 'supported values: "merged"'),
+    _refused("a repository without a place", {"spec.output.artifacts": ["hf"]}, "spec.output.artifacts", "hf needs output.hf.uri, the repository to push to"),
+    _refused("a data set to push to", {"spec.output.hf": {"uri": "hf://datasets/me/nli"}}, "spec.output.hf.uri", "must be hf://owner/name, a model repository"),
     _refused("an image without a place", {"spec.output.artifacts": ["oci"]}, "spec.output.artifacts", "oci needs output.oci.uri, the image to push"),
     _refused("an image without a tag", {"spec.output.oci": {"uri": "oci://ghcr.io/team/nli"}}, "spec.output.oci.uri", "must be oci://registry/repository:tag"),
     _refused("an image with a password", {"spec.output.oci": {"uri": "oci://me:secret@ghcr.io/team/nli:v1"}}, "spec.output.oci.uri", "must not hold credentials"),

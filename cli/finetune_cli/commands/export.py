@@ -22,6 +22,7 @@ class Kind(StrEnum):
     MERGED = "merged"
     GGUF = "gguf"
     OCI = "oci"
+    HF = "hf"
 
 
 class Quantization(StrEnum):
@@ -33,15 +34,16 @@ class Quantization(StrEnum):
 
 
 #: The credentials' role, of what goes to a place of its own.
-_ROLES = {Kind.OCI: "oci"}
+_ROLES = {Kind.OCI: "oci", Kind.HF: "hf"}
 
 
 def export(
     source: AdapterSource,
     target: Annotated[
-        str, typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, s3://, or oci://.", show_default=False)
+        str,
+        typer.Argument(metavar="DIR|URI", help="Where it goes: a folder, s3://, oci:// or hf://.", show_default=False),
     ],
-    kind: Annotated[Kind, typer.Option("--to", metavar="merged|gguf|oci", help="What to make.")] = Kind.MERGED,
+    kind: Annotated[Kind, typer.Option("--to", metavar="merged|gguf|oci|hf", help="What to make.")] = Kind.MERGED,
     quantization: Annotated[
         Quantization,
         typer.Option("--quantization", metavar="q8_0|f16|q4_0", help="How a GGUF file stores the weights."),
@@ -63,7 +65,8 @@ def export(
     """Make something of a published adapter, as output.artifacts does in a job.
 
     merged is the whole model in 16-bit safetensors; gguf is one file for llama.cpp, with a Modelfile for Ollama; oci is
-    the adapter itself as an image in a registry, with the login of ~/.docker/config.json. The adapter is fetched and
+    the adapter itself as an image in a registry, with the login of ~/.docker/config.json; hf is the adapter in a model
+    repository of the hub, with HF_TOKEN. The adapter is fetched and
     verified as by finetune download. The base model is loaded as it was trained, weights are merged tensor by tensor,
     and the result is loaded back: nothing is published unless its loss on held-out rows is the adapter's. Temporary
     files, as large as the model in 16 bits, go to $TMPDIR.
@@ -73,6 +76,7 @@ def export(
         finetune export s3://adapters/nli s3://adapters/nli/merged
         finetune export nli ./nli-gguf --to gguf --quantization q4_0
         finetune export nli oci://registry.example.com/team/nli:v1 --to oci
+        finetune export nli hf://my-org/nli --to hf
         finetune export ./nli ./nli-merged --base ./models/Mistral-7B-v0.3 --rows test.jsonl
 
     Exit codes:

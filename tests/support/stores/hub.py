@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from support.stores import hub_writes
+
 
 @dataclass
 class Repository:
@@ -52,6 +54,11 @@ class Hub:
     twist: Callable[[Any], Any] = lambda answer: answer
     more: int = 0
     sent: int = 0
+    #: The token that may write, the folder of repositories that it makes, what was uploaded, and each commit's files.
+    writer: str = ""
+    folder: Path | None = None
+    objects: dict[str, bytes] = field(default_factory=dict)
+    commits: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def add(self, name: str, folder: Path, **options: Any) -> None:
         """Serve `folder` as 'owner/name', or 'datasets/owner/name'."""
@@ -67,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if self.hub.broken:
             return self._send(503, b"", {})
+        if path.endswith("/auth-check/write"):
+            return self.do_POST()
         if path.startswith("api/"):
             return self._api(path.removeprefix("api/").removeprefix("models/"))
         name, _, rest = path.partition("/resolve/")
@@ -77,6 +86,29 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.requests.append((self.command, path))
+        body = self._body()
+        if self.hub.broken:
+            return self._send(503, b"", {})
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        token = self.hub.writer if path.startswith("lfs/") else token  # its URL is a secret itself
+        status, said = hub_writes.answer(self.hub, self.command, path, token, body)
+        return self._send(status, json.dumps(said).encode(), {"Content-Type": "application/json"})
+
+    do_PUT = do_POST  # noqa: N815
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _open(self, name: str, revision: str) -> Repository | None:
         repository = self.hub.repositories.get(name)

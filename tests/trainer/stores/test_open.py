@@ -18,7 +18,6 @@ from support.docs.markdown import ROOT, blocks
 def test_every_scheme_of_the_api_can_be_opened() -> None:
     assert set(SCHEMES) == {*uris.WRITABLE, *uris.PUSHED}
     assert {*SCHEMES, *uris.READABLE} == set(uris.FORMS)
-    assert {*uris.WRITABLE, "hf"} == set(uris.READABLE)
 
 
 def test_the_documented_store_keeps_the_promises_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

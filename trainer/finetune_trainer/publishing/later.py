@@ -55,14 +55,16 @@ def export_published(folder: Path, settings: Settings, work: Path, name: Artifac
     output = settings.spec.output.model_copy(update={"artifacts": [name]})
     spec = settings.spec.model_copy(update={"output": output})
     settings = replace(settings, job=settings.job.model_copy(update={"spec": spec}))
+    key = signing_key(Credentials.from_environment("output", os.environ).values)
+    target = AdapterOutput(store, settings.job.metadata, key=key)
+    if name in COPIES:
+        target.find_published()  # whether it may be written there is known before the model loads
     rows = read_rows(*fetch_data_files(settings), spec.dataset, spec.training.seed)
     adapter = load_published(folder, settings, work, "cuda:0" if spec.resources.gpus_per_node else "cpu")
     check_exports(adapter.weights, adapter.base, spec)
     data = tokenize(rows, adapter.base.tokenizer, spec)
     plan = ExecutionPlan(micro_batch_size=1, attention=adapter.base.attention)
     meter = Evaluator(spec, METHODS["sft"], plan, adapter.base.tokenizer, settings.ranks, rows=data.eval or data.train)
-    key = signing_key(Credentials.from_environment("output", os.environ).values)
-    target = AdapterOutput(store, settings.job.metadata, key=key)
     if name in COPIES:
         verifier = make_verifier(adapter.model, adapter.base, _OwnLoss(meter), plan, spec, work / "published")
         return copy_adapter(name, published_bundle(folder), verifier, target)

@@ -86,8 +86,7 @@ class AdapterOutput:
         if found is not None:
             made = found[0].created_at.astimezone(UTC)
             log.warning(f"Replacing the adapter of {made:%Y-%m-%d %H:%M} UTC at {store.root}: output.overwrite is true")
-        store.write_bytes(_PROBE, b"checks that this job may write here\n")
-        store.delete(_PROBE)
+        store.check_writable(_PROBE)
         return None
 
     def publish(self, bundle: Bundle, before_manifest: BeforeManifest = lambda output, digests: None) -> Adapter:

@@ -89,6 +89,11 @@ class Store(ABC):
             AlreadyExists: `if_none_match` is set and other bytes are there.
         """
 
+    def check_writable(self, path: str) -> None:
+        """Check that files may be written below the root, by one at `path` that is deleted again. Raises StoreError."""
+        self.write_bytes(path, b"checks that this job may write here\n")
+        self.delete(path)
+
     @abstractmethod
     def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
         """Replace a small object in one step, if it holds `expected`; if it holds `data` already, that was our own try.

@@ -61,7 +61,7 @@ def fetch_from_hub(
         retry=retry_if_exception_type(StoreUnavailable),
         reraise=True,
     )
-    endpoint = _shown_endpoint(credentials, field)
+    endpoint = shown_endpoint(credentials, field)
     if refusal := endpoints.refusal(endpoint):
         raise StoreMisconfigured(f"{field}: {uri}: HF_ENDPOINT {refusal}")
     where = f"{field}: {uri} at {endpoint}"
@@ -99,11 +99,11 @@ def _snapshot(
     except TrainerError:
         raise
     except Exception as error:  # the library takes an answer for what it should be, so anything can go wrong
-        raise _explain(error, where, credentials, revision) from error
+        raise explain(error, where, credentials, revision) from error
     return Path(folder)
 
 
-def _shown_endpoint(credentials: Credentials, field: str) -> str:
+def shown_endpoint(credentials: Credentials, field: str) -> str:
     """Return scheme, host and port. Never show what is no URL: it may be a token under the wrong name."""
     try:
         return origin(credentials.get("HF_ENDPOINT") or constants.ENDPOINT)
@@ -113,7 +113,8 @@ def _shown_endpoint(credentials: Credentials, field: str) -> str:
         ) from None
 
 
-def _explain(error: Exception, where: str, credentials: Credentials, revision: str | None) -> StoreError:
+def explain(error: Exception, where: str, credentials: Credentials, revision: str | None) -> StoreError:
+    """Return what an error of the hub's client means for the user."""
     where_set = credentials.where
     status = _status(error)
     if isinstance(error, UnsafeAnswer):

@@ -58,7 +58,18 @@ def _open_registry(uri: Uri, credentials: Credentials, field: str, env: Mapping[
     return OciStore(uri, credentials, field)
 
 
+def _open_repository(uri: Uri, credentials: Credentials, field: str, env: Mapping[str, str]) -> Store:
+    from finetune_trainer.stores.hub_store import HubStore
+
+    return HubStore(uri, credentials, field)
+
+
 #: Each scheme's store. Its module is imported when the scheme is first used: boto3 alone takes half a second.
-#: An image of a registry is one to push adapters to.
-#: hf:// is no store, nothing is written to it: fetch.py hands it to the hub's own client.
-SCHEMES: Final[dict[str, Opener]] = {"s3": _open_s3, "pvc": _open_claim, "file": _open_folder, "oci": _open_registry}
+#: Adapters are pushed to oci:// and hf://. What is read from hf://, fetch.py hands to the hub's own client and cache.
+SCHEMES: Final[dict[str, Opener]] = {
+    "s3": _open_s3,
+    "pvc": _open_claim,
+    "file": _open_folder,
+    "oci": _open_registry,
+    "hf": _open_repository,
+}

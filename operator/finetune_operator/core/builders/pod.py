@@ -158,7 +158,7 @@ def secret_names(spec: FineTuneJobSpec) -> dict[str, str]:
         "dataset": spec.dataset.secret_ref,
         "output": spec.output.secret_ref,
         "oci": spec.output.oci.secret_ref if spec.output.oci else None,
-        "hf": None,
+        "hf": spec.output.hf.secret_ref if spec.output.hf else None,
         "wandb": wandb.secret_ref if wandb else None,
     }
     return {role: secret.name for role in constants.SECRET_ROLES if (secret := found[role])}
