@@ -1,6 +1,8 @@
 """Answers decoded in one wide batch are those of transformers' `generate`, or come from it."""
 
+import gc
 import random
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.evaluation import decoding, fixed_cache
+from finetune_trainer.evaluation import decoding, fixed_cache, fused_modules
 from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import never
+from support.trainer.triton import interpreted
 
 SIZES = {
     "vocab_size": 400,
@@ -99,10 +102,10 @@ def test_wrong_tokens_are_noticed_and_generated_anew(tokenizer: Any, monkeypatch
     """An attention that looks one token short stands for all that could go wrong."""
     right = fixed_cache.attention
 
-    def short(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> Any:
+    def short(cache: Any, kernels: Any, module: Any, q: Any, k: Any, v: Any, attention_mask: Any, **more: Any) -> Any:
         mask = attention_mask.clone()
         mask[..., : mask.shape[-1] // 2] = torch.finfo(mask.dtype).min
-        return right(module, query, key, value, mask, **more)
+        return right(cache, kernels, module, q, k, v, mask, **more)
 
     monkeypatch.setattr(fixed_cache, "attention", short)
     found, expected, log = both(build("llama"), tokenizer)
@@ -129,3 +132,51 @@ def test_the_models_own_attention_is_back_afterwards(tokenizer: Any) -> None:
     with pytest.raises(RuntimeError), torch.no_grad():
         decoding.decode(model, prompts(2), 4, pad=0, end=2, is_complete=fail, interrupted=never)
     assert model.config._attn_implementation == before
+
+
+def test_keys_and_values_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gigabytes, and transformers keeps what is registered with it."""
+    caches: list[weakref.ref[Any]] = []
+    fill = fixed_cache.FixedCache.fill
+
+    def filled(cache: Any, *args: Any) -> None:
+        caches.append(weakref.ref(cache))
+        fill(cache, *args)
+
+    monkeypatch.setattr(fixed_cache.FixedCache, "fill", filled)
+    with torch.no_grad():
+        decoding.decode(build("llama"), prompts(2), 4, pad=0, end=2, is_complete=lambda _: False, interrupted=never)
+    gc.collect()
+    assert caches and all(each() is None for each in caches)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3"])
+def test_fused_modules_compute_what_the_models_own_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that are other than ours, as Gemma's, keep their own code; every forward is back afterwards."""
+    kernels = interpreted("decode_kernels", "evaluation")
+    monkeypatch.setattr(fused_modules, "kernels", lambda device: kernels)
+    model, ids = build(family), torch.tensor(prompts(1))
+    plain = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with fused_modules.fused(model):
+            norms = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+            assert all(("forward" in each.__dict__) == (family != "gemma") for each in norms)
+            found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == plain
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 2, 64), (2, 2, 128), (16, 1, 64)])
+def test_attention_over_a_cache_is_that_of_torch(heads: int, key_heads: int, size: int) -> None:
+    kernels = interpreted("decode_kernels", "evaluation")
+    torch.manual_seed(0)
+    query = torch.randn(3, 1, heads, size).half().transpose(1, 2)
+    key, value = torch.randn(2, 3, key_heads, 150, size).half()
+    starts, cursor = torch.tensor([0, 7, 99]), torch.tensor([130])
+    cache = fixed_cache.FixedCache(3, 150, starts)
+    places = torch.arange(150)
+    cache.mask[:, 0, 0] = torch.where((places >= starts[:, None]) & (places <= cursor), 0.0, -torch.inf)
+    found = kernels.attention(query, key, value, starts, cursor, size**-0.5)
+    expected, _ = fixed_cache.attention(cache, None, None, query, key, value, cache.mask)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import structlog
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
 from finetune_trainer.errors import type_and_reason
-from finetune_trainer.evaluation import fixed_cache
-from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache
+from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache, serving
+from finetune_trainer.evaluation.fused_modules import fused, kernels
 from finetune_trainer.model.architecture import head_dim
 from finetune_trainer.runtime.peak_memory import free
 
@@ -42,7 +42,6 @@ class _State:
         cache: Keys and values.
         tokens: The newest token of each row [rows, 1].
         positions: Its position among its row's own tokens [rows, 1].
-        mask: Added to attention's products, 0 or -inf, [rows, 1, 1, length].
         found: The answers so far [rows, max_new_tokens].
         count: How many tokens each row of `found` has [1].
         done: Rows that need no more tokens [rows].
@@ -51,7 +50,6 @@ class _State:
     cache: FixedCache
     tokens: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
     found: torch.Tensor
     count: torch.Tensor
     done: torch.Tensor
@@ -101,14 +99,11 @@ def decode(
     Raises:
         DecodingUnsupported: When the model does not compute this way what it computes plainly.
     """
-    config, before = model.config, model.config._attn_implementation
-    state = _prefill(model, prompts, max_new_tokens, pad)
-    AttentionInterface.register(fixed_cache.NAME, fixed_cache.attention)
-    config._attn_implementation = fixed_cache.NAME
-    try:
-        answers = _run(model, state, end, pad, is_complete, interrupted)
-    finally:
-        config._attn_implementation = before
+    with fused(model):
+        state = _prefill(model, prompts, max_new_tokens, pad)
+        with serving(state.cache, model.config, kernels(model.device)):
+            answers = _run(model, state, end, pad, is_complete, interrupted)
+    del state  # the check below needs memory too
     shortest = min(range(len(prompts)), key=lambda row: len(prompts[row]))
     if problem := _problem(model, prompts[shortest], answers[shortest]):
         raise DecodingUnsupported(problem)
@@ -133,7 +128,7 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
     length = _length(width, max_new_tokens)
     ids, real = left_padded(prompts, pad, device)
     positions = (real.cumsum(-1) - 1).clamp(min=0)
-    cache, first = FixedCache(rows, length, device), []
+    cache, first = FixedCache(rows, length, width - real.sum(-1)), []
     step = max(1, _PREFILL_TOKENS // width)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
@@ -149,8 +144,7 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         cache.fill(begin, prefilled, width)
         first.append(logits[:, -1].argmax(-1))
     tokens = torch.cat(first)
-    mask = torch.full((rows, 1, 1, length), -torch.inf, device=device)
-    mask[:, 0, 0, :width].masked_fill_(real.bool(), 0.0)
+    cache.mask[:, 0, 0, :width].masked_fill_(real.bool(), 0.0)
     cache.cursor.fill_(width)
     found = torch.full((rows, max_new_tokens), pad, dtype=torch.int64, device=device)
     found[:, 0] = tokens
@@ -158,7 +152,6 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         cache=cache,
         tokens=tokens[:, None].clone(),
         positions=real.sum(-1, keepdim=True),
-        mask=mask,
         found=found,
         count=torch.ones(1, dtype=torch.int64, device=device),
         done=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -167,10 +160,10 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
 
 def _step(model: Any, state: _State, end: int, pad: int) -> None:
     """Compute one more token of each row, all on the device."""
-    state.mask.index_fill_(3, state.cache.cursor, 0.0)
+    state.cache.mask.index_fill_(3, state.cache.cursor, 0.0)
     logits = model(
         input_ids=state.tokens,
-        attention_mask=state.mask,
+        attention_mask=state.cache.mask,
         position_ids=state.positions,
         past_key_values=state.cache,
         use_cache=True,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from finetune_trainer.data.row_files import Rows
 from finetune_trainer.data.rows import refuse_bad_rows
 from finetune_trainer.evaluation import nli
 from finetune_trainer.evaluation.answers import MAX_ROWS, AnsweredRow
+from finetune_trainer.evaluation.fused_modules import fused
 from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import LockstepBatches, never
 from finetune_trainer.methods import Method
@@ -182,7 +183,8 @@ class Evaluator:
     def _mean_loss(self, model: Any) -> float:
         lengths = self._rows.input_ids
         order = sorted(range(len(lengths)), key=lambda index: len(lengths[index]))
-        sums = self._batches.run(order, lambda batch: self.sum_loss(model, batch))
+        with nullcontext() if self._sharded else fused(model):
+            sums = self._batches.run(order, lambda batch: self.sum_loss(model, batch))
         mine = [sum(loss for _, (loss, _) in sums), float(sum(targets for _, (_, targets) in sums))]
         total, count = _sum_over_ranks(mine, model, self._ranks)
         return total / count

@@ -1,9 +1,12 @@
 """A cache of keys and values that stay where they are, and the attention of one new token over it."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 #: The attention's name in transformers.
@@ -15,12 +18,20 @@ class DecodingUnsupported(Exception):
 
 
 class FixedCache(Cache):  # type: ignore[misc]
-    """Keys and values of all layers, [rows, heads, length, head_dim]; each step writes at `cursor`."""
+    """Keys and values of all layers, [rows, heads, length, head_dim]; each step writes at `cursor`.
 
-    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+    Attributes:
+        starts: Where each row's first token lies [rows].
+        cursor: Where the newest token of all rows lies [1].
+        mask: Added to attention's products, 0 or -inf, [rows, 1, 1, length]: it says the same as the other two.
+    """
+
+    def __init__(self, rows: int, length: int, starts: torch.Tensor) -> None:
         super().__init__(layers=[])
         self._rows, self._length = rows, length
-        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.starts = starts
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=starts.device)
+        self.mask = torch.full((rows, 1, 1, length), -torch.inf, device=starts.device)
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fill(self, first_row: int, prefilled: DynamicCache, width: int) -> None:
@@ -49,7 +60,29 @@ class FixedCache(Cache):  # type: ignore[misc]
         return self._length
 
 
+@contextmanager
+def serving(cache: FixedCache, config: Any, kernels: Any | None) -> Iterator[None]:
+    """Have the model of `config` compute its attention over `cache` in this block.
+
+    transformers keeps what is registered for good: afterwards it holds the cache no longer, which can be most of a GPU.
+    """
+    before = config._attn_implementation
+    AttentionInterface.register(NAME, functools.partial(attention, cache, kernels))
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        AttentionInterface.register(NAME, _no_cache)
+
+
+def _no_cache(*args: Any, **kwargs: Any) -> None:
+    raise DecodingUnsupported("it is not decoded at present")
+
+
 def attention(
+    cache: FixedCache,
+    kernels: Any | None,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,9 +93,10 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute one token's attention as transformers asks for it (AttentionInterface).
+    """Compute one token's attention over `cache`, as transformers asks for it (AttentionInterface).
 
-    The query heads that share a key are computed as if they were tokens, so that keys are read once and never repeated.
+    By the Triton `kernels`, where there are any and the mask is the cache's own. Else the query heads that share a key
+    are computed as if they were tokens, so that keys are read once and never repeated.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise DecodingUnsupported("its attention has a soft cap, sinks or a position bias")
@@ -71,7 +105,11 @@ def attention(
     if sliding_window is not None and sliding_window < key.shape[2]:
         raise DecodingUnsupported(f"its attention sees {sliding_window} tokens alone")
     rows, heads, _, head_dim = query.shape
-    grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim).to(key.dtype)
+    query = query.to(key.dtype)
+    if kernels and attention_mask.data_ptr() == cache.mask.data_ptr() and kernels.takes(query, key):
+        scale = head_dim**-0.5 if scaling is None else scaling
+        return kernels.attention(query, key, value, cache.starts, cache.cursor, scale), None
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim)
     mask = attention_mask.to(key.dtype)
     found = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return found.reshape(rows, 1, heads, value.shape[3]), None
