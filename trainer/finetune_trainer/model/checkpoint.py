@@ -15,6 +15,7 @@ from finetune_trainer.data.tokenizer import LFS_POINTER
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.model.finite import is_finite
 
 log = structlog.get_logger(__name__)
 _INDEX: Final = "model.safetensors.index.json"
@@ -26,7 +27,10 @@ NO_ADAPTER: Final = {"subfolder": "no-adapter"}
 
 
 def check_weights(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
-    """Check that the weights in `folder` are all of the model's, of its shapes, and finite. No model is loaded.
+    """Check that the weights in `folder` are all of the model's, and of its shapes. No model is loaded.
+
+    Of weights that are stored or loaded in bitsandbytes' own way, all values are read besides: they must be finite. All
+    others are looked at as they load (weights.load_base_model), for reading them takes as long as loading them.
 
     A weight that is missing would be random, and training would go on without a word. Tensors that the model has no
     place for are logged: they are not loaded. So is an adapter that lies beside the weights.
@@ -38,9 +42,20 @@ def check_weights(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
         log.warning(f"An adapter lies beside the weights of {spec.model.source}: it is ignored, the base model is used")
     files = _files(folder, spec.model.source)
     for file in files:
-        _check_file(file, spec.model.source, base.quantized)
+        _check_file(file, spec.model.source, base.quantized, values=not finite_while_loading(base, spec))
     if not base.quantized:  # transformers cannot lay out quantized weights without loading them
         check_names(_loading_info(folder, base, spec), spec.model.source)
+
+
+def finite_while_loading(base: BaseModel, spec: FineTuneJobSpec) -> bool:
+    """Return whether load_base_model looks at all values that it loads."""
+    return not base.quantized and spec.quantization.bits != 8
+
+
+def check_values(folder: Path, source: str) -> None:
+    """Raise ConfigInvalid, naming file and tensor, if the weights in `folder` hold NaN or infinity."""
+    for file in _files(folder, source):
+        _check_file(file, source, quantized=True)  # whether they are was asked before
 
 
 def check_names(info: Mapping[str, Any], source: str, quiet: bool = False) -> None:
@@ -95,8 +110,11 @@ def _files(folder: Path, source: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_file(file: Path, source: str, quantized: bool) -> None:
-    """Raise ConfigInvalid if `file` cannot be read whole, or holds NaN, infinity or, unsaid, quantized numbers."""
+def _check_file(file: Path, source: str, quantized: bool, values: bool = True) -> None:
+    """Raise ConfigInvalid if `file` is cut or damaged, or holds NaN, infinity or, unsaid, quantized numbers.
+
+    Of NaN and infinity alone, all `values` are read; safetensors compares the header with the file's size.
+    """
     try:
         for name, tensor in _tensors(file):
             if not quantized and _wants_scales(name, tensor):
@@ -105,7 +123,7 @@ def _check_file(file: Path, source: str, quantized: bool) -> None:
                     f" {str(tensor.dtype).removeprefix('torch.')}, whose numbers mean nothing without scales, and"
                     " config.json has no quantization_config: take the original weights"
                 )
-            if not is_finite(tensor):
+            if values and not is_finite(tensor):
                 raise ConfigInvalid(f"spec.model.source: {file.name} of {source} has NaN or infinity in {name}")
     except (SafetensorError, OSError) as error:
         with file.open("rb") as opened:
@@ -129,15 +147,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118, it is no dict
             yield name, opened.get_tensor(name)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all of `tensor` is finite. A sum is the fastest way to see it; one that overflows is no proof."""
-    if not tensor.is_floating_point() or tensor.dtype is torch.float4_e2m1fn_x2:  # which has no other numbers
-        return True
-    if tensor.element_size() == 1:  # torch does not sum FP8
-        tensor = tensor.to(torch.bfloat16)
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _loading_info(folder: Path, base: BaseModel, spec: FineTuneJobSpec) -> dict[str, Any]:

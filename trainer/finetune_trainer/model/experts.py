@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune_trainer.model.every_linear import EveryLinear
+from finetune_trainer.model.finite import note_sum
 from finetune_trainer.runtime.patches import restore_forward, swap_forward
 
 #: transformers' name for 4 bits of linear layers and of experts.
@@ -231,6 +232,8 @@ class _QuantizeExperts(ConversionOps):  # type: ignore[misc]
         self._linear, self._settings = linear, settings
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        for value in input_dict.values():
+            note_sum(model, value[0] if isinstance(value, list) else value)
         module, name = get_module_from_name(model, next(iter(input_dict)))
         if not is_experts(module) or name not in MATRICES:
             return dict(self._linear.convert(input_dict, model=model, **kwargs))

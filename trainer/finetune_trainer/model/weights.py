@@ -13,10 +13,11 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, whole_text
 from finetune_trainer.model.architecture import model_class
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names
+from finetune_trainer.model.checkpoint import NO_ADAPTER, check_names, check_values, finite_while_loading
 from finetune_trainer.model.embeddings import grow
 from finetune_trainer.model.every_linear import EightBitConfig
 from finetune_trainer.model.experts import ExpertsConfig
+from finetune_trainer.model.finite import sums_are_finite
 from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.planning.refusals import stored_quantization
 from finetune_trainer.runtime.patches import quantizing_on
@@ -59,7 +60,7 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         device: torch's name of the device.
 
     Raises:
-        ConfigInvalid: When the weights cannot be read, or are not all of the model's.
+        ConfigInvalid: When the weights cannot be read, are not all of the model's, or hold NaN or infinity.
     """
     from transformers import GenerationConfig
 
@@ -86,6 +87,8 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
         said = whole_text(error)
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     check_names(info, spec.model.source, quiet=not base.quantized)  # else it was said before
+    if finite_while_loading(base, spec) and not sums_are_finite(model):
+        check_values(folder, spec.model.source)
     model.config.use_cache = False
     multiply_grouped(model)
     # Answers are decoded greedily, whatever the repository's generation_config.json asks for.
