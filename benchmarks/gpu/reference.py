@@ -15,6 +15,17 @@ MODEL = sys.argv[2]
 SHAPES = {
     "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
+    "llama-3.1-8b": {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 5e5},
+    # Eight of its 80 layers.
+    "llama-3-70b-tenth": {
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 64,
+    },
     "qwen2.5-0.5b": {
         "vocab_size": 151936,
         "max_position_embeddings": 32768,

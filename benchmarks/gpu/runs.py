@@ -5,8 +5,10 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,9 @@ def train(
     layout = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", f"resources.gpusPerNode={gpus}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command = [*torchrun, *([folder / "script.py"] if script else ["-m", "finetune_trainer"])]
-    started = datetime.now(UTC)
+    started, began = datetime.now(UTC), time.monotonic()
     work, answer = launch(folder, name, [*layout, *settings], command, capture_output=True)
+    wall = time.monotonic() - began
     if answer.returncode:
         return {"setting": name, "exit": answer.returncode, "why": (answer.stdout + answer.stderr)[-1500:]}
     report = json.loads((work / "report.json").read_text())
@@ -117,34 +120,60 @@ def train(
     plan = report["executionPlan"]
     measured = plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
-    ready = [line["timestamp"] for line in map(_as_json, answer.stderr.splitlines()) if _is_ready(line)]
+    events = list(map(_as_json, answer.stderr.splitlines()))
+    ready = [line["timestamp"] for line in events if _is_ready(line)]
     waited = datetime.fromisoformat(ready[-1]) - started if ready else None
     return {
         "setting": name,
         "seconds_to_first_step": round(waited.total_seconds(), 1) if waited else None,
+        "start": next(filter(None, map(_start, events)), None),
+        "wall_s": round(wall, 1),
+        "step_s": _step_seconds(events),
         "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
         "prediction_error": round(predicted / measured - 1, 3),
-        "evaluation_seconds": _evaluation_seconds(list(map(_as_json, answer.stderr.splitlines()))),
+        "evaluation_seconds": _evaluation_seconds(events),
         "metrics": report.get("metrics"),
-        "warnings": [
-            line["event"] for line in map(_as_json, answer.stderr.splitlines()) if line.get("level") == "warning"
-        ],
+        "warnings": [line["event"] for line in events if line.get("level") == "warning"],
         "plan": plan,
     }
 
 
 def _evaluation_seconds(lines: list[dict[str, Any]]) -> list[float]:
-    """Return how long each evaluation took, the base model's first: from the line before it to the line after it."""
-    stamped = [line for line in lines if line.get("timestamp")]
-    times = [datetime.fromisoformat(line["timestamp"]) for line in stamped]
-    return [
-        round((after - before).total_seconds(), 2)
-        for before, after, line, following in zip(times, times[1:], stamped, stamped[1:], strict=False)
-        if line.get("stage") == "Evaluating" or "evalLoss" in following
+    """Return how long each evaluation took, the base model's first: its loss, and its answers if there are any."""
+    found: list[float] = []
+    for event in (str(line.get("event")) for line in lines):
+        if event.startswith("Evaluated "):
+            found.append(float(event.split()[-2]))
+        elif event.startswith("Answered "):
+            found[-1] += float(event.split()[-2])
+    return [round(seconds, 1) for seconds in found]
+
+
+def _start(line: dict[str, Any]) -> dict[str, float] | None:
+    """Return the seconds until the first step, and those of each part, if `line` of the log tells."""
+    event = str(line.get("event"))
+    if not event.startswith("The first step is done, "):
+        return None
+    parts = {part: value for part, value in line.items() if isinstance(value, float)}
+    return {"all": float(event.split(", ")[1].split()[0])} | parts
+
+
+def _step_seconds(lines: list[dict[str, Any]]) -> float | None:
+    """Return the mean seconds of a step between log lines without an evaluation between them, the first left out."""
+    told = [
+        (int(line["event"].split()[1]), datetime.fromisoformat(line["timestamp"]), "loss" in line)
+        for line in lines
+        if str(line.get("event")).startswith("Step ")
     ]
+    pairs = [
+        (after - before, (second - first).total_seconds())
+        for (before, first, is_loss), (after, second, next_is_loss) in pairwise(told)
+        if is_loss and next_is_loss
+    ][1:]
+    return sum(seconds for _, seconds in pairs) / sum(steps for steps, _ in pairs) if pairs else None
 
 
 def _is_ready(line: dict[str, Any]) -> bool:

@@ -13,6 +13,10 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b answers     # an evaluation with 200 answers of 256 tokens
     python benchmarks/gpu/trainer.py /tmp/mistral7b small       # few rows a step, kernels launched and as CUDA graphs
     python benchmarks/gpu/trainer.py /tmp/qwen-0.5b small qwen2.5-0.5b    # the same of small models, built first
+    python benchmarks/gpu/trainer.py /tmp/mistral7b start       # from the process's start to the first step
+    python benchmarks/gpu/trainer.py /tmp/mistral7b whole-job   # the recipe's job, extrapolated; `whole-job full`: all
+    python benchmarks/gpu/trainer.py /tmp/llama3.1 long-rows    # rows of up to 32,768 tokens on a card of 80 GiB
+    python benchmarks/gpu/trainer.py /tmp/llama70b 70b          # a tenth of Llama-3-70B's layers, built first
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
@@ -28,21 +32,25 @@ from pathlib import Path
 from typing import Final
 
 from runs import write_rows
-from tables import answers, engine, memory, moe, small
+from tables import answers, engine, large, memory, moe, small, whole_run
 
 #: By name, what measures a table; it gets a folder with training rows.
 TABLES: Final[dict[str, Callable[[Path], None]]] = {
+    "70b": large.seventy,
     "answers": answers.answers,
     "engine": engine.engine,
     "fp8": engine.fp8,
     "long": engine.long,
+    "long-rows": large.long_rows,
     "losses": engine.losses,
     "memory": memory.memory,
     "moe": moe.moe,
     "peers": engine.peers,
     "small": small.small,
     "speed": engine.speed,
+    "start": whole_run.start,
     "two-gpus": engine.two_gpus,
+    "whole-job": whole_run.whole_job,
 }
 
 
