@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopFlag(lambda: force_exit(reporter))
     try:
         with stop_on_signals(stop, alone=ranks.size == 1), ExitStack() as exit_stack:
-            settings = load(options.config, options.set, environment, ranks)
+            settings = load(options.config, options.set, environment, ranks, options.warm_up)
             directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
             logs.copy_to(directory.root / logs.LOG_FILE)
             telemetry = show(exit_stack, settings, reporter, console)
@@ -121,6 +121,12 @@ def parser() -> argparse.ArgumentParser:
         "--log", choices=get_args(logs.Form), help="text or JSON lines (default: text on a terminal, JSON elsewhere)"
     )
     result.add_argument("--verbose", "-v", action="store_true", help="with text: every detail of each line")
+    result.add_argument(
+        "--warm-up",
+        action="store_true",
+        help=f"train nothing: fill {constants.ENV_CACHE_DIR} with what the job needs (model, data, compiled code, base"
+        " model's metrics), for jobs that share it or for an image",
+    )
     return result
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, ParamSpec, TypeVar
 
 from finetune_api.spec import FineTuneJobSpec
@@ -13,6 +13,7 @@ from finetune_trainer.errors import Preempted
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.reporting.start_clock import StartClock
 from finetune_trainer.runtime.distributed import all_reduce_any, destroy_process_group, run_on_rank_zero
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Ranks, Settings
@@ -34,6 +35,7 @@ class RunContext:
         metrics: metrics.jsonl and the experiment trackers.
         directory: The run's files on local disk.
         exit_stack: Owns resources that live for the whole run.
+        clock: Where the time goes until the first step.
     """
 
     settings: Settings
@@ -43,6 +45,7 @@ class RunContext:
     metrics: MetricsLog
     directory: RunDirectory
     exit_stack: ExitStack
+    clock: StartClock = field(default_factory=StartClock)
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -94,6 +97,12 @@ class RunContext:
         """Report an adapter that did not meet publish.onlyIf; return it."""
         self.report.kept_back(candidate, f"Not published: {why}; the adapter is kept at {candidate.uri}")
         return candidate
+
+    def warmed_up(self) -> None:
+        """Report that the cache holds what the job needs, as far as there is one."""
+        cache = self.settings.environment.cache
+        said = f"{cache} holds what this job needs" if cache else "Nothing is kept: FINETUNE_CACHE_DIR names no folder"
+        self.report.finished(f"{said}; nothing was trained")
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0; every rank returns its result or raises its error. A collective."""

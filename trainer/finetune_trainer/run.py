@@ -19,7 +19,7 @@ from finetune_trainer.runtime.start import start_runtime
 def run(ctx: RunContext) -> Adapter | None:
     """Fine-tune one FineTuneJob and publish a verified LoRA adapter.
 
-    Returns the adapter on rank 0 and None on all other ranks. Raises what errors.failure_of explains.
+    Returns the adapter on rank 0, None on all other ranks and after a warm-up. Raises what errors.failure_of explains.
     """
     spec, settings, ranks = ctx.spec, ctx.settings, ctx.ranks
     check_trackers(settings)
@@ -32,7 +32,7 @@ def run(ctx: RunContext) -> Adapter | None:
         # 1. Can we write the output? Did an earlier attempt already publish this job's adapter, or keep it back?
         output = AdapterOutput.open(settings)
         checkpoints = CheckpointManager(settings, on_saved=ctx.telemetry.checkpoint_saved)
-        if adapter := ended_earlier(ctx, output, checkpoints):
+        if not settings.warm_up and (adapter := ended_earlier(ctx, output, checkpoints)):
             return adapter
         ctx.on_rank_zero(lambda: check_copies(settings))
 
@@ -42,12 +42,14 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 3. Parse and check every row. No torch so far: bad input fails in about a second.
         rows = read_rows(train_files, eval_files, spec.dataset, spec.training.seed)
+        ctx.clock.lap("inputs")
 
         # 4. Import torch, join the process group, check the GPUs that the spec asks for.
         device = start_runtime(spec, ranks, settings.environment.node)
         from finetune_trainer import steps
 
         steps.set_compile_cache(settings.environment.compile_cache)
+        ctx.clock.lap("imports")
 
         # 5. Tokenize; check tokenizer, target modules and lora.initFrom against the base model.
         base = steps.inspect_base_model(model_files, spec)
@@ -57,6 +59,7 @@ def run(ctx: RunContext) -> Adapter | None:
             steps.check_init_from(init_from, spec)
         lineage = steps.lineage_of(spec, data, init_from, prompts)
         ctx.on_rank_zero(lambda: check_gate(settings, lineage))
+        ctx.clock.lap("tokens")
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
@@ -65,6 +68,7 @@ def run(ctx: RunContext) -> Adapter | None:
         make_plan = partial(steps.plan_execution, spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
         plan = make_plan()
         ctx.report.plan(plan)
+        ctx.clock.lap("plan")
     ctx.stop_if_requested()
 
     with ctx.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights"):
@@ -72,9 +76,11 @@ def run(ctx: RunContext) -> Adapter | None:
         weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
         ctx.on_rank_zero(lambda: steps.check_weights(weights, base, spec))
         ctx.on_rank_zero(lambda: steps.check_exports(weights, base, spec))
+        ctx.clock.lap("weights")
         steps.seed(spec.training.seed)
         with weights_must_fit(spec.model.source, spec.quantization.bits):
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)
+            ctx.clock.lap("load")
             # What the plan relies on is proven with a few tokens; sharded weights compute only once they are in place.
             prove = partial(
                 steps.prove_plan, spec=spec, base=base, ranks=ranks, rows=data.train.input_ids, replan=make_plan
@@ -87,6 +93,7 @@ def run(ctx: RunContext) -> Adapter | None:
             if plan.sharded:
                 plan = prove(model, plan)
             ctx.report.plan(plan)
+            ctx.clock.lap("engine")
     ctx.stop_if_requested()
 
     # 8. Measure the base model once; a resumed run has the numbers in its state.
@@ -94,6 +101,10 @@ def run(ctx: RunContext) -> Adapter | None:
     ctx.metrics.open_trackers(settings, ctx.directory.root, ctx.exit_stack)
     if data.eval and state.needs_baseline(spec.evaluation):
         session.measure_baseline(state)
+        ctx.clock.lap("baseline")
+    if settings.warm_up:
+        session.compile()
+        return ctx.warmed_up()
 
     with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving():
         # 9. Train; saves, resumes, evaluates, stops early and survives GPU out-of-memory.

@@ -70,11 +70,19 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that one run depends on."""
+    """All that one run depends on.
+
+    Attributes:
+        job: The manifest.
+        environment: Where things lie.
+        ranks: This process among the job's.
+        warm_up: Whether to fill the cache with what the job needs, and train nothing.
+    """
 
     job: FineTuneJob
     environment: Environment
     ranks: Ranks
+    warm_up: bool = False
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -86,9 +94,11 @@ class Settings:
         return name
 
 
-def load(path: Path, overrides: Sequence[str], environment: Environment, ranks: Ranks) -> Settings:
+def load(
+    path: Path, overrides: Sequence[str], environment: Environment, ranks: Ranks, warm_up: bool = False
+) -> Settings:
     """Read the manifest at `path`, `overrides` on top. Raises ManifestError."""
-    return Settings(load_file(path, list(overrides)), environment, ranks)
+    return Settings(load_file(path, list(overrides)), environment, ranks, warm_up)
 
 
 def resolved_job(job: FineTuneJob) -> dict[str, Any]:

@@ -16,6 +16,6 @@ def long_rows(folder: Path) -> None:
 
 
 def seventy(folder: Path) -> None:
-    """Twenty steps of a model with a tenth of Llama-3-70B's layers, each of full size: a step of all takes ten times."""
+    """Twenty steps with a tenth of Llama-3-70B's layers, each of full size: a step of all takes ten times as long."""
     build("llama-3-70b-tenth")
     show([train(folder, "8 layers of 80, 80 GiB", [], 20, 2, script=limited(CARD))])

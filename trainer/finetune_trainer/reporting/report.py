@@ -93,6 +93,11 @@ class Reporter:
         self._change(stage="Succeeded", reason=exit_codes.GATE_NOT_PASSED, message=message, candidate=candidate)
         self._write_termination_message()
 
+    def finished(self, message: str) -> None:
+        """Report the end of a run that makes no adapter."""
+        self._change(message=message)
+        self._write_termination_message()
+
     def failed(self, failure: Failure) -> None:
         """Report `failure`. Keep the termination message if another process of the pod has written the cause."""
         self._change(stage="Failed", reason=failure.reason, message=failure.message)

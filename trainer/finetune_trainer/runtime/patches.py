@@ -243,5 +243,11 @@ def configure_compiler(budget: float) -> None:
     torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
     torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
     torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
-    torch._inductor.config.coordinate_descent_tuning = True  # tiles that change no number are tried out
     torch._inductor.config.triton.multi_kernel = 2  # a norm reads its row once
+
+
+def tune_tiles(wanted: bool) -> None:
+    """Set whether torch.compile tries out tiles that change no number: it takes longer than the rest of it."""
+    import torch
+
+    torch._inductor.config.coordinate_descent_tuning = wanted

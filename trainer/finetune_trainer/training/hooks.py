@@ -124,6 +124,10 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         self._loss_at_step_begin, self._rng_at_step_end = None, RngState.now()
         self._throughput.steps += 1
         self._throughput.snapshot()
+        if self._ctx.ranks.is_main and not self._ctx.clock.told:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # once: the device may not be through with the step
+            self._ctx.clock.tell()
         self._ctx.report.progress(step=state.global_step, total_steps=state.max_steps)
         last = state.global_step >= state.max_steps
         due = last or state.global_step % self._ctx.spec.evaluation.every_steps == 0

@@ -20,12 +20,15 @@ from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
 from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
+from finetune_trainer.evaluation.baseline_cache import BaselineCache, baseline_depends_on, can_be_kept
 from finetune_trainer.evaluation.evaluator import EvalPrompt, Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.memory import selective_budget
+from finetune_trainer.planning.tuning import pays
+from finetune_trainer.runtime.patches import tune_tiles
 from finetune_trainer.runtime.peak_memory import peak, reset_peak
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
@@ -86,13 +89,38 @@ class TrainingSession:
     def measure_baseline(self, state: TrainingState) -> None:
         """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
         with self.ctx.stage("Evaluating", "Measuring the base model before training"):
+            kept = self._kept_baseline() if self.ctx.ranks.is_main else None
+            known = self.ctx.on_rank_zero(lambda: kept.find() if kept else None)
+            if known:
+                log.info("An earlier job measured the same base model on the same rows, in the same way")
             try:
-                state.before = self.evaluator.evaluate(self.model)
+                state.before = known or self.evaluator.evaluate(self.model)
             except EvaluationAborted:
                 raise self.ctx.preempted() from None
+            if kept and not known:
+                kept.keep(state.before)
             self.ctx.report.metrics(state.metrics_before())
             if self.ctx.ranks.is_main:
                 self.ctx.metrics.log_baseline(state.before)
+
+    def _kept_baseline(self) -> BaselineCache | None:
+        """Return where the shared cache has these metrics, or will; None without one, or if there is more to know."""
+        spec, folder = self.ctx.spec, self.ctx.settings.environment.cache
+        if folder is None or not can_be_kept(spec, self.plan, len(self.base.new_tokens.ids)):
+            return None
+        rows = self.data.eval or self.data.train
+        parts = baseline_depends_on(self.model, spec, self.plan, self.base.tokenizer, rows, self.prompts)
+        return BaselineCache(folder / "evaluations", parts)
+
+    def compile(self) -> None:
+        """Checkpoint and compile the layers as the plan says; the plan becomes what is in effect."""
+        shape = self.base.shape
+        budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
+        tune_tiles(pays(self.ctx.spec.training, self.data.train.input_ids.lengths, shape))
+        example = self._loader().example()
+        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
+        self.ctx.report.plan(self.plan)
+        self.ctx.clock.lap("compile")
 
     def fit(self, state: TrainingState, checkpoint: Path | None) -> TrainingResult:
         """Train to the end, from `checkpoint` if given, whose state is `state`.
@@ -103,11 +131,7 @@ class TrainingSession:
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
-        shape = self.base.shape
-        budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
-        example = self._loader().example()
-        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
-        self.ctx.report.plan(self.plan)
+        self.compile()
         while True:
             trainer, hooks = self._trainer(state)
             clear_cache(shared_lora_inputs(self.model))
