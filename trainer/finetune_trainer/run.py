@@ -104,7 +104,8 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.clock.lap("baseline")
     if settings.warm_up:
         session.compile()
-        return ctx.warmed_up()
+        ctx.warmed_up()
+        return None
 
     with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving():
         # 9. Train; saves, resumes, evaluates, stops early and survives GPU out-of-memory.
