@@ -98,7 +98,8 @@ def run(ctx: RunContext) -> Adapter | None:
 
     # 8. Measure the base model once; a resumed run has the numbers in its state.
     session = steps.TrainingSession(ctx, steps.METHODS["sft"], plan, base, model, data, prompts, checkpoints)
-    ctx.metrics.open_trackers(settings, ctx.directory.root, ctx.exit_stack)
+    if not settings.warm_up:
+        ctx.metrics.open_trackers(settings, ctx.directory.root, ctx.exit_stack)
     if data.eval and state.needs_baseline(spec.evaluation):
         session.measure_baseline(state)
         ctx.clock.lap("baseline")
