@@ -10,7 +10,8 @@ _ALWAYS: Final = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # Micro-batches have any number of tokens: memory that one has left must serve the next.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    "TOKENIZERS_PARALLELISM": "false",
+    # Rows are tokenized in threads, and no process is forked that would tokenize: that could wait forever.
+    "TOKENIZERS_PARALLELISM": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # Credentials come from Secrets, the environment or workload identity (AWS_ROLE_ARN, AWS_CONTAINER_CREDENTIALS_*):
     # never from the node, which serves all tenants.
