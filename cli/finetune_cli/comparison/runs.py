@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.plain_text import one_line
+from finetune_cli.output.job_view import gpus_of
 
 if TYPE_CHECKING:
     from finetune_cli.output.job_view import View
@@ -81,13 +82,7 @@ class Run:
 
 def of_job(view: View) -> Run:
     """Return the run of a FineTuneJob as the cluster has it."""
-    status, gpus = view.status, _gpus(view.spec)
-    held = status.earlier_attempts.run_seconds if status.earlier_attempts else 0
-    for attempt in status.attempts:
-        if attempt.run_seconds is not None:
-            held += attempt.run_seconds
-        elif attempt.started_at and attempt.finished_at:
-            held += max(0, round((attempt.finished_at - attempt.started_at).total_seconds()))
+    status = view.status
     uri = status.adapter.uri if status.adapter else str((view.spec.get("output") or {}).get("uri", ""))
     return Run(
         name=view.name,
@@ -95,7 +90,7 @@ def of_job(view: View) -> Run:
         phase=view.phase,
         values=values_of(view.spec),
         metrics=finite(status.metrics or {}),
-        gpu_hours=gpus * held / 3600 if held and gpus is not None else None,
+        gpu_hours=view.gpu_hours(),
     )
 
 
@@ -103,7 +98,7 @@ def of_published(published: Published, job: Any, name: str) -> Run:
     """Return the run whose adapter was published; `job` is its manifest as plain data."""
     spec = job.get("spec") if isinstance(job, dict) else None
     spec = spec if isinstance(spec, dict) else {}
-    metrics, gpus = finite(published.manifest.metrics or {}), _gpus(spec)
+    metrics, gpus = finite(published.manifest.metrics or {}), gpus_of(spec)
     seconds = metrics.get("trainSeconds")
     return Run(
         name=name,
@@ -159,16 +154,6 @@ def _text(value: Any) -> str:
         return one_line(json.dumps(value, default=str))
     except (ValueError, RecursionError):
         return "…"
-
-
-def _gpus(spec: Mapping[str, Any]) -> int | None:
-    """Return the GPUs of a run; None where its spec does not say."""
-    resources = spec.get("resources")
-    if not isinstance(resources, dict):
-        return None
-    nodes, each = resources.get("nodes", 1), resources.get("gpusPerNode", 1)
-    is_right = all(isinstance(count, int) and 0 <= count <= 10_000 for count in (nodes, each))
-    return nodes * each if is_right else None
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

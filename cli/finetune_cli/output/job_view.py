@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -14,6 +15,16 @@ from finetune_api.status import Condition, FineTuneJobStatus
 State = Literal["succeeded", "failed", "suspended", "waiting", "running"]
 
 _CURES = {outcome.reason: outcome.cure for outcome in exit_codes.REASONS.values() if outcome.code}
+
+
+def gpus_of(spec: Mapping[str, Any]) -> int | None:
+    """Return the GPUs of a run; None where its spec does not say."""
+    resources = spec.get("resources")
+    if not isinstance(resources, dict):
+        return None
+    nodes, each = resources.get("nodes", 1), resources.get("gpusPerNode", 1)
+    is_right = all(isinstance(count, int) and 0 <= count <= 10_000 for count in (nodes, each))
+    return nodes * each if is_right else None
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,21 @@ class View:
         """Whether the pods run and the trainer no longer steps."""
         training = self.condition("Training")
         return self.state == "running" and training is not None and training.reason == "Stalled"
+
+    def gpu_hours(self, now: datetime | None = None) -> float | None:
+        """Return the GPUs multiplied by the hours that its pods have run, up to `now`; None if that is not known."""
+        gpus, earlier = gpus_of(self.spec), self.status.earlier_attempts
+        held = float(earlier.run_seconds) if earlier else 0.0
+        for attempt in self.status.attempts:
+            if attempt.run_seconds is not None:
+                held += attempt.run_seconds
+            elif attempt.started_at and attempt.finished_at:
+                held += max(0.0, (attempt.finished_at - attempt.started_at).total_seconds())
+            if now and attempt.reason is None and attempt.started_at and self.is_true("Scheduled"):
+                held += max(
+                    0.0, (now - max(attempt.started_at, attempt.ran_until or attempt.started_at)).total_seconds()
+                )
+        return gpus * held / 3600 if held and gpus is not None else None
 
     @property
     def seconds(self) -> float | None:

@@ -130,13 +130,13 @@ def _progress(view: View, now: datetime, losses: Sequence[float]) -> Iterator[Re
         )
     if len(losses) >= MIN_HISTORY:
         yield _loss_line(losses)
-    pairs = [Text.assemble((f"{title} ", "dim"), value, no_wrap=True) for title, value in _numbers(view)]
+    pairs = [Text.assemble((f"{title} ", "dim"), value, no_wrap=True) for title, value in _numbers(view, now)]
     yield Padding(Columns(pairs, padding=(0, 3, 0, 0)), (0, 0, 0, 2))
     if progress.updated_at and view.state == "running" and (now - progress.updated_at).total_seconds() > 120:
         yield Text(f"  last heard of {formatting.age(progress.updated_at, now)} ago", style="yellow")
 
 
-def _numbers(view: View) -> Iterator[tuple[str, str]]:
+def _numbers(view: View, now: datetime) -> Iterator[tuple[str, str]]:
     progress, plan = view.status.progress, view.status.execution_plan
     if progress:
         for title, value in (
@@ -148,6 +148,8 @@ def _numbers(view: View) -> Iterator[tuple[str, str]]:
         ):
             if value is not None:
                 yield title, (formatting.loss if title.endswith("loss") else formatting.number)(value)
+    if hours := view.gpu_hours(now):
+        yield "GPU-hours", formatting.number(hours)
     if plan and plan.micro_batch_size:
         accumulated = f" × {plan.gradient_accumulation_steps}" if plan.gradient_accumulation_steps else ""
         yield "micro-batch", f"{plan.micro_batch_size}{accumulated}"
@@ -219,6 +221,8 @@ def _results(view: View) -> Table:
         speed = (view.status.metrics or {}).get("tokensPerSecond")
         if speed:
             grid.add_row("Speed", f"{formatting.number(speed)} tokens/s")
+        if hours := view.gpu_hours():
+            grid.add_row("GPU-hours", formatting.number(hours))
     return grid
 
 

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import subprocess
+from datetime import UTC, datetime
 
 import pytest
 import typer
 import yaml
 
 from finetune_cli.options import duration
+from finetune_cli.output.job_view import View
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
@@ -36,6 +38,28 @@ def test_a_running_job_shows_progress_attempts_and_conditions(ctl, put):
     assert re.search(r"nli-1 +GpuOutOfMemory +90 +180 +8 +4 min", page)
     assert re.search(r"✓ +Scheduled +PodsRunning +12m", page)
     assert "━━━━━━━━━━━╌" in page
+
+
+def test_the_gpu_hours_that_a_job_has_used_are_told(ctl, put):
+    job = states.job("nli")
+    job["spec"]["resources"] = {"nodes": 2, "gpusPerNode": 4}
+    put(job, states.succeeded("s3://adapters/nli"))
+    assert re.search(r"GPU-hours +12\.27\n", ctl("status", "nli").stdout)  # 92 minutes on 8 GPUs
+
+
+def test_gpu_hours_count_what_ran_and_no_wait():
+    now = datetime.now(UTC)
+    at = {"startedAt": states.ago(now, minutes=60)}
+    ran = [
+        {"jobName": "nli-1", "reason": "Preempted", "runSeconds": 600, "finishedAt": states.ago(now, minutes=30), **at},
+        {"jobName": "nli-2", "runSeconds": 300, "ranUntil": states.ago(now, minutes=10), **at},
+    ]
+    job = states.job("nli") | {"status": states.training() | {"attempts": ran, "earlierAttempts": {"runSeconds": 300}}}
+    job["spec"]["resources"] = {"gpusPerNode": 2}
+    assert View.of(job).gpu_hours(now) == pytest.approx(2 * (600 + 300 + 600 + 300) / 3600, abs=0.01)
+    assert View.of(job).gpu_hours() == pytest.approx(2 * 1200 / 3600)
+    waiting = job | {"status": states.waiting("no node") | {"attempts": ran}}
+    assert View.of(waiting).gpu_hours(now) == pytest.approx(2 * 900 / 3600)
 
 
 def test_a_job_that_did_not_pass_its_gate_says_so_with_both_numbers(ctl, put, tmp_path):
