@@ -233,11 +233,14 @@ def _table(card: Card, panel: dict[str, Any], source: Source) -> bool:
     default, units = panel["fieldConfig"]["defaults"]["unit"], _overrides(panel, "unit")
     columns = [target["legendFormat"] for target in panel["targets"]]
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    label, title = "name", "Job"
     for column, target in zip(columns, panel["targets"], strict=True):
         for result in source.instant(target["expr"]):
-            key = (result["metric"]["namespace"], result["metric"]["name"])
+            if "sweep" in result["metric"] and "name" not in result["metric"]:
+                label, title = "trial", "Trial"
+            key = (result["metric"]["namespace"], result["metric"][label])
             rows.setdefault(key, {})[column] = scaled(float(result["value"][1]), units.get(column, default))
-    lines = [["Namespace", "Job", *columns]]
+    lines = [["Namespace", title, *columns]]
     lines += [[*key, *(row.get(column, "–") for column in columns)] for key, row in sorted(rows.items())]
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     gap = (card.width - 0.2 - sum(widths)) / len(widths)  # what is left is shared out evenly
