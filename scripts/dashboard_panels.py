@@ -25,6 +25,8 @@ class Panel:
     from_zero: bool = True
     columns: dict[str, str] = field(default_factory=dict)
     """Of a table: legend -> unit of that column, where it is not the panel's."""
+    links: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of a table: column -> title and address of what a click on it opens."""
     colors: dict[str, str] = field(default_factory=dict)
     """Legend -> color, where its meaning has one."""
 
@@ -39,9 +41,15 @@ class Dashboard:
     variables: tuple[tuple[str, str, str, bool], ...]
     rows: dict[str, tuple[Panel, ...]]
     links: tuple[tuple[str, str], ...] = ()
+    marks: tuple[tuple[str, str, str], ...] = ()
+    """Marks on the time axis: name, color, and PromQL that is there, each minute, where one belongs."""
 
 
 _TOKENS = "suffix:tok/s"
+_TO_JOB = (
+    "Show this job",
+    "/d/finetune-job?var-namespace=${__data.fields.namespace}&var-job=${__data.fields.Job}&${__url_time_range}",
+)
 _LOSS = "suffix:nats"
 PHASES = {
     "Pending": "#b0b6bd",
@@ -74,11 +82,11 @@ def _quantile(q: float, metric: str, matchers: str = "") -> str:
 
 
 def _trainer(metric: str) -> str:
-    return f"max by (pod) (finetune_trainer_{metric}{{{_JOB}}})"
+    return f"max by (attempt) (finetune_trainer_{metric}{{{_JOB}}})"
 
 
 def _checkpoints(part: str) -> str:
-    return f"sum by (pod) (finetune_trainer_checkpoint_duration_seconds_{part}{{{_JOB}}})"
+    return f"sum by (attempt) (finetune_trainer_checkpoint_duration_seconds_{part}{{{_JOB}}})"
 
 
 def _mean(histogram: str, matchers: str) -> str:
@@ -146,9 +154,24 @@ FLEET = Dashboard(
                    "Steps": f"finetune_operator_job_steps{{{_NS}}}",
                    "Done": f"finetune_operator_job_progress_ratio{{{_NS}}}",
                    "Loss": f"finetune_operator_job_loss{{{_NS}}}",
+                   "Held-out": f"finetune_operator_job_eval_loss{{{_NS}}}",
                    "Tokens/s": f"finetune_operator_job_tokens_per_second{{{_NS}}}",
                    "Attempts": f"finetune_operator_job_attempts{{{_NS}}}"},
-                  "table", 24, columns={"Done": "percentunit", "Loss": _LOSS, "Tokens/s": _TOKENS}),
+                  "table", 24, columns={"Done": "percentunit", "Loss": _LOSS, "Held-out": _LOSS, "Tokens/s": _TOKENS},
+                  links={"Job": _TO_JOB}),
+        ),
+        "Attention": (
+            Panel("GPU hours by namespace", "GPUs held, summed over the hour before each moment.", "h",
+                  {"{{namespace}}": "sum by (namespace) (sum_over_time("
+                                    f"finetune_operator_gpus_allocated{{{_NS}}}[1h:30s])) / 120"}, stack=True),
+            Panel("Idle GPUs", "GPUs of trainers on which kernels ran for less than 5 % of the last ten minutes.",
+                  "short",
+                  {"{{namespace}}": "count by (namespace) (max by (namespace, pod, gpu) (avg_over_time("
+                                    f"finetune_trainer_gpu_utilization_ratio{{{_NS}}}[10m])) < 0.05) or on ()"
+                                    ' label_replace(vector(0), "namespace", "none", "", "")'}),
+            Panel("Alerts that fire", "Of the chart's rules, by name.", "short",
+                  {"{{alertname}}": 'sum by (alertname) (ALERTS{alertname=~"FineTune.*", alertstate="firing"}) or on ()'
+                                    ' label_replace(vector(0), "alertname", "none", "", "")'}, stack=True, bars=True),
         ),
         "Operator": (
             Panel("Queue", "Jobs that wait for one of the operator's workers, and those that wait for their time"
@@ -189,6 +212,12 @@ JOB = Dashboard(
         ("job", "Job", 'label_values(finetune_trainer_step{namespace="$namespace"}, finetunejob)', False),
     ),
     links=(("Fleet", "finetune-fleet"),),
+    marks=(
+        ("New attempt", "orange", f"changes(finetune_operator_job_attempts{{{_BY_NAME}}}[1m]) > 0"),
+        ("Checkpoint", "blue", f"sum(increase(finetune_trainer_checkpoints_total{{{_JOB}}}[1m])) > 0"),
+        ("Preemption in the namespace", "red",
+         'sum(increase(finetune_operator_pod_disruptions_total{namespace="$namespace"}[1m])) > 0'),
+    ),
     rows={
         "Now": (
             Panel("Progress", "Optimizer steps done, of all that are planned.", "percentunit",
@@ -212,46 +241,47 @@ JOB = Dashboard(
         ),
         "Learning": (
             Panel("Loss", "Training loss and the loss on held-out rows, nats per token.", _LOSS,
-                  {"training, {{pod}}": _trainer("loss"),
-                   "held-out, {{pod}}": _trainer("eval_loss")}, width=12, from_zero=False),
+                  {"training, attempt {{attempt}}": _trainer("loss"),
+                   "held-out, attempt {{attempt}}": _trainer("eval_loss")}, width=12, from_zero=False),
             Panel("Gradient norm", "Before clipping to training.maxGradNorm.", "short",
-                  {"{{pod}}": _trainer("gradient_norm")}, width=6, log_scale=True),
+                  {"attempt {{attempt}}": _trainer("gradient_norm")}, width=6, log_scale=True),
             Panel("Learning rate", "Of the latest step.", "sci",
-                  {"{{pod}}": _trainer("learning_rate")}, width=6),
+                  {"attempt {{attempt}}": _trainer("learning_rate")}, width=6),
         ),
         "Speed": (
             Panel("Tokens per second", "Real tokens, never padding, over all GPUs.", _TOKENS,
-                  {"{{pod}}": _trainer("tokens_per_second")}),
+                  {"attempt {{attempt}}": _trainer("tokens_per_second")}),
             Panel("Step time", "Mean time of an optimizer step since the last log line.", "s",
-                  {"{{pod}}": _trainer("step_duration_seconds")}),
+                  {"attempt {{attempt}}": _trainer("step_duration_seconds")}),
             Panel("Steps", "Optimizer steps done; a resumed attempt goes on from its checkpoint.", "short",
-                  {"{{pod}}": _trainer("step"), "planned": f"max(finetune_trainer_steps{{{_JOB}}})"}),
+                  {"attempt {{attempt}}": _trainer("step"), "planned": f"max(finetune_trainer_steps{{{_JOB}}})"}),
             Panel("GPU utilization", "Share of time in which kernels ran. Needs an NVIDIA GPU.", "percentunit",
                   {"GPU {{gpu}}": f"max by (gpu) (finetune_trainer_gpu_utilization_ratio{{{_JOB}}})"}),
             Panel("GPU memory", "In use on each GPU, and the peak the plan expected. Needs an NVIDIA GPU.", "bytes",
                   {"GPU {{gpu}}": f"max by (gpu) (finetune_trainer_gpu_memory_used_bytes{{{_JOB}}})",
                    "planned peak": f"max(finetune_trainer_gpu_memory_predicted_peak_bytes{{{_JOB}}})"}),
             Panel("Host memory", "Resident memory of the trainer's main process.", "bytes",
-                  {"{{pod}}": f"max by (pod) (process_resident_memory_bytes{{{_JOB}}})"}),
+                  {"attempt {{attempt}}": f"max by (attempt) (process_resident_memory_bytes{{{_JOB}}})"}),
         ),
         "Checkpoints and attempts": (
             Panel("Checkpoint time", "Mean time to save a checkpoint in the object store and verify it.", "s",
-                  {"{{pod}}": f"{_checkpoints('sum')} / ({_checkpoints('count')} > 0)"}, width=6),
+                  {"attempt {{attempt}}": f"{_checkpoints('sum')} / ({_checkpoints('count')} > 0)"}, width=6),
             Panel("Upload time", "From the last step to the adapter published in the object store; there once a run"
                   " has come so far.", "s",
-                  {"{{pod}}": f"max by (pod) ({_published(_JOB)})"}, width=6),
+                  {"attempt {{attempt}}": f"max by (attempt) ({_published(_JOB)})"}, width=6),
             Panel("Checkpoints saved", "By this attempt's process.", "short",
-                  {"{{pod}}": _trainer("checkpoints_total")}, width=6),
+                  {"attempt {{attempt}}": _trainer("checkpoints_total")}, width=6),
             Panel("Tokens trained on", "Real tokens, never padding, by each attempt.", "short",
-                  {"{{pod}}": _trainer("tokens_total")}, width=6),
-            Panel("Time by stage", "Time spent in each stage so far: reading data, loading, training, evaluating,"
-                  " publishing (the upload), verifying.", "s",
-                  {"{{stage}}": f"sum by (stage) (finetune_trainer_stage_duration_seconds{{{_JOB}}})"},
-                  width=12, stack=True, colors=PHASES),
+                  {"attempt {{attempt}}": _trainer("tokens_total")}, width=6),
+            Panel("Time by stage", "Share of the time in each stage: reading data, loading, training, evaluating,"
+                  " publishing (the upload), verifying.", "percentunit",
+                  {"{{stage}}": "sum by (stage) (rate("
+                                f"finetune_trainer_stage_duration_seconds{{{_JOB}}}[$__rate_interval]))"},
+                  width=12, stack=True, bars=True, colors=PHASES),
             Panel("Micro-batch", "Sequences per GPU in one forward pass; halved when GPU memory runs out.", "short",
-                  {"{{pod}}": _trainer("micro_batch_size")}, width=6),
+                  {"attempt {{attempt}}": _trainer("micro_batch_size")}, width=6),
             Panel("GPU out of memory", "Times it ran out and training went on with a smaller micro-batch.", "short",
-                  {"{{pod}}": _trainer("gpu_out_of_memory_total")}, width=6),
+                  {"attempt {{attempt}}": _trainer("gpu_out_of_memory_total")}, width=6),
         ),
     },
 )  # fmt: skip

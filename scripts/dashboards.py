@@ -50,6 +50,7 @@ def model(dashboard: Dashboard) -> Json:
             {"title": title, "type": "link", "url": f"/d/{uid}", "keepTime": True, "includeVars": True}
             for title, uid in dashboard.links
         ],
+        "annotations": {"list": [_mark(*mark) for mark in dashboard.marks]},
         "templating": {"list": [_datasource_variable(), *(_variable(*variable) for variable in dashboard.variables)]},
         "panels": panels,
     }
@@ -57,6 +58,18 @@ def model(dashboard: Dashboard) -> Json:
 
 def _datasource_variable() -> Json:
     return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+
+
+def _mark(name: str, color: str, expr: str) -> Json:
+    return {
+        "name": name,
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "enable": True,
+        "expr": expr,
+        "step": "60s",
+        "iconColor": color,
+        "titleFormat": name,
+    }
 
 
 def _variable(name: str, label: str, query: str, several: bool) -> Json:
@@ -91,6 +104,10 @@ def _panel(panel: Panel) -> Json:
             "defaults": {"unit": panel.unit, "custom": _drawing(panel)},
             "overrides": [
                 *(_override(column, "unit", unit) for column, unit in panel.columns.items()),
+                *(
+                    _override(column, "links", [{"title": title, "url": url}])
+                    for column, (title, url) in panel.links.items()
+                ),
                 *(_override(legend, "color", _fixed(color)) for legend, color in panel.colors.items()),
             ],
         },

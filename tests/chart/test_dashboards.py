@@ -109,3 +109,22 @@ def test_the_dashboards_link_to_each_other() -> None:
     links = {name: [link["url"] for link in load(name)["links"]] for name in NAMES}
     assert links["fleet"] == [f"/d/{uids['job']}", f"/d/{uids['sweep']}"]
     assert links["job"] == links["sweep"] == [f"/d/{uids['fleet']}"]
+
+
+def test_a_job_of_the_fleet_opens_its_own_dashboard() -> None:
+    (table,) = (panel for panel in panels(load("fleet")) if panel["type"] == "table")
+    (link,) = own(table, "links")["Job"]
+    assert link["url"].startswith(f"/d/{load('job')['uid']}?var-namespace=${{__data.fields.namespace}}&var-job=")
+    names = {variable["name"] for variable in load("job")["templating"]["list"]}
+    assert {"namespace", "job"} <= names
+
+
+def test_attempts_have_numbers_and_leave_marks() -> None:
+    dashboard = load("job")
+    legends = [target["legendFormat"] for panel in panels(dashboard) for target in panel["targets"]]
+    assert any("attempt {{attempt}}" in legend for legend in legends)
+    assert not any("{{pod}}" in legend for legend in legends)
+    marks = dashboard["annotations"]["list"]
+    assert [mark["name"] for mark in marks] == ["New attempt", "Checkpoint", "Preemption in the namespace"]
+    for mark in marks:
+        filled(mark["expr"], {"namespace": "x", "job": "y"})

@@ -20,6 +20,8 @@ EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job", "sweep"])
 LABELS = {
     "pod": "instruction-tuning-{0}-vxcqg",
     **dict.fromkeys(("phase", "reason", "error", "stage", "verb", "resource", "kind", "gpu"), "CheckingData{0}"),
+    "attempt": "1{0}",
+    "alertname": "FineTuneJobFailingRepeatedly{0}",
     "trial": "learning-rate-2e-4-rank-64-alpha-128-s{0}",
     "namespace": "natural-language-research-{0}",
     "name": "instruction-tuning-{0}",
