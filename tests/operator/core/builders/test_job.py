@@ -78,12 +78,14 @@ def test_a_lost_rank_of_several_fails_the_whole_attempt():
 
 
 def test_secrets_are_mounted_by_role_and_never_read():
-    objects = made(**FULL)
+    pushed = {"oci": {"uri": "oci://r.example/nli:v1", "secretRef": {"name": "login"}}}
+    pushed["hf"] = {"uri": "hf://org/nli", "secretRef": {"name": "writer"}}
+    objects = made(**FULL | {"output": FULL["output"] | pushed})
     pod = pod_of(objects)
     by_volume = {volume["name"]: volume.get("secret") for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: by_volume[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
     found = {path: secret["secretName"] for path, secret in mounts.items() if secret}
-    wanted = {"model": "hub", "dataset": "data", "output": "store", "wandb": "wandb"}
+    wanted = {"model": "hub", "dataset": "data", "output": "store", "wandb": "wandb", "oci": "login", "hf": "writer"}
     assert found == {f"{constants.SECRETS_DIR}/{role}": name for role, name in wanted.items()}
     assert not [obj for obj in objects if obj["kind"] == "Secret"]
 
