@@ -252,13 +252,35 @@ def the_document(text: str, source: str) -> Document:
     return jobs[0]
 
 
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[FineTuneSweep, dict[str, FineTuneJob]] | None:
+    """Return the FineTuneSweep in the file at `path`, and the FineTuneJob of each trial; None if it holds a job.
+
+    Raises ManifestError.
+    """
+    path = Path(path)
+    documents = [document for document in parse(_read(path), str(path)) if document.is_sweep or document.is_job]
+    if len(documents) != 1 or not documents[0].is_sweep:
+        return None
+    sweep = check_sweep(documents[0], path.parent, overrides)
+    return sweep, {trial.name: check(document) for trial, document in trial_documents(sweep)}
+
+
+def trial_documents(sweep: FineTuneSweep) -> list[tuple[PlannedTrial, Document]]:
+    """Return the trials of `sweep`, each with its FineTuneJob."""
+    name, template = sweep.metadata.name, sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return [(trial, trial_document(name, template, trial)) for trial in expand(name, sweep.spec)]
+
+
 def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:
     """Return the FineTuneJob in the file at `path`. Raises ManifestError, also for a file that cannot be read."""
     path = Path(path)
+    return load_text(_read(path), str(path), path.parent, overrides)
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ManifestError([Problem("", f"cannot be read: {error.strerror}", source=str(path))]) from None
     except UnicodeDecodeError:
         raise ManifestError([Problem("", "cannot be read: it is not UTF-8 text", source=str(path))]) from None
-    return load_text(text, str(path), path.parent, overrides)

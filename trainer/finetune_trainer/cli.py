@@ -17,10 +17,10 @@ import structlog
 from rich.console import Console
 
 from finetune_api import constants, exit_codes
-from finetune_api.manifest import ManifestError
+from finetune_api.manifest import ManifestError, load_sweep
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import Preempted, failure_of
+from finetune_trainer.errors import ConfigInvalid, Preempted, failure_of
 from finetune_trainer.reporting import logs
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.report import Reporter
@@ -48,12 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopFlag(lambda: force_exit(reporter))
     try:
         with stop_on_signals(stop, alone=ranks.size == 1), ExitStack() as exit_stack:
-            settings = load(options.config, options.set, environment, ranks, options.warm_up)
-            directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
-            logs.copy_to(directory.root / logs.LOG_FILE)
-            telemetry = show(exit_stack, settings, reporter, console)
-            metrics = MetricsLog(directory.metrics_file, telemetry.track)
-            run(RunContext(settings, stop, reporter, telemetry, metrics, directory, exit_stack))
+            if sweep := load_sweep(options.config, options.set):
+                if options.warm_up:
+                    raise ConfigInvalid("--warm-up is for a FineTuneJob, and this is a FineTuneSweep")
+                from finetune_trainer.packing.sweep import run_sweep
+
+                run_sweep(*sweep, environment, ranks, stop, reporter, console, exit_stack)
+            else:
+                settings = load(options.config, options.set, environment, ranks, options.warm_up)
+                directory = RunDirectory(exit_stack.enter_context(work_folder(settings)))
+                logs.copy_to(directory.root / logs.LOG_FILE)
+                telemetry = show(exit_stack, settings, reporter, console)
+                metrics = MetricsLog(directory.metrics_file, telemetry.track)
+                run(RunContext(settings, stop, reporter, telemetry, metrics, directory, exit_stack))
     except BaseException as error:
         failure = failure_of(error)
         unforeseen = not isinstance(error, ManifestError) and failure.exit_code == 1
@@ -108,7 +115,11 @@ def parser() -> argparse.ArgumentParser:
         f"exit codes:\n{codes}\n    1  Error            Anything else; the log has the traceback.\n",
     )
     result.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest (YAML or JSON)"
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the manifest of a FineTuneJob, or of a FineTuneSweep whose trials share one GPU (YAML or JSON)",
     )
     result.add_argument(
         "--set",

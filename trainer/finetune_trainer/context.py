@@ -17,6 +17,7 @@ from finetune_trainer.reporting.start_clock import StartClock
 from finetune_trainer.runtime.distributed import all_reduce_any, destroy_process_group, run_on_rank_zero
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Ranks, Settings
+from finetune_trainer.sharing import Sharing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class RunContext:
         directory: The run's files on local disk.
         exit_stack: Owns resources that live for the whole run.
         clock: Where the time goes until the first step.
+        sharing: What other trials in this process share with this run.
     """
 
     settings: Settings
@@ -46,6 +48,7 @@ class RunContext:
     directory: RunDirectory
     exit_stack: ExitStack
     clock: StartClock = field(default_factory=StartClock)
+    sharing: Sharing = field(default_factory=Sharing)
 
     @property
     def spec(self) -> FineTuneJobSpec:

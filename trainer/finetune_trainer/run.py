@@ -1,8 +1,10 @@
 """One run in thirteen steps, from the FineTuneJob to the verified adapter."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from finetune_api.status import Adapter
+from finetune_api.status import Adapter, ExecutionPlan
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.dataset import tokenize
@@ -21,7 +23,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
     Returns the adapter on rank 0, None on all other ranks and after a warm-up. Raises what errors.failure_of explains.
     """
-    spec, settings, ranks = ctx.spec, ctx.settings, ctx.ranks
+    spec, settings, ranks, once = ctx.spec, ctx.settings, ctx.ranks, ctx.sharing.once
     check_trackers(settings)
     if ranks.size > 1:
         start_runtime(
@@ -37,11 +39,12 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.on_rank_zero(lambda: check_copies(settings))
 
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
-        model_files = fetch_model_metadata(settings, ctx.directory.inputs, checkpoints.pinned_commit())
-        train_files, eval_files = fetch_data_files(settings)
+        commit = checkpoints.pinned_commit()
+        model_files = once("model", lambda: fetch_model_metadata(settings, ctx.directory.inputs, commit))
+        train_files, eval_files = once("data files", lambda: fetch_data_files(settings))
 
         # 3. Parse and check every row. No torch so far: bad input fails in about a second.
-        rows = read_rows(train_files, eval_files, spec.dataset, spec.training.seed)
+        rows = once("rows", lambda: read_rows(train_files, eval_files, spec.dataset, spec.training.seed))
         ctx.clock.lap("inputs")
 
         # 4. Import torch, join the process group, check the GPUs that the spec asks for.
@@ -53,7 +56,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 5. Tokenize; check tokenizer, target modules and lora.initFrom against the base model.
         base = steps.inspect_base_model(model_files, spec)
-        data = tokenize(rows, base.tokenizer, spec)
+        data = once("tokens", lambda: tokenize(rows, base.tokenizer, spec))
         prompts = steps.eval_prompts(rows.eval, data.encoder, spec.evaluation)
         if init_from := fetch_adapter(settings, ctx.directory.inputs):
             steps.check_init_from(init_from, spec)
@@ -65,7 +68,11 @@ def run(ctx: RunContext) -> Adapter | None:
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
         state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit, base.tensors)
         ctx.report.resumed_from(checkpoints.resumption)
-        make_plan = partial(steps.plan_execution, spec, base, device, ranks, data.train.input_ids.lengths, data.longest)
+        lengths = data.train.input_ids.lengths
+        plan_for = partial(
+            steps.plan_execution, device=device, ranks=ranks, train_lengths=lengths, longest=data.longest
+        )
+        make_plan = ctx.sharing.planner(plan_for, spec, base)
         plan = make_plan()
         ctx.report.plan(plan)
         ctx.clock.lap("plan")
@@ -73,22 +80,26 @@ def run(ctx: RunContext) -> Adapter | None:
 
     with ctx.stage("LoadingModel", f"Loading {spec.model.source} with {spec.quantization.bits}-bit weights"):
         # 7. Check, load and quantize the weights, attach the adapter, apply the plan.
-        weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
-        ctx.on_rank_zero(lambda: steps.check_weights(weights, base, spec))
-        ctx.on_rank_zero(lambda: steps.check_exports(weights, base, spec))
-        ctx.clock.lap("weights")
-        steps.seed(spec.training.seed)
-        with weights_must_fit(spec.model.source, spec.quantization.bits):
+        prove = partial(
+            steps.prove_plan, spec=spec, base=base, ranks=ranks, rows=data.train.input_ids, replan=make_plan
+        )
+
+        def load() -> tuple[Path, Any, ExecutionPlan]:
+            weights = fetch_model_weights(settings, ctx.directory.inputs, base.commit)
+            ctx.on_rank_zero(lambda: steps.check_weights(weights, base, spec))
+            ctx.on_rank_zero(lambda: steps.check_exports(weights, base, spec))
+            ctx.clock.lap("weights")
+            steps.seed(spec.training.seed)
             model = steps.load_base_model(weights, base, spec, plan, device.torch_name)
             ctx.clock.lap("load")
             # What the plan relies on is proven with a few tokens; sharded weights compute only once they are in place.
-            prove = partial(
-                steps.prove_plan, spec=spec, base=base, ranks=ranks, rows=data.train.input_ids, replan=make_plan
-            )
-            if not plan.sharded:
-                plan = prove(model, plan)
-            steps.prepare_base(model, plan, spec)
-            model = steps.attach_adapter(model, base, spec.lora, init_from)
+            proven = plan if plan.sharded else prove(model, plan)
+            steps.prepare_base(model, proven, spec)
+            return weights, model, proven
+
+        with weights_must_fit(spec.model.source, spec.quantization.bits):
+            weights, model, plan = once("base model", load)
+            model = steps.attach_adapter(ctx.sharing.own(model), base, spec.lora, init_from)
             steps.apply_plan(model, plan, spec, ranks, device)
             if plan.sharded:
                 plan = prove(model, plan)
@@ -97,7 +108,8 @@ def run(ctx: RunContext) -> Adapter | None:
     ctx.stop_if_requested()
 
     # 8. Measure the base model once; a resumed run has the numbers in its state.
-    session = steps.TrainingSession(ctx, steps.METHODS["sft"], plan, base, model, data, prompts, checkpoints)
+    place = ctx.sharing.take_place(model, plan)
+    session = steps.TrainingSession(ctx, steps.METHODS["sft"], plan, base, model, data, prompts, checkpoints, place)
     if not settings.warm_up:
         ctx.metrics.open_trackers(settings, ctx.directory.root, ctx.exit_stack)
     if data.eval and state.needs_baseline(spec.evaluation):

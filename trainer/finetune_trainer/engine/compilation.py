@@ -60,7 +60,9 @@ def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool
     if compiled:
         configure_compiler(budget)
         _register_4bit_flops()
-    use_kernel = compiled and _lora_kernel_works(next(layers[0].parameters()).device)
+    checks = {shared.kernel_check for layer in layers for shared in shared_lora_inputs(layer)}
+    device = next(layers[0].parameters()).device
+    use_kernel = compiled and all(_lora_kernel_works(device, check) for check in checks)
     for index, layer in enumerate(layers):
         restore_forward(layer)
         plain = layer.forward
@@ -73,12 +75,15 @@ def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool
             swap_forward(layer, while_training(trained, plain))
 
 
-def _lora_kernel_works(device: torch.device) -> bool:
-    """Return whether to use the Triton LoRA kernel: on Hopper, where it was measured to be faster, if it is right."""
+def _lora_kernel_works(device: torch.device, check: str = "self_check") -> bool:
+    """Return whether to use the Triton LoRA kernel: on Hopper, where it was measured to be faster, if it is right.
+
+    `check` is the function of kernels.lora that tells.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return False
     try:
-        problem = importlib.import_module("finetune_trainer.engine.kernels.lora").self_check(device)
+        problem = getattr(importlib.import_module("finetune_trainer.engine.kernels.lora"), check)(device)
     except Exception as error:
         problem = type_and_reason(error)
     if problem:

@@ -120,6 +120,8 @@ class SharedLoraInput:
 
     #: Whether triton_lora adds what the members find to their base.
     added_by_kernel = False
+    #: The function of kernels.lora that says whether it can.
+    kernel_check = "self_check"
 
     def __init__(self, members: list[Any]) -> None:
         self._members = members

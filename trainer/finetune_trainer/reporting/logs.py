@@ -3,6 +3,8 @@
 import logging
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -84,6 +86,21 @@ class _Readable:
 
     def __call__(self, _logger: Any, _method: str, event: dict[str, Any]) -> str:
         return log_lines.readable(event, details=self._details)
+
+
+@contextmanager
+def copied_to(path: Path, of: threading.Thread) -> Iterator[None]:
+    """Also append the log lines of one thread to the file at `path` while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_formatter(_Readable(details=True)))
+    handler.addFilter(lambda record: record.thread == of.ident)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _without_secrets(_logger: Any, _method: str, line: Any) -> str:

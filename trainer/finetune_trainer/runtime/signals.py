@@ -20,10 +20,14 @@ class StopFlag:
         self._force_exit = force_exit
         self._timer: threading.Timer | None = None
         self.reason = ""
-        self.is_saving = False
+        self._saving = 0  # blocks that save: trials of one process each have theirs
 
     def __bool__(self) -> bool:
         return self._event.is_set()
+
+    @property
+    def is_saving(self) -> bool:
+        return self._saving > 0
 
     def set(self, reason: str) -> None:
         """Ask the process to stop; only the first `reason` is kept."""
@@ -36,12 +40,12 @@ class StopFlag:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Let the block save a checkpoint once asked to stop, however long that takes."""
-        self.is_saving = True
+        self._saving += 1
         try:
             yield
         finally:
-            self.is_saving = False
-            if self:
+            self._saving -= 1
+            if self and not self.is_saving:
                 self._start_timer()
 
     def disarm(self) -> None:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from finetune_trainer.planning.memory import selective_budget
 from finetune_trainer.planning.tuning import pays
 from finetune_trainer.runtime.patches import tune_tiles
 from finetune_trainer.runtime.peak_memory import peak, reset_peak
+from finetune_trainer.sharing import Place
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
 from finetune_trainer.training.loop import QloraTrainer
+from finetune_trainer.training.packed_loop import PackedTrainer
 from finetune_trainer.training.step_batches import StepBatches
 from finetune_trainer.training.throughput import Throughput
 
@@ -65,6 +68,7 @@ class TrainingSession:
         data: The training rows, and the held-out rows if there are any.
         prompts: Held-out rows to answer.
         checkpoints: Where checkpoints go.
+        place: Where micro-batches meet those of other trials; None trains `model` by itself.
         evaluator: Measures the held-out rows, the training rows where there are none.
         has_trained: Whether this process has trained: its peak of memory tells something only then.
     """
@@ -77,6 +81,7 @@ class TrainingSession:
     data: Datasets
     prompts: Sequence[EvalPrompt]
     checkpoints: CheckpointManager
+    place: Place | None = None
     evaluator: Evaluator = field(init=False)
     has_trained: bool = field(default=False, init=False)
 
@@ -85,6 +90,8 @@ class TrainingSession:
         self.evaluator = Evaluator(
             spec, self.method, self.plan, self.base.tokenizer, ranks, rows, self.prompts, self.ctx.is_stopping
         )
+        if self.place:
+            self.plan = self.place.plan
 
     def measure_baseline(self, state: TrainingState) -> None:
         """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
@@ -94,7 +101,11 @@ class TrainingSession:
             if known:
                 log.info("An earlier job measured the same base model on the same rows, in the same way")
             try:
-                state.before = known or self.evaluator.evaluate(self.model)
+                # The same for all trials of a process that begin with the same weights.
+                begun_with = ("baseline", self.ctx.spec.lora.init_from)
+                state.before = known or dict(
+                    self.ctx.sharing.once(begun_with, lambda: self.evaluator.evaluate(self.model))
+                )
             except EvaluationAborted:
                 raise self.ctx.preempted() from None
             if kept and not known:
@@ -131,7 +142,10 @@ class TrainingSession:
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
-        self.compile()
+        if self.place is None:
+            self.compile()
+        else:
+            self.ctx.report.plan(self.plan)
         while True:
             trainer, hooks = self._trainer(state)
             clear_cache(shared_lora_inputs(self.model))
@@ -158,6 +172,12 @@ class TrainingSession:
             plan = self._with_measured_memory() if self.has_trained else self.plan
             self.ctx.report.plan(plan)
             return TrainingResult(hooks.run, plan)
+
+    def _compile(self) -> None:
+        shape = self.base.shape
+        budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
+        example = self._loader().example()
+        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
 
     def _train(self, trainer: QloraTrainer, hooks: TrainingHooks, checkpoint: Path | None) -> None:
         """Do the evaluation that was due at `checkpoint`, then the steps that are left."""
@@ -195,7 +215,8 @@ class TrainingSession:
             evaluator=self.evaluator if self.data.eval else None,
             upload=self.checkpoints.upload,
         )
-        trainer = QloraTrainer(
+        make = partial(PackedTrainer, place=self.place) if self.place else QloraTrainer
+        trainer = make(
             model=self.model,
             method=self.method,
             batches=batches,

@@ -1,0 +1,146 @@
+"""Several adapters on one base in one pass: each has the loss and the gradients that it has alone."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import MistralConfig, MistralForCausalLM
+
+from finetune_trainer.data.batching import Collate
+from finetune_trainer.data.encoding import IGNORE
+from finetune_trainer.engine.model_loss import patch_fused_loss
+from finetune_trainer.engine.packed_lora import PackedAdapters
+from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.packing.pack import _refuse_dropout, twin
+
+QKV = ["q_proj", "k_proj", "v_proj", "o_proj"]
+#: Rank, alpha and layers of three trials; their rows by length.
+TRIALS = ((4, 8, QKV), (16, 16, ["q_proj", "down_proj"]), (2, 8, ["v_proj", "gate_proj", "up_proj"]))
+ROWS = ((5, 9), (7,), (3, 4, 11))
+
+
+def _config(**changes: Any) -> MistralConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MistralConfig(**sizes, **heads, attn_implementation="sdpa", **changes)
+
+
+@functools.cache
+def _base() -> Any:
+    torch.manual_seed(0)
+    base = MistralForCausalLM(_config())
+    patch_fused_loss(base)
+    return base.requires_grad_(False)
+
+
+def _trial(rank: int, alpha: int, layers: list[str]) -> Any:
+    torch.manual_seed(rank)
+    adapted = get_peft_model(twin(_base()), LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    return adapted
+
+
+def _batch(lengths: tuple[int, ...], packed: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    rows = []
+    for length in lengths:
+        ids = torch.randint(1, 50, (length,), generator=generator).tolist()
+        rows.append((ids, [IGNORE, *ids[1:]]))
+    return Collate(packed, 0)(rows)
+
+
+def _gradients(adapted: Any) -> list[torch.Tensor]:
+    return [each.grad for each in adapted.parameters() if each.requires_grad]
+
+
+def _alone(adapted: Any, batch: dict[str, Any]) -> tuple[float, list[torch.Tensor]]:
+    adapted.zero_grad()
+    loss = adapted(**batch) / len(batch["target_ids"])
+    loss.backward()
+    return loss.item(), [each.clone() for each in _gradients(adapted)]
+
+
+def _together(
+    trials: dict[int, Any], packed: bool, dropout: float = 0.0, seeds: tuple[int, ...] = (1, 2, 3), places: int = 4
+) -> dict[int, tuple[float, list[torch.Tensor]]]:
+    core = twin(_base())
+    model = PackedModel(core, PackedAdapters(core, places, 16, torch.float32)).train()
+    shares = []
+    for place, adapted in sorted(trials.items()):
+        adapted.zero_grad()
+        model.adapters.enter(place, adapted, dropout)
+        batch = _batch(ROWS[place], packed)
+        shares.append(Share(place, batch, 1 / torch.tensor(len(batch["target_ids"])), seeds[place]))
+    for _ in range(2):  # gradients add up, as over the micro-batches of a step
+        model(**joined(shares, places, 3)).backward()
+        model.adapters.give_gradients(list(trials))
+    losses = dict(zip(sorted(trials), model.losses.tolist(), strict=True))
+    return {place: (losses[place], [each / 2 for each in _gradients(trials[place])]) for place in trials}
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_each_trial_has_the_loss_and_gradients_that_it_has_alone(packed: bool) -> None:
+    trials = {place: _trial(*each) for place, each in enumerate(TRIALS)}
+    expected = {place: _alone(adapted, _batch(ROWS[place], packed)) for place, adapted in trials.items()}
+    found = _together(trials, packed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_that_becomes_infinite_spoils_none_beside_it() -> None:
+    """Packed rows need an attention that knows sequences, as GPUs have: one that masks multiplies by 0."""
+    trials = {place: _trial(*each) for place, each in enumerate(TRIALS)}
+    expected = _together(trials, False)
+    for weight in trials[1].parameters():
+        if weight.requires_grad:
+            weight.data.fill_(torch.nan)
+    found = _together(trials, False)
+    assert not torch.isfinite(torch.tensor(found[1][0]))
+    torch.testing.assert_close({0: found[0], 2: found[2]}, {0: expected[0], 2: expected[2]})
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_what_a_trial_drops_depends_on_its_own_seed_and_tokens_alone(packed: bool) -> None:
+    trials = {place: _trial(*each) for place, each in enumerate(TRIALS)}
+    beside = _together(trials, packed, dropout=0.5)[1]
+    alone = _together({1: trials[1]}, packed, dropout=0.5, seeds=(0, 2, 0))[1]
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-6)
+    other = _together({1: trials[1]}, packed, dropout=0.5, seeds=(0, 3, 0))[1]
+    assert other[0] != pytest.approx(alone[0], rel=1e-4)
+    assert _together({1: trials[1]}, packed)[1][0] != pytest.approx(alone[0], rel=1e-4)
+
+
+def test_a_place_that_is_left_takes_the_next_trial() -> None:
+    core = twin(_base())
+    adapters = PackedAdapters(core, 1, 16, torch.float32)
+    model = PackedModel(core, adapters).train()
+    for trial in TRIALS[:2]:
+        adapted = _trial(*trial)
+        adapters.enter(0, adapted, 0.0)
+        batch = _batch(ROWS[0], True)
+        expected, gradients = _alone(adapted, batch)
+        adapted.zero_grad()
+        model(**joined([Share(0, batch, 1 / torch.tensor(len(batch["target_ids"])))], 1, 2)).backward()
+        adapters.give_gradients([0])
+        assert float(model.losses[0]) == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(_gradients(adapted), gradients, rtol=1e-4, atol=1e-6)
+        adapters.leave(0)
+
+
+def test_twins_have_modules_of_their_own_on_the_same_weights() -> None:
+    base, other = _base(), twin(_base())
+    assert all(a is b for a, b in zip(base.parameters(), other.parameters(), strict=True))
+    assert not set(base.modules()) & set(other.modules())
+    adapted = _trial(*TRIALS[0])
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(base(input_ids=ids).logits, other(input_ids=ids).logits)
+    assert not torch.equal(adapted(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_a_base_that_drops_by_itself_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match=r"drops by itself \(attention_dropout\)"):
+        _refuse_dropout(MistralForCausalLM(_config(attention_dropout=0.1)))

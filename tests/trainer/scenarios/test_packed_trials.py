@@ -1,0 +1,144 @@
+"""A sweep in one process: each trial has the curves and the adapter of the same job alone, whatever interrupts it."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from finetune_api import manifest
+from finetune_api.exit_codes import ExitCode
+from support.trainer.process import TrainerProcess, job, metrics_lines, train
+
+#: Sums over the tokens of other shapes round otherwise; losses agree to this part, weights to that of the largest.
+LOSSES, WEIGHTS = 2e-5, 1e-3
+TRIALS = {
+    "plain": {},
+    "other": {
+        "lora.rank": 16,
+        "lora.targetModules": ["q_proj", "down_proj"],
+        "training.seed": 7,
+        "training.scheduler": "linear",
+        "training.maxGradNorm": 0.1,
+    },
+    "dropping": {"lora.dropout": 0.1},
+    "short": {"lora.alpha": 32, "training.maxSteps": 4, "training.weightDecay": 0.1, "training.warmupRatio": 0.5},
+}
+CHANGES = {
+    "lora.dropout": 0.0,
+    "training.precision": "fp32",
+    "training.optimizer": "adamw_torch",
+    "quantization": {"computeDtype": "float32"},
+}
+
+
+def _sweep(folder: Path, model: Path, changes: dict[str, Any] | None = None, parallelism: int = 2) -> Path:
+    folder.mkdir(exist_ok=True)
+    template = yaml.safe_load(job(folder, model, CHANGES | (changes or {})).read_text())["spec"]
+    trials = [{"name": name, "values": values} for name, values in TRIALS.items()]
+    spec = {"template": template, "trials": trials, "parallelism": parallelism}
+    path = folder / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "finetune.dev/v1alpha1",
+                "kind": "FineTuneSweep",
+                "metadata": {"name": "sweep"},
+                "spec": spec,
+            }
+        )
+    )
+    return path
+
+
+def _alone(sweep: Path, folder: Path, names: list[str]) -> None:
+    loaded = manifest.load_sweep(sweep)
+    assert loaded
+    for name in names:
+        data = loaded[1][name].manifest()
+        data["spec"]["output"]["uri"] = f"file://{folder}/{name}"
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(data))
+        finished = train(path, folder)
+        assert finished.exit_code == 0, finished.log
+
+
+def _assert_same(found: Path, expected: Path, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
+    ours, theirs = metrics_lines(found), metrics_lines(expected)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=losses)
+    mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (found, expected))
+    assert mine.keys() == other.keys()
+    for name, each in other.items():
+        assert (mine[name] - each).abs().max() <= weights * each.abs().max(), name
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep that nothing has interrupted; its log is beside the adapters."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finished = train(_sweep(folder, tiny_model), folder)
+    assert finished.exit_code == 0, finished.log
+    return folder
+
+
+def test_each_trial_is_what_its_job_is_alone(unbroken: Path, tmp_path: Path) -> None:
+    _alone(unbroken / "sweep.yaml", tmp_path, ["other", "short"])
+    for name in ("other", "short"):
+        _assert_same(unbroken / "out" / name, tmp_path / name)
+
+
+def test_each_trial_has_its_own_files_and_report(unbroken: Path) -> None:
+    for name in TRIALS:
+        told = json.loads((unbroken / f"termination.json.{name}").read_text())
+        published = json.loads((unbroken / "out" / name / "manifest.json").read_text())
+        assert told["stage"] == "Succeeded" and told["adapter"]["uri"] == f"file://{unbroken}/out/{name}/"
+        assert published["job"]["name"] == f"sweep-{name}"
+        log = (unbroken / "out" / name / "training/log.txt").read_text()
+        assert f"trial={name}" in log and all(f"trial={other}" not in log for other in TRIALS if other != name)
+    best = min(TRIALS, key=lambda name: metrics_lines(unbroken / "out" / name)[-1]["evalLoss"])
+    told = json.loads((unbroken / "termination.json").read_text())
+    assert told["message"].startswith(f"4 of 4 adapters are published; the best is {best}, evalLoss ")
+    log = (unbroken / "trainer.log").read_text()
+    assert log.count("Measuring the base model") == 4 and log.count("Evaluated 12 rows") == 1 + 8  # measured once
+
+
+def _goes_on(unbroken: Path, folder: Path, model: Path, kill: signal.Signals, moments: list[float]) -> None:
+    sweep = _sweep(folder, model)
+    for moment in moments:
+        process = TrainerProcess(sweep, folder)
+        while '"event": "Step ' not in process.log and not process.has_ended():
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.send(kill)
+        finished = process.finish()
+        assert finished.exit_code in (0, -kill, ExitCode.PREEMPTED), finished.log
+    finished = train(sweep, folder)
+    assert finished.exit_code == 0, finished.log
+    for name in TRIALS:
+        _assert_same(folder / "out" / name, unbroken / "out" / name)
+
+
+def test_a_sweep_that_is_stopped_goes_on(unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    _goes_on(unbroken, tmp_path, tiny_model, signal.SIGTERM, [0.1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_at_random_moments_it_goes_on(seed: int, unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    moments = [random.Random(seed * 10 + number).uniform(0, 3) for number in range(3)]
+    _goes_on(unbroken, tmp_path, tiny_model, signal.SIGKILL, moments)
+
+
+def test_trials_that_cannot_share_a_process_are_refused_with_the_field(tiny_model: Path, tmp_path: Path) -> None:
+    finished = train(_sweep(tmp_path, tiny_model, {"lora.dora": True}), tmp_path)
+    assert finished.exit_code == ExitCode.CONFIG_INVALID
+    assert finished.message == (
+        "The trials of sweep cannot share one process: trial plain: spec.lora.dora: only plain LoRA is packed"
+    )

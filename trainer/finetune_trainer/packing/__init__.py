@@ -1,0 +1,1 @@
+"""Several trials of a sweep in one process, over one frozen base."""

@@ -1,0 +1,229 @@
+"""What the trials of one process share: data, the base model's weights, and the passes through it."""
+
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+import structlog
+import torch
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
+from finetune_trainer.engine.compilation import compile_layers
+from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
+from finetune_trainer.engine.packed_lora import PackedAdapters
+from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
+from finetune_trainer.errors import ConfigInvalid, WontFit
+from finetune_trainer.model.base import BaseModel
+from finetune_trainer.packing.turns import Turns
+from finetune_trainer.planning.memory import selective_budget
+from finetune_trainer.runtime.device import seed
+from finetune_trainer.runtime.patches import restore_forward
+from finetune_trainer.runtime.precision import mixed_precision, torch_dtype
+from finetune_trainer.sharing import Place, Sharing
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+Turn = Turns[Share, torch.Tensor]
+#: Bytes of a trained weight among those of all places: itself and its gradient, in 16 bits.
+_BYTES_IN_PLACE = 4
+
+
+class Pack:
+    """The trials of one process.
+
+    Attributes:
+        places: Trials that train at the same time; 1 until the first has planned.
+    """
+
+    def __init__(self, specs: Sequence[FineTuneJobSpec], at_once: int) -> None:
+        """`specs` of all trials, of which at most `at_once` train at the same time."""
+        self._specs, self._at_once = specs, min(at_once, len(specs))
+        self._known: dict[Hashable, Any] = {}
+        self._plan: ExecutionPlan | None = None
+        self._base: Any = None
+        self._shape: Any = None
+        self._model: PackedModel | None = None
+        self.places = 1
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` makes; the second trial that asks for it gets what the first got."""
+        if what not in self._known:
+            self._known[what] = make()
+        found: T = self._known[what]
+        return found
+
+    def plan(
+        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any
+    ) -> ExecutionPlan:
+        """Return the plan of the passes: as many places as fit, where a trial's whole micro-batch fits into its own."""
+        if self._plan is None or findings is not None:
+            self._plan = self._most_places(make, spec, base, findings)
+            self._shape = base.shape
+        found: ExecutionPlan = self._plan
+        return found
+
+    def _most_places(
+        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any
+    ) -> ExecutionPlan:
+        asked, trained = spec.training.micro_batch_size, base.shape.trained if base.shape else None
+        rows = spec.training.batch_size if asked == "auto" else int(asked)
+        for places in range(self._at_once, 0, -1):
+            training = spec.training.model_copy(
+                update={
+                    "batch_size": places * spec.training.batch_size,
+                    "micro_batch_size": asked if asked == "auto" else places * rows,
+                }
+            )
+            most, shape = self._trained(trained, spec, places), base.shape
+            shape = replace(shape, trained=most) if shape and most else shape
+            try:
+                plan = make(
+                    spec.model_copy(update={"training": training}), replace(base, shape=shape), findings=findings
+                )
+            except WontFit:
+                if places == 1:
+                    raise
+                continue
+            if places == 1 or plan.predicted_peak_memory_bytes is None or plan.micro_batch_size == places * rows:
+                break
+        self.places = places
+        if places < self._at_once:
+            log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
+        if plan.predicted_peak_memory_bytes and most:
+            more = plan.predicted_peak_memory_bytes + _BYTES_IN_PLACE * most
+            plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
+        return plan
+
+    def _trained(self, trained: int | None, spec: FineTuneJobSpec, places: int) -> int | None:
+        """Return the weights that train at most at the same time, given those of the trial `spec`."""
+        largest = sorted((each.lora.rank for each in self._specs), reverse=True)[:places]
+        return trained and trained * sum(largest) // spec.lora.rank
+
+    def own(self, model: Any) -> Any:
+        """Return a model for one trial: modules of its own, on the weights of `model`."""
+        self._base = model
+        _refuse_dropout(model)
+        return twin(model)
+
+    def enter(self, place: int, model: Any, spec: FineTuneJobSpec) -> None:
+        """Give `place` to the PEFT model of a trial."""
+        assert self._plan is not None
+        if self._plan.packing and self._plan.attention not in FOR_SEQUENCES:
+            raise ConfigInvalid(
+                f"spec.training.packing: enabled, but {self._plan.attention} attention only masks other rows, so that"
+                " a trial that becomes infinite would spoil others: take auto or disabled"
+            )
+        if self._model is None:
+            dtype = torch_dtype(spec.training.precision)
+            rank = max(each.lora.rank for each in self._specs)
+            core = twin(self._base)
+            self._model = PackedModel(core, PackedAdapters(core, self.places, rank, dtype)).train()
+        self._model.adapters.enter(place, model, spec.lora.dropout)
+
+    def leave(self, place: int) -> None:
+        if self._model is not None:
+            self._model.adapters.leave(place)
+
+    def run(self, shares: Sequence[Share]) -> list[torch.Tensor]:
+        """Run one pass, forward and backward; return each share's loss, in the order of their places."""
+        assert self._model is not None and self._plan is not None
+        model, spec = self._model, self._specs[0]
+        rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
+        inputs = joined(shares, self.places, rows)
+        if "compiled" not in self._known:
+            budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
+            self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
+            model.adapters.clear()
+        try:
+            with mixed_precision(model.device, spec.training.precision):
+                total = model(**inputs)
+            total.backward()
+            model.adapters.give_gradients([each.place for each in shares])
+        finally:
+            model.adapters.clear()
+        return list(model.losses.unbind())
+
+
+@dataclass
+class Seat(Sharing):
+    """What one trial shares with the others of its pack.
+
+    Attributes:
+        pack: All trials of the process.
+        place: Its place among those that train at the same time.
+        spec: Its spec.
+        turn: Gives the turn away while the others come to the same point.
+    """
+
+    pack: Pack
+    place: int
+    spec: FineTuneJobSpec
+    turn: Turn
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        return self.pack.once(what, make)
+
+    def planner(
+        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: Any
+    ) -> Callable[..., ExecutionPlan]:
+        return lambda findings=None: self.pack.plan(make, spec, base, findings)
+
+    def own(self, model: Any) -> Any:
+        found = self.pack.own(model)
+        seed(self.spec.training.seed)
+        return found
+
+    def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
+        self.pack.enter(self.place, model, self.spec)
+        return _Place(self, _of_one(plan, self.pack.places, self.spec))
+
+
+@dataclass
+class _Place:
+    """See sharing.Place."""
+
+    seat: Seat
+    plan: ExecutionPlan
+
+    def mean_loss(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        seat = self.seat
+        drawn = int(torch.randint(-(2**31), 2**31, ())) if seat.spec.lora.dropout else 0
+        return seat.turn.wait(Share(seat.place, batch, 1 / targets, drawn))
+
+
+def _of_one(plan: ExecutionPlan, places: int, spec: FineTuneJobSpec) -> ExecutionPlan:
+    """Return how the steps of one trial are laid out in passes that are laid out as `plan`."""
+    batch, most = spec.training.batch_size, max(1, (plan.micro_batch_size or 1) // places)
+    micro = next(size for size in range(min(most, batch), 0, -1) if batch % size == 0)
+    return plan.model_copy(update={"micro_batch_size": micro, "gradient_accumulation_steps": batch // micro})
+
+
+def twin(model: Any) -> Any:
+    """Return a copy of the modules of `model`, on the very same weights."""
+    shared: dict[int, Any] = {id(each): each for each in chain(model.parameters(), model.buffers())}
+    for module in model.modules():
+        shared |= {id(each): each for each in vars(module).values() if _holds_weights(each)}
+    found = copy.deepcopy(model, shared)
+    restore_forward(found)
+    own = found.fused_loss.own
+    del found.fused_loss
+    patch_fused_loss(found)  # its forward pass was that of `model`
+    found.fused_loss.own = own
+    return found
+
+
+def _holds_weights(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or hasattr(value, "absmax")  # bitsandbytes' QuantState
+
+
+def _refuse_dropout(model: Any) -> None:
+    """Refuse a base that drops by itself: masks of one trial would depend on who trains beside it."""
+    text = model.config.get_text_config(decoder=True)
+    drops = [name for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout) and each.p > 0]
+    if getattr(text, "attention_dropout", 0):
+        drops.append("attention_dropout")
+    if drops:
+        raise ConfigInvalid(f"spec.model.source: trials cannot share this model, which drops by itself ({drops[0]})")
