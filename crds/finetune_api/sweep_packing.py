@@ -4,9 +4,11 @@ Two trials share passes, data and the base's weights, so all that decides those 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.sweep import FineTuneSweepSpec
 
 #: What each trial of a pack may have of its own, as paths below spec.
 OWN_FIELDS: Final = frozenset(
@@ -53,17 +55,17 @@ _BEYOND: Final[tuple[tuple[str, Callable[[FineTuneJobSpec], bool], str], ...]] =
 )
 
 
-def why_not_packed(trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
-    """Return why the `trials`, names and specs, cannot train in one process; None if they can."""
+def why_not_packed(sweep: FineTuneSweepSpec, trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
+    """Return why the `trials` of `sweep`, names and specs, cannot train in one process; None if they can."""
+    if sweep.early_stopping is not None:
+        return "spec.earlyStopping: only the operator compares trials that run"
     first = _shared(trials[0][1])
     for name, spec in trials:
         for field, is_beyond, why in _BEYOND:
             if is_beyond(spec):
                 return f"trial {name}: spec.{field}: {why}"
         if (spec.dataset.eval_fraction or spec.dataset.sources) and spec.training.seed != trials[0][1].training.seed:
-            return (
-                f"trial {name}: spec.training.seed differs, and it chooses rows (dataset.evalFraction, dataset.sources)"
-            )
+            return f"trial {name}: spec.training.seed differs, and it chooses rows of dataset.evalFraction and sources"
         other = _shared(spec)
         differing = sorted(path for path in first.keys() | other.keys() if first.get(path) != other.get(path))
         if differing:
@@ -72,6 +74,11 @@ def why_not_packed(trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
                 " the optimizer's fields of training, and where they publish"
             )
     return None
+
+
+def trial_log(termination_log: Path, trial: str) -> Path:
+    """Return where the last report of `trial` goes, beside that of the whole process."""
+    return termination_log.with_name(f"{termination_log.name}.{trial}")
 
 
 def _shared(spec: FineTuneJobSpec) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.sweep import FineTuneSweepSpec
 from finetune_api.sweep_packing import why_not_packed
 
 SPEC: dict[str, Any] = {
@@ -12,6 +13,12 @@ SPEC: dict[str, Any] = {
     "dataset": {"train": "s3://data/train.jsonl"},
     "output": {"uri": "s3://out/a"},
 }
+
+
+def _why(*trials: tuple[str, FineTuneJobSpec], **sweep: Any) -> str | None:
+    sweep = {"objective": {"metric": "trainLoss"}} | sweep
+    template, named = SPEC | sweep.pop("template", {}), [{"name": name} for name, _ in trials]
+    return why_not_packed(FineTuneSweepSpec.model_validate({"template": template, "trials": named} | sweep), trials)
 
 
 def _spec(changes: dict[str, dict[str, Any]]) -> FineTuneJobSpec:
@@ -28,7 +35,7 @@ def _spec(changes: dict[str, dict[str, Any]]) -> FineTuneJobSpec:
     ],
 )
 def test_trials_may_differ_in_what_an_adapter_owns(changes: dict[str, Any]) -> None:
-    assert why_not_packed([("a", _spec({})), ("b", _spec(changes))]) is None
+    assert _why(("a", _spec({})), ("b", _spec(changes))) is None
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ def test_trials_may_differ_in_what_an_adapter_owns(changes: dict[str, Any]) -> N
     ],
 )
 def test_they_share_all_else(changes: dict[str, Any], field: str) -> None:
-    found = why_not_packed([("a", _spec({})), ("b", _spec(changes))])
+    found = _why(("a", _spec({})), ("b", _spec(changes)))
     assert found and found.startswith(f"trial b: spec.{field} differs from that of a; packed trials differ in lora")
 
 
@@ -61,11 +68,17 @@ def test_they_share_all_else(changes: dict[str, Any], field: str) -> None:
     ],
 )
 def test_some_jobs_share_with_none(changes: dict[str, Any], field: str) -> None:
-    found = why_not_packed([("a", _spec(changes)), ("b", _spec(changes))])
+    found = _why(("a", _spec(changes)), ("b", _spec(changes)))
     assert found and found.startswith(f"trial a: spec.{field}: ")
 
 
 def test_a_seed_that_chooses_rows_is_shared() -> None:
     held_out = {"dataset": {"evalFraction": 0.1}}
-    found = why_not_packed([("a", _spec(held_out)), ("b", _spec(held_out | {"training": {"seed": 1}}))])
+    found = _why(("a", _spec(held_out)), ("b", _spec(held_out | {"training": {"seed": 1}})))
     assert found and found.startswith("trial b: spec.training.seed differs")
+
+
+def test_trials_that_are_compared_while_they_run_need_the_operator() -> None:
+    template = {"dataset": {"train": "s3://data/train.jsonl", "eval": "s3://data/eval.jsonl"}}
+    found = _why(("a", _spec({})), template=template, objective={}, earlyStopping={"rungs": [250]})
+    assert found == "spec.earlyStopping: only the operator compares trials that run"

@@ -144,3 +144,9 @@ def test_twins_have_modules_of_their_own_on_the_same_weights() -> None:
 def test_a_base_that_drops_by_itself_is_refused() -> None:
     with pytest.raises(ConfigInvalid, match=r"drops by itself \(attention_dropout\)"):
         _refuse_dropout(MistralForCausalLM(_config(attention_dropout=0.1)))
+
+
+def test_adapters_that_are_more_than_plain_lora_are_refused() -> None:
+    adapted = get_peft_model(twin(_base()), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(ConfigInvalid, match=r"adapters on linear layers alone, and model\.embed_tokens is none"):
+        PackedAdapters(twin(_base()), 1, 16, torch.float32).enter(0, adapted, 0.0)

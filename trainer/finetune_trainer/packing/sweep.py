@@ -13,7 +13,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import TrainerReport
 from finetune_api.sweep import FineTuneSweep
-from finetune_api.sweep_packing import why_not_packed
+from finetune_api.sweep_packing import trial_log, why_not_packed
 from finetune_trainer.errors import ConfigInvalid, Failure, Preempted, TrainerError
 from finetune_trainer.reporting.http import Page
 from finetune_trainer.reporting.report import Reporter
@@ -59,16 +59,17 @@ def run_sweep(
     """
     if ranks.size > 1:
         raise ConfigInvalid("A sweep runs in one process: under torchrun, run its trials one by one")
-    if why := why_not_packed([(name, job.spec) for name, job in jobs.items()]):
+    if why := why_not_packed(sweep.spec, [(name, job.spec) for name, job in jobs.items()]):
         raise ConfigInvalid(f"The trials of {sweep.metadata.name} cannot share one process: {why}")
     settings = Settings(next(iter(jobs.values())), environment, ranks)
     folder: Path = exit_stack.enter_context(work_folder(settings))
     pages: dict[str, Page] = {}
     show(exit_stack, settings, reporter, console, pages)
 
-    from finetune_trainer.packing.trials import Trial, TrialRunner, reporter_of  # imports torch
+    from finetune_trainer.packing.trials import Trial, TrialRunner  # imports torch
 
-    trials = [Trial(name, with_uid(job), reporter_of(name, environment)) for name, job in jobs.items()]
+    log = environment.termination_log
+    trials = [Trial(name, with_uid(job), Reporter(trial_log(log, name))) for name, job in jobs.items()]
     with reporter.stage("Training", f"Training {len(trials)} trials in one process"):
         TrialRunner(trials, sweep.spec.parallelism, environment, stop, folder, pages).run()
     conclude(sweep, [(trial.name, trial.reporter.report, trial.failure) for trial in trials], reporter)

@@ -127,12 +127,6 @@ class TrialRunner:
             reporter.failed(trial.failure)
 
 
-def reporter_of(trial: str, environment: Environment) -> Reporter:
-    """Return the reporter of a trial; its last word goes beside the process's own."""
-    path = environment.termination_log
-    return Reporter(path.with_name(f"{path.name}.{trial}"))
-
-
 def copy_of(error: BaseException) -> BaseException:
     """Return an error for one of several threads that raise it: each adds its own traceback."""
     try:

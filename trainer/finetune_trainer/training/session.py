@@ -173,12 +173,6 @@ class TrainingSession:
             self.ctx.report.plan(plan)
             return TrainingResult(hooks.run, plan)
 
-    def _compile(self) -> None:
-        shape = self.base.shape
-        budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
-        example = self._loader().example()
-        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
-
     def _train(self, trainer: QloraTrainer, hooks: TrainingHooks, checkpoint: Path | None) -> None:
         """Do the evaluation that was due at `checkpoint`, then the steps that are left."""
         state = hooks.run
