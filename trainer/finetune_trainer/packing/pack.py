@@ -75,6 +75,7 @@ class Pack:
                 update={
                     "batch_size": places * spec.training.batch_size,
                     "micro_batch_size": asked if asked == "auto" else places * rows,
+                    "cuda_graphs": "disabled",  # places empty and fill while passes run
                 }
             )
             most, shape = self._trained(trained, spec, places), base.shape
