@@ -17,6 +17,7 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b whole-job   # the recipe's job, extrapolated; `whole-job full`: all
     python benchmarks/gpu/trainer.py /tmp/llama3.1 long-rows    # rows of up to 32,768 tokens on a card of 80 GiB
     python benchmarks/gpu/trainer.py /tmp/llama70b 70b          # a tenth of Llama-3-70B's layers, built first
+    python benchmarks/gpu/trainer.py /tmp/mistral7b packed      # trials that share a process, beside jobs
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Final
 
 from runs import write_rows
-from tables import answers, engine, large, memory, moe, small, whole_run
+from tables import answers, engine, large, memory, moe, packed, small, whole_run
 
 #: By name, what measures a table; it gets a folder with training rows.
 TABLES: Final[dict[str, Callable[[Path], None]]] = {
@@ -45,6 +46,7 @@ TABLES: Final[dict[str, Callable[[Path], None]]] = {
     "losses": engine.losses,
     "memory": memory.memory,
     "moe": moe.moe,
+    "packed": packed.packed,
     "peers": engine.peers,
     "small": small.small,
     "speed": engine.speed,

@@ -1,0 +1,106 @@
+"""Trials that share one process and its base model, beside one job of as many rows and beside the same job alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from runs import GIB, HERE, MODEL, build, in_turn, show, wanted
+
+#: Rows of a trial's step.
+ROWS = 4
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+RANKS = (8, 16, 32, 64)
+
+
+def packed(folder: Path) -> None:
+    build("mistral-7b")
+    if wanted("jobs"):
+        in_turn(folder, HERE / "in_turn.py", [_job(4 * ROWS, 40), _job(ROWS, 60)])
+    four = [{"training.learningRate": rate} for rate in RATES]
+    sixteen = [{"training.learningRate": rate, "lora.rank": rank} for rate in RATES for rank in RANKS]
+    show(
+        _sweep(folder, name, trials, steps)
+        for name, trials, steps in (("4 trials", four, 40), ("16 trials", sixteen, 16))
+        if wanted(name)
+    )
+
+
+def _job(rows: int, steps: int) -> dict[str, Any]:
+    return {
+        "setting": f"one job of {rows} rows",
+        "training": {"batch_size": rows, "max_steps": steps, "scheduler": "constant"},
+    }
+
+
+def _sweep(folder: Path, name: str, trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Train `trials` in one process; their speed together is that of the second half of their steps."""
+    work = folder / name.replace(" ", "-")
+    work.mkdir()
+    template = {
+        "model": {"source": f"file://{MODEL}"},
+        "dataset": {"train": f"file://{folder}/train.jsonl"},
+        "training": {"batchSize": ROWS, "maxSteps": steps, "scheduler": "constant"},
+        "logging": {"everySteps": 4},
+        "output": {"uri": f"file://{work}/out"},
+    }
+    named = [{"name": f"t{number}", "values": values} for number, values in enumerate(trials)]
+    sweep = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneSweep",
+        "metadata": {"name": "benchmark"},
+        "spec": {
+            "template": template,
+            "trials": named,
+            "parallelism": len(trials),
+            "objective": {"metric": "trainLoss"},
+        },
+    }
+    (work / "sweep.yaml").write_text(json.dumps(sweep))
+    environment = {
+        "FINETUNE_SCRATCH_DIR": str(work / "scratch"),
+        "FINETUNE_TERMINATION_LOG": str(work / "report.json"),
+        "FINETUNE_LISTEN": "127.0.0.1:0",
+        "FINETUNE_CACHE_DIR": str(folder / "cache"),
+    }
+    began = time.time()
+    command = [sys.executable, "-m", "finetune_trainer", "--config", str(work / "sweep.yaml")]
+    with (work / "log").open("w") as log:
+        code = subprocess.run(command, env=os.environ | environment, stdout=log, stderr=log, check=False).returncode
+    seconds, lines = time.time() - began, [_as_json(line) for line in (work / "log").read_text().splitlines()]
+    result: dict[str, Any] = {"setting": name, "exit": code, "seconds": round(seconds, 1)}
+    result["warnings"] = [line["event"] for line in lines if line.get("level") in ("warning", "error")]
+    stamps = {"compiled": "decoder layers are compiled", "trained": "Publishing the adapter"}
+    for key, said in stamps.items():
+        if found := next((line for line in lines if said in line.get("event", "")), None):
+            result[f"seconds_{key}"] = round(datetime.fromisoformat(found["timestamp"]).timestamp() - began, 1)
+    if code:
+        return result | {"why": (work / "log").read_text()[-2500:]}
+    reports = [json.loads((work / f"report.json.t{number}").read_text()) for number in range(len(trials))]
+    files = [work / "out" / f"t{number}" / "training/metrics.jsonl" for number in range(len(trials))]
+    speeds = [
+        [line["tokensPerSecond"] for line in map(json.loads, file.read_text().splitlines()) if "loss" in line]
+        for file in files
+    ]
+    plan = reports[0]["executionPlan"]
+    measured = max(report["executionPlan"].get("measuredPeakMemoryBytes", 0) for report in reports)
+    predicted = plan.get("predictedPeakMemoryBytes", 0)
+    return result | {
+        "tok_s": round(sum(sum(each[len(each) // 2 :]) / len(each[len(each) // 2 :]) for each in speeds)),
+        "all_tok_s": [round(sum(at)) for at in zip(*speeds, strict=True)],
+        "peak_gib": round(measured / GIB, 2),
+        "predicted_gib": round(predicted / GIB, 2),
+        "train_loss": [round(report["metrics"]["trainLoss"], 4) for report in reports],
+        "plan": plan,
+    }
+
+
+def _as_json(line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line)) if line.startswith("{") else {}
+    except ValueError:
+        return {}
