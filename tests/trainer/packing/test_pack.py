@@ -1,6 +1,7 @@
 """Several adapters on one base in one pass: each has the loss and the gradients that it has alone."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.packing.pack import _refuse_dropout, twin
+from finetune_trainer.packing.pack import Pack, _of_one, _refuse_dropout, twin
 
 QKV = ["q_proj", "k_proj", "v_proj", "o_proj"]
 #: Rank, alpha and layers of three trials; their rows by length.
@@ -150,3 +153,38 @@ def test_adapters_that_are_more_than_plain_lora_are_refused() -> None:
     adapted = get_peft_model(twin(_base()), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(ConfigInvalid, match=r"adapters on linear layers alone, and model\.embed_tokens is none"):
         PackedAdapters(twin(_base()), 1, 16, torch.float32).enter(0, adapted, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fits", "places", "micro"), [(64, 4, 4), (13, 3, 4), (8, 2, 4), (6, 1, 4), (2, 1, 2)], ids=str
+)
+def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, places: int, micro: int) -> None:
+    """`fits`: rows that the GPU takes at one time; a step of each trial has four."""
+    spec = FineTuneJobSpec.model_validate(
+        {
+            "model": {"source": "hf://org/model"},
+            "dataset": {"train": "s3://data/train.jsonl"},
+            "training": {"batchSize": 4},
+            "output": {"uri": "s3://out"},
+        }
+    )
+
+    def make(spec: FineTuneJobSpec, base: Any, findings: Any = None) -> ExecutionPlan:
+        rows = spec.training.batch_size
+        assert spec.training.cuda_graphs == "disabled"
+        size = next(size for size in range(min(rows, fits), 0, -1) if rows % size == 0)
+        return ExecutionPlan(
+            micro_batch_size=size, gradient_accumulation_steps=rows // size, predicted_peak_memory_bytes=1
+        )
+
+    pack = Pack([spec] * 6, at_once=4)
+    plan = _of_one(pack.plan(make, spec, _Inspected(), None), pack.places, spec)
+    assert (pack.places, plan.micro_batch_size) == (places, micro)
+    assert plan.gradient_accumulation_steps == 4 // micro
+
+
+@dataclass
+class _Inspected:
+    """As much of a BaseModel as the plan of a pack reads."""
+
+    shape: Any = None

@@ -70,7 +70,8 @@ class Pack:
     ) -> ExecutionPlan:
         asked, trained = spec.training.micro_batch_size, base.shape.trained if base.shape else None
         rows = spec.training.batch_size if asked == "auto" else int(asked)
-        for places in range(self._at_once, 0, -1):
+        places = self._at_once
+        while True:
             training = spec.training.model_copy(
                 update={
                     "batch_size": places * spec.training.batch_size,
@@ -87,9 +88,12 @@ class Pack:
             except WontFit:
                 if places == 1:
                     raise
+                places = (places + 1) // 2
                 continue
-            if places == 1 or plan.predicted_peak_memory_bytes is None or plan.micro_batch_size == places * rows:
+            fitting = (plan.micro_batch_size or 1) // rows
+            if fitting >= places or places == 1 or plan.predicted_peak_memory_bytes is None:
                 break
+            places = max(1, fitting)
         self.places = places
         if places < self._at_once:
             log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
