@@ -1,4 +1,4 @@
-"""A sweep on this machine: its trials one after the other, each in a trainer of its own."""
+"""A sweep on this machine: its trials one after the other, each in a trainer of its own, or all in one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants, exit_codes
+from finetune_api.sweep_packing import trial_log, why_not_packed
 from finetune_cli import local_run
 from finetune_cli.comparison import reading, record, runs, table
 from finetune_cli.comparison.runs import Run
@@ -41,6 +42,7 @@ class Trial:
 
     name: str
     summary: str
+    values: Mapping[str, Any]
     job: FineTuneJob
     phase: str = "Waiting"
     report: TrainerReport | None = None
@@ -50,8 +52,16 @@ class Trial:
     losses: list[float] = field(default_factory=list)
 
 
-def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet: bool) -> None:
-    """Run the trials of a sweep and print how they compare. Raises CliError where none succeeds, or when stopped."""
+def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet: bool, packed: bool) -> None:
+    """Run the trials of a sweep and print how they compare. Raises CliError where none succeeds, or when stopped.
+
+    Args:
+        document: The sweep.
+        base: The folder that file://./ starts from.
+        overrides: path=value, below spec.
+        quiet: Whether to print no summary.
+        packed: Whether all trials train in one process.
+    """
     from finetune_api import manifest
 
     try:
@@ -62,8 +72,12 @@ def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet
     trials = _trials(sweep)
     for trial in trials:
         local_run.check_local(trial.job, os.environ)
+    if packed and (why := why_not_packed(sweep.spec, [(trial.name, trial.job.spec) for trial in trials])):
+        raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {why}", hint="leave --packed out")
     with _Progress(trials) as progress:
-        for trial in trials:
+        if packed:
+            _run_packed(sweep, trials, trainer, progress)
+        for trial in () if packed else trials:
             code = _run(sweep, trial, trials, trainer, progress)
             progress.ended(trial)
             if code == exit_codes.ExitCode.PREEMPTED or code > 128:
@@ -82,7 +96,7 @@ def _trials(sweep: FineTuneSweep) -> list[Trial]:
     name = sweep.metadata.name
     template = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return [
-        Trial(each.name, each.summary, manifest.check(manifest.trial_document(name, template, each)))
+        Trial(each.name, each.summary, each.values, manifest.check(manifest.trial_document(name, template, each)))
         for each in expand(name, sweep.spec)
     ]
 
@@ -125,6 +139,56 @@ def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: s
     return code
 
 
+def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, progress: _Progress) -> None:
+    """Run all trials in one process and note how each ended. Raises CliError when stopped."""
+    import yaml
+
+    left = [trial for trial in trials if not _is_published(trial.job)]
+    for trial in trials:
+        if trial not in left:
+            trial.phase, trial.reason = "Succeeded", "published before"
+            progress.ended(trial)
+    if not left:
+        return
+    manifest, began, path = sweep.manifest(), time.monotonic(), _log_file(sweep, "packed")
+    # As named trials: those that are left alone.
+    named = [{"name": trial.name, "values": trial.values} for trial in left]
+    of_all = {key: manifest["spec"][key] for key in ("template", "objective", "parallelism")}
+    manifest["spec"] = {**of_all, "trials": named}
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, path.open("wb") as log:
+        env = local_run.environment(os.environ, Path(folder))
+        config, last = Path(folder) / constants.CONFIG_FILE, Path(env[constants.ENV_TERMINATION_LOG])
+        config.write_text(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+        def tick() -> bool:
+            for trial in left:
+                report = _asked(f"{env[constants.ENV_LISTEN]}/trials/{trial.name}")
+                if report:
+                    trial.report, trial.phase = report, "Running"
+                    trial.started = trial.started or time.monotonic()
+            progress.show()
+            return False
+
+        code = local_run.supervise([trainer, "--config", str(config)], env, log, tick)
+        whole = run_summary.read_report(last)
+        for trial in left:
+            trial.report = run_summary.read_report(trial_log(last, trial.name))
+    for trial in left:
+        trial.seconds = time.monotonic() - began
+        if trial.report and trial.report.adapter:
+            trial.phase = "Succeeded"
+        else:
+            told = trial.report or whole
+            trial.phase, trial.reason = "Failed", f"{told.reason}: {told.message}" if told else f"exit code {code}"
+        progress.ended(trial)
+    if code == exit_codes.ExitCode.PREEMPTED or code > 128:
+        hint = "run the same command again: what is published is kept, and the others resume"
+        raise CliError("stopped before all trials were published", hint=hint, code=code)
+    for trial in left:
+        if trial.phase == "Failed":
+            console.note(f"{trial.name} failed: {trial.reason}\n  the log: {path}")
+
+
 def _is_behind(trial: Trial, trials: Sequence[Trial], halving: Halving) -> bool:
     """Note the held-out loss at the rungs that `trial` has passed; return whether it falls behind at one of them."""
     progress = trial.report.progress if trial.report else None
@@ -157,12 +221,16 @@ def _is_published(job: FineTuneJob) -> bool:
 
 
 def _log_of(sweep: FineTuneSweep, trial: Trial) -> Path:
+    return _log_file(sweep, trial.name)
+
+
+def _log_file(sweep: FineTuneSweep, name: str) -> Path:
     folder = cache_folder(os.environ) / "sweeps" / sweep.metadata.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CliError(f"{folder}: cannot be made: {error.strerror}", hint="set XDG_CACHE_HOME") from None
-    return folder / f"{trial.name}.log"
+    return folder / f"{name}.log"
 
 
 def _asked(address: str) -> TrainerReport | None:

@@ -120,3 +120,34 @@ def test_a_sweep_that_cannot_run_here_starts_no_trial(sweep, tmp_path, spec, say
     assert result.returncode == 1
     assert says in result.stderr
     assert not (tmp_path / "trainer" / "started").exists()
+
+
+def test_packed_trials_run_in_one_process_but_those_that_are_published(sweep, tmp_path):
+    lost = DONE | {"lr1e-4": {"stage": "Failed", "reason": "Diverged", "message": "the loss is NaN"}}
+    result = sweep(lost, "--packed")
+    assert result.returncode == 0, result.stderr
+    assert started(tmp_path) == ["nli-lr1e-4", "nli-lr2e-4", "nli-lr4e-4"]
+    assert "lr1e-4 failed: Diverged: the loss is NaN" in result.stderr and "packed.log" in result.stderr
+    assert "✓ lr2e-4 is best: 0.3000" in result.stdout
+    again = sweep(DONE, "--packed")
+    assert again.returncode == 0, again.stderr
+    assert started(tmp_path)[3:] == ["nli-lr1e-4"]
+
+
+def test_packed_trials_that_were_stopped_go_on_with_the_same_command(sweep):
+    stopped = {"stage": "Failed", "reason": "Preempted", "message": "step 3 is saved", "exit": 75}
+    result = sweep(DONE | {"lr4e-4": stopped}, "--packed")
+    assert result.returncode == 75
+    assert "stopped before all trials were published" in result.stderr
+    assert "run the same command again" in result.stderr
+
+
+def test_trials_that_cannot_share_a_process_are_not_packed(sweep):
+    batches = [{"path": "training.batchSize", "values": [8, 16]}]
+    result = sweep({}, "--packed", parameters=batches)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: the trials of nli cannot share a process: trial bs16: spec.training.batchSize differs from that of bs8;"
+        " packed trials differ in lora, the optimizer's fields of training, and where they publish\n"
+        "hint:  leave --packed out\n"
+    )

@@ -42,6 +42,9 @@ def run(
             "--log", help="How the log is written. Default: text on a terminal, else json.", show_default=False
         ),
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Train the trials of a sweep together, in one process.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="In text: every detail of each line.")] = False,
 ) -> None:
     """Train on this machine: no cluster, the same trainer as in the image.
@@ -50,7 +53,9 @@ def run(
     again after an interruption and it resumes. Credentials come from the environment (AWS_*, HF_TOKEN).
 
     Of a sweep, the trials run one after the other; one that fails takes no other along. The table at the end has the
-    best first. Trials that are published already are not run again, unless output.overwrite is true.
+    best first. Trials that are published already are not run again, unless output.overwrite is true. With --packed,
+    trials that differ only in lora and in the optimizer's fields of training share a process and its base model, up to
+    parallelism of them in each pass.
 
     Examples:
         finetune run job.yaml
@@ -58,6 +63,7 @@ def run(
         finetune run job.yaml --set training.maxSteps=5 --set output.uri=file:///tmp/trial
         finetune run job.yaml --log text 2>&1 | tee run.log
         finetune run sweep.yaml --set template.training.maxSteps=50
+        finetune run sweep.yaml --packed
 
     Exit codes:
         0    the adapter is published and was loaded back; of a sweep, at least one trial's
@@ -78,8 +84,10 @@ def run(
     if document.is_sweep:
         from finetune_cli.local_sweep import run_sweep
 
-        run_sweep(document, source.base, overrides or (), quiet=quiet)
+        run_sweep(document, source.base, overrides or (), quiet=quiet, packed=packed)
         return
+    if packed:
+        raise CliError("--packed is for a FineTuneSweep, and this is a FineTuneJob")
     try:
         job = manifest.check(document, source.base, overrides or ())
     except manifest.ManifestError as error:
