@@ -102,8 +102,14 @@ def conclude(
     for name, failure in failures:
         if failure.exit_code == ExitCode.PREEMPTED:
             raise Preempted(f"{told}; trial {name}: {failure.message}")
-    if not published:
+    for name, report, failure in trials:
+        if failure is None and not report.adapter:  # publish.onlyIf
+            told += f"; {name}: {report.message}"
+    if not published and failures:
         raise NoTrialSucceeded(*failures[0])
+    if not published:
+        reporter.finished(told)
+        return
     metric, sign = sweep.spec.objective.metric, 1 if sweep.spec.objective.minimizes else -1
     name, report, adapter = min(published, key=lambda each: sign * each[1].metrics.get(metric, sign * math.inf))
     if metric in report.metrics:

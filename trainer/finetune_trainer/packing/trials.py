@@ -117,7 +117,7 @@ class TrialRunner:
             with ExitStack() as exit_stack:
                 exit_stack.enter_context(logs.copied_to(directory.root / logs.LOG_FILE, of=seat.turn.thread))
                 metrics = MetricsLog(directory.metrics_file, telemetry.track)
-                ctx = RunContext(settings, self.stop, reporter, telemetry, metrics, directory, exit_stack, seat)
+                ctx = RunContext(settings, self.stop, reporter, telemetry, metrics, directory, exit_stack, sharing=seat)
                 run(ctx)
                 log.info(reporter.report.message)
         except BaseException as error:
