@@ -102,8 +102,8 @@ def conclude(
     for name, failure in failures:
         if failure.exit_code == ExitCode.PREEMPTED:
             raise Preempted(f"{told}; trial {name}: {failure.message}")
-    for name, report, failure in trials:
-        if failure is None and not report.adapter:  # publish.onlyIf
+    for name, report, why in trials:
+        if why is None and not report.adapter:  # publish.onlyIf
             told += f"; {name}: {report.message}"
     if not published and failures:
         raise NoTrialSucceeded(*failures[0])
