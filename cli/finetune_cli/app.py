@@ -6,6 +6,7 @@ pydantic and the trainer are imported by the functions that need them.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,7 @@ def _usage_error(error: Exception) -> str | None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels, as it is imported
     name = "kubectl finetune" if Path(sys.argv[0]).name.startswith("kubectl-") else "finetune"
     try:
         # Not standalone: Typer's exit code for a wrong option is 2, which here says that a job failed.

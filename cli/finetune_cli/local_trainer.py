@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +38,6 @@ def require_trainer(doing: str) -> None:
         raise CliError(
             f"{doing} needs the trainer, which is not installed here ({', '.join(missing)} missing)", hint=EXTRA
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels, as it is imported
 
 
 def published_adapter(published: Published, work: Path, base: str | None, changes: Sequence[str] = ()) -> LocalAdapter:
@@ -102,6 +100,7 @@ def explained() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the trainer's log, and libraries' warnings, off the screen: the page says what it says."""
+    import logging
     import warnings
 
     import structlog

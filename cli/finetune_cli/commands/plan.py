@@ -194,7 +194,7 @@ def verdict(forecast: Forecast, cost: Cost | None) -> str:
     """Return what to know of a plan in one line."""
     peak = forecast.plan and forecast.plan.predicted_peak_memory_bytes
     of = f" of {formatting.size(forecast.gpu_memory_bytes)}" if forecast.gpu_memory_bytes else ""
-    fits = {True: "fits", False: "does not fit", None: "takes" if peak else "memory not predicted"}[forecast.fits]
+    fits = {True: "fits", False: "does not fit", None: "" if peak else "memory not predicted"}[forecast.fits]
     memory = f"{formatting.size(peak)}{of} at the peak" if peak else ""
     return ", ".join(filter(None, [fits, memory, cost.sentence if cost else ""]))
 

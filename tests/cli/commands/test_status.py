@@ -149,7 +149,7 @@ def test_a_stalled_trainer_is_pointed_out(ctl, put):
 
 def test_a_job_no_operator_has_seen_says_so(ctl, put):
     put(states.job("nli"))
-    assert "is the operator running in this cluster?" in ctl("status", "nli").stdout
+    assert "finetune-operator" in ctl("status", "nli").stdout.rpartition("kubectl get deployments")[2]
 
 
 @pytest.mark.parametrize("columns", [80, 120])

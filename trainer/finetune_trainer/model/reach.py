@@ -14,7 +14,6 @@ import structlog
 from finetune_api.spec_training import Lora
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.architecture import missing_kernels
-from finetune_trainer.model.experts import is_experts
 from finetune_trainer.planning.refusals import LAYERS
 from finetune_trainer.runtime.patches import swap_forward
 
@@ -76,6 +75,8 @@ def unreached_layers(skeleton: Any, layers: Iterable[str]) -> list[str]:
 
 def _without_gradient(model: Any, layers: list[str], tokens: int) -> list[str]:
     import torch
+
+    from finetune_trainer.model.experts import is_experts
 
     weights = {name: model.get_submodule(name).weight for name in layers}
     for each in model.parameters():
