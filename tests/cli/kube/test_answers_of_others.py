@@ -11,6 +11,7 @@ import pytest
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
+from finetune_api import constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube import reading
 from finetune_cli.kube.client import Cluster
@@ -79,7 +80,7 @@ def test_an_object_that_is_none_is_told(answering: Callable[[Any], Cluster], ans
 )
 def test_a_line_of_a_watch_that_is_no_event_is_told(answering: Callable[[Any], Cluster], line: Any) -> None:
     with pytest.raises(CliError, match="cannot be read: "):
-        next(answering(line)._watch("x", "1", 1))
+        next(answering(line)._watch("x", "1", 1, constants.KIND))
 
 
 @pytest.mark.parametrize("answer", STRANGE)
@@ -122,7 +123,7 @@ def test_an_answer_without_an_end_is_not_kept(
         "patch": lambda: cluster.patch("x", {}),
         "delete": lambda: cluster.delete("x"),
         "pods": lambda: cluster.pods("x"),
-        "watch": lambda: next(cluster._watch("x", "1", 1)),
+        "watch": lambda: next(cluster._watch("x", "1", 1, constants.KIND)),
     }
     says = "cannot be read" if (ask, status) == ("watch", 200) else "cannot be read: it has more than 1 MiB"
     with pytest.raises(CliError, match=says):
@@ -131,5 +132,5 @@ def test_an_answer_without_an_end_is_not_kept(
 
 def test_a_watch_from_a_version_that_is_gone_ends(answering: Callable[..., Cluster]) -> None:
     gone = {"kind": "Status", "code": 410, "reason": "Expired"}
-    assert list(answering({"type": "ERROR", "object": gone})._watch("x", "1", 1)) == []
-    assert list(answering(gone, 410)._watch("x", "1", 1)) == []
+    assert list(answering({"type": "ERROR", "object": gone})._watch("x", "1", 1, constants.KIND)) == []
+    assert list(answering(gone, 410)._watch("x", "1", 1, constants.KIND)) == []

@@ -155,6 +155,7 @@ SPEC_SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["propert
 def test_no_field_that_takes_a_uri_is_overlooked(path: tuple[str, ...]) -> None:
     value: Any = "s3://others/x"
     for part in reversed(path[1:]):
-        value = [value] if part == "[]" else {part: value}
+        value = [value | ({"metric": "evalLoss"} if path[0] == "publish" else {})] if part == "[]" else {part: value}
     section = value if path[0] == "dataset" and "sources" in value else {**BASE.get(path[0], {}), **value}
-    assert said({path[0]: section}, S3_ONLY).endswith("(administrator's rule policy.allowedS3Buckets)")
+    held_out = {"dataset": {**BASE["dataset"], "evalFraction": 0.1}}
+    assert said({**held_out, path[0]: section}, S3_ONLY).endswith("(administrator's rule policy.allowedS3Buckets)")

@@ -13,6 +13,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.state import TrainingState
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.settings import Ranks
+from finetune_trainer.sharing import Sharing
 from finetune_trainer.training import session
 from finetune_trainer.training.session import TrainingSession
 
@@ -31,6 +32,7 @@ def measure(cache: Path | None, evaluations: list[int], rank: int = 0, known: An
         ranks=Ranks(rank=rank, size=rank + 1),
         settings=SimpleNamespace(environment=SimpleNamespace(cache=cache)),
         stage=lambda *_: nullcontext(),
+        sharing=Sharing(),
         report=SimpleNamespace(metrics=lambda _: None),
         metrics=SimpleNamespace(log_baseline=lambda _: None),
         on_rank_zero=lambda work: known if rank else work(),
