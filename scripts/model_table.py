@@ -23,7 +23,7 @@ with `make test-nightly`).
 - **Compiled**: whether compiled layers give the same loss and the same gradients; `make test-nightly` traces each type
   with torch.compile, without its kernels (backend `aot_eager`), and compares. Where compiling fails a run goes on
   without, and says so. `kernels`: not without those that are named below, for torch's loops over tokens would be
-  compiled token by token; with them it is not measured here. Empty: not measured yet.
+  compiled token by token; with them it is not measured here.
 - **In 4 bits**: the part of the weights, embeddings and head apart, that `quantization.bits: 4` quantizes,
   [experts](#experts) included. `tests/models` takes the same step in 4 bits, on the CPU. Weights that kernels read past
   their layer (Mamba's `out_proj`) stay in 16 bits. `refused`: RWKV and RoCBert train in 16 bits only.

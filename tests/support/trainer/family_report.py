@@ -54,6 +54,8 @@ REFUSED: Final = frozenset({"cpmant", "paligemma", "reformer", "xlm", "xlnet"})
 NOT_SAVED: Final = dict.fromkeys(("emu3", "mllama"), "its text part is no checkpoint by itself")
 #: Types that are not compiled, besides those whose kernels are missing: their layers are not told from others.
 NOT_COMPILED: Final = frozenset({"ctrl", "openai-gpt"})
+#: Types whose tiny model is so ill-conditioned that its gradients in float32 are percents off those in float64.
+IN_DOUBLE: Final = frozenset({"phimoe"})
 #: Types with linear layers that no gradient reaches, which a rehearsal cannot find out, and what they are called.
 UNREACHED: Final = {
     "deepseek_v4": "compressor, of short rows",
@@ -139,6 +141,7 @@ def to_compile(kind: str) -> tuple[Any, ExecutionPlan]:
         for name in [each for each, value in vars(module).items() if "drop" in each and isinstance(value, float)]:
             setattr(module, name, 0.0)
     packing = findings.packing_problem is None
+    adapted = adapted.double() if kind in IN_DOUBLE else adapted
     return adapted, ExecutionPlan(attention=findings.attention, packing=packing, compiled=True)
 
 
