@@ -26,7 +26,9 @@ LABELS = {
     "namespace": "natural-language-research-{0}",
     "name": "instruction-tuning-{0}",
 }
-EXTREMES = pytest.mark.parametrize(("minutes", "size"), [(4, 0), (90, 3e-5), (3000, 987_654_321)])
+EXTREMES = pytest.mark.parametrize(
+    ("minutes", "size"), [(4, 0), pytest.param(90, 3e-5, marks=pytest.mark.nightly), (3000, 987_654_321)]
+)
 
 
 @pytest.fixture

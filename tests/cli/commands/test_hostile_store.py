@@ -196,7 +196,11 @@ def test_an_interrupted_replacement_still_knows_whose_files_lie_there(publish, f
         ("logs", "log.txt", "error: {uri}/training/log.txt is larger than 64 MiB: the rest is not read"),
     ],
 )
-@pytest.mark.parametrize("content", [b"a", b'{"step": 1, "loss": 1.5}\n'], ids=["one line", "lines"])
+@pytest.mark.parametrize(
+    "content",
+    [b"a", pytest.param(b'{"step": 1, "loss": 1.5}\n', marks=pytest.mark.nightly)],
+    ids=["one line", "lines"],
+)
 def test_of_metrics_and_logs_no_more_is_read_than_a_run_leaves(ctl, put, tmp_path, command, file, sentence, content):
     training = tmp_path / "training"
     training.mkdir()
