@@ -75,7 +75,13 @@ def server() -> Iterator[ThreadingHTTPServer]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             bad = self.path != "/v1/load_lora_adapter" or body["lora_name"] == "refused"
             loaded.append((body, self.headers.get("Authorization")))
-            self.send_response(400 if bad else 200)
+            self.send_response(302 if body["lora_name"] == "moved" else 400 if bad else 200)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            loaded.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *arguments: Any) -> None: ...
@@ -274,6 +280,21 @@ def test_a_server_that_does_not_take_it_is_asked_again(
     resolver.reload()
     assert len(server.loaded) == 2
     assert "HTTP Error 400" in caplog.text
+
+
+def test_the_key_goes_to_the_server_alone_and_a_redirect_is_no_success(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(plugin.store / "moved")
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    resolver = plugin.start(monkeypatch, FINETUNE_VLLM_SERVER=url, VLLM_API_KEY="key")
+    assert resolve(resolver, "moved") is not None
+    put(plugin.store / "moved", "two")
+    resolver.reload()
+    assert [body["lora_name"] for body, _ in server.loaded] == ["moved"]
+    assert "the present one stays: HTTP Error 302" in caplog.text
 
 
 def test_a_pointer_that_moves_is_a_newer_adapter(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, server: Any) -> None:

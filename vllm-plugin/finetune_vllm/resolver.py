@@ -22,6 +22,17 @@ log = logging.getLogger(__name__)
 _TIMEOUT = 300.0
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another server, and a GET there loads nothing: it fails as HTTP 3xx."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+#: The pod's own server is not asked through a proxy, which would see the key.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+
+
 class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
     """Resolves the name of a model to the verified copy of the adapter of that name."""
 
@@ -76,7 +87,7 @@ class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self._settings.server}/v1/load_lora_adapter"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - http or https: Settings
-        with urllib.request.urlopen(request, timeout=_TIMEOUT):  # noqa: S310
+        with _OPENER.open(request, timeout=_TIMEOUT):
             pass
 
     def _watch(self) -> None:
