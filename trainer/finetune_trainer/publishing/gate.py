@@ -10,7 +10,7 @@ from finetune_api.artifact_manifest import Lineage, StoreManifest
 from finetune_api.gate import GateCheck, candidate_folder
 from finetune_api.latest import LATEST_FILE
 from finetune_api.spec_publish import LOSS, Requirement
-from finetune_api.uri import parse
+from finetune_api.uri import parse, place
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.publishing.bundle import Bundle
@@ -101,13 +101,17 @@ def _check(
     try:
         digest, other = _other(settings, index, asked)
         bar = _comparable(other, asked.metric, lineage)
-    except (StoreCorrupted, StoreNotFound, _OtherwiseMeasured) as error:
+    except (StoreCorrupted, StoreNotFound, _CannotBeBeaten) as error:
         return check.model_copy(update={"problem": str(error).removeprefix(f"{_field(index)}: ")[:512]})
     passed = value is not None and (value < bar if asked.metric == LOSS else value > bar)
     return check.model_copy(update={"bar": bar, "other_digest": digest, "passed": passed})
 
 
-class _OtherwiseMeasured(Exception):
+class _CannotBeBeaten(Exception):
+    """The other adapter is one that this one would replace."""
+
+
+class _OtherwiseMeasured(_CannotBeBeaten):
     """Two metrics of one name are not of the same rows, or were not measured alike."""
 
 
@@ -117,6 +121,7 @@ def _other(settings: Settings, index: int, asked: Requirement) -> tuple[str, Sto
     Raises:
         StoreNotFound: There is none.
         StoreCorrupted: It is not what its manifest says, or is not signed as it must be.
+        _CannotBeBeaten: A pointer leads to this job's own output.
     """
     credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
     store = open_store(parse(asked.better_than or ""), credentials, field=_field(index))
@@ -125,6 +130,11 @@ def _other(settings: Settings, index: int, asked: Requirement) -> tuple[str, Sto
         raise StoreNotFound(
             f"there is no adapter to beat: neither {constants.MANIFEST_FILE} of one nor {LATEST_FILE}; publish"
             " the first one without this condition"
+        )
+    if place(store.uri_of(found.path)) == place(settings.spec.output.uri):
+        raise _CannotBeBeaten(
+            f"{LATEST_FILE} names this job's own output.uri, and its readers would lose the adapter while it is"
+            " replaced: write to another folder, and promote it"
         )
     require_signature(found.data, store.uri_of(found.path), credentials.values)
     store_manifest.verify(store, found.manifest, found.path)
