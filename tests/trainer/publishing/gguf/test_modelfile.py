@@ -65,6 +65,14 @@ def test_a_template_that_does_more_is_left_to_llama_cpp(template: str) -> None:
     assert "# Go's templates cannot say what the model's chat template does" in text
 
 
+def test_a_token_beyond_ascii_ends_an_answer_as_it_is_written() -> None:
+    tokenizer = tokenizers.of_bytes()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁turn｜>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<｜end▁of▁turn｜>{% endfor %}"
+    text = modelfile(tokenizer, "model.gguf", chat=True, adds_bos=False)
+    assert 'PARAMETER stop "<｜end▁of▁turn｜>"' in text
+
+
 def test_a_template_that_refuses_system_messages_gets_no_branch_for_them() -> None:
     without = INST.replace("{% elif m.role == 'system' %}[SYS] {{ m.content }} [/SYS]", "").replace(
         "{% else %}", "{% elif m.role == 'system' %}{{ raise_exception('no') }}{% else %}"

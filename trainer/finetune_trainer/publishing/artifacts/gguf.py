@@ -53,7 +53,8 @@ class GgufArtifact(Artifact):
         size = write_gguf(_merger(trained), base, name, quantization, folder / _FILE)
         form = trained_form(trained.spec, Encoder(tokenizer, max_length=1))
         adds_bos = vocabulary_of(tokenizer, base.config.vocab_size).adds_bos
-        (folder / _MODELFILE).write_text(modelfile(tokenizer, _FILE, chat=form == "chat", adds_bos=adds_bos))
+        text = modelfile(tokenizer, _FILE, chat=form == "chat", adds_bos=adds_bos)
+        (folder / _MODELFILE).write_text(text, encoding="utf-8")
         log.info(f"The adapter is merged: {size / 2**30:.2f} GiB of GGUF in {quantization}", bytes=size)
 
     def make_check(self, trained: Trained, meter: LossMeter) -> Check:

@@ -29,7 +29,8 @@ def modelfile(tokenizer: Any, file: str, *, chat: bool, adds_bos: bool) -> str:
     """
     encoder = Encoder(tokenizer, max_length=1)
     lines = [f"FROM ./{file}"]
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.decode([each]))}" for each in sorted(stop_tokens(encoder))]
+    stops = [tokenizer.decode([each]) for each in sorted(stop_tokens(encoder))]
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]  # Ollama reads no \u escapes
     template = go_template(encoder, adds_bos) if chat else "{{ .Prompt }}"
     if template:
         lines += [f'TEMPLATE """{template}"""']
