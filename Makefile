@@ -23,9 +23,9 @@ quickstart: $(VENV)/.run ## Train, publish and check a small adapter on this mac
 	$(BIN)/finetune run examples/quickstart/finetunejob.yaml
 
 .PHONY: sweep
-sweep: $(VENV)/.run ## Train six small adapters one after the other and compare them: no cluster, no GPU, three minutes
+sweep: $(VENV)/.run ## Train six small adapters in one process and compare them: no cluster, no GPU, three minutes
 	$(BIN)/python examples/quickstart/prepare.py
-	$(BIN)/finetune run examples/quickstart/sweep.yaml
+	$(BIN)/finetune run --packed examples/quickstart/sweep.yaml
 
 .PHONY: test
 test: lint ## Run every check and every test but the nightly ones: ten minutes on two cores
