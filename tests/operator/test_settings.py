@@ -28,6 +28,7 @@ def test_a_trainer_that_no_longer_answers_is_said_to_be_silent_until_it_does(
     operator = start_operator(progress_interval_seconds=0.1, progress_timeout_seconds=0.1)
     jobs.create("nli", "run")
     jobs.wait("nli", "Training", "True")
+    wait_until(lambda: (a := jobs.status("nli")["attempts"][0])["heardAt"] > a["startedAt"], "it is heard again")
     for pid in node.pids():
         os.kill(pid, signal.SIGSTOP)
     silent = jobs.wait("nli", "Training", "Unknown", "NotAnswering")
