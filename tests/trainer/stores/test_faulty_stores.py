@@ -37,6 +37,7 @@ from finetune_trainer.stores.s3 import client, retry
 from support.stores.fault_proxy import Faults, Request, faulty
 from support.stores.s3 import S3Server
 
+pytestmark = pytest.mark.scenario
 JOB = Metadata(name="nli", namespace="team", uid="1111")
 OTHER = Metadata(name="other", namespace="team", uid="2222")
 RUNS_AT_ONCE = 6
@@ -280,8 +281,6 @@ from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.open import open_store
-
-pytestmark = pytest.mark.scenario
 store = open_store(parse(sys.argv[2]), Credentials.for_role("output"))
 job = Metadata(name="nli", namespace="team", uid="1111")
 bundle = Bundle(Path(sys.argv[1]), ARTIFACTS["Adapter"], base_model="org/base", rank=8, metrics={})
