@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 WORKERS ?= 3
 TESTS ?= tests
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports at its first import: pip's compiling of everything takes half of an installation.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 # pip's own words, less what tells a reader nothing
 QUIETLY := 2>&1 | { grep --line-buffered -vE '^(Requirement already|  |WARNING: Location|Looking in|Obtaining|Collecting|Using cached|Processing)' || true; }
 
