@@ -16,7 +16,7 @@ from finetune_cli.output import formatting
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning import planner
 from finetune_trainer.planning.device import Device
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.parameters import with_new_tokens
 from finetune_trainer.planning.refusals import check_config
 

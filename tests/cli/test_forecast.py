@@ -10,7 +10,7 @@ from finetune_cli import forecast as forecast_module
 from finetune_cli.forecast import forecast
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.planning.device import Device
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.planner import make_plan
 from support.cli import run
 from support.cli.run import finetune, finetune_process, no_traceback

@@ -42,7 +42,7 @@ import sys
 import torch
 
 from finetune_trainer.cli import cli
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.runtime import device
 from finetune_trainer.training.loop import QloraTrainer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.runtime.device import RuntimeDevice
 
 #: Kernels are simulated here, whatever the capability that torch is made to tell.

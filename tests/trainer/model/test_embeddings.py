@@ -19,8 +19,8 @@ from finetune_trainer.model.base import BaseModel, inspect_base_model
 from finetune_trainer.model.embeddings import NewTokens, grow
 from finetune_trainer.model.targets import adapter_settings
 from finetune_trainer.model.weights import load_base_model
-from finetune_trainer.planning.memory import ModelShape
 from finetune_trainer.planning.memory import adapter_weights as predicted_weights
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.parameters import count, with_new_tokens
 from support.trainer import family_report
 from support.trainer.families import VOCABULARY, tiny_model

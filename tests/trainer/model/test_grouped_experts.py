@@ -18,7 +18,7 @@ from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.model import experts, grouped_experts
 from finetune_trainer.model.counts import count_weights
 from finetune_trainer.planning import memory
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from support.trainer import families
 from support.trainer.process import job, train
 from support.trainer.triton import interpreted

@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_trainer.planning.known_models import BY_REPOSITORY, CONFIGS, config_of
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 
 
 def test_more_than_thirty_models_are_known_and_counted_exactly() -> None:

@@ -14,14 +14,8 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
 from finetune_trainer.planning.cost import cost
 from finetune_trainer.planning.device import Device
-from finetune_trainer.planning.memory import (
-    GIB,
-    Layout,
-    ModelShape,
-    adapter_weights,
-    predict,
-    selective_budget,
-)
+from finetune_trainer.planning.memory import GIB, Layout, adapter_weights, predict, selective_budget
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.planner import make_plan
 from finetune_trainer.planning.routing import Routing
 from finetune_trainer.planning.shapes import filled_up, step_of

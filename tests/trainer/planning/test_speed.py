@@ -7,7 +7,8 @@ import pytest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.planning import planner, speed
 from finetune_trainer.planning.device import Device
-from finetune_trainer.planning.memory import GIB, ModelShape
+from finetune_trainer.planning.memory import GIB
+from finetune_trainer.planning.model_shape import ModelShape
 
 MISTRAL = {
     "model_type": "mistral",

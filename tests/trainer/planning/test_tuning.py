@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_api.spec_training import Training
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.tuning import pays
 
 MISTRAL = {

@@ -40,7 +40,7 @@ def trained(tiny_model: Path) -> Trained:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from finetune_trainer.model.base import BaseModel
-    from finetune_trainer.planning.memory import ModelShape
+    from finetune_trainer.planning.model_shape import ModelShape
 
     torch.manual_seed(0)
     spec = FineTuneJobSpec.model_validate(

@@ -11,7 +11,7 @@ from finetune_trainer.model.architecture import layout, linear_layers, read_conf
 from finetune_trainer.model.counts import count_weights
 from finetune_trainer.model.embeddings import NewTokens, grow
 from finetune_trainer.model.targets import adapter_settings, check_trained_whole
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.refusals import check_config
 
 

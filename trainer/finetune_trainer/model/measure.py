@@ -11,7 +11,7 @@ from finetune_trainer.model.architecture import read_config
 from finetune_trainer.model.counts import count_weights
 from finetune_trainer.model.embeddings import NewTokens
 from finetune_trainer.model.targets import adapter_settings
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 
 
 def measure(config: Mapping[str, Any], spec: FineTuneJobSpec) -> ModelShape | None:

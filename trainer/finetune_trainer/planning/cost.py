@@ -4,7 +4,8 @@ The unit is the time of one token's forward pass through the linear layers of th
 base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/performance.md).
 """
 
-from finetune_trainer.planning.memory import Layout, ModelShape
+from finetune_trainer.planning.memory import Layout
+from finetune_trainer.planning.model_shape import ModelShape
 
 #: Fixed cost of a pass on the GPU: small products use it less well.
 _EACH_PASS = 700

@@ -9,12 +9,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.planning.cost import cost
 from finetune_trainer.planning.device import Device
-from finetune_trainer.planning.memory import (
-    Layout,
-    Memory,
-    ModelShape,
-    predict,
-)
+from finetune_trainer.planning.memory import Layout, Memory, predict
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.shapes import filled_up
 
 #: Larger micro-batches gain nothing on a CPU.

@@ -8,10 +8,8 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import ConfigInvalid, WontFit
 from finetune_trainer.planning.device import Device
 from finetune_trainer.planning.layout_search import LayoutSearch
-from finetune_trainer.planning.memory import (
-    Layout,
-    ModelShape,
-)
+from finetune_trainer.planning.memory import Layout
+from finetune_trainer.planning.model_shape import ModelShape
 from finetune_trainer.planning.suggestions import explain_wont_fit
 
 #: Attention implementations that take packed rows. auto becomes one of them on GPUs that have one.

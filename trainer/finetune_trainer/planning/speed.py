@@ -6,7 +6,8 @@ from typing import Final
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.planning.cost import cost
-from finetune_trainer.planning.memory import Layout, ModelShape
+from finetune_trainer.planning.memory import Layout
+from finetune_trainer.planning.model_shape import ModelShape
 
 #: Dense products in bfloat16, in teraflops, as their makers say. A name may be part of another: the longest counts.
 TERAFLOPS: Final = {

@@ -5,11 +5,8 @@ from dataclasses import replace
 
 from finetune_trainer.planning.device import required_bytes
 from finetune_trainer.planning.layout_search import LayoutSearch, can_be_sharded
-from finetune_trainer.planning.memory import (
-    GIB,
-    Layout,
-    ModelShape,
-)
+from finetune_trainer.planning.memory import GIB, Layout
+from finetune_trainer.planning.model_shape import ModelShape
 
 
 def explain_wont_fit(search: LayoutSearch, shape: ModelShape) -> str:

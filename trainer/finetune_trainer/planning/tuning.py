@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.spec_training import Training
-from finetune_trainer.planning.memory import ModelShape
+from finetune_trainer.planning.model_shape import ModelShape
 
 #: Tokens times weights from which it pays, some three hours on an H200: it saves 0.5 % of a step and takes 20 to 50 s.
 _PAYS_FROM: Final = 1.5e18
