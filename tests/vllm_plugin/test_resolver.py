@@ -5,14 +5,14 @@ and load_lora_adapter (vllm/entrypoints/openai/models/serving.py).
 """
 
 import asyncio
-import hashlib
 import importlib
 import json
+import shutil
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from finetune_api.latest import Latest, Promotion
 from finetune_trainer.stores.signature import SigningKey
-
-BASE, COMMIT = "mistralai/Mistral-7B-v0.3", "c" * 40
+from support.vllm.adapters import BASE, put
 
 
 @dataclass
@@ -89,30 +88,12 @@ def server() -> Iterator[ThreadingHTTPServer]:
     loaded: list[Any] = []
     found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.loaded = loaded  # type: ignore[attr-defined]
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread = threading.Thread(target=found.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield found
     found.shutdown()
     found.server_close()
     thread.join()
-
-
-def put(folder: Path, text: str = "one", key: SigningKey | None = None, **changes: Any) -> str:
-    """Publish an adapter; returns its manifest's digest."""
-    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": text.encode(), "training/job.yaml": b"a: 1\n"}
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    records = [
-        {"path": name, "sizeBytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in files.items()
-    ]
-    body = {"schemaVersion": 1, "kind": "Adapter", "createdAt": "2026-01-01T00:00:00Z", "files": records}
-    body |= {"baseModel": BASE, "baseCommit": COMMIT, "rank": 8} | changes
-    if key:
-        body["signature"] = key.sign(json.dumps(body).encode())
-    (folder / "manifest.json").write_text(json.dumps(body))
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 @dataclass
@@ -123,9 +104,9 @@ class Plugin:
     store: Path
 
     def start(self, monkeypatch: pytest.MonkeyPatch, **env: str) -> Any:
-        settings = {"FINETUNE_ADAPTERS": f"file://{self.store}", "FINETUNE_RELOAD_SECONDS": "0"} | env
+        settings = {"FINETUNE_ADAPTERS": f"file://{self.store}", "FINETUNE_RELOAD_SECONDS": "0"}
         settings |= {"FINETUNE_ADAPTERS_CACHE": str(self.store.parent / "cache")}
-        for name, value in settings.items():
+        for name, value in (settings | env).items():
             monkeypatch.setenv(name, value)
         importlib.import_module("finetune_vllm.plugin").register()
         return self.registry.resolvers["finetune"]
@@ -141,6 +122,11 @@ def resolve(resolver: Any, name: str, base: str = BASE) -> LoRARequest | None:
     return asyncio.run(resolver.resolve_lora(base, name))
 
 
+def copies(plugin: Plugin) -> list[str]:
+    """What is in the cache, whole or not."""
+    return [path.name for path in (plugin.store.parent / "cache").iterdir() if path.name != ".lock"]
+
+
 def test_by_the_interface_in_vllms_source_a_name_resolves_to_a_verified_copy(
     plugin: Plugin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,8 +139,6 @@ def test_by_the_interface_in_vllms_source_a_name_resolves_to_a_verified_copy(
     assert Path(found.lora_path) == plugin.store.parent / "cache" / digest
     assert (Path(found.lora_path) / "adapter_model.safetensors").read_text() == "one"
     assert resolve(resolver, "nli") == found
-    (Path(found.lora_path) / "adapter_model.safetensors").write_text("changed here")
-    assert resolve(resolver, "nli") is None
 
 
 def test_without_a_prefix_nothing_is_registered(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +154,11 @@ def test_without_a_prefix_nothing_is_registered(registry: Registry, monkeypatch:
         ("FINETUNE_ADAPTERS", "s3://key:hunter2@bucket/x"),
         ("FINETUNE_RELOAD_SECONDS", "soon"),
         ("FINETUNE_VLLM_SERVER", "file:///etc/passwd"),
+        ("FINETUNE_ADAPTERS_CACHE_GIB", "0"),
+        ("FINETUNE_ADAPTERS_CACHE_GIB", "-1"),
+        ("FINETUNE_ADAPTERS_CACHE_GIB", "64GiB"),
+        ("FINETUNE_ADAPTERS_CACHE", "/proc/here/there"),
+        ("FINETUNE_ADAPTERS_CACHE", "/tmp/a\nb"),
     ],
 )
 def test_a_wrong_setting_is_named(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -213,7 +202,7 @@ def test_what_does_not_fit_the_server_is_refused(
     put(plugin.store / "nli", **changes)
     assert resolve(plugin.start(monkeypatch, **env), "nli") is None
     assert sentence in caplog.text
-    assert not list((plugin.store.parent / "cache").glob("*"))
+    assert not copies(plugin)
 
 
 @pytest.mark.parametrize("damage", ["changed", "longer than it was", None])
@@ -225,7 +214,7 @@ def test_damaged_files_are_never_loaded(
     weights.write_text(damage) if damage else weights.unlink()
     assert resolve(plugin.start(monkeypatch), "nli") is None
     assert "Adapter nli: refused" in caplog.text
-    assert not list((plugin.store.parent / "cache").glob("*"))
+    assert not copies(plugin)
 
 
 def test_where_a_key_is_asked_for_only_what_is_signed_with_it_is_loaded(
@@ -315,13 +304,86 @@ def test_a_pointer_that_moves_is_a_newer_adapter(plugin: Plugin, monkeypatch: py
     assert [Path(body["lora_path"]).name for body, _ in server.loaded] == [digests["two"]]
 
 
-def test_the_distribution_names_the_entry_point_that_vllm_loads() -> None:
-    import tomllib
+def link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
 
-    project = tomllib.loads((Path(__file__).parents[2] / "vllm-plugin/pyproject.toml").read_text())["project"]
-    root = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    target = project["entry-points"]["vllm.general_plugins"]["finetune"]
-    module, _, function = target.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
-    assert project["version"] == root["version"]
-    assert project["dependencies"] == [f"{root['name']}[cli]=={root['version']}"]
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "changed": lambda copy: (copy / "adapter_model.safetensors").write_text("changed here"),
+    "cut short": lambda copy: (copy / "adapter_model.safetensors").write_text(""),
+    "a file is missing": lambda copy: (copy / "training/job.yaml").unlink(),
+    "a file is a folder": lambda copy: [
+        (copy / "adapter_config.json").unlink(),
+        (copy / "adapter_config.json").mkdir(),
+    ],
+    "a file leads elsewhere": lambda copy: link(copy / "adapter_config.json", "/etc/hostname"),
+    "a folder is a file": lambda copy: [shutil.rmtree(copy / "training"), (copy / "training").write_text("")],
+    "all is gone": lambda copy: shutil.rmtree(copy),
+    "it is a file": lambda copy: [shutil.rmtree(copy), copy.write_text("")],
+    "it leads elsewhere": lambda copy: [copy.rename(copy.parent.parent / "moved"), copy.symlink_to("../moved")],
+    "the cache is gone": lambda copy: shutil.rmtree(copy.parent),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_copy_that_is_damaged_here_is_told_removed_and_downloaded_again(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    digest = put(plugin.store / "nli")
+    resolver = plugin.start(monkeypatch)
+    found = resolve(resolver, "nli")
+    assert found is not None
+    DAMAGES[damage](Path(found.lora_path))
+    caplog.clear()
+    assert resolve(resolver, "nli") == found
+    assert (Path(found.lora_path) / "adapter_model.safetensors").read_text() == "one"
+    assert (Path(found.lora_path) / "training/job.yaml").is_file()
+    assert not Path(found.lora_path).is_symlink()
+    assert copies(plugin) == [digest]
+    assert bool(caplog.records) == ("gone" not in damage)
+    if damage == "changed":
+        assert "Adapter nli: its copy here is damaged, downloading it again: copy: file://" in caplog.text
+
+
+def test_the_cache_is_the_users_own_folder_by_default(registry: Registry, tmp_path: Path) -> None:
+    from finetune_vllm.settings import Settings
+
+    env = {"FINETUNE_ADAPTERS": "s3://adapters", "XDG_CACHE_HOME": str(tmp_path)}
+    settings = Settings.from_env(env)
+    assert settings is not None
+    assert settings.cache == tmp_path / "finetune/adapters"
+    assert settings.cache_bytes == 64 << 30
+
+
+def test_what_is_served_stays_and_what_was_replaced_may_go(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Room for two: the present one and a newer one."""
+    from finetune_vllm.settings import Settings
+
+    put(plugin.store / "nli")
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(Settings, "from_env", classmethod(small(Settings.from_env, 2 * SIZE)))
+    resolver = plugin.start(monkeypatch, FINETUNE_VLLM_SERVER=url)
+    assert resolve(resolver, "nli") is not None
+    for text in ("two", "six", "ten"):
+        put(plugin.store / "nli", text)
+        resolver.reload()
+    assert [(Path(body["lora_path"]) / "adapter_model.safetensors").is_file() for body, _ in server.loaded] == [
+        False,
+        True,
+        True,
+    ]
+    put(plugin.store / "other", "one")
+    assert resolve(resolver, "other") is not None  # in the place of `six`, which is served no more
+    put(plugin.store / "third", "two")
+    assert resolve(resolver, "third") is None
+    assert "refused: 0.0 GiB more do not fit: copies may take 0.0 GiB (FINETUNE_ADAPTERS_CACHE_GIB)" in caplog.text
+
+
+SIZE = len("{}") + len("one") + len("a: 1\n")
+
+
+def small(from_env: Callable[..., Any], size: int) -> Callable[..., Any]:
+    return lambda cls, env: replace(from_env(env), cache_bytes=size)

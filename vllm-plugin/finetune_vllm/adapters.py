@@ -1,7 +1,6 @@
 """Find an adapter by name, verify all of it, and keep a verified copy on this machine. Knows nothing of vLLM."""
 
-import shutil
-import uuid
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,17 @@ from finetune_trainer.stores import latest
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import StoreCorrupted
+from finetune_trainer.stores.errors import StoreCorrupted, StoreError
 from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.signature import require_signature
+from finetune_vllm.cache import Cache, Copy
 from finetune_vllm.settings import Settings
 
+log = logging.getLogger(__name__)
 #: An adapter has less; a server's disk is not filled by a manifest.
 MAX_BYTES = 32 << 30
+#: Looks at the cache, where other processes make and remove copies at the same time.
+_TRIES = 5
 
 
 class Refused(TrainerError):
@@ -27,17 +30,24 @@ class Refused(TrainerError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A verified copy: `digest` is the SHA-256 of its manifest."""
+    """A verified copy, in use until it is released: `digest` is the SHA-256 of its manifest."""
 
-    folder: Path
     digest: str
+    copy: Copy
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.copy.folder
 
 
 class Adapters:
     """The adapters below one prefix."""
 
     def __init__(self, settings: Settings) -> None:
+        """Open the cache; raises NotPrivate if its folder cannot be used."""
         self._settings = settings
+        self._cache = Cache(settings.cache, settings.cache_bytes)
 
     def digest(self, name: str) -> str | None:
         """Return the digest of the manifest that `name` has now; None without an adapter. Raises TrainerError."""
@@ -67,13 +77,27 @@ class Adapters:
         require_signature(found.data, where, self._settings.env)
         self._require_fit(found.manifest, where, base)
         digest = store_manifest.digest_of(found.data).removeprefix("sha256:")
-        folder = self._settings.cache / digest
-        if folder.is_dir():
-            copy = open_store(parse(f"file://{folder.absolute()}"), Credentials("output", {}), field="copy")
-            store_manifest.verify(copy, found.manifest)
-            return Adapter(folder, digest)
-        self._download(store, found.path, found.manifest, folder)
-        return Adapter(folder, digest)
+        return Adapter(digest, self._copy(name, store, found, digest))
+
+    def _copy(self, name: str, store: Store, found: latest.Found, digest: str) -> Copy:
+        """Return the copy on this machine; one that is damaged is downloaded again."""
+        for _ in range(_TRIES):
+            if copy := self._cache.use(digest):
+                try:
+                    kept = open_store(
+                        parse(f"file://{copy.folder.absolute()}"), Credentials("output", {}), field="copy"
+                    )
+                    store_manifest.verify(kept, found.manifest)
+                except StoreError as error:
+                    log.warning("Adapter %s: its copy here is damaged, downloading it again: %s", name, error)
+                    self._cache.discard(copy)
+                else:
+                    return copy
+            elif copy := self._cache.add(
+                digest, found.manifest.size_bytes, lambda folder: _download(store, found.path, found.manifest, folder)
+            ):
+                return copy
+        raise StoreCorrupted(f"{self._settings.cache / digest} is changed again and again by another process")
 
     def _store(self, name: str) -> Store:
         credentials = Credentials.from_environment("output", self._settings.env)
@@ -92,21 +116,14 @@ class Adapters:
         if manifest.size_bytes > MAX_BYTES:
             raise Refused(f"{where} has {manifest.size_bytes:,} bytes, more than any adapter")
 
-    def _download(self, store: Store, path: str, manifest: StoreManifest, folder: Path) -> None:
-        """Download every file and compare it; the folder appears only once all are there."""
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
-            for file in manifest.files:
-                source = f"{path}/{file.path}" if path else file.path
-                if (size := store.size(source)) != file.size_bytes:
-                    raise StoreCorrupted(
-                        f"{store.uri_of(source)} has {size:,} bytes, its manifest says {file.size_bytes:,}"
-                    )
-                store.download(source, partial / file.path, sha256=file.sha256)
-            if not folder.is_dir():
-                partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+def _download(store: Store, path: str, manifest: StoreManifest, folder: Path) -> None:
+    """Download every file and compare it."""
+    for file in manifest.files:
+        source = f"{path}/{file.path}" if path else file.path
+        if (size := store.size(source)) != file.size_bytes:
+            raise StoreCorrupted(f"{store.uri_of(source)} has {size:,} bytes, its manifest says {file.size_bytes:,}")
+        store.download(source, folder / file.path, sha256=file.sha256)
 
 
 def _is_name(name: str) -> bool:

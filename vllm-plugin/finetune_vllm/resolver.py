@@ -39,7 +39,7 @@ class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._adapters = Adapters(settings)
-        self._served: dict[str, tuple[str, str]] = {}  # name: digest, base
+        self._served: dict[str, tuple[Adapter, str]] = {}  # name: adapter, base
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
 
@@ -48,8 +48,7 @@ class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
         adapter = await asyncio.to_thread(self._fetch, lora_name, base_model_name)
         if adapter is None:
             return None
-        with self._lock:
-            self._served[lora_name] = (adapter.digest, base_model_name)
+        self._serve(lora_name, adapter, base_model_name)
         self._watch()
         number = int(adapter.digest[:7], 16) + 1  # vLLM replaces it by its own
         return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(adapter.folder))
@@ -58,20 +57,29 @@ class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
         """Load newer adapters in place of those that are served. What is refused leaves the present one served."""
         with self._lock:
             served = dict(self._served)
-        for name, (digest, base) in served.items():
+        for name, (present, base) in served.items():
             try:
-                if self._adapters.digest(name) in (None, digest):
+                if self._adapters.digest(name) in (None, present.digest):
                     continue
-                adapter = self._adapters.fetch(name, base)
-                if adapter is None or adapter.digest == digest:
+                if (adapter := self._adapters.fetch(name, base)) is None:
+                    continue
+                if adapter.digest == present.digest:
+                    adapter.copy.release()
                     continue
                 self._load_in_place(name, adapter)
             except (TrainerError, OSError) as error:
                 log.warning("Adapter %s: the newer one is not loaded, the present one stays: %s", name, error)
                 continue
             log.info("Adapter %s: loaded the newer one, sha256:%s", name, adapter.digest)
-            with self._lock:
-                self._served[name] = (adapter.digest, base)
+            self._serve(name, adapter, base)
+
+    def _serve(self, name: str, adapter: Adapter, base: str) -> None:
+        """Keep the copy from now on, in the place of what was served by that name."""
+        with self._lock:
+            before = self._served.get(name)
+            self._served[name] = (adapter, base)
+        if before:
+            before[0].copy.release()
 
     def _fetch(self, name: str, base: str) -> Adapter | None:
         try:
@@ -87,8 +95,12 @@ class VerifiedResolver(LoRAResolver):  # type: ignore[misc]
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self._settings.server}/v1/load_lora_adapter"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - http or https: Settings
-        with _OPENER.open(request, timeout=_TIMEOUT):
-            pass
+        try:
+            with _OPENER.open(request, timeout=_TIMEOUT):
+                pass
+        except BaseException:
+            adapter.copy.release()
+            raise
 
     def _watch(self) -> None:
         with self._lock:
