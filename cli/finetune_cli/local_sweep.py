@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants, exit_codes
+from finetune_api.exit_codes import OUTPERFORMED
 from finetune_api.sweep_packing import trial_log, why_not_packed
 from finetune_cli import local_run
 from finetune_cli.comparison import reading, record, runs, table
@@ -151,9 +152,11 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
     if not left:
         return
     manifest, began, path = sweep.manifest(), time.monotonic(), _log_file(sweep, "packed")
-    # As named trials: those that are left alone.
-    named = [{"name": trial.name, "values": trial.values} for trial in left]
-    of_all = {key: manifest["spec"][key] for key in ("template", "objective", "parallelism")}
+    # As named trials: those that are left alone, but the others too if they are compared with them.
+    sent = trials if sweep.spec.early_stopping else left
+    named = [{"name": trial.name, "values": trial.values} for trial in sent]
+    shared = ("template", "objective", "earlyStopping", "parallelism")
+    of_all = {key: manifest["spec"][key] for key in shared if key in manifest["spec"]}
     manifest["spec"] = {**of_all, "trials": named}
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, path.open("wb") as log:
         env = local_run.environment(os.environ, Path(folder))
@@ -164,7 +167,7 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
             for trial in left:
                 report = _asked(f"{env[constants.ENV_LISTEN]}/trials/{trial.name}")
                 if report:
-                    trial.report, trial.phase = report, "Running"
+                    trial.report, trial.phase = report, "Stopped" if report.reason == OUTPERFORMED else "Running"
                     trial.started = trial.started or time.monotonic()
             progress.show()
             return False
@@ -177,6 +180,8 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
         trial.seconds = time.monotonic() - began
         if trial.report and trial.report.adapter:
             trial.phase = "Succeeded"
+        elif trial.report and trial.report.reason == OUTPERFORMED:
+            trial.phase, trial.reason = "Stopped", trial.report.message
         else:
             told = trial.report or whole
             trial.phase, trial.reason = "Failed", f"{told.reason}: {told.message}" if told else f"exit code {code}"

@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
 
 #: Reason of a run that ended well, but whose adapter was not published.
 GATE_NOT_PASSED: Final = "GateNotPassed"
+#: Reason of a trial that its sweep stopped early.
+OUTPERFORMED: Final = "Outperformed"
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,6 @@ _BEYOND: Final[tuple[tuple[str, Callable[[FineTuneJobSpec], bool], str], ...]] =
 
 def why_not_packed(sweep: FineTuneSweepSpec, trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
     """Return why the `trials` of `sweep`, names and specs, cannot train in one process; None if they can."""
-    if sweep.early_stopping is not None:
-        return "spec.earlyStopping: only the operator compares trials that run"
     first = _shared(trials[0][1])
     for name, spec in trials:
         for field, is_beyond, why in _BEYOND:

@@ -134,6 +134,18 @@ def test_packed_trials_run_in_one_process_but_those_that_are_published(sweep, tm
     assert started(tmp_path)[3:] == ["nli-lr1e-4"]
 
 
+def test_a_packed_trial_that_falls_behind_is_stopped_and_compared_with_what_is_published(sweep, tmp_path):
+    behind = {"stage": "Succeeded", "reason": "Outperformed", "message": "Stopped after step 10: evalLoss 0.6"}
+    halving = {"rungs": [10], "reductionFactor": 2}
+    for _ in range(2):
+        result = sweep(DONE | {"lr4e-4": behind}, "--packed", earlyStopping=halving)
+        assert result.returncode == 0, result.stderr
+        assert any(line.startswith("3/3  lr4e-4  Stopped") for line in result.stdout.splitlines())
+        assert "failed" not in result.stderr
+        assert started(tmp_path) == ["nli-lr1e-4", "nli-lr2e-4", "nli-lr4e-4"]
+        (tmp_path / "trainer" / "started").unlink()
+
+
 def test_packed_trials_that_were_stopped_go_on_with_the_same_command(sweep):
     stopped = {"stage": "Failed", "reason": "Preempted", "message": "step 3 is saved", "exit": 75}
     result = sweep(DONE | {"lr4e-4": stopped}, "--packed")

@@ -9,7 +9,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adapter, Stage
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.errors import Preempted
+from finetune_trainer.errors import Outperformed, Preempted
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
@@ -114,6 +114,13 @@ class RunContext:
     def preempted(self, message: str = _BEFORE_TRAINING) -> Preempted:
         """Return the error of a run that was asked to stop."""
         return Preempted(f"Asked to stop ({self.stop_reason}) {message}")
+
+    def stays_stopped(self, state: TrainingState) -> None:
+        """Raise Outperformed if an earlier attempt has fallen behind the trials that this run is compared with."""
+        if state.outperformed and self.sharing.halves:
+            self.report.progress(step=state.step, total_steps=None)
+            self.report.metrics(state.metrics)
+            raise Outperformed(state.outperformed)
 
     def stop_if_requested(self, message: str = _BEFORE_TRAINING, alone: bool = False) -> None:
         """Raise Preempted on all ranks if any rank got a stop signal: the others would hang in a collective.

@@ -72,6 +72,10 @@ class Diverged(TrainerError):
     exit_code = ExitCode.DIVERGED
 
 
+class Outperformed(Exception):
+    """A trial fell behind others at a rung of its sweep: it ends with a checkpoint, and publishes nothing."""
+
+
 #: Exit codes of exceptions that are not ours.
 _FOREIGN: Final[dict[type[BaseException], ExitCode]] = {
     ManifestError: ExitCode.CONFIG_INVALID,

@@ -68,6 +68,7 @@ def run(ctx: RunContext) -> Adapter | None:
         fingerprint = steps.fingerprint(spec, base.commit, data.splits)
         state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit, base.tensors)
         ctx.report.resumed_from(checkpoints.resumption)
+        ctx.stays_stopped(state)
         lengths = data.train.input_ids.lengths
         plan_for = partial(
             steps.plan_execution, device=device, ranks=ranks, train_lengths=lengths, longest=data.longest

@@ -24,6 +24,11 @@ class Place(Protocol):
 class Sharing:
     """A run on its own: it makes all that it needs."""
 
+    @property
+    def halves(self) -> bool:
+        """Whether the run is compared with others, and ends when it falls behind."""
+        return False
+
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """Return what `make` makes, which runs of one process share under the name `what`."""
         return make()
@@ -37,6 +42,10 @@ class Sharing:
     def own(self, model: Any) -> Any:
         """Return a model with the weights of `model` that may be given an adapter."""
         return model
+
+    def why_stopped(self, step: int, eval_loss: float) -> str:
+        """Return why the run ends at `step`, where its held-out loss is `eval_loss`; empty if it goes on."""
+        return ""
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place | None:
         """Return the place of the PEFT model among others; None for a run that trains its model itself."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from finetune_api import manifest
 from finetune_api.exit_codes import ExitCode
+from finetune_api.sweep import Halving
 from support.trainer.process import TrainerProcess, job, metrics_lines, train
 
 #: Sums over the tokens of other shapes round otherwise; losses agree to this part, weights to that of the largest.
@@ -37,11 +38,18 @@ CHANGES = {
 }
 
 
-def _sweep(folder: Path, model: Path, changes: dict[str, Any] | None = None, parallelism: int = 2) -> Path:
+#: At step 3 the first two are compared with each other, the others with all before them; one in two goes on.
+HALVING = {"rungs": [3], "reductionFactor": 2}
+
+
+def _sweep(
+    folder: Path, model: Path, changes: dict[str, Any] | None = None, halving: dict[str, Any] | None = None
+) -> Path:
     folder.mkdir(exist_ok=True)
     template = yaml.safe_load(job(folder, model, CHANGES | (changes or {})).read_text())["spec"]
     trials = [{"name": name, "values": values} for name, values in TRIALS.items()]
-    spec = {"template": template, "trials": trials, "parallelism": parallelism}
+    spec = {"template": template, "trials": trials, "parallelism": 2}
+    spec |= {"earlyStopping": halving} if halving else {}
     path = folder / "sweep.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -109,8 +117,41 @@ def test_each_trial_has_its_own_files_and_report(unbroken: Path) -> None:
     assert log.count("Measuring the base model") == 4 and log.count("Evaluated 12 rows") == 1 + 8  # measured once
 
 
-def _goes_on(unbroken: Path, folder: Path, model: Path, kill: signal.Signals, moments: list[float]) -> None:
-    sweep = _sweep(folder, model)
+def _ends(unbroken: Path) -> set[str]:
+    """Return the trials that HALVING stops, by what they measure where nothing stops them."""
+    losses = [
+        next(
+            line["evalLoss"]
+            for line in metrics_lines(unbroken / "out" / name)
+            if line["step"] == 3 and "evalLoss" in line
+        )
+        for name in TRIALS
+    ]
+    halving = Halving.model_validate(HALVING)
+    return {
+        name for number, name in enumerate(TRIALS) if halving.is_behind(losses[number], losses[: max(number + 1, 2)])
+    }
+
+
+def _assert_halved(folder: Path, unbroken: Path) -> None:
+    """Check that those fell behind that should, and that the others are what they are where nothing stops any."""
+    stopped = _ends(unbroken)
+    assert 0 < len(stopped) < len(TRIALS)
+    for name in TRIALS:
+        told = json.loads((folder / f"termination.json.{name}").read_text())
+        if name not in stopped:
+            _assert_same(folder / "out" / name, unbroken / "out" / name)
+            continue
+        assert told["reason"] == "Outperformed" and told["message"].startswith("Stopped after step 3: evalLoss ")
+        assert not (folder / "out" / name / "manifest.json").exists()
+        saved = json.loads((folder / "out" / name / "checkpoints/step-00000003/finetune_state.json").read_text())
+        assert saved["outperformed"] == told["message"]
+
+
+def _goes_on(
+    unbroken: Path, folder: Path, model: Path, kill: signal.Signals, moments: list[float], halved: bool = False
+) -> None:
+    sweep = _sweep(folder, model, halving=HALVING if halved else None)
     for moment in moments:
         process = TrainerProcess(sweep, folder)
         while '"event": "Step ' not in process.log and not process.has_ended():
@@ -121,6 +162,9 @@ def _goes_on(unbroken: Path, folder: Path, model: Path, kill: signal.Signals, mo
         assert finished.exit_code in (0, -kill, ExitCode.PREEMPTED), finished.log
     finished = train(sweep, folder)
     assert finished.exit_code == 0, finished.log
+    if halved:
+        _assert_halved(folder, unbroken)
+        return
     for name in TRIALS:
         _assert_same(folder / "out" / name, unbroken / "out" / name)
 
@@ -129,11 +173,25 @@ def test_a_sweep_that_is_stopped_goes_on(unbroken: Path, tiny_model: Path, tmp_p
     _goes_on(unbroken, tmp_path, tiny_model, signal.SIGTERM, [0.1])
 
 
+def test_trials_that_fall_behind_are_stopped_and_stay_so(unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+    sweep = _sweep(tmp_path, tiny_model, halving=HALVING)
+    finished = train(sweep, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    _assert_halved(tmp_path, unbroken)
+    assert f"{len(_ends(unbroken))} trials were stopped early" in finished.message
+    again = train(sweep, tmp_path)
+    assert again.exit_code == 0 and '"event": "Step ' not in again.log, "nothing is trained again"
+    _assert_halved(tmp_path, unbroken)
+
+
 @pytest.mark.nightly
+@pytest.mark.parametrize("halved", [False, True], ids=["whole", "halved"])
 @pytest.mark.parametrize("seed", range(8))
-def test_killed_at_random_moments_it_goes_on(seed: int, unbroken: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_goes_on(
+    seed: int, halved: bool, unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     moments = [random.Random(seed * 10 + number).uniform(0, 3) for number in range(3)]
-    _goes_on(unbroken, tmp_path, tiny_model, signal.SIGKILL, moments)
+    _goes_on(unbroken, tmp_path, tiny_model, signal.SIGKILL, moments, halved)
 
 
 def test_trials_that_cannot_share_a_process_are_refused_with_the_field(tiny_model: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class TrainingState:
         value_to_beat: What early stopping compares with.
         evaluations_without_gain: How often in a row it was not beaten.
         evaluation_due: The evaluation at `step` is still to be done.
+        outperformed: Why the run ended at `step`, where it fell behind the other trials of its process.
         tokens: Real tokens trained on, over all ranks; `train_seconds` the time that took.
         loss_since_log: Loss summed over the steps since `last_logged_step`.
     """
@@ -40,6 +41,7 @@ class TrainingState:
     value_to_beat: float | None = None
     evaluations_without_gain: int = 0
     evaluation_due: bool = False
+    outperformed: str = ""
     tokens: int = 0
     train_seconds: float = 0.0
     loss_since_log: float = 0.0

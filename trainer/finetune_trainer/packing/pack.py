@@ -1,7 +1,7 @@
 """What the trials of one process share: data, the base model's weights, and the passes through it."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import ConfigInvalid, WontFit
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.turns import Turns
 from finetune_trainer.planning.memory import selective_budget
 from finetune_trainer.runtime.device import seed
@@ -26,7 +27,7 @@ from finetune_trainer.sharing import Place, Sharing
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-Turn = Turns[Share, torch.Tensor]
+Turn = Turns[Share | AtRung, torch.Tensor | str]
 #: Bytes of a trained weight among those of all places: itself and its gradient, in 16 bits.
 _BYTES_IN_PLACE = 4
 
@@ -161,12 +162,18 @@ class Seat(Sharing):
         place: Its place among those that train at the same time.
         spec: Its spec.
         turn: Gives the turn away while the others come to the same point.
+        rungs: The steps at which it is compared with others.
     """
 
     pack: Pack
     place: int
     spec: FineTuneJobSpec
     turn: Turn
+    rungs: Collection[int] = ()
+
+    @property
+    def halves(self) -> bool:
+        return bool(self.rungs)
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         return self.pack.once(what, make)
@@ -180,6 +187,9 @@ class Seat(Sharing):
         found = self.pack.own(model)
         seed(self.spec.training.seed)
         return found
+
+    def why_stopped(self, step: int, eval_loss: float) -> str:
+        return str(self.turn.wait(AtRung(self.place, step, eval_loss))) if step in self.rungs else ""
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
         self.pack.enter(self.place, model, self.spec)
@@ -196,7 +206,9 @@ class _Place:
     def mean_loss(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor:
         seat = self.seat
         drawn = int(torch.randint(-(2**31), 2**31, ())) if seat.spec.lora.dropout else 0
-        return seat.turn.wait(Share(seat.place, batch, 1 / targets, drawn))
+        loss = seat.turn.wait(Share(seat.place, batch, 1 / targets, drawn))
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
 
 def _of_one(plan: ExecutionPlan, places: int, spec: FineTuneJobSpec) -> ExecutionPlan:

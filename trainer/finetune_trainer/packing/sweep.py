@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune_api.exit_codes import ExitCode
+from finetune_api.exit_codes import OUTPERFORMED, ExitCode
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import TrainerReport
 from finetune_api.sweep import FineTuneSweep
@@ -71,7 +71,8 @@ def run_sweep(
     log = environment.termination_log
     trials = [Trial(name, with_uid(job), Reporter(trial_log(log, name))) for name, job in jobs.items()]
     with reporter.stage("Training", f"Training {len(trials)} trials in one process"):
-        TrialRunner(trials, sweep.spec.parallelism, environment, stop, folder, pages).run()
+        halving = sweep.spec.early_stopping
+        TrialRunner(trials, sweep.spec.parallelism, environment, stop, folder, pages, halving).run()
     conclude(sweep, [(trial.name, trial.reporter.report, trial.failure) for trial in trials], reporter)
 
 
@@ -102,8 +103,10 @@ def conclude(
     for name, failure in failures:
         if failure.exit_code == ExitCode.PREEMPTED:
             raise Preempted(f"{told}; trial {name}: {failure.message}")
+    if stopped := [name for name, report, _ in trials if report.reason == OUTPERFORMED]:
+        told += f", {len(stopped)} {'trial was' if len(stopped) == 1 else 'trials were'} stopped early"
     for name, report, why in trials:
-        if why is None and not report.adapter:  # publish.onlyIf
+        if why is None and not report.adapter and name not in stopped:  # publish.onlyIf
             told += f"; {name}: {report.message}"
     if not published and failures:
         raise NoTrialSucceeded(*failures[0])

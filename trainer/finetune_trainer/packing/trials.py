@@ -1,7 +1,7 @@
 """Run the trials of a sweep in one process: each a whole run, with its own checkpoints, adapter and report."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,13 @@ import torch
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import Adapter
+from finetune_api.sweep import Halving
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.context import RunContext
 from finetune_trainer.engine.packed_pass import Share
-from finetune_trainer.errors import Failure, failure_of
+from finetune_trainer.errors import Failure, Outperformed, failure_of
+from finetune_trainer.evaluation.lockstep import EvaluationAborted
+from finetune_trainer.packing.halving import AtRung, decide, eval_losses
 from finetune_trainer.packing.pack import Pack, Seat, Turn
 from finetune_trainer.packing.turns import Turns
 from finetune_trainer.reporting import logs
@@ -39,12 +42,14 @@ class Trial:
         job: Its FineTuneJob.
         reporter: What is told of it.
         failure: Why it failed; None if it did not, or runs.
+        stopped: Why it was stopped early: it fell behind the others. Empty if it was not.
     """
 
     name: str
     job: FineTuneJob
     reporter: Reporter
     failure: Failure | None = None
+    stopped: str = ""
 
     @property
     def adapter(self) -> Adapter | None:
@@ -62,6 +67,7 @@ class TrialRunner:
         stop: Set when the process is asked to stop.
         folder: The process's scratch folder, with one for each trial.
         pages: What the process serves; each trial adds its own.
+        halving: Stops those that fall behind, if given.
     """
 
     trials: Sequence[Trial]
@@ -70,30 +76,44 @@ class TrialRunner:
     stop: StopFlag
     folder: Path
     pages: dict[str, Page]
+    halving: Halving | None = None
 
     def run(self) -> None:
         """Run all trials to their ends. One that fails takes none along."""
         pack = Pack([trial.job.spec for trial in self.trials], self.at_once)
-        queue, seated = deque(self.trials), dict[int, Turn]()
-        waiting: dict[int, Share] = {}
+        queue, seated = deque(range(len(self.trials))), dict[int, Turn]()
+        number_at: dict[int, int] = {}
+        waiting: dict[int, Share | AtRung] = {}
+        losses: list[dict[int, float]] = [{} for _ in self.trials]
 
-        def resume(place: int, answer: torch.Tensor | BaseException | None = None) -> None:
-            request = seated[place].resume(answer)
+        def resume(place: int, answer: torch.Tensor | str | BaseException | None = None) -> None:
+            request, number = seated[place].resume(answer), number_at[place]
             if request is None:
                 pack.leave(place)
-                del seated[place]
+                del seated[place], number_at[place]
             else:
                 waiting[place] = request
+            if self.halving and (request is None or answer is None):
+                losses[number] |= eval_losses(self._directory(self.trials[number]))
+            if isinstance(request, AtRung):
+                losses[number][request.step] = request.value
 
         while queue or seated:
             while queue and len(seated) < pack.places:
                 place = next(place for place in range(pack.places) if place not in seated)
-                seated[place] = self._turn(pack, place, queue.popleft())
+                number_at[place] = queue.popleft()
+                seated[place] = self._turn(pack, place, self.trials[number_at[place]])
                 resume(place)
-            if not seated:
+            if decided := self._decided(waiting, number_at, losses, pack.places):
+                for place, told in decided.items():
+                    del waiting[place]
+                    resume(place, told)
                 continue
-            shares = [waiting[place] for place in sorted(waiting)]
-            waiting.clear()
+            shares = [each for _, each in sorted(waiting.items()) if isinstance(each, Share)]
+            if not shares:
+                continue
+            for share in shares:
+                del waiting[share.place]
             answers: Sequence[torch.Tensor | BaseException]
             try:
                 answers = pack.run(shares)
@@ -102,13 +122,33 @@ class TrialRunner:
             for share, answer in zip(shares, answers, strict=True):
                 resume(share.place, answer)
 
+    def _decided(
+        self,
+        waiting: Mapping[int, Share | AtRung],
+        number_at: Mapping[int, int],
+        losses: Sequence[Mapping[int, float]],
+        places: int,
+    ) -> dict[int, str | BaseException]:
+        """Return the answers to those that wait at a rung, by their places, as far as they are known."""
+        asking = {number_at[each.place]: each for each in waiting.values() if isinstance(each, AtRung)}
+        if self.halving is None or not asking:
+            return {}
+        if self.stop:  # the others leave before they come there
+            return {each.place: EvaluationAborted() for each in asking.values()}
+        told = decide(asking, losses, set(number_at.values()), places, self.halving)
+        return {asking[number].place: why for number, why in told.items()}
+
     def _turn(self, pack: Pack, place: int, trial: Trial) -> Turn:
-        return Turns(trial.name, lambda turn: self._run_trial(trial, Seat(pack, place, trial.job.spec, turn)))
+        rungs = self.halving.rungs if self.halving else ()
+        return Turns(trial.name, lambda turn: self._run_trial(trial, Seat(pack, place, trial.job.spec, turn, rungs)))
+
+    def _directory(self, trial: Trial) -> RunDirectory:
+        return RunDirectory(self.folder / "trials" / trial.name)
 
     def _run_trial(self, trial: Trial, seat: Seat) -> None:
         structlog.contextvars.bind_contextvars(trial=trial.name)
         settings = Settings(trial.job, self.environment, Ranks())
-        directory = RunDirectory(self.folder / "trials" / trial.name)
+        directory = self._directory(trial)
         telemetry, reporter = Telemetry(), trial.reporter
         reporter.listen(telemetry.update)
         for path, page in pages_of(reporter, telemetry).items():
@@ -120,6 +160,10 @@ class TrialRunner:
                 ctx = RunContext(settings, self.stop, reporter, telemetry, metrics, directory, exit_stack, sharing=seat)
                 run(ctx)
                 log.info(reporter.report.message)
+        except Outperformed as told:
+            trial.stopped = str(told)
+            log.info(trial.stopped)
+            reporter.outperformed(trial.stopped)
         except BaseException as error:
             trial.failure = failure_of(error)
             message = trial.failure.message

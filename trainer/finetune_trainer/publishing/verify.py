@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune_api import constants
 from finetune_api.artifact_manifest import StoreManifest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
@@ -61,6 +62,8 @@ def make_verifier(
 def load_back(output: AdapterOutput, folder: Path) -> StoreManifest:
     """Download an artifact that an earlier attempt published to `folder`, and load it, without a base model.
 
+    What its training measured comes along.
+
     It was compared with the trained model before its manifest was written (publishing.publish). Its bytes are compared
     with that manifest here: they are the bytes that passed.
 
@@ -76,7 +79,8 @@ def load_back(output: AdapterOutput, folder: Path) -> StoreManifest:
     if found is None or artifact is None:
         raise StoreCorrupted(f"{store.field}: {store.root} holds no adapter any more")
     manifest, _ = found
-    _fetch(store, {file.path: file.sha256 for file in manifest.files if file.path in artifact.required_files}, folder)
+    wanted = (*artifact.required_files, constants.METRICS_FILE)
+    _fetch(store, {file.path: file.sha256 for file in manifest.files if file.path in wanted}, folder)
     try:
         artifact.load(folder, str(store.root))
     except StoreCorrupted as error:

@@ -93,6 +93,11 @@ class Reporter:
         self._change(stage="Succeeded", reason=exit_codes.GATE_NOT_PASSED, message=message, candidate=candidate)
         self._write_termination_message()
 
+    def outperformed(self, message: str) -> None:
+        """Report the end of a trial that its sweep has stopped early."""
+        self._change(stage="Succeeded", reason=exit_codes.OUTPERFORMED, message=message)
+        self._write_termination_message()
+
     def finished(self, message: str) -> None:
         """Report the end of a run that makes no adapter."""
         self._change(message=message)

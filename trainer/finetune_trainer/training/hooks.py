@@ -60,6 +60,7 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         upload: Upload,
     ) -> None:
         self.run = run
+        self.run.outperformed = ""  # it trains on
         self.preempted = False
         self.stopped_early = False
         #: Whether the weights are those of a whole number of steps: false while the optimizer works.
@@ -204,7 +205,10 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         self._finite.check(state.global_step)
         with self._throughput.paused():
             try:
-                return self._evaluator.evaluate(self._model)
+                metrics = self._evaluator.evaluate(self._model)
+                if state.global_step < state.max_steps and math.isfinite(loss := metrics["evalLoss"]):
+                    self.run.outperformed = self._ctx.sharing.why_stopped(state.global_step, loss)
+                return metrics
             except EvaluationAborted:
                 self.preempt(state, control)
                 return {}
@@ -230,6 +234,9 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
             metric, patience = evaluation.early_stopping.metric, evaluation.early_stopping.patience
             log.info(f"Stopping early: {metric} has not improved in {patience} evaluations")
             self.stopped_early = control.should_training_stop = control.should_save = True
+
+        if self.run.outperformed:
+            control.should_training_stop = control.should_save = True
 
     def _keep_answers(self) -> None:
         """Write the answers of this evaluation to where they are published from."""

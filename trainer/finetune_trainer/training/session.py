@@ -20,7 +20,7 @@ from finetune_trainer.data.batching import Loader, ProcessBatches, Steps
 from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
-from finetune_trainer.errors import GpuOutOfMemory, Preempted, is_gpu_out_of_memory
+from finetune_trainer.errors import GpuOutOfMemory, Outperformed, Preempted, is_gpu_out_of_memory
 from finetune_trainer.evaluation.baseline_cache import BaselineCache, baseline_depends_on, can_be_kept
 from finetune_trainer.evaluation.evaluator import EvalPrompt, Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
@@ -138,7 +138,8 @@ class TrainingSession:
 
         Raises:
             Preempted: The process was asked to stop, and the checkpoint is safe.
-            Diverged: The loss, a gradient or a weight became NaN or infinite.
+            Outperformed: The run fell behind the other trials of its process, and the checkpoint is safe.
+        Diverged: The loss, a gradient or a weight became NaN or infinite.
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
@@ -166,6 +167,8 @@ class TrainingSession:
                 continue
             if hooks.preempted:
                 raise self._preempted(hooks.run)
+            if hooks.run.outperformed:
+                raise Outperformed(hooks.run.outperformed)
             if trainer.graphs:
                 self.plan = self.plan.model_copy(update={"captured": not trainer.graphs.problem})
                 trainer.graphs.clear()
@@ -181,7 +184,7 @@ class TrainingSession:
             load_adapter_weights(self.model, checkpoint)
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             trainer.evaluate()
-            if hooks.preempted:
+            if hooks.preempted or state.outperformed:
                 return
             state.finished |= hooks.stopped_early
         if checkpoint and state.finished:

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from finetune_api.exit_codes import OUTPERFORMED
 from finetune_api.sweep import Halving
 from finetune_api.sweep_status import ENDED, TrialStatus
 from finetune_operator.core.objects.observed import TrialState
-
-OUTPERFORMED = "Outperformed"
 
 
 def halve(
