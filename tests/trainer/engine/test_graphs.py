@@ -14,6 +14,7 @@ from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine import attention, graphs
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
+from support.trainer import graph_steps
 from support.trainer.varlen import as_in_2_13
 
 LONGEST = 100
@@ -33,7 +34,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def capture(function: Callable[[], None], pool: Any) -> tuple[Graph, str]:
         pools.append(pool)
-        function()  # as a real one, which computes nothing yet
+        with torch.random.fork_rng():
+            function()  # as a real one, which computes and draws nothing yet
         return Graph(function), "pool"
 
     monkeypatch.setattr(graphs, "capture", capture)
@@ -142,6 +144,100 @@ def test_replayed_steps_leave_the_numbers_of_plain_ones_bit_for_bit(
     assert len(captured) >= 2
     assert captured[0] is None and set(captured[1:]) == {"pool"}, "all graphs share the memory of the first"
     assert all(torch.equal(ours, plain) for plain, ours in zip(*found, strict=True))
+
+
+def test_a_training_with_graphs_has_the_numbers_of_one_without(
+    captured: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dropout, 4 bits, 8-bit optimizer state that moves the weights, an evaluation, a resume; as tests/gpu has it."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_in_2_13)
+    model = graph_steps.small_model(tmp_path, "cpu", compiled=False)
+    launched, replayed = (graph_steps.train(model, replayed=replayed, steps=10) for replayed in (False, True))
+    assert replayed.problem is None
+    assert replayed.replayed >= 6, "of 20: weights move twice, and shapes are seen first"
+    assert replayed.equals(launched)
+    printed = capsys.readouterr()
+    assert "CUDA graphs: the first replayed pass is the launched one exactly" in printed.out + printed.err
+
+
+@pytest.mark.parametrize("wrong", ["stale rows", "gradient", "no number", "loss", "no random numbers"])
+def test_the_first_replay_is_compared_with_the_launched_pass(
+    wrong: str, model: Any, captured: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A graph that computes something else is given up before anything is learned from it."""
+    replay = graphs._Pass.replay
+
+    def other(self: Any, batch: Any, targets: torch.Tensor) -> torch.Tensor:
+        before = torch.get_rng_state()
+        if wrong == "stale rows":
+            batch = dict(batch, input_ids=batch["input_ids"].flip(1))
+        found = replay(self, batch, targets)
+        if wrong == "stale rows":
+            self._fill(dict(batch, input_ids=batch["input_ids"].flip(1)), targets)
+        if wrong == "gradient":
+            self._gradients.of_pass[0].mul_(2)
+        if wrong == "no number":
+            self._gradients.of_pass[-1].fill_(float("nan"))
+        if wrong == "no random numbers":
+            torch.set_rng_state(before)
+        return found * 1.1 if wrong == "loss" else found
+
+    def drawing(batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        torch.rand(())
+        return _loss(model)(batch, targets)
+
+    monkeypatch.setattr(graphs._Pass, "replay", other)
+    steps, batch, targets = graphs.StepGraphs(_trained(model), drawing), _batch(20, 31), torch.tensor(50)
+    assert steps.run(batch, targets) is None
+    before = torch.get_rng_state()
+    assert [steps.run(batch, targets) for _ in range(2)] == [None, None]
+    assert len(captured) == 1
+    assert torch.equal(torch.get_rng_state(), before), "the pass that is launched instead draws the same"
+    assert all(each.grad is None for each in _trained(model))
+    printed = capsys.readouterr()
+    told = "draw the random numbers" if wrong == "no random numbers" else "differs from the launched one: loss"
+    assert steps.problem is not None and told in steps.problem
+    assert f"CUDA graphs disabled, launching each kernel (slower): {steps.problem}" in printed.out + printed.err
+
+
+def test_a_pass_without_targets_proves_nothing(
+    model: Any, captured: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, targets = graphs.StepGraphs(_trained(model), _loss(model)), torch.tensor(50)
+    for lengths in ((), (), ()):
+        steps.run(_batch(*lengths), targets)
+    assert "first replayed pass" not in capsys.readouterr().out
+    for _ in range(2):
+        steps.run(_batch(20, 31), targets)
+    assert "first replayed pass is the launched one exactly" in capsys.readouterr().out
+
+
+def test_a_pass_that_is_no_number_is_left_to_training_to_tell(model: Any, captured: list[Any]) -> None:
+    steps = graphs.StepGraphs(_trained(model), lambda batch, targets: _loss(model)(batch, targets) * float("nan"))
+    batch, targets = _batch(20, 31), torch.tensor(50)
+    losses = [steps.run(batch, targets) for _ in range(3)]
+    assert steps.problem is None
+    assert losses[2] is not None and losses[2].isnan()
+
+
+def test_gradients_of_an_adapter_that_only_some_passes_use_are_added(model: Any, captured: list[Any]) -> None:
+    """The second shape of a step uses what the first has not: what the first has found stays."""
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def loss(batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        both = first if len(batch["x"]) == 3 else second
+        return (both * batch["x"][:3]).sum()
+
+    steps = graphs.StepGraphs([first, second], loss)
+    batches = [{"x": torch.arange(3.0)}, {"x": torch.arange(4.0)}, {"x": torch.arange(3.0) + 1}]
+    for _ in range(2):
+        for batch in batches[:2]:
+            steps.run(batch, torch.tensor(1))
+    first.grad = second.grad = None
+    for batch in (batches[0], batches[2], batches[1]):
+        assert steps.run(batch, torch.tensor(1)) is not None
+    assert torch.equal(first.grad, batches[0]["x"] + batches[2]["x"])
+    assert torch.equal(second.grad, torch.arange(3.0))
 
 
 def test_weights_that_moved_are_captured_again(model: Any, captured: list[Any]) -> None:

@@ -16,11 +16,13 @@ from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.evaluation import baseline_cache
 from finetune_trainer.evaluation.baseline_cache import (
     BaselineCache,
+    _sha256,
     baseline_depends_on,
     can_be_kept,
     digest_of_weights,
 )
 from finetune_trainer.evaluation.evaluator import EvalPrompt
+from finetune_trainer.stores import fsync
 
 METRICS = {"evalLoss": 1.5, "accuracy": 0.25, "confusion.0.1": 3.0}
 SPEC: dict[str, Any] = {
@@ -41,6 +43,12 @@ def model(tiny_model: Path) -> Any:
     return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def _forged(kept: dict[str, Any], **metrics: Any) -> dict[str, Any]:
+    """As whoever may write to the cache can: with a digest that is right."""
+    changed = kept["metrics"] | metrics
+    return kept | {"metrics": changed, "sha256": _sha256(changed)}
+
+
 def test_what_was_kept_is_found_by_the_same_job_alone(tmp_path: Path) -> None:
     BaselineCache(tmp_path / "new", {"a": 1, "b": [2]}).keep(METRICS)
     assert BaselineCache(tmp_path / "new", {"b": [2], "a": 1}).find() == METRICS
@@ -53,9 +61,13 @@ def test_what_was_kept_is_found_by_the_same_job_alone(tmp_path: Path) -> None:
     [
         lambda kept: kept["metrics"].update(accuracy=0.5) or kept,
         lambda kept: kept["dependsOn"].update(a=2) or kept,
-        lambda kept: kept | {"metrics": {}, "sha256": baseline_cache._sha256({})},
-        lambda kept: kept | {"metrics": {"evalLoss": "x"}, "sha256": baseline_cache._sha256({"evalLoss": "x"})},
-        lambda kept: kept | {"metrics": {"a": float("nan")}, "sha256": baseline_cache._sha256({"a": float("nan")})},
+        lambda kept: kept | {"metrics": {}, "sha256": _sha256({})},
+        lambda kept: kept | {"metrics": {"evalLoss": "x"}, "sha256": _sha256({"evalLoss": "x"})},
+        lambda kept: _forged(kept, evalLoss=float("nan")),
+        lambda kept: _forged(kept, accuracy=1),
+        lambda kept: _forged(kept, **{"wanted\nname": 1.0}),
+        lambda kept: _forged(kept, candidatesTrained=1.0),
+        lambda kept: (metrics := {"accuracy": 1.0}) and kept | {"metrics": metrics, "sha256": _sha256(metrics)},
         lambda kept: {key: each for key, each in kept.items() if key != "sha256"},
         lambda kept: [kept],
         lambda kept: "[" * 50_000,
@@ -84,6 +96,22 @@ def test_links_and_pipes_are_not_read_and_a_cache_that_cannot_be_written_stops_n
     assert kept.find() is None
     (tmp_path / "file").write_text("")
     BaselineCache(tmp_path / "file", {"a": 1}).keep(METRICS)
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind_and_other_users_may_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = BaselineCache(tmp_path, {"a": 1})
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fsync, "replace", full)
+        kept.keep(METRICS)
+    assert list(tmp_path.iterdir()) == []
+    kept.keep(METRICS)
+    assert kept.file.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("place", [0, 1, 4097, -1])
@@ -145,6 +173,30 @@ def test_rows_settings_and_versions_count_and_what_only_training_reads_does_not(
     assert all(depends_on(model, tiny_model, **other) == usual for other in same)
     monkeypatch.setattr(baseline_cache, "code_version", lambda: "another")
     assert depends_on(model, tiny_model) != usual
+
+
+def test_a_model_that_does_something_else_with_its_weights_is_another(model: Any, tiny_model: Path) -> None:
+    """One whose files were copied, and a setting in config.json changed: no number in memory tells."""
+    usual, config = depends_on(model, tiny_model), model.config
+    for name, other in (("rms_norm_eps", 1e-3), ("sliding_window", 7), ("hidden_act", "gelu")):
+        before = getattr(config, name)
+        setattr(config, name, other)
+        assert depends_on(model, tiny_model) != usual, name
+        setattr(config, name, before)
+    config._name_or_path, before = "/elsewhere", config._name_or_path
+    assert depends_on(model, tiny_model) == usual
+    config._name_or_path = before
+
+
+def test_biases_of_the_base_count_though_they_train() -> None:
+    """lora.bias: all. What the adapter adds to the base does not count: it begins with nothing."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], bias="all"))
+    before = digest_of_weights(model)
+    model.base_model.model[0].lora_A["default"].weight.data += 1
+    assert digest_of_weights(model) == before
+    model.base_model.model[0].base_layer.bias.data += 1
+    assert digest_of_weights(model) != before
 
 
 def test_what_cannot_be_told_apart_is_not_kept() -> None:

@@ -5,6 +5,7 @@ import random
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_an_answer_ends_at_its_first_object_or_end_token(tokenizer: Any) -> None
         decoding._extended(
             (answer := []), row, tokenizer.eos_token_id, AnswerGenerator(tokenizer, longest)._is_complete
         )
-        and tokenizer.decode(answer)
+        and tokenizer.decode(answer, skip_special_tokens=True)
         for row in ends
     ]
     assert found == ['a {"label": 1}', "no object at all", '{"open": [], "label": 1}']
@@ -111,6 +112,51 @@ def test_wrong_tokens_are_noticed_and_generated_anew(tokenizer: Any, monkeypatch
     found, expected, log = both(build("llama"), tokenizer)
     assert found == expected
     assert "its tokens are not those of a plain pass" in log[0]
+
+
+def test_answers_that_end_at_once_are_checked_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are over after their first token: that one was still the model's choice, or was not."""
+    model, ids = build("llama"), prompts(3)
+    shortest = min(ids, key=len)
+    with torch.no_grad():
+        end = int(model(input_ids=torch.tensor([shortest])).logits[0, -1].argmax())
+        run = {"pad": 0, "is_complete": lambda _: False, "interrupted": never}
+        assert decoding.decode(model, [shortest], 8, end=end, **run) == [[]]
+        assert decoding.decode(model, [[*shortest[:2], end, *shortest[2:]]], 1, end=2, **run)[0], "an end in the prompt"
+        monkeypatch.setattr(decoding, "_run", lambda model, state, *_: [[(end + 1) % 400]])
+        with pytest.raises(fixed_cache.DecodingUnsupported, match="its tokens are not those of a plain pass"):
+            decoding.decode(model, [shortest], 8, end=(end + 1) % 400, **run)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("full")])
+def test_a_step_that_cannot_be_captured_leaves_the_capture(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch's random generators refuse to draw, and training goes on, on the stream of the capture."""
+    left: list[bool] = []
+
+    def refused(step: Any, pool: Any = None) -> Any:
+        raise failure
+
+    def step() -> None: ...
+
+    monkeypatch.setattr(decoding, "capture", refused)
+    monkeypatch.setattr(decoding, "leave_capture", lambda: left.append(True))
+    if isinstance(failure, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            decoding._captured(step, torch.device("cuda"))
+    else:
+        assert decoding._captured(step, torch.device("cuda")) is step
+    assert left == [True]
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 9), (torch.bfloat16, 19)])
+def test_rows_that_fit_are_counted_in_the_type_of_the_keys(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model("llama", **SIZES)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=config)
+    of_a_row = 2 * 2 * 2 * 16 * 64  # keys and values, layers, heads, their size, tokens
+    monkeypatch.setattr(decoding, "free", lambda device: int(of_a_row * 4 * 9.9 / decoding._MEMORY_SHARE))
+    assert decoding.rows_that_fit(model, 40, 20, 1000) == rows
 
 
 def test_a_stop_ends_all_answers_at_the_next_look(tokenizer: Any) -> None:

@@ -5,8 +5,8 @@ A pass of few tokens, or of a small model, takes the GPU less time than Python n
 the pass that was captured. Weights are read where they lie, and random generators go on as without.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import suppress
 from typing import Any, Final
 
 import structlog
@@ -14,11 +14,17 @@ import torch
 
 from finetune_trainer.engine.flat import flattened
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.runtime.cuda_graphs import capture, leave_capture
 from finetune_trainer.runtime.peak_memory import reserved, set_aside
+from finetune_trainer.runtime.rng import RngState
 
 log = structlog.get_logger(__name__)
 #: Beyond so many shapes a pass runs as ever: each graph takes host memory and a second to capture.
 _MOST_GRAPHS: Final = 128
+#: What a replayed pass may differ by from the launched one, as a part of the loss and of the gradient's norm: kernels
+#: may add in any order.
+TOLERANCE: Final = 1e-2
+_TINY: Final = 1e-30
 
 #: Returns the loss of a micro-batch on the device; a device scalar holds the targets of the whole step.
 Loss = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
@@ -28,7 +34,8 @@ class StepGraphs:
     """Replays the passes of micro-batches, one graph for each shape.
 
     The first pass of a shape is left to the caller: it compiles, tunes and loads whatever it needs. The second is
-    captured, and all passes from then on are replayed. Where a capture fails, everything is left to the caller.
+    captured, and all passes from then on are replayed. The first replay is compared with the same pass launched. Where
+    that differs, or a capture fails, everything is left to the caller.
 
     Attributes:
         problem: Why nothing is captured anymore; None while all is well.
@@ -44,6 +51,7 @@ class StepGraphs:
         self._gradients: _Gradients | None = None
         self._pool: Any = None
         self._held = 0  # bytes
+        self._compared = False
 
     def run(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor | None:
         """Return the loss of `batch`, with its gradient added to the parameters'; None if the caller must compute it.
@@ -68,7 +76,9 @@ class StepGraphs:
             if found is None:
                 return None
             self._graphs[key] = found
-        loss = found.replay(batch, targets)
+        loss = found.replay(batch, targets) if self._compared else self._first_replay(found, batch, targets)
+        if loss is None:
+            return None
         assert self._gradients is not None
         self._gradients.hand_over(found.used)
         return loss
@@ -79,6 +89,7 @@ class StepGraphs:
         self._seen.clear()
         self._gradients = self._pool = None
         self._held = 0
+        self._compared = False
         set_aside(0)
 
     def _captured(self, batch: Mapping[str, Any], targets: torch.Tensor) -> "_Pass | None":
@@ -92,12 +103,39 @@ class StepGraphs:
             set_aside(self._held)
         except Exception as error:
             first = error.__context__  # what ended the capture; torch then complains that it ended
-            self.problem = type_and_reason(first if isinstance(first, Exception) else error)
-            log.warning(f"CUDA graphs disabled, launching each kernel (slower): {self.problem}")
-            self.clear()
-            _leave_capture()
+            self._give_up(type_and_reason(first if isinstance(first, Exception) else error))
+            leave_capture()
             return None
         return found
+
+    def _first_replay(self, found: "_Pass", batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor | None:
+        """Return the loss as `found` replays it; None, with nothing drawn or added, if launched kernels differ."""
+        before = RngState.now()
+        replayed = found.replay(batch, targets)
+        drawn = RngState.now()
+        before.restore()
+        loss, norm, difference = found.launch()
+        if not math.isfinite(float(loss) + norm) or not norm:  # nothing to compare: the next pass may have more
+            return replayed
+        off = float((replayed - loss).abs() / loss.abs().clamp(min=_TINY)), difference / norm
+        problem = None
+        if not all(each <= TOLERANCE for each in off):  # nor NaN
+            problem = f"a replayed pass differs from the launched one: loss {off[0]:.1%}, gradient {off[1]:.1%}"
+        elif not drawn.same(RngState.now()):
+            problem = "a replayed pass does not draw the random numbers of the launched one"
+        if problem:
+            before.restore()
+            self._give_up(problem)
+            return None
+        self._compared = True
+        told = f"within {max(off):.2g}" if any(off) else "exactly"
+        log.info(f"CUDA graphs: the first replayed pass is the launched one {told}")
+        return replayed
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        log.warning(f"CUDA graphs disabled, launching each kernel (slower): {problem}")
+        self.clear()
 
 
 class _Gradients:
@@ -120,7 +158,7 @@ class _Gradients:
     def hand_over(self, used: list[int]) -> None:
         """Add the gradients of the pass to those of the step."""
         members = [self._parameters[place] for place in used]
-        if all(each.grad is None for each in members):
+        if all(each.grad is None for each in self._parameters):
             for of_pass, of_step in self._flat:
                 of_step.copy_(of_pass)
             for place, each in zip(used, members, strict=True):
@@ -166,33 +204,28 @@ class _Pass:
                 self._batch[name].copy_(each, non_blocking=True)
         self._targets.copy_(targets)
 
-    def _run(self) -> None:
-        parameters = self._gradients._parameters
+    def launch(self) -> tuple[torch.Tensor, float, float]:
+        """Launch the pass that was replayed last once more.
+
+        Returns:
+            Its loss, the norm of its gradient, and the norm of what the replay's gradient differs by.
+        """
+        loss, found = self._computed()
+        differences = torch._foreach_sub([self._gradients.of_pass[place] for place in found], list(found.values()))
+        norms = [torch.stack(torch._foreach_norm(each)).norm() for each in (list(found.values()), differences)]
+        return loss.detach(), float(norms[0]), float(norms[1])
+
+    def _computed(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Return the loss, and by their places the gradients of the parameters that it depends on."""
         loss = self._compute_loss(dict(self._batch), self._targets)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        self.used = [place for place, each in enumerate(found) if each is not None]
-        torch._foreach_copy_([self._gradients.of_pass[place] for place in self.used], [found[p] for p in self.used])
+        found = torch.autograd.grad(loss, self._gradients._parameters, allow_unused=True)
+        return loss, {place: each for place, each in enumerate(found) if each is not None}
+
+    def _run(self) -> None:
+        loss, found = self._computed()
+        self.used = list(found)
+        torch._foreach_copy_([self._gradients.of_pass[place] for place in found], list(found.values()))
         self._loss.copy_(loss.detach())
-
-
-def capture(function: Callable[[], None], pool: Any) -> tuple[Any, Any]:
-    """Capture what `function` launches; return the graph, and the pool of its memory."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    try:  # other threads may do as they like meanwhile: they pin memory, and watch over messages of several ranks
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
-    finally:
-        torch.cuda.set_stream(stream)  # torch leaves its own in place when it cannot end a capture
-    return graph, graph.pool()
-
-
-def _leave_capture() -> None:
-    """Let the random generators leave a capture that CUDA ended: else they refuse to draw from then on."""
-    with suppress(Exception):
-        torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros((), device="cuda")
 
 
 def _kind(item: tuple[str, Any]) -> Hashable:

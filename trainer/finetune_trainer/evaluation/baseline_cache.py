@@ -24,6 +24,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.checkpoints.fingerprint import digest_of
 from finetune_trainer.data.dataset import TokenizedDataset
+from finetune_trainer.stores import fsync
 
 log = structlog.get_logger(__name__)
 #: Bytes of the largest file that is read: others may write to the cache.
@@ -35,6 +36,11 @@ _STEP: Final = 0x9E3779B97F4A7C15 - 2**64
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 #: What of a plan is no way to compute.
 _TOLD_ONLY: Final = {"predictedPeakMemoryBytes", "measuredPeakMemoryBytes"}
+#: What of a configuration says where it is from.
+_FROM: Final = ("_name_or_path", "_commit_hash", "transformers_version")
+#: What an evaluation measures, besides counts: others may write to the cache, but not what they like into a status.
+_NAMES: Final = {"evalLoss", "accuracy", "precision", "recall", "f1", "validJson"}
+_COUNTS: Final = "confusion."
 
 
 class BaselineCache:
@@ -57,7 +63,7 @@ class BaselineCache:
                 kept = json.loads(opened.read(_LARGEST))
             metrics = kept["metrics"]
             whole = kept["sha256"] == _sha256(metrics) and kept["dependsOn"] == self._depends_on
-            if whole and metrics and all(isinstance(each, float) and math.isfinite(each) for each in metrics.values()):
+            if whole and "evalLoss" in metrics and all(map(_is_metric, metrics.items())):
                 return dict(metrics)
         except FileNotFoundError:
             return None
@@ -72,9 +78,14 @@ class BaselineCache:
         kept = {"dependsOn": self._depends_on, "metrics": values, "sha256": _sha256(values)}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as written:
-                json.dump(kept, written)
-            Path(written.name).replace(self.file)
+            descriptor, name = tempfile.mkstemp(dir=self.file.parent)
+            try:
+                with os.fdopen(descriptor, "w") as written:
+                    os.fchmod(descriptor, 0o644)  # pods of other users share the cache
+                    json.dump(kept, written)
+                fsync.replace(Path(name), self.file)
+            finally:
+                Path(name).unlink(missing_ok=True)
         except OSError as error:
             log.warning(f"The base model's metrics are not kept for other jobs: {error}")
 
@@ -108,6 +119,7 @@ def baseline_depends_on(
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     return {
         "weights": digest_of_weights(model),
+        "config": _configuration(model.config),
         "tokenizer": _sha256([_vocabulary(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id]),
         "rows": digest_of(rows),
         "prompts": _sha256([[each.prompt, str(each.label)] for each in prompts]),
@@ -122,9 +134,10 @@ def baseline_depends_on(
 
 
 def digest_of_weights(model: Any) -> str:
-    """Return a digest of the frozen weights and buffers of `model`, by name, computed where they lie."""
+    """Return a digest of the weights and buffers of `model` without its adapter, by name, computed where they lie."""
     found = hashlib.sha256()
-    frozen = [(name, each) for name, each in model.named_parameters() if not each.requires_grad]
+    adapter = {name for name, each in model.named_parameters() if each.requires_grad and ".lora_" in name}
+    frozen = [(name, each) for name, each in model.named_parameters() if name not in adapter]  # trained biases too
     for name, tensor in [*frozen, *model.named_buffers()]:
         state: Any = getattr(tensor, "quant_state", None)
         states = state.as_dict() if state else {}
@@ -146,6 +159,17 @@ def _sums(tensor: torch.Tensor) -> list[int]:
         totals[0] += int(part.sum())
         totals[1] += int((part * (2 * places * _STEP + 1)).sum())
     return [each % 2**64 for each in totals]
+
+
+def _configuration(config: Any) -> str:
+    """Return a digest of what a model does with its weights: its norms' epsilon, scales, caps, experts of a token."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return _sha256({name: value for name, value in values.items() if name not in _FROM})
+
+
+def _is_metric(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return (name in _NAMES or name.startswith(_COUNTS)) and isinstance(value, float) and math.isfinite(value)
 
 
 def _vocabulary(tokenizer: Any) -> Any:

@@ -18,6 +18,7 @@ from finetune_trainer.errors import type_and_reason
 from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache, serving
 from finetune_trainer.evaluation.fused_modules import fused, kernels
 from finetune_trainer.model.architecture import head_dim
+from finetune_trainer.runtime.cuda_graphs import capture, leave_capture
 from finetune_trainer.runtime.peak_memory import free
 
 log = structlog.get_logger(__name__)
@@ -67,8 +68,9 @@ def rows_that_fit(model: Any, longest: int, max_new_tokens: int, rows: int) -> i
     if model.device.type != "cuda":
         return rows
     text = model.config.get_text_config()
+    kept = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = 2 * text.num_hidden_layers * heads * head_dim(text) * 2 * _length(longest, max_new_tokens)
+    size = 2 * text.num_hidden_layers * heads * head_dim(text) * kept.itemsize * _length(longest, max_new_tokens)
     return max(1, min(rows, int(free(model.device) * _MEMORY_SHARE / size)))
 
 
@@ -107,7 +109,7 @@ def decode(
     shortest = min(range(len(prompts)), key=lambda row: len(prompts[row]))
     if problem := _problem(model, prompts[shortest], answers[shortest]):
         raise DecodingUnsupported(problem)
-    return answers
+    return [answer[:-1] if answer[-1] == end else answer for answer in answers]
 
 
 def _length(longest: int, max_new_tokens: int) -> int:
@@ -208,12 +210,10 @@ def _run(
 
 
 def _extended(answer: list[int], new: Sequence[int], end: int, is_complete: Callable[[Sequence[int]], bool]) -> bool:
-    """Add tokens to `answer` until it ends; return whether it did."""
+    """Add tokens to `answer` until it ends, `end` included; return whether it did."""
     for token in new:
-        if token == end:
-            return True
         answer.append(token)
-        if is_complete(answer):
+        if token == end or is_complete(answer):
             return True
     return False
 
@@ -222,32 +222,28 @@ def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], No
     """Return `step` as one CUDA graph; as it is where it cannot be captured, or there is no GPU."""
     if device.type != "cuda":
         return step
-    graph = torch.cuda.CUDAGraph()
+    # Casts that autocast keeps for later would lie in the graph's own memory.
+    uncached = torch.autocast(
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
     try:
-        # Casts that autocast keeps for later would lie in the graph's own memory.
-        with (
-            torch.cuda.graph(graph),
-            torch.autocast(
-                device.type,
-                dtype=torch.get_autocast_dtype(device.type),
-                enabled=torch.is_autocast_enabled(device.type),
-                cache_enabled=False,
-            ),
-        ):
-            step()
-    except torch.OutOfMemoryError:
-        raise
+        with uncached:
+            graph, _ = capture(step)
     except Exception as error:
+        leave_capture()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         log.warning(f"Answers are generated without a CUDA graph, which is slower: {type_and_reason(error)}")
-        torch.cuda.synchronize(device)
         return step
-    return graph.replay
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def _problem(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> str | None:
     """Return where a plain forward pass over a whole row finds other tokens than `answer`, None if it does not."""
-    if not answer:
-        return None
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(prompt) - 1 : -1]
     chosen = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0].float()

@@ -30,3 +30,8 @@ class RngState:
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu)
+
+    def same(self, other: "RngState") -> bool:
+        """Return whether PyTorch's generators are in the same states in `other`."""
+        gpus = [each.gpu for each in (self, other) if each.gpu is not None]
+        return torch.equal(self.cpu, other.cpu) and (len(gpus) < 2 or torch.equal(*gpus))
