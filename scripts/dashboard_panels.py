@@ -160,10 +160,32 @@ FLEET = Dashboard(
                   "table", 24, columns={"Done": "percentunit", "Loss": _LOSS, "Held-out": _LOSS, "Tokens/s": _TOKENS},
                   links={"Job": _TO_JOB}),
         ),
-        "Attention": (
+        "Use and cost": (
             Panel("GPU hours by namespace", "GPUs held, summed over the hour before each moment.", "h",
                   {"{{namespace}}": "sum by (namespace) (sum_over_time("
-                                    f"finetune_operator_gpus_allocated{{{_NS}}}[1h:30s])) / 120"}, stack=True),
+                                    f"finetune_operator_gpus_allocated{{{_NS}}}[1h:30s])) / 120"}, width=6, stack=True),
+            Panel("GPU hours by label", "Of the attempts that ended in the hour before each moment, by the value of the"
+                  " jobs' label that costs.label names.", "h",
+                  {"{{cost_label}}": "sum by (cost_label) (increase("
+                                     f"finetune_operator_gpu_seconds_total{{{_NS}}}[1h])) / 3600"}, width=6, stack=True),
+            Panel("Cost by namespace", "Of the attempts that ended in the hour before each moment, on GPUs to which"
+                  " costs.gpuPrices gives a price.", "short",
+                  {"{{namespace}} {{currency}}": "sum by (namespace, currency) (increase("
+                                                 f"finetune_operator_gpu_cost_total{{{_NS}}}[1h]))"},
+                  width=6, stack=True),
+            Panel("Cost by label", "The same, by the value of the jobs' label that costs.label names.", "short",
+                  {"{{cost_label}} {{currency}}": "sum by (cost_label, currency) (increase("
+                                                  f"finetune_operator_gpu_cost_total{{{_NS}}}[1h]))"},
+                  width=6, stack=True),
+            Panel("Use and cost by namespace and label", "Of the attempts that ended within the time range shown.",
+                  "short",
+                  {"GPU hours": "sum by (namespace, cost_label) (increase("
+                                f"finetune_operator_gpu_seconds_total{{{_NS}}}[$__range])) / 3600",
+                   "Cost": "sum by (namespace, cost_label, currency) (increase("
+                           f"finetune_operator_gpu_cost_total{{{_NS}}}[$__range]))"},
+                  "table", 24, columns={"GPU hours": "h"}),
+        ),
+        "Attention": (
             Panel("Idle GPUs", "GPUs of trainers on which kernels ran for less than 5 % of the last ten minutes.",
                   "short",
                   {"{{namespace}}": "count by (namespace) (max by (namespace, pod, gpu) (avg_over_time("

@@ -14,6 +14,8 @@ from dashboard_panels import FLEET, JOB, SWEEP, Dashboard, Panel
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
 COLUMNS = 24
+#: Label -> title of its column.
+_TITLES = {"name": "Job", "trial": "Trial", "cost_label": "Label", "currency": "Currency"}
 Json = dict[str, Any]
 
 
@@ -154,7 +156,7 @@ def _join(panel: Panel) -> list[Json]:
         {"id": "merge", "options": {}},
         {
             "id": "organize",
-            "options": {"excludeByName": hidden, "renameByName": letters | {"name": "Job", "trial": "Trial"}},
+            "options": {"excludeByName": hidden, "renameByName": letters | _TITLES},
         },
     ]
 

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,16 @@ def operator() -> list[Metric]:
     """Return the operator's metrics. Its gauges are read through Operator's own wiring, over empty parts."""
     from finetune_api.status import Progress
     from finetune_operator.core.objects.kinds import ObjectKey
+    from finetune_operator.core.objects.observed import JobObject, TrialState
     from finetune_operator.main import Operator
     from finetune_operator.observability.job_metrics import JobMetrics
     from finetune_operator.observability.metrics import Metrics
 
     metrics = Metrics()
-    job: Any = SimpleNamespace(namespace="", name="", phase="Pending", gpus=0, attempts=0, waiting_since=None)
-    job.trial, job.version = SimpleNamespace(sweep="", step=0, eval_loss=1.0), 1
-    JobMetrics(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry)
+    usage = {"gpuHours": 1, "cost": 1, "currency": "USD"}
+    found = JobObject.from_api({"metadata": {}, "status": {"phase": "Pending", "usage": usage}})
+    job = replace(found, trial=TrialState("", "", False, False, "", "", 0, 1.0, {}, ""))
+    JobMetrics(lambda: [job], 1, lambda: datetime.now(UTC), metrics.registry, "USD")
     progress = Progress(step=1, total_steps=1, percent=1.0, loss=1.0, eval_loss=1.0, tokens_per_second=1.0)
     parts: Any = SimpleNamespace(
         queue=SimpleNamespace(depth=0, delayed=0, longest_wait_seconds=lambda: 0.0),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_api import constants
 from finetune_cli.errors import CliError
 from finetune_cli.output import formatting
 from finetune_trainer.planning import speed
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Of every job: the image is there, the weights are cached; loading, compiling, publishing and verifying.
 START_SECONDS = 90
-#: Node label of NVIDIA's GPU feature discovery.
-_LABEL = "nvidia.com/gpu.product"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def gpu_of(job: FineTuneJob, asked: str | None) -> str | None:
     if asked is not None:
         memory_of(asked)
         return speed.known_gpu(asked)
-    label = (job.spec.resources.node_selector or {}).get(_LABEL)
+    label = (job.spec.resources.node_selector or {}).get(constants.LABEL_GPU_PRODUCT)
     return speed.known_gpu(label) if label else None
 
 

@@ -20,6 +20,8 @@ LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 ANNOTATION_MANIFEST: Final = f"{GROUP}/manifest"
 ANNOTATION_REVISION: Final = f"{GROUP}/spec-revision"
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+#: Of nodes, by NVIDIA's GPU feature discovery: the GPU's name with dashes for its spaces.
+LABEL_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
 LABEL_KUEUE_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 LABEL_KUEUE_PRIORITY: Final = "kueue.x-k8s.io/priority-class"
 

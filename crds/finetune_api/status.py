@@ -59,6 +59,9 @@ def _cut_to(length: int) -> BeforeValidator:
     return BeforeValidator(lambda value: value[:length] if isinstance(value, str) else value)
 
 
+Gpu = Annotated[str, Field(max_length=63), _cut_to(63)]
+
+
 class StatusModel(ApiModel):
     """Written by our own code and read back over versions: unknown fields are skipped, times are parsed."""
 
@@ -213,6 +216,8 @@ class Attempt(StatusModel):
     """The trainer's exit code."""
     node: Annotated[str, Field(max_length=253)] | None = None
     """Node of the pod that explains how it ended."""
+    gpu: Gpu | None = None
+    """GPU that it runs on: the node label nvidia.com/gpu.product that it requires, else as its trainer sees it."""
     started_at: Time | None = None
     """When its first pod started; until then, when the Job was created."""
     finished_at: Time | None = None
@@ -248,6 +253,23 @@ class EarlierAttempts(StatusModel):
     """Seconds in which their pods ran."""
 
 
+MAX_USAGE = 1e12
+_Amount = Annotated[float, Field(ge=0, le=MAX_USAGE)]
+
+
+class Usage(StatusModel):
+    """What the attempts that have ended used."""
+
+    gpu_hours: _Amount = 0.0
+    """GPUs multiplied by the hours that their pods ran."""
+    cost: _Amount | None = None
+    """Price of priced_gpu_hours, each attempt's at the price in force when it ended; absent where none has a price."""
+    currency: Annotated[str, Field(max_length=16)] | None = None
+    """Currency of cost, as the administrator names it."""
+    priced_gpu_hours: _Amount | None = None
+    """The part of gpuHours that cost covers: the administrator gave a price for those GPUs."""
+
+
 class FineTuneJobStatus(StatusModel):
     """Where the job stands and why."""
 
@@ -269,6 +291,8 @@ class FineTuneJobStatus(StatusModel):
     """The attempts so far, oldest first; of those that do not count as failures, the latest."""
     earlier_attempts: EarlierAttempts | None = None
     """Attempts that are no longer listed."""
+    usage: Usage | None = None
+    """What the attempts that have ended used."""
     metrics: Metrics | None = None
     """Final values (trainLoss, evalLoss, accuracy, …; the same with Before: ahead of training). Kept for good."""
     adapter: Adapter | None = None
@@ -328,3 +352,5 @@ class TrainerReport(StatusModel):
     """What was made of it besides, and what failed."""
     resumed_from: Resumption | None = None
     """Once the checkpoint to go on from is chosen."""
+    gpu: Gpu | None = None
+    """Once the GPU is taken: its name, with dashes for spaces."""

@@ -16,7 +16,8 @@ from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 
 from finetune_api.status import Progress
-from finetune_operator.core.controllers import REGISTRY, Registry
+from finetune_operator.core import controllers
+from finetune_operator.core.controllers import Registry
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.objects.raw import Raw
@@ -58,7 +59,7 @@ class Operator:
         connection: How to reach the API server.
         metrics: Counters and the registry of /metrics.
         clock: The time of day; None makes one.
-        registry: The controllers to run.
+        registry: The controllers to run; None takes the operator's own.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Operator:
         connection: Connection,
         metrics: Metrics,
         clock: Clock | None = None,
-        registry: Registry = REGISTRY,
+        registry: Registry | None = None,
     ) -> None:
+        registry = registry or controllers.registry(settings.cost_label)
         self.settings, self.connection, self.metrics, self.registry = settings, connection, metrics, registry
         self.session = connection.session()
         host, timeout = connection.configuration.host, settings.request_timeout_seconds
@@ -84,7 +86,11 @@ class Operator:
         )
         self.recorder = EventRecorder(self.client, metrics, lambda: self.queue.depth > 0)
         job_metrics = JobMetrics(
-            lambda: self.cache.owners(JobObject), settings.job_metrics_limit, self.clock, metrics.registry
+            lambda: self.cache.owners(JobObject),
+            settings.job_metrics_limit,
+            self.clock,
+            metrics.registry,
+            settings.currency if settings.gpu_prices else None,
         )
         self.reconciler = Reconciler(
             self.client,

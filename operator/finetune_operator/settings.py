@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     max_gpus_per_job_by_namespace: dict[str, Annotated[int, Field(ge=0)]] = {}
     """The same for single namespaces, instead of the general limit."""
 
+    # What it costs
+    gpu_prices: dict[str, Annotated[float, Field(ge=0, le=1_000_000)]] = {}
+    """Price of an hour of one GPU by its type: the node label nvidia.com/gpu.product. Other types have no price."""
+    currency: Annotated[str, Field(min_length=1, max_length=16)] = "USD"
+    """Currency of gpu_prices, as text to show."""
+
     # How it is watched
     http_host: str = "0.0.0.0"  # noqa: S104 -- the kubelet and Prometheus come from outside the pod
     """Address of /healthz, /readyz and /metrics."""
@@ -107,6 +113,8 @@ class Settings(BaseSettings):
     """Seconds that a job may wait for a worker, or a reconcile may run, before /healthz fails and the pod restarts."""
     job_metrics_limit: Annotated[int, Field(ge=0)] = 200
     """Number of running jobs, and of finished ones, with gauges of their own (loss, step); further jobs get none."""
+    cost_label: Annotated[str, Field(max_length=317)] = ""
+    """Label of FineTuneJobs, such as team, by which GPU time and cost are summed besides the namespace. Empty: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
 

@@ -112,7 +112,7 @@ def test_the_dashboards_link_to_each_other() -> None:
 
 
 def test_a_job_of_the_fleet_opens_its_own_dashboard() -> None:
-    (table,) = (panel for panel in panels(load("fleet")) if panel["type"] == "table")
+    (table,) = (panel for panel in panels(load("fleet")) if panel["title"] == "Jobs")
     (link,) = own(table, "links")["Job"]
     assert link["url"].startswith(f"/d/{load('job')['uid']}?var-namespace=${{__data.fields.namespace}}&var-job=")
     names = {variable["name"] for variable in load("job")["templating"]["list"]}

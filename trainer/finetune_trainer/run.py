@@ -49,6 +49,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 4. Import torch, join the process group, check the GPUs that the spec asks for.
         device = start_runtime(spec, ranks, settings.environment.node)
+        ctx.report.gpu(device.name)
         from finetune_trainer import steps
 
         steps.set_compile_cache(settings.environment.compile_cache)

@@ -18,6 +18,9 @@
   "STALLED_SECONDS" $operator.stalledSeconds
   "STUCK_SECONDS" $operator.stuckSeconds
   "JOB_METRICS_LIMIT" $operator.jobMetricsLimit
+  "GPU_PRICES" .Values.costs.gpuPrices
+  "CURRENCY" .Values.costs.currency
+  "COST_LABEL" .Values.costs.label
   "WATCH_SERVER_TIMEOUT_SECONDS" $operator.watches.serverTimeoutSeconds
   "WATCH_CLIENT_TIMEOUT_SECONDS" $operator.watches.clientTimeoutSeconds
   "WATCH_INACTIVITY_SECONDS" $operator.watches.inactivitySeconds

@@ -12,6 +12,7 @@ from finetune_api.plain_text import one_line
 from finetune_cli.output.job_view import gpus_of
 
 if TYPE_CHECKING:
+    from finetune_api.status import Usage
     from finetune_cli.output.job_view import View
     from finetune_cli.published import Published
 
@@ -61,6 +62,7 @@ class Run:
         values: Its spec by dotted path.
         metrics: Its final metrics; those of the base model end in Before.
         gpu_hours: GPUs multiplied by the hours that the run held them; None if that is not known.
+        usage: What its job's ended attempts used, with their price if there is one; None for what is no job.
         curves: Its losses.
         answers: Its answers to held-out rows.
     """
@@ -73,6 +75,7 @@ class Run:
     gpu_hours: float | None
     curves: Curves = field(default_factory=Curves)
     answers: tuple[AnsweredRow, ...] = ()
+    usage: Usage | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -91,6 +94,7 @@ def of_job(view: View) -> Run:
         values=values_of(view.spec),
         metrics=finite(status.metrics or {}),
         gpu_hours=view.gpu_hours(),
+        usage=status.usage,
     )
 
 

@@ -45,7 +45,8 @@ def rows(found: Sequence[Run], most: int = MAX_COLUMNS, longest: int = 40) -> tu
     names = runs.short_names(paths)
     titles = ["Run", *(["Phase"] if phases else []), *(names[path] for path in paths), *map(METRICS.get, metrics)]
     hours = any(run.gpu_hours for run in found)
-    titles += ["Time", *(["GPU-hours"] if hours else [])]
+    costs = [formatting.cost(run.usage) for run in found]
+    titles += ["Time", *(["GPU-hours"] if hours else []), *(["Cost"] if any(costs) else [])]
     body = [
         [
             run.name,
@@ -54,8 +55,9 @@ def rows(found: Sequence[Run], most: int = MAX_COLUMNS, longest: int = 40) -> tu
             *(before_and_after(run, metric) for metric in metrics),
             formatting.duration(run.seconds) if run.seconds is not None else "",
             *([formatting.number(run.gpu_hours) if run.gpu_hours is not None else ""] if hours else []),
+            *([cost] if any(costs) else []),
         ]
-        for run in found
+        for run, cost in zip(found, costs, strict=True)
     ]
     return [title or "" for title in titles], body
 
@@ -105,6 +107,9 @@ def data(found: Sequence[Run]) -> dict[str, Any]:
                 "metrics": dict(run.metrics),
                 "trainSeconds": run.seconds,
                 "gpuHours": run.gpu_hours,
+                "cost": run.usage and run.usage.cost,
+                "currency": run.usage and run.usage.currency,
+                "pricedGpuHours": run.usage and run.usage.priced_gpu_hours,
             }
             for run in found
         ],
@@ -117,11 +122,13 @@ def as_csv(found: Sequence[Run]) -> str:
     columns = [name for metric in metrics for name in (f"{metric}Before", metric)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_cell, ["run", "phase", "uri", *paths, *columns, "trainSeconds", "gpuHours"]))
+    writer.writerow(map(_cell, ["run", "phase", "uri", *paths, *columns, "trainSeconds", "gpuHours", "cost", "currency"]))
     for run in found:
         texts = [run.name, run.phase, run.uri, *(run.values.get(path, "") for path in paths)]
         numbers = [*(run.metrics.get(column) for column in columns), run.seconds, run.gpu_hours]
-        writer.writerow([*map(_cell, texts), *("" if number is None else number for number in numbers)])
+        numbers.append(run.usage.cost if run.usage else None)
+        currency = _cell((run.usage and run.usage.currency) or "")
+        writer.writerow([*map(_cell, texts), *("" if number is None else number for number in numbers), currency])
     return out.getvalue().rstrip("\n")
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
+
+from finetune_api.plain_text import one_line
+
+if TYPE_CHECKING:
+    from finetune_api.status import Usage
 
 BARS = "▁▂▃▄▅▆▇█"
 #: The largest value that is drawn: a sum of a million stays finite.
@@ -79,3 +85,22 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
+
+
+def cost(*used: Usage | None) -> str:
+    """Return what attempts cost, and how much of their time has no price; empty without a price."""
+    known = [each for each in used if each]
+    amounts: dict[str, float] = {}
+    for each in known:
+        if each.cost is not None:
+            amounts[each.currency or ""] = amounts.get(each.currency or "", 0.0) + each.cost
+    if not amounts:
+        return ""
+    missing = sum(each.gpu_hours - (each.priced_gpu_hours or 0.0) for each in known)
+    left_out = f", without {number(round(missing, 2))} GPU-hours that have no price" if missing >= 0.01 else ""
+    return " + ".join(money(amount, currency) for currency, amount in amounts.items()) + left_out
+
+
+def money(amount: float, currency: str | None) -> str:
+    """Return an amount of a currency."""
+    return one_line(f"{amount:,.2f} {currency or ''}").rstrip()

@@ -37,6 +37,7 @@ def job_table(views: Sequence[View], now: datetime, *, namespaces: bool) -> Tabl
         ("STEP", [view.status.progress.summary if view.status.progress else "" for view in views]),
         ("LOSS", [_loss(view) for view in views]),
         ("LEFT", [_left(view, now) for view in views]),
+        ("COST", [_cost(view) for view in views]),
         ("AGE", [formatting.age(view.created, now) for view in views]),
     ]
     # What is empty in every row is left out, for the reasons need the room.
@@ -54,6 +55,11 @@ def job_table(views: Sequence[View], now: datetime, *, namespaces: bool) -> Tabl
 def _loss(view: View) -> str:
     progress = view.status.progress
     return formatting.loss(progress.loss) if progress and progress.loss is not None else ""
+
+
+def _cost(view: View) -> str:
+    used = view.status.usage
+    return formatting.money(used.cost, used.currency) if used and used.cost is not None else ""
 
 
 def _why_or_adapter(view: View) -> Text:
@@ -150,6 +156,8 @@ def _numbers(view: View, now: datetime) -> Iterator[tuple[str, str]]:
                 yield title, (formatting.loss if title.endswith("loss") else formatting.number)(value)
     if hours := view.gpu_hours(now):
         yield "GPU-hours", formatting.number(hours)
+    if cost := formatting.cost(view.status.usage):
+        yield "cost of ended attempts", cost
     if plan and plan.micro_batch_size:
         accumulated = f" × {plan.gradient_accumulation_steps}" if plan.gradient_accumulation_steps else ""
         yield "micro-batch", f"{plan.micro_batch_size}{accumulated}"
@@ -223,12 +231,15 @@ def _results(view: View) -> Table:
             grid.add_row("Speed", f"{formatting.number(speed)} tokens/s")
         if hours := view.gpu_hours():
             grid.add_row("GPU-hours", formatting.number(hours))
+        if cost := formatting.cost(view.status.usage):
+            grid.add_row("Cost", Text(cost))
     return grid
 
 
 def _attempts(attempts: Sequence[Attempt], now: datetime) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("JOB", "ENDED", "EXIT", "LAST STEP", "MICRO-BATCH", "TOOK"):
+    told = any(attempt.gpu for attempt in attempts)
+    for title in ("JOB", "ENDED", "EXIT", "LAST STEP", "MICRO-BATCH", "TOOK", *(["GPU"] if told else [])):
         table.add_column(title, no_wrap=True)
     for attempt in attempts:
         ended = attempt.reason or ("running" if attempt.finished_at is None else "")
@@ -241,6 +252,7 @@ def _attempts(attempts: Sequence[Attempt], now: datetime) -> Table:
             "" if attempt.last_step is None else f"{attempt.last_step:,}",
             "" if attempt.micro_batch_size is None else str(attempt.micro_batch_size),
             formatting.duration((end - attempt.started_at).total_seconds()) if attempt.started_at else "",
+            *([Text(one_line(attempt.gpu or ""))] if told else []),
         )
     return table
 

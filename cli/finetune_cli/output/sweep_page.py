@@ -126,6 +126,10 @@ def _blocks(view: SweepView, jobs: dict[str, View], now: datetime) -> Iterator[R
             "  best    ", (best.trial, "bold green"), f"  {view.metric} {formatting.number(best.value)}"
         )
         yield Text(f"  adapter {one_line(best.uri or '')}")
+    if hours := sum(job.gpu_hours(now) or 0.0 for job in jobs.values()):
+        yield Text(f"  used    {formatting.number(hours)} GPU-hours")
+    if cost := formatting.cost(*(job.status.usage for job in jobs.values())):
+        yield Text(f"  cost    {cost}")
     if not view.status.trials:
         return
     yield Text()

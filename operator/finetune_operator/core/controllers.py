@@ -1,6 +1,7 @@
 """The kinds that the operator reconciles. See docs/extending/operator-kind.md for how to add one."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from finetune_operator.core.objects.pod import Pod
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.objects.snapshot import View
 from finetune_operator.core.sweep.controller import FINETUNE_SWEEP
+from finetune_operator.core.sweep.observed import SweepObject
 
 FINETUNE_JOB: Controller[Observed] = Controller(
     kind=kinds.FINETUNE_JOB,
@@ -101,6 +103,13 @@ class Registry:
     def kind_of(self, plural: str) -> str | None:
         """Return the watched kind with that plural."""
         return next((kind.name for kind in self.watched.values() if kind.plural == plural), None)
+
+
+def registry(cost_label: str) -> Registry:
+    """Return the registry of the operator's controllers; `cost_label` is the label that costs are summed by."""
+    job = replace(FINETUNE_JOB, view=partial(JobObject.from_api, cost_label=cost_label))
+    sweep = replace(FINETUNE_SWEEP, view=partial(SweepObject.from_api, cost_label=cost_label))
+    return Registry(job, sweep)
 
 
 REGISTRY = Registry(FINETUNE_JOB, FINETUNE_SWEEP)

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api import constants, plain_text
 from finetune_api.status import FineTuneJobStatus, Progress
-from finetune_operator.core.attempts import failure, history, progress
+from finetune_operator.core.attempts import failure, history, progress, usage
 from finetune_operator.core.objects import raw, status_io
 from finetune_operator.core.objects.observed import Child, Observed
 from finetune_operator.core.status import (
@@ -90,7 +90,9 @@ def _new_status(
             if view.ending.reason == failure.GATE_NOT_PASSED:
                 changed |= {"candidate": view.ending.report.candidate}
     new = status.model_copy(update=changed)
-    return _final_status(observed, new, step, now) if status_io.is_terminal(new) else new
+    if status_io.is_terminal(new):
+        new = _final_status(observed, new, step, now)
+    return new.model_copy(update={"usage": usage.update(status, new, view.spec, view.settings)}) if view else new
 
 
 def _shown_progress(view: View, step: Step) -> Progress | None:

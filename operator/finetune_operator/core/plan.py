@@ -16,6 +16,7 @@ from finetune_operator.core.attempts import (
     pod_set,
     progress,
     retry,
+    usage,
 )
 from finetune_operator.core.attempts.retry import Retry, Stop
 from finetune_operator.core.builders import job
@@ -222,7 +223,12 @@ def _start(view: View, after: Retry | None) -> Step:
     return Step(
         conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),
         create=tuple(job.build(observed.job, view.spec, number, micro, view.settings, avoided)),
-        new_attempt=Attempt(job_name=name, started_at=view.now, micro_batch_size=micro),
+        new_attempt=Attempt(
+            job_name=name,
+            started_at=view.now,
+            micro_batch_size=micro,
+            gpu=usage.required_gpu(view.spec, view.settings.node_selector),
+        ),
         recheck_after=(view.spec.pending_deadline_seconds,),
         needs_look=True,
     )

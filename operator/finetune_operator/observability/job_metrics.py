@@ -18,9 +18,9 @@ from finetune_operator.core.attempts import failure
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
-from finetune_operator.observability.metrics import PHASES, PREFIX, gauge
+from finetune_operator.observability import usage_metrics
+from finetune_operator.observability.metrics import PHASES, PREFIX, TERMINAL_PHASES, gauge
 
-TERMINAL_PHASES = ("Succeeded", "Failed")
 #: Phases in which the pods hold their GPUs.
 GPU_HOLDING_PHASES = frozenset(PHASES) - {*WAITING_PHASES, *TERMINAL_PHASES, "Suspended"}
 #: Reasons that start at 0: a counter that starts at 1 hides its first event from increase().
@@ -58,7 +58,10 @@ def final_progress(jobs: Iterable[JobObject], limit: int) -> Iterator[tuple[Obje
 
 
 class JobMetrics(Collector):
-    """Register it once. `jobs` returns the cached jobs; at most `limit` unfinished ones get gauges of their own."""
+    """Register it once. `jobs` returns the cached jobs; at most `limit` unfinished ones get gauges of their own.
+
+    `currency` is that of the GPUs' prices, None where there are none.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class JobMetrics(Collector):
         limit: int,
         clock: Callable[[], datetime],
         registry: CollectorRegistry,
+        currency: str | None = None,
     ) -> None:
         self._jobs, self._limit, self._clock = jobs, limit, clock
         self._namespaces: dict[str, datetime] = {}
@@ -87,6 +91,7 @@ class JobMetrics(Collector):
             buckets=_TO_FIRST_STEP,
             registry=registry,
         )
+        self._usage = usage_metrics.UsageMetrics(registry, currency)
 
     def record_status(self, before: object, after: object) -> None:
         """Count what happened between two statuses of one job; other kinds are ignored."""
@@ -102,6 +107,7 @@ class JobMetrics(Collector):
         for attempt in new.attempts:
             more = (attempt.disruptions or 0) - disrupted.get(attempt.job_name, 0)
             self._disruptions.labels(after.namespace).inc(max(0, more))
+        self._usage.record(after, old.usage, new.usage)
         started = not (old.progress and old.progress.step) and new.progress and new.progress.step
         if started and after.created_at:
             seconds = (self._clock() - after.created_at).total_seconds()
@@ -123,6 +129,7 @@ class JobMetrics(Collector):
             self._first_step.remove(namespace)
             self._disruptions.remove(namespace)
             self._attempts.remove_by_labels({"namespace": namespace})
+            self._usage.forget(namespace)
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: registering must not read the cache."""
@@ -133,6 +140,8 @@ class JobMetrics(Collector):
         namespaces = {job.namespace for job in jobs}
         for namespace in namespaces:
             self._start_at_zero(namespace)
+        for namespace, value in sorted({(job.namespace, job.cost_label) for job in jobs}):
+            self._usage.start_at_zero(namespace, value)
         self._forget_vanished()
         phases = {(namespace, phase): 0 for namespace in namespaces for phase in PHASES}
         phases |= Tally((job.namespace, job.phase) for job in jobs)
@@ -156,6 +165,7 @@ class JobMetrics(Collector):
         )
         attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
         yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)
+        yield from usage_metrics.of_jobs(jobs, self._limit)
         yield from _of_sweeps(jobs, self._limit)
 
 

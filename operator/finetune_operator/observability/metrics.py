@@ -33,6 +33,7 @@ PHASES = (
     "Succeeded",
     "Failed",
 )
+TERMINAL_PHASES = ("Succeeded", "Failed")
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from finetune_cli.comparison import table
+from finetune_cli.comparison.runs import of_job
+from finetune_cli.output.job_view import View
 from support.cli import published
 from support.cli.run import finetune, no_traceback
 from support.simulation import job_states as states
@@ -34,6 +37,20 @@ def test_folders_are_compared_by_what_differs(two):
     assert [run["gpuHours"] for run in data["runs"]] == [2.0, 2.0]
     lines = list(csv.DictReader(io.StringIO(compare("./low", "./high", "-o", "csv", cwd=two).stdout)))
     assert [line["evalLoss"] for line in lines] == ["0.31", "0.27"]
+
+
+def test_costs_are_compared_where_jobs_have_them():
+    def run(name, **used):
+        job = states.job(name) | {"status": states.succeeded("s3://adapters/nli") | used}
+        return of_job(View.of(job))
+
+    priced = run("a", usage={"gpuHours": 2, "cost": 5.0, "currency": "=EUR", "pricedGpuHours": 2})
+    titles, body = table.rows([priced, run("b")])
+    assert (titles[-1], [row[-1] for row in body]) == ("Cost", ["5.00 =EUR", ""])
+    assert table.data([priced, run("b")])["runs"][0]["cost"] == 5
+    (first, second) = csv.DictReader(io.StringIO(table.as_csv([priced, run("b")])))
+    assert (first["cost"], first["currency"], second["cost"], second["currency"]) == ("5.0", "'=EUR", "", "")
+    assert "Cost" not in table.rows([run("a"), run("b")])[0]
 
 
 def test_the_page_holds_curves_matrices_and_the_same_rows_answers(two):

@@ -10,7 +10,9 @@ import pytest
 import typer
 import yaml
 
+from finetune_api.status import Usage
 from finetune_cli.options import duration
+from finetune_cli.output import formatting
 from finetune_cli.output.job_view import View
 from support.cli.run import (
     FINETUNE,
@@ -45,6 +47,29 @@ def test_the_gpu_hours_that_a_job_has_used_are_told(ctl, put):
     job["spec"]["resources"] = {"nodes": 2, "gpusPerNode": 4}
     put(job, states.succeeded("s3://adapters/nli"))
     assert re.search(r"GPU-hours +12\.27\n", ctl("status", "nli").stdout)  # 92 minutes on 8 GPUs
+
+
+def test_what_a_job_cost_is_told_where_its_gpus_have_a_price(ctl, put):
+    job, status = states.job("nli"), states.succeeded("s3://adapters/nli")
+    status["usage"] = {"gpuHours": 12.27, "cost": 1030.675, "currency": "EUR", "pricedGpuHours": 11.02}
+    status["attempts"][0]["gpu"] = "NVIDIA-[red]L4"
+    put(job, status)
+    page = ctl("status", "nli").stdout
+    assert re.search(r"Cost +1,030\.6[78] EUR, without 1\.25 GPU-hours that have no price\n", page)
+    assert re.search(r"TOOK +GPU *\n.* NVIDIA-\[red\]L4", page)
+    assert re.search(r"COST .*\n.* 1,030\.6[78] EUR ", ctl("list").stdout)
+
+
+def test_the_costs_of_trials_are_added_by_currency():
+    hours = [
+        Usage(gpu_hours=2, cost=5, currency="USD", priced_gpu_hours=2),
+        Usage(gpu_hours=1, cost=2.5, currency="USD", priced_gpu_hours=1),
+        Usage(gpu_hours=1, cost=3, currency="EUR", priced_gpu_hours=1),
+        Usage(gpu_hours=0.5),
+        None,
+    ]
+    assert formatting.cost(*hours) == "7.50 USD + 3.00 EUR, without 0.5 GPU-hours that have no price"
+    assert formatting.cost(*hours[3:]) == formatting.cost() == ""
 
 
 def test_gpu_hours_count_what_ran_and_no_wait():

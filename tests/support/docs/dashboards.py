@@ -222,6 +222,7 @@ def scene(cluster: Cluster, namespace: str, folder: Path, gpus: int) -> Iterator
     labels = find(found, "Deployment", "tune-finetune-operator")["spec"]["template"]["metadata"]["labels"]
     # One worker: with more, jobs hardly ever wait for one.
     settings = {"namespaces": [namespace], "progress_interval_seconds": 1, "workers": 1}
+    settings |= {"gpu_prices": {"simulated": 3600.0}, "cost_label": "team"}
     began = time.time()
     with (
         ProcessNode(cluster, namespace, folder, env=_environment(folder / "simulated-gpu"), gpus=gpus) as node,

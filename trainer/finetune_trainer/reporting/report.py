@@ -56,6 +56,10 @@ class Reporter:
     def resumed_from(self, checkpoint: Resumption | None) -> None:
         self._change(resumed_from=checkpoint)
 
+    def gpu(self, name: str) -> None:
+        """Report the name of the GPU as node labels have it, with dashes for spaces; an empty one says nothing."""
+        self._change(gpu="-".join(name.split())[:63] or None)
+
     def plan(self, plan: ExecutionPlan) -> None:
         self._change(execution_plan=plan)
 
@@ -168,7 +172,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
     for name in ("adapter", "candidate"):  # both of its URIs are long: the base model's also stands in the job's spec
         if published := getattr(least, name):
             brief = published.model_copy(update={"base_model": _cut(published.base_model, 64)})
-            bare = {name: brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
+            bare = {name: brief, "gpu": None, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
             least = least.model_copy(update=bare)
     return _json(least)
 

@@ -240,6 +240,7 @@ def close(attempt: Attempt, observed: Observed, ending: Ending, now: datetime) -
             "exit_code": ending.exit_code,
             "node": ending.node[:253] or None,
             "finished_at": end,
+            "gpu": attempt.gpu or (report.gpu if report else None),
             "last_step": report.progress.step if report else attempt.last_step,
             "resumed_from": (report.resumed_from if report else None) or attempt.resumed_from,
             "run_seconds": pod_set.run_seconds_of(attempt, pods_of(observed, attempt.job_name), end),

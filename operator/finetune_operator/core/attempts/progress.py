@@ -92,5 +92,7 @@ def record_report(attempt: Attempt, report: TrainerReport, now: datetime) -> Att
             "micro_batch_size": micro,
             "heard_at": heard_at,
             "resumed_from": report.resumed_from or attempt.resumed_from,
+            # With other news, so that it costs no write of its own.
+            "gpu": attempt.gpu or (report.gpu if is_news else None),
         }
     )

@@ -102,13 +102,15 @@ class JobObject:
     """Whether spec and status are here; else only the progress, and they are to be read from the API server."""
     trial: TrialState | None = None
     """None for a job of no sweep."""
+    cost_label: str = ""
+    """Value of the label that its cost is summed by."""
 
     def kept(self) -> "JobObject":
         """Return what of the job stays in memory: little, whatever it holds."""
         if len(self.spec) + len(self.status) <= KEPT_BYTES:
             return self
-        progress = raw.mapping(from_json(self.status), "progress")  # for the metrics of finished jobs
-        status = _packed({"progress": progress} if progress else {})
+        found = from_json(self.status)  # for the metrics of finished jobs
+        status = _packed({part: value for part in ("progress", "usage") if (value := raw.mapping(found, part))})
         return replace(self, spec=b"{}", status=status if len(status) <= KEPT_PROGRESS_BYTES else b"{}", is_whole=False)
 
     @property
@@ -121,7 +123,8 @@ class JobObject:
         return ObjectKey(constants.KIND, self.namespace, self.name)
 
     @classmethod
-    def from_api(cls, obj: Raw) -> "JobObject":
+    def from_api(cls, obj: Raw, cost_label: str = "") -> "JobObject":
+        """Read a FineTuneJob. `cost_label` is the key of the label that costs are summed by."""
         found = raw.labels(obj)
         return cls(
             **raw.identity(obj),
@@ -134,6 +137,7 @@ class JobObject:
             status=_packed(raw.mapping(obj, "status")),
             place=_place(obj),
             trial=TrialState.from_api(obj),
+            cost_label=found.get(cost_label, "")[:63],
         )
 
 

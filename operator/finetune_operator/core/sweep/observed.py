@@ -34,11 +34,12 @@ class SweepObject:
     """Whether spec and status are here; else they are to be read from the API server."""
 
     @classmethod
-    def from_api(cls, obj: Raw) -> "SweepObject":
+    def from_api(cls, obj: Raw, cost_label: str = "") -> "SweepObject":
+        """Read a FineTuneSweep. `cost_label` is the key of the label that costs are summed by."""
         found = raw.labels(obj)
         return cls(
             **raw.identity(obj),
-            labels={label: found[label] for label in _PASSED_ON if label in found},
+            labels={label: found[label] for label in (*_PASSED_ON, cost_label) if label in found},
             spec=to_json(obj.get("spec")),
             status=to_json(raw.mapping(obj, "status")),
         )
