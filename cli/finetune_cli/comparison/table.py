@@ -122,7 +122,9 @@ def as_csv(found: Sequence[Run]) -> str:
     columns = [name for metric in metrics for name in (f"{metric}Before", metric)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_cell, ["run", "phase", "uri", *paths, *columns, "trainSeconds", "gpuHours", "cost", "currency"]))
+    writer.writerow(
+        map(_cell, ["run", "phase", "uri", *paths, *columns, "trainSeconds", "gpuHours", "cost", "currency"])
+    )
     for run in found:
         texts = [run.name, run.phase, run.uri, *(run.values.get(path, "") for path in paths)]
         numbers = [*(run.metrics.get(column) for column in columns), run.seconds, run.gpu_hours]

@@ -261,6 +261,6 @@ def job(name: str, claim: str = "data", **training: Any) -> Object:
     return {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
-        "metadata": {"name": name},
+        "metadata": {"name": name, "labels": {"team": "nlp"}},
         "spec": spec,
     }

@@ -172,7 +172,13 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
     for name in ("adapter", "candidate"):  # both of its URIs are long: the base model's also stands in the job's spec
         if published := getattr(least, name):
             brief = published.model_copy(update={"base_model": _cut(published.base_model, 64)})
-            bare = {name: brief, "gpu": None, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
+            bare = {
+                name: brief,
+                "gpu": None,
+                "message": "",
+                "progress": Progress(step=least.progress.step),
+                "artifacts": [],
+            }
             least = least.model_copy(update=bare)
     return _json(least)
 
