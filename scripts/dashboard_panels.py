@@ -167,7 +167,8 @@ FLEET = Dashboard(
             Panel("GPU hours by label", "Of the attempts that ended in the hour before each moment, by the value of the"
                   " jobs' label that costs.label names.", "h",
                   {"{{cost_label}}": "sum by (cost_label) (increase("
-                                     f"finetune_operator_gpu_seconds_total{{{_NS}}}[1h])) / 3600"}, width=6, stack=True),
+                                     f"finetune_operator_gpu_seconds_total{{{_NS}}}[1h])) / 3600"},
+                  width=6, stack=True),
             Panel("Cost by namespace", "Of the attempts that ended in the hour before each moment, on GPUs to which"
                   " costs.gpuPrices gives a price.", "short",
                   {"{{namespace}} {{currency}}": "sum by (namespace, currency) (increase("

@@ -145,3 +145,11 @@ def test_a_report_of_success_fits_beside_other_containers_with_the_adapter_first
         assert kept.adapter == report.adapter
         assert kept.metrics["evalLoss"] == pytest.approx(1 / 3, rel=1e-5)
         assert kept.execution_plan and kept.execution_plan.micro_batch_size == 8
+
+
+def test_the_gpu_is_named_as_node_labels_name_it() -> None:
+    reporter = Reporter()
+    reporter.gpu("NVIDIA H100 80GB HBM3")
+    assert reporter.report.gpu == "NVIDIA-H100-80GB-HBM3"
+    reporter.gpu("")  # the CPU
+    assert reporter.report.gpu is None

@@ -163,7 +163,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
         shorter = _shortened(lean.model_copy(update={"metrics": metrics}), limit, _LEAST_MESSAGE_BYTES)
         if shorter is not None:
             return shorter
-    least = lean.model_copy(update={"metrics": {}, "execution_plan": None})
+    least = lean.model_copy(update={"metrics": {}, "execution_plan": None, "gpu": None})
     if (shorter := _shortened(least, limit, least=0)) is not None:
         return shorter
     least = least.model_copy(update={"gate": []})  # its numbers are in the message
@@ -172,13 +172,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
     for name in ("adapter", "candidate"):  # both of its URIs are long: the base model's also stands in the job's spec
         if published := getattr(least, name):
             brief = published.model_copy(update={"base_model": _cut(published.base_model, 64)})
-            bare = {
-                name: brief,
-                "gpu": None,
-                "message": "",
-                "progress": Progress(step=least.progress.step),
-                "artifacts": [],
-            }
+            bare = {name: brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
             least = least.model_copy(update=bare)
     return _json(least)
 
