@@ -38,17 +38,23 @@ MAX_LAYOUTS = 16
 
 @dataclass(frozen=True)
 class Time:
-    """What the user says of the time that trials take: their GPU, or their hours."""
+    """What the user says of the time of trials: their GPU and rows, or their hours; and the price of a GPU-hour."""
 
     gpu: str | None = None
     hours: float | None = None
+    rows: int | None = None
+    price: float | None = None
 
     def of(self, job: FineTuneJob, memory: Forecast | None) -> Duration | str:
         """Return how long a trial takes, or why that cannot be told."""
         if self.hours is not None:
             return Duration(0, 0.0, self.hours * 3600)
         gpu = duration.gpu_of(job, self.gpu)
-        return duration.predict(job, memory, gpu) if memory else f"only the first {MAX_LAYOUTS} layouts are predicted"
+        return (
+            duration.predict(job, memory, gpu, self.rows)
+            if memory
+            else f"only the first {MAX_LAYOUTS} layouts are predicted"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class SweepPlan:
     layout_of: list[int]
     times: list[Duration | str]
     """How long each trial takes, or why that cannot be told."""
+    price: float | None
+    """Of one hour of one GPU."""
 
     @property
     def gpus(self) -> list[int]:
@@ -110,7 +118,7 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, tim
     chosen = list(first.values())[:MAX_LAYOUTS]
     layouts = {index: forecast.forecast(jobs[index], room, model_config) for index in chosen}
     times = [time.of(job, layouts.get(layout)) for job, layout in zip(jobs, layout_of, strict=True)]
-    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times)
+    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, time.price)
 
 
 def _weight(job: FineTuneJob) -> str:
@@ -167,7 +175,13 @@ def _data(made: SweepPlan) -> dict[str, Any]:
         "hours": total.hours if isinstance(total, Hours) else None,
         "gpuHours": total.gpu_hours if isinstance(total, Hours) else None,
         "gpuHoursWithEarlyStopping": total.about if isinstance(total, Hours) else None,
+        "cost": _cost(total.gpu_hours, made.price) if isinstance(total, Hours) else None,
+        "costWithEarlyStopping": _cost(total.about, made.price) if isinstance(total, Hours) else None,
     }
+
+
+def _cost(gpu_hours: float | None, price: float | None) -> float | None:
+    return None if gpu_hours is None or price is None else gpu_hours * price
 
 
 def _page(made: SweepPlan) -> None:
@@ -190,6 +204,10 @@ def _page(made: SweepPlan) -> None:
         about = f", about {formatting.number(total.about)} with early stopping" if total.about is not None else ""
         time = formatting.duration(total.hours * 3600)
         screen.print(Text(f"{most}{time} and {formatting.number(total.gpu_hours)} GPU-hours{about}"))
+        if (cost := _cost(total.gpu_hours, made.price)) is not None:
+            less = _cost(total.about, made.price)
+            about = f", about {less:,.2f} with early stopping" if less is not None else ""
+            screen.print(Text(f"{most}{cost:,.2f} at {made.price:,.2f} for a GPU-hour{about}"))
     else:
         each = f"{most}{sum(made.gpus)} GPU-hours for each hour that a trial takes"
         screen.print(Text(f"{each}; to predict it: {total}, or --trial-hours"), soft_wrap=True)

@@ -137,7 +137,7 @@ def plan(
         finetune plan job.yaml --gpu-memory 24Gi
         finetune plan job.yaml --gpu-memory 24Gi --model-config Mistral-7B/config.json
         finetune plan job.yaml -o json
-        finetune plan sweep.yaml --gpu-memory 80Gi --gpu H100
+        finetune plan sweep.yaml --gpu-memory 80Gi --gpu H100 --price 2.5
         finetune plan sweep.yaml --trial-hours 1.5
 
     Exit codes:
@@ -155,7 +155,8 @@ def plan(
     if document.is_sweep:
         from finetune_cli.sweep_forecast import Time, plan_sweep
 
-        plan_sweep(document, source.base, overrides or (), room, model_config, Time(gpu, trial_hours), output)
+        time = Time(gpu, trial_hours, rows, price)
+        plan_sweep(document, source.base, overrides or (), room, model_config, time, output)
         return
     if trial_hours is not None:
         raise CliError("--trial-hours is for sweeps")

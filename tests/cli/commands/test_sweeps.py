@@ -91,11 +91,27 @@ def test_hours_and_gpu_hours_are_predicted_where_gpu_and_steps_are_known(tmp_pat
     assert data["gpuHoursWithEarlyStopping"] < data["gpuHours"] == pytest.approx(data["hours"])
     page = run(*asked, "H100").stdout
     assert "at most " in page and "GPU-hours, about " in page and " with early stopping" in page
+    priced = json.loads(run(*asked, "H100", "-o", "json", "--price", "2.5").stdout)
+    assert priced["cost"] == pytest.approx(2.5 * data["gpuHours"]) and data["cost"] is None
+    assert priced["costWithEarlyStopping"] == pytest.approx(2.5 * data["gpuHoursWithEarlyStopping"])
+    assert (
+        f"at most {priced['cost']:.2f} at 2.50 for a GPU-hour, about " in run(*asked, "H100", "--price", "2.5").stdout
+    )
     slow = json.loads(run(*asked, "L4", "-o", "json").stdout)
     assert slow["hours"] > 5 * data["hours"]
     assert "'abacus' is not in the speed table" in str(run(*asked, "abacus").exception)
     untold = run("plan", file, "--model-config", str(config)).stdout
     assert "to predict it: name the GPU with --gpu, such as H100, or --trial-hours" in untold
+
+
+def test_rows_tell_the_steps_of_every_trial(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MISTRAL))
+    file = write(tmp_path, template=TEMPLATE | {"training": {"epochs": 1, "batchSize": 10}})
+    asked = ("plan", file, "--model-config", str(config), "--gpu", "H100")
+    assert "to predict it: give --rows or training.maxSteps" in run(*asked).stdout
+    few, many = (json.loads(run(*asked, "--rows", rows, "-o", "json").stdout)["hours"] for rows in ("10000", "20000"))
+    assert few < many < 2 * few
 
 
 def test_a_command_for_one_job_refuses_a_sweep(tmp_path):
