@@ -155,8 +155,8 @@ def plan(
     if document.is_sweep:
         from finetune_cli.sweep_forecast import Time, plan_sweep
 
-        time = Time(gpu, trial_hours, rows, price)
-        plan_sweep(document, source.base, overrides or (), room, model_config, time, output)
+        said = Time(gpu, trial_hours, rows, price)
+        plan_sweep(document, source.base, overrides or (), room, model_config, said, output)
         return
     if trial_hours is not None:
         raise CliError("--trial-hours is for sweeps")
