@@ -1,6 +1,5 @@
 """Arguments and options that several commands share."""
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -126,8 +125,10 @@ def same_place(namespace: str | None, context: str | None) -> str:
 
 
 def duration(given: str) -> float:
-    """Return the seconds of a duration such as 90, 45s, 30m or 1.5h."""
-    match = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)(s|m|h|d|)", given.strip())
-    if match is None or not float(match[1]):
-        raise typer.BadParameter(f"{given!r} is no duration: write 90 (seconds), 45s, 30m, 4h or 1d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+    """Return the seconds of a duration such as 90, 45s, 30m, 1.5h or 1h30m."""
+    from finetune_api import durations
+
+    seconds = durations.seconds(given.strip())
+    if not seconds:
+        raise typer.BadParameter(f"{given!r} is no duration: write 90 (seconds), 45s, 30m, 4h, 1h30m or 1d")
+    return seconds

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api import constants, suggestions, uri
+from finetune_api import constants, durations, suggestions, uri
 from finetune_api.crd import model_of
 from finetune_api.spec import FineTuneJob
 from finetune_api.sweep import FineTuneSweep
@@ -126,6 +126,16 @@ def _known_fields(root: type[BaseModel], path: Path_) -> list[str]:
     return [f.alias or "" for f in model.model_fields.values()] if model else []
 
 
+def _number_meant(value: str, path: Path_) -> str:
+    """Return what to write in the place of text where a number is asked for, or ''."""
+    seconds = durations.seconds(value)
+    if seconds is None:
+        return ""
+    if not value[-1].isalpha():
+        return "write it without quotes"
+    return f"a number of seconds: {seconds:.15g}" if "seconds" in str(path[-1]).lower() else ""
+
+
 def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "missing":
@@ -138,6 +148,8 @@ def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
         return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
     if kind in _EXPECTED:
         found = f": {_shown(value)}" if isinstance(value, str | int | float) else ""
+        if isinstance(value, str) and _EXPECTED[kind] in ("integer", "number") and (better := _number_meant(value, path)):
+            found += f" ({better})"
         return (
             f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}{found}"
         )
@@ -148,7 +160,8 @@ def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
     for start in ("Input should ", "String should ", "List should ", "Dictionary should "):
         if message.startswith(start):
             message = "should " + message.removeprefix(start)
-    if isinstance(value, str) and message.startswith("must be ") and "://" in message and (why := uri.cause(value)):
+    is_uri = message == uri.PARENT_MESSAGE or (message.startswith("must be ") and "://" in message)
+    if is_uri and isinstance(value, str) and (why := uri.cause(value, hub="hf://" in message)):
         message = f"{message} ({why})"
     return message if kind == "rule" else f"Invalid value: {_shown(value)}: {message}"
 

@@ -46,6 +46,7 @@ FORMS: Final = {
     "oci": (rf"oci://{_HOST}({_COMPONENT})+{_TAG}", "oci://registry/repository:tag"),
 }
 PARENT_PATTERN: Final = r"(^|/)[.][.]?(/|$)"
+PARENT_MESSAGE: Final = "must not hold '.' or '..' path segments"
 # A user before the host: an @ before the first slash of what follows the scheme, or a : there and an @ anywhere after,
 # for secrets may hold slashes (those of AWS do). No scheme that is taken knows a : there, so keys may hold both.
 _USERINFO = r"[A-Za-z0-9+.-]+:([^/].*@|//?[^/]*(@|:.*@))"
@@ -88,7 +89,7 @@ def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     """Return what a URI field taking `schemes` checks, in the order a user should hear of it."""
     return (
         TextRule(USERINFO_PATTERN, "must not hold credentials: put them in a Secret and name it in secretRef", True),
-        TextRule(PARENT_PATTERN, "must not hold '.' or '..' path segments", True),
+        TextRule(PARENT_PATTERN, PARENT_MESSAGE, True),
         TextRule(
             pattern(schemes),
             f"must be {allowed(schemes)}; a path may hold letters of any language, digits, . _ ~ @ + = , : - % ! ( )"
@@ -97,19 +98,46 @@ def rules(schemes: tuple[str, ...]) -> tuple[TextRule, ...]:
     )
 
 
-def cause(value: str) -> str:
-    """Return what is most likely wrong with a value that is no URI, in a few words that hold nothing of it; or ''."""
+def cause(value: str, *, hub: bool = False) -> str:
+    """Return what is most likely wrong with a value that is no URI, in a few words that hold nothing of it; or ''.
+
+    Args:
+        value: What was given.
+        hub: Whether the field takes hf://.
+    """
     scheme, mark, rest = value.partition("://")
     if value != value.strip():
         return "there is a space before or after it"
     if not mark:
-        return "a path is written file:///absolute/path, or file://./path for this manifest's folder"
+        return _no_uri(value, hub)
+    if scheme in ("http", "https"):
+        return "what lies in the web is not fetched: download it, or put it into a bucket"
+    if scheme not in FORMS:
+        return "schemes are lowercase" if scheme.lower() in FORMS else "it begins with none of these schemes"
+    return _wrong_rest(scheme, rest)
+
+
+def _no_uri(value: str, hub: bool) -> str:
+    if re.match(rf"({'|'.join(FORMS)}):", value):
+        return "two slashes follow the scheme and its colon"
+    path = "a path is written file:///absolute/path, or file://./path for this manifest's folder"
+    is_name = hub and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", value)
+    return f"a repository of the hub is written hf://owner/name; {path}" if is_name else path
+
+
+def _wrong_rest(scheme: str, rest: str) -> str:
     if scheme == "file" and not rest.startswith("/"):
         return "file:// takes an absolute path (file:///…), or file://./… for this manifest's folder"
     if scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", rest.partition("/")[0]):
         return "a bucket has 3 to 63 lowercase letters, digits, dots and dashes"
-    if scheme not in FORMS:
-        return "it begins with none of these schemes"
+    if scheme == "hf" and "/" not in rest.strip("/"):
+        return "the owner or the name is missing"
+    if any(name != name.strip(" ") for name in rest.split("/")):
+        return "a name in its path begins or ends with a space"
+    if "//" in rest.lstrip("/"):
+        return "two slashes follow each other in its path"
+    if re.search(r"[*?]", rest):
+        return "there are no wildcards: name a file, or the folder that holds the files"
     return ""
 
 

@@ -222,6 +222,17 @@ def test_a_field_of_another_place_or_trainer_is_understood(folder, line, meant):
         ("file://rows.jsonl", "file:// takes an absolute path"),
         ("gs://bucket/x", "it begins with none of these schemes"),
         ("'s3://data/x '", "there is a space before or after it"),
+        ("'s3://data/my /x'", "a name in its path begins or ends with a space"),
+        ("'s3://data/ my/x'", "a name in its path begins or ends with a space"),
+        ("'file:///data/x /y'", "a name in its path begins or ends with a space"),
+        ("s3://data//x", "two slashes follow each other"),
+        ("s3:/data/x", "two slashes follow the scheme"),
+        ("S3://data/x", "schemes are lowercase"),
+        ("'s3://data/*.jsonl'", "there are no wildcards"),
+        ("https://example.org/x", "download it, or put it into a bucket"),
+        ("hf://squad", "the owner or the name is missing"),
+        ("stanfordnlp/snli", "a repository of the hub is written hf://owner/name"),
+        ("./rows.jsonl", "file://./path for this manifest's folder"),
     ],
 )
 def test_a_wrong_place_is_told_why(folder, source, why):
@@ -233,7 +244,22 @@ def test_problems_come_in_the_order_of_the_file_with_the_value_of_a_wrong_type(f
     (folder / "two.yaml").write_text(MANIFEST + "  training: {seed: x}\n  lora: {rank: '8'}\n")
     first, second, _ = validate(folder, "two.yaml").stderr.splitlines()
     assert first.endswith('spec.training.seed: Invalid value: "string": must be of type integer: "x"')
-    assert second.endswith('spec.lora.rank: Invalid value: "string": must be of type integer: "8"')
+    assert second.endswith('spec.lora.rank: Invalid value: "string": must be of type integer: "8" (write it without quotes)')
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("activeDeadlineSeconds: 1h", '"1h" (a number of seconds: 3600)'),
+        ("ttlSecondsAfterFinished: 1h30m", '"1h30m" (a number of seconds: 5400)'),
+        ("recovery: {backoffSeconds: 1.5m}", '"1.5m" (a number of seconds: 90)'),
+        ("training: {epochs: '3'}", '"3" (write it without quotes)'),
+        ("training: {epochs: 3d}", 'number: "3d"\n'),
+    ],
+)
+def test_text_in_the_place_of_a_number_is_told_what_to_write(folder, line, says):
+    (folder / "text.yaml").write_text(MANIFEST + f"  {line}\n")
+    assert says in validate(folder, "text.yaml").stderr
 
 
 def test_a_kustomization_is_recognized(folder):
