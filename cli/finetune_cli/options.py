@@ -119,9 +119,10 @@ Output = Annotated[
 ]
 
 
-def same_place(namespace: str | None, context: str | None) -> str:
+def same_place(namespace: str | None, context: str | None, kubeconfig: Path | None = None) -> str:
     """Return the options that make the next command act where this one did."""
-    return (f" -n {namespace}" if namespace else "") + (f" --context {context}" if context else "")
+    given = {"-n": namespace, "--context": context, "--kubeconfig": kubeconfig}
+    return "".join(f" {option} {value}" for option, value in given.items() if value)
 
 
 def duration(given: str) -> float:

@@ -35,6 +35,8 @@ class Outcome:
     final: bool
     cause: str
     cure: str
+    cure_here: str = ""
+    """What to do where it ran without a cluster, if that is something else."""
 
 
 #: Of two outcomes with one exit code, the first is what the code alone says; who tells the other is said beside it.
@@ -59,6 +61,7 @@ _OUTCOMES: Final = (
         True,
         "A data file is missing, empty, or has rows the trainer cannot read.",
         "Fix the file and line the message names, then create the job again.",
+        "Fix the file and line the message names, and run it again.",
     ),
     Outcome(
         ExitCode.UNAVAILABLE,
@@ -66,6 +69,7 @@ _OUTCOMES: Final = (
         False,
         "The object store or the model hub did not answer, or kept answering with server errors.",
         "It is retried with backoff. If it lasts: check the endpoint, DNS and NetworkPolicies.",
+        "Run it again once the endpoint answers. If it lasts: check AWS_ENDPOINT_URL, HF_ENDPOINT, DNS and proxies.",
     ),
     Outcome(
         ExitCode.PREEMPTED,
@@ -73,6 +77,7 @@ _OUTCOMES: Final = (
         False,
         "The pod was asked to stop (node drained, spot reclaimed, job suspended) and saved a checkpoint.",
         "Nothing to do: the next attempt resumes, and this one is not counted.",
+        "Run the same command again: it resumes from the checkpoint.",
     ),
     Outcome(
         ExitCode.ACCESS_DENIED,
@@ -80,6 +85,7 @@ _OUTCOMES: Final = (
         True,
         "The store or the hub refused the credentials, or they do not allow this path.",
         "Check the Secret named by secretRef and what its key may read or write.",
+        "Check the keys in the environment (AWS_*, HF_TOKEN) and what they may read or write.",
     ),
     Outcome(
         ExitCode.CONFIG_INVALID,
@@ -101,6 +107,7 @@ _OUTCOMES: Final = (
         False,
         "The GPU ran out of memory while training.",
         "It is retried with half the micro-batch and the same effective batch. At micro-batch 1: lower maxLength.",
+        "Lower training.maxLength, or free the GPU of other programs, and run it again: it resumes.",
     ),
     Outcome(
         ExitCode.DIVERGED,
@@ -115,6 +122,7 @@ _OUTCOMES: Final = (
         False,
         "The node gave the pod no GPU, or CUDA does not start there: its GPU driver or device plugin is at fault.",
         "It is retried, on another node if one is free. Repair the named node: its driver, then its device plugin.",
+        "Does nvidia-smi show the GPU? If not, its driver is at fault. resources.gpusPerNode=0 trains on the CPU.",
     ),
     Outcome(
         ExitCode.KILLED,
@@ -122,6 +130,7 @@ _OUTCOMES: Final = (
         False,
         "The container was killed (SIGKILL), and not for reaching its memory limit.",
         "It is retried. If it lasts: look at the node (memory pressure, its kernel log) and at who may kill there.",
+        "Run it again: it resumes. If it lasts: the kernel's log (dmesg) tells whether the memory ran out.",
     ),
     Outcome(  # told by the kubelet
         ExitCode.KILLED,

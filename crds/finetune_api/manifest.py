@@ -148,7 +148,11 @@ def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
         return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
     if kind in _EXPECTED:
         found = f": {_shown(value)}" if isinstance(value, str | int | float) else ""
-        if isinstance(value, str) and _EXPECTED[kind] in ("integer", "number") and (better := _number_meant(value, path)):
+        if (
+            isinstance(value, str)
+            and _EXPECTED[kind] in ("integer", "number")
+            and (better := _number_meant(value, path))
+        ):
             found += f" ({better})"
         return (
             f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}{found}"

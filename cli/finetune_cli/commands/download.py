@@ -69,3 +69,10 @@ def download(
     already = f" ({kept} of them were already in {folder})" if kept else ""
     total = formatting.size(manifest.size_bytes)
     console.done(f"{count} files ({total}) downloaded to {folder}, all checksums verified{already}")
+    if manifest.kind == "Adapter" and console.out().is_terminal:
+        console.next_commands(f"finetune chat {_typed(folder)}")
+
+
+def _typed(folder: Path) -> str:
+    """Return a folder as a path that no job's name looks like."""
+    return str(folder) if "/" in str(folder) else f"./{folder}"

@@ -89,6 +89,8 @@ def export(
         raise CliError(f"{rows}: no such file")
     if kind in _ROLES and not target.startswith(f"{kind.value}://"):
         raise CliError(f"{target} is no {kind.value}:// URI, which --to {kind.value} needs")
+    from finetune_cli.output.next_steps import after_export
+
     require_trainer("exporting")
     published = locate(source, namespace, context, kubeconfig, f"finetune export {{}} {target}", adapters_only=True)
     address = target if "://" in target else f"file://{Path(target).absolute()}"
@@ -111,3 +113,5 @@ def export(
         f"{kind.value} published at {made.uri} ({formatting.size(made.size_bytes or 0)}), all checksums verified"
     )
     console.note(f"Loss {formatting.loss(made.loss or 0)}; the adapter's is {formatting.loss(made.adapter_loss or 0)}")
+    if (commands := after_export(kind.value, made.uri or address)) and console.out().is_terminal:
+        console.next_commands(*commands)

@@ -123,7 +123,7 @@ def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool) -> None
     finished: set[str] = set()
     shown = Shown()
     told = ""
-    for job in cluster.follow(name, None, poll=True):
+    for job in cluster.follow(name, None, poll=lambda _: True):
         if job is None:
             raise CliError(f"{name} was deleted while it was followed")
         view = View.of(job)

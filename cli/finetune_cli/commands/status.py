@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from finetune_api import constants
 from finetune_cli.options import (
@@ -16,9 +15,6 @@ from finetune_cli.options import (
     same_place,
 )
 from finetune_cli.output import console
-
-if TYPE_CHECKING:
-    from finetune_cli.output.job_view import View
 
 
 def status(
@@ -37,8 +33,10 @@ def status(
         finetune status nli -o json | jq -r .status.adapter.uri
     """
     from finetune_cli.kube.connect import connect
+    from finetune_cli.kube.operators import Lookout
 
     cluster = connect(namespace, context, kubeconfig)
+    lookout = Lookout(cluster)
     job = cluster.get(name, constants.SWEEP_KIND if sweep else constants.KIND)
     if output:
         console.structured_job(job, output)
@@ -47,22 +45,17 @@ def status(
         from finetune_cli.output.sweep_page import SweepView, sweep_page
 
         trials = cluster.jobs(selector=f"{constants.LABEL_SWEEP}={name}").items
-        console.page(sweep_page(SweepView.of(job), trials, datetime.now(UTC)), console.PIPED_TABLE_WIDTH)
+        console.page(
+            sweep_page(SweepView.of(job, lookout.reason(job)), trials, datetime.now(UTC)), console.PIPED_TABLE_WIDTH
+        )
         return
     from finetune_cli.output.job_view import View
     from finetune_cli.output.loss_history import loss_history
+    from finetune_cli.output.next_steps import after_job
     from finetune_cli.output.pages import status_page
 
-    view = View.of(job)
+    view = View.of(job, lookout.reason(job))
     console.page(status_page(view, datetime.now(UTC), loss_history(cluster, view)), console.PIPED_TABLE_WIDTH)
-    _suggest(view, same_place(namespace, context))
-
-
-def _suggest(view: View, place: str) -> None:
-    commands = {
-        "succeeded": [f"finetune chat {view.name}{place}", f"finetune download {view.name} ./{view.name}{place}"],
-        "failed": [f"finetune logs {view.name}{place}"],
-        "running": [f"finetune watch {view.name}{place}", f"finetune logs -f {view.name}{place}"],
-    }.get(view.state)
+    commands = after_job(view, same_place(namespace, context, kubeconfig))
     if commands and console.out().is_terminal:
         console.next_commands(*commands)

@@ -14,6 +14,7 @@ from finetune_cli.options import (
     Namespace,
     Output,
     Overrides,
+    same_place,
 )
 from finetune_cli.output import console
 
@@ -74,20 +75,18 @@ def submit(
     if watch and not dry_run:
         from finetune_cli.commands.watch import watch_job, watch_sweep
 
-        follow = watch_sweep if document.is_sweep else watch_job
-        follow(cluster, metadata["name"], timeout=None, output=output)
+        if document.is_sweep:
+            watch_sweep(cluster, metadata["name"], timeout=None, output=output)
+            return
+        place = same_place(namespace or job.metadata.namespace, context, kubeconfig)
+        watch_job(cluster, metadata["name"], timeout=None, output=output, place=place)
     elif output:
         console.structured_job(result, output)
     elif not dry_run:
-        option = f" -n {namespace}" if namespace else ""
-        if document.is_sweep:
-            console.next_commands(
-                f"finetune watch --sweep {metadata['name']}{option}",
-                f"finetune status --sweep {metadata['name']}{option}",
-            )
-            return
+        place = same_place(namespace or job.metadata.namespace, context, kubeconfig)
+        flag, other = ("--sweep ", "status --sweep") if document.is_sweep else ("", "logs -f")
         console.next_commands(
-            f"finetune watch {metadata['name']}{option}", f"finetune logs -f {metadata['name']}{option}"
+            f"finetune watch {flag}{metadata['name']}{place}", f"finetune {other} {metadata['name']}{place}"
         )
 
 

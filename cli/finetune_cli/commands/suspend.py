@@ -42,7 +42,7 @@ def suspend(
     where = job["metadata"]["namespace"]
     saves = "its trials save a checkpoint" if sweep else "it saves a checkpoint"
     console.done(f"{name} is being suspended in namespace {where}: {saves} first")
-    console.next_commands(f"finetune resume {name}{_flag(sweep)}{same_place(namespace, context)}")
+    console.next_commands(f"finetune resume {name}{_flag(sweep)}{same_place(namespace, context, kubeconfig)}")
 
 
 def resume(
@@ -64,7 +64,7 @@ def resume(
         console.structured_job(job, output)
         return
     console.done(f"{name} is resuming in namespace {job['metadata']['namespace']}")
-    console.next_commands(f"finetune watch {name}{_flag(sweep)}{same_place(namespace, context)}")
+    console.next_commands(f"finetune watch {name}{_flag(sweep)}{same_place(namespace, context, kubeconfig)}")
 
 
 def _flag(sweep: bool) -> str:

@@ -22,6 +22,7 @@ from finetune_cli.options import (
     Output,
     OutputFormat,
     duration,
+    same_place,
 )
 from finetune_cli.output import console, formatting
 
@@ -79,11 +80,18 @@ def watch(
     if sweep:
         watch_sweep(cluster, name, timeout, output)
     else:
-        watch_job(cluster, name, timeout, output)
+        watch_job(cluster, name, timeout, output, same_place(namespace, context, kubeconfig))
 
 
-def watch_job(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None = None) -> None:
-    """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code."""
+def watch_job(
+    cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None = None, place: str = ""
+) -> None:
+    """Show `name` until it has ended; returns when it succeeded, else raises CliError with the watch's exit code.
+
+    `place` are the options that name its namespace and cluster, for the commands shown at the end.
+    """
+    from finetune_cli.output.next_steps import after_job
+
     with _left_running(name):
         if output:
             view = _follow_data(_states(cluster, name, timeout), output)
@@ -93,6 +101,8 @@ def watch_job(cluster: Cluster, name: str, timeout: float | None, output: Output
             view = _follow(cluster, name, timeout)
     if view.state == "failed":
         raise CliError(f"{name} failed: {view.why}", hint=view.cure, code=Exit.JOB_FAILED)
+    if console.out().is_terminal and not output and (commands := after_job(view, place)):
+        console.next_commands(*commands)
 
 
 def watch_sweep(cluster: Cluster, name: str, timeout: float | None, output: OutputFormat | None) -> None:
@@ -177,11 +187,14 @@ def _follow(cluster: Cluster, name: str, timeout: float | None) -> View:
 
 def _follow_data(states: Iterator[tuple[Object, V]], output: OutputFormat) -> V:
     """Print the object after each change: JSON documents one after the other, YAML documents between lines of ---."""
+    shown = None
     with insistent_interrupts():
         for job, view in states:
-            if output == OutputFormat.YAML:
-                console.out().print("---")
-            console.structured_job(job, output)
+            if job != shown:
+                if output == OutputFormat.YAML:
+                    console.out().print("---")
+                console.structured_job(job, output)
+                shown = job
             if view.is_over:
                 break
     return view
@@ -229,21 +242,33 @@ def _views(cluster: Cluster, name: str, timeout: float | None) -> Iterator[View]
 
 
 def _states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, View]]:
+    from finetune_cli.kube.operators import Lookout
     from finetune_cli.output.job_view import View
 
-    return ((job, View.of(job)) for job in _objects(cluster, name, timeout, constants.KIND))
+    lookout = Lookout(cluster)
+    return ((job, View.of(job, lookout.reason(job))) for job in _objects(cluster, name, timeout, constants.KIND))
 
 
 def _sweep_states(cluster: Cluster, name: str, timeout: float | None) -> Iterator[tuple[Object, SweepView]]:
+    from finetune_cli.kube.operators import Lookout
     from finetune_cli.output.sweep_page import SweepView
 
-    return ((found, SweepView.of(found)) for found in _objects(cluster, name, timeout, constants.SWEEP_KIND))
+    lookout = Lookout(cluster)
+    return (
+        (found, SweepView.of(found, lookout.reason(found)))
+        for found in _objects(cluster, name, timeout, constants.SWEEP_KIND)
+    )
 
 
 def _objects(cluster: Cluster, name: str, timeout: float | None, kind: str) -> Iterator[Object]:
     deadline = time.monotonic() + timeout if timeout else None
-    for found in cluster.follow(name, deadline, kind=kind, poll=kind == constants.SWEEP_KIND):
+    for found in cluster.follow(name, deadline, kind=kind, poll=_is_polled):
         if found is None:
             raise CliError(f"{name} was deleted while it was watched")
         yield found
     raise CliError(f"{name} has not ended within {formatting.duration(timeout or 0)}", code=Exit.TIMED_OUT)
+
+
+def _is_polled(found: Object) -> bool:
+    """Whether a look without a change tells more: of trials, or that no operator has come."""
+    return found.get("kind") == constants.SWEEP_KIND or not found.get("status")

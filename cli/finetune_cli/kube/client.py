@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -133,20 +133,32 @@ class Cluster:
             reading.body(answer)
 
     def follow(
-        self, name: str, deadline: float | None = None, *, poll: bool = False, kind: str = constants.KIND
+        self,
+        name: str,
+        deadline: float | None = None,
+        *,
+        poll: Callable[[Object], bool] = lambda _: False,
+        kind: str = constants.KIND,
     ) -> Iterator[Object | None]:
         """Yield the job, or the sweep, now and after every change, None once it is deleted.
 
-        It ends at `deadline` (time.monotonic()). With `poll`, also every few seconds without a change. Outlives short
-        losses of connection.
+        It ends at `deadline` (time.monotonic()). Outlives short losses of connection.
+
+        Args:
+            name: Of the object.
+            deadline: As time.monotonic() counts.
+            poll: Whether to yield it, as it is, every few seconds without a change, too.
+            kind: Job or sweep.
         """
         lost_since: float | None = None
         was_there = False
-        while (seconds := _watch_seconds(deadline, poll)) > 0:
+        while deadline is None or time.monotonic() < deadline:
             try:
                 job = self.get(name, kind)
                 lost_since, was_there = None, True
                 yield job
+                if (seconds := _watch_seconds(deadline, poll(job))) <= 0:
+                    return
                 for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds, kind):
                     if event["type"] == "DELETED":
                         yield None
@@ -196,6 +208,18 @@ class Cluster:
             )
             items = [_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
         return sorted(items, key=lambda pod: (-attempt_of(pod), _index_of(pod), pod["metadata"]["name"]))
+
+    def deployments(self, selector: str, namespace: str) -> list[Object]:
+        """Deployments with these labels, of a namespace or, if it is empty, of all."""
+        from kubernetes import client
+
+        apps, options = client.AppsV1Api(self.api), {"_preload_content": False, "_request_timeout": self.timeout}
+        with explained(self.server, namespace, what="Deployment"):
+            if namespace:
+                answer = apps.list_namespaced_deployment(namespace, label_selector=selector, **options)
+            else:
+                answer = apps.list_deployment_for_all_namespaces(label_selector=selector, **options)
+            return [_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
 
     def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Lines of the trainer's log."""

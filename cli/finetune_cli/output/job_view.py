@@ -38,9 +38,11 @@ class View:
     status: FineTuneJobStatus
     is_cut: bool = False
     """Whether something in it nests too deep to be read."""
+    unseen: str = ""
+    """Why no operator has seen it, as far as that was asked."""
 
     @classmethod
-    def of(cls, job: dict[str, Any]) -> View:
+    def of(cls, job: dict[str, Any], unseen: str = "") -> View:
         """Read a job; a status of another version that cannot be read counts as empty."""
         from pydantic import ValidationError
 
@@ -58,6 +60,7 @@ class View:
             spec=job.get("spec") or {},
             status=status,
             is_cut=answers.TOO_DEEP in json.dumps([job.get("spec"), job.get("status")]),
+            unseen=unseen,
         )
 
     def condition(self, kind: str) -> Condition | None:
@@ -106,12 +109,7 @@ class View:
         if self.is_cut and self.state != "failed":
             return "Why", f"something in its spec is {answers.TOO_DEEP}: delete the job and create it anew"
         if not self.status.conditions:
-            return (
-                "Why",
-                f"The operator has not seen this job yet. If that lasts, none watches {self.namespace} (the"
-                " chart's watch.namespaces; by default its own): kubectl get deployments -A -l"
-                " app.kubernetes.io/name=finetune-operator",
-            )
+            return "Why", "The operator has not seen this job yet" + (f": {self.unseen}" if self.unseen else "")
         if self.state == "running":
             training = self.condition("Training")
             tells = training is not None and training.message and self.phase != "Training"

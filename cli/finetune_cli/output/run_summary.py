@@ -22,6 +22,8 @@ COMPARED = (
     ("f1", "F1"),
     ("validJson", "Valid JSON"),
 )
+#: What shows more of a failure, by its reason.
+_LOOKS = {"DatasetInvalid": "inspect", "WontFit": "plan", "GpuOutOfMemory": "plan"}
 
 
 def read_report(path: Path) -> TrainerReport | None:
@@ -78,7 +80,7 @@ def show(job: FineTuneJob, report: TrainerReport | None, code: int, *, seconds: 
     if code == Exit.OK:
         _show_success(job, report, seconds, file)
     else:
-        _show_failure(job, report, code, seconds)
+        _show_failure(job, report, code, seconds, file)
 
 
 def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float, file: str) -> None:
@@ -112,10 +114,10 @@ def _show_success(job: FineTuneJob, report: TrainerReport | None, seconds: float
     ending = ", but not published: its gate is not passed" if candidate else ""
     console.done(f"{job.metadata.name} is trained{ending}")
     console.page(table)
-    _show_next(job, target, file)
+    _show_next(job, target, file, is_candidate=candidate is not None)
 
 
-def _show_next(job: FineTuneJob, target: str, file: str) -> None:
+def _show_next(job: FineTuneJob, target: str, file: str, *, is_candidate: bool) -> None:
     from rich.text import Text
 
     scheme = uri.parse(target).scheme
@@ -125,15 +127,17 @@ def _show_next(job: FineTuneJob, target: str, file: str) -> None:
         console.out().print(Text(f"  {line}", style="cyan"), soft_wrap=True)
     commands = [f"finetune chat {local_path(target)}"] if scheme in ("s3", "file") else []
     commands += [f"finetune download {target} {folder}"] if scheme == "s3" else []
-    if file != STDIN:
+    if is_candidate:
+        commands += [f"finetune promote {local_path(target)}"]
+    elif file != STDIN:
         # The cluster cannot see this machine's files.
         local = "   # with hf://, s3:// or pvc:// for file://" if "file://" in str(job.spec.manifest()) else ""
-        commands += [f"finetune plan {file}", f"kubectl apply -f {file}{local}"]
+        commands += [f"finetune submit {file}{local}"]
     if commands:
         console.next_commands(*commands)
 
 
-def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, seconds: float) -> None:
+def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, seconds: float, file: str) -> None:
     outcome = exit_codes.outcome_of(code, report.reason if report else None)
     reason = outcome.reason if outcome else report.reason if report and report.reason else "failed"
     said = report.message if report and report.message else outcome.cause if outcome else ""
@@ -142,7 +146,7 @@ def _show_failure(job: FineTuneJob, report: TrainerReport | None, code: int, sec
         f"{job.metadata.name}: {reason} after {formatting.duration(seconds)} (exit code {code})"
         + (f": {said}" if said else "")
     )
-    if code == exit_codes.ExitCode.PREEMPTED:
-        console.note("hint:  Run the same command again: it resumes from the checkpoint.")
-    elif outcome:
-        console.note(f"hint:  {outcome.cure}")
+    if outcome:
+        console.note(f"hint:  {outcome.cure_here or outcome.cure}")
+    if reason in _LOOKS and file != STDIN:
+        console.next_commands(f"finetune {_LOOKS[reason]} {file}")

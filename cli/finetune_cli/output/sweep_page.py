@@ -29,9 +29,11 @@ class SweepView:
     created: datetime | None
     metric: str
     status: FineTuneSweepStatus
+    unseen: str = ""
+    """Why no operator has seen it, as far as that was asked."""
 
     @classmethod
-    def of(cls, sweep: dict[str, Any]) -> SweepView:
+    def of(cls, sweep: dict[str, Any], unseen: str = "") -> SweepView:
         """Read a sweep; a status of another version that cannot be read counts as empty."""
         from pydantic import ValidationError
 
@@ -48,6 +50,7 @@ class SweepView:
             created=datetime.fromisoformat(created) if created else None,
             metric=str(objective.get("metric", "")) if isinstance(objective, dict) else "",
             status=status,
+            unseen=unseen,
         )
 
     @property
@@ -73,7 +76,7 @@ class SweepView:
     def why(self) -> str:
         """How far it is, why it waits, or how it ended."""
         if not self.status.conditions:
-            return "The operator has not seen this sweep yet. If that lasts: is the operator running in this cluster?"
+            return "The operator has not seen this sweep yet" + (f": {self.unseen}" if self.unseen else "")
         return next((each.message for each in self.status.conditions if each.type == "Succeeded"), "")
 
 

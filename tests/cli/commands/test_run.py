@@ -76,7 +76,7 @@ def test_the_trainers_failure_and_its_cure_are_shown_with_its_exit_code(run, job
     last = result.stderr.splitlines()[-2:]
     assert last[0].startswith("error: tiny: DatasetInvalid after ")
     assert "train.jsonl" in last[0]
-    assert last[1] == "hint:  Fix the file and line the message names, then create the job again."
+    assert last[1] == "hint:  Fix the file and line the message names, and run it again."
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -106,8 +106,7 @@ def assert_summary(shown, folder):
     assert re.search(rf"Adapter +{folder}/out\n", shown)
     assert re.search(r"Held-out loss +[0-9.]{6} → [0-9.]{6}", shown)
     assert re.search(r"Training +100 steps, [0-9,.]+ tokens/s", shown)
-    assert "finetune plan job.yaml" in shown
-    assert "kubectl apply -f job.yaml" in shown
+    assert "finetune submit job.yaml   # with hf://, s3:// or pvc:// for file://" in shown
     lines = shown.partition("Use it in Python:\n")[2].partition("\n\n")[0].splitlines()
     assert len(lines) == 5
     here = {}

@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, str, bool]] = {
     "Pod": ("v1", "pods", True),
     "Event": ("v1", "events", True),
     "Job": ("batch/v1", "jobs", True),
+    "Deployment": ("apps/v1", "deployments", True),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies", True),
     "Lease": ("coordination.k8s.io/v1", "leases", True),
     "Role": ("rbac.authorization.k8s.io/v1", "roles", True),
