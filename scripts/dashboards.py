@@ -1,6 +1,6 @@
 """Write the Grafana dashboards of the chart: `python scripts/dashboards.py`, or `--check` that they are up to date.
 
-The panels are listed in dashboard_panels.py. Grafana's JSON model:
+Each has a file of its own: dashboard_fleet.py, …. Grafana's JSON model:
 https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/
 """
 
@@ -10,7 +10,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dashboard_panels import FLEET, JOB, SWEEP, Dashboard, Panel
+from dashboard_fleet import FLEET
+from dashboard_job import JOB
+from dashboard_panels import Dashboard, Panel
+from dashboard_sweep import SWEEP
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
 COLUMNS = 24
