@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,41 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from support.stores.tokens import ISSUER, SERVICE, Tokens
+
 USER, PASSWORD = "trainer", "registry-password"
 #: Docker's registry takes bcrypt alone, which Python does not bring.
 _HASHED = "$2b$04$32LdzpnQny0nSaJ2w4gale5C1CRgQTLzx2ww/cvXoYXzLu71gHNYq"
+#: What they are sent as.
+LOGIN = f"Basic {base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()}"
 BINARY = os.environ.get("REGISTRY") or shutil.which("docker-registry") or shutil.which("registry") or ""
 
 
 @dataclass
 class Registry:
-    """A running registry; `faults` are answers that the stand-in gives before its own: (method, path part, status)."""
+    """A running registry, and what the stand-in is told to do and has seen.
+
+    Attributes:
+        address: host:port.
+        real: Whether it is Docker's.
+        faults: Answers that it gives before its own: (method, path part, status); status 0 breaks off half-way.
+        requests: Method and path of each request.
+        ranges: The Range of each GET of a blob.
+        tokens: Who is asked for tokens; without, it takes user and password.
+        storage: Base URL that it redirects GET and HEAD of blobs to.
+        stored: Headers of what came to the storage, which is the stand-in at another address.
+        deletes_tags: Whether users may delete tags.
+    """
 
     address: str
     real: bool
     faults: list[tuple[str, str, int]] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    ranges: list[str | None] = field(default_factory=list)
+    tokens: Tokens | None = None
+    storage: str = ""
+    stored: list[Message] = field(default_factory=list)
+    deletes_tags: bool = True
 
     def uri(self, name: str) -> str:
         return f"oci://{self.address}/{name}"
@@ -72,12 +95,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.registry.requests.append((self.command, url.path))
         for fault in self.registry.faults:
-            if fault[0] == self.command and fault[1] in url.path:
+            if fault[0] == self.command and fault[1] in url.path and fault[2]:
                 self.registry.faults.remove(fault)
-                return self._answer(fault[2], b'{"errors": [{"code": "UNKNOWN"}]}')
-        expected = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        if self.headers.get("Authorization") != f"Basic {expected}":
-            return self._answer(401, WWW_Authenticate='Basic realm="stand-in"')
+                where = {"Location": "http://elsewhere.test/x"} if fault[2] == 307 else {}
+                return self._answer(fault[2], b'{"errors": [{"code": "UNKNOWN"}]}', **where)
+        if url.path.startswith("/stored/"):
+            self.registry.stored.append(self.headers)
+            return self._blob(url.path.rpartition("/")[2])
+        tokens, sent = self.registry.tokens, self.headers.get("Authorization")
+        if not (tokens.accept(sent) if tokens else sent == LOGIN):
+            return self._answer(401, WWW_Authenticate=tokens.challenge if tokens else 'Basic realm="stand-in"')
         name, kind, reference = re.fullmatch(r"/v2/(.+)/(blobs|manifests)/(.*)", url.path).groups()  # type: ignore[union-attr]
         if kind == "manifests":
             return self._manifest(name, reference, body)
@@ -89,13 +116,28 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(400, b'{"errors": [{"code": "DIGEST_INVALID"}]}')
             self.blobs[digest] = body
             return self._answer(201, Location=f"/v2/{name}/blobs/{digest}")
+        if self.registry.storage:
+            return self._answer(307, Location=f"{self.registry.storage}/stored/{reference}?signature=x")
+        return self._blob(reference)
+
+    def _blob(self, reference: str) -> None:
         if reference not in self.blobs:
             return self._answer(404, b'{"errors": [{"code": "BLOB_UNKNOWN"}]}')
         found = self.blobs[reference]
+        if self.command == "HEAD":
+            return self._answer(200, found)
+        self.registry.ranges.append(self.headers.get("Range"))
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        if asked and self.command == "GET":
-            return self._answer(206, found[int(asked[1]) : int(asked[2]) + 1])
-        return self._answer(200, found)
+        kept = found[int(asked[1]) : int(asked[2]) + 1] if asked else found
+        if fault := next((each for each in self.registry.faults if each == ("GET", "/blobs/", 0)), None):
+            self.registry.faults.remove(fault)
+            self.close_connection = True
+            self.send_response_only(206)
+            self.send_header("Content-Length", str(len(kept)))
+            self.end_headers()
+            self.wfile.write(kept[: len(kept) // 2])
+            return None
+        return self._answer(206 if asked else 200, kept)
 
     def _manifest(self, name: str, reference: str, body: bytes) -> None:
         if self.command == "PUT":
@@ -104,9 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.manifests[name, each] = (self.headers["Content-Type"], body)
             return self._answer(201, Docker_Content_Digest=digest)
         if self.command == "DELETE":
+            if not self.registry.deletes_tags:
+                return self._answer(405, b'{"errors": [{"code": "UNSUPPORTED"}]}')
             gone = self.manifests.pop((name, reference), None)
-            for key in [key for key, value in self.manifests.items() if value == gone]:
-                del self.manifests[key]
+            if reference.startswith("sha256:"):  # with all tags that name it
+                for key in [key for key, value in self.manifests.items() if value == gone]:
+                    del self.manifests[key]
             return self._answer(202 if gone else 404)
         kind, found = self.manifests.get((name, reference), ("", b""))
         return self._answer(200, found, Content_Type=kind) if kind else self._answer(404)
@@ -118,12 +163,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def standin_registry() -> Iterator[Registry]:
-    """The stand-in on a free port of 127.0.0.1."""
+def standin_registry(certificate: tuple[Path, Path] | None = None) -> Iterator[Registry]:
+    """The stand-in on a free port of 127.0.0.1; with TLS, if there are a certificate's and its key's file."""
     registry = Registry("", real=False)
     handler = type("Handler", (_Handler,), {"registry": registry, "blobs": {}, "manifests": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who does not trust it hangs up
     registry.address = f"127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -136,26 +186,29 @@ def standin_registry() -> Iterator[Registry]:
 
 
 @contextmanager
-def docker_registry(folder: Path) -> Iterator[Registry]:
-    """Docker's registry on a free port of 127.0.0.1, which wants USER and PASSWORD."""
+def docker_registry(folder: Path, tokens: Tokens | None = None) -> Iterator[Registry]:
+    """Docker's registry on a free port of 127.0.0.1, which wants USER and PASSWORD, or a token."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     (folder / "users").write_text(f"{USER}:{_HASHED}\n")
-    settings = {
+    settings: dict[str, Any] = {
         "version": 0.1,
         "log": {"accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(folder / "data")}, "delete": {"enabled": True}},
         "auth": {"htpasswd": {"realm": "test", "path": str(folder / "users")}},
         "http": {"addr": address},
     }
+    if tokens:
+        realm = {"realm": f"http://{tokens.address}/token", "service": SERVICE, "issuer": ISSUER}
+        settings["auth"] = {"token": realm | {"rootcertbundle": str(tokens.authority.write(folder)[0])}}
     (folder / "config.yml").write_text(json.dumps(settings))
     process = subprocess.Popen(
         [BINARY, "serve", str(folder / "config.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         _wait_for(address, process)
-        yield Registry(address, real=True)
+        yield Registry(address, real=True, tokens=tokens)
     finally:
         process.terminate()
         process.wait()

@@ -12,11 +12,8 @@ from typing import Any
 import pytest
 import urllib3
 
-from finetune_api.spec import Metadata
 from finetune_api.uri import parse
 from finetune_trainer import redact
-from finetune_trainer.publishing.artifacts import ARTIFACTS
-from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.credentials import Credentials
@@ -29,44 +26,16 @@ from finetune_trainer.stores.errors import (
 )
 from finetune_trainer.stores.oci import layer
 from finetune_trainer.stores.oci.store import OciStore
-from finetune_trainer.stores.open import open_store
+from support.stores.images import FILES, bundle, open_image, output
 from support.stores.registry import PASSWORD, USER, Registry, registry, standin_registry
 
 __all__ = ["registry"]
-FILES = {
-    "adapter_config.json": b"{}",
-    "adapter_model.safetensors": bytes(range(256)) * 9000,
-    "training/job.yaml": b"spec: {}\n",
-    "empty.txt": b"",
-}
 
 
 @pytest.fixture
 def standin() -> Iterator[Registry]:
     with standin_registry() as found:
         yield found
-
-
-def open_image(registry: Registry, name: str, folder: Path, password: str = PASSWORD) -> OciStore:
-    """The image with the credentials of a mounted Secret."""
-    secret = folder / "secrets" / "oci"
-    secret.mkdir(parents=True, exist_ok=True)
-    (secret / ".dockerconfigjson").write_text(registry.docker_config(password))
-    credentials = Credentials.for_role("oci", env={}, secrets_dir=folder / "secrets")
-    store = open_store(parse(registry.uri(name), ("oci",)), credentials, field="output.oci.uri")
-    assert isinstance(store, OciStore)
-    return store
-
-
-def bundle(folder: Path) -> Bundle:
-    for path, data in FILES.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    return Bundle(folder, ARTIFACTS["Adapter"], "org/base", rank=8, metrics={"evalLoss": 0.5}, step=3)
-
-
-def output(store: OciStore, uid: str = "1", **options: Any) -> AdapterOutput:
-    return AdapterOutput(store, Metadata(name="nli", uid=uid), **options)
 
 
 def test_an_adapter_is_pushed_and_every_digest_is_read_back(registry: Registry, tmp_path: Path) -> None:

@@ -2,17 +2,16 @@
 
 import json
 import os
-import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import urllib3
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from finetune_api import constants
-from finetune_trainer import redact
 from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.errors import (
@@ -24,17 +23,20 @@ from finetune_trainer.stores.errors import (
     StoreUnavailable,
     too_large,
 )
-from finetune_trainer.stores.oci.credentials import login
+from finetune_trainer.stores.oci import credentials as registry_settings
+from finetune_trainer.stores.oci.tokens import TokenRefused, authorization
 
 #: Tries while the registry does not answer.
 ATTEMPTS: Final = 4
 #: Of an answer that is no blob.
 MAX_BYTES: Final = 4 << 20
 CHUNK_BYTES: Final = 1 << 20
+#: Seconds, doubled each time.
+_PAUSE: Final = 0.1
 _TIMEOUT: Final = urllib3.Timeout(connect=10, read=60)
 _REDIRECTS: Final = 5
-_CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
-_LOOPBACK: Final = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+#: Of a blob whose connection breaks off again and again: so much must arrive before it counts as another fault.
+_PROGRESS_BYTES: Final = 16 << 20
 
 #: Gives the body anew for each try.
 Body = Callable[[], Iterable[bytes]]
@@ -48,28 +50,30 @@ class RegistryClient:
         """Prepare to ask. Makes no request; raises StoreMisconfigured for a registry that is not allowed.
 
         Args:
-            registry: host[:port]; https, but for this machine's own, as Docker has it.
+            registry: host[:port].
             repository: The repository's name.
             credentials: Of the role that asks.
             field: The manifest's field, for messages.
         """
-        scheme = "http" if _LOOPBACK.fullmatch(registry) else "https"
+        scheme = registry_settings.scheme(registry, credentials, field)
         host = "registry-1.docker.io" if registry == "docker.io" else registry
         self.base = f"{scheme}://{host}/v2/{repository}"
         self._where = f"{field}: {registry}/{repository}"
         self._network, self._where_set = credentials.network, credentials.where
         if problem := endpoints.refusal(f"{scheme}://{host}"):
             raise StoreMisconfigured(f"{field}: {problem}")
-        self._login = login(registry, credentials)
+        self._login = registry_settings.login(registry, credentials)
         self._authorization = ""
-        patient = os.environ.get(constants.ENV_STORE_PATIENCE) != "0"
+        self._attempts = 1 if os.environ.get(constants.ENV_STORE_PATIENCE) == "0" else ATTEMPTS
         self._policy = Retrying(
-            stop=stop_after_attempt(ATTEMPTS if patient else 1),
+            stop=stop_after_attempt(self._attempts),
             wait=wait_random_exponential(multiplier=0.3, max=5),
             retry=retry_if_exception(lambda e: isinstance(e, StoreUnavailable) and not isinstance(e, StoreCorrupted)),
             reraise=True,
         )
-        self._pool = urllib3.PoolManager(retries=False, timeout=_TIMEOUT)
+        self._pool = urllib3.PoolManager(
+            retries=False, timeout=_TIMEOUT, ssl_context=registry_settings.tls(credentials, field)
+        )
 
     def ask(
         self,
@@ -113,7 +117,24 @@ class RegistryClient:
         self._policy(once)
 
     def blob(self, digest: str, start: int, size: int) -> Iterator[bytes]:
-        """Yield `size` bytes of a blob from offset `start`. A connection that breaks off raises StoreUnavailable."""
+        """Yield `size` bytes of a blob from offset `start`. What breaks off is asked for again from where it did.
+
+        Raises:
+            StoreError: The registry does not have it, or keeps failing.
+        """
+        failures, good = 0, 0
+        while size:
+            try:
+                for chunk in self._part(digest, start, size):
+                    start, size, good = start + len(chunk), size - len(chunk), good + len(chunk)
+                    yield chunk
+            except StoreUnavailable as error:
+                failures, good = (failures + 1 if good < _PROGRESS_BYTES else 1), 0
+                if failures >= self._attempts or isinstance(error, StoreCorrupted):
+                    raise
+                time.sleep(_PAUSE * 2**failures)
+
+    def _part(self, digest: str, start: int, size: int) -> Iterator[bytes]:
         headers = {"Range": f"bytes={start}-{start + size - 1}"}
         with self._sent("GET", self._url(f"blobs/{digest}"), headers, None) as response:
             if response.status not in (200, 206):
@@ -142,21 +163,40 @@ class RegistryClient:
             response = self._once(method, url, headers, body)
             if response.status == 401 and (challenge := response.headers.get("WWW-Authenticate")):
                 response.close()
-                self._authorize(challenge)
+                self._log_in(challenge)
                 response = self._once(method, url, headers, body)
             for _ in range(_REDIRECTS):
                 target = response.headers.get("Location") if response.status in (301, 302, 303, 307, 308) else None
-                if target is None or method not in ("GET", "HEAD"):
+                if target is None:
                     break
                 response.close()
-                url = urljoin(url, target)
-                if urlsplit(url).scheme not in ("https", urlsplit(self.base).scheme):
-                    raise StoreMisconfigured(f"{self._where}: the registry leads from https to {origin(url)}")
+                url = self._followed(method, urljoin(url, target))
                 response = self._once(method, url, headers, None)
             try:
                 yield response
             finally:
                 response.close()
+
+    def _followed(self, method: str, url: str) -> str:
+        """Return where the registry leads, if a request may go there: what is written goes to the registry alone."""
+        if method not in ("GET", "HEAD"):
+            raise StoreMisconfigured(
+                f"{self._where}: the registry answers {method} with a redirect to {origin(url)}: what is pushed is sent"
+                " to the registry alone: name the registry where that leads"
+            )
+        if urlsplit(url).scheme not in ("https", urlsplit(self.base).scheme):
+            raise StoreMisconfigured(f"{self._where}: the registry leads from https to {origin(url)}")
+        if problem := endpoints.refusal(url):
+            raise StoreMisconfigured(f"{self._where}: the registry keeps this elsewhere: {problem}")
+        return url
+
+    def _log_in(self, challenge: str) -> None:
+        is_secure = self.base.startswith("https://")
+        try:
+            found = authorization(challenge, self._login, self._pool, self._where, is_secure)
+        except TokenRefused as refused:
+            raise self._error(refused.status, "GET", refused.body) from None
+        self._authorization = found or self._authorization
 
     def _once(self, method: str, url: str, headers: Mapping[str, str], body: bytes | Body | None) -> Response:
         own = urlsplit(url)[:2] == urlsplit(self.base)[:2]  # the token is for the registry alone
@@ -166,40 +206,15 @@ class RegistryClient:
             method, url, headers=sent, body=content, preload_content=False, redirect=False, decode_content=False
         )
 
-    def _authorize(self, challenge: str) -> None:
-        """Answer the registry's challenge: with user and password, or with a token for them."""
-        kind, _, rest = challenge.partition(" ")
-        if kind.lower() == "basic" and self._login:
-            self._authorization = urllib3.make_headers(basic_auth=":".join(self._login))["authorization"]
-            return
-        asked = dict(_CHALLENGE.findall(rest))
-        if kind.lower() != "bearer" or "realm" not in asked:
-            return
-        realm = asked.pop("realm")
-        if urlsplit(realm).scheme != "https" and not self.base.startswith("http://"):
-            raise StoreMisconfigured(f"{self._where}: the registry sends its users to {origin(realm)} without https")
-        if problem := endpoints.refusal(realm):
-            raise StoreMisconfigured(f"{self._where}: the registry's own server for tokens: {problem}")
-        query = {"service": asked.get("service", ""), "scope": asked.get("scope", "")}
-        headers = urllib3.make_headers(basic_auth=":".join(self._login)) if self._login else {}
-        url = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
-        answer = self._pool.request("GET", url, headers=headers, preload_content=False, redirect=False)
-        read = answer.read(MAX_BYTES)
-        answer.release_conn()
-        if answer.status != 200:
-            raise self._error(answer.status, "GET", read)
-        try:
-            found: dict[str, Any] = json.loads(read)
-            token = str(found.get("token") or found["access_token"])
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            raise StoreUnavailable(f"{self._where}: the registry's server for tokens gives none") from None
-        redact.remember(token)
-        self._authorization = f"Bearer {token}"
-
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except urllib3.exceptions.SSLError:
+            raise StoreUnavailable(
+                f"{self._where}: the TLS connection failed (set {registry_settings.CA_BUNDLE} for a private certificate"
+                f" authority, {registry_settings.PLAIN_HTTP}=true for a registry without TLS)"
+            ) from None
         except urllib3.exceptions.HTTPError as error:
             raise StoreUnavailable(
                 f"{self._where}: the registry does not answer ({type(error).__name__}): check its name and"

@@ -1,8 +1,10 @@
-"""Who asks a registry: from a Secret of type kubernetes.io/dockerconfigjson, or the user's ~/.docker/config.json."""
+"""How a registry is asked, and with which login: a kubernetes.io/dockerconfigjson, or ~/.docker/config.json."""
 
 import base64
 import json
 import os
+import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,8 +16,41 @@ from finetune_trainer.stores.errors import StoreMisconfigured
 
 #: More than any such file has.
 _MAX_BYTES: Final = 1 << 20
+_LOOPBACK: Final = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+#: Keys of the Secret, beside Docker's.
+PLAIN_HTTP: Final = "REGISTRY_PLAIN_HTTP"
+CA_BUNDLE: Final = "REGISTRY_CA_BUNDLE"
 #: Docker's own registry is known by another name in these files.
 _HUB: Final = ("docker.io", "registry-1.docker.io", "index.docker.io")
+
+
+def scheme(registry: str, credentials: Credentials, field: str) -> str:
+    """Return https, or http where REGISTRY_PLAIN_HTTP is true or, as Docker has it, on this machine's own address.
+
+    Raises:
+        StoreMisconfigured: The setting is neither true nor false.
+    """
+    asked = credentials.get(PLAIN_HTTP) or str(_LOOPBACK.fullmatch(registry) is not None)
+    if asked.lower() not in ("true", "false"):
+        raise StoreMisconfigured(f"{field}: {PLAIN_HTTP} must be true or false ({credentials.where})")
+    return "http" if asked.lower() == "true" else "https"
+
+
+def tls(credentials: Credentials, field: str) -> ssl.SSLContext:
+    """Return which certificates are trusted: the system's, and those in the file that REGISTRY_CA_BUNDLE names.
+
+    Raises:
+        StoreMisconfigured: There are none in that file.
+    """
+    context = ssl.create_default_context()
+    if bundle := credentials.get(CA_BUNDLE):
+        try:
+            context.load_verify_locations(cafile=bundle)
+        except (OSError, ValueError):  # ssl.SSLError is an OSError
+            raise StoreMisconfigured(
+                f"{field}: {CA_BUNDLE} must be the path of a file with certificates in PEM ({credentials.where})"
+            ) from None
+    return context
 
 
 def login(registry: str, credentials: Credentials) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ not change are layers that nodes have already.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,16 @@ from finetune_trainer.stores.oci.client import Body, RegistryClient
 from finetune_trainer.stores.oci.layer import Layer, tar
 from finetune_trainer.stores.streamed import StreamedStore
 
+log = logging.getLogger(__name__)
 INDEX: Final = "application/vnd.oci.image.index.v1+json"
 MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 CONFIG: Final = "application/vnd.oci.image.config.v1+json"
 #: Nodes take the image of their own processor; all have the same layers.
 PROCESSORS: Final = ("amd64", "arm64")
+
+#: Answers to the deletion of a tag: it is gone, or the registry does not do that, or not for this user.
+_GONE: Final = (202, 204, 404)
+_DELETED: Final = (*_GONE, 400, 401, 403, 405, 501)
 
 
 class OciStore(StreamedStore):
@@ -69,10 +75,18 @@ class OciStore(StreamedStore):
             self._pending.clear()
 
     def delete(self, path: str) -> None:
-        """Forget a file that was uploaded. With manifest.json the image goes, where the registry lets users delete."""
+        """Forget a file that was uploaded. With manifest.json the tag goes, where the registry lets users delete one.
+
+        Never the image itself: other tags may name it too, and would go with it.
+        """
         self._pending.pop(path, None)
-        if path == constants.MANIFEST_FILE and (digest := self._digest()):
-            self._client.ask("DELETE", f"manifests/{digest}", good=(202, 400, 404, 405))
+        if path == constants.MANIFEST_FILE:
+            response, _ = self._client.ask("DELETE", f"manifests/{self._tag}", good=_DELETED)
+            if response.status not in _GONE:
+                log.warning(
+                    f"{self.field}: {self.root} stays until another image takes its tag: the registry deletes no tag"
+                    f" (HTTP {response.status})"
+                )
 
     def _push(self, layer: Layer, content: Path | bytes) -> Layer:
         self._push_blob(layer.digest, layer.size, partial(tar, layer.path, content))
@@ -104,11 +118,6 @@ class OciStore(StreamedStore):
 
     def _put(self, reference: str, data: bytes, kind: str) -> None:
         self._client.ask("PUT", f"manifests/{reference}", {"Content-Type": kind}, data, good=(201,))
-
-    def _digest(self) -> str:
-        """Return the digest that the tag stands for, '' if there is no such tag."""
-        response, body = self._client.ask("GET", f"manifests/{self._tag}", {"Accept": INDEX}, good=(200, 404))
-        return f"sha256:{hashlib.sha256(body).hexdigest()}" if response.status == 200 else ""
 
     def _layers(self) -> list[Layer]:
         """Return the layers of the image at the tag; none if there is no such tag.
