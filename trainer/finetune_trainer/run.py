@@ -62,11 +62,11 @@ def run(ctx: RunContext) -> Adapter | None:
         if init_from := fetch_adapter(settings, ctx.directory.inputs):
             steps.check_init_from(init_from, spec)
         lineage = steps.lineage_of(spec, data, init_from, prompts)
-        ctx.on_rank_zero(lambda: check_gate(settings, lineage))
+        fingerprint = steps.fingerprint(spec, base.commit, data.splits)
+        ctx.on_rank_zero(lambda: check_gate(settings, lineage, checkpoints.decided(fingerprint)))
         ctx.clock.lap("tokens")
 
         # 6. Find the checkpoint to resume from, and the fastest execution plan that fits the GPU.
-        fingerprint = steps.fingerprint(spec, base.commit, data.splits)
         state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit, base.tensors)
         ctx.report.resumed_from(checkpoints.resumption)
         ctx.stays_stopped(state)
@@ -137,7 +137,7 @@ def run(ctx: RunContext) -> Adapter | None:
         bundle = steps.write_bundle(
             settings.job, model, base, result.plan, result.state, ctx.directory, rows.train.format.name, lineage
         )
-        output, bundle, refusal = through_gate(ctx, output, bundle)
+        output, bundle, refusal = through_gate(ctx, output, bundle, checkpoints, fingerprint)
         exports = steps.plan_exports(model, base, session.evaluator, result.plan, spec, weights, bundle.folder)
         verifier = steps.make_verifier(model, base, session.evaluator, result.plan, spec, ctx.directory.published)
         if spec.output.overwrite:  # Overwriting is destructive: verify before deleting the published adapter.
@@ -148,7 +148,7 @@ def run(ctx: RunContext) -> Adapter | None:
         adapter = output.publish(bundle, before_manifest=verify)
 
         # 13. Drop the checkpoints unless asked to keep them, make what the job wants besides, and report success.
-        checkpoints.delete_unless_kept()
+        checkpoints.finish()
         if refusal:
             return ctx.kept_back(adapter, refusal)
         beside = steps.run_exports(ctx, exports, bundle, verifier)

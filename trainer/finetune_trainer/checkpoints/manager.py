@@ -9,9 +9,10 @@ import structlog
 
 from finetune_api import constants
 from finetune_api.artifact_manifest import JobReference, StoreManifest
+from finetune_api.gate import GateCheck
 from finetune_api.status import Resumption
 from finetune_api.uri import parse
-from finetune_trainer.checkpoints import remote
+from finetune_trainer.checkpoints import decision, remote
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.parse import require_fit, require_usable
 from finetune_trainer.checkpoints.state import TrainingState
@@ -142,8 +143,18 @@ class CheckpointManager:
         self._on_saved(time.monotonic() - began)
         log.info(f"Checkpoint of step {step} is saved", step=step, uri=str(self._store.root))
 
-    def delete_unless_kept(self) -> None:
-        """Delete this job's checkpoints unless output.keepCheckpoints is set."""
+    def decided(self, fingerprint: str) -> list[GateCheck] | None:
+        """Return what an earlier attempt of this run decided of publish.onlyIf; None where none has."""
+        return decision.find(self._store, self._job, fingerprint) if self._spec.publish else None
+
+    def keep_decision(self, fingerprint: str, checks: list[GateCheck]) -> None:
+        """Keep what was decided of publish.onlyIf, until `finish`."""
+        decision.keep(self._store, self._job, fingerprint, checks)
+
+    def finish(self) -> None:
+        """Once the adapter is where it belongs: delete this job's checkpoints, unless output.keepCheckpoints is set."""
+        if self._spec.publish:
+            decision.delete(self._store, self._job)
         if not self._spec.output.keep_checkpoints:
             self.delete()
 

@@ -34,7 +34,7 @@ def _finish(
     ctx.report.progress(step=found.step or 0, total_steps=found.step)
     ctx.report.gate(found.gate or [])
     if ctx.ranks.is_main:
-        checkpoints.delete_unless_kept()
+        checkpoints.finish()
     if not is_published:
         return ctx.kept_back(adapter, verdict(found.gate or []))
     beside = report_published(ctx) if ctx.ranks.is_main else ""

@@ -11,6 +11,7 @@ from finetune_api.gate import GateCheck, candidate_folder
 from finetune_api.latest import LATEST_FILE
 from finetune_api.spec_publish import LOSS, Requirement
 from finetune_api.uri import parse, place
+from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.publishing.bundle import Bundle
@@ -26,24 +27,36 @@ from finetune_trainer.stores.signature import require_signature
 log = structlog.get_logger(__name__)
 
 
-def check_gate(settings: Settings, lineage: Lineage) -> None:
+def check_gate(settings: Settings, lineage: Lineage, decided: Sequence[GateCheck] | None = None) -> None:
     """Refuse, before anything is trained, a comparison with an adapter that was measured otherwise.
 
     Args:
         settings: Its spec has the conditions.
         lineage: Of what is about to be trained.
+        decided: What an earlier attempt decided: then nothing is read again, for it may have begun to publish.
 
     Raises:
         ConfigInvalid: There is no such adapter, it is damaged, or its metric is not of the same rows and settings.
         StoreError: It cannot be read.
     """
-    for index, each in enumerate(_requirements(settings)):
+    for index, each in enumerate(_requirements(settings) if decided is None else ()):
         if each.better_than and (problem := _check(settings, index, each, {each.metric: 0.0}, lineage).problem):
             raise ConfigInvalid(f"spec.{_field(index)}: {each.better_than}: {problem}")
 
 
-def through_gate(ctx: RunContext, output: AdapterOutput, bundle: Bundle) -> tuple[AdapterOutput, Bundle, str]:
+def through_gate(
+    ctx: RunContext, output: AdapterOutput, bundle: Bundle, checkpoints: CheckpointManager, fingerprint: str
+) -> tuple[AdapterOutput, Bundle, str]:
     """Decide whether the adapter is published, and report it.
+
+    The decision is kept before anything is published, and an attempt that follows on a kill holds to it.
+
+    Args:
+        ctx: The run.
+        output: Where the adapter goes if all conditions are met.
+        bundle: The adapter.
+        checkpoints: The run's, with which the decision is kept.
+        fingerprint: What decides the run's result.
 
     Returns:
         Where it goes, the bundle with what decided it, and what is not met ('' if it is published).
@@ -51,7 +64,12 @@ def through_gate(ctx: RunContext, output: AdapterOutput, bundle: Bundle) -> tupl
     Raises:
         StoreError: An adapter to beat is out of reach.
     """
-    checks = judge(ctx.settings, bundle.metrics, bundle.lineage or Lineage())
+    if not ctx.settings.spec.publish:
+        return output, bundle, ""
+    checks = checkpoints.decided(fingerprint)
+    if checks is None or any(each.value != bundle.metrics.get(each.metric) for each in checks):
+        checks = judge(ctx.settings, bundle.metrics, bundle.lineage or Lineage())
+        checkpoints.keep_decision(fingerprint, checks)
     ctx.report.gate(checks)
     bundle, refusal = replace(bundle, gate=tuple(checks)), verdict(checks)
     if not refusal:

@@ -139,7 +139,7 @@ class TrainingSession:
         Raises:
             Preempted: The process was asked to stop, and the checkpoint is safe.
             Outperformed: The run fell behind the other trials of its process, and the checkpoint is safe.
-        Diverged: The loss, a gradient or a weight became NaN or infinite.
+            Diverged: The loss, a gradient or a weight became NaN or infinite.
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
         """
         initial = snapshot(self.model)
