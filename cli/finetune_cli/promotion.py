@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from finetune_api import constants
 from finetune_cli import storage
 from finetune_cli.errors import CliError, Exit
+from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.latest import Latest, Promotion
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
 
 
 def default_prefix(address: str) -> str:
-    """Return the folder above an adapter; above its output.uri for one that is kept below candidates/."""
-    parts = address.rstrip("/").split("/")
+    """Return the folder above an adapter; above its output.uri for one that is kept below candidates/.
+
+    Raises CliError where nothing is above it.
+    """
+    scheme, separator, place = address.rstrip("/").rpartition("://")
+    parts = place.split("/")
     if len(parts) > 2 and parts[-2] == constants.CANDIDATES_DIR:
         parts = parts[:-2]
-    return "/".join(parts[:-1])
+    if not (above := "/".join(parts[:-1])):
+        raise CliError(
+            f"{address}: no folder is above this adapter, and a pointer belongs there",
+            hint="publish to a folder of the bucket, or name a --prefix",
+        )
+    return f"{scheme}{separator}{above}"
 
 
 def path_below(prefix: str, address: str) -> str:
@@ -77,10 +87,16 @@ def checked(store: Store, path: str, digest: str | None = None) -> Promotion:
 
 def move(store: Store, new: Latest, before: bytes | None) -> None:
     """Write the pointer if nobody moved it since it was read. Raises CliError."""
+    from finetune_api.latest import LATEST_FILE
     from finetune_trainer.stores import latest
     from finetune_trainer.stores.errors import AlreadyExists
 
     with storage.store_errors():
+        if not store.honors_conditions(LATEST_FILE):
+            console.note(
+                f"The store of {store.root} ignores If-Match: if somebody else moves this pointer in the same moment,"
+                " one of the two moves is lost"
+            )
         try:
             latest.move(store, new, before)
         except AlreadyExists:

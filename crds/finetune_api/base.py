@@ -1,10 +1,11 @@
 """The base of every API model, and rules over several fields that mean the same in CEL and in Python."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -25,6 +26,14 @@ class Rule:
         """Return the rule as an entry of x-kubernetes-validations (KEP-2876)."""
         entry = {"rule": self.cel, "message": self.message}
         return entry | ({"fieldPath": f".{self.field}"} if self.field else {})
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+#: A number from a report. JSON has neither NaN nor infinity, so that either would make a whole status unwritable.
+FiniteOrNone = Annotated[float | None, AfterValidator(_finite)]
 
 
 class ApiModel(BaseModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from finetune_api import constants
-from finetune_api.base import ApiModel
+from finetune_api.base import ApiModel, FiniteOrNone
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 MAX_CHECKS = 8
@@ -19,11 +19,11 @@ class GateCheck(ApiModel):
 
     metric: Annotated[str, Field(max_length=32)]
     """What was measured on the held-out rows."""
-    value: float | None = None
+    value: FiniteOrNone = None
     """This run's value; absent if it has none."""
     comparison: Literal["atLeast", "atMost", "betterThan"]
     """How the two are compared."""
-    bar: float | None = None
+    bar: FiniteOrNone = None
     """What it is compared with; absent if that could not be had."""
     other: Annotated[str, Field(max_length=MAX_URI_LENGTH)] | None = None
     """With betterThan, where the other adapter lies."""

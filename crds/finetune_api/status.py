@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune_api.artifact_names import ArtifactName
-from finetune_api.base import ApiModel
+from finetune_api.base import ApiModel, FiniteOrNone
 from finetune_api.gate import MAX_CHECKS, GateCheck
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
@@ -184,9 +184,9 @@ class Artifact(StatusModel):
     """sha256:<hex> of its manifest.json."""
     size_bytes: Count | None = None
     """Bytes of all files in that manifest."""
-    loss: float | None = None
+    loss: FiniteOrNone = None
     """Loss on held-out rows (nats per token) of what was published, loaded back."""
-    adapter_loss: float | None = None
+    adapter_loss: FiniteOrNone = None
     """The trained model's loss on the same rows."""
     message: Annotated[str, _cut_to(256), Field(max_length=256)] | None = None
     """Why it was not published."""

@@ -101,16 +101,25 @@ def plan(
     price: Annotated[
         float | None,
         typer.Option(
-            "--price", metavar="PRICE", min=0, help="Of one hour of one GPU, in any currency: what will it cost?"
+            "--price",
+            metavar="PRICE",
+            min=0,
+            max=1e6,
+            help="Of one hour of one GPU, in any currency: what will it cost?",
         ),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", metavar="N", min=1, help="Training rows, where they are not counted here.")
+        int | None,
+        typer.Option("--rows", metavar="N", min=1, max=10**12, help="Training rows, where they are not counted here."),
     ] = None,
     trial_hours: Annotated[
         float | None,
         typer.Option(
-            "--trial-hours", metavar="HOURS", min=0, help="How long one trial of a sweep takes, where you know better."
+            "--trial-hours",
+            metavar="HOURS",
+            min=0,
+            max=1e6,
+            help="How long one trial of a sweep takes, where you know better.",
         ),
     ] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out the values that are defaults.")] = False,

@@ -131,3 +131,11 @@ def test_what_is_missing_to_tell_the_time_is_named(tmp_path):
     assert "Not predicted: give --rows or training.maxSteps" in " ".join(page.split())
     refused = finetune("plan", "job.yaml", "--gpu", "voodoo2", cwd=tmp_path)
     assert (refused.returncode, "--gpu: 'voodoo2' is not in the speed table" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("option", [["--rows", "1" + "0" * 400], ["--price", "inf"], ["--price", "nan"]])
+def test_numbers_out_of_all_bounds_are_one_sentence(tmp_path, option):
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    result = no_traceback(finetune("plan", str(tmp_path / "job.yaml"), "--gpu", "h100", *option))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"Invalid value for '{option[0]}'" in result.stderr

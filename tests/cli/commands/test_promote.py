@@ -10,10 +10,12 @@ import pytest
 
 from finetune_api.latest import MAX_HISTORY, Latest, Promotion
 from finetune_api.uri import parse
+from finetune_cli import promotion
+from finetune_cli.errors import CliError
 from finetune_cli.promotion import default_prefix
 from finetune_trainer.stores import latest
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import AlreadyExists, StoreError
+from finetune_trainer.stores.errors import AlreadyExists, StoreError, StoreMisconfigured
 from finetune_trainer.stores.open import open_store
 from finetune_trainer.stores.s3.store import S3Store
 from support.cli.run import finetune, no_traceback
@@ -122,6 +124,57 @@ def test_two_moves_in_one_instant_end_in_one(s3: S3Server, bucket: str, monkeypa
     assert prefix.current == "two"
 
 
+@pytest.mark.parametrize("status", [200, 412])
+def test_a_move_whose_answer_was_lost_on_the_way_is_our_own(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """What lies between may send a request again: the second one then finds another ETag, that of the first."""
+    store = Prefix(f"s3://{bucket}/nli", s3.env).store
+    first, second = (pointer(path, f"sha256:{'0' * 64}") for path in ("one", "two"))
+    latest.move(store, first, None)
+    put = S3Store._put
+
+    def twice(one: S3Store, *arguments: Any, **options: Any) -> None:
+        put(one, *arguments, **options)
+        if status == 412:
+            put(one, *arguments, **options)
+
+    monkeypatch.setattr(S3Store, "_put", twice)
+    latest.move(store, second, first.to_bytes())
+    assert store.read_bytes("latest.json") == second.to_bytes()
+
+
+def test_a_store_that_refuses_its_own_etag_is_named_and_nobody_is_blamed(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Prefix(f"s3://{bucket}/nli", s3.env).store
+    first, second = (pointer(path, f"sha256:{'0' * 64}") for path in ("one", "two"))
+    latest.move(store, first, None)
+    put = S3Store._put
+
+    def with_weak_etags(one: S3Store, *arguments: Any, **options: Any) -> None:
+        put(one, *arguments, **{key: f"W/{value}" if key == "IfMatch" else value for key, value in options.items()})
+
+    monkeypatch.setattr(S3Store, "_put", with_weak_etags)
+    with pytest.raises(StoreMisconfigured, match="refused with the ETag that it has itself"):
+        latest.move(store, second, first.to_bytes())
+
+
+def test_a_store_that_ignores_conditions_is_told_and_leaves_no_trace(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Prefix(f"s3://{bucket}/nli", s3.env).store
+    moves = [pointer(path, f"sha256:{'0' * 64}") for path in ("one", "two", "three")]
+    promotion.move(store, moves[0], None)
+    promotion.move(store, moves[1], moves[0].to_bytes())
+    assert capsys.readouterr().err == ""
+    put = S3Store._put
+    monkeypatch.setattr(S3Store, "_put", lambda one, path, body, digest, **condition: put(one, path, body, digest))
+    promotion.move(store, moves[2], moves[1].to_bytes())
+    assert "ignores If-Match: if somebody else moves this pointer" in capsys.readouterr().err.replace("\n", " ")
+    assert [entry.path for entry in store.list()] == ["latest.json"]
+
+
 def test_what_is_damaged_or_replaced_is_not_promoted_and_not_rolled_back_to(prefix: Prefix) -> None:
     prefix.put("one"), prefix.put("two", "two")
     for path in ("one", "two"):
@@ -211,7 +264,15 @@ def test_the_history_is_bounded() -> None:
         ("s3://adapters/nli/run-7/", "s3://adapters/nli"),
         ("s3://adapters/nli/run-7/candidates/nli-0f3c", "s3://adapters/nli"),
         ("s3://adapters/nli", "s3://adapters"),
+        ("file:///a/b", "file:///a"),
     ],
 )
 def test_the_prefix_is_the_folder_above(address: str, prefix: str) -> None:
     assert default_prefix(address) == prefix
+
+
+@pytest.mark.parametrize("address", ["s3://adapters", "s3://adapters/", "s3://a/candidates/nli-0f3c", "file:///a"])
+def test_where_nothing_is_above_the_adapter_a_prefix_is_asked_for(address: str) -> None:
+    with pytest.raises(CliError, match="no folder is above this adapter") as refusal:
+        default_prefix(address)
+    assert "--prefix" in (refusal.value.hint or "")

@@ -81,3 +81,21 @@ def test_conditions_that_are_met_stand_beside_the_adapter() -> None:
     assert (world.outcome, world.condition("Published")["status"]) == ("True", "True")
     assert world.status["gate"] == met
     assert "candidate" not in world.status
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_does_not_have_do_not_keep_the_job_from_its_end(number: float) -> None:
+    gate = [GATE[0] | {"value": number, "bar": number}]
+    world = ended(gate=gate)
+    check_status(world.status)
+    assert world.outcome == "True"
+    assert world.status["gate"] == [{key: GATE[0][key] for key in ("metric", "comparison", "passed")}]
+    published = World(recovery={"maxAttempts": 1})
+    published.settle()
+    published.start_pods()
+    beside = {"name": "merged", "uri": "s3://adapters/nli/merged", "loss": number, "adapterLoss": number}
+    published.exit_pods(0, adapter_report(artifacts=[beside]))
+    published.settle()
+    check_status(published.status)
+    assert published.outcome == "True"
+    assert published.status["artifacts"] == [{"name": "merged", "uri": "s3://adapters/nli/merged"}]

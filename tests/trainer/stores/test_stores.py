@@ -129,6 +129,14 @@ def test_creating_what_is_already_there_is_refused_unless_it_is_the_same(exclusi
     assert exclusive_store.read_bytes("manifest.json") == b"mine"
 
 
+@pytest.mark.parametrize("kind", ["moto", "rclone", "file"])
+def test_a_store_tells_whether_it_honors_conditions(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    store = open_kind(kind, request, tmp_path)
+    store.write_bytes("latest.json", b"one")
+    assert store.honors_conditions("latest.json") == (kind != "rclone")
+    assert [(entry.path, entry.size) for entry in store.list()] == [("latest.json", 3)]
+
+
 def test_of_many_writers_that_create_one_wins(exclusive_store: Store) -> None:
     outcomes: list[str] = []
 

@@ -94,6 +94,14 @@ class Store(ABC):
         self.write_bytes(path, b"checks that this job may write here\n")
         self.delete(path)
 
+    def honors_conditions(self, path: str) -> bool:
+        """Return whether this store refuses a write to `path` whose condition does not hold: not every server does.
+
+        Where it does not, `write_bytes` with `if_none_match` and `replace_bytes` may undo what somebody else writes in
+        the same moment.
+        """
+        return True
+
     @abstractmethod
     def replace_bytes(self, path: str, data: bytes, expected: bytes) -> None:
         """Replace a small object in one step, if it holds `expected`; if it holds `data` already, that was our own try.

@@ -152,13 +152,39 @@ class S3Store(Store):
             if found != expected:
                 raise AlreadyExists(f"{self._location(path).subject} was changed by somebody else meanwhile")
             try:
-                self._put(path, data, digest, IfMatch=answer["ETag"])
+                self._put(path, data, digest, IfMatch=str(answer.get("ETag", "")))
             except ClientError as error:
                 if errors.status_of(error) not in (409, 412):
                     raise
+                if (now := self.read_bytes(path)) == data:  # the same, within one request
+                    return
+                if now == expected and errors.status_of(error) == 412:
+                    raise StoreMisconfigured(
+                        f"{self._location(path).subject} is refused with the ETag that it has itself"
+                        f" ({str(answer.get('ETag'))[:80]}): a proxy in between, or the store, changes ETags"
+                    ) from None
                 raise AlreadyExists(f"{self._location(path).subject} was changed by somebody else meanwhile") from None
 
         self._repeat(path, run)
+
+    def honors_conditions(self, path: str) -> bool:
+        probe = f"{path}.{uuid.uuid4().hex}.probe"
+        data = b"asks whether this store honors If-Match\n"
+
+        def run() -> bool:
+            try:
+                self._put(probe, data, digest_bytes(data), IfMatch=f'"{"0" * 32}"')
+            except ClientError as error:
+                # S3 says 404 of an object that is not there; a server that knows no condition would have made it.
+                if errors.status_of(error) in (404, 412) and errors.code_of(error) != "NoSuchBucket":
+                    return True
+                raise
+            return False
+
+        honored = self._repeat(probe, run)
+        if not honored:
+            self.delete(probe)
+        return honored
 
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
