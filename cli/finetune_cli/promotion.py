@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from finetune_api import constants
 from finetune_cli import storage
 from finetune_cli.errors import CliError, Exit
-from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.latest import Latest, Promotion
@@ -85,20 +84,22 @@ def checked(store: Store, path: str, digest: str | None = None) -> Promotion:
     return Promotion(path=path, manifest_digest=manifest.digest_of(found[1]), promoted_at=datetime.now(UTC))
 
 
-def move(store: Store, new: Latest, before: bytes | None) -> None:
-    """Write the pointer if nobody moved it since it was read. Raises CliError."""
+def move(store: Store, new: Latest, before: bytes | None) -> str:
+    """Write the pointer if nobody moved it since it was read; return what cannot be promised. Raises CliError."""
     from finetune_api.latest import LATEST_FILE
     from finetune_trainer.stores import latest
     from finetune_trainer.stores.errors import AlreadyExists
 
     with storage.store_errors():
-        if not store.honors_conditions(LATEST_FILE):
-            console.note(
-                f"The store of {store.root} ignores If-Match: if somebody else moves this pointer in the same moment,"
-                " one of the two moves is lost"
-            )
+        is_safe = store.honors_conditions(LATEST_FILE)
         try:
             latest.move(store, new, before)
         except AlreadyExists:
             hint = "look with finetune rollback --list, then run it again"
             raise CliError(f"somebody else moved the pointer of {store.root} meanwhile", hint=hint) from None
+    if is_safe:
+        return ""
+    return (
+        f"The store of {store.root} ignores If-Match: if somebody else moves this pointer in the same moment,"
+        " one of the two moves is lost"
+    )

@@ -62,12 +62,13 @@ def promote(
     before = promotion.read(store)
     with console.err().status(f"Comparing {address} with its manifest"):
         new = promotion.checked(store, path)
+    remark = ""
     if before and (before[0].current.path, before[0].current.manifest_digest) == (new.path, new.manifest_digest):
         pointer = before[0]
     else:
         pointer = before[0].promoted(new) if before else Latest(current=new)
-        promotion.move(store, pointer, before[1] if before else None)
-    _show(where, pointer, output)
+        remark = promotion.move(store, pointer, before[1] if before else None)
+    _show(where, pointer, output, remark)
 
 
 def rollback(
@@ -99,18 +100,21 @@ def rollback(
     if before is None:
         raise CliError(f"{where} has no latest.json", hint=f"finetune promote {where}/…")
     pointer, data = before
+    remark = ""
     if not list_only:
         earlier = pointer.rolled_back()
         if earlier is None:
             raise CliError(f"{where} has had no adapter before {pointer.current.path}")
         with console.err().status(f"Comparing {where}/{earlier.current.path} with its manifest"):
             promotion.checked(store, earlier.current.path, earlier.current.manifest_digest)
-        promotion.move(store, earlier, data)
+        remark = promotion.move(store, earlier, data)
         pointer = earlier
-    _show(where, pointer, output)
+    _show(where, pointer, output, remark)
 
 
-def _show(where: str, pointer: Latest, output: OutputFormat | None) -> None:
+def _show(where: str, pointer: Latest, output: OutputFormat | None, remark: str) -> None:
+    if remark:
+        console.note(remark)
     if output:
         console.structured({"prefix": where, **pointer.manifest()}, output)
         return
