@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-IMAGES: Final = {"operator": ("operator",), "trainer": ("trainer", "gpu", "wandb", "mlflow")}
+IMAGES: Final = {"operator": ("operator", "tpe"), "trainer": ("trainer", "gpu", "wandb", "mlflow")}
 PYTHONS: Final = ("3.11", "3.12", "3.13", "3.14")
 PROCESSORS: Final = ("x86_64", "aarch64")
 #: Debian bookworm's C library; wheels for older ones run on it, too.

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants, exit_codes
 from finetune_api.exit_codes import OUTPERFORMED
-from finetune_api.sweep_packing import trial_log, why_not_packed
-from finetune_cli import local_run
+from finetune_api.sweep_packing import DRAWN_LATER, trial_log, why_not_packed
+from finetune_api.sweep_tpe import Past
+from finetune_cli import drawn_trials, local_run
 from finetune_cli.comparison import reading, record, runs, table
 from finetune_cli.comparison.runs import Run
 from finetune_cli.errors import CliError, Exit
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from finetune_api.status import TrainerReport
     from finetune_api.sweep import FineTuneSweep, Halving
 
+_DIVERGED = exit_codes.OUTCOMES[exit_codes.ExitCode.DIVERGED].reason
 #: More than a trainer says of itself.
 _MAX_REPORT = 1 << 20
 #: Trials that the next command names.
 _NAMED = 4
+_ALONE = "leave --packed out"
 #: Asks the trainer of this machine; a proxy for other machines is not for it.
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -69,16 +72,23 @@ def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet
         sweep = manifest.check_sweep(document, base, overrides)
     except manifest.ManifestError as error:
         raise refused(error) from None
+    drawn_later = sweep.spec.strategy == "tpe"
+    if drawn_later:
+        drawn_trials.require_optuna()
     trainer = local_run.trainer_command()
     trials = _trials(sweep)
     for trial in trials:
         local_run.check_local(trial.job, os.environ)
+    if packed and drawn_later:
+        raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {DRAWN_LATER}", hint=_ALONE)
     if packed and (why := why_not_packed(sweep.spec, [(trial.name, trial.job.spec) for trial in trials])):
-        raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {why}", hint="leave --packed out")
+        raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {why}", hint=_ALONE)
     with _Progress(trials) as progress:
         if packed:
             _run_packed(sweep, trials, trainer, progress)
         for trial in () if packed else trials:
+            if drawn_later:
+                _draw(sweep, trial, trials)
             code = _run(sweep, trial, trials, trainer, progress)
             progress.ended(trial)
             if code == exit_codes.ExitCode.PREEMPTED or code > 128:
@@ -100,6 +110,28 @@ def _trials(sweep: FineTuneSweep) -> list[Trial]:
         Trial(each.name, each.summary, each.values, manifest.check(manifest.trial_document(name, template, each)))
         for each in expand(name, sweep.spec)
     ]
+
+
+def _draw(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial]) -> None:
+    """Give a trial the values that follow from those before it. Raises CliError."""
+    from finetune_api import manifest
+
+    name, template = sweep.metadata.name, sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    history = [_past(sweep, each) for each in trials[: trials.index(trial)]]
+    found = drawn_trials.draw(sweep, trial.name, history, _folder(sweep))
+    trial.values, trial.summary = found.values, found.summary
+    trial.job = manifest.check(manifest.trial_document(name, template, found))
+    local_run.check_local(trial.job, os.environ)
+
+
+def _past(sweep: FineTuneSweep, trial: Trial) -> Past:
+    """Return what a trial that has ended tells of its values."""
+    if trial.phase == "Succeeded":
+        return Past(trial.values, "succeeded", _run_of(trial).metrics.get(sweep.spec.objective.metric))
+    if trial.phase == "Stopped" or trial.reason.startswith(f"{_DIVERGED}:"):
+        rungs = sweep.spec.early_stopping.rungs if sweep.spec.early_stopping else []
+        return Past(trial.values, "behind", losses=dict(zip(rungs, trial.losses, strict=False)))
+    return Past(trial.values, "lost")
 
 
 def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: str, progress: _Progress) -> int:
@@ -230,12 +262,16 @@ def _log_of(sweep: FineTuneSweep, trial: Trial) -> Path:
 
 
 def _log_file(sweep: FineTuneSweep, name: str) -> Path:
+    return _folder(sweep) / f"{name}.log"
+
+
+def _folder(sweep: FineTuneSweep) -> Path:
     folder = cache_folder(os.environ) / "sweeps" / sweep.metadata.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CliError(f"{folder}: cannot be made: {error.strerror}", hint="set XDG_CACHE_HOME") from None
-    return folder / f"{name}.log"
+    return folder
 
 
 def _asked(address: str) -> TrainerReport | None:

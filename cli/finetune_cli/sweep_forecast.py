@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +107,12 @@ def plan_sweep(
 
 def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, time: Time) -> SweepPlan:
     from finetune_api import manifest
-    from finetune_api.sweep_trials import expand
+    from finetune_api.sweep_trials import expand, greatest
 
     name = sweep.metadata.name
     trials = expand(name, sweep.spec)
+    if sweep.spec.strategy == "tpe":  # as if each were the largest
+        trials = tuple(replace(trial, values=greatest(sweep.spec)) for trial in trials)
     template = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
     jobs = [manifest.check(manifest.trial_document(name, template, trial)) for trial in trials]
     first: dict[str, int] = {}
@@ -160,7 +162,7 @@ def _data(made: SweepPlan) -> dict[str, Any]:
             {
                 "name": trial.name,
                 "job": job.metadata.name,
-                "values": trial.values,
+                "values": None if spec.strategy == "tpe" else trial.values,
                 "gpus": gpus,
                 "output": job.spec.output.uri,
                 "memory": made.layouts[layout].data if layout in made.layouts else None,
@@ -195,7 +197,8 @@ def _page(made: SweepPlan) -> None:
         table.add_column(title, no_wrap=True)
     for trial, gpus, layout, time in zip(made.trials, made.gpus, made.layout_of, made.times, strict=True):
         takes = formatting.duration(time.seconds) if isinstance(time, Duration) else ""
-        table.add_row(Text(trial.name), Text(trial.summary), str(gpus), _memory(made.layouts.get(layout)), takes)
+        values = "drawn when it starts" if spec.strategy == "tpe" else trial.summary
+        table.add_row(Text(trial.name), Text(values), str(gpus), _memory(made.layouts.get(layout)), takes)
     console.page(table, console.PIPED_TABLE_WIDTH)
     at_once = sum(sorted(made.gpus, reverse=True)[: spec.parallelism])
     screen.print(Text(f"\n{len(made.trials)} trials, {spec.parallelism} at a time: {at_once} GPUs at most"))

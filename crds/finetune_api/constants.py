@@ -19,6 +19,8 @@ LABEL_TRIAL: Final = f"{GROUP}/trial"
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 ANNOTATION_MANIFEST: Final = f"{GROUP}/manifest"
 ANNOTATION_REVISION: Final = f"{GROUP}/spec-revision"
+#: Of a trial whose values were drawn when it started: these values, as JSON.
+ANNOTATION_VALUES: Final = f"{GROUP}/trial-values"
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 #: Of nodes, by NVIDIA's GPU feature discovery: the GPU's name with dashes for its spaces.
 LABEL_GPU_PRODUCT: Final = "nvidia.com/gpu.product"

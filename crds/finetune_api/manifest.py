@@ -16,7 +16,8 @@ from finetune_api import constants, durations, suggestions, uri
 from finetune_api.crd import model_of
 from finetune_api.spec import FineTuneJob
 from finetune_api.sweep import FineTuneSweep
-from finetune_api.sweep_trials import PlannedTrial, SweepError, expand, job_name, trial_spec
+from finetune_api.sweep_packing import DRAWN_LATER
+from finetune_api.sweep_trials import PlannedTrial, SweepError, expand, extremes, job_name, trial_spec
 from finetune_api.yaml_documents import (
     SET,
     Document,
@@ -206,11 +207,13 @@ def check_sweep(
     except SweepError as error:
         raise ManifestError([document.problem(("spec", *_parts(error.field)), error.message)]) from None
     template, problems = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True), []
-    for trial in trials if each_trial else ():
+    drawn_later = sweep.spec.strategy == "tpe"
+    for trial in (extremes(sweep.spec) if drawn_later else trials) if each_trial else ():
+        name = f"a trial of {trial.summary}" if drawn_later else f"trial {trial.name}"
         try:
             check(trial_document(sweep.metadata.name, template, trial))
         except ManifestError as error:
-            problems += [Problem(f"trial {trial.name}", str(each), source=document.source) for each in error.problems]
+            problems += [Problem(name, str(each), source=document.source) for each in error.problems]
     if problems:
         raise ManifestError(problems[:MAX_PROBLEMS])
     return sweep
@@ -223,6 +226,15 @@ def trial_document(sweep: str, template: dict[str, Any], trial: PlannedTrial) ->
     return Document(
         {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}, ""
     )
+
+
+def trial_problem(sweep: str, template: dict[str, Any], trial: PlannedTrial) -> str:
+    """Return what is wrong with the FineTuneJob of a trial; nothing of one that is right."""
+    try:
+        check(trial_document(sweep, template, trial))
+    except ManifestError as error:
+        return str(error.problems[0])
+    return ""
 
 
 def _parts(field: str) -> Path_:
@@ -279,6 +291,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[FineTun
     if len(documents) != 1 or not documents[0].is_sweep:
         return None
     sweep = check_sweep(documents[0], path.parent, overrides)
+    if sweep.spec.strategy == "tpe":
+        raise ManifestError([documents[0].problem((), f"its trials cannot share a process: {DRAWN_LATER}")])
     return sweep, {trial.name: check(document) for trial, document in trial_documents(sweep)}
 
 

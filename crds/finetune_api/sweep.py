@@ -69,7 +69,7 @@ class Parameter(ApiModel):
     values: Annotated[list[AnyValue], Field(min_length=1, max_length=MAX_TRIALS)] | None = None
     """The values to try. Either these, or min and max."""
     min: Bound | None = None
-    """Least value. Needs strategy random."""
+    """Least value. Needs strategy random or tpe."""
     max: Bound | None = None
     """Greatest value."""
     scale: Literal["linear", "log"] = "linear"
@@ -142,27 +142,27 @@ class FineTuneSweepSpec(ApiModel):
             "parameters",
         ),
         Rule(
-            "self.strategy == 'random' || !has(self.parameters) || self.parameters.all(p, !has(p.min))",
-            lambda s: s.strategy == "random" or all(p.min is None for p in s.parameters or ()),
-            "grid needs values for every parameter; min and max need random",
+            "self.strategy != 'grid' || !has(self.parameters) || self.parameters.all(p, !has(p.min))",
+            lambda s: s.strategy != "grid" or all(p.min is None for p in s.parameters or ()),
+            "grid needs values for every parameter; min and max need random or tpe",
             "strategy",
         ),
         Rule(
-            "self.strategy != 'random' || has(self.parameters)",
-            lambda s: s.strategy != "random" or s.parameters is not None,
-            "random draws from parameters: named trials run as they are",
+            "self.strategy == 'grid' || has(self.parameters)",
+            lambda s: s.strategy == "grid" or s.parameters is not None,
+            "random and tpe draw from parameters: named trials run as they are",
             "strategy",
         ),
         Rule(
-            "(self.strategy == 'random') == has(self.maxTrials)",
-            lambda s: (s.strategy == "random") == (s.max_trials is not None),
-            "is needed by strategy random, and by no other",
+            "(self.strategy != 'grid') == has(self.maxTrials)",
+            lambda s: (s.strategy != "grid") == (s.max_trials is not None),
+            "is needed by strategy random and by tpe, and by no other",
             "maxTrials",
         ),
         Rule(
-            "self.strategy == 'random' || !has(self.seed)",
-            lambda s: s.strategy == "random" or s.seed is None,
-            "needs strategy random",
+            "self.strategy != 'grid' || !has(self.seed)",
+            lambda s: s.strategy != "grid" or s.seed is None,
+            "needs strategy random or tpe",
             "seed",
         ),
         Rule(
@@ -219,10 +219,11 @@ class FineTuneSweepSpec(ApiModel):
     """Fields to vary."""
     trials: Annotated[list[Trial], _keyed("name", MAX_TRIALS)] | None = None
     """Trials by name, in the order of their start."""
-    strategy: Literal["grid", "random"] = "grid"
-    """How parameters become trials: grid tries every combination, random draws maxTrials of them."""
+    strategy: Literal["grid", "random", "tpe"] = "grid"
+    """How parameters become trials: grid tries every combination, random draws maxTrials of them, tpe too, each when it
+    starts, from the results so far (Optuna)."""
     max_trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
-    """Number of trials that random draws."""
+    """Number of trials that random or tpe draws."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Seed of the draw. Default: 42."""
     objective: Objective = Field(default_factory=Objective)

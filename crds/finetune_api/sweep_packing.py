@@ -55,6 +55,10 @@ _BEYOND: Final[tuple[tuple[str, Callable[[FineTuneJobSpec], bool], str], ...]] =
 )
 
 
+#: Of a sweep whose trials cannot share a process, whatever they are.
+DRAWN_LATER: Final = "spec.strategy: tpe draws a trial's values when it starts, from the results of others"
+
+
 def why_not_packed(sweep: FineTuneSweepSpec, trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
     """Return why the `trials` of `sweep`, names and specs, cannot train in one process; None if they can."""
     first = _shared(trials[0][1])

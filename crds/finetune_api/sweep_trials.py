@@ -15,7 +15,7 @@ from finetune_api.constants import MAX_NAME_LENGTH
 from finetune_api.sweep import MAX_TRIALS, FineTuneSweepSpec, Parameter
 
 #: Draws for one trial before a space is held to have no more different ones.
-_DRAWS = 20
+DRAWS = 20
 _GOOD_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
 
 
@@ -54,13 +54,38 @@ def expand(name: str, spec: FineTuneSweepSpec) -> tuple[PlannedTrial, ...]:
             if (parameter.values is None) == (parameter.min is None):
                 raise SweepError(f"parameters[{index}]", "give either values, or min and max")
         _check_paths([parameter.path for parameter in parameters], "parameters", spec)
-        combinations = _random(parameters, spec) if spec.strategy == "random" else _grid(parameters)
-        trials = _named(name, parameters, combinations, spec.strategy == "random")
+        if spec.strategy == "tpe":
+            trials = tuple(PlannedTrial(each, {}) for each in _numbered(_count(parameters, spec)))
+        else:
+            combinations = _random(parameters, spec) if spec.strategy == "random" else _grid(parameters)
+            trials = _named(name, parameters, combinations, spec.strategy == "random")
     for trial in trials:
         if len(job_name(name, trial.name)) > MAX_NAME_LENGTH:
             most = MAX_NAME_LENGTH - len(name) - 1
             raise SweepError("trials", f"{trial.name}: its name may have {most} characters beside the sweep's name")
     return trials
+
+
+def extremes(spec: FineTuneSweepSpec) -> Iterator[PlannedTrial]:
+    """Yield trials that tpe may draw: each value and each bound of one parameter, with the first of all others."""
+    choices = {
+        parameter.path: distinct(parameter.values)
+        if parameter.values is not None
+        else [rounded(parameter, bound) for bound in (parameter.min or 0, parameter.max or 0)]
+        for parameter in spec.parameters or ()
+    }
+    first = {path: values[0] for path, values in choices.items()}
+    for path, values in choices.items():
+        yield from (PlannedTrial("t0", {**first, path: value}) for value in values)
+
+
+def greatest(spec: FineTuneSweepSpec) -> dict[str, Any]:
+    """Return the values of the largest trial that tpe may draw: of what is no number the last."""
+    return {
+        parameter.path: max(values) if all(isinstance(value, int | float) for value in values) else values[-1]
+        for parameter in spec.parameters or ()
+        for values in [parameter.values or [rounded(parameter, parameter.max or 0)]]
+    }
 
 
 def job_name(sweep: str, trial: str) -> str:
@@ -91,21 +116,30 @@ def _check_paths(paths: list[str], field: str, spec: FineTuneSweepSpec) -> None:
 
 def _grid(parameters: Sequence[Parameter]) -> list[tuple[Any, ...]]:
     """Return every combination; the last parameter changes fastest."""
-    columns = [_distinct(parameter.values or []) for parameter in parameters]
+    columns = [distinct(parameter.values or []) for parameter in parameters]
     count = math.prod(map(len, columns))
     if count > MAX_TRIALS:
         raise SweepError("parameters", f"{count} combinations; a sweep has at most {MAX_TRIALS} trials")
     return list(itertools.product(*columns))
 
 
-def _distinct(values: Sequence[Any]) -> list[Any]:
+def _count(parameters: Sequence[Parameter], spec: FineTuneSweepSpec) -> int:
+    """Return how many trials tpe draws: no more than there are."""
+    wanted = spec.max_trials or 1
+    if any(parameter.values is None for parameter in parameters):
+        return wanted
+    return min(wanted, math.prod(len(distinct(parameter.values or [])) for parameter in parameters))
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Return the values without those that come again."""
     return list({json.dumps(value, sort_keys=True): value for value in values}.values())
 
 
 def _random(parameters: Sequence[Parameter], spec: FineTuneSweepSpec) -> list[tuple[Any, ...]]:
     """Draw different trials. Each draw has a generator of its own, so that a larger maxTrials only adds trials."""
     wanted, found = spec.max_trials or 1, dict[str, tuple[Any, ...]]()
-    for number in range(wanted * _DRAWS):
+    for number in range(wanted * DRAWS):
         source = random.Random(f"{spec.drawn_with}/{number}")  # noqa: S311 -- a reproducible draw, not a secret
         drawn = tuple(_draw(parameter, source) for parameter in parameters)
         found.setdefault(json.dumps(drawn, sort_keys=True), drawn)
@@ -122,7 +156,13 @@ def _draw(parameter: Parameter, source: random.Random) -> Any:
     is_whole = sweep_paths.is_whole_number(parameter.path)
     top = high + 1 if is_whole else high  # each whole number, the last one too, takes the same part of the range
     value = low * (top / low) ** share if parameter.scale == "log" else low + (top - low) * share
-    if is_whole:
+    return rounded(parameter, value)
+
+
+def rounded(parameter: Parameter, value: float) -> Any:
+    """Return the value between min and max that a field gets for `value`: a whole number where it takes no other."""
+    low, high = float(parameter.min or 0), float(parameter.max or 0)
+    if sweep_paths.is_whole_number(parameter.path):
         return min(max(math.floor(value), math.ceil(low)), math.floor(high))
     return min(max(float(f"{value:.4g}"), low), high)
 
@@ -131,8 +171,7 @@ def _named(
     sweep: str, parameters: Sequence[Parameter], combinations: Sequence[tuple[Any, ...]], drawn: bool
 ) -> tuple[PlannedTrial, ...]:
     """Name trials after their values (lr2e-4-r16) where all names are short and different, else by their number."""
-    width = len(str(len(combinations) - 1))
-    numbered = [f"t{number:0{width}d}" for number in range(len(combinations))]
+    numbered = _numbered(len(combinations))
     names = numbered if drawn else list(_speaking(parameters, combinations))
     room = MAX_NAME_LENGTH - len(sweep) - 1
     if len(set(names)) < len(names) or not all(len(name) <= room and _GOOD_NAME.match(name) for name in names):
@@ -142,6 +181,11 @@ def _named(
         PlannedTrial(name, dict(zip(paths, values, strict=True)))
         for name, values in zip(names, combinations, strict=True)
     )
+
+
+def _numbered(count: int) -> list[str]:
+    width = len(str(count - 1))
+    return [f"t{number:0{width}d}" for number in range(count)]
 
 
 def _speaking(parameters: Sequence[Parameter], combinations: Sequence[tuple[Any, ...]]) -> Iterator[str]:

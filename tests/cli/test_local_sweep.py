@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune_cli import local_run
 from support.cli import fake_trainer
@@ -120,6 +121,51 @@ def test_a_sweep_that_cannot_run_here_starts_no_trial(sweep, tmp_path, spec, say
     assert result.returncode == 1
     assert says in result.stderr
     assert not (tmp_path / "trainer" / "started").exists()
+
+
+def drawn(tmp_path):
+    """Return the values of each trial that has published."""
+    found = {}
+    for file in sorted((tmp_path / "out").glob("*/training/job.yaml")):
+        spec = yaml.safe_load(file.read_text())["spec"]
+        found[file.parents[1].name] = (spec["training"]["learningRate"], spec["lora"]["rank"])
+    return found
+
+
+TPE = {
+    "strategy": "tpe",
+    "maxTrials": 3,
+    "parameters": [
+        {"path": "training.learningRate", "min": 1e-5, "max": 1e-2, "scale": "log"},
+        {"path": "lora.rank", "values": [4, 8]},
+    ],
+}
+DRAWN = {"t0": {"evalLoss": 0.5}, "t1": {"evalLoss": 0.3}, "t2": {"evalLoss": 0.4}}
+
+
+def test_what_was_drawn_for_a_trial_stays_when_the_sweep_goes_on(sweep, tmp_path):
+    stopped = sweep(DRAWN | {"t1": {"exit": 75, "reason": "Preempted"}}, **TPE)
+    assert stopped.returncode == 75
+    [record] = (tmp_path / "cache/finetune/sweeps/nli").glob("drawn-*.json")
+    known = json.loads(record.read_text())
+    assert sorted(known) == ["t0", "t1"]
+    assert sweep(DRAWN, **TPE, parallelism=2).returncode == 0
+    assert started(tmp_path) == ["nli-t0", "nli-t1", "nli-t1", "nli-t2"]
+    found = drawn(tmp_path)
+    assert found["t1"] == tuple(known["t1"].values()) and len(set(found.values())) == 3
+    record.write_text("{")
+    again = sweep(DRAWN, **TPE)
+    assert again.returncode == 0 and drawn(tmp_path) == found, "the same results give the same trials"
+    assert started(tmp_path)[4:] == []
+
+
+def test_trials_that_are_drawn_later_are_not_packed(sweep, tmp_path):
+    result = sweep(DRAWN, "--packed", **TPE)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: the trials of nli cannot share a process: spec.strategy: tpe draws a trial's values when it starts,"
+        " from the results of others\nhint:  leave --packed out\n"
+    )
 
 
 def test_packed_trials_run_in_one_process_but_those_that_are_published(sweep, tmp_path):

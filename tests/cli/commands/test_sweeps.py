@@ -50,7 +50,7 @@ def test_a_valid_sweep_is_named_with_its_trials(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ({"strategy": "tpe"}, 'spec.strategy: Unsupported value: "tpe": supported values: "grid", "random"'),
+        ({"strategy": "best"}, 'spec.strategy: Unsupported value: "best": supported values: "grid", "random", "tpe"'),
         ({"packing": "auto"}, "spec.packing: unknown field"),
         ({"parameters": [{"path": "learningRate", "values": [1]}]}, "did you mean training.learningRate?"),
         ({"parameters": [{"path": "lora.rank", "values": [0]}]}, "trial r0: spec.lora.rank: Invalid value: 0"),
@@ -112,6 +112,20 @@ def test_rows_tell_the_steps_of_every_trial(tmp_path):
     assert "to predict it: give --rows or training.maxSteps" in run(*asked).stdout
     few, many = (json.loads(run(*asked, "--rows", rows, "-o", "json").stdout)["hours"] for rows in ("10000", "20000"))
     assert few < many < 2 * few
+
+
+def test_what_is_drawn_later_is_planned_by_its_greatest_values(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MISTRAL))
+    ranks = [{"path": "lora.rank", "values": [64, 8]}, {"path": "training.learningRate", "min": 1e-5, "max": 1e-3}]
+    drawn = {"template": TEMPLATE, "parameters": ranks, "strategy": "tpe", "maxTrials": 3}
+    asked = ("--model-config", str(config), "--gpu-memory", "80Gi")
+    assert "t2     drawn when it starts  1 " in run("plan", write(tmp_path, **drawn), *asked).stdout
+    later = json.loads(run("plan", write(tmp_path, **drawn), *asked, "-o", "json").stdout)["trials"]
+    grid = {"template": TEMPLATE, "parameters": [{"path": "lora.rank", "values": [64, 8]}]}
+    known = json.loads(run("plan", write(tmp_path, **grid), *asked, "-o", "json").stdout)["trials"]
+    assert [trial["values"] for trial in later] == [None] * 3
+    assert later[2]["memory"] == known[0]["memory"] != known[1]["memory"]
 
 
 def test_a_command_for_one_job_refuses_a_sweep(tmp_path):

@@ -51,6 +51,17 @@ class TrialState:
     """Final values of the metrics that sweeps compare."""
     uri: str
     """Where its adapter lies."""
+    values: str = ""
+    """What was drawn for it when it started, as JSON; empty where its values follow from the sweep's spec."""
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """The values that were drawn for it, by path; none where they cannot be read."""
+        try:
+            found = from_json(self.values or "{}", allow_inf_nan=False)
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @classmethod
     def from_api(cls, obj: Raw) -> "TrialState | None":
@@ -73,6 +84,7 @@ class TrialState:
             eval_loss=raw.decimal(status, "progress", "evalLoss"),
             metrics={name: value for name, value in found.items() if value is not None},
             uri=raw.text(status, "adapter", "uri"),
+            values=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_VALUES),
         )
 
 

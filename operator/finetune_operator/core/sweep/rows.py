@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from finetune_api.plain_text import one_line
 from finetune_api.sweep import Objective
@@ -27,7 +28,8 @@ def row(trial: PlannedTrial, known: TrialStatus | None, job: JobObject | None, m
         return known.model_copy(update={"phase": "Failed", "reason": DELETED})
     state = job.trial
     if known is None:
-        known = TrialStatus(name=trial.name, values=_shortened(one_line(trial.summary)))
+        planned = trial if trial.values else replace(trial, values=state.drawn)
+        known = TrialStatus(name=trial.name, values=_shortened(one_line(planned.summary)))
     if state.outcome == "True":
         # One that published before it could be stopped counts.
         return known.model_copy(update={"phase": "Succeeded", "reason": None, "value": state.metrics.get(metric)})

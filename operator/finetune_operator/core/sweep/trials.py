@@ -1,19 +1,25 @@
 """The trials of a sweep: what its spec comes to, and the FineTuneJob of each."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from finetune_api import constants, manifest
+from finetune_api import constants, exit_codes, manifest, sweep_tpe
+from finetune_api.exit_codes import OUTPERFORMED, ExitCode
 from finetune_api.sweep import FineTuneSweepSpec
+from finetune_api.sweep_status import ENDED, TrialStatus
+from finetune_api.sweep_tpe import Past
 from finetune_api.sweep_trials import PlannedTrial, expand, job_name, trial_spec
+from finetune_operator.core.objects.observed import TrialState
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.policy import INVALID, Rejection
 from finetune_operator.core.sweep.observed import SweepObject
 
 #: More than the largest sensible sweep: a template, and a thousand named trials of a few values.
 MAX_SPEC_BYTES = 768 * 1024
+_DIVERGED = exit_codes.OUTCOMES[ExitCode.DIVERGED].reason
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,55 @@ def _read(name: str, text: bytes, is_new: bool) -> Sweep | Rejection:
         model = manifest.check_sweep(manifest.Document(data, ""), each_trial=is_new).spec
     except manifest.ManifestError as error:
         return Rejection(INVALID, "; ".join(map(str, error.problems))[:8192])
+    if is_new and model.strategy == "tpe" and not sweep_tpe.is_installed():
+        return Rejection(INVALID, f"spec.strategy: {sweep_tpe.MISSING}")
     return Sweep(model, spec["template"], expand(name, model))
 
 
-def job_of(sweep: SweepObject, template: dict[str, Any], trial: PlannedTrial) -> Raw:
-    """Return the FineTuneJob of a trial. It is named after both, so that no crash can make it twice."""
+def drawn(
+    name: str,
+    sweep: Sweep,
+    rows: Mapping[str, TrialStatus],
+    states: Mapping[str, TrialState],
+    due: Sequence[PlannedTrial],
+) -> list[PlannedTrial]:
+    """Return the trials `due` of the sweep `name` with values that follow from the results so far. Raises SweepError.
+
+    What was drawn is made durable by creating the trial's FineTuneJob, and never drawn again.
+    """
+    spec, found = sweep.spec, []
+    history = [_past(rows[each.name], states.get(each.name), spec) for each in sweep.trials if each.name in rows]
+    for trial in due:
+
+        def why_invalid(values: dict[str, Any], trial: PlannedTrial = trial) -> str:
+            return manifest.trial_problem(name, sweep.template, replace(trial, values=values))
+
+        values = sweep_tpe.suggest(spec.parameters or (), spec.objective, spec.drawn_with, history, why_invalid)
+        history.append(Past(values))
+        found.append(replace(trial, values=values))
+    return found
+
+
+def _past(row: TrialStatus, state: TrialState | None, spec: FineTuneSweepSpec) -> Past:
+    """Return what a trial that has started tells of its values."""
+    values = state.drawn if state else {}
+    if row.phase == "Succeeded":
+        return Past(values, "succeeded", row.value)
+    if row.reason in (OUTPERFORMED, _DIVERGED):
+        rungs = spec.early_stopping.rungs if spec.early_stopping else []
+        return Past(values, "behind", losses=dict(zip(rungs, row.rungs or (), strict=False)))
+    return Past(values, "lost" if row.phase in ENDED else "running")
+
+
+def job_of(sweep: SweepObject, template: dict[str, Any], trial: PlannedTrial, is_drawn: bool = False) -> Raw:
+    """Return the FineTuneJob of a trial. It is named after both, so that no crash can make it twice.
+
+    Args:
+        sweep: The sweep.
+        template: Its template as plain data.
+        trial: The trial.
+        is_drawn: Whether its values do not follow from the sweep's spec: they are annotated.
+    """
     owner = {
         "apiVersion": constants.API_VERSION,
         "kind": constants.SWEEP_KIND,
@@ -64,11 +114,13 @@ def job_of(sweep: SweepObject, template: dict[str, Any], trial: PlannedTrial) ->
         "controller": True,
     }
     labels = {constants.LABEL_SWEEP: sweep.name, constants.LABEL_TRIAL: trial.name}
-    metadata = {
+    metadata: dict[str, Any] = {
         "namespace": sweep.namespace,
         "name": job_name(sweep.name, trial.name),
         "labels": {**sweep.labels, **labels},
         "ownerReferences": [owner],
     }
+    if is_drawn:
+        metadata["annotations"] = {constants.ANNOTATION_VALUES: json.dumps(trial.values)}
     spec = trial_spec(sweep.name, template, trial)
     return {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}

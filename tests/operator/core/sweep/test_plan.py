@@ -102,7 +102,7 @@ def test_a_sweep_without_a_single_success_failed():
         ({"parameters": [{"path": "learningRate", "values": [1]}]}, "did you mean training.learningRate?"),
         ({"parameters": [{"path": "lora.rank", "values": [8, 0]}]}, "trial r0: spec.lora.rank: Invalid value: 0"),
         ({"parameters": [{"path": "output.uri", "values": ["s3://a/b"]}]}, "output.uri cannot vary"),
-        ({"trials": [{"name": "a", "values": {}}], "strategy": "tpe"}, 'supported values: "grid", "random"'),
+        ({"trials": [{"name": "a", "values": {}}], "strategy": "best"}, 'supported values: "grid", "random", "tpe"'),
     ],
 )
 def test_a_sweep_with_a_wrong_trial_is_rejected_before_anything_runs(spec: dict, says: str):
