@@ -80,7 +80,7 @@ def build():
     cfg = kind(**(dense | heads | shape))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         m = AutoModelForCausalLM.from_config(cfg)
     m.save_pretrained(MODEL)
     vocab = {f"t{i}": i for i in range(32768)}

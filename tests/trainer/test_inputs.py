@@ -1,6 +1,7 @@
 """Of a data set on the hub only the wanted split is read: test rows are never trained on."""
 
 import gzip
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from finetune_trainer.data.row_files import read_rows
 from finetune_trainer.errors import DatasetInvalid
-from finetune_trainer.inputs import fetch_data_files
+from finetune_trainer.inputs import fetch_data_files, fetch_model_metadata
+from finetune_trainer.runtime import read_ahead
 from finetune_trainer.settings import Environment, Ranks, load
 from support.stores.hub import Hub
 from support.trainer.process import job
@@ -110,3 +112,32 @@ def test_a_folder_is_read_whole_compressed_files_too(tmp_path: Path) -> None:
     (folder / "c.jsonl.bz2").touch()
     with pytest.raises(DatasetInvalid, match=r"c\.jsonl\.bz2 is compressed in a way that is not read: use \.gz"):
         fetch_data_files(settings)
+
+
+def test_weights_that_are_here_are_known_before_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a claim or a folder they are read ahead: those that will be loaded, and nothing that a link leads out to."""
+    model = tmp_path / "model"
+    names = (
+        "config.json",
+        "model-2.safetensors",
+        "model-1.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+    )
+    for name in (*names, "original/model.safetensors"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("{}")
+    manifest = job(tmp_path, model, {})
+    settings = load(manifest, [], Environment.from_env({"FINETUNE_SCRATCH_DIR": str(tmp_path)}), Ranks())
+    files = fetch_model_metadata(settings, tmp_path / "work")
+    assert [path.name for path in files.weights] == ["model-1.safetensors", "model-2.safetensors"]
+    assert not list(files.folder.glob("*.safetensors")), "they are fetched later, and checked"
+    read: list[str] = []
+    monkeypatch.setattr(read_ahead, "_read", lambda path, open_file: read.append(open_file(path).read().decode()))
+    files.read_ahead()
+    for each in threading.enumerate():
+        if each.name == "read-ahead":
+            each.join(10)
+    assert read == ["{}", "{}"]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from finetune_trainer.data.readers import is_data_file, is_unread_data
 from finetune_trainer.data.row_files import DataFile
 from finetune_trainer.data.tokenizer_files import drop_file_names
 from finetune_trainer.errors import ConfigInvalid, DatasetInvalid
+from finetune_trainer.runtime.read_ahead import read_ahead
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import BucketNotFound, StoreNotFound
@@ -51,10 +53,19 @@ class ModelFiles:
     Attributes:
         folder: Its files.
         revision: The commit on the hub, or None if it comes from elsewhere.
+        weights: Its weights, as far as they are on this machine or its volumes already.
+        tree: Where they may lie.
     """
 
     folder: Path
     revision: str | None
+    weights: tuple[Path, ...] = ()
+    tree: Tree | None = None
+
+    def read_ahead(self) -> None:
+        """Begin to read the weights that are here: see runtime.read_ahead."""
+        if self.tree:
+            read_ahead(self.weights, self.tree.open)
 
 
 def fetch_model_metadata(settings: Settings, work: Path, commit: str | None = None) -> ModelFiles:
@@ -180,11 +191,15 @@ def _fetch_data(settings: Settings, uri: Uri, field: str) -> tuple[Uri, Path, st
 def _model(settings: Settings, target: Path, ignore: tuple[str, ...], revision: str | None) -> ModelFiles:
     uri, field = parse(settings.spec.model.source), "spec.model.source"
     found = _fetch(settings, uri, "model", field, ignore, revision)
-    folder = mirror(_tree(settings, uri, field), found, target, ignore)
+    tree = _tree(settings, uri, field)
+    folder = mirror(tree, found, target, ignore)
     if not (folder / "config.json").is_file():
         raise ConfigInvalid(f"{field}: {uri} holds no model: config.json is missing")
     drop_file_names(folder)
-    return ModelFiles(folder, _commit(found) or revision if uri.scheme == "hf" else None)
+    commit = _commit(found) or revision if uri.scheme == "hf" else None
+    every = [(path, path.relative_to(found).as_posix()) for path in tree.files(found)]
+    weights = [path for path, name in every if fnmatch(name, WEIGHTS) and not any(fnmatch(name, no) for no in _NEVER)]
+    return ModelFiles(folder, commit, tuple(weights), tree)
 
 
 def _check_index(index: Path, subject: str) -> None:

@@ -41,6 +41,8 @@ def run(ctx: RunContext) -> Adapter | None:
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
         commit = checkpoints.pinned_commit()
         model_files = once("model", lambda: fetch_model_metadata(settings, ctx.directory.inputs, commit))
+        if ranks.local_rank == 0:
+            once("read ahead", model_files.read_ahead)
         train_files, eval_files = once("data files", lambda: fetch_data_files(settings))
 
         # 3. Parse and check every row. No torch so far: bad input fails in about a second.

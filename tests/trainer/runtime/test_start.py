@@ -1,14 +1,17 @@
 """What a run computes with is started when it is needed, once."""
 
+import importlib.util
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.runtime.device import RuntimeDevice
-from finetune_trainer.runtime.start import start_runtime
+from finetune_trainer.runtime.start import hidden, start_runtime
 from finetune_trainer.settings import Ranks
 
 
@@ -16,6 +19,23 @@ def test_importing_it_does_not_import_torch() -> None:
     modules = "finetune_trainer.runtime.start, finetune_trainer.runtime.distributed, finetune_trainer.run"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_libraries_do_not_find_trackers_that_they_would_import_and_a_job_that_asks_does(tmp_path: Path) -> None:
+    """Weights & Biases is a sixth of what is imported, and most jobs do not report to it."""
+    (tmp_path / "a_tracker.py").write_text("")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with hidden(("a_tracker", "json")):
+            assert importlib.util.find_spec("a_tracker") is None
+            with pytest.raises(ImportError):
+                import a_tracker  # type: ignore[import-not-found]
+            assert importlib.util.find_spec("json") is not None, "what is there already stays"
+        import a_tracker
+
+        assert a_tracker.__file__ == str(tmp_path / "a_tracker.py")
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 def test_it_may_be_called_again() -> None:

@@ -1,6 +1,9 @@
 """Start what a run computes with. Importable without torch, which takes seconds to import."""
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.runtime.gc import freeze_imports
@@ -8,6 +11,9 @@ from finetune_trainer.settings import Ranks
 
 if TYPE_CHECKING:
     from finetune_trainer.runtime.device import RuntimeDevice
+
+#: Experiment trackers that libraries import where they are installed; reporting.trackers imports what a job asks for.
+_TRACKERS: Final = ("comet_ml", "wandb")
 
 
 def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "RuntimeDevice":
@@ -24,9 +30,21 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "Runti
         ConfigInvalid: When the GPUs that the spec asks for are not there.
         GpuUnavailable: The same in a pod.
     """
-    with freeze_imports():
+    with freeze_imports(), hidden(_TRACKERS):
         import peft  # noqa: F401 -- a run needs these two anyway: here their objects are frozen with the others
         from trl import SFTTrainer  # noqa: F401
 
         from finetune_trainer.runtime import device
     return device.start(spec, ranks, node)
+
+
+@contextmanager
+def hidden(packages: Sequence[str]) -> Iterator[None]:
+    """Have what is imported in this block find none of `packages`, though they are installed."""
+    mine, modules = [name for name in packages if name not in sys.modules], vars(sys)["modules"]
+    modules.update(dict.fromkeys(mine))  # None is how Python is told that there is no such module
+    try:
+        yield
+    finally:
+        for name in mine:
+            modules.pop(name, None)
