@@ -1,6 +1,6 @@
-"""A run that makes a merged model of its adapter, besides, and pushes it to a registry: compared, or told why not.
+"""A run that makes a merged model of its adapter, besides, and pushes it to a registry and a hub, or tells why not.
 
-The registry is a stand-in; test_oci.py asks a real one where there is one.
+Registry and hub are stand-ins; test_oci.py asks a real registry where there is one.
 """
 
 import hashlib
@@ -14,10 +14,12 @@ import pytest
 
 from finetune_trainer.publishing.artifacts.merged import MergedArtifact
 from support.cli.run import finetune
+from support.stores.hub import Hub, hub_server
 from support.stores.registry import Registry, standin_registry
 from support.trainer.process import Finished, job, train
 
-WANTED: dict[str, Any] = {"output.artifacts": ["merged", "oci"]}
+WANTED: dict[str, Any] = {"output.artifacts": ["merged", "oci", "hf"], "output.hf": {"uri": "hf://me/{name}"}}
+TOKEN = "hf_may_write_here"
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +28,20 @@ def registry() -> Iterator[Registry]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with hub_server() as found:
+        found.writer, found.folder = TOKEN, tmp_path_factory.mktemp("repositories")
+        yield found
+
+
 def start(
-    folder: Path, model: Path, registry: Registry, process: Path, image: str = "{name}:v1", **options: Any
+    folder: Path, model: Path, registry: Registry, hub: Hub, process: Path, image: str = "{name}:v1", **options: Any
 ) -> Finished:
-    """Run a job that wants both artifacts, with the registry's login in its Secret."""
+    """Run a job that wants all of them, with the logins of registry and hub in its Secrets."""
+    (process / "secrets" / "hf").mkdir(parents=True)
+    (process / "secrets" / "hf" / "HF_TOKEN").write_text(TOKEN)
+    (process / "secrets" / "hf" / "HF_ENDPOINT").write_text(hub.endpoint)
     (process / "secrets" / "oci").mkdir(parents=True)
     (process / "secrets" / "oci" / ".dockerconfigjson").write_text(registry.docker_config())
     config = job(folder, model, WANTED | {"output.oci": {"uri": registry.uri(f"team/{image}")}}, uid="1234")
@@ -37,16 +49,18 @@ def start(
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model: Path, registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+def run(
+    tiny_model: Path, registry: Registry, hub: Hub, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Finished, Path]:
     folder = tmp_path_factory.mktemp("run")
-    return start(folder, tiny_model, registry, folder / "process"), folder
+    return start(folder, tiny_model, registry, hub, folder / "process"), folder
 
 
 def test_the_merged_model_is_published_beside_the_adapter(run: tuple[Finished, Path]) -> None:
     done, folder = run
     assert done.exit_code == 0, done.log
-    assert done.message.endswith("and was loaded back; merged and oci beside it")
-    merged, _ = done.report["artifacts"]
+    assert done.message.endswith("and was loaded back; merged and oci and hf beside it")
+    merged, *_ = done.report["artifacts"]
     data = (folder / "out/merged/manifest.json").read_bytes()
     manifest = json.loads(data)
     assert merged["name"] == "merged"
@@ -66,7 +80,7 @@ def test_the_adapter_is_pushed_and_can_be_pulled(
     run: tuple[Finished, Path], registry: Registry, tmp_path: Path
 ) -> None:
     done, folder = run
-    _, image = done.report["artifacts"]
+    _, image, _ = done.report["artifacts"]
     assert image["uri"] == registry.uri("team/tiny:v1")
     assert image["loss"] == image["adapterLoss"]
     got = finetune("download", image["uri"], str(tmp_path / "got"), env=registry.login(tmp_path / "docker"))
@@ -78,6 +92,19 @@ def test_the_adapter_is_pushed_and_can_be_pulled(
     denied = finetune("download", image["uri"], str(tmp_path / "other"), env={"DOCKER_CONFIG": str(tmp_path)})
     assert denied.returncode == 3
     assert "access to read is denied (HTTP 401)" in denied.stderr
+
+
+def test_the_adapter_is_pushed_to_a_private_repository_of_the_hub(run: tuple[Finished, Path], hub: Hub) -> None:
+    done, folder = run
+    *_, pushed = done.report["artifacts"]
+    repository = hub.repositories["me/tiny"]
+    assert (pushed["name"], pushed["uri"], repository.token) == ("hf", "hf://me/tiny", TOKEN)
+    files = repository.files()
+    weights = "adapter_model.safetensors"
+    assert files[weights].read_bytes() == (folder / "out" / weights).read_bytes()
+    assert pushed["manifestDigest"] == f"sha256:{hashlib.sha256(files['manifest.json'].read_bytes()).hexdigest()}"
+    assert pushed["loss"] == pushed["adapterLoss"]
+    assert TOKEN not in done.log + json.dumps(done.report)
 
 
 def test_transformers_alone_finds_the_same_loss(run: tuple[Finished, Path]) -> None:
@@ -109,20 +136,21 @@ def test_a_merged_model_can_be_downloaded_and_is_no_adapter_to_chat_with(
 
 
 def test_another_attempt_reports_what_there_is(
-    run: tuple[Finished, Path], registry: Registry, tiny_model: Path, tmp_path: Path
+    run: tuple[Finished, Path], registry: Registry, hub: Hub, tiny_model: Path, tmp_path: Path
 ) -> None:
-    again = start(run[1], tiny_model, registry, tmp_path / "again")
-    merged, image = run[0].report["artifacts"]
-    assert again.report["artifacts"] == [merged, {key: image[key] for key in image if "oss" not in key}]
+    again = start(run[1], tiny_model, registry, hub, tmp_path / "again")
+    assert again.report["artifacts"] == run[0].report["artifacts"]
     (run[1] / "out/merged/manifest.json").rename(tmp_path / "moved")
     try:
-        [missing, _] = start(run[1], tiny_model, registry, tmp_path / "third").report["artifacts"]
+        [missing, *_] = start(run[1], tiny_model, registry, hub, tmp_path / "third").report["artifacts"]
     finally:
         (tmp_path / "moved").rename(run[1] / "out/merged/manifest.json")
     assert missing == {"name": "merged", "message": "the attempt that published the adapter ended before it was made"}
 
 
-def test_exports_that_fail_leave_the_adapter_alone(tiny_model: Path, registry: Registry, tmp_path: Path) -> None:
+def test_exports_that_fail_leave_the_adapter_alone(
+    tiny_model: Path, registry: Registry, hub: Hub, tmp_path: Path
+) -> None:
     def break_the_merge() -> None:
         from safetensors.torch import load_file, save_file
 
@@ -136,9 +164,10 @@ def test_exports_that_fail_leave_the_adapter_alone(tiny_model: Path, registry: R
         MergedArtifact.build = broken  # type: ignore[method-assign]
 
     registry.faults.append(("PUT", "/manifests/broken", 405))
-    done = start(tmp_path, tiny_model, registry, tmp_path / "process", "other:broken", before=break_the_merge)
+    done = start(tmp_path, tiny_model, registry, hub, tmp_path / "process", "other:broken", before=break_the_merge)
     assert done.exit_code == 0, done.log
-    merged, image = done.report["artifacts"]
+    merged, image, pushed = done.report["artifacts"]
+    assert pushed["uri"] == "hf://me/tiny"
     assert image["message"].endswith("team/other: the registry refuses it (HTTP 405, UNKNOWN)")
     assert "uri" not in image
     assert "uri" not in merged
@@ -153,7 +182,7 @@ def test_an_adapter_published_before_is_exported_by_the_command(run: tuple[Finis
     made = finetune("export", source, str(target), "--to", "merged")
     assert made.returncode == 0, made.stderr
     assert f"merged published at file://{target}" in made.stdout
-    before, _ = run[0].report["artifacts"]
+    before, *_ = run[0].report["artifacts"]
     metrics = json.loads((target / "manifest.json").read_text())["metrics"]
     assert metrics["mergedLoss"] == pytest.approx(before["loss"], abs=1e-6)
     assert (target / "model.safetensors").read_bytes() == (run[1] / "out/merged/model.safetensors").read_bytes()

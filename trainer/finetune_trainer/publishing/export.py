@@ -27,6 +27,7 @@ from finetune_trainer.publishing.publish import AdapterOutput, open_output
 from finetune_trainer.publishing.verify import Verifier
 from finetune_trainer.stores import manifest as store_manifest
 from finetune_trainer.stores.base import Store
+from finetune_trainer.stores.digest import Digest
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +91,7 @@ class Export:
             shutil.copytree(adapter / "training", scratch / "training")
         card = model_card.render_artifact(job, self.name, base.name, losses.trained if losses else None)
         (scratch / "README.md").write_text(card)
-        found = dict(metrics) | ({f"{self.name}Loss": losses.artifact, "adapterLoss": losses.trained} if losses else {})
+        found = dict(metrics) | _recorded(self.name, losses)
         bundle = Bundle(scratch, self.artifact, base.name, job.spec.lora.rank, found, base_commit=base.commit)
         # Every byte is read back after the upload: what lies there is what was checked.
         return _status(self.name, output.publish(bundle), losses)
@@ -132,7 +133,20 @@ def copy_adapter(name: ArtifactName, bundle: Bundle, verifier: Verifier, output:
 
     Raises what AdapterOutput.publish raises, and VerificationFailed.
     """
-    return _status(name, output.publish(bundle, before_manifest=verifier.check_uploaded), verifier.losses)
+    published = output.publish(bundle, before_manifest=lambda *copy: _measured(name, verifier, *copy))
+    return _status(name, published, verifier.losses)
+
+
+def _measured(
+    name: ArtifactName, verifier: Verifier, output: AdapterOutput, digests: Mapping[str, Digest]
+) -> dict[str, float]:
+    """Load the copy back, and return its losses as its manifest records them."""
+    verifier.check_uploaded(output, digests)
+    return _recorded(name, verifier.losses)
+
+
+def _recorded(name: ArtifactName, losses: Losses | None) -> dict[str, float]:
+    return {f"{name}Loss": losses.artifact, "adapterLoss": losses.trained} if losses else {}
 
 
 def run_exports(ctx: RunContext, exports: Sequence[Export], bundle: Bundle, verifier: Verifier) -> str:

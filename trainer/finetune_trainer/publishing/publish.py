@@ -38,7 +38,7 @@ _PROBE: Final = f"{constants.TRAINING_DIR}/.write-check"
 
 
 #: Called with the output and the digests of the uploaded files, by path.
-BeforeManifest = Callable[["AdapterOutput", Mapping[str, Digest]], None]
+BeforeManifest = Callable[["AdapterOutput", Mapping[str, Digest]], Mapping[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class AdapterOutput:
         Args:
             bundle: The folder to publish, and what the manifest says of it.
             before_manifest: Gets this output and the digests of the uploaded files by path; what it raises keeps the
-                manifest from being written.
+                manifest from being written, and what it returns is added to the manifest's metrics.
 
         Returns:
             The adapter, once all of it was read back and compared.
@@ -113,6 +113,12 @@ class AdapterOutput:
         if existing is not None or (overwrite and store.exists(constants.MANIFEST_FILE)):
             store.delete(constants.MANIFEST_FILE)
 
+        for path, digest in digests.items():
+            if not overwrite:
+                self._require_no_manifest()
+            store.upload(bundle.folder / path, path, digest=digest)
+        _require_listed(store, digests)
+        measured = before_manifest(self, digests) or {}
         manifest = StoreManifest(
             kind=bundle.artifact.kind,
             job=JobReference(namespace=self.job.namespace, name=self.job.name, uid=self.job.uid),
@@ -121,19 +127,13 @@ class AdapterOutput:
             rank=bundle.rank,
             step=bundle.step,
             files=store_manifest.records(digests),
-            metrics=dict(bundle.metrics),
+            metrics={**bundle.metrics, **measured},
             base_commit=bundle.base_commit,
             lineage=bundle.lineage,
             gate=list(bundle.gate) or None,
         )
         if self.key:
             manifest = manifest.model_copy(update={"signature": self.key.sign(manifest.to_bytes())})
-        for path, digest in digests.items():
-            if not overwrite:
-                self._require_no_manifest()
-            store.upload(bundle.folder / path, path, digest=digest)
-        _require_listed(store, digests)
-        before_manifest(self, digests)
         data = manifest.to_bytes()
         store.write_bytes(constants.MANIFEST_FILE, data, if_none_match=not overwrite)
         _confirm(store, manifest, data)
