@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from finetune_api.constants import LABEL_GPU_PRODUCT
 from support.common.processes import Process, free_port
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs, StartOperator
@@ -20,10 +21,23 @@ WRITES = ("create", "patch", "update", "delete")
 
 
 def test_the_life_of_a_job_costs_eight_writes_at_most(start_operator: StartOperator, node: ProcessNode, jobs: Jobs):
-    """At the pace of production: a report of the trainer is read every 15 s. Longer runs add one write each time."""
-    operator = start_operator(progress_interval_seconds=15)
-    jobs.create("nli")
+    """At the pace of production: a report of the trainer is read every 15 s. Longer runs add one write each time.
+
+    What it used of the GPUs and what that cost is written along with the rest.
+    """
+    prices = {"gpu_prices": {"NVIDIA-L4": 3600}, "cost_label": "team"}
+    operator = start_operator(progress_interval_seconds=15, **prices)
+    on_l4 = {"gpusPerNode": 2, "nodeSelector": {LABEL_GPU_PRODUCT: "NVIDIA-L4"}}
+    jobs.create("nli", labels={"team": "nlp"}, resources=on_l4)
     jobs.wait_over("nli")
+    status = jobs.status("nli")
+    used = 2 * status["attempts"][0]["runSeconds"]
+    assert status["attempts"][0]["gpu"] == "NVIDIA-L4"
+    assert status["usage"]["gpuHours"] == status["usage"].get("pricedGpuHours") == round(used / 3600, 4)
+    assert (status["usage"]["cost"], status["usage"]["currency"]) == (used, "USD")
+    team = {"namespace": jobs.kube.namespace, "cost_label": "nlp"}
+    assert operator.metric("finetune_operator_gpu_cost_total", currency="USD", **team) == used
+    assert abs((operator.metric("finetune_operator_gpu_seconds_total", **team) or 0) - used) < 0.2
     wait_until(lambda: operator.metric("finetune_operator_events_waiting") == 0, "all events are posted")
     writes = {verb: operator.metric("finetune_operator_api_requests_total", verb=verb) or 0 for verb in WRITES}
     assert sum(writes.values()) <= 8, "Job, four statuses, three events"
