@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from finetune_api import constants
 from support.node.node import ProcessNode
 from support.operator.fixtures import Jobs, StartOperator, manifest
@@ -82,6 +84,30 @@ def test_a_killed_operator_neither_loses_nor_doubles_a_trial(
     found = {job["metadata"]["name"]: job["status"] for job in kube.list(constants.KIND)}
     assert sorted(found) == [f"nli-t{number}" for number in range(6)]
     assert all(len(status["attempts"]) == 1 for status in found.values())
+
+
+@pytest.mark.nightly
+def test_what_was_drawn_for_a_trial_outlives_operators(start_operator: StartOperator, node: ProcessNode, kube: Kube):
+    made, seen = sweep("nli", parallelism=2, strategy="tpe", maxTrials=6, seed=7), dict[str, Object]()
+    made["spec"]["template"]["dataset"]["train"] = "s3://simulated/succeed"
+    made["spec"] |= {"parameters": [{"path": "training.learningRate", "min": 1e-5, "max": 1e-2, "scale": "log"}]}
+    del made["spec"]["trials"]
+    kube.create(made)
+    for number in range(1, 6):
+        running = start_operator()
+        wait_until(lambda number=number: len(kube.list(constants.KIND)) >= number, f"{number} trials are there")
+        running.process.kill()
+        found = {job["metadata"]["name"]: job["spec"]["training"] for job in kube.list(constants.KIND)}
+        assert {name: found[name] for name in seen} == seen
+        seen = found
+    start_operator()
+    assert wait_over(kube, "nli")["status"] == "True"
+    jobs = {job["metadata"]["name"]: job for job in kube.list(constants.KIND)}
+    assert sorted(jobs) == [f"nli-t{number}" for number in range(6)]
+    rates = {job["spec"]["training"]["learningRate"] for job in jobs.values()}
+    assert len(rates) == 6 and all(len(job["status"]["attempts"]) == 1 for job in jobs.values())
+    for row in kube.get(constants.SWEEP_KIND, "nli")["status"]["trials"]:
+        assert row["values"].startswith("learningRate=")
 
 
 def test_suspended_and_resumed(own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
