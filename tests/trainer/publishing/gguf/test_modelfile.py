@@ -1,5 +1,6 @@
 """The Modelfile says of a chat template what Go's templates can, and nothing that would be written otherwise."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -65,12 +66,53 @@ def test_a_template_that_does_more_is_left_to_llama_cpp(template: str) -> None:
     assert "# Go's templates cannot say what the model's chat template does" in text
 
 
-def test_a_token_beyond_ascii_ends_an_answer_as_it_is_written() -> None:
+def ending_with(token: str) -> str:
+    """The Modelfile of a chat template that ends each message with `token`."""
     tokenizer = tokenizers.of_bytes()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁turn｜>"]})
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<｜end▁of▁turn｜>{% endfor %}"
-    text = modelfile(tokenizer, "model.gguf", chat=True, adds_bos=False)
-    assert 'PARAMETER stop "<｜end▁of▁turn｜>"' in text
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ ENDS }}{% endfor %}".replace(
+        "ENDS", json.dumps(token)
+    )
+    return modelfile(tokenizer, "model.gguf", chat=True, adds_bos=False)
+
+
+#: What Ollama's parser (parser/parser.go, ParseFile and unquote) was told and what it reads, worked out by hand.
+@pytest.mark.parametrize(
+    ("token", "written"),
+    [
+        ("<｜end▁of▁turn｜>", '"<｜end▁of▁turn｜>"'),
+        ("<|end\\turn|>", '"<|end\\turn|>"'),
+        ('<|"end"|>', '"<|"end"|>"'),
+        ('"end', '""end"'),
+        ('end"', '"end""'),
+        ('"', '"""""""'),
+        ('""', '""""""""'),
+        ('""end', '"""""end"""'),
+        ("</s>#", '"</s>#"'),
+        ("end\nof turn", '"end\nof turn"'),
+        ('"\nend', '""""\nend"""'),
+        ('"""\nend', ""),
+        ("end\u200b", ""),
+        ("\u00a0end", ""),
+    ],
+)
+def test_a_token_that_ends_answers_is_written_as_ollama_reads_it_or_not_at_all(token: str, written: str) -> None:
+    text = ending_with(token)
+    assert ("PARAMETER stop " + written + "\n" in text) == bool(written)
+    assert ("# A Modelfile cannot name one token that ends an answer." in text) == (not written)
+    assert not written or re.fullmatch(r'("""|")(.*)\1', written, re.DOTALL)[2] == token  # type: ignore[index]
+
+
+@pytest.mark.parametrize("token", ['a"""\nb', "end\u200b"])
+def test_a_template_that_ollama_would_read_otherwise_is_left_out(token: str) -> None:
+    assert "TEMPLATE" not in ending_with(token)
+
+
+@pytest.mark.parametrize("token", ['"', '"""', "\\"])
+def test_a_template_with_quotes_is_written_as_it_is(token: str) -> None:
+    template = re.search(r'^TEMPLATE """(.*)"""\n\Z', ending_with(token), re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+    messages = [{"role": role, "content": f"Is it {role}?"} for role in ("system", "user", "assistant", "user")]
+    assert as_go_writes(template, messages) == "".join(each["content"] + token for each in messages)
 
 
 def test_a_template_that_refuses_system_messages_gets_no_branch_for_them() -> None:

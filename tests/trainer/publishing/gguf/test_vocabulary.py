@@ -1,9 +1,11 @@
 """Tokenizers in llama.cpp's terms; test_llama_cpp.py asks llama.cpp itself."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers
 
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.publishing.gguf import vocabulary
@@ -50,6 +52,45 @@ def test_what_llama_cpp_would_split_otherwise_is_refused() -> None:
         vocabulary_of(tokenizers.of_bytes(), 100)
     with pytest.raises(ConfigInvalid, match=r"has no tokenizer\.json"):
         vocabulary_of(object(), 100)
+
+
+@pytest.mark.parametrize("make", [tokenizers.of_bytes, tokenizers.of_pieces])
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.Sequence([normalizers.NFKC()])])
+def test_a_tokenizer_that_changes_text_is_refused(make: Callable[[], Any], normalizer: Any) -> None:
+    tokenizer = make()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    with pytest.raises(
+        ConfigInvalid, match=r"changes text before it splits it \((Lowercase|NFKC)\): llama\.cpp does not"
+    ):
+        vocabulary_of(tokenizer, 400)
+
+
+def test_a_tokenizer_of_bytes_may_compose_characters() -> None:
+    tokenizer = tokenizers.of_bytes()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert vocabulary_of(tokenizer, 400).rule == "gpt-2"
+
+
+@pytest.mark.parametrize("step", [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(",", "isolated")])
+def test_a_tokenizer_of_pieces_that_splits_words_apart_is_refused(step: Any) -> None:
+    tokenizer = tokenizers.of_pieces()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), step])
+    with pytest.raises(ConfigInvalid, match=r"splits words apart \((Digits|Split)\): llama\.cpp does not"):
+        vocabulary_of(tokenizer, 400)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "step", "adds_space"),
+    [  # Llama 2, Mistral, Gemma
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), False),
+    ],
+)
+def test_the_known_ways_to_mark_spaces_are_taken(normalizer: Any, step: Any, adds_space: bool) -> None:
+    tokenizer = tokenizers.of_pieces()
+    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer = normalizer, step
+    assert vocabulary_of(tokenizer, 400).adds_space == adds_space
 
 
 def test_a_tokenizer_of_another_type_is_refused() -> None:

@@ -4,7 +4,7 @@ Ollama writes prompts by a template in Go's language. It is derived here from wh
 Jinja, writes between the messages of a conversation, and kept only if it writes other conversations alike.
 """
 
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,13 +30,42 @@ def modelfile(tokenizer: Any, file: str, *, chat: bool, adds_bos: bool) -> str:
     encoder = Encoder(tokenizer, max_length=1)
     lines = [f"FROM ./{file}"]
     stops = [tokenizer.decode([each]) for each in sorted(stop_tokens(encoder))]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]  # Ollama reads no \u escapes
-    template = go_template(encoder, adds_bos) if chat else "{{ .Prompt }}"
+    for stop in stops:
+        written = _quoted(stop)
+        lines += [
+            f"PARAMETER stop {written}" if written else "# A Modelfile cannot name one token that ends an answer."
+        ]
+    template = _quoted(go_template(encoder, adds_bos) if chat else "{{ .Prompt }}", ('"""',))
     if template:
-        lines += [f'TEMPLATE """{template}"""']
+        lines += [f"TEMPLATE {template}"]
     else:
         lines += ["# Go's templates cannot say what the model's chat template does: llama.cpp reads it in the file."]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str, quotes: Sequence[str] = ('"', '"""')) -> str:
+    """Return `text` in the first of `quotes` that Ollama reads it back from; '' if there is none, or no text."""
+    return next(
+        (f"{each}{text}{each}" for each in quotes if text and _read_by_ollama(f"{each}{text}{each}") == text), ""
+    )
+
+
+def _read_by_ollama(value: str) -> str | None:
+    """Return what Ollama's parser makes of a quoted value (ollama/parser/parser.go); None where it does not end.
+
+    It knows no escapes, leaves out what cannot be printed, and ends a value at the first end of a line with its quotes.
+    """
+    kept = "".join(each for each in value if each.isprintable() or each in "\t\r\n")
+    ends = [each.start() for each in re.finditer(r"[\r\n]", kept)]
+    return next((found for end in (*ends, len(kept)) if (found := _unquoted(kept[:end].strip())) is not None), None)
+
+
+def _unquoted(text: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if text.startswith(quotes):
+            ends = len(text) >= 2 * len(quotes) and text.endswith(quotes)
+            return text[len(quotes) : -len(quotes)] if ends else None
+    return text
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,7 @@ def go_template(encoder: Encoder, adds_bos: bool) -> str:
     except (TemplateError, ValueError):
         return ""
     texts = (turns.opening, turns.asks, *(text for pair in turns.around.values() for text in pair))
-    if not alike or any(mark in text for text in texts for mark in ("{{", "}}", '"""')):
+    if not alike or any(mark in text for text in texts for mark in ("{{", "}}")):
         return ""
     branches = "{{ else ".join(
         f'if eq .Role "{_ROLES[role]}" }}}}{before}{{{{ .Content }}}}{after}'

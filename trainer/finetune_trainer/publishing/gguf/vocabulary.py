@@ -64,6 +64,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
         raise ConfigInvalid(f"a tokenizer of type {model['type']} is not converted to GGUF; one of type BPE is")
     pieces = bool(model.get("byte_fallback"))
     rule = "" if pieces else _rule(read)
+    _check_steps(read, pieces)
     names = {index: token for token, index in model["vocab"].items()}
     added = {each["id"]: each for each in read["added_tokens"]}
     names |= {index: each["content"] for index, each in added.items()}
@@ -119,15 +120,28 @@ def _rule(read: dict[str, Any]) -> str:
     raise ConfigInvalid("the rule by which this tokenizer splits text is none that llama.cpp is known to have")
 
 
+def _check_steps(read: dict[str, Any], pieces: bool) -> None:
+    """Raise ConfigInvalid if the tokenizer changes text, or splits it into words, as llama.cpp does not."""
+    space = {"String": " "}
+    for step in _steps(read["normalizer"]):
+        marks = pieces and (step["type"] == "Prepend" or (step["type"], step.get("pattern")) == ("Replace", space))
+        if not marks and (pieces or step["type"] != "NFC"):
+            raise ConfigInvalid(f"this tokenizer changes text before it splits it ({step['type']}): llama.cpp does not")
+    for step in _steps(read["pre_tokenizer"]) if pieces else ():
+        if step["type"] != "Metaspace" and (step["type"], step.get("pattern")) != ("Split", space):
+            raise ConfigInvalid(f"this tokenizer of pieces splits words apart ({step['type']}): llama.cpp does not")
+
+
 def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or a pre-tokenizer, which may be sequences of sequences."""
     if node is None:
         return []
-    return [node] if node["type"] != "Sequence" else [each for part in node["pretokenizers"] for each in _steps(part)]
+    parts = node.get("pretokenizers") or node.get("normalizers") or ()
+    return [node] if node["type"] != "Sequence" else [each for part in parts for each in _steps(part)]
 
 
 def _adds_space(read: dict[str, Any]) -> bool:
     """Return whether a space is put before a text: by the normalizer, or by the step that splits words."""
     if any(each.get("prepend_scheme") in ("first", "always") for each in _steps(read["pre_tokenizer"])):
         return True
-    normalizer = read["normalizer"] or {}
-    return any(each["type"] == "Prepend" for each in normalizer.get("normalizers", [normalizer] if normalizer else []))
+    return any(each["type"] == "Prepend" for each in _steps(read["normalizer"]))
