@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from finetune_api.latest import MAX_HISTORY, Latest, Promotion
 from finetune_api.uri import parse
@@ -171,6 +172,29 @@ def test_a_store_that_ignores_conditions_is_told_and_leaves_no_trace(
     told = promotion.move(store, moves[2], moves[1].to_bytes())
     assert "ignores If-Match: if somebody else moves this pointer" in told
     assert [entry.path for entry in store.list()] == ["latest.json"]
+
+
+def test_a_store_that_knows_no_conditions_takes_the_pointer_without(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Prefix(f"s3://{bucket}/nli", s3.env).store
+    first, second = (pointer(path, f"sha256:{'0' * 64}") for path in ("one", "two"))
+    put, tries = S3Store._put, []
+
+    def refused(one: S3Store, path: str, body: Any, digest: Any, **condition: str) -> None:
+        tries.append(condition)
+        if condition:
+            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+        put(one, path, body, digest)
+
+    monkeypatch.setattr(S3Store, "_put", refused)
+    assert "ignores If-Match" in promotion.move(store, first, None)
+    assert "ignores If-Match" in promotion.move(store, second, first.to_bytes())
+    assert (store.read_bytes("latest.json"), len(tries)) == (second.to_bytes(), 6)
+    for before in (first.to_bytes(), None):
+        with pytest.raises(CliError, match="somebody else moved the pointer"):
+            promotion.move(store, first, before)
 
 
 def test_what_is_damaged_or_replaced_is_not_promoted_and_not_rolled_back_to(prefix: Prefix) -> None:

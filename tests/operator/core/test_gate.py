@@ -12,8 +12,15 @@ SAID = "not published: f1 0.87, at least 0.9 is asked"
 CANDIDATE = "s3://adapters/nli/candidates/nli-{}"
 
 
-def ended(candidate: str = CANDIDATE, **more: Any) -> World:
-    world = World(recovery={"maxAttempts": 1})
+GATED: dict[str, Any] = {
+    "publish": {"onlyIf": [{"metric": "f1", "atLeast": 0.9}]},
+    "evaluation": {"metrics": ["loss", "nli"]},
+    "dataset": {"train": "s3://data/train.jsonl", "eval": "s3://data/eval.jsonl"},
+}
+
+
+def ended(candidate: str = CANDIDATE, spec: dict[str, Any] = GATED, **more: Any) -> World:
+    world = World(recovery={"maxAttempts": 1}, **spec)
     world.settle()
     world.start_pods()
     mark = "".join(filter(str.isalnum, world.job["metadata"]["uid"]))[:8]
@@ -61,6 +68,13 @@ def test_it_succeeds_and_is_not_published() -> None:
 )
 def test_a_forged_candidate_is_no_success(candidate: str) -> None:
     world = ended(candidate)
+    assert (world.outcome, world.reasons) == ("False", ["ReportLost"])
+    assert "which is not where this job keeps one" in world.status["attempts"][0]["message"]
+    assert "candidate" not in world.status
+
+
+def test_a_job_without_a_gate_keeps_no_candidate() -> None:
+    world = ended(spec={})
     assert (world.outcome, world.reasons) == ("False", ["ReportLost"])
     assert "candidate" not in world.status
 

@@ -116,13 +116,15 @@ def _ended_well(child: Child, pods: Sequence[Pod], places: Places) -> Ending | N
 
 
 def _lies_at(adapter: Adapter | None, uri: str) -> bool:
-    return adapter is not None and adapter.uri.rstrip("/") == uri.rstrip("/")
+    return adapter is not None and bool(uri) and adapter.uri.rstrip("/") == uri.rstrip("/")
 
 
 def _why_unread(pods: Sequence[Pod]) -> str:
     found = next((report for pod in pods if pod.index == 0 and (report := final_report(pod))), None)
     if found and found.adapter:
         return f"reported an adapter at {found.adapter.uri}, which is not output.uri"
+    if found and found.candidate:
+        return f"reported a candidate at {found.candidate.uri}, which is not where this job keeps one"
     return "its report was lost"
 
 

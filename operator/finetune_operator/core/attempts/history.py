@@ -164,7 +164,8 @@ def _detect_ending(
     settled = child is not None and is_settled(child, now)
     memory = "" if spec.resources.memory is None else str(spec.resources.memory)
     output = spec.output.uri
-    places = failure.Places(output, candidate_uri(output, observed.job.name, observed.job.uid))
+    candidate = candidate_uri(output, observed.job.name, observed.job.uid) if spec.publish else ""
+    places = failure.Places(output, candidate)
     if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
         return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), places, memory))
     if any(pod.live for pod in mine):

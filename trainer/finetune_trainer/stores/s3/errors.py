@@ -99,6 +99,8 @@ _DENIED_CODES: Final = frozenset(
         "403",
     ]
 )
+#: The HTTP status of a server that knows no such request or condition: asking again is in vain.
+NOT_IMPLEMENTED: Final = 501
 #: Characters of a code; servers make up their own.
 _LONGEST_CODE: Final = 64
 _MISSING_CODES: Final = frozenset(("NoSuchKey", "NotFound", "404"))
@@ -140,7 +142,8 @@ def classify(error: BaseException) -> Retry:
     if isinstance(error, _CORRUPTION) or code in _CORRUPTION_CODES:
         return "corruption"
     if isinstance(error, boto.ClientError):
-        overloaded = status_of(error) >= 500 or status_of(error) == 429 or code in _OUTAGE_CODES
+        broken = status_of(error) >= 500 and status_of(error) != NOT_IMPLEMENTED
+        overloaded = broken or status_of(error) == 429 or code in _OUTAGE_CODES
         return "outage" if overloaded else "final"
     return "outage" if isinstance(error, _OUTAGE) and not isinstance(error, boto.SSLError) else "final"
 

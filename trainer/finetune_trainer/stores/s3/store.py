@@ -128,7 +128,7 @@ class S3Store(Store):
             nonlocal mine
             condition = {"IfNoneMatch": "*"} if if_none_match and not mine else {}
             try:
-                self._put(path, data, digest, **condition)
+                self._put_if(path, data, digest, **condition)
             except ClientError as error:
                 if errors.status_of(error) != 412:
                     raise
@@ -152,7 +152,7 @@ class S3Store(Store):
             if found != expected:
                 raise AlreadyExists(f"{self._location(path).subject} was changed by somebody else meanwhile")
             try:
-                self._put(path, data, digest, IfMatch=str(answer.get("ETag", "")))
+                self._put_if(path, data, digest, IfMatch=str(answer.get("ETag", "")))
             except ClientError as error:
                 if errors.status_of(error) not in (409, 412):
                     raise
@@ -175,16 +175,16 @@ class S3Store(Store):
             try:
                 self._put(probe, data, digest_bytes(data), IfMatch=f'"{"0" * 32}"')
             except ClientError as error:
+                if errors.status_of(error) == errors.NOT_IMPLEMENTED:
+                    return False
                 # S3 says 404 of an object that is not there; a server that knows no condition would have made it.
                 if errors.status_of(error) in (404, 412) and errors.code_of(error) != "NoSuchBucket":
                     return True
                 raise
+            self._s3.control.delete_object(Bucket=self._bucket, Key=self._key(probe))
             return False
 
-        honored = self._repeat(probe, run)
-        if not honored:
-            self.delete(probe)
-        return honored
+        return self._repeat(probe, run)
 
     def upload(
         self, local: Path, path: str, on_progress: OnProgress | None = None, digest: Digest | None = None
@@ -264,6 +264,17 @@ class S3Store(Store):
     def _put(self, path: str, body: Any, digest: Digest, **condition: str) -> None:
         extra = self._checksum(digest) | condition
         self._s3.data.put_object(Bucket=self._bucket, Key=self._key(path), Body=body, **extra)
+
+    def _put_if(self, path: str, data: bytes, digest: Digest, **condition: str) -> None:
+        """Put on a condition; where the server says that it knows none, compare and put."""
+        try:
+            self._put(path, data, digest, **condition)
+        except ClientError as error:
+            if not condition or errors.status_of(error) != errors.NOT_IMPLEMENTED:
+                raise
+            if "IfNoneMatch" in condition and self.exists(path) and self.read_bytes(path) != data:
+                raise AlreadyExists(f"{self._location(path).subject} is already there") from None
+            self._put(path, data, digest)
 
     def _abort_leftovers(self, path: str) -> None:
         """Parts of an upload whose process was killed are invisible, yet paid for; there is one writer to a path."""
