@@ -65,8 +65,8 @@ FLEET = Dashboard(
                   " the object store.", "s",
                   {"checkpoint": mean("finetune_trainer_checkpoint_duration_seconds", NS),
                    "adapter": f"avg({published(NS)})"}, width=6),
-            Panel("Jobs", "Those that run, wait or have ended, each up to operator.jobMetricsLimit. GPU hours and cost are"
-                  " of attempts that have ended.", "locale",
+            Panel("Jobs", "Those that run, wait or have ended, each up to operator.jobMetricsLimit. GPU hours and cost"
+                  " are of attempts that have ended.", "locale",
                   {"Step": f"finetune_operator_job_step{{{NS}}}",
                    "Steps": f"finetune_operator_job_steps{{{NS}}}",
                    "Done": f"finetune_operator_job_progress_ratio{{{NS}}}",
