@@ -227,7 +227,7 @@ def _start(view: View, after: Retry | None) -> Step:
             job_name=name,
             started_at=view.now,
             micro_batch_size=micro,
-            gpu=usage.required_gpu(view.spec, view.settings.node_selector),
+            gpu=usage.gpu_type(usage.required_gpu(view.spec, view.settings.node_selector), view.spec),
         ),
         recheck_after=(view.spec.pending_deadline_seconds,),
         needs_look=True,

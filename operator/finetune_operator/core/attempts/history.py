@@ -12,6 +12,7 @@ from finetune_operator.core.attempts import (
     pod_set,
     progress,
     spec_revision,
+    usage,
 )
 from finetune_operator.core.attempts.failure import Ending
 from finetune_operator.core.objects.observed import Child, JobObject, Observed
@@ -98,6 +99,7 @@ def update(observed: Observed, status: FineTuneJobStatus, spec: FineTuneJobSpec,
             else:
                 needs_look = attempts.needs_look or found.needs_look
                 attempts = AttemptHistory(current, None, report, needs_look=needs_look)
+            attempt = attempt.model_copy(update={"gpu": usage.gpu_type(attempt.gpu, spec)})
         current.append(attempt)
     kept = _pruned(current)
     return replace(attempts, history=kept, earlier=_folded(status.earlier_attempts, current, kept))

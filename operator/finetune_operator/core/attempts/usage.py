@@ -17,6 +17,20 @@ def required_gpu(spec: FineTuneJobSpec, node_selector: Mapping[str, str]) -> str
     return {**(spec.resources.node_selector or {}), **node_selector}.get(constants.LABEL_GPU_PRODUCT)
 
 
+def gpu_type(name: str | None, spec: FineTuneJobSpec) -> str | None:
+    """Return the type of a GPU of that name, of which the job may ask for a part: a part has no price of the whole.
+
+    Where a device plugin offers parts as resources of their own, the node's label, and of a GPU that is shared in time
+    the trainer too, names the whole. The endings are those of NVIDIA's labels.
+    """
+    part = spec.resources.gpu_resource.rpartition("/")[2]
+    if name and part.startswith("mig-") and "-MIG-" not in name:
+        name = f"{name}-MIG-{part.removeprefix('mig-')}"
+    if name and part.endswith(".shared") and not name.endswith("-SHARED"):
+        name = f"{name}-SHARED"
+    return name[:63] if name else None
+
+
 def update(known: FineTuneJobStatus, new: FineTuneJobStatus, spec: FineTuneJobSpec, settings: Settings) -> Usage | None:
     """Return the usage with that of the attempts that end in `new` but not in `known`, at the prices of now."""
     gpus, before = spec.resources.nodes * spec.resources.gpus_per_node, known.usage or Usage()

@@ -80,6 +80,29 @@ def test_what_the_pods_require_of_their_node_counts_more_than_what_their_trainer
 
 
 @pytest.mark.parametrize(
+    ("resource", "told", "found"),
+    [
+        ("nvidia.com/gpu", "NVIDIA-A100-MIG-1g.5gb", "NVIDIA-A100-MIG-1g.5gb"),
+        ("nvidia.com/mig-1g.5gb", L4, f"{L4}-MIG-1g.5gb"),
+        ("nvidia.com/mig-1g.5gb", f"{L4}-MIG-1g.5gb", f"{L4}-MIG-1g.5gb"),
+        ("nvidia.com/gpu.shared", L4, f"{L4}-SHARED"),
+        ("nvidia.com/mig-1g.5gb.shared", L4, f"{L4}-MIG-1g.5gb.shared-SHARED"),
+        ("amd.com/gpu", "AMD-Instinct-MI300X", "AMD-Instinct-MI300X"),
+    ],
+)
+@pytest.mark.parametrize("requires_it", [True, False])
+def test_a_part_of_a_gpu_never_has_the_price_of_the_whole(
+    resource: str, told: str, found: str, requires_it: bool
+) -> None:
+    selector = {"nodeSelector": {LABEL_GPU_PRODUCT: told}} if requires_it else {}
+    world = started(resources={"gpuResource": resource, **selector})
+    preempted(world, told)
+    assert world.status["attempts"][0]["gpu"] == found
+    assert world.status["usage"] == {"gpuHours": 1}
+    assert is_empty(world.plan())
+
+
+@pytest.mark.parametrize(
     ("later", "cost", "priced"),
     [
         (Settings(gpu_prices={H100: 7.2}, currency="EUR"), 3.6 + 7.2, 2),
