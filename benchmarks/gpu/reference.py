@@ -64,6 +64,16 @@ SHAPES = {
         "norm_topk_prob": True,
     },
 }
+#: With DRY_RUN in the environment, what is built has this instead: enough to try commands out on a CPU.
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FEW_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 LORA = {"r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
@@ -77,7 +87,10 @@ def build():
     dense = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
     kind = Qwen3MoeConfig if "num_experts" in shape else MistralConfig
     heads = {"num_attention_heads": 32, "head_dim": 128, "sliding_window": None}
-    cfg = kind(**(dense | heads | shape))
+    shape = dense | heads | shape
+    if os.environ.get("DRY_RUN"):
+        shape |= TINY | (FEW_EXPERTS if "num_experts" in shape else {}) | {"vocab_size": 32768}
+    cfg = kind(**shape)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

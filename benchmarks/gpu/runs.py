@@ -15,6 +15,9 @@ from typing import Any
 HERE = Path(__file__).parent
 MODEL = Path(sys.argv[1]).resolve()
 GIB = 2**30
+#: Whether commands are only tried out: on a CPU, with a few steps of a few short rows, and without TRL and Unsloth.
+DRY_RUN = bool(os.environ.get("DRY_RUN"))
+DRY_STEPS, DRY_ROWS, DRY_LONGEST = 6, 40, 32
 #: Without the engine: rows padded, layers as transformers runs them, 4-bit weights dequantized in every pass.
 PLAIN = [
     "training.packing=disabled",
@@ -29,7 +32,7 @@ FASTEST = {"bs": 16, "ga": 1, "gc": False}
 
 def limited(gib: int) -> str:
     """Return the trainer, made to believe that the GPU has `gib` GiB; the whole of it when 0."""
-    if not gib:
+    if not gib or DRY_RUN:
         return ""
     return f"""
 import os
@@ -49,6 +52,8 @@ cli()
 def write_rows(path: Path, rows: int = 1200, longest: int = 512, answer: str = "") -> None:
     """Write text rows as long as reference.py's: 200 to 512 tokens, 325 on average, or in proportion to `longest`."""
     rnd = random.Random(0)
+    if DRY_RUN:
+        rows, longest = min(rows, DRY_ROWS), DRY_LONGEST
     # t1, t2 and t3 are special tokens, which the tokenizer would find at the start of t123.
     words = [f"t{number}" for number in range(10, 32768) if str(number)[0] not in "123"]
     with path.open("w") as file:
@@ -59,6 +64,8 @@ def write_rows(path: Path, rows: int = 1200, longest: int = 512, answer: str = "
 
 def reference(options: dict[str, Any], command: str = "run", python: str = sys.executable) -> None:
     """Let reference.py measure the same rows on TRL (`run`) or on Unsloth, and print what it found."""
+    if DRY_RUN:
+        return
     subprocess.run([python, HERE / "reference.py", command, MODEL, json.dumps(options)], check=False)
 
 
@@ -85,6 +92,8 @@ def launch(
         "FINETUNE_LISTEN": "127.0.0.1:0",
         "FINETUNE_CACHE_DIR": str(folder / "cache"),  # what one setting compiles the next one finds
     }
+    if DRY_RUN:
+        settings = [*settings, "resources.gpusPerNode=0"]
     words = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, *command, "--config", work / "job.yaml", *words]
     return work, subprocess.run(command, env=os.environ | environment | options.pop("env", {}), text=True, **options)
@@ -93,6 +102,8 @@ def launch(
 def in_turn(folder: Path, script: Path, settings: list[dict[str, Any]]) -> None:
     """Let one process train at all `settings` and print what came of each; `script` is in_turn.py or wraps it."""
     rows = max(each["training"]["batch_size"] for each in settings)
+    if DRY_RUN:
+        settings = [each | {"training": each["training"] | {"max_steps": DRY_STEPS}} for each in settings]
     common = [f"training.batchSize={rows}", "logging.everySteps=10"]
     _, answer = launch(
         folder, "in turn", common, [script], env={"SETTINGS": json.dumps(settings)}, stderr=subprocess.PIPE
@@ -106,6 +117,8 @@ def train(
 ) -> dict[str, Any]:
     """Run the trainer's own command, or `script`, under torchrun for several GPUs; its metrics and its plan."""
     (folder / "script.py").write_text(script)
+    if DRY_RUN:
+        steps, log_every = min(steps, DRY_STEPS), 1
     layout = [f"training.maxSteps={steps}", f"logging.everySteps={log_every}", f"resources.gpusPerNode={gpus}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command = [*torchrun, *([folder / "script.py"] if script else ["-m", "finetune_trainer"])]
@@ -118,7 +131,7 @@ def train(
     lines = [json.loads(line) for line in (work / "out/training/metrics.jsonl").read_text().splitlines()]
     speeds = [line["tokensPerSecond"] for line in lines if line.get("tokensPerSecond")]
     plan = report["executionPlan"]
-    measured = plan["measuredPeakMemoryBytes"]
+    measured = 0 if DRY_RUN else plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
     events = list(map(_as_json, answer.stderr.splitlines()))
     ready = [line["timestamp"] for line in events if _is_ready(line)]
@@ -133,7 +146,7 @@ def train(
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
-        "prediction_error": round(predicted / measured - 1, 3),
+        "prediction_error": round(predicted / measured - 1, 3) if measured else None,
         "evaluation_seconds": _evaluation_seconds(events),
         "metrics": report.get("metrics"),
         "warnings": [line["event"] for line in events if line.get("level") == "warning"],

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runs import limited, show, train, wanted, write_rows
+from runs import DRY_RUN, DRY_STEPS, limited, show, train, wanted, write_rows
 
 #: The trainer with answers from transformers' own `generate`.
 GENERATE = """
@@ -17,7 +17,7 @@ cli()
 """
 ANSWERS = [
     "evaluation.metrics=[loss,nli]",
-    "evaluation.everySteps=5",
+    f"evaluation.everySteps={DRY_STEPS // 2 if DRY_RUN else 5}",
     "training.compile=disabled",
     "evaluation.generation.maxNewTokens=256",
     "evaluation.generation.answerMarker=t99",

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from runs import GIB, HERE, MODEL, build, in_turn, show, wanted
+from runs import DRY_RUN, DRY_STEPS, GIB, HERE, MODEL, build, in_turn, show, wanted
 
 #: Rows of a trial's step.
 ROWS = 4
@@ -40,13 +40,16 @@ def _job(rows: int, steps: int) -> dict[str, Any]:
 
 def _sweep(folder: Path, name: str, trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """Train `trials` in one process; their speed together is the median: the last steps wait for publications."""
+    if DRY_RUN:
+        trials, steps = trials[:2], DRY_STEPS
     work = folder / name.replace(" ", "-")
     work.mkdir()
     template = {
         "model": {"source": f"file://{MODEL}"},
         "dataset": {"train": f"file://{folder}/train.jsonl"},
         "training": {"batchSize": ROWS, "maxSteps": steps, "scheduler": "constant"},
-        "logging": {"everySteps": 4},
+        "logging": {"everySteps": 1 if DRY_RUN else 4},
+        "resources": {"gpusPerNode": 0 if DRY_RUN else 1},
         "output": {"uri": f"file://{work}/out"},
     }
     named = [{"name": f"t{number}", "values": values} for number, values in enumerate(trials)]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runs import show, train, write_rows
+from runs import DRY_RUN, DRY_STEPS, show, train, write_rows
 
 #: The recipe's whole job: 10,000 rows of 325 tokens, three epochs of 16 rows a step, NLI metrics every 250 steps.
 ROWS, EPOCHS, BATCH, EVERY = 10_000, 3, 16, 250
@@ -18,7 +18,7 @@ NLI = [
     "evaluation.generation.answerMarker=t99",
 ]
 #: The steps of the short form; it evaluates after half of them and at the end.
-SHORT = 60
+SHORT = DRY_STEPS if DRY_RUN else 60
 
 
 def start(folder: Path) -> None:

@@ -27,6 +27,7 @@ from finetune_trainer.evaluation.nli import (
         ("no object", Answer(False, None)),
         ('{"predicted_label": 1', Answer(False, None)),
         ("{" * 5000, Answer(False, None)),
+        (f'{{"predicted_label": {"1" * 5000}}} {{"predicted_label": 0}}', Answer(True, "0")),
     ],
 )
 def test_an_answer_is_read(text: str, expected: Answer) -> None:

@@ -56,7 +56,7 @@ def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) ->
     """Return the first generation.maxRows rows as prompts; none when the spec asks for no generated answers.
 
     Raises:
-        DatasetInvalid: When a row has no answer, or no label in it; with file and line.
+        DatasetInvalid: When a row has no answer, no label in it, or nothing before it; with file and line.
     """
     if rows is None or "nli" not in evaluation.metrics:
         return []
@@ -75,6 +75,9 @@ def eval_prompts(rows: Rows | None, encoder: Encoder, evaluation: Evaluation) ->
             ids = encoder.prompt(prompt) if isinstance(prompt, str) else encoder.chat_prompt(prompt)
         except TemplateError as error:
             bad.append(row.refuse(str(error)))
+            continue
+        if not ids:
+            bad.append(row.refuse("its prompt has no token, and the model answers by continuing one"))
             continue
         result.append(EvalPrompt(ids, label, number, answer))
     refuse_bad_rows(bad)

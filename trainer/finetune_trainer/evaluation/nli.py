@@ -36,7 +36,7 @@ def first_object(text: str) -> dict[str, Any] | None:
     while start >= 0:
         try:
             value, _ = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # also for a number of too many digits
             start = text.find("{", start + 1)
             continue
         return value if isinstance(value, dict) else None
