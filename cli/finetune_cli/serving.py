@@ -57,6 +57,7 @@ class Setup:
         gpus: GPUs of one replica.
         replicas: Pods.
         gateway: Name of the Gateway, for llm-d.
+        model_secret: Secret with the HF_TOKEN that may read the base model; KServe fetches that by itself.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Setup:
     gpus: int
     replicas: int
     gateway: str
+    model_secret: str | None = None
 
 
 def manifest(platform: Platform, setup: Setup, adapter: Served, canary: Served | None, percent: int) -> list[Object]:
@@ -132,6 +134,9 @@ def _pod(setup: Setup, adapters: Sequence[Served], extra: Sequence[str], env: Se
     revision = ["--revision", setup.revision, "--tokenizer-revision", setup.revision] if setup.revision else []
     parallel = ["--tensor-parallel-size", str(setup.gpus)] if setup.gpus > 1 else []
     probe = {"httpGet": {"path": "/health", "port": "http"}}
+    if setup.model_secret:
+        token = {"name": setup.model_secret, "key": "HF_TOKEN"}
+        env = [*env, {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": token}}]
     return {
         "initContainers": _init_containers(setup, adapters),
         "containers": [

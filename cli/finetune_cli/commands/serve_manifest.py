@@ -38,6 +38,12 @@ def serve_manifest(
         str | None,
         typer.Option("--secret", metavar="NAME", help="Secret with the store's credentials.", show_default=False),
     ] = None,
+    model_secret: Annotated[
+        str | None,
+        typer.Option(
+            "--model-secret", metavar="NAME", help="Secret with HF_TOKEN for a gated base model.", show_default=False
+        ),
+    ] = None,
     canary: Annotated[
         str | None,
         typer.Option("--canary", metavar="NAME|URI", help="Adapter that gets a share (llm-d).", show_default=False),
@@ -78,6 +84,8 @@ def serve_manifest(
 
     if canary and platform is not Platform.LLM_D:
         raise CliError("--canary needs --for llm-d: only a model rewrite splits one name between two adapters")
+    if model_secret and platform is Platform.KSERVE:
+        raise CliError("--model-secret: KServe fetches the base model itself: give its ServiceAccount the token")
     found = locate(source, namespace, context, kubeconfig, "finetune serve-manifest {}", adapters_only=True)
     name = name or (found.manifest.job.name if found.manifest.job else "") or found.address.rstrip("/").split("/")[-1]
     if not JOB_NAME.holds(name):
@@ -94,9 +102,8 @@ def serve_manifest(
         found.manifest.base_commit,
     ):
         raise CliError(f"--canary: {other.address} was trained on another base model than {found.address}")
-    setup = Setup(
-        name, _base(found, base), found.manifest.base_commit, image, trainer_image, secret, gpus, replicas, gateway
-    )
+    model, commit = _base(found, base), found.manifest.base_commit
+    setup = Setup(name, model, commit, image, trainer_image, secret, gpus, replicas, gateway, model_secret=model_secret)
     objects = manifest(platform, setup, _served(found, name), _served(other, name) if other else None, percent)
     console.out().print(yaml.safe_dump_all(objects, sort_keys=False), end="", soft_wrap=True, markup=False)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +125,18 @@ def test_a_canary_gets_its_share_of_one_name() -> None:
     kubernetes_schema.check(objects[0])
 
 
+@pytest.mark.parametrize("platform", [each for each in Platform if each is not Platform.KSERVE])
+def test_a_gated_base_model_is_read_with_the_token_of_a_secret(platform: Platform) -> None:
+    objects = manifest(platform, replace(SETUP, model_secret="hf-token"), ADAPTER, None, 10)
+    [container] = objects[0]["spec"]["template"]["spec"]["containers"]
+    assert {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "HF_TOKEN"}},
+    } in container["env"]
+    assert "hf-token" not in json.dumps(init_containers(objects))
+    kubernetes_schema.check(objects[0])
+
+
 @pytest.mark.parametrize(("ranks", "most"), [([1], 8), ([16], 16), ([17, 4], 32), ([512], 512), ([513], None)])
 def test_the_rank_is_one_that_vllm_takes(ranks: list[int], most: int | None) -> None:
     assert max_rank(ranks) == most
@@ -165,6 +178,7 @@ def test_the_printed_yaml_is_of_the_published_adapter(serve: Any, bucket: str) -
         ([], {"baseCommit": "--trust-remote-code"}, "is no commit of org/base"),
         (["--name", "$(X)\nevil: 1"], {}, "must be at most 50 lowercase"),
         (["--canary", "s3://b/c"], {}, "--canary needs --for llm-d"),
+        (["--for", "kserve", "--model-secret", "hf"], {}, "KServe fetches the base model itself"),
     ],
 )
 def test_what_cannot_be_served_is_refused(serve: Any, arguments: list[str], changes: Any, sentence: str) -> None:
