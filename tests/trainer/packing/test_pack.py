@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,19 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
+from finetune_api.sweep import Halving
 from finetune_trainer.data.batching import Collate
 from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.evaluation.lockstep import EvaluationAborted
+from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.pack import Pack, _of_one, _refuse_dropout, twin
+from finetune_trainer.packing.trials import TrialRunner
+from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.settings import Environment
 
 QKV = ["q_proj", "k_proj", "v_proj", "o_proj"]
 #: Rank, alpha and layers of three trials; their rows by length.
@@ -181,6 +188,18 @@ def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, place
     plan = _of_one(pack.plan(make, spec, _Inspected(), None), pack.places, spec)
     assert (pack.places, plan.micro_batch_size) == (places, micro)
     assert plan.gradient_accumulation_steps == 4 // micro
+
+
+def test_a_process_that_must_stop_decides_on_no_trial(tmp_path: Path) -> None:
+    """Those that are compared with it leave before they come to the rung."""
+    halving, stop = Halving(rungs=[10], reduction_factor=2), StopFlag()
+    runner = TrialRunner([], 2, Environment.from_env({}), stop, tmp_path, {}, halving)
+    waiting, at, losses = {1: AtRung(1, 10, 0.5)}, {0: 0, 1: 1}, [{}, {10: 0.5}]
+    assert runner._decided(waiting, at, losses, 2) == {}
+    assert runner._decided(waiting, {1: 1}, losses, 2) == {1: ""}
+    stop.set("SIGTERM")
+    stop.disarm()
+    assert isinstance(runner._decided(waiting, at, losses, 2)[1], EvaluationAborted)
 
 
 @dataclass

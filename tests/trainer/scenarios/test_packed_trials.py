@@ -185,13 +185,17 @@ def test_trials_that_fall_behind_are_stopped_and_stay_so(unbroken: Path, tiny_mo
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("halved", [False, True], ids=["whole", "halved"])
+@pytest.mark.parametrize(
+    ("kill", "halved"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, True)],
+    ids=["whole", "halved", "halved and asked to stop"],
+)
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_at_random_moments_it_goes_on(
-    seed: int, halved: bool, unbroken: Path, tiny_model: Path, tmp_path: Path
+    seed: int, kill: signal.Signals, halved: bool, unbroken: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     moments = [random.Random(seed * 10 + number).uniform(0, 3) for number in range(3)]
-    _goes_on(unbroken, tmp_path, tiny_model, signal.SIGKILL, moments, halved)
+    _goes_on(unbroken, tmp_path, tiny_model, kill, moments, halved)
 
 
 def test_trials_that_cannot_share_a_process_are_refused_with_the_field(tiny_model: Path, tmp_path: Path) -> None:

@@ -184,6 +184,9 @@ class TrainingSession:
             load_adapter_weights(self.model, checkpoint)
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             trainer.evaluate()
+            if state.outperformed:  # the checkpoint at hand learns it, and what was measured
+                self.ctx.directory.add_to_checkpoint(checkpoint, state)
+                self.checkpoints.upload(checkpoint, state.step)
             if hooks.preempted or state.outperformed:
                 return
             state.finished |= hooks.stopped_early
