@@ -58,7 +58,8 @@ def _page(title: str, found: Sequence[Run], now: datetime) -> Iterator[str]:
 def _subtitle(found: Sequence[Run]) -> str:
     known = [run.gpu_hours for run in found if run.gpu_hours is not None]
     hours = f" · {formatting.number(sum(known))} GPU-hours" if any(known) else ""
-    return f"{len(found)} run{'' if len(found) == 1 else 's'}{hours}"
+    cost = formatting.cost(*(run.usage for run in found))
+    return f"{len(found)} run{'' if len(found) == 1 else 's'}{hours}{f' · {cost}' if cost else ''}"
 
 
 def _swatch(index: int) -> str:

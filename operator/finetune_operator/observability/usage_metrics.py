@@ -5,9 +5,11 @@ from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from finetune_api.status import Usage
-from finetune_operator.core.objects import status_io
+from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.observability.metrics import PREFIX, TERMINAL_PHASES, gauge
 
@@ -68,12 +70,21 @@ class UsageMetrics:
         self._cost.remove_by_labels({"namespace": namespace})
 
 
+def _usage_of(job: JobObject) -> Usage | None:
+    """Return what the status tells, without reading all of it: this happens at each scrape."""
+    try:
+        found = raw.mapping(from_json(job.status), "usage")
+        return Usage.model_validate(found) if found else None
+    except ValidationError:
+        return None
+
+
 def of_jobs(jobs: Iterable[JobObject], limit: int) -> Iterator[Metric]:
     """Yield the gauges of the `limit` jobs that run, and of as many that are over, that changed last."""
     over = [job for job in jobs if job.phase in TERMINAL_PHASES]
     others = [job for job in jobs if job.phase not in TERMINAL_PHASES]
     shown = (job for some in (over, others) for job in nlargest(limit, some, key=lambda job: job.version))
-    used = ((job, status_io.read(job.status).usage) for job in shown)
+    used = ((job, _usage_of(job)) for job in shown)
     found = {(job.namespace, job.name): usage for job, usage in used if usage}
     text = "GPUs multiplied by the seconds that a job's pods ran, of its attempts that have ended."
     seconds = {name: usage.gpu_hours * 3600 for name, usage in found.items()}

@@ -174,6 +174,22 @@ def test_a_store_that_ignores_conditions_is_told_and_leaves_no_trace(
     assert [entry.path for entry in store.list()] == ["latest.json"]
 
 
+def test_keys_that_may_write_the_pointer_alone_move_it(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Prefix(f"s3://{bucket}/nli", s3.env).store
+    put = S3Store._put
+
+    def denied(one: S3Store, path: str, *arguments: Any, **condition: str) -> None:
+        if path != "latest.json":
+            answer = {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+            raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+        put(one, path, *arguments, **condition)
+
+    monkeypatch.setattr(S3Store, "_put", denied)
+    assert promotion.move(store, pointer("one", f"sha256:{'0' * 64}"), None) == ""
+
+
 def test_a_store_that_knows_no_conditions_takes_the_pointer_without(
     s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from finetune_api.status import Usage
 from finetune_cli.comparison import chart, report
 from finetune_cli.comparison.runs import AnsweredRow, Curves, Run
 
@@ -74,6 +75,8 @@ def test_the_page_shows_what_differs_and_the_answers_side_by_side() -> None:
     text = " ".join(read(page).texts)
     for part in ("Two runs", "2 runs", "3 GPU-hours", "0.5000", "0.4000", "Held-out loss", "Training loss"):
         assert part in text
+    priced = replace(RUN, usage=Usage(gpu_hours=2, cost=5, currency="<b>EUR", priced_gpu_hours=2))
+    assert "3 GPU-hours · 5.00 <b>EUR" in " ".join(read(report.page("Two runs", [priced, OTHER], NOW)).texts)
     assert "the same 2 held-out rows: 1 that only one has right" in text
     assert page.index("Is a cat a dog?") < page.index("Is a spaniel a dog?"), "where only one is right comes first"
     assert page.count("<polyline") == 4

@@ -88,7 +88,8 @@ def test_jobs_have_gauges_up_to_the_limit_however_large_their_status_is() -> Non
     usage = {"gpuHours": 2, "cost": 5.0, "currency": "EUR", "pricedGpuHours": 2}
     large = job("large", usage=usage, phase="Succeeded", attempts=[{"message": "m" * KEPT_BYTES}]).kept()
     assert not large.is_whole
-    _, registry = fleet(large, job("new"), job("live", usage={"gpuHours": 1}))
+    forged = [job("bad", usage={"gpuHours": "many"}), job("worse", usage={"gpuHours": -1, "cost": 1e300})]
+    _, registry = fleet(large, job("new"), job("live", usage={"gpuHours": 1}), *forged)
     assert values(registry, "job_gpu_seconds") == {"research/large": 7200, "research/live": 3600}
     assert values(registry, "job_gpu_cost") == {"research/large/EUR": 5}
     over = [job(f"j{number}", usage=usage, phase="Failed") for number in range(20)]

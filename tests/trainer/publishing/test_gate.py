@@ -152,15 +152,18 @@ def test_a_pointer_is_followed_and_read_anew_at_the_end(tmp_path: Path) -> None:
     assert "was promoted" in (beats(tmp_path, tmp_path / "nli").problem or "")
 
 
-def test_an_adapter_that_a_pointer_names_is_not_replaced_by_the_one_that_beats_it(tmp_path: Path) -> None:
-    asked = settings_for(tmp_path, {"metric": "evalLoss", "betterThan": f"file://{tmp_path}/nli"})
+@pytest.mark.parametrize(("other", "told"), [("nli", "latest.json names this job's"), ("nli/one", "it is this job's")])
+def test_an_adapter_that_readers_have_is_not_replaced_by_the_one_that_beats_it(
+    tmp_path: Path, other: str, told: str
+) -> None:
+    asked = settings_for(tmp_path, {"metric": "evalLoss", "betterThan": f"file://{tmp_path}/{other}"})
     named = put(tmp_path / "nli/one", evalLoss=0.5)
     entry = Promotion(path="one", manifest_digest=named.manifest_digest, promoted_at="2026-01-01T00:00:00Z")  # type: ignore[arg-type]
     (tmp_path / "nli" / LATEST_FILE).write_bytes(Latest(current=entry).to_bytes())
     output = asked.spec.output.model_copy(update={"uri": f"file://{tmp_path}/nli/one/", "overwrite": True})
     spec = asked.spec.model_copy(update={"output": output})
     asked = replace(asked, job=asked.job.model_copy(update={"spec": spec}))
-    with pytest.raises(ConfigInvalid, match="names this job's own output"):
+    with pytest.raises(ConfigInvalid, match=f"{told} own output"):
         check_gate(asked, MINE)
 
 

@@ -139,7 +139,7 @@ def _other(settings: Settings, index: int, asked: Requirement) -> tuple[str, Sto
     Raises:
         StoreNotFound: There is none.
         StoreCorrupted: It is not what its manifest says, or is not signed as it must be.
-        _CannotBeBeaten: A pointer leads to this job's own output.
+        _CannotBeBeaten: It, or what a pointer leads to, is this job's own output.
     """
     credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
     store = open_store(parse(asked.better_than or ""), credentials, field=_field(index))
@@ -151,8 +151,8 @@ def _other(settings: Settings, index: int, asked: Requirement) -> tuple[str, Sto
         )
     if place(store.uri_of(found.path)) == place(settings.spec.output.uri):
         raise _CannotBeBeaten(
-            f"{LATEST_FILE} names this job's own output.uri, and its readers would lose the adapter while it is"
-            " replaced: write to another folder, and promote it"
+            f"{f'{LATEST_FILE} names' if found.path else 'it is'} this job's own output.uri, and its readers would lose"
+            " the adapter while it is replaced: write to another folder, and promote it"
         )
     require_signature(found.data, store.uri_of(found.path), credentials.values)
     store_manifest.verify(store, found.manifest, found.path)

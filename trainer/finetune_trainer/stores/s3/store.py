@@ -177,8 +177,9 @@ class S3Store(Store):
             except ClientError as error:
                 if errors.status_of(error) == errors.NOT_IMPLEMENTED:
                     return False
-                # S3 says 404 of an object that is not there; a server that knows no condition would have made it.
-                if errors.status_of(error) in (404, 412) and errors.code_of(error) != "NoSuchBucket":
+                # S3 says 404 of an object that is not there; a server that knows no condition would have made it. Keys
+                # that may write the pointer alone (403) come from servers with such policies, and these honor it.
+                if errors.status_of(error) in (403, 404, 412) and errors.code_of(error) != "NoSuchBucket":
                     return True
                 raise
             self._s3.control.delete_object(Bucket=self._bucket, Key=self._key(probe))
