@@ -258,12 +258,14 @@ def test_what_cannot_be_captured_runs_as_ever_and_the_log_says_why(
     model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*args: Any) -> Any:
+        torch.rand(())
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refused)
-    steps = graphs.StepGraphs(_trained(model), _loss(model))
+    steps, before = graphs.StepGraphs(_trained(model), _loss(model)), torch.get_rng_state()
     assert [steps.run(_batch(20, 31), torch.tensor(50)) for _ in range(4)] == [None] * 4
     assert steps.problem is not None and "operation not permitted" in steps.problem
+    assert torch.equal(torch.get_rng_state(), before)
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("CUDA graphs disabled, launching each kernel (slower): RuntimeError") == 1
 

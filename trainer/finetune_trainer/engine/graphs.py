@@ -93,6 +93,7 @@ class StepGraphs:
         set_aside(0)
 
     def _captured(self, batch: Mapping[str, Any], targets: torch.Tensor) -> "_Pass | None":
+        generators = RngState.now()
         try:
             if self._gradients is None:
                 self._gradients = _Gradients(self._parameters)
@@ -105,6 +106,7 @@ class StepGraphs:
             first = error.__context__  # what ended the capture; torch then complains that it ended
             self._give_up(type_and_reason(first if isinstance(first, Exception) else error))
             leave_capture()
+            generators.restore()  # the pass that is launched instead draws what it would have
             return None
         return found
 
