@@ -1,5 +1,6 @@
 """status and watch against a Kubernetes API: what a user sees of a job, and what a script learns."""
 
+import io
 import json
 import os
 import re
@@ -9,11 +10,13 @@ from datetime import UTC, datetime
 import pytest
 import typer
 import yaml
+from rich.console import Console
 
 from finetune_api.status import Usage
 from finetune_cli.options import duration
 from finetune_cli.output import formatting
 from finetune_cli.output.job_view import View
+from finetune_cli.output.sweep_page import SweepView, sweep_page
 from support.cli.run import (
     FINETUNE,
     MANIFEST,
@@ -70,6 +73,21 @@ def test_the_costs_of_trials_are_added_by_currency():
     ]
     assert formatting.cost(*hours) == "7.50 USD + 3.00 EUR, without 0.5 GPU-hours that have no price"
     assert formatting.cost(*hours[3:]) == formatting.cost() == ""
+
+
+def test_a_sweeps_page_sums_up_what_its_trials_used_and_cost():
+    def trial(name, gpus):
+        job = states.job(name) | {"status": states.succeeded("s3://adapters/nli")}
+        job["spec"]["resources"] = {"gpusPerNode": gpus}
+        job["status"]["usage"] = {"gpuHours": 1.53 * gpus, "cost": 2.5 * gpus, "currency": "EUR"}
+        job["status"]["usage"]["pricedGpuHours"] = 1.53 * gpus
+        return job
+
+    out = io.StringIO()
+    sweep = SweepView.of({"metadata": {"name": "nli", "namespace": "team"}})
+    page = sweep_page(sweep, [trial("nli-a", 1), trial("nli-b", 3)], datetime.now(UTC))
+    Console(file=out, width=120).print(page)
+    assert re.search(r"used +6\.13\d* GPU-hours\n +cost +10\.00 EUR\n", out.getvalue())
 
 
 def test_gpu_hours_count_what_ran_and_no_wait():
