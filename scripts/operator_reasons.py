@@ -214,6 +214,10 @@ SWEEPS: Final = {
         "`earlyStopping` stopped the trial: it was not among the best at a rung. The event `TrialStopped` tells which.",
         "Nothing to do. Its FineTuneJob and checkpoint stay; a smaller `reductionFactor` stops fewer.",
     ),
+    "Unfinished": Reason(
+        "The process that the trial shared ended for good before the trial did.",
+        "Nothing to do: it goes on in a FineTuneJob of its own, from its checkpoint.",
+    ),
     "Deleted": Reason(
         "Somebody deleted the trial's FineTuneJob before it ended.",
         "The sweep does not create it again. To try it once more, create another sweep, or the job by itself.",

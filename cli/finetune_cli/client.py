@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from finetune_api import constants, log_lines, manifest, uri
+from finetune_api.packed_jobs import trial_uri
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_cli import published, storage
@@ -220,8 +221,16 @@ def refuse_shared_output(cluster: Cluster, job: FineTuneJob) -> None:
     for view in map(View.of, found):
         output = view.spec.get("output")
         theirs = manifest.with_name(output.get("uri") if isinstance(output, dict) else None, view.name)
-        if view.name != name and not view.is_over and isinstance(theirs, str) and uri.place(theirs) == place:
+        if view.name != name and not view.is_over and isinstance(theirs, str) and place in _places(view, theirs):
             raise CliError(
                 f"spec.output.uri: {job.spec.output.uri} is where job {view.name} ({view.phase}) writes",
                 hint="give each job its own, for example --set 'output.uri=s3://bucket/{name}', or delete that job",
             )
+
+
+def _places(view: View, output: str) -> list[str]:
+    """Return where a job publishes: each trial of several in a folder of its own."""
+    pack = view.spec.get("pack")
+    trials = pack.get("trials") if isinstance(pack, dict) else None
+    names = [str(each["name"]) for each in trials or () if isinstance(each, dict) and "name" in each]
+    return [uri.place(each) for each in ([trial_uri(output, name) for name in names] or [output])]

@@ -16,7 +16,7 @@ from finetune_trainer.planning import speed
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
-    from finetune_api.sweep import Halving
+    from finetune_api.spec_pack import Halving
     from finetune_cli.forecast import Forecast
 
 #: Of every job: the image is there, the weights are cached; loading, compiling, publishing and verifying.

@@ -27,8 +27,9 @@ from finetune_cli.storage import cache_folder
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
     from finetune_api.spec import FineTuneJob
+    from finetune_api.spec_pack import Halving
     from finetune_api.status import TrainerReport
-    from finetune_api.sweep import FineTuneSweep, Halving
+    from finetune_api.sweep import FineTuneSweep
 
 _DIVERGED = exit_codes.OUTCOMES[exit_codes.ExitCode.DIVERGED].reason
 #: More than a trainer says of itself.
@@ -81,7 +82,7 @@ def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet
         local_run.check_local(trial.job, os.environ)
     if packed and drawn_later:
         raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {DRAWN_LATER}", hint=_ALONE)
-    if packed and (why := why_not_packed(sweep.spec, [(trial.name, trial.job.spec) for trial in trials])):
+    if packed and (why := why_not_packed([(trial.name, trial.job.spec) for trial in trials])):
         raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {why}", hint=_ALONE)
     with _Progress(trials) as progress:
         if packed:
@@ -266,7 +267,7 @@ def _log_file(sweep: FineTuneSweep, name: str) -> Path:
 
 
 def _folder(sweep: FineTuneSweep) -> Path:
-    folder = cache_folder(os.environ) / "sweeps" / sweep.metadata.name
+    folder: Path = cache_folder(os.environ) / "sweeps" / sweep.metadata.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_cli import duration, forecast
+from finetune_api import sweep_packs
+from finetune_api.sweep_trials import job_name
+from finetune_cli import duration, forecast, pack_forecast
 from finetune_cli.duration import Duration
 from finetune_cli.errors import CliError, Exit
 from finetune_cli.forecast import Forecast
 from finetune_cli.manifests import refused
 from finetune_cli.output import console, formatting
+from finetune_cli.pack_forecast import HolderPlan
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
@@ -67,14 +70,31 @@ class SweepPlan:
     layouts: dict[int, Forecast]
     layout_of: list[int]
     times: list[Duration | str]
-    """How long each trial takes, or why that cannot be told."""
+    """How long each trial takes alone, or why that cannot be told."""
+    held: list[HolderPlan]
+    """The FineTuneJobs that its trials are put into."""
     price: float | None
     """Of one hour of one GPU."""
 
     @property
+    def packs(self) -> list[HolderPlan]:
+        """Those of several trials."""
+        return [each for each in self.held if each.holder.is_pack]
+
+    @property
+    def pack_of(self) -> dict[str, str]:
+        """The name of the pack that each packed trial is in."""
+        return {trial: each.holder.name for each in self.packs for trial in each.holder.trials}
+
+    @property
     def gpus(self) -> list[int]:
         """The GPUs of each trial."""
-        return [job.spec.resources.nodes * job.spec.resources.gpus_per_node for job in self.jobs]
+        return [gpus_of(job) for job in self.jobs]
+
+
+def gpus_of(job: FineTuneJob) -> int:
+    """Return the GPUs of a job, over all nodes."""
+    return int(job.spec.resources.nodes * job.spec.resources.gpus_per_node)
 
 
 def plan_sweep(
@@ -98,7 +118,7 @@ def plan_sweep(
         console.structured(_data(made), output)
     else:
         _page(made)
-    fits = [found.fits for found in made.layouts.values()]
+    fits = [each.memory.fits for each in made.held if each.memory]
     if False in fits:
         raise CliError("", code=Exit.INVALID)
     if room and None in fits:
@@ -120,7 +140,20 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, tim
     chosen = list(first.values())[:MAX_LAYOUTS]
     layouts = {index: forecast.forecast(jobs[index], room, model_config) for index in chosen}
     times = [time.of(job, layouts.get(layout)) for job, layout in zip(jobs, layout_of, strict=True)]
-    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, time.price)
+    specs = [(trial, job.spec) for trial, job in zip(trials, jobs, strict=True)]
+    index, held = {trial.name: number for number, trial in enumerate(trials)}, []
+    for holder in sweep_packs.holders(name, sweep.spec, specs, sweep.spec.parallelism):
+        mine = [index[trial] for trial in holder.trials]
+        memory, takes = layouts.get(layout_of[mine[0]]), times[mine[0]]
+        if holder.is_pack:
+            together = [jobs[each] for each in mine]
+            single = memory
+            memory, places = pack_forecast.memory_of(together, holder.at_once, room, model_config)
+            gpu = None if time.hours is not None else duration.gpu_of(together[0], time.gpu)
+            takes = pack_forecast.time_of(together, [times[each] for each in mine], single, memory, places, gpu)
+            holder = replace(holder, at_once=places)
+        held.append(HolderPlan(holder, gpus_of(jobs[mine[0]]), memory, takes))
+    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, held, time.price)
 
 
 def _weight(job: FineTuneJob) -> str:
@@ -142,38 +175,50 @@ class Hours:
 
 def hours_of(made: SweepPlan) -> Hours | str:
     """Return what all trials take together, or why that cannot be told."""
-    known = [each for each in made.times if isinstance(each, Duration)]
-    if len(known) < len(made.times):
-        return next(each for each in made.times if isinstance(each, str))
-    seconds, spec = [each.seconds for each in known], made.sweep.spec
-    gpu_seconds = sum(each * gpus for each, gpus in zip(seconds, made.gpus, strict=True))
+    for each in (*made.times, *(held.time for held in made.held)):
+        if isinstance(each, str):
+            return each
+    known, spec = [each for each in made.times if isinstance(each, Duration)], made.sweep.spec
+    gpu_seconds = sum((each.seconds or 0.0) * each.gpus for each in made.held)
     about = None
     if spec.early_stopping and any(each.steps for each in known):
-        about = duration.with_halving(known, spec.early_stopping) / sum(seconds) * gpu_seconds / 3600
-    whole = duration.one_after_the_other(seconds, spec.parallelism)
-    return Hours(whole / 3600, gpu_seconds / 3600, about)
+        share = duration.with_halving(known, spec.early_stopping) / sum(each.seconds for each in known)
+        about = share * gpu_seconds / 3600
+    seconds, _ = pack_forecast.whole(made.held, spec.parallelism)
+    return Hours((seconds or 0.0) / 3600, gpu_seconds / 3600, about)
 
 
 def _data(made: SweepPlan) -> dict[str, Any]:
     spec, total = made.sweep.spec, hours_of(made)
+    sweep, packs = made.sweep.metadata.name, made.pack_of
     return {
-        "sweep": made.sweep.metadata.name,
+        "sweep": sweep,
         "trials": [
             {
                 "name": trial.name,
-                "job": job.metadata.name,
+                "job": job_name(sweep, packs.get(trial.name, trial.name)),
                 "values": None if spec.strategy == "tpe" else trial.values,
                 "gpus": gpus,
                 "output": job.spec.output.uri,
-                "memory": made.layouts[layout].data if layout in made.layouts else None,
-                "hours": time.seconds / 3600 if isinstance(time, Duration) else None,
+                "memory": made.layouts[layout].data if layout in made.layouts and trial.name not in packs else None,
+                "hours": time.seconds / 3600 if isinstance(time, Duration) and trial.name not in packs else None,
             }
             for trial, job, gpus, layout, time in zip(
                 made.trials, made.jobs, made.gpus, made.layout_of, made.times, strict=True
             )
         ],
+        "packs": [
+            {
+                "job": job_name(sweep, each.holder.name),
+                "trials": list(each.holder.trials),
+                "atOnce": each.holder.at_once,
+                "memory": each.memory and each.memory.data,
+                "hours": each.seconds / 3600 if each.seconds is not None else None,
+            }
+            for each in made.packs
+        ],
         "parallelism": spec.parallelism,
-        "gpusAtOnce": sum(sorted(made.gpus, reverse=True)[: spec.parallelism]),
+        "gpusAtOnce": pack_forecast.whole(made.held, spec.parallelism)[1],
         "hours": total.hours if isinstance(total, Hours) else None,
         "gpuHours": total.gpu_hours if isinstance(total, Hours) else None,
         "gpuHoursWithEarlyStopping": total.about if isinstance(total, Hours) else None,
@@ -190,18 +235,27 @@ def _page(made: SweepPlan) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    spec, screen = made.sweep.spec, console.out()
+    spec, screen, packs = made.sweep.spec, console.out(), made.pack_of
     screen.print(Text(made.sweep.metadata.name, style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("TRIAL", "VALUES", "GPUS", "MEMORY", "TIME"):
+    for title in ("TRIAL", "VALUES", *(["PACK"] if packs else []), "GPUS", "MEMORY", "TIME"):
         table.add_column(title, no_wrap=True)
     for trial, gpus, layout, time in zip(made.trials, made.gpus, made.layout_of, made.times, strict=True):
         takes = formatting.duration(time.seconds) if isinstance(time, Duration) else ""
         values = "drawn when it starts" if spec.strategy == "tpe" else trial.summary
-        table.add_row(Text(trial.name), Text(values), str(gpus), _memory(made.layouts.get(layout)), takes)
+        alone = [str(gpus), _memory(made.layouts.get(layout)), takes]
+        pack = packs.get(trial.name)
+        table.add_row(Text(trial.name), Text(values), *([pack or ""] if packs else []), *([] if pack else alone))
     console.page(table, console.PIPED_TABLE_WIDTH)
-    at_once = sum(sorted(made.gpus, reverse=True)[: spec.parallelism])
-    screen.print(Text(f"\n{len(made.trials)} trials, {spec.parallelism} at a time: {at_once} GPUs at most"))
+    if packs:
+        screen.print()
+    for each in made.packs:
+        takes = f", {formatting.duration(each.seconds)}" if each.seconds is not None else ""
+        memory = f", {shown}" if (shown := _memory(each.memory)) else ""
+        what = f"{len(each.holder.trials)} trials on one GPU, {each.holder.at_once} in each step{memory}{takes}"
+        screen.print(Text(f"{each.holder.name}: {what}"))
+    _, at_once = pack_forecast.whole(made.held, spec.parallelism)
+    screen.print(Text(f"\n{len(made.trials)} trials, {spec.parallelism} at a time: {_gpus(at_once)} at most"))
     total, most = hours_of(made), "at most " if spec.early_stopping else ""
     if isinstance(total, Hours):
         about = f", about {formatting.number(total.about)} with early stopping" if total.about is not None else ""
@@ -212,11 +266,17 @@ def _page(made: SweepPlan) -> None:
             about = f", about {less:,.2f} with early stopping" if less is not None else ""
             screen.print(Text(f"{most}{cost:,.2f} at {made.price:,.2f} for a GPU-hour{about}"))
     else:
-        each = f"{most}{sum(made.gpus)} GPU-hours for each hour that a trial takes"
-        screen.print(Text(f"{each}; to predict it: {total}, or --trial-hours"), soft_wrap=True)
-    told = dict.fromkeys(line for found in made.layouts.values() if found.plan is None for line in found.lines)
+        all_gpus = sum(held.gpus for held in made.held)
+        rate = f"{most}{all_gpus} GPU-hours for each hour that a {'job' if packs else 'trial'} takes"
+        screen.print(Text(f"{rate}; to predict it: {total}, or --trial-hours"), soft_wrap=True)
+    memories = [held.memory for held in made.held if held.memory]
+    told = dict.fromkeys(line for found in memories if found.plan is None for line in found.lines)
     for line in told:
         screen.print(Text(line, style="dim"))
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'' if number == 1 else 's'}"
 
 
 def _memory(found: Forecast | None) -> str:

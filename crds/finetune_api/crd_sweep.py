@@ -5,7 +5,8 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_api.crd import Column, definition, model_schema, render
-from finetune_api.sweep import FROZEN, SWEEP_NAME, FineTuneSweepSpec
+from finetune_api.spec_pack import SWEEP_NAME
+from finetune_api.sweep import FROZEN, FineTuneSweepSpec
 from finetune_api.sweep_status import FineTuneSweepStatus
 
 _COLUMNS: tuple[Column, ...] = (

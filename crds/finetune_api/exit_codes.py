@@ -24,6 +24,8 @@ class ExitCode(IntEnum):
 GATE_NOT_PASSED: Final = "GateNotPassed"
 #: Reason of a trial that its sweep stopped early.
 OUTPERFORMED: Final = "Outperformed"
+#: Reason of trials that cannot share a process, which only the loaded model tells.
+NOT_PACKABLE: Final = "NotPackable"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ _OUTCOMES: Final = (
         True,
         "The run needs more GPU memory than the GPU has, found before the weights were loaded.",
         "Take one of the changes the message lists.",
+    ),
+    Outcome(  # told by the trainer's report
+        ExitCode.CONFIG_INVALID,
+        NOT_PACKABLE,
+        True,
+        "Trials cannot share this base model, or their adapters do not allow it.",
+        "Nothing to do: each trial goes on in a FineTuneJob of its own.",
     ),
     Outcome(
         ExitCode.GPU_OUT_OF_MEMORY,

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api import constants, durations, suggestions, uri
+from finetune_api import constants, durations, packed_jobs, suggestions, sweep_packs, uri
 from finetune_api.crd import model_of
-from finetune_api.spec import FineTuneJob
+from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_api.sweep import FineTuneSweep
-from finetune_api.sweep_packing import DRAWN_LATER
+from finetune_api.sweep_packing import DRAWN_LATER, why_not_packed
 from finetune_api.sweep_trials import PlannedTrial, SweepError, expand, extremes, job_name, trial_spec
 from finetune_api.yaml_documents import (
     SET,
@@ -187,7 +187,44 @@ def check(document: Document, base: Path | None = None, overrides: Sequence[str]
         base: The folder that file://./ starts from.
         overrides: 'path.below.spec=value' assignments.
     """
-    return check_as(FineTuneJob, document, base, overrides)
+    job = check_as(FineTuneJob, document, base, overrides)
+    if job.spec.pack:
+        _check_pack(job, document)
+    return job
+
+
+def _check_pack(job: FineTuneJob, document: Document) -> None:
+    """Check the trials of a pack: each is a valid job, and may share a process with the others."""
+    where = ("spec", "pack", "trials")
+    try:
+        trials = trial_specs(job.metadata.name, job.spec)
+    except ManifestError as error:
+        raise ManifestError([document.problem(where, str(each)) for each in error.problems]) from None
+    template = job.spec.model_copy(update={"suspend": False, "active_deadline_seconds": None})
+    others = {"pending_deadline_seconds": None, "ttl_seconds_after_finished": None}
+    if why := why_not_packed([("the job", template.model_copy(update=others)), *trials.items()]):
+        raise ManifestError([document.problem(where, why)])
+
+
+def trial_specs(name: str, spec: FineTuneJobSpec) -> dict[str, FineTuneJobSpec]:
+    """Return the spec of each trial of a pack, none for any other job. Raises ManifestError for wrong values.
+
+    Args:
+        name: Name of the job.
+        spec: Its spec.
+    """
+    if spec.pack is None:
+        return {}
+    found = Document(packed_jobs.sweep_document(Metadata(name=name), spec), "")
+    sweep, trials, problems = check_sweep(found, each_trial=False), dict[str, FineTuneJobSpec](), list[Problem]()
+    for trial, document in trial_documents(sweep):
+        try:
+            trials[trial.name] = check(document).spec
+        except ManifestError as error:
+            problems += [Problem(f"trial {trial.name}", str(each)) for each in error.problems]
+    if problems:
+        raise ManifestError(problems[:MAX_PROBLEMS])
+    return trials
 
 
 def check_sweep(
@@ -207,15 +244,18 @@ def check_sweep(
     except SweepError as error:
         raise ManifestError([document.problem(("spec", *_parts(error.field)), error.message)]) from None
     template, problems = sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True), []
+    specs: list[tuple[PlannedTrial, FineTuneJobSpec]] = []
     drawn_later = sweep.spec.strategy == "tpe"
     for trial in (extremes(sweep.spec) if drawn_later else trials) if each_trial else ():
         name = f"a trial of {trial.summary}" if drawn_later else f"trial {trial.name}"
         try:
-            check(trial_document(sweep.metadata.name, template, trial))
+            specs.append((trial, check(trial_document(sweep.metadata.name, template, trial)).spec))
         except ManifestError as error:
             problems += [Problem(name, str(each), source=document.source) for each in error.problems]
     if problems:
         raise ManifestError(problems[:MAX_PROBLEMS])
+    if why := sweep_packs.refusal(sweep.metadata.name, sweep.spec, specs):
+        raise ManifestError([document.problem(("spec", "packing"), why)])
     return sweep
 
 
@@ -300,6 +340,19 @@ def trial_documents(sweep: FineTuneSweep) -> list[tuple[PlannedTrial, Document]]
     """Return the trials of `sweep`, each with its FineTuneJob."""
     name, template = sweep.metadata.name, sweep.spec.template.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return [(trial, trial_document(name, template, trial)) for trial in expand(name, sweep.spec)]
+
+
+def holders_of(sweep: FineTuneSweep, parallelism: int | None = None) -> tuple[sweep_packs.Holder, ...]:
+    """Return the FineTuneJobs of a valid sweep: which trials share one.
+
+    Args:
+        sweep: The sweep.
+        parallelism: Trials that run at the same time; by default as many as its spec says.
+    """
+    if sweep.spec.strategy == "tpe":
+        return sweep_packs.singles(expand(sweep.metadata.name, sweep.spec))
+    trials = [(trial, check(document).spec) for trial, document in trial_documents(sweep)]
+    return sweep_packs.holders(sweep.metadata.name, sweep.spec, trials, parallelism or sweep.spec.parallelism)
 
 
 def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:

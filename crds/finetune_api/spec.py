@@ -18,6 +18,7 @@ from finetune_api.spec_data import (
     Output,
 )
 from finetune_api.spec_evaluation import Evaluation, Generation
+from finetune_api.spec_pack import Pack
 from finetune_api.spec_publish import LOSS, Publish
 from finetune_api.spec_runtime import (
     Checkpoint,
@@ -136,6 +137,8 @@ class FineTuneJobSpec(ApiModel):
     """What the adapter must reach on held-out rows to be published. Off unless given."""
     recovery: Recovery = Field(default_factory=Recovery)
     """What happens after a failed attempt."""
+    pack: Pack | None = None
+    """Trials of a FineTuneSweep that train in this job's process. Set by the sweep: write a FineTuneSweep."""
     image: Image | None = None
     """Trainer image. Default: the operator's. May be changed until a pod of the job has run."""
     suspend: bool = False
@@ -176,6 +179,7 @@ IMMUTABLE = (
     "cache",
     "output",
     "publish",
+    "pack",
     "image",
     "pendingDeadlineSeconds",
 )

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from finetune_api.artifact_names import ArtifactName
 from finetune_api.base import ApiModel, FiniteOrNone
 from finetune_api.gate import MAX_CHECKS, GateCheck
+from finetune_api.spec_pack import MAX_PACK
+from finetune_api.trial_report import TrialReport, TrialReports
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 #: At most what every JSON reader keeps exactly: the API server refuses a status with a larger integer.
@@ -308,6 +310,14 @@ class FineTuneJobStatus(StatusModel):
         ),
     ] = []
     """What was made of it besides (output.artifacts), and what failed."""
+    trials: Annotated[
+        list[TrialReport],
+        Field(
+            max_length=MAX_PACK,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ] = []
+    """The trials of spec.pack, in their order. The adapter of each that succeeded lies at output.uri/<name>/."""
     start_time: Time | None = None
     """When the first attempt was created."""
     completion_time: Time | None = None
@@ -328,7 +338,10 @@ Stage = Literal[RunningStage, "Succeeded", "Failed"]
 
 
 class TrainerReport(StatusModel):
-    """What a trainer says of itself: the body of /progress, and, at the end, of its termination message (≤ 1.5 KiB)."""
+    """What a trainer says of itself: the body of /progress, and, at the end, of its termination message.
+
+    That has at most 1.5 KiB; of a process that trains several trials 4 KiB.
+    """
 
     stage: Stage = "Starting"
     """What it is doing."""
@@ -354,3 +367,5 @@ class TrainerReport(StatusModel):
     """Once the checkpoint to go on from is chosen."""
     gpu: Gpu | None = None
     """Once the GPU is taken: its name, with dashes for spaces."""
+    trials: TrialReports = []
+    """Of a process that trains several, each of them."""

@@ -1,35 +1,22 @@
 """FineTuneSweep and its spec: one template, many trials. A field's docstring is its description in the CRD."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import PositiveInt, Seconds, text_type
+from finetune_api.fields import Seconds, Switch, text_type
 from finetune_api.patterns import TextRule
 from finetune_api.spec import FineTuneJobSpec, Metadata
+from finetune_api.spec_pack import Halving, Objective, SweepName, TrialName
 
 #: Trials of one sweep: each has a row in its status, which must fit into one object.
 MAX_TRIALS = 1000
-#: A trial's FineTuneJob is named <sweep>-<trial>, within what any job's name may have.
-MAX_SWEEP_NAME = 40
-SWEEP_NAME = TextRule(
-    rf"^[a-z]([a-z0-9-]{{0,{MAX_SWEEP_NAME - 2}}}[a-z0-9])?$",
-    f"must be at most {MAX_SWEEP_NAME} lowercase letters, digits and dashes, a letter first and no dash last,"
-    " for its trials are named after it",
-)
-_TRIAL_NAME = TextRule(
-    r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
-    "must be lowercase letters, digits and dashes, a letter or digit first and last, for it names a job and a folder",
-)
 _PATH = TextRule(
     r"^[a-z][A-Za-z0-9]*([.][a-z][A-Za-z0-9]*)*$",
     "must be a path of a FineTuneJob's spec, such as training.learningRate",
 )
 ParameterPath = text_type(_PATH, max_length=128)
-TrialName = text_type(_TRIAL_NAME, max_length=MAX_SWEEP_NAME)
-SweepName = text_type(SWEEP_NAME, max_length=253)
 #: Whatever the field at the path takes; it is checked as part of each trial's spec.
 AnyValue = Annotated[Any, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 Bound = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -79,53 +66,10 @@ class Parameter(ApiModel):
 class Trial(ApiModel):
     """One trial by name."""
 
-    name: TrialName  # type: ignore[valid-type]
+    name: TrialName
     """Its name: its FineTuneJob is called after the sweep and it, and its adapter lies in a folder of this name."""
     values: Annotated[dict[str, AnyValue], Field(max_length=32)] = {}
     """What differs from the template: the value at each path of a FineTuneJob's spec."""
-
-
-class Objective(ApiModel):
-    """What makes one trial better than another."""
-
-    metric: Literal["evalLoss", "trainLoss", "accuracy", "f1"] = "evalLoss"
-    """Final metric to compare."""
-    direction: Literal["minimize", "maximize"] | None = None
-    """Default: minimize a loss, maximize the others."""
-
-    @property
-    def minimizes(self) -> bool:
-        """Whether less is better."""
-        return (self.direction or ("minimize" if self.metric.endswith("Loss") else "maximize")) == "minimize"
-
-
-class Halving(ApiModel):
-    """Asynchronous successive halving: at each rung, only the best part of the trials that reached it goes on."""
-
-    RULES: ClassVar = (
-        Rule(
-            "self.rungs.isSorted()",
-            lambda h: h.rungs == sorted(set(h.rungs)),
-            "must be different steps in ascending order",
-            "rungs",
-        ),
-    )
-
-    rungs: Annotated[
-        list[PositiveInt],
-        Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "set"}),
-    ]
-    """Optimizer steps at which trials are compared; multiples of template.evaluation.everySteps."""
-    reduction_factor: Annotated[int, Field(ge=2, le=16)] = 4
-    """One in so many goes on."""
-
-    def is_behind(self, value: float, passed: Sequence[float]) -> bool:
-        """Return whether a trial with `value` at a rung falls behind: whether it is not among the best that passed it.
-
-        `passed` holds the values there of all trials so far, its own too. One that equals the last of the best goes on.
-        """
-        going_on = max(1, len(passed) // self.reduction_factor)
-        return value > sorted(passed)[going_on - 1]
 
 
 _EVAL = "has(self.template.dataset.eval) || has(self.template.dataset.evalFraction)"
@@ -211,6 +155,12 @@ class FineTuneSweepSpec(ApiModel):
             "must not be set: trials go with their sweep, so give it a ttlSecondsAfterFinished",
             "template.ttlSecondsAfterFinished",
         ),
+        Rule(
+            "!has(self.template.pack)",
+            lambda s: s.template.pack is None,
+            "must not be set: a sweep packs its trials itself, as spec.packing says",
+            "template.pack",
+        ),
     )
 
     template: FineTuneJobSpec
@@ -232,6 +182,9 @@ class FineTuneSweepSpec(ApiModel):
     """Stop trials that fall behind. Off unless given."""
     parallelism: Annotated[int, Field(ge=1, le=MAX_TRIALS)] = 4
     """Trials that run at the same time. May be changed at any time."""
+    packing: Switch = "auto"
+    """Whether compatible trials share a FineTuneJob, and so one GPU and one base model: auto where that is faster,
+    enabled wherever it is possible (a sweep of which one trial can share with no other is refused), disabled never."""
     suspend: bool = False
     """Stop all trials after saving a checkpoint, and free their GPUs; false again resumes them there."""
     active_deadline_seconds: Seconds | None = None
@@ -246,13 +199,13 @@ class FineTuneSweepSpec(ApiModel):
 
 
 #: Fields that may not change once the sweep has started (CEL rules in crd_sweep.py).
-FROZEN = ("template", "parameters", "trials", "strategy", "maxTrials", "seed", "objective", "earlyStopping")
+FROZEN = ("template", "parameters", "trials", "strategy", "maxTrials", "seed", "objective", "earlyStopping", "packing")
 
 
 class SweepMetadata(Metadata):
     """The part of ObjectMeta that a sweep's own rules look at."""
 
-    name: SweepName  # type: ignore[valid-type]
+    name: SweepName
 
 
 class FineTuneSweep(ApiModel):

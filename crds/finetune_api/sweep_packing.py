@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.sweep import FineTuneSweepSpec
 
 #: What each trial of a pack may have of its own, as paths below spec.
 OWN_FIELDS: Final = frozenset(
@@ -34,6 +33,7 @@ OWN_FIELDS: Final = frozenset(
         "evaluation.keepBest",
         "checkpoint",
         "logging",
+        "pack",
         "output.uri",
         "output.overwrite",
         "output.keepCheckpoints",
@@ -52,6 +52,7 @@ _BEYOND: Final[tuple[tuple[str, Callable[[FineTuneJobSpec], bool], str], ...]] =
     ("dataset.addTokens", lambda spec: bool(spec.dataset.add_tokens), "the base is shared, and its embeddings with it"),
     ("output.artifacts", lambda spec: bool(spec.output.artifacts), "packed trials publish adapters alone"),
     ("logging.wandb", lambda spec: spec.logging.wandb is not None, "a process logs one run to it"),
+    ("activeDeadlineSeconds", lambda spec: spec.active_deadline_seconds is not None, "it bounds one trial's time"),
 )
 
 
@@ -59,23 +60,32 @@ _BEYOND: Final[tuple[tuple[str, Callable[[FineTuneJobSpec], bool], str], ...]] =
 DRAWN_LATER: Final = "spec.strategy: tpe draws a trial's values when it starts, from the results of others"
 
 
-def why_not_packed(sweep: FineTuneSweepSpec, trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
-    """Return why the `trials` of `sweep`, names and specs, cannot train in one process; None if they can."""
-    first = _shared(trials[0][1])
-    for name, spec in trials:
-        for field, is_beyond, why in _BEYOND:
-            if is_beyond(spec):
-                return f"trial {name}: spec.{field}: {why}"
-        if (spec.dataset.eval_fraction or spec.dataset.sources) and spec.training.seed != trials[0][1].training.seed:
-            return f"trial {name}: spec.training.seed differs, and it chooses rows of dataset.evalFraction and sources"
-        other = _shared(spec)
-        differing = sorted(path for path in first.keys() | other.keys() if first.get(path) != other.get(path))
-        if differing:
-            return (
-                f"trial {name}: spec.{differing[0]} differs from that of {trials[0][0]}; packed trials differ in lora,"
-                " the optimizer's fields of training, and where they publish"
-            )
+def why_not_packed(trials: Sequence[tuple[str, FineTuneJobSpec]]) -> str | None:
+    """Return why the `trials` of a sweep, names and specs, cannot train in one process; None if they can."""
+    for trial in trials:
+        if why := why_never(*trial) or why_apart(trials[0], trial):
+            return why
     return None
+
+
+def why_never(name: str, spec: FineTuneJobSpec) -> str | None:
+    """Return why a trial can train in one process with no other; None if it may."""
+    return next((f"trial {name}: spec.{field}: {why}" for field, is_it, why in _BEYOND if is_it(spec)), None)
+
+
+def why_apart(first: tuple[str, FineTuneJobSpec], second: tuple[str, FineTuneJobSpec]) -> str | None:
+    """Return why two trials, names and specs, cannot train in one process; None if they can."""
+    (one, spec), (name, other) = first, second
+    if (other.dataset.eval_fraction or other.dataset.sources) and spec.training.seed != other.training.seed:
+        return f"trial {name}: spec.training.seed differs, and it chooses rows of dataset.evalFraction and sources"
+    mine, theirs = shared(spec), shared(other)
+    differing = sorted(path for path in mine.keys() | theirs.keys() if mine.get(path) != theirs.get(path))
+    if not differing:
+        return None
+    return (
+        f"trial {name}: spec.{differing[0]} differs from that of {one}; packed trials differ in lora, the optimizer's"
+        " fields of training, and where they publish"
+    )
 
 
 def trial_log(termination_log: Path, trial: str) -> Path:
@@ -83,7 +93,8 @@ def trial_log(termination_log: Path, trial: str) -> Path:
     return termination_log.with_name(f"{termination_log.name}.{trial}")
 
 
-def _shared(spec: FineTuneJobSpec) -> dict[str, Any]:
+def shared(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """Return what trials of one process must agree on, by its path below spec."""
     return dict(_leaves(spec.manifest()))
 
 

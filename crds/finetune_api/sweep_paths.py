@@ -16,6 +16,7 @@ from finetune_api.spec import FineTuneJobSpec
 _TAKEN = {
     "output": "each trial publishes to template.output.uri/<trial>/",
     "checkpoint.uri": "each trial saves to template.checkpoint.uri/<trial>/",
+    "pack": "the sweep packs its trials itself: see its packing",
     "suspend": "suspend the sweep instead",
     "ttlSecondsAfterFinished": "give it to the sweep: trials go with it",
 }

@@ -1,17 +1,16 @@
 """FineTuneSweep's status: one small row for each trial that has started; the rest is in its FineTuneJob."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from finetune_api.status import Condition, Count, StatusModel, Time
 from finetune_api.sweep import MAX_TRIALS
+from finetune_api.trial_report import TrialPhase
 from finetune_api.uri import MAX_LENGTH as MAX_URI_LENGTH
 
 #: Of a row: a thousand of them must fit into one object.
 MAX_VALUES = 160
-TrialPhase = Literal["Pending", "Running", "Suspended", "Stopped", "Succeeded", "Failed"]
-ENDED: tuple[TrialPhase, ...] = ("Stopped", "Succeeded", "Failed")
 
 
 class TrialStatus(StatusModel):
@@ -21,6 +20,8 @@ class TrialStatus(StatusModel):
     """Name of the trial."""
     values: Annotated[str, Field(max_length=MAX_VALUES)] = ""
     """What differs from the template, shortened."""
+    job_name: Annotated[str, Field(max_length=64)] | None = None
+    """Name of the FineTuneJob that it shares with other trials. Absent: it has one of its own, <sweep>-<trial>."""
     phase: TrialPhase = "Pending"
     """Where it stands. Stopped: its sweep ended it early, after a checkpoint."""
     reason: Annotated[str, Field(max_length=128)] | None = None
@@ -37,7 +38,7 @@ class BestTrial(StatusModel):
     trial: Annotated[str, Field(max_length=64)]
     """Name of the trial."""
     job_name: Annotated[str, Field(max_length=64)]
-    """Name of its FineTuneJob."""
+    """Name of its FineTuneJob, which may be that of other trials, too."""
     value: float
     """Its value of the objective's metric."""
     uri: Annotated[str, Field(max_length=MAX_URI_LENGTH)] | None = None
@@ -75,6 +76,8 @@ class FineTuneSweepStatus(StatusModel):
     """Accepted, Suspended, and the summary Succeeded."""
     summary: Annotated[str, Field(max_length=64)] = ""
     """'ended/total', for printing."""
+    packed_for: Count | None = None
+    """spec.parallelism at the start, for which trials were put into shared FineTuneJobs. Absent: each has its own."""
     counts: TrialCounts = Field(default_factory=TrialCounts)
     """How many trials stand where."""
     best: BestTrial | None = None

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune_api import sweep_paths
-from finetune_api.sweep import Objective, Parameter
+from finetune_api.spec_pack import Objective
+from finetune_api.sweep import Parameter
 from finetune_api.sweep_trials import DRAWS, SweepError, distinct, rounded
 
 MISSING = "tpe needs Optuna, which is not installed here: pip install 'finetune-operator[tpe]'"

@@ -105,6 +105,7 @@ _CHANGES: dict[str, Any] = {
     "cache": {"claimName": "cache"},
     "output": {"uri": "s3://adapters/other"},
     "publish": {"onlyIf": [{"metric": "evalLoss", "atMost": 1}]},
+    "pack": {"sweep": "nli", "trials": [{"name": "a"}]},
     "image": "example.org/other:1",
     "pendingDeadlineSeconds": 60,
 }

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.sweep import FineTuneSweepSpec
 from finetune_api.sweep_packing import why_not_packed
 
 SPEC: dict[str, Any] = {
@@ -15,15 +14,13 @@ SPEC: dict[str, Any] = {
 }
 
 
-def _why(*trials: tuple[str, FineTuneJobSpec], **sweep: Any) -> str | None:
-    sweep = {"objective": {"metric": "trainLoss"}} | sweep
-    template, named = SPEC | sweep.pop("template", {}), [{"name": name} for name, _ in trials]
-    return why_not_packed(FineTuneSweepSpec.model_validate({"template": template, "trials": named} | sweep), trials)
+def _why(*trials: tuple[str, FineTuneJobSpec]) -> str | None:
+    return why_not_packed(trials)
 
 
-def _spec(changes: dict[str, dict[str, Any]]) -> FineTuneJobSpec:
-    merged = {section: SPEC.get(section, {}) | changes.get(section, {}) for section in SPEC.keys() | changes.keys()}
-    return FineTuneJobSpec.model_validate(merged)
+def _spec(changes: dict[str, Any]) -> FineTuneJobSpec:
+    merged = {name: SPEC[name] | changes.get(name, {}) for name in SPEC}
+    return FineTuneJobSpec.model_validate(changes | merged)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +62,7 @@ def test_they_share_all_else(changes: dict[str, Any], field: str) -> None:
         ({"lora": {"embeddings": True}}, "lora.embeddings"),
         ({"lora": {"modulesToSave": ["lm_head"]}}, "lora.modulesToSave"),
         ({"output": {"artifacts": ["merged"]}}, "output.artifacts"),
+        ({"activeDeadlineSeconds": 60}, "activeDeadlineSeconds"),
     ],
 )
 def test_some_jobs_share_with_none(changes: dict[str, Any], field: str) -> None:
@@ -76,8 +74,3 @@ def test_a_seed_that_chooses_rows_is_shared() -> None:
     held_out = {"dataset": {"evalFraction": 0.1}}
     found = _why(("a", _spec(held_out)), ("b", _spec(held_out | {"training": {"seed": 1}})))
     assert found and found.startswith("trial b: spec.training.seed differs")
-
-
-def test_trials_that_are_compared_while_they_run_share_a_process() -> None:
-    template = {"dataset": {"train": "s3://data/train.jsonl", "eval": "s3://data/eval.jsonl"}}
-    assert _why(("a", _spec({})), template=template, objective={}, earlyStopping={"rungs": [250]}) is None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_api import manifest
-from finetune_api.sweep import Objective, Parameter
+from finetune_api.spec_pack import Objective
+from finetune_api.sweep import Parameter
 from finetune_api.sweep_tpe import Past, suggest
 from finetune_api.sweep_trials import SweepError
 

@@ -23,6 +23,8 @@ ACCEPTED: list[dict[str, Any]] = [
     NAMED,
     {**NAMED, "earlyStopping": {"rungs": [250, 500]}, "parallelism": 1000, "suspend": True},
     {"parameters": RATES, "objective": {"metric": "trainLoss", "direction": "maximize"}},
+    {"parameters": RATES, "packing": "enabled"},
+    {**NAMED, "packing": "disabled"},
 ]
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({}, "spec.parameters", "give either parameters or trials"),
@@ -68,7 +70,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({**NAMED, "template": TEMPLATE | {"lora": {"rank": 0}}}, "spec.template.lora.rank", "greater than or equal to 1"),
     ({**NAMED, "parallelism": 1001}, "spec.parallelism", "less than or equal to 1000"),
-    ({**NAMED, "packing": "auto"}, "spec.packing", "unknown field"),
+    ({**NAMED, "packing": "always"}, "spec.packing", 'supported values: "auto", "enabled", "disabled"'),
+    (
+        {**NAMED, "template": TEMPLATE | {"pack": {"sweep": "nli", "trials": [{"name": "a"}]}}},
+        "spec.template.pack",
+        "a sweep packs its trials itself",
+    ),
+    ({**NAMED, "template": TEMPLATE | {"pack": {"sweep": "nli"}}}, "spec.template.pack.trials", "Required value"),
 ]
 
 
@@ -118,6 +126,7 @@ def test_a_started_sweep_keeps_its_trials_and_takes_what_only_says_how_it_runs(s
         {"parameters": [{"path": "training.learningRate", "values": [1e-4, 3e-4]}]},
         {"template": {"lora": {"rank": 4}}},
         {"objective": {"metric": "trainLoss"}},
+        {"packing": "disabled"},
     )
     for change in changes:
         with pytest.raises(ApiError, match="cannot change once the sweep has started"):

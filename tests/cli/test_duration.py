@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune_api.spec import FineTuneJob
-from finetune_api.sweep import Halving
+from finetune_api.spec_pack import Halving
 from finetune_cli import duration
 from finetune_cli.duration import Duration
 

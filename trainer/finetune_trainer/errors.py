@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from finetune_api.exit_codes import OUTCOMES, ExitCode
+from finetune_api.exit_codes import NOT_PACKABLE, OUTCOMES, ExitCode
 from finetune_api.manifest import ManifestError
 from finetune_trainer.redact import redacted
 
@@ -46,6 +46,12 @@ class WontFit(TrainerError):
 
     exit_code = ExitCode.CONFIG_INVALID
     reason = "WontFit"
+
+
+class NotPackable(ConfigInvalid):
+    """Trials cannot share a process: each must train alone."""
+
+    reason = NOT_PACKABLE
 
 
 class Preempted(TrainerError):

@@ -50,8 +50,9 @@ def check(file: str, tally: Tally) -> None:
         try:
             if document.is_sweep:
                 sweep = manifest.check_sweep(document, source.base)
-                trials = len(expand(sweep.metadata.name, sweep.spec))
-                tally.sweeps.append(f"{sweep.metadata.name} ({_count(trials, 'trial')})")
+                trials, jobs = len(expand(sweep.metadata.name, sweep.spec)), len(manifest.holders_of(sweep))
+                packed = f" in {_count(jobs, 'FineTuneJob')}" if jobs < trials else ""
+                tally.sweeps.append(f"{sweep.metadata.name} ({_count(trials, 'trial')}{packed})")
                 continue
             job = manifest.check(document, source.base)
             tally.valid.append(job.metadata.name)

@@ -9,7 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_api import constants
+from finetune_api.packed_jobs import trial_uri
 from finetune_api.plain_text import one_line
+from finetune_api.trial_report import readable
 from finetune_cli.comparison import record, runs
 from finetune_cli.comparison.runs import AnsweredRow, Curves, Run
 from finetune_cli.errors import CliError, Exit
@@ -78,22 +80,65 @@ def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list
     if not jobs:
         raise CliError(f"{name} has no trials yet", hint=f"finetune status --sweep {name}")
 
-    def read(job: dict[str, Any]) -> _Read:
+    def read(source: tuple[dict[str, Any], str]) -> _Read:
+        job, trial = source
+        if (job.get("spec") or {}).get("pack"):
+            return _packed(job, trial, sweep.metric, whole)
         found = _job(cluster, job, whole, is_named=False)
-        trial = (job["metadata"].get("labels") or {}).get(constants.LABEL_TRIAL)
-        if isinstance(trial, str) and trial:
-            return replace(found, run=replace(found.run, name=one_line(trial)))
-        return found
+        return replace(found, run=replace(found.run, name=one_line(trial))) if trial else found
 
-    ranked = sorted(_at_once(read, jobs), key=lambda each: _rank(sweep, each.run))
+    ranked = sorted(_at_once(read, _trials(jobs)), key=lambda each: _rank(sweep, each.run))
     return sweep, _with_answers(ranked, is_named=False)
+
+
+def _trials(jobs: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Return the trials of a sweep, each with the job that holds it: its own, or one that it shares."""
+    labels = [(job["metadata"].get("labels") or {}).get(constants.LABEL_TRIAL) for job in jobs]
+    own = [(job, label if isinstance(label, str) else "") for job, label in zip(jobs, labels, strict=True)]
+    packs = [job for job in jobs if (job.get("spec") or {}).get("pack")]
+    alone = {label for job, label in own if label and job not in packs}
+    rows = [(job, row.name) for job in packs for row in readable((job.get("status") or {}).get("trials"))]
+    return [*(each for each in own if each[0] not in packs), *(each for each in rows if each[1] not in alone)]
+
+
+def _packed(job: dict[str, Any], trial: str, metric: str, whole: bool) -> _Read:
+    """Return the run of a trial that shares a FineTuneJob: as it was published, else as its row tells."""
+    from finetune_cli.output.job_view import View
+
+    view = View.of(job)
+    row = next(each for each in view.status.trials if each.name == trial)
+    uri = trial_uri(str((view.spec.get("output") or {}).get("uri", "")), trial)
+    metrics = {} if row.value is None else {metric: row.value}
+    run = Run(one_line(trial), uri, row.phase, runs.values_of(_spec_of(view, trial)), metrics, None)
+    if row.phase != "Succeeded":
+        return _Read(run)
+    try:
+        published = published_at(uri, adapters_only=True)
+        found = read_published(published, trial)
+        return _with_record(found, published) if whole else _Read(found)
+    except CliError as error:
+        console.note(f"{run.name}: no more than its {metric}: {error.message}")
+        return _Read(run)
+
+
+def _spec_of(view: View, trial: str) -> dict[str, Any]:
+    """Return the spec of a trial of a pack; the job's where that cannot be read."""
+    from finetune_api.manifest import Document, ManifestError, check, trial_specs
+
+    metadata = {"name": view.name}
+    kind = {"apiVersion": constants.API_VERSION, "kind": constants.KIND}
+    try:
+        job = check(Document(kind | {"metadata": metadata, "spec": view.spec}, ""))
+        return dict(trial_specs(view.name, job.spec)[trial].manifest())
+    except (ManifestError, KeyError):
+        return dict(view.spec)
 
 
 def sweep_of(name: str, objective: Any) -> Sweep:
     """Return the sweep `name`; an objective that cannot be read is the default one."""
     from pydantic import ValidationError
 
-    from finetune_api.sweep import Objective
+    from finetune_api.spec_pack import Objective
 
     try:
         wanted = Objective.model_validate(objective or {}, by_alias=True, by_name=False)

@@ -14,6 +14,7 @@ from rich.text import Text
 from finetune_api import manifest
 from finetune_api.plain_text import one_line
 from finetune_api.status import Attempt
+from finetune_api.trial_report import TrialReport
 from finetune_cli.output import formatting
 from finetune_cli.output.job_view import View
 from finetune_cli.output.run_summary import gains, local_path
@@ -91,6 +92,7 @@ def _blocks(view: View, now: datetime, losses: Sequence[float]) -> Iterator[Rend
         yield Text()
         yield from _explanation(view)
     yield from _section("Results", _results(view))
+    yield from _section("Trials", _trials(view.status.trials))
     yield from _section("Attempts", _attempts(view.status.attempts, now))
     yield from _section("Conditions", _conditions(view, now))
 
@@ -234,6 +236,19 @@ def _results(view: View) -> Table:
         if cost := formatting.cost(view.status.usage):
             grid.add_row("Cost", Text(cost))
     return grid
+
+
+def _trials(rows: Sequence[TrialReport]) -> Table:
+    """Return the trials of a job of several."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("TRIAL", "PHASE", "STEP", "EVAL LOSS", "VALUE", "WHY"):
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        figures = [formatting.loss(row.eval_loss)] if row.eval_loss is not None else [""]
+        figures += [formatting.number(row.value)] if row.value is not None else [""]
+        step = "" if row.step is None else f"{row.step:,}"
+        table.add_row(one_line(row.name), row.phase, step, *figures, one_line(row.reason or ""))
+    return table
 
 
 def _attempts(attempts: Sequence[Attempt], now: datetime) -> Table:

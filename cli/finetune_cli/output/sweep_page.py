@@ -136,27 +136,39 @@ def _blocks(view: SweepView, jobs: dict[str, View], now: datetime) -> Iterator[R
     if not view.status.trials:
         return
     yield Text()
-    table = _table("TRIAL", "PHASE", "STEP", "EVAL LOSS", view.metric or "VALUE", "VALUES", "WHY")
+    shared = any(row.job_name for row in view.status.trials)
+    columns = ("TRIAL", "PHASE", "STEP", "EVAL LOSS", view.metric or "VALUE", "VALUES", *(["JOB"] if shared else []))
+    table = _table(*columns, "WHY")
     for row in view.status.trials:
-        table.add_row(
-            *_row(row, jobs.get(job_name(view.name, row.name)), is_best=bool(best and best.trial == row.name))
-        )
+        name = row.job_name or job_name(view.name, row.name)
+        cells = _row(row, jobs.get(name), is_best=bool(best and best.trial == row.name))
+        table.add_row(*cells, *([name] if shared else []), row.reason or "")
     yield table
     if waiting := view.status.counts.waiting:
         yield Text(f"… and {waiting} that have not started", style="dim")
 
 
 def _row(row: TrialStatus, job: View | None, *, is_best: bool) -> list[str | Text]:
-    progress = job.status.progress if job else None
+    step, loss = _progress(row, job)
     return [
         Text(row.name, style="bold green" if is_best else ""),
         _phase(row.phase),
-        progress.summary if progress else "",
-        formatting.loss(progress.eval_loss) if progress and progress.eval_loss is not None else "",
+        step,
+        formatting.loss(loss) if loss is not None else "",
         formatting.number(row.value) if row.value is not None else "",
         one_line(row.values),
-        row.reason or "",
     ]
+
+
+def _progress(row: TrialStatus, job: View | None) -> tuple[str, float | None]:
+    """Return how far a trial is, and its held-out loss: as its job tells, or its row in a job of several."""
+    if job is None:
+        return "", None
+    if row.job_name:
+        told = next((each for each in job.status.trials if each.name == row.name), None)
+        return (str(told.step) if told and told.step else ""), told.eval_loss if told else None
+    progress = job.status.progress
+    return (progress.summary, progress.eval_loss) if progress else ("", None)
 
 
 def _phase(phase: str) -> Text:

@@ -15,6 +15,7 @@ from finetune_operator.core.status import (
     deadlines,
     events,
     training,
+    trial_rows,
 )
 from finetune_operator.core.types import (
     Plan,
@@ -79,6 +80,8 @@ def _new_status(
         changed["earlier_attempts"] = view.earlier
         if attempts and status.start_time is None:
             changed["start_time"] = attempts[0].started_at or now
+        if view.spec.pack:
+            changed["trials"] = trial_rows.merge(status.trials, view.report, view.spec.pack)
         if view.report and view.report.execution_plan:
             changed["execution_plan"] = view.report.execution_plan
         if view.ending and view.ending.report:
@@ -108,7 +111,7 @@ def _final_status(observed: Observed, status: FineTuneJobStatus, step: Step, now
     ending = failure.Ending(step.state.succeeded.reason, step.state.succeeded.message, finished_at=now)
     closed = [each if each.reason else history.close(each, observed, ending, now) for each in status.attempts]
     final = progress.finished(status.progress, step.state.succeeded.status == "True")
-    changed = {"completion_time": now, "progress": final, "attempts": closed}
+    changed = {"completion_time": now, "progress": final, "attempts": closed, "trials": trial_rows.end(status.trials)}
     return status.model_copy(update=changed)
 
 

@@ -5,8 +5,10 @@ Gauges are read from the cache at each scrape; counters grow with each status wr
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from heapq import nlargest
+from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
@@ -17,7 +19,7 @@ from finetune_api.status import Progress
 from finetune_operator.core.attempts import failure
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.kinds import ObjectKey
-from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
+from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject, TrialState
 from finetune_operator.observability import usage_metrics
 from finetune_operator.observability.metrics import PHASES, PREFIX, TERMINAL_PHASES, gauge
 
@@ -178,13 +180,36 @@ def _of_sweeps(jobs: Iterable[JobObject], limit: int) -> Iterator[Metric]:
     for job, trial in trials:
         sweep = (job.namespace, trial.sweep)
         if sweep in held:
-            phases[*sweep, job.phase] = phases.get((*sweep, job.phase), 0) + 1
+            for each in _trials_of(job, trial):
+                phases[*sweep, each.phase] = phases.get((*sweep, each.phase), 0) + 1
             held[sweep] += job.gpus if job.phase in GPU_HOLDING_PHASES else 0
     yield gauge("sweep_trials", "Trials of a sweep by phase.", ("namespace", "sweep", "phase"), phases)
     yield gauge("sweep_gpus_allocated", "GPUs held by a sweep's trials.", ("namespace", "sweep"), held)
     labels = ("namespace", "sweep", "trial")
-    named = {(job.namespace, trial.sweep, job.name.removeprefix(f"{trial.sweep}-")): trial for job, trial in shown}
-    steps = {name: trial.step for name, trial in named.items()}
+    named = {(job.namespace, trial.sweep, each.name): each for job, trial in shown for each in _trials_of(job, trial)}
+    named = dict(islice(named.items(), limit))
+    steps = {name: each.step for name, each in named.items()}
     yield gauge("trial_step", "Optimizer steps done, as in the status of a trial's job.", labels, steps)
-    losses = {name: trial.eval_loss for name, trial in named.items() if trial.eval_loss is not None}
+    losses = {name: each.eval_loss for name, each in named.items() if each.eval_loss is not None}
     yield gauge("trial_eval_loss", "Latest held-out loss of a trial, nats per token.", labels, losses)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is shown of one trial; `phase` is one of a job's."""
+
+    name: str
+    phase: str
+    step: int
+    eval_loss: float | None
+
+
+def _trials_of(job: JobObject, state: TrialState) -> list[_Trial]:
+    """Return the trial of a job, or those that share it: one that is stopped early counts as suspended."""
+    if state.packed is None:
+        return [_Trial(job.name.removeprefix(f"{state.sweep}-"), job.phase, state.step, state.eval_loss)]
+    phases: dict[str, str] = {"Running": job.phase, "Stopped": "Suspended"}
+    return [
+        _Trial(row.name, phases.get(row.phase, row.phase), row.step or 0, row.eval_loss)
+        for row in state.packed.values()
+    ]

@@ -51,7 +51,11 @@ def test_a_valid_sweep_is_named_with_its_trials(tmp_path):
     ("spec", "says"),
     [
         ({"strategy": "best"}, 'spec.strategy: Unsupported value: "best": supported values: "grid", "random", "tpe"'),
-        ({"packing": "auto"}, "spec.packing: unknown field"),
+        ({"packing": "never"}, "spec.packing: Unsupported value"),
+        (
+            {"packing": "enabled", "parameters": [{"path": "training.batchSize", "values": [4, 8]}]},
+            "spec.packing: enabled, but trial bs4: spec.training.batchSize differs from that of bs8",
+        ),
         ({"parameters": [{"path": "learningRate", "values": [1]}]}, "did you mean training.learningRate?"),
         ({"parameters": [{"path": "lora.rank", "values": [0]}]}, "trial r0: spec.lora.rank: Invalid value: 0"),
         ({"parameters": [{"path": "lora.rank"}]}, "give either values, or min and max"),
@@ -102,6 +106,36 @@ def test_hours_and_gpu_hours_are_predicted_where_gpu_and_steps_are_known(tmp_pat
     assert "'abacus' is not in the speed table" in str(run(*asked, "abacus").exception)
     untold = run("plan", file, "--model-config", str(config)).stdout
     assert "to predict it: name the GPU with --gpu, such as H100, or --trial-hours" in untold
+
+
+RANKS = [
+    {"path": "training.learningRate", "values": [1e-4, 2e-4, 3e-4, 4e-4]},
+    {"path": "lora.rank", "values": [8, 16, 32, 64]},
+]
+
+
+def test_trials_that_share_a_gpu_are_planned_together(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MISTRAL))
+    template = TEMPLATE | {"training": {"maxSteps": 300, "batchSize": 4}}
+    asked = ("plan", write(tmp_path, template=template, parameters=RANKS), "--model-config", str(config))
+    page = run(*asked, "--gpu", "H200").stdout
+    assert "lr1e-4-r8   learningRate=1e-4 rank=8   pack-0" in page
+    assert (
+        "pack-0: 16 trials on one GPU, 4 in each step, 45" in page and "16 trials, 4 at a time: 1 GPU at most" in page
+    )
+    data = json.loads(run(*asked, "--gpu", "H200", "-o", "json").stdout)
+    [pack] = data["packs"]
+    assert (pack["job"], pack["atOnce"], len(pack["trials"])) == ("nli-pack-0", 4, 16)
+    assert {trial["job"] for trial in data["trials"]} == {"nli-pack-0"} and data["trials"][0]["memory"] is None
+    assert data["hours"] == pytest.approx(pack["hours"]) == pytest.approx(data["gpuHours"]) and data["gpusAtOnce"] == 1
+    alone = json.loads(run(*asked, "--set", "packing=disabled", "--gpu", "H200", "-o", "json").stdout)
+    assert alone["packs"] == [] and alone["gpusAtOnce"] == 4 and alone["gpuHours"] > 2 * data["gpuHours"]
+    small = json.loads(run(*asked, "--gpu", "L4", "-o", "json").stdout)
+    assert small["packs"][0]["atOnce"] < 4 and small["packs"][0]["memory"]["fits"], "fewer fit into a pass"
+    own = json.loads(run(*asked, "--trial-hours", "1", "-o", "json").stdout)
+    assert 13 < own["gpuHours"] < 16, "a step of four trials takes a little less than four steps"
+    assert "nli (16 trials in 1 FineTuneJob)" in run("validate", asked[1]).stdout
 
 
 def test_rows_tell_the_steps_of_every_trial(tmp_path):
@@ -161,6 +195,37 @@ def test_submit_list_and_status(ctl, kube, tmp_path):
     page = ctl("status", "--sweep", "nli").stdout
     assert "evalLoss 0.2679" in page and "learningRate=1e-4" in page and "… and 1 that have not started" in page
     assert ctl("status", "--sweep", "none").returncode == 1
+
+
+def test_the_job_that_trials_share_is_named(ctl, kube, tmp_path):
+    ctl("submit", write(tmp_path))
+    values = [f"learningRate={rate}" for rate in ("1e-4", "2e-4")]
+    rows = [
+        {"name": "lr1e-4", "values": values[0], "phase": "Running", "jobName": "nli-pack-0"},
+        {"name": "lr2e-4", "values": values[1], "phase": "Failed", "reason": "Diverged", "jobName": "nli-pack-0"},
+    ]
+    status = {"phase": "Running", "summary": "1/2", "packedFor": 4, "trials": rows}
+    kube.patch("FineTuneSweep", "nli", {"status": status}, subresource="status")
+    trials = [{"name": "lr1e-4", "values": '{"training.learningRate": 1e-4}'}, {"name": "lr2e-4"}]
+    metadata = {"name": "nli-pack-0", "labels": {"finetune.dev/sweep": "nli"}}
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata}
+    kube.create(job | {"spec": TEMPLATE | {"pack": {"sweep": "nli", "trials": trials}}})
+    told = [
+        {"name": "lr1e-4", "phase": "Running", "step": 40, "evalLoss": 0.5},
+        {"name": "lr2e-4", "phase": "Failed", "reason": "Diverged"},
+    ]
+    kube.patch("FineTuneJob", "nli-pack-0", {"status": {"trials": told}}, subresource="status")
+    page = ctl("status", "--sweep", "nli").stdout.splitlines()
+    [row] = [line for line in page if line.startswith("lr1e-4")]
+    assert row.split() == ["lr1e-4", "Running", "40", "0.5000", "learningRate=1e-4", "nli-pack-0"]
+    assert any(line.split()[-2:] == ["nli-pack-0", "Diverged"] for line in page)
+    assert any(
+        line.split() == ["lr1e-4", "Running", "40", "0.5000"]
+        for line in ctl("status", "nli-pack-0").stdout.splitlines()
+    )
+    data = json.loads(ctl("compare", "--sweep", "nli", "-o", "json").stdout)
+    assert [(each["name"], each["phase"]) for each in data["runs"]] == [("lr1e-4", "Running"), ("lr2e-4", "Failed")]
+    assert data["differing"] == ["training.learningRate"]
 
 
 def ended(status="True", message="2 of 2 trials succeeded"):

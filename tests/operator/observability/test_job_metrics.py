@@ -130,12 +130,20 @@ def test_finished_jobs_keep_their_final_values_the_latest_up_to_the_limit() -> N
     }
 
 
-def trial(sweep: str, name: str, phase: str, loss: float | None, gpus: int = 1, version: int = 1) -> JobObject:
+def trial(
+    sweep: str,
+    name: str,
+    phase: str,
+    loss: float | None,
+    gpus: int = 1,
+    version: int = 1,
+    rows: list[dict[str, Any]] | None = None,
+) -> JobObject:
     owner = {"kind": "FineTuneSweep", "name": sweep, "uid": "7", "controller": True}
     metadata = {"name": f"{sweep}-{name}", "namespace": "research", "resourceVersion": str(version)}
     progress = {"step": 20} | ({"evalLoss": loss} if loss is not None else {})
-    status = {"phase": phase, "progress": progress}
-    spec = {"resources": {"gpusPerNode": gpus}}
+    status = {"phase": phase, "progress": progress, "trials": rows or []}
+    spec = {"resources": {"gpusPerNode": gpus}, **({"pack": {"sweep": sweep}} if rows else {})}
     return JobObject.from_api({"metadata": metadata | {"ownerReferences": [owner]}, "spec": spec, "status": status})
 
 
@@ -157,6 +165,21 @@ def test_the_trials_of_a_sweep_have_their_losses_and_their_sweep_its_gpus() -> N
     assert values(registry, "trial_step") == {"rates/lr1": 20, "rates/lr2": 20, "rates/lr3": 20}
     assert values(registry, "sweep_gpus_allocated") == {"rates": 2}
     assert values(registry, "sweep_trials") == {"rates/Training": 1, "rates/Succeeded": 1, "rates/Pending": 1}
+
+
+def test_each_trial_of_a_pack_is_shown_and_its_gpu_counted_once() -> None:
+    rows = [
+        {"name": "lr1", "phase": "Running", "step": 20, "evalLoss": 0.5},
+        {"name": "lr2", "phase": "Stopped", "step": 10, "evalLoss": 0.9},
+        {"name": "lr3"},
+    ]
+    pack = trial("rates", "pack-0", "Training", None, rows=rows)
+    _, registry = fleet(pack, trial("rates", "lr4", "Succeeded", 0.3))
+    assert values(registry, "trial_eval_loss") == {"rates/lr1": 0.5, "rates/lr2": 0.9, "rates/lr4": 0.3}
+    assert values(registry, "trial_step") == {"rates/lr1": 20, "rates/lr2": 10, "rates/lr4": 20}
+    assert values(registry, "sweep_gpus_allocated") == {"rates": 1}
+    phases = {"Training": 1, "Suspended": 1, "Pending": 1, "Succeeded": 1}
+    assert values(registry, "sweep_trials") == {f"rates/{phase}": count for phase, count in phases.items()}
 
 
 def test_of_many_trials_the_latest_are_shown_and_their_sweeps_counted_whole() -> None:

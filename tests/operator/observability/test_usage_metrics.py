@@ -5,11 +5,15 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from finetune_api.sweep import FineTuneSweep, FineTuneSweepSpec
+from finetune_api.sweep_packs import Holder
+from finetune_api.sweep_trials import expand
 from finetune_operator.core import controllers
 from finetune_operator.core.objects.observed import KEPT_BYTES, JobObject
-from finetune_operator.core.sweep.trials import PlannedTrial, job_of
+from finetune_operator.core.sweep.trials import Sweep, job_of
 from finetune_operator.observability.job_metrics import KEPT_WITHOUT_JOBS, JobMetrics
 from finetune_operator.observability.usage_metrics import MAX_LABEL_VALUES, OTHER
+from support.simulation.sweep_world import TEMPLATE
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 REGISTRY = controllers.registry("example.com/team")
@@ -100,6 +104,9 @@ def test_jobs_have_gauges_up_to_the_limit_however_large_their_status_is() -> Non
 def test_trials_carry_the_label_of_their_sweep() -> None:
     metadata = {"name": "rates", "namespace": "research", "uid": "7", "labels": {"example.com/team": "nlp", "x": "y"}}
     sweep = REGISTRY["FineTuneSweep"].view({"metadata": metadata, "spec": {}})
-    trial = job_of(sweep, {}, PlannedTrial("a", {}))  # type: ignore[arg-type]
-    assert trial["metadata"]["labels"]["example.com/team"] == "nlp"
-    assert "x" not in trial["metadata"]["labels"]
+    spec = FineTuneSweepSpec.model_validate({"template": TEMPLATE, "trials": [{"name": "a"}, {"name": "b"}]})
+    found = FineTuneSweep.model_construct(spec=spec)
+    for trials in (("a",), ("a", "b")):
+        job = job_of(sweep, Sweep(found, TEMPLATE, expand("rates", spec)), Holder(trials[0], trials))
+        assert job["metadata"]["labels"]["example.com/team"] == "nlp"
+        assert "x" not in job["metadata"]["labels"]

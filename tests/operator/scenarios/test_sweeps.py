@@ -110,6 +110,44 @@ def test_what_was_drawn_for_a_trial_outlives_operators(start_operator: StartOper
         assert row["values"].startswith("learningRate=")
 
 
+def packed(name: str, *ends: str, story: str = "succeed", **spec: Any) -> Object:
+    """A sweep whose trials t0, t1, ... share a process that tells `story`, and end so."""
+    found = sweep(name, packing="enabled", **spec)
+    found["spec"]["template"] = manifest(name, story)["spec"] | {"training": {"batchSize": 4}}
+    values = [{"lora.initFrom": f"s3://simulated/{end}"} if end else {} for end in ends]
+    found["spec"]["trials"] = [{"name": f"t{number}", "values": each} for number, each in enumerate(values)]
+    return found
+
+
+def test_trials_that_share_a_job_each_come_to_their_own_end(
+    own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+) -> None:
+    kube.create(packed("nli", "", "fail-91", "behind", "", story="crash-3/succeed"))
+    assert wait_over(kube, "nli")["status"] == "True"
+    status = kube.get(constants.SWEEP_KIND, "nli")["status"]
+    assert [(row["name"], row["phase"], row.get("reason")) for row in status["trials"]] == [
+        ("t0", "Succeeded", None),
+        ("t1", "Failed", "Diverged"),
+        ("t2", "Stopped", "Outperformed"),
+        ("t3", "Succeeded", None),
+    ]
+    assert {row["jobName"] for row in status["trials"]} == {"nli-pack-0"}
+    best = {"trial": "t0", "jobName": "nli-pack-0", "value": 0.52, "uri": "s3://adapters/nli/t0/"}
+    assert status["best"] == best and status["summary"] == "4/4"
+    [job] = kube.list(constants.KIND)
+    assert job["status"]["adapter"]["uri"] == "s3://adapters/nli/t0/"
+    assert [row["phase"] for row in job["status"]["trials"]] == ["Succeeded", "Failed", "Stopped", "Succeeded"]
+
+
+@pytest.mark.nightly
+def test_what_a_broken_process_takes_along_goes_on_alone(
+    own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs
+) -> None:
+    kube.create(packed("nli", "", "", story="fail-78"))
+    assert wait_over(kube, "nli")["reason"] == "NoTrialSucceeded"
+    assert sorted(job["metadata"]["name"] for job in kube.list(constants.KIND)) == ["nli-pack-0", "nli-t0", "nli-t1"]
+
+
 def test_suspended_and_resumed(own_operator: OperatorProcess, node: ProcessNode, kube: Kube, jobs: Jobs):
     kube.create(sweep("nli", "run/succeed", "run/succeed"))
     for name in ("nli-t0", "nli-t1"):

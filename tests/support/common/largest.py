@@ -4,6 +4,7 @@ from typing import Any
 
 from finetune_api.fields import COLUMNS
 from finetune_api.spec_affinity import MAX_ENTRIES, MAX_TERMS
+from finetune_api.spec_pack import MAX_PACK, MAX_PACKED_VALUES
 
 Object = dict[str, Any]
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -40,13 +41,18 @@ def _nodes() -> Object:
     return {_REQUIRED: {"nodeSelectorTerms": terms}, _PREFERRED: empty}
 
 
+def _trial(index: int) -> Object:
+    """Values of the largest size: blanks, as JSON may have them."""
+    return {"name": _name(40, f"t{index}-"), "values": f'{{"training.seed": {index}}}'.ljust(MAX_PACKED_VALUES)}
+
+
 def largest_job(name: str) -> Object:
-    """A FineTuneJob with all fields at their bounds."""
+    """A FineTuneJob with all fields at their bounds; what its pack refuses, such as wandb, is smaller than that."""
 
-    def uri(place: str) -> str:
-        return _name(1024, f"s3://bucket/{place}/")
+    def uri(place: str, length: int = 1024) -> str:
+        return _name(length, f"s3://bucket/{place}/")
 
-    secret = {"name": _name(253, "secret")}
+    secret, written = {"name": _name(253, "secret")}, 1024 - len(f"/{_name(40, 't')}/")  # each trial writes below
     toleration = {"operator": "Equal", "value": "v" * 63, "effect": "NoExecute", "tolerationSeconds": 2**31 - 1}
     tolerations = [toleration | {"key": _key(index)} for index in range(32)]
     spec: Object = {
@@ -61,8 +67,7 @@ def largest_job(name: str) -> Object:
         },
         "lora": {"targetModules": [_name(128, f"m{index}") for index in range(64)], "initFrom": uri("from")},
         "evaluation": {"metrics": ["loss", "nli"], "generation": {"answerMarker": _TEXT, "labelKey": _TEXT}},
-        "checkpoint": {"uri": uri("checkpoints")},
-        "logging": {"wandb": {"project": _TEXT, "name": _TEXT, "entity": _TEXT, "secretRef": secret}},
+        "checkpoint": {"uri": uri("checkpoints", written)},
         "resources": {
             "gpuResource": f"{_name(189, 'example')}/{_name(63, 'gpu')}",
             "cpu": "1" * 31 + "k",
@@ -74,8 +79,9 @@ def largest_job(name: str) -> Object:
             "runtimeClassName": _name(253, "runtime"),
         },
         "cache": {"claimName": _name(253, "cache")},
-        "output": {"uri": uri("output"), "secretRef": secret},
+        "output": {"uri": uri("output", written), "secretRef": secret},
         "image": _name(512, "registry.example.com/"),
+        "pack": {"sweep": _name(9, "s"), "trials": [_trial(index) for index in range(MAX_PACK)]},
     }
     return {
         "apiVersion": "finetune.dev/v1alpha1",

@@ -6,6 +6,9 @@ does in each attempt what its manifest's dataset.train says, so that a test can 
     s3://simulated/oom/succeed                 GPU out of memory; the micro-batch it was given is reported
     s3://simulated/run                         steps until it is told to stop, then saves and exits 75
     s3://simulated/hang                        reports one step and nothing new after it
+
+Of a FineTuneSweep, whose trials share its process, each trial tells what its lora.initFrom says, at the end of the
+process's own story: s3://simulated/fail-91 fails with that exit code, behind falls behind, any other succeeds.
 """
 
 import json
@@ -32,11 +35,12 @@ class Trainer:
     """One simulated attempt."""
 
     def __init__(self, manifest: dict[str, Any], overrides: list[str]) -> None:
-        self.spec = manifest["spec"]
+        self.spec = manifest["spec"].get("template", manifest["spec"])
+        self.trials = [(trial["name"], trial["values"]) for trial in manifest["spec"].get("trials", ())]
         self.attempt = int(os.environ[constants.ENV_ATTEMPT])
         story = self.spec["dataset"]["train"].removeprefix("s3://simulated/").split("/")
         self.act, _, self.argument = story[min(self.attempt, len(story)) - 1].partition("-")
-        micro = [o.partition("=")[2] for o in overrides if o.startswith("training.microBatchSize=")]
+        micro = [o.partition("=")[2] for o in overrides if "training.microBatchSize=" in o]
         self.micro = int(micro[0]) if micro else 8
         self.stopped = threading.Event()
         self.step = 0
@@ -46,7 +50,8 @@ class Trainer:
     def report(self, **more: Any) -> dict[str, Any]:
         progress = {"step": self.step, "totalSteps": TOTAL_STEPS, "loss": round(3 / (1 + self.step), 4)}
         plan = {"microBatchSize": self.micro, "worldSize": 1}
-        return {"stage": self.stage, "progress": progress, "executionPlan": plan, **self.extra, **more}
+        rows = [{"name": name, "phase": "Running", "step": self.step} for name, _ in self.trials]
+        return {"stage": self.stage, "progress": progress, "executionPlan": plan, "trials": rows, **self.extra, **more}
 
     def finish(self, code: int, message: str = "", **more: Any) -> int:
         self.stage = "Failed" if code else "Succeeded"
@@ -66,14 +71,28 @@ class Trainer:
             self.step = 1 if self.act == "hang" else self.step + 1
             if self.act == "oom" and self.step == 3:
                 return self.finish(exit_codes.ExitCode.GPU_OUT_OF_MEMORY, "CUDA out of memory")
+        ended = [_row(name, values) for name, values in self.trials]
+        best = next((row["name"] for row in ended if row["phase"] == "Succeeded"), "")
+        if ended and not best:
+            return self.finish(exit_codes.REASONS[ended[0]["reason"]].code, "no trial succeeded", trials=ended)
         adapter = {
-            "uri": self.spec["output"]["uri"],
+            "uri": self.spec["output"]["uri"] + (f"/{best}/" if ended else ""),
             "manifestDigest": os.environ.get(ENV_DIGEST, "sha256:" + "0" * 64),
             "sizeBytes": 4096,
             "baseModel": self.spec["model"]["source"],
             "rank": self.spec["lora"]["rank"],
         }
-        return self.finish(0, adapter=adapter, metrics={"trainLoss": 0.5, "evalLoss": 0.6})
+        return self.finish(0, adapter=adapter, metrics={"trainLoss": 0.5, "evalLoss": 0.6}, trials=ended)
+
+
+def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return how one trial of several ends, as its lora.initFrom tells."""
+    act, _, code = str(values.get("lora.initFrom", "")).rpartition("/")[2].partition("-")
+    if act == "fail":
+        return {"name": name, "phase": "Failed", "reason": exit_codes.OUTCOMES[int(code)].reason}
+    if act == "behind":
+        return {"name": name, "phase": "Stopped", "reason": exit_codes.OUTPERFORMED}
+    return {"name": name, "phase": "Succeeded", "value": round(0.5 + len(name) / 100, 4)}
 
 
 def serve(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ its writes, and sees everything through its own cache.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -12,9 +13,11 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_api.sweep_status import FineTuneSweepStatus
+from finetune_api.trial_report import ENDED
 from finetune_operator.core.controllers import FINETUNE_SWEEP
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import CreateBlocked
+from finetune_operator.core.status.trial_rows import UNFINISHED
 from finetune_operator.core.types import Plan
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
@@ -28,6 +31,8 @@ TEMPLATE: Object = {
     "dataset": {"train": "s3://data/train.jsonl", "eval": "s3://data/test.jsonl"},
     "output": {"uri": "s3://adapters/nli"},
 }
+#: Of trials that share their GPUs.
+SMALL_STEPS: Object = TEMPLATE | {"training": {"batchSize": 4}}
 
 
 class SweepWorld:
@@ -159,39 +164,96 @@ class SweepWorld:
         self.now += timedelta(seconds=seconds)
 
     def job(self, trial: str) -> Object:
-        return self.jobs[f"nli-{trial}"]
+        return self.jobs[self.job_name(trial)]
+
+    def job_name(self, trial: str) -> str:
+        """Name of the job that holds a trial: its own once it has one, else a pack."""
+        packs = (name for name, job in self.jobs.items() if trial in _packed(job))
+        return f"nli-{trial}" if f"nli-{trial}" in self.jobs else next(packs, f"nli-{trial}")
+
+    def is_over(self, trial: str) -> bool:
+        """Whether a trial has ended, or its job has."""
+        job = self.job(trial)
+        status = job.get("status") or {}
+        over = any(c["type"] == "Succeeded" and c["status"] != "Unknown" for c in status.get("conditions", []))
+        rows = {row["name"]: row["phase"] for row in status.get("trials", [])}
+        return over or rows.get(trial) in ENDED
+
+    def live(self) -> list[str]:
+        """Trials that have a job, have not ended, and whose pod may run."""
+        own = [name.removeprefix("nli-") for name, job in self.jobs.items() if not _packed(job)]
+        named = [*own, *(trial for job in self.jobs.values() for trial in _packed(job) if trial not in own)]
+        return [name for name in named if not self.is_over(name) and not self.job(name)["spec"].get("suspend")]
+
+    def training(self) -> int:
+        """How many trials may train at this moment."""
+        live = Counter(self.job_name(trial) for trial in self.live())
+        return sum(min(count, self.jobs[name]["spec"].get("pack", {}).get("atOnce", 1)) for name, count in live.items())
 
     def trains(self, trial: str, step: int = 1, eval_loss: float | None = None) -> None:
         """A trial's pods run, and its trainer says how far it is."""
         job, progress = self.job(trial), {"step": step, "evalLoss": eval_loss}
-        job["status"] = {"phase": "Training", "progress": {k: v for k, v in progress.items() if v is not None}}
+        progress = {key: value for key, value in progress.items() if value is not None}
+        if _packed(job):
+            self._tell(job, trial, phase="Running", **progress)
+            progress = {"step": step}
+        job["status"] = (job.get("status") or {}) | {"phase": "Training", "progress": progress}
         job["status"]["conditions"] = [_condition("Succeeded", "Unknown", "Training")]
         self.show(job)
 
     def suspends(self, trial: str) -> None:
-        """A trial has saved a checkpoint, and its pods are gone."""
-        job = self.job(trial)
+        """The job of a trial has saved its checkpoints, and its pods are gone."""
+        self.suspends_job(self.job(trial))
+
+    def suspends_job(self, job: Object) -> None:
         conditions = [_condition("Suspended", "True", "Suspended"), _condition("Succeeded", "Unknown", "Suspended")]
         job["status"] = (job.get("status") or {}) | {"phase": "Suspended", "conditions": conditions}
         self.show(job)
 
     def succeeds(self, trial: str, **metrics: float) -> None:
         job = self.job(trial)
+        if _packed(job):
+            self._tell(job, trial, phase="Succeeded", value=metrics.get("evalLoss"))
+            self._ends_if_done(job)
+            return
         job["status"] = (job.get("status") or {}) | {
-            "phase": "Succeeded",
             "metrics": metrics,
             "adapter": {"uri": job["spec"]["output"]["uri"]},
-            "conditions": [_condition("Succeeded", "True", "Succeeded")],
         }
+        self.ends(job, "Succeeded")
+
+    def fails(self, trial: str, reason: str = "Diverged", phase: str = "Failed") -> None:
+        job = self.job(trial)
+        if not _packed(job):
+            self.ends(job, reason)
+            return
+        self._tell(job, trial, phase=phase, reason=reason)
+        self._ends_if_done(job)
+
+    def ends(self, job: Object, reason: str) -> None:
+        """A job is over; trials of a pack that have not ended never will, there."""
+        phase = "Succeeded" if reason == "Succeeded" else "Failed"
+        for row in (job.get("status") or {}).get("trials", []):
+            if row["phase"] not in ENDED:
+                row |= {"phase": "Failed", "reason": UNFINISHED}
+        condition = _condition("Succeeded", "True" if reason == "Succeeded" else "False", reason)
+        job["status"] = (job.get("status") or {}) | {"phase": phase, "conditions": [condition]}
         self.show(job)
 
-    def fails(self, trial: str, reason: str = "Diverged") -> None:
-        job = self.job(trial)
-        job["status"] = (job.get("status") or {}) | {
-            "phase": "Failed",
-            "conditions": [_condition("Succeeded", "False", reason)],
-        }
+    def _tell(self, job: Object, trial: str, **row: Any) -> None:
+        """The trainer of a pack reports a trial."""
+        status = job.setdefault("status", {})
+        rows = {each["name"]: each for each in status.get("trials", [])}
+        rows = {name: rows.get(name, {"name": name, "phase": "Pending"}) for name in _packed(job)}
+        rows[trial] |= {key: value for key, value in row.items() if value is not None}
+        status |= {"phase": "Training", "trials": list(rows.values())}
+        status.setdefault("conditions", [_condition("Succeeded", "Unknown", "Training")])
         self.show(job)
+
+    def _ends_if_done(self, job: Object) -> None:
+        phases = {row["phase"] for row in job["status"]["trials"]}
+        if phases <= set(ENDED):
+            self.ends(job, "Succeeded" if "Succeeded" in phases else job["status"]["trials"][0]["reason"])
 
     # What the status says
 
@@ -205,6 +267,10 @@ class SweepWorld:
 
     def condition(self, kind: str) -> Object:
         return next((c for c in self.status.get("conditions", []) if c["type"] == kind), {})
+
+
+def _packed(job: Object) -> list[str]:
+    return [trial["name"] for trial in job["spec"].get("pack", {}).get("trials", [])]
 
 
 def _condition(kind: str, status: str, reason: str) -> Object:

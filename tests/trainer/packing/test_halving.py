@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.sweep import Halving
+from finetune_api.spec_pack import Halving
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.packing.halving import AtRung, decide, eval_losses
 

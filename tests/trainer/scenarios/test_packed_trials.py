@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from finetune_api import manifest
 from finetune_api.exit_codes import ExitCode
-from finetune_api.sweep import Halving
+from finetune_api.spec_pack import Halving
 from support.trainer.process import TrainerProcess, job, metrics_lines, train
 
 #: Sums over the tokens of other shapes round otherwise; losses agree to this part, weights to that of the largest.
@@ -113,6 +113,9 @@ def test_each_trial_has_its_own_files_and_report(unbroken: Path) -> None:
     best = min(TRIALS, key=lambda name: metrics_lines(unbroken / "out" / name)[-1]["evalLoss"])
     told = json.loads((unbroken / "termination.json").read_text())
     assert told["message"].startswith(f"4 of 4 adapters are published; the best is {best}, evalLoss ")
+    assert [(row["name"], row["phase"]) for row in told["trials"]] == [(name, "Succeeded") for name in TRIALS]
+    steps = sum(row["step"] for row in told["trials"])
+    assert (told["progress"]["step"], told["progress"]["totalSteps"]) == (steps, steps)
     log = (unbroken / "trainer.log").read_text()
     assert log.count("Measuring the base model") == 4 and log.count("Evaluated 12 rows") == 1 + 8  # measured once
 

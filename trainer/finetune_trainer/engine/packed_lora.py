@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from finetune_trainer.engine.lora import _31_BITS, _ADAPTER, _LARGEST_RANK, _is_plain, _mixed, while_training
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import NotPackable
 from finetune_trainer.model.grouped_experts import grouped
 from finetune_trainer.planning.memory import SAME_INPUT
 from finetune_trainer.runtime.patches import restore_forward, swap_forward
@@ -124,14 +124,14 @@ class PackedAdapters:
         """Give `place` to the adapter of the PEFT model `adapted`.
 
         Raises:
-            ConfigInvalid: It is more than plain LoRA on linear layers.
+            NotPackable: It is more than plain LoRA on linear layers.
         """
         self._keep_from[place] = min(round(dropout * 2**31), _31_BITS)
         self._kept_scale[place] = 1 / (1 - dropout) if dropout < 1 else 0.0
         found = {name: each for name, each in adapted.get_base_model().named_modules() if isinstance(each, LoraLayer)}
         for name, each in found.items():
             if not _is_plain(each) or not isinstance(each.get_base_layer(), torch.nn.Linear):
-                raise ConfigInvalid(
+                raise NotPackable(
                     f"spec.lora: trials of one process have adapters on linear layers alone, and {name} is none"
                 )
         self.leave(place)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api import constants
-from finetune_api.sweep import Halving
+from finetune_api.spec_pack import Halving
 from finetune_trainer.checkpoints.folder import RunDirectory
 
 

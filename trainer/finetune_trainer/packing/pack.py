@@ -15,7 +15,7 @@ from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import ConfigInvalid, WontFit
+from finetune_trainer.errors import NotPackable, WontFit
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.turns import Turns
@@ -118,7 +118,7 @@ class Pack:
         """Give `place` to the PEFT model of a trial."""
         assert self._plan is not None
         if self._plan.packing and self._plan.attention not in FOR_SEQUENCES:
-            raise ConfigInvalid(
+            raise NotPackable(
                 f"spec.training.packing: enabled, but {self._plan.attention} attention only masks other rows, so that"
                 " a trial that becomes infinite would spoil others: take auto or disabled"
             )
@@ -243,4 +243,4 @@ def _refuse_dropout(model: Any) -> None:
     if getattr(text, "attention_dropout", 0):
         drops.append("attention_dropout")
     if drops:
-        raise ConfigInvalid(f"spec.model.source: trials cannot share this model, which drops by itself ({drops[0]})")
+        raise NotPackable(f"spec.model.source: trials cannot share this model, which drops by itself ({drops[0]})")

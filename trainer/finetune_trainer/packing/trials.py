@@ -10,8 +10,8 @@ import structlog
 import torch
 
 from finetune_api.spec import FineTuneJob
+from finetune_api.spec_pack import Halving
 from finetune_api.status import Adapter
-from finetune_api.sweep import Halving
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.context import RunContext
 from finetune_trainer.engine.packed_pass import Share

@@ -13,6 +13,7 @@ import structlog
 from finetune_api import constants, exit_codes
 from finetune_api.gate import GateCheck
 from finetune_api.status import Adapter, Artifact, ExecutionPlan, Progress, Resumption, Stage, TrainerReport
+from finetune_api.trial_report import TrialReport
 from finetune_trainer.errors import UNEXPECTED_REASON, Failure
 from finetune_trainer.stores.json_numbers import drop_non_finite
 
@@ -20,7 +21,9 @@ log = structlog.get_logger(__name__)
 _PREEMPTED = exit_codes.OUTCOMES[exit_codes.ExitCode.PREEMPTED].reason
 #: Bytes that a message keeps, if it is too long for the termination log, before metrics are dropped instead.
 _LEAST_MESSAGE_BYTES = 256
-_FIRST = ("adapter", "candidate", "stage", "reason", "message", "gate", "resumedFrom", "artifacts")
+#: What the kubelet takes of one container: with two more beside the trainer all of it.
+MAX_WITH_TRIALS = 4096
+_FIRST = ("adapter", "candidate", "stage", "reason", "trials", "message", "gate", "resumedFrom", "artifacts")
 _TOLD_BEFORE = ("learning_rate", "tokens_per_second", "estimated_completion_time", "updated_at")
 _PLAN = ("micro_batch_size", "gradient_accumulation_steps", "predicted_peak_memory_bytes", "measured_peak_memory_bytes")
 Listener = Callable[[TrainerReport], None]
@@ -53,6 +56,10 @@ class Reporter:
         self._change(stage=stage, message=message)
         yield
 
+    def at_stage(self, stage: Stage) -> None:
+        """Report that a process of several trials is in `stage`, which may go back."""
+        self._change(stage=stage)
+
     def resumed_from(self, checkpoint: Resumption | None) -> None:
         self._change(resumed_from=checkpoint)
 
@@ -80,6 +87,10 @@ class Reporter:
                 known["estimated_completion_time"] = now + left
         known |= {"step": step, "total_steps": total_steps, "updated_at": now}
         self._change(progress=Progress.model_validate(known))
+
+    def trials(self, rows: Sequence[TrialReport]) -> None:
+        """Report where each trial of the process stands."""
+        self._change(trials=list(rows))
 
     def artifact(self, artifact: Artifact) -> None:
         """Add what was made of the adapter besides."""
@@ -143,11 +154,13 @@ def _has_cause(termination_log: Path | None) -> bool:
     return told is not None and told.stage == "Failed" and told.reason not in (_PREEMPTED, UNEXPECTED_REASON)
 
 
-def termination_message(report: TrainerReport, limit: int = constants.TERMINATION_LOG_MAX_BYTES) -> bytes:
+def termination_message(report: TrainerReport, limit: int | None = None) -> bytes:
     """Return `report` as JSON of at most `limit` bytes, the adapter first.
 
     Digits and figures that /progress has told go first, then the end of the message, the confusion matrix, all metrics.
+    Of several trials each keeps its row: what a container may say at most has room for them.
     """
+    limit = limit or (MAX_WITH_TRIALS if report.trials else constants.TERMINATION_LOG_MAX_BYTES)
     text = _json(report)
     if len(text) <= limit:
         return text
@@ -156,6 +169,7 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
             "metrics": {key: _rounded(value) for key, value in report.metrics.items()},
             "progress": report.progress.model_copy(update=dict.fromkeys(_TOLD_BEFORE)),
             "execution_plan": _kept(report.execution_plan),
+            "trials": [_brief(each) for each in report.trials],
         }
     )
     figures = {key: value for key, value in lean.metrics.items() if not key.startswith("confusion.")}
@@ -175,6 +189,12 @@ def termination_message(report: TrainerReport, limit: int = constants.TERMINATIO
             bare = {name: brief, "message": "", "progress": Progress(step=least.progress.step), "artifacts": []}
             least = least.model_copy(update=bare)
     return _json(least)
+
+
+def _brief(row: TrialReport) -> TrialReport:
+    """Return what a trial's row keeps of figures that /progress has told."""
+    value = None if row.value is None else _rounded(row.value)
+    return row.model_copy(update={"value": value, "eval_loss": None, "step": None})
 
 
 def _rounded(value: float) -> float:

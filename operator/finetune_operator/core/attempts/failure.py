@@ -1,6 +1,6 @@
 """Classify why an attempt ended."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -56,10 +56,10 @@ class Ending:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a job's adapter may lie: `output` if it is published, `candidate` if it did not meet publish.onlyIf."""
+    """Where a job's adapters may lie: `outputs` if published, `candidates` if they did not meet publish.onlyIf."""
 
-    output: str
-    candidate: str
+    outputs: Set[str]
+    candidates: Set[str]
 
 
 def classify_exit(child: Child, pods: Sequence[Pod], places: Places, memory_limit: str = "") -> Ending:
@@ -107,16 +107,16 @@ def _ended_well(child: Child, pods: Sequence[Pod], places: Places) -> Ending | N
             continue
         assert pod.exit is not None
         ended = child.finished_at or pod.exit.finished_at
-        if _lies_at(report.adapter, places.output):
+        if _lies_at(report.adapter, places.outputs):
             return Ending(SUCCEEDED, report.message or "the adapter is published", pod.exit.code, ended, report)
-        if _lies_at(report.candidate, places.candidate):
+        if _lies_at(report.candidate, places.candidates):
             why = report.message or "the adapter does not meet publish.onlyIf"
             return Ending(GATE_NOT_PASSED, why, pod.exit.code, ended, report)
     return None
 
 
-def _lies_at(adapter: Adapter | None, uri: str) -> bool:
-    return adapter is not None and bool(uri) and adapter.uri.rstrip("/") == uri.rstrip("/")
+def _lies_at(adapter: Adapter | None, uris: Set[str]) -> bool:
+    return adapter is not None and adapter.uri.rstrip("/") in {uri.rstrip("/") for uri in uris}
 
 
 def _why_unread(pods: Sequence[Pod]) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from finetune_api.gate import candidate_uri
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api import packed_jobs
+from finetune_api.spec import FineTuneJobSpec, Metadata
 from finetune_api.status import Attempt, EarlierAttempts, FineTuneJobStatus, TrainerReport
 from finetune_operator.core.attempts import (
     failure,
@@ -165,9 +165,7 @@ def _detect_ending(
     mine, child = pods_of(observed, attempt.job_name), child_of(observed, attempt.job_name)
     settled = child is not None and is_settled(child, now)
     memory = "" if spec.resources.memory is None else str(spec.resources.memory)
-    output = spec.output.uri
-    candidate = candidate_uri(output, observed.job.name, observed.job.uid) if spec.publish else ""
-    places = failure.Places(output, candidate)
+    places = failure.Places(*packed_jobs.places(Metadata(name=observed.job.name, uid=observed.job.uid), spec))
     if child and not child.finished and is_held_open(mine, spec.resources.nodes, now):
         return _map_superseded(attempt, failure.classify_exit(child, pod_set.current(mine), places, memory))
     if any(pod.live for pod in mine):

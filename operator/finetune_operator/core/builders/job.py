@@ -7,7 +7,10 @@ manifest are one object, created at once, and no attempt can read the manifest o
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import to_json
+
 from finetune_api import constants, exit_codes
+from finetune_api.packed_jobs import sweep_document
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core.attempts import history, spec_revision
 from finetune_operator.core.builders import node_affinity, pod, torchrun
@@ -74,8 +77,13 @@ def _labels(job: JobObject) -> dict[str, str]:
 
 
 def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
-    """Return the manifest as JSON, which is YAML: the trainer reads exactly what the operator understood."""
+    """Return the manifest as JSON, which is YAML: the trainer reads exactly what the operator understood.
+
+    That of several trials is a FineTuneSweep of these.
+    """
     metadata = Metadata(name=job.name, namespace=job.namespace, uid=job.uid)
+    if spec.pack:
+        return to_json(sweep_document(metadata, spec)).decode()
     found = FineTuneJob(api_version="finetune.dev/v1alpha1", kind="FineTuneJob", metadata=metadata, spec=spec)
     return found.model_dump_json(by_alias=True, exclude_none=True)
 
@@ -87,7 +95,8 @@ def _low_memory_flags(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
         settings.append("quantization.cachedLayers=0")
     if spec.training.gradient_checkpointing == "auto":
         settings.append("training.gradientCheckpointing=enabled")
-    return [word for setting in settings for word in ("--set", setting)]
+    section = "template." if spec.pack else ""
+    return [word for setting in settings for word in ("--set", f"{section}{setting}")]
 
 
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api import constants, uri
+from finetune_api import constants, manifest, uri
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.core.builders import torchrun
 from finetune_operator.core.objects.observed import JobObject
@@ -134,15 +134,18 @@ def _volumes(job: JobObject, spec: FineTuneJobSpec, settings: Settings) -> tuple
 
     scratch = {"sizeLimit": settings.scratch_size_limit} if settings.scratch_size_limit else {}
     field = {"fieldPath": f"metadata.annotations['{constants.ANNOTATION_MANIFEST}']"}
-    manifest = {"items": [{"path": constants.CONFIG_FILE, "fieldRef": field}]}
-    mount("config", constants.CONFIG_DIR, {"downwardAPI": manifest}, True)
+    config = {"items": [{"path": constants.CONFIG_FILE, "fieldRef": field}]}
+    mount("config", constants.CONFIG_DIR, {"downwardAPI": config}, True)
     mount("scratch", constants.SCRATCH_DIR, {"emptyDir": scratch})
     mount("tmp", TEMP_DIR, {"emptyDir": scratch})
     mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)}})  # noqa: S108
     for role, secret in secret_names(spec).items():
         source = {"secret": {"secretName": secret, "optional": False, "defaultMode": _SECRET_MODE}}
         mount(f"secret-{role}", f"{constants.SECRETS_DIR}/{role}", source, True)
-    for index, (claim, read_only) in enumerate(sorted(claim_names(spec).items())):
+    claims = [claim_names(each) for each in (spec, *manifest.trial_specs(job.name, spec).values())]
+    writable = {name for found in claims for name, read_only in found.items() if not read_only}
+    for index, claim in enumerate(sorted({name for found in claims for name in found})):
+        read_only = claim not in writable
         source = {"persistentVolumeClaim": {"claimName": claim, **({"readOnly": True} if read_only else {})}}
         mount(f"pvc-{index}", f"{constants.PVC_ROOT}/{claim}", source, read_only)
     if spec.cache:

@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 from pydantic_core import from_json, to_json
 
-from finetune_api import constants, manifest, uri
+from finetune_api import constants, manifest, packed_jobs, uri
+from finetune_api.spec_pack import MAX_PACK, MAX_SWEEP_NAME, Objective
 from finetune_api.status import TrainerReport
-from finetune_api.sweep import MAX_SWEEP_NAME, Objective
+from finetune_api.trial_report import TrialReport, readable
 from finetune_operator.core.objects import job_digest, raw
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.pod import Pod
@@ -34,7 +35,7 @@ def _packed(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class TrialState:
-    """What a sweep needs of the FineTuneJob of one of its trials."""
+    """What a sweep needs of the FineTuneJob of one of its trials, or of several."""
 
     owner: str
     """Uid of the sweep that controls it."""
@@ -50,7 +51,9 @@ class TrialState:
     metrics: dict[str, float]
     """Final values of the metrics that sweeps compare."""
     uri: str
-    """Where its adapter lies."""
+    """Where its adapter lies; of a pack, the folder of all its trials' folders."""
+    packed: dict[str, TrialReport] | None = None
+    """Where each trial of a pack stands; None for a job of one trial."""
     values: str = ""
     """What was drawn for it when it started, as JSON; empty where its values follow from the sweep's spec."""
 
@@ -73,6 +76,7 @@ class TrialState:
         summary: Raw = next((c for c in raw.entries(status, "conditions") if c.get("type") == "Succeeded"), {})
         outcome = raw.text(summary, "status")
         found = {name: raw.decimal(status, "metrics", name) for name in _OBJECTIVES}
+        is_pack = bool(raw.mapping(obj, "spec", "pack"))
         return cls(
             owner=raw.text(owner, "uid"),
             sweep=raw.text(owner, "name")[:MAX_SWEEP_NAME],
@@ -83,7 +87,8 @@ class TrialState:
             step=raw.integer(status, "progress", "step"),
             eval_loss=raw.decimal(status, "progress", "evalLoss"),
             metrics={name: value for name, value in found.items() if value is not None},
-            uri=raw.text(status, "adapter", "uri"),
+            uri=raw.text(obj, "spec", "output", "uri") if is_pack else raw.text(status, "adapter", "uri"),
+            packed={row.name: row for row in readable(status.get("trials"))} if is_pack else None,
             values=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_VALUES),
         )
 
@@ -108,8 +113,8 @@ class JobObject:
     """When it started to wait for its pods; None while they run."""
     spec: bytes
     status: bytes
-    place: str = ""
-    """Namespace and folder that it writes to; empty for what no other pod sees."""
+    places: tuple[str, ...] = ()
+    """Namespace and folder of all that it writes to; empty for what no other pod sees."""
     is_whole: bool = True
     """Whether spec and status are here; else only the progress, and they are to be read from the API server."""
     trial: TrialState | None = None
@@ -127,8 +132,12 @@ class JobObject:
 
     @property
     def claims(self) -> bool:
-        """Whether its place is taken: from its creation to its end, but not while it is suspended before it began."""
-        return bool(self.place) and self.phase not in ("Succeeded", "Failed", *([] if self.attempts else ["Suspended"]))
+        """Whether its places are taken: from its creation to its end, but not while it is suspended before it began."""
+        return bool(self.places) and self.phase not in (
+            "Succeeded",
+            "Failed",
+            *([] if self.attempts else ["Suspended"]),
+        )
 
     @property
     def key(self) -> ObjectKey:
@@ -147,17 +156,21 @@ class JobObject:
             waiting_since=_waiting_since(obj),
             spec=_packed(obj.get("spec")),
             status=_packed(raw.mapping(obj, "status")),
-            place=_place(obj),
+            places=_places(obj),
             trial=TrialState.from_api(obj),
             cost_label=found.get(cost_label, "")[:63],
         )
 
 
-def _place(obj: Raw) -> str:
-    """Return where the adapter goes. A bucket's name may mean another store in another namespace, with its Secret."""
+def _places(obj: Raw) -> tuple[str, ...]:
+    """Return where adapters go. A bucket's name may mean another store in another namespace, with its Secret."""
     name, namespace = raw.text(obj, "metadata", "name"), raw.text(obj, "metadata", "namespace")
     output = str(manifest.with_name(raw.text(obj, "spec", "output", "uri")[: uri.MAX_LENGTH], name))
-    return f"{namespace} {uri.place(output)}" if output.startswith(("s3://", "pvc://")) else ""
+    if not output.startswith(("s3://", "pvc://")):
+        return ()
+    trials = [raw.text(trial, "name") for trial in raw.entries(obj, "spec", "pack", "trials")[:MAX_PACK]]
+    outputs = [packed_jobs.trial_uri(output, trial) for trial in trials] or [output]
+    return tuple(f"{namespace} {uri.place(each)}" for each in outputs)
 
 
 def _gpus(resources: Raw) -> int:

@@ -5,19 +5,21 @@ follow from, so that a crash between any two writes finds the same trials again,
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_api import constants, plain_text
-from finetune_api.sweep_status import ENDED, FineTuneSweepStatus, TrialStatus
-from finetune_api.sweep_trials import SweepError, job_name
+from finetune_api.sweep_packs import Holder
+from finetune_api.sweep_status import FineTuneSweepStatus, TrialStatus
+from finetune_api.sweep_trials import PlannedTrial, SweepError, job_name
+from finetune_api.trial_report import ENDED
 from finetune_operator.core.objects import raw, status_io
 from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.policy import INVALID, Rejection
 from finetune_operator.core.status.conditions import ConditionValue, write_values
 from finetune_operator.core.status.events import Event
-from finetune_operator.core.sweep import rows, rungs, trials
+from finetune_operator.core.sweep import rows, rungs, schedule, trials
 from finetune_operator.core.sweep.observed import ObservedSweep
 from finetune_operator.core.sweep.trials import Sweep
 from finetune_operator.core.types import Plan, Target
@@ -58,7 +60,9 @@ def plan(observed: ObservedSweep, settings: Settings, now: datetime) -> Plan:
         why = ConditionValue("False", sweep.reason, sweep.message)
         return _plan(observed, status, status, State("Failed", why, accepted=why), now)
     if status.start_time is None:
-        starting = status.model_copy(update={"start_time": now, "counts": rows.counts((), len(sweep.trials))})
+        packed_for = None if sweep.spec.packing == "disabled" else sweep.spec.parallelism
+        counts = rows.counts((), len(sweep.trials))
+        starting = status.model_copy(update={"start_time": now, "counts": counts, "packed_for": packed_for})
         return _plan(observed, status, starting, State("Running", _running(starting)), now, again=0.0)
     return _go_on(observed, sweep, status, now)
 
@@ -67,12 +71,12 @@ def _go_on(observed: ObservedSweep, sweep: Sweep, status: FineTuneSweepStatus, n
     """Bring the rows up to date, then decide on the trials and on the sweep."""
     known = {row.name: row for row in status.trials}
     jobs = {trial.name: observed.jobs.get(job_name(observed.sweep.name, trial.name)) for trial in sweep.trials}
-    metric, said = sweep.spec.objective.metric, list[str]()
-    found = [rows.row(trial, known.get(trial.name), jobs[trial.name], metric) for trial in sweep.trials]
-    table = [row for row in found if row is not None]
+    held = trials.holders(observed.sweep, sweep, status.packed_for)
+    table, said = rows.table(observed, sweep, known, jobs, held)
     if sweep.spec.early_stopping:
         states = {name: job.trial for name, job in jobs.items() if job and job.trial}
-        table, said = rungs.halve(table, states, sweep.spec.early_stopping)
+        table, stopped = rungs.halve(table, states, sweep.spec.early_stopping)
+        said += stopped
     left = _deadline_left(sweep, status, now)
     if left is not None and left <= 0:
         stop = {"phase": "Stopped", "reason": DEADLINE}
@@ -81,12 +85,13 @@ def _go_on(observed: ObservedSweep, sweep: Sweep, status: FineTuneSweepStatus, n
     over = _end(sweep, new, left)
     if over is not None:
         return _plan(observed, status, new.model_copy(update={"completion_time": now}), over, now, said)
-    return _advance(observed, sweep, status, new, now, said, left)
+    return _advance(observed, sweep, held, status, new, now, said, left)
 
 
 def _advance(
     observed: ObservedSweep,
     sweep: Sweep,
+    held: Sequence[Holder],
     status: FineTuneSweepStatus,
     new: FineTuneSweepStatus,
     now: datetime,
@@ -94,14 +99,12 @@ def _advance(
     left: float | None,
 ) -> Plan:
     """Suspend, resume or start trials, whichever is due."""
-    table = {row.name: row for row in new.trials}
+    live = [row for row in new.trials if row.phase not in ENDED]
     if sweep.spec.suspend:
         why = ConditionValue("True", "Suspended", "spec.suspend is true: trials save a checkpoint and stop")
         state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
-        live = tuple(name for name, row in table.items() if row.phase not in ENDED)
         return _plan(observed, status, new, state, now, said, left, suspend=_switchable(observed, live, False))
-    resumed = tuple(name for name, row in table.items() if row.phase not in ENDED)
-    if _was_suspended(status) and (targets := _switchable(observed, resumed, True)):
+    if _was_suspended(status) and (targets := _switchable(observed, live, True)):
         # Suspended stays True until no trial is left to resume: a crash between two of them forgets none.
         why = ConditionValue("True", "Resuming", "trials go on from their checkpoints")
         state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
@@ -109,18 +112,24 @@ def _advance(
     if observed.create_blocked:
         why = ConditionValue("Unknown", observed.create_blocked.reason, observed.create_blocked.message)
         return _plan(observed, status, new, State("Running", why), now, said, left)
-    waiting = [trial for trial in sweep.trials if trial.name not in table]
+    waiting = schedule.waiting(observed, held, {row.name for row in new.trials})
     stopping = len(_stopped(observed, new))
-    due, is_drawn = waiting[: max(0, sweep.spec.parallelism - new.counts.active - stopping)], False
+    room = sweep.spec.parallelism - schedule.training(observed, held, live) - stopping
+    due, drawn = schedule.due(waiting, room, is_idle=not live and not stopping), dict[str, PlannedTrial]()
     if sweep.spec.strategy == "tpe" and due:
+        table = {row.name: row for row in new.trials}
         states = {row: job.trial for row in table if (job := _job(observed, row)) and job.trial}
+        due = due[:MAX_DRAWS]
         try:
-            due, is_drawn = trials.drawn(observed.sweep.name, sweep, table, states, due[:MAX_DRAWS]), True
+            planned = [trial for trial in sweep.trials if trial.name in {holder.name for holder in due}]
+            found = trials.drawn(observed.sweep.name, sweep, table, states, planned)
+            drawn = {trial.name: trial for trial in found}
         except SweepError as error:
             over = not new.counts.active
             why = ConditionValue("False" if over else "Unknown", INVALID, str(error))
             return _plan(observed, status, new, State("Failed" if over else "Running", why), now, said, left)
-    create = tuple(trials.job_of(observed.sweep, sweep.template, trial, is_drawn) for trial in due[:MAX_CREATES])
+    due = due[:MAX_CREATES]
+    create = tuple(trials.job_of(observed.sweep, sweep, holder, drawn.get(holder.name)) for holder in due)
     # The rows of new trials, and the places of stopped ones, follow with the next plan.
     again = 0.0 if create or (stopping and waiting) else left
     return _plan(observed, status, new, State("Running", _running(new)), now, said, again, create=create)
@@ -178,9 +187,10 @@ def _was_suspended(status: FineTuneSweepStatus) -> bool:
     return known is not None and known.status == "True"
 
 
-def _switchable(observed: ObservedSweep, names: tuple[str, ...], asked: bool) -> tuple[Target, ...]:
+def _switchable(observed: ObservedSweep, found: Iterable[TrialStatus], asked: bool) -> tuple[Target, ...]:
     """Return the unfinished jobs of these trials whose spec.suspend is `asked`."""
-    jobs = (observed.jobs.get(job_name(observed.sweep.name, name)) for name in names)
+    names = dict.fromkeys(_job_of(observed, row) for row in found)
+    jobs = (observed.jobs.get(name) for name in names)
     return tuple(
         Target(constants.KIND, job.name, job.uid)
         for job in jobs
@@ -190,8 +200,17 @@ def _switchable(observed: ObservedSweep, names: tuple[str, ...], asked: bool) ->
 
 
 def _stopped(observed: ObservedSweep, status: FineTuneSweepStatus) -> tuple[Target, ...]:
-    """Return the stopped trials that still run: their checkpoint stays, and their FineTuneJob can be looked at."""
-    return _switchable(observed, tuple(row.name for row in status.trials if row.phase == "Stopped"), False)
+    """Return the jobs of stopped trials that still run: their checkpoint stays, and the FineTuneJob can be looked at.
+
+    A pack stops single trials itself; here it is stopped when all of its trials are.
+    """
+    live = {row.job_name for row in status.trials if row.phase not in ENDED}
+    mine = (row for row in status.trials if row.phase == "Stopped" and row.job_name not in live - {None})
+    return _switchable(observed, (row for row in mine if row.job_name is None or row.reason == DEADLINE), False)
+
+
+def _job_of(observed: ObservedSweep, row: TrialStatus) -> str:
+    return row.job_name or job_name(observed.sweep.name, row.name)
 
 
 def _clean_up(observed: ObservedSweep, status: FineTuneSweepStatus, now: datetime) -> Plan:

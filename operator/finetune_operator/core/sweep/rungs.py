@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from finetune_api.exit_codes import OUTPERFORMED
-from finetune_api.sweep import Halving
-from finetune_api.sweep_status import ENDED, TrialStatus
+from finetune_api.spec_pack import Halving
+from finetune_api.sweep_status import TrialStatus
+from finetune_api.trial_report import ENDED
 from finetune_operator.core.objects.observed import TrialState
 
 

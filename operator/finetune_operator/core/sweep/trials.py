@@ -8,10 +8,12 @@ from typing import Any
 
 from finetune_api import constants, exit_codes, manifest, sweep_tpe
 from finetune_api.exit_codes import OUTPERFORMED, ExitCode
-from finetune_api.sweep import FineTuneSweepSpec
-from finetune_api.sweep_status import ENDED, TrialStatus
+from finetune_api.sweep import FineTuneSweep, FineTuneSweepSpec
+from finetune_api.sweep_packs import Holder, pack_spec, singles
+from finetune_api.sweep_status import TrialStatus
 from finetune_api.sweep_tpe import Past
 from finetune_api.sweep_trials import PlannedTrial, expand, job_name, trial_spec
+from finetune_api.trial_report import ENDED
 from finetune_operator.core.objects.observed import TrialState
 from finetune_operator.core.objects.raw import Raw
 from finetune_operator.core.policy import INVALID, Rejection
@@ -24,11 +26,15 @@ _DIVERGED = exit_codes.OUTCOMES[ExitCode.DIVERGED].reason
 
 @dataclass(frozen=True)
 class Sweep:
-    """A valid sweep: its spec, as models and as plain data, and its trials."""
+    """A valid sweep: as a model, its template as plain data, and its trials."""
 
-    spec: FineTuneSweepSpec
+    manifest: FineTuneSweep
     template: dict[str, Any]
     trials: tuple[PlannedTrial, ...]
+
+    @property
+    def spec(self) -> FineTuneSweepSpec:
+        return self.manifest.spec
 
 
 def read(sweep: SweepObject, is_new: bool) -> Sweep | Rejection:
@@ -54,12 +60,35 @@ def _read(name: str, text: bytes, is_new: bool) -> Sweep | Rejection:
         "spec": spec,
     }
     try:
-        model = manifest.check_sweep(manifest.Document(data, ""), each_trial=is_new).spec
+        model = manifest.check_sweep(manifest.Document(data, ""), each_trial=is_new)
     except manifest.ManifestError as error:
         return Rejection(INVALID, "; ".join(map(str, error.problems))[:8192])
-    if is_new and model.strategy == "tpe" and not sweep_tpe.is_installed():
+    if is_new and model.spec.strategy == "tpe" and not sweep_tpe.is_installed():
         return Rejection(INVALID, f"spec.strategy: {sweep_tpe.MISSING}")
-    return Sweep(model, spec["template"], expand(name, model))
+    return Sweep(model, spec["template"], expand(name, model.spec))
+
+
+def holders(sweep: SweepObject, found: Sweep, packed_for: int | None) -> tuple[Holder, ...]:
+    """Return the FineTuneJobs of the sweep.
+
+    Args:
+        sweep: The sweep.
+        found: What was read of it.
+        packed_for: The parallelism for which its trials were packed when it started; None where each has its own job.
+    """
+    if packed_for is None or found.spec.packing == "disabled" or found.spec.strategy == "tpe":
+        return singles(found.trials)
+    return _holders(sweep.name, sweep.spec, packed_for)
+
+
+@lru_cache(maxsize=16)
+def _holders(name: str, text: bytes, packed_for: int) -> tuple[Holder, ...]:
+    found = _read(name, text, False)
+    assert isinstance(found, Sweep)
+    try:
+        return manifest.holders_of(found.manifest, packed_for)
+    except manifest.ManifestError:  # a trial that an earlier version of this operator accepted: its job tells
+        return singles(found.trials)
 
 
 def drawn(
@@ -97,14 +126,14 @@ def _past(row: TrialStatus, state: TrialState | None, spec: FineTuneSweepSpec) -
     return Past(values, "lost" if row.phase in ENDED else "running")
 
 
-def job_of(sweep: SweepObject, template: dict[str, Any], trial: PlannedTrial, is_drawn: bool = False) -> Raw:
-    """Return the FineTuneJob of a trial. It is named after both, so that no crash can make it twice.
+def job_of(sweep: SweepObject, found: Sweep, holder: Holder, drawn: PlannedTrial | None = None) -> Raw:
+    """Return the FineTuneJob of one trial or several. It is always named the same, so that no crash makes it twice.
 
     Args:
         sweep: The sweep.
-        template: Its template as plain data.
-        trial: The trial.
-        is_drawn: Whether its values do not follow from the sweep's spec: they are annotated.
+        found: What was read of it.
+        holder: The job.
+        drawn: Its trial, where the values do not follow from the sweep's spec: they are annotated.
     """
     owner = {
         "apiVersion": constants.API_VERSION,
@@ -113,14 +142,20 @@ def job_of(sweep: SweepObject, template: dict[str, Any], trial: PlannedTrial, is
         "uid": sweep.uid,
         "controller": True,
     }
-    labels = {constants.LABEL_SWEEP: sweep.name, constants.LABEL_TRIAL: trial.name}
+    labels = {constants.LABEL_SWEEP: sweep.name}
+    trials = {trial.name: trial for trial in found.trials if trial.name in holder.trials}
+    if holder.is_pack:
+        values = {name: trial.values for name, trial in trials.items()}
+        spec = pack_spec(sweep.name, found.spec, found.template, holder, values)
+    else:
+        labels[constants.LABEL_TRIAL] = holder.name
+        spec = trial_spec(sweep.name, found.template, drawn or trials[holder.name])
     metadata: dict[str, Any] = {
         "namespace": sweep.namespace,
-        "name": job_name(sweep.name, trial.name),
+        "name": job_name(sweep.name, holder.name),
         "labels": {**sweep.labels, **labels},
         "ownerReferences": [owner],
     }
-    if is_drawn:
-        metadata["annotations"] = {constants.ANNOTATION_VALUES: json.dumps(trial.values)}
-    spec = trial_spec(sweep.name, template, trial)
+    if drawn:
+        metadata["annotations"] = {constants.ANNOTATION_VALUES: json.dumps(drawn.values)}
     return {"apiVersion": constants.API_VERSION, "kind": constants.KIND, "metadata": metadata, "spec": spec}

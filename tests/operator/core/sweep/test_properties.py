@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from support.common.machines import stories
-from support.simulation.sweep_world import SweepWorld
+from support.simulation.sweep_world import SMALL_STEPS, TEMPLATE, SweepWorld
 from support.simulation.world import is_empty
 
 TRIALS = [{"name": name, "values": {"training.seed": number}} for number, name in enumerate("abcdef")]
@@ -22,24 +22,15 @@ class Life(RuleBasedStateMachine):
         halving=st.sampled_from([None, {"rungs": [250, 500], "reductionFactor": 2}]),
         deadline=st.sampled_from([None, None, 300]),
         ttl=st.sampled_from([None, 60]),
+        template=st.sampled_from([TEMPLATE, SMALL_STEPS]),
     )
-    def create(self, parallelism: int, halving: Any, deadline: Any, ttl: Any) -> None:
+    def create(self, parallelism: int, halving: Any, deadline: Any, ttl: Any, template: Any) -> None:
         optional = {"earlyStopping": halving, "activeDeadlineSeconds": deadline, "ttlSecondsAfterFinished": ttl}
         given = {name: value for name, value in optional.items() if value is not None}
-        self.world = SweepWorld(trials=TRIALS, parallelism=parallelism, **given)
-        self.most, self.deleted = parallelism, set[str]()
+        self.world = SweepWorld(trials=TRIALS, parallelism=parallelism, template=template, **given)
+        self.most, self.deleted, self.published = parallelism, set[str](), set[str]()
         self.ended: dict[str, str] = {}
         self.outcome = "Unknown"
-
-    def live(self) -> list[str]:
-        """Trials whose pods may run."""
-        found = []
-        for name, job in self.world.jobs.items():
-            conditions = (job.get("status") or {}).get("conditions", [])
-            over = any(c["type"] == "Succeeded" and c["status"] != "Unknown" for c in conditions)
-            if not over and not job["spec"].get("suspend"):
-                found.append(name.removeprefix("nli-"))
-        return found
 
     @rule(crash=st.one_of(st.none(), st.integers(0, 8)))
     def reconcile(self, crash: int | None) -> None:
@@ -55,28 +46,44 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), step=st.sampled_from([1, 250, 260, 500, 510]), loss=st.sampled_from([0.1, 0.2, 0.3, None]))
     def train(self, data: st.DataObject, step: int, loss: float | None) -> None:
-        if live := self.live():
+        if live := self.world.live():
             self.world.trains(data.draw(st.sampled_from(live)), step, loss)
 
     @rule(data=st.data(), loss=st.sampled_from([0.1, 0.2, None]))
     def end(self, data: st.DataObject, loss: float | None) -> None:
-        if live := self.live():
+        if live := self.world.live():
             name = data.draw(st.sampled_from(live))
             if loss is None:
-                self.world.fails(name)
+                self.world.fails(name, data.draw(st.sampled_from(["Diverged", "NotPackable", "Error"])))
             else:
                 self.world.succeeds(name, evalLoss=loss)
+                self.published.add(name)
+
+    @rule(data=st.data(), reason=st.sampled_from(["OOMKilled", "TrainerCrashed", "PolicyRefused"]))
+    def break_a_pack(self, data: st.DataObject, reason: str) -> None:
+        """The process of several trials ends for good before they do."""
+        if packs := self._running_packs():
+            self.world.ends(self.world.jobs[data.draw(st.sampled_from(packs))], reason)
+
+    @rule(data=st.data())
+    def halve_in_a_pack(self, data: st.DataObject) -> None:
+        names = [name for name in self.world.live() if self.world.job_name(name) in self._running_packs()]
+        if names:
+            self.world.fails(data.draw(st.sampled_from(names)), "Outperformed", "Stopped")
+
+    def _running_packs(self) -> list[str]:
+        return sorted({name for each in self.world.live() if "pack" in (name := self.world.job_name(each))})
 
     @rule(data=st.data())
     def save_a_checkpoint(self, data: st.DataObject) -> None:
         asked = [name for name, job in self.world.jobs.items() if job["spec"].get("suspend")]
         if asked:
-            name = data.draw(st.sampled_from(asked)).removeprefix("nli-")
-            if name not in self.live() and not self._is_over(name):
-                self.world.suspends(name)
+            job = self.world.jobs[data.draw(st.sampled_from(asked))]
+            if not self._is_over(job):
+                self.world.suspends_job(job)
 
-    def _is_over(self, name: str) -> bool:
-        conditions = (self.world.job(name).get("status") or {}).get("conditions", [])
+    def _is_over(self, job: Any) -> bool:
+        conditions = (job.get("status") or {}).get("conditions", [])
         return any(c["type"] == "Succeeded" and c["status"] != "Unknown" for c in conditions)
 
     @precondition(lambda self: self.world.sweep is not None)
@@ -87,7 +94,8 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def delete_a_trial(self, data: st.DataObject) -> None:
         # Only one whose row is written: a job that is deleted before its sweep knew of it is as if never created.
-        names = [f"nli-{name}" for name in self.world.rows if f"nli-{name}" in self.world.jobs]
+        names = [row.get("jobName", f"nli-{name}") for name, row in self.world.rows.items()]
+        names = sorted({name for name in names if name in self.world.jobs})
         if names and len(self.deleted) < 2:
             name = data.draw(st.sampled_from(names))
             self.deleted.add(name)
@@ -97,8 +105,10 @@ class Life(RuleBasedStateMachine):
     def nothing_is_created_twice_or_beyond_parallelism(self) -> None:
         if not hasattr(self, "world"):
             return
-        assert len(set(self.world.created)) == len(self.world.created)
-        assert len(self.live()) <= self.most or self.deleted
+        # A pack that is deleted when all of its trials are to go on alone, and none has begun to, is as if never made.
+        again = [name for name in self.world.created if name not in self.deleted or "pack" not in name]
+        assert len(set(again)) == len(again)
+        assert self.world.training() <= self.most or self.deleted
 
     @invariant()
     def what_has_ended_stays_so(self) -> None:
@@ -130,7 +140,7 @@ class Life(RuleBasedStateMachine):
             self.world.settle()
             if self.world.sweep is None or self.world.condition("Succeeded").get("status") != "Unknown":
                 break
-            for name in self.live():
+            for name in self.world.live():
                 self.world.succeeds(name, evalLoss=0.2)
         if self.world.sweep is None:
             return
@@ -138,7 +148,8 @@ class Life(RuleBasedStateMachine):
         assert is_empty(self.world.plan()), "the plan of a finished sweep comes to rest"
         if self.world.condition("Succeeded")["reason"] != "DeadlineExceeded":
             assert len(self.world.rows) == len(TRIALS)
-            assert len(self.world.created) == len(TRIALS)
+            lost = {name for name in self.published if self.world.rows[name]["phase"] != "Succeeded"}
+            assert not lost or self.deleted, lost
 
 
 class TestLife(Life.TestCase):

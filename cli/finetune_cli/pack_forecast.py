@@ -1,0 +1,134 @@
+"""What trials take that share a GPU: the memory of their pass, and the time until the last of them has ended."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api.sweep_packs import Holder
+from finetune_cli import duration, forecast
+from finetune_cli.duration import Duration
+from finetune_cli.forecast import Forecast
+from finetune_trainer.planning import speed
+from finetune_trainer.planning.memory import adapter_weights
+
+if TYPE_CHECKING:
+    from finetune_api.spec import FineTuneJob
+
+#: Bytes of a trained weight among those of all places, as the trainer counts them.
+_BYTES_IN_PLACE = 4
+
+
+@dataclass(frozen=True)
+class HolderPlan:
+    """One FineTuneJob of a sweep, its memory (None where that is not predicted), and how long it takes, or why not."""
+
+    holder: Holder
+    gpus: int
+    memory: Forecast | None
+    time: Duration | str
+
+    @property
+    def seconds(self) -> float | None:
+        return self.time.seconds if isinstance(self.time, Duration) else None
+
+
+def memory_of(jobs: Sequence[FineTuneJob], at_once: int, room: int | None, config: Path | None) -> tuple[Forecast, int]:
+    """Return the memory of a pack, and how many of its trials fit into a pass: as the trainer finds it out."""
+    places = at_once
+    while True:
+        wide = _as_one(jobs, places)
+        found = forecast.forecast(wide, room, config)
+        if found.plan is None:
+            if found.fits is not False or places == 1:
+                return found, places
+            places = (places + 1) // 2
+            continue
+        fitting = (found.plan.micro_batch_size or 1) // jobs[0].spec.training.batch_size
+        if fitting >= places or places == 1 or found.plan.predicted_peak_memory_bytes is None:
+            break
+        places = max(1, fitting)
+    if found.shape and found.plan.predicted_peak_memory_bytes:
+        more = _BYTES_IN_PLACE * adapter_weights(found.shape, wide.spec)
+        peak = found.plan.predicted_peak_memory_bytes + more
+        found = replace(found, plan=found.plan.model_copy(update={"predicted_peak_memory_bytes": peak}))
+    return found, places
+
+
+def _as_one(jobs: Sequence[FineTuneJob], places: int) -> FineTuneJob:
+    """Return a job whose steps are passes of `places` trials: all of their rows, and the ranks of the largest."""
+    first = jobs[0]
+    ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[:places]
+    training = first.spec.training
+    micro = training.micro_batch_size
+    rows = {
+        "batch_size": places * training.batch_size,
+        "micro_batch_size": micro if micro == "auto" else places * int(micro),
+        "cuda_graphs": "disabled",
+    }
+    changed = {
+        "training": training.model_copy(update=rows),
+        "lora": first.spec.lora.model_copy(update={"rank": sum(ranks)}),
+    }
+    return first.model_copy(update={"spec": first.spec.model_copy(update=changed)})
+
+
+def time_of(
+    jobs: Sequence[FineTuneJob],
+    alone: Sequence[Duration | str],
+    single: Forecast | None,
+    memory: Forecast,
+    places: int,
+    gpu: str | None,
+) -> Duration | str:
+    """Return how long a pack takes, or why that cannot be told.
+
+    Args:
+        jobs: Its trials as jobs.
+        alone: How long each takes alone, or why that cannot be told.
+        single: The memory and layout of the first of them alone, if that is known.
+        memory: That of the pack.
+        places: Trials that train at the same time.
+        gpu: The GPU that all run on.
+    """
+    known = [each for each in alone if isinstance(each, Duration)]
+    if len(known) < len(alone):
+        return next(each for each in alone if isinstance(each, str))
+    if not any(each.steps for each in known):  # hours that the user gave
+        slower = _slower(jobs, single, memory, places)
+        return Duration(0, 0.0, duration.one_after_the_other([each.seconds for each in known], places) * slower)
+    found = duration.predict(_as_one(jobs, places), memory, gpu, rows=1)
+    if isinstance(found, str):
+        return found
+    steps = duration.one_after_the_other([float(each.steps) for each in known], places)
+    return replace(found, steps=round(steps))
+
+
+def _slower(jobs: Sequence[FineTuneJob], single: Forecast | None, memory: Forecast, places: int) -> float:
+    """Return how much longer a step of all places takes than one of a trial alone; no less where that is not known."""
+    if single is None or single.plan is None or single.shape is None or memory.plan is None:
+        return float(places)
+    gpu = speed.MEASURED[0]
+    alone = speed.step_seconds(single.plan, single.shape, jobs[0].spec, gpu)
+    return speed.step_seconds(memory.plan, single.shape, _as_one(jobs, places).spec, gpu) / alone
+
+
+def whole(plans: Sequence[HolderPlan], parallelism: int) -> tuple[float | None, int]:
+    """Return the seconds until all jobs have ended, where each has its time, and the most GPUs at the same time.
+
+    They start in their order; so many trials run at the same time, or one job.
+    """
+    now, running, gpus, most = 0.0, list[tuple[float, int, int]](), 0, 0
+    at_once = 0
+    for each in plans:
+        while running and at_once + each.holder.at_once > parallelism:
+            now, trials, freed = heapq.heappop(running)
+            at_once, gpus = at_once - trials, gpus - freed
+        heapq.heappush(running, (now + (each.seconds or 0.0), each.holder.at_once, each.gpus))
+        at_once, gpus = at_once + each.holder.at_once, gpus + each.gpus
+        most = max(most, gpus)
+    end = max((end for end, _, _ in running), default=0.0)
+    return (None if any(each.seconds is None for each in plans) else max(now, end)), most

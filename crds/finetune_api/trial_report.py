@@ -1,0 +1,60 @@
+"""What a trainer of several trials says of each, in few bytes: all of it is part of a termination message."""
+
+import math
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from finetune_api.base import ApiModel
+from finetune_api.spec_pack import MAX_PACK
+
+TrialPhase = Literal["Pending", "Running", "Suspended", "Stopped", "Succeeded", "Failed"]
+ENDED: Final[tuple[TrialPhase, ...]] = ("Stopped", "Succeeded", "Failed")
+_MAX_REASON = 64
+
+
+def _cut(value: Any) -> Any:
+    return value[:_MAX_REASON] if isinstance(value, str) else value
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class TrialReport(ApiModel):
+    """One trial of those that share a process."""
+
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+    name: Annotated[str, Field(max_length=64)]
+    """Name of the trial."""
+    phase: TrialPhase = "Pending"
+    """Where it stands."""
+    reason: Annotated[str, BeforeValidator(_cut), Field(max_length=_MAX_REASON)] | None = None
+    """Why it failed or was stopped, in one CamelCase word."""
+    value: _Number = None
+    """Final value of the objective's metric."""
+    step: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """Optimizer steps done."""
+    eval_loss: _Number = None
+    """Latest evaluation loss (nats per token)."""
+
+
+def readable(found: Any) -> list[TrialReport]:
+    """Return the first rows that can be read: one that cannot must not take the others along."""
+    if not isinstance(found, list):
+        return []
+    kept: dict[str, TrialReport] = {}
+    for each in found[: 4 * MAX_PACK]:
+        try:
+            row = TrialReport.model_validate(each)
+        except ValueError:
+            continue
+        kept.setdefault(row.name, row)
+    return list(kept.values())[:MAX_PACK]
+
+
+TrialReports = Annotated[list[TrialReport], BeforeValidator(readable), Field(max_length=MAX_PACK)]
