@@ -251,10 +251,13 @@ class KubeClient(Requests):
 def _refuse_changed(obj: Raw, found: Raw) -> Raw:
     """Return `found`, of another kind than Job, if it is as we built it: anybody may have made it in our name.
 
+    A FineTuneJob is taken as it is: the API server has filled in its spec, the rules hold for it whoever made it, and
+    what was drawn for a trial is what the first creation says.
+
     Raises:
         CreateDenied: It is not.
     """
-    if changed := as_built.changed_fields(obj, found):
+    if obj["kind"] != constants.KIND and (changed := as_built.changed_fields(obj, found)):
         name = f"{obj['kind']} {obj['metadata']['name']}"
         raise CreateDenied(
             "NameConflict",

@@ -349,6 +349,28 @@ def test_simulated_api_a_name_that_is_taken_is_explained(kind: str, reason: str,
     api.run(act)
 
 
+def test_simulated_api_a_trial_whose_creation_was_not_answered_keeps_what_was_drawn_for_it(api: Api):
+    owner = {"kind": constants.SWEEP_KIND, "name": "nli", "uid": "s1", "controller": True}
+
+    def trial(rate: float, **more: Any) -> Raw:
+        notes = {constants.ANNOTATION_VALUES: json.dumps({"training.learningRate": rate})}
+        metadata = {
+            "namespace": "team",
+            "name": "nli-t0",
+            "uid": "c1",
+            "ownerReferences": [owner],
+            "annotations": notes,
+        }
+        return {"kind": constants.KIND, "metadata": metadata, "spec": {"training": {"learningRate": rate, **more}}}
+
+    async def act(cluster: KubeClient, reconcile: Reconciler, recorder: EventRecorder) -> None:
+        assert await cluster.ensure(trial(2e-4), "s1") == stored, "drawn again, after another trial ended"
+
+    stored = trial(1e-4, epochs=3)
+    api.answer = lambda method, name, body: (200, stored) if method == "GET" else status(409, "AlreadyExists")
+    api.run(act)
+
+
 def of_two_nodes(kind: str) -> Raw:
     """The Service or NetworkPolicy that the operator builds for a job of two nodes."""
     owner = JobObject.from_api(job(resources={"nodes": 2}))
