@@ -108,3 +108,18 @@ def test_a_tokenizer_that_it_would_read_otherwise_is_refused(tiny_model: Path) -
     base.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ConfigInvalid, match=r"^spec\.output\.artifacts: gguf: the rule by which this tokenizer splits"):
         check_exports(tiny_model, base, spec)
+
+
+def test_a_chat_template_whose_tokens_take_spaces_is_refused_for_conversations_alone(tiny_model: Path) -> None:
+    from tokenizers import AddedToken
+
+    output = {"uri": "file:///out", "artifacts": ["gguf"]}
+    spec = adapted_spec(tiny_model, output=output)
+    base: BaseModel = inspect_base_model(ModelFiles(tiny_model, None), spec)
+    token = AddedToken("Z", special=True, rstrip=True)  # one that it has: the model has no room for more
+    base.tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    base.tokenizer.chat_template = "{% for m in messages %}Z {{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigInvalid, match=r"^spec\.output\.artifacts: gguf: the token 'Z' takes the spaces"):
+        check_exports(tiny_model, base, spec)
+    texts = {"train": "file:///x.jsonl", "format": "text"}
+    check_exports(tiny_model, base, adapted_spec(tiny_model, output=output, dataset=texts))

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.publishing.gguf import vocabulary
-from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
+from finetune_trainer.publishing.gguf.vocabulary import check_chat, vocabulary_of
 from support.trainer import tokenizers
 
 
@@ -100,3 +101,28 @@ def test_a_tokenizer_of_another_type_is_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(ConfigInvalid, match="a tokenizer of type WordLevel is not converted to GGUF; one of"):
         vocabulary_of(words, 100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "template", "told"),
+    [
+        ({"rstrip": True}, "<|turn|>\n{{ m.content }}", True),
+        ({"rstrip": True}, "<|turn|>{{ m.content }}\n", False),
+        ({"lstrip": True}, "{{ m.content }} <|turn|>", True),
+        ({"lstrip": True, "rstrip": True}, "<|turn|>{{ m.content }}", False),
+        ({}, "<|turn|>\n{{ m.content }}", False),
+        ({"rstrip": True}, "{{ raise_exception('no') }}", False),
+    ],
+)
+def test_a_token_that_takes_what_the_template_writes_beside_it_is_refused(
+    flags: dict[str, bool], template: str, told: bool
+) -> None:
+    """llama.cpp leaves it there: it was asked, and made one token more."""
+    tokenizer = tokenizers.of_bytes()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|turn|>", special=True, **flags)]})
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    refused = pytest.raises(
+        ConfigInvalid, match=r"the token '<\|turn\|>' takes the spaces or line breaks that the chat"
+    )
+    with refused if told else nullcontext():
+        check_chat(tokenizer)

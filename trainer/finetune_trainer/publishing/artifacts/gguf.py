@@ -37,7 +37,7 @@ class GgufArtifact(Artifact):
         if find_spec("gguf") is None:
             raise ConfigInvalid("the package gguf is not installed here (it comes with the extra 'trainer')")
         check_mergeable(weights, base, spec)
-        check_convertible(weights, base, spec.training.max_length)
+        check_convertible(weights, base, spec)
 
     def build(self, trained: Trained, folder: Path) -> None:
         from finetune_trainer.data.encoding import Encoder

@@ -8,12 +8,15 @@ import numpy
 import structlog
 import torch
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.prompt_form import trained_form
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.gguf import GGUF_TYPES, gguf_problem
 from finetune_trainer.publishing.artifact import VerificationFailed
 from finetune_trainer.publishing.gguf.metadata import describe, describe_tokenizer, frequency_factors
-from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
+from finetune_trainer.publishing.gguf.vocabulary import check_chat, vocabulary_of
 from finetune_trainer.publishing.merging import Merger, tensors_of
 
 log = structlog.get_logger(__name__)
@@ -24,17 +27,19 @@ _FREQUENCIES: Final = "rope_freqs.weight"
 _ROUNDING: Final = {"F32": 1e-6, "F16": 1e-3, "Q8_0": 0.02, "Q4_0": 0.25}
 
 
-def check_convertible(weights: Path, base: BaseModel, longest: int) -> None:
+def check_convertible(weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> None:
     """Raise ConfigInvalid, with the reason, if the model in `weights` cannot become a GGUF file.
 
     Args:
         weights: Its folder, weights included.
         base: What is known of it.
-        longest: Tokens of the longest rows.
+        spec: The job's.
     """
-    if problem := gguf_problem(base.config.to_dict(), longest):
+    if problem := gguf_problem(base.config.to_dict(), spec.training.max_length):
         raise ConfigInvalid(problem)
     vocabulary_of(base.tokenizer, base.config.vocab_size)
+    if trained_form(spec, Encoder(base.tokenizer, max_length=1)) == "chat":
+        check_chat(base.tokenizer)
     _names(tensors_of(weights), base.config)
 
 

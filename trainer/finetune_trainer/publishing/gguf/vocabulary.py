@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.jinja import TemplateError
+from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.errors import ConfigInvalid
 
 #: llama.cpp's types of tokens.
@@ -88,6 +91,36 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
         adds_space=pieces and _adds_space(read),
         adds_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
     )
+
+
+def check_chat(tokenizer: Any) -> None:
+    """Check that no token takes the spaces which the chat template writes beside it: llama.cpp would leave them there.
+
+    Raises:
+        ConfigInvalid: One does.
+    """
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    read = json.loads(backend.to_str())
+    taking = [each["content"] for each in read["added_tokens"] if each["lstrip"] or each["rstrip"]]
+    if not taking or not tokenizer.chat_template:
+        return
+    read["added_tokens"] = [each | {"lstrip": False, "rstrip": False} for each in read["added_tokens"]]
+    leaving, encoder = Tokenizer.from_str(json.dumps(read)), Encoder(tokenizer, max_length=1)
+    asked: list[Message] = [{"role": "user", "content": "?"}]
+    said: list[Message] = [*asked, {"role": "assistant", "content": "Yes"}]
+    try:
+        texts = (encoder.template.prompt(ChatExample(asked)), encoder.template.whole(ChatExample(said)))
+    except TemplateError:
+        return
+    for text in texts:
+        if leaving.encode(text, add_special_tokens=False).ids != backend.encode(text, add_special_tokens=False).ids:
+            token = next((each for each in taking if each in text), taking[0])
+            raise ConfigInvalid(
+                f"the token {token!r:.80} takes the spaces or line breaks that the chat template writes beside it, and"
+                " llama.cpp leaves them there"
+            )
 
 
 def _type(index: int, names: dict[int, str], added: dict[int, Any], tokenizer: Any, pieces: bool) -> int:
