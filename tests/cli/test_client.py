@@ -11,9 +11,11 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_cli.client import FineTune, FineTuneError, JobFailed, _document
 from support.cli.run import MANIFEST
+from support.docs.markdown import ROOT, blocks
 from support.server.client import wait_until
 from support.simulation import job_states as states
 
+PAGE = ROOT / "docs" / "python.md"
 SPEC = FineTuneJobSpec(
     model={"source": "hf://org/base"}, dataset={"train": "s3://data/a.jsonl"}, output={"uri": "s3://adapters/{name}"}
 )
@@ -108,3 +110,27 @@ def test_a_failure_and_a_long_wait_are_errors_of_their_own(client, put):
         client.get("slow").wait(timeout=0.5)
     with pytest.raises(FineTuneError, match="no adapter"):
         client.get("slow").download("x")
+
+
+def test_the_code_in_the_documentation_runs_from_top_to_bottom(cluster, kube, tmp_path, namespace, monkeypatch, capsys):
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    monkeypatch.chdir(tmp_path)
+    submit, wait, fetch, several = (body.replace("research", namespace) for body in blocks(PAGE, "python"))
+    names = {}
+    exec(submit, names)
+    spec = kube.get("FineTuneJob", "nli-rank32")["spec"]
+    assert (spec["lora"]["rank"], spec["model"]["secretRef"]["name"]) == (32, "hf-token")
+    digest = adapter(tmp_path / "published")
+    done = states.succeeded(f"file://{tmp_path}/published", digest)
+    kube.patch("FineTuneJob", "nli-rank32", {"status": done}, subresource="status")
+    exec(wait, names)
+    exec(fetch, names)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    exec(several, names)
+    shown = capsys.readouterr().out
+    for words in ("Succeeded step=3400", "evalLoss", "Training on 4 rows", "nli-rate-2 None"):
+        assert words in shown
+    left = {job["metadata"]["name"]: job["spec"] for job in kube.list("FineTuneJob", namespace)}
+    assert set(left) == {"nli-rate-0", "nli-rate-1", "nli-rate-2"}
+    assert [spec["training"]["learningRate"] for _, spec in sorted(left.items())] == [1e-4, 2e-4, 4e-4]
+    assert left["nli-rate-0"]["lora"]["rank"] == 32
