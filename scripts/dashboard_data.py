@@ -25,6 +25,8 @@ class Source:
     end: float
     variables: dict[str, str] = field(default_factory=dict)
     scrape_seconds: float = 30
+    marks: list[tuple[str, list[float]]] = field(default_factory=list)
+    """Color and moments of each kind of annotation."""
 
     @property
     def step(self) -> float:
@@ -47,6 +49,13 @@ class Source:
         query = {"query": self.fill(expr), "start": self.start, "end": self.end, "step": self.step}
         return self._get("query_range", query)
 
+    def mark(self, annotations: list[dict[str, Any]]) -> None:
+        """Ask for the annotations; one that holds for a while has its mark where it begins, as in Grafana."""
+        for each in annotations:
+            times = sorted({float(moment) for one in self.range(each["expr"]) for moment, _ in one["values"]})
+            begun = [after for before, after in pairwise([-math.inf, *times]) if after - before > 1.5 * self.step]
+            self.marks.append((each["iconColor"], begun))
+
     def instant(self, expr: str) -> list[dict[str, Any]]:
         """Return the values of `expr` at the end of the span."""
         return self._get("query", {"query": self.fill(expr), "time": self.end})
@@ -61,6 +70,8 @@ def scaled(value: float, unit: str, like: float | None = None) -> str:
     """`value` as Grafana writes it in `unit`, in the same multiple of it as `like`."""
     if math.isnan(value):
         return "–"
+    if unit == "bool":
+        return str(bool(value))
     if unit == "sci" and value:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

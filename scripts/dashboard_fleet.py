@@ -7,21 +7,28 @@ from dashboard_panels import (
     NS,
     OPERATOR,
     PHASES,
+    RESULT_UNITS,
+    RESULTS,
     TO_JOB,
     TOKENS,
     Dashboard,
     Panel,
+    by_job,
     mean,
     published,
     quantile,
 )
+
+_OURS = 'alertname=~"FineTune.*"'
+_ALERTS = f'ALERTS{{{_OURS}, alertstate="firing"}} or 0 * ALERTS{{{_OURS}, alertstate="pending"}}'
+_NO_ALERT = 'label_replace(vector(0), "alertname", "none", "", "")'
 
 FLEET = Dashboard(
     uid="finetune-fleet",
     title="Fine-tuning / Fleet",
     about="All fine-tuning jobs: what runs, what waits and why attempts end, and how the operator itself is.",
     variables=(("namespace", "Namespace", "label_values(finetune_operator_jobs, namespace)", True),),
-    links=(("Job", "finetune-job"), ("Sweep", "finetune-sweep")),
+    links=(("Job", "finetune-job"), ("Sweep", "finetune-sweep"), ("Compare", "finetune-compare")),
     rows={
         "Now": (
             Panel("Running", "Jobs whose pods run: loading, training, evaluating or publishing.", "short",
@@ -67,17 +74,20 @@ FLEET = Dashboard(
                    "adapter": f"avg({published(NS)})"}, width=6),
             Panel("Jobs", "Those that run, wait or have ended, each up to operator.jobMetricsLimit. GPU hours and cost"
                   " are of attempts that have ended.", "locale",
-                  {"Step": f"finetune_operator_job_step{{{NS}}}",
-                   "Steps": f"finetune_operator_job_steps{{{NS}}}",
-                   "Done": f"finetune_operator_job_progress_ratio{{{NS}}}",
-                   "Loss": f"finetune_operator_job_loss{{{NS}}}",
-                   "Held-out": f"finetune_operator_job_eval_loss{{{NS}}}",
-                   "Tokens/s": f"finetune_operator_job_tokens_per_second{{{NS}}}",
-                   "Attempts": f"finetune_operator_job_attempts{{{NS}}}",
-                   "GPU hours": f"finetune_operator_job_gpu_seconds{{{NS}}} / 3600",
-                   "Cost": f"finetune_operator_job_gpu_cost{{{NS}}}"},
+                  {"Step": by_job(f"finetune_operator_job_step{{{NS}}}"),
+                   "Steps": by_job(f"finetune_operator_job_steps{{{NS}}}"),
+                   "Done": by_job(f"finetune_operator_job_progress_ratio{{{NS}}}"),
+                   "Loss": by_job(f"finetune_operator_job_loss{{{NS}}}"),
+                   "Held-out": by_job(f"finetune_operator_job_eval_loss{{{NS}}}"),
+                   "Tokens/s": by_job(f"finetune_operator_job_tokens_per_second{{{NS}}}"),
+                   "Attempts": by_job(f"finetune_operator_job_attempts{{{NS}}}"),
+                   "GPU hours": by_job(f"finetune_operator_job_gpu_seconds{{{NS}}}") + " / 3600",
+                   "Cost": by_job(f"finetune_operator_job_gpu_cost{{{NS}}}")},
                   "table", 24, columns={"Done": "percentunit", "Loss": NATS, "Held-out": NATS, "Tokens/s": TOKENS,
                                         "GPU hours": "h"},
+                  links={"Job": TO_JOB}),
+            Panel("Finished jobs", "Final metrics, as in status.metrics, of the jobs that ended last, up to"
+                  " operator.jobMetricsLimit.", "locale", RESULTS, "table", 24, columns=RESULT_UNITS,
                   links={"Job": TO_JOB}),
         ),
         "Use and cost": (
@@ -111,10 +121,16 @@ FLEET = Dashboard(
                   "short",
                   {"{{namespace}}": "count by (namespace) (max by (namespace, pod, gpu) (avg_over_time("
                                     f"finetune_trainer_gpu_utilization_ratio{{{NS}}}[10m])) < 0.05) or on ()"
-                                    ' label_replace(vector(0), "namespace", "none", "", "")'}),
+                                    ' label_replace(vector(0), "namespace", "none", "", "")'}, width=6),
             Panel("Alerts that fire", "Of the chart's rules, by name.", "short",
                   {"{{alertname}}": 'sum by (alertname) (ALERTS{alertname=~"FineTune.*", alertstate="firing"}) or on ()'
-                                    ' label_replace(vector(0), "alertname", "none", "", "")'}, stack=True, bars=True),
+                                    ' label_replace(vector(0), "alertname", "none", "", "")'}, width=6, stack=True,
+                  bars=True),
+            Panel("Alerts", "Those of the chart's rules that fire or are about to, with the seconds since each holds.",
+                  "s",
+                  {"Firing": f"max by (alertname, severity, namespace) ({_ALERTS}) or on () {_NO_ALERT}",
+                   "For": f"max by (alertname, severity, namespace) (time() - ALERTS_FOR_STATE{{{_OURS}}})"},
+                  "table", 12, columns={"Firing": "bool"}),
         ),
         "Operator": (
             Panel("Queue", "Jobs that wait for one of the operator's workers, and those that wait for their time"

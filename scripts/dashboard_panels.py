@@ -9,7 +9,7 @@ class Panel:
 
     Attributes:
         queries: Legend -> PromQL.
-        kind: timeseries, stat or table.
+        kind: timeseries, stat, table, or xychart: its first query is drawn to the right, its second upward.
         unit: Grafana's name; "short" is a plain number, "suffix:x" a number followed by x.
     """
 
@@ -29,6 +29,8 @@ class Panel:
     """Of a table: column -> title and address of what a click on it opens."""
     colors: dict[str, str] = field(default_factory=dict)
     """Legend -> color, where its meaning has one."""
+    series: str = ""
+    """Of an xychart: the label with a series for each of its values."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ BAD = 'reason!~"Succeeded|Preempted|NodeLost|Suspended"'
 OPERATOR = 'job="finetune-operator"'
 
 
+def by_job(metric: str) -> str:
+    """Return a job's latest value, without the labels of the scrape: a table joins rows whose labels are equal."""
+    return f"max by (namespace, name) ({metric})"
+
+
 def quantile(q: float, metric: str, matchers: str = "") -> str:
     return f"histogram_quantile({q}, sum by (le) (rate({metric}_bucket{{{matchers}}}[$__range])))"
 
@@ -98,3 +105,27 @@ def mean(histogram: str, matchers: str) -> str:
 def published(matchers: str) -> str:
     """By process: seconds spent publishing. The process ends soon after, so its last value is looked for."""
     return f'max_over_time(finetune_trainer_stage_duration_seconds{{{matchers}, stage="Publishing"}}[$__range])'
+
+
+def result(name: str) -> str:
+    """Return a final metric of each finished job."""
+    return by_job(f'finetune_operator_job_result{{{NS}, metric="{name}"}}')
+
+
+#: Columns of a table of finished jobs.
+RESULTS = {
+    "Held-out before": result("evalLossBefore"),
+    "Held-out": result("evalLoss"),
+    "Training": result("trainLoss"),
+    "Right labels": result("accuracy"),
+    "F1": result("f1"),
+    "Tokens/s": result("tokensPerSecond"),
+    "GPU hours": f"{by_job(f'finetune_operator_job_gpu_seconds{{{NS}}}')} / 3600"
+    f" and on (namespace, name) finetune_operator_job_result{{{NS}}}",
+}
+RESULT_UNITS = {
+    **dict.fromkeys(("Held-out before", "Held-out", "Training"), NATS),
+    **dict.fromkeys(("Right labels", "F1"), "percentunit"),
+    "Tokens/s": TOKENS,
+    "GPU hours": "h",
+}

@@ -10,15 +10,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dashboard_compare import COMPARE
 from dashboard_fleet import FLEET
 from dashboard_job import JOB
 from dashboard_panels import Dashboard, Panel
 from dashboard_sweep import SWEEP
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
+DASHBOARDS = {"fleet": FLEET, "job": JOB, "sweep": SWEEP, "compare": COMPARE}
 COLUMNS = 24
 #: Label -> title of its column.
 _TITLES = {"name": "Job", "trial": "Trial", "cost_label": "Label", "currency": "Currency"}
+_TITLES |= {"alertname": "Alert", "severity": "Severity"}
 Json = dict[str, Any]
 
 
@@ -96,7 +99,7 @@ def _panel(panel: Panel) -> Json:
     is_table = panel.kind == "table"
     targets = [
         {"refId": chr(ord("A") + number), "expr": expr, "legendFormat": legend}
-        | ({"instant": True, "format": "table"} if is_table else {})
+        | ({"instant": is_table, "format": "table"} if panel.kind in ("table", "xychart") else {})
         for number, (legend, expr) in enumerate(panel.queries.items())
     ]
     made = {
@@ -119,6 +122,14 @@ def _panel(panel: Panel) -> Json:
     }
     if is_table:
         made["transformations"] = _join(panel)
+    if panel.kind == "xychart":
+        right, up = panel.queries
+        made["transformations"] = [
+            *_join(panel),
+            {"id": "partitionByValues", "options": {"fields": [_TITLES[panel.series]], "keepFields": False}},
+        ]
+        axes = {"x": _named(right), "y": _named(up)}
+        made["options"] = {"mapping": "auto", "series": [axes], "legend": {"showLegend": True, "placement": "bottom"}}
     if panel.kind == "stat":
         made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "none", "graphMode": "area"}
         made["fieldConfig"] = {"defaults": {"unit": panel.unit}, "overrides": []}
@@ -130,11 +141,17 @@ def _override(name: str, key: str, value: Any) -> Json:
     return {"matcher": {"id": "byName", "options": name}, "properties": [{"id": key, "value": value}]}
 
 
+def _named(field: str) -> Json:
+    return {"matcher": {"id": "byName", "options": field}}
+
+
 def _fixed(color: str) -> Json:
     return {"mode": "fixed", "fixedColor": color}
 
 
 def _drawing(panel: Panel) -> Json:
+    if panel.kind == "xychart":
+        return {"show": "lines", "lineWidth": 2}
     if panel.kind != "timeseries":
         return {}
     custom: Json = {"lineWidth": 2, "fillOpacity": 15 if panel.stack else 0, "showPoints": "never"}
@@ -150,7 +167,7 @@ def _drawing(panel: Panel) -> Json:
 
 
 def _join(panel: Panel) -> list[Json]:
-    """One row a job, or a trial: the queries joined, their values named by the legends, everything else left out."""
+    """One row for equal labels: the queries joined, their values named by the legends, everything else left out."""
     letters = {f"Value #{chr(ord('A') + number)}": legend for number, legend in enumerate(panel.queries)}
     hidden = dict.fromkeys(
         ("Time", "__name__", "container", "endpoint", "instance", "job", "pod", "service", "sweep"), True
@@ -166,7 +183,7 @@ def _join(panel: Panel) -> list[Json]:
 
 def main() -> int:
     check = sys.argv[1:] == ["--check"]
-    for name, dashboard in (("fleet", FLEET), ("job", JOB), ("sweep", SWEEP)):
+    for name, dashboard in DASHBOARDS.items():
         path = FOLDER / f"{name}.json"
         text = json.dumps(model(dashboard), indent=1) + "\n"
         if check and (not path.exists() or path.read_text() != text):

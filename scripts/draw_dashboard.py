@@ -9,8 +9,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,54 +18,20 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from dashboard_data import Series, Source, log_ticks, scaled, series_of, ticks, time_ticks
+from draw_card import COLORS, GRAY, PALE, SMALL, Card, legend, palette, width
+from draw_table import table, xychart
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import NullFormatter, NullLocator
 
 FOLDER = Path(__file__).parents[1] / "charts" / "finetune-operator" / "files" / "dashboards"
 CELL_WIDTH, CELL_HEIGHT, HEADER = 0.54, 0.32, 0.75  # inches: of one grid cell, and of what is above the grid
-SMALL, RIGHT = 7, 0.2  # points of type; inches right of a graph
-INK, GRAY, PALE = "#24292e", "#6e7681", "#e3e5e8"
-COLORS = ["#3274d9", "#e0752d", "#37872d", "#a352cc", "#c4162a", "#0e9aa7", "#8d6e63", "#d4a017", "#d45087", "#7f8c8d"]
 STYLE = {
     "font.size": SMALL, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "axes.edgecolor": PALE, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eef0f2", "xtick.color": GRAY,
     "ytick.color": GRAY, "ytick.major.size": 0, "xtick.major.size": 2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Card:
-    """A panel's place on the figure, in inches from its lower left corner."""
-
-    figure: Figure
-    left: float
-    bottom: float
-    width: float
-    height: float
-
-    def text(self, x: float, down: float, text: str, **style: Any) -> None:
-        """Write `text`, its middle `down` inches below the card's top."""
-        place = (self.left + x, self.bottom + self.height - down)
-        style = {"va": "center", "color": INK, "transform": self.figure.dpi_scale_trans, **style}
-        self.figure.text(*place, text, **style)
-
-    def axes(self, left: float, bottom: float, right: float, top: float) -> Axes:
-        """Axes with these margins."""
-        width, height = self.figure.get_size_inches()
-        place = (self.left + left) / width, (self.bottom + bottom) / height
-        return self.figure.add_axes(
-            (*place, (self.width - left - right) / width, (self.height - bottom - top) / height)
-        )
-
-    def line(self, xs: Sequence[float], down: float, **style: Any) -> None:
-        """Draw a horizontal line `down` inches below the top."""
-        y = self.bottom + self.height - down
-        places = [self.left + x for x in xs]
-        self.figure.add_artist(Line2D(places, [y, y], transform=self.figure.dpi_scale_trans, **style))
 
 
 def draw(dashboard: dict[str, Any], source: Source, out: Path, note: str = "", dpi: int = 125) -> list[str]:
@@ -89,6 +53,7 @@ def paint(dashboard: dict[str, Any], source: Source, note: str = "") -> tuple[Fi
     page.text(0.2, 0.3, dashboard["title"], fontsize=14, fontweight="bold")
     page.text(0.2, 0.58, note, fontsize=8, color=GRAY)
     page.text(width - 0.2, 0.3, told.replace(".*", "All"), fontsize=9, color=GRAY, ha="right")
+    source.mark(dashboard["annotations"]["list"])
     empty = []
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
@@ -151,17 +116,20 @@ def _timeseries(card: Card, panel: dict[str, Any], source: Source) -> bool:
         high = high + 0.1 * (high - low) or 1
         places = ticks(low, high, unit, unit == "short" and all(number == round(number) for number in numbers))
         labels = [scaled(place, unit, like=places[-1]) for place in places]
-    left = 0.2 + max(_width(label) for label in labels)
+    left = 0.2 + max(width(label) for label in labels)
     names = [name for name, _, _ in found]
-    colors = _colors(names, panel)
-    axes = card.axes(left, 0.27 + _legend(card, names, colors), RIGHT, 0.4)
+    colors = palette(names, panel)
+    axes = card.axes(left, 0.27 + legend(card, names, colors), 0.2, 0.4)
     if "scaleDistribution" in custom:
         axes.set_yscale("log")
         axes.yaxis.set(minor_formatter=NullFormatter(), minor_locator=NullLocator())
     axes.set_yticks(places, labels)
     axes.set(ylim=(low, high), xlim=(source.start, source.end))
-    moments = _moments(source, card.width - left - RIGHT)
+    moments = _moments(source, card.width - left - 0.2)
     form = "%H:%M:%S" if source.end - source.start < 1200 else "%H:%M"
+    for color, times in source.marks:
+        for moment in times:
+            axes.axvline(moment, color=color, linewidth=0.7, linestyle=(0, (3, 2)), alpha=0.7)
     axes.set_xticks(moments, [f"{datetime.fromtimestamp(moment):{form}}" for moment in moments])
     if not is_stacked:
         for color, (_, times, values) in zip(colors, found, strict=True):
@@ -196,65 +164,7 @@ def _bars(axes: Axes, rows: list[list[float]], colors: list[str]) -> None:
         below = [a + b for a, b in zip(below, row, strict=True)]
 
 
-def _colors(names: list[str], panel: dict[str, Any]) -> list[str]:
-    """Return the panel's own color for a name, else the next one of the palette."""
-    own = {name: color["fixedColor"] for name, color in _overrides(panel, "color").items()}
-    return [own.get(name, COLORS[index % len(COLORS)]) for index, name in enumerate(names)]
-
-
-def _overrides(panel: dict[str, Any], key: str) -> dict[str, Any]:
-    """By series or column: what the panel sets for it alone."""
-    found = panel["fieldConfig"]["overrides"]
-    return {o["matcher"]["options"]: each["value"] for o in found for each in o["properties"] if each["id"] == key}
-
-
-def _width(text: str) -> float:
-    """Inches of `text` in small type."""
-    return float(TextPath((0, 0), text, size=SMALL).get_extents().width) / 72 if text.strip() else 0.0
-
-
-def _legend(card: Card, names: list[str], colors: list[str]) -> float:
-    """Write the legend at the card's bottom, in as many lines as it needs; their height in inches."""
-    places, x, line = [], 0.1, 0
-    for name in names:
-        needed = 0.22 + _width(name)
-        if x > 0.1 and x + needed > card.width - 0.05:
-            x, line = 0.1, line + 1
-        places.append((x, line))
-        x += needed + 0.12
-    for (x, at), name, color in zip(places, names, colors, strict=True):
-        down = card.height - 0.13 - 0.15 * (line - at)
-        card.line([x, x + 0.13], down, color=color, linewidth=2)
-        card.text(x + 0.18, down, name, color=GRAY, fontsize=SMALL)
-    return 0.15 * (line + 1)
-
-
-def _table(card: Card, panel: dict[str, Any], source: Source) -> bool:
-    default, units = panel["fieldConfig"]["defaults"]["unit"], _overrides(panel, "unit")
-    columns = [target["legendFormat"] for target in panel["targets"]]
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    label, title = "name", "Job"
-    for column, target in zip(columns, panel["targets"], strict=True):
-        for result in source.instant(target["expr"]):
-            if "sweep" in result["metric"] and "name" not in result["metric"]:
-                label, title = "trial", "Trial"
-            key = (result["metric"]["namespace"], result["metric"][label])
-            rows.setdefault(key, {})[column] = scaled(float(result["value"][1]), units.get(column, default))
-    lines = [["Namespace", title, *columns]]
-    lines += [[*key, *(row.get(column, "–") for column in columns)] for key, row in sorted(rows.items())]
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    gap = (card.width - 0.2 - sum(widths)) / len(widths)  # what is left is shared out evenly
-    places = [0.1 + sum(widths[:column]) + gap * column for column in range(len(widths))]
-    for number, cells in enumerate(lines[: int((card.height - 0.4) / 0.24)]):
-        down = 0.46 + 0.24 * number
-        for column, cell in enumerate(cells):
-            style = {"fontweight": "bold", "color": GRAY} if number == 0 else {}
-            card.text(places[column], down, cell, fontsize=8, **style)
-        card.line([0.1, card.width - 0.1], down + 0.12, color=PALE, linewidth=0.8)
-    return bool(rows)
-
-
-_PAINTERS = {"stat": _stat, "timeseries": _timeseries, "table": _table}
+_PAINTERS = {"stat": _stat, "timeseries": _timeseries, "table": table, "xychart": xychart}
 
 
 def main() -> int:

@@ -107,6 +107,7 @@ _SILENT = {
     "finetune_operator_attempts_ended": ["namespace", "reason"],
     "finetune_operator_pod_disruptions": ["namespace"],
     "finetune_operator_time_to_first_step_seconds": ["namespace"],
+    "finetune_operator_job_result": ["namespace", "name", "metric"],
 }
 
 

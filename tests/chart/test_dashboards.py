@@ -21,7 +21,7 @@ from support.docs.dashboards import (
 )
 from support.server.client import Object
 
-NAMES = ("fleet", "job", "sweep")
+NAMES = ("fleet", "job", "sweep", "compare")
 EVERY_DASHBOARD = pytest.mark.parametrize("name", NAMES)
 
 
@@ -107,14 +107,17 @@ def test_the_chart_ships_the_dashboard_where_grafana_looks(name: str) -> None:
 def test_the_dashboards_link_to_each_other() -> None:
     uids = {name: load(name)["uid"] for name in NAMES}
     links = {name: [link["url"] for link in load(name)["links"]] for name in NAMES}
-    assert links["fleet"] == [f"/d/{uids['job']}", f"/d/{uids['sweep']}"]
-    assert links["job"] == links["sweep"] == [f"/d/{uids['fleet']}"]
+    assert links["fleet"] == [f"/d/{uids[name]}" for name in NAMES[1:]]
+    assert links["job"] == links["sweep"] == links["compare"] == [f"/d/{uids['fleet']}"]
 
 
 def test_a_job_of_the_fleet_opens_its_own_dashboard() -> None:
-    (table,) = (panel for panel in panels(load("fleet")) if panel["title"] == "Jobs")
-    (link,) = own(table, "links")["Job"]
-    assert link["url"].startswith(f"/d/{load('job')['uid']}?var-namespace=${{__data.fields.namespace}}&var-job=")
+    places = {("fleet", "Jobs"), ("fleet", "Finished jobs"), ("compare", "Finished jobs")}
+    tables = [panel for name, title in places for panel in panels(load(name)) if panel["title"] == title]
+    assert len(tables) == 3
+    for table in tables:
+        (link,) = own(table, "links")["Job"]
+        assert link["url"].startswith(f"/d/{load('job')['uid']}?var-namespace=${{__data.fields.namespace}}&var-job=")
     names = {variable["name"] for variable in load("job")["templating"]["list"]}
     assert {"namespace", "job"} <= names
 
@@ -128,3 +131,24 @@ def test_attempts_have_numbers_and_leave_marks() -> None:
     assert [mark["name"] for mark in marks] == ["New attempt", "Checkpoint", "Preemption in the namespace"]
     for mark in marks:
         filled(mark["expr"], {"namespace": "x", "job": "y"})
+
+
+@EVERY_DASHBOARD
+def test_a_table_joins_rows_by_labels_that_its_queries_share(name: str) -> None:
+    """Grafana's merge makes one row of those whose labels are all equal: no scrape's label may be among them."""
+    for panel in panels(load(name)):
+        if panel["type"] in ("table", "xychart"):
+            assert all(" by (" in target["expr"] for target in panel["targets"]), panel["title"]
+
+
+def test_jobs_are_compared_by_step() -> None:
+    charts = [panel for panel in panels(load("compare")) if panel["type"] == "xychart"]
+    assert len(charts) == 2
+    for chart in charts:
+        right, up = (target["legendFormat"] for target in chart["targets"])
+        (series,) = chart["options"]["series"]
+        assert (series["x"]["matcher"]["options"], series["y"]["matcher"]["options"]) == (right, up)
+        assert right == "Step"
+        merge, named, parts = chart["transformations"]
+        assert named["options"]["renameByName"] | {"name": "Job"} == named["options"]["renameByName"]
+        assert (merge["id"], parts["options"]["fields"]) == ("merge", ["Job"])

@@ -3,6 +3,7 @@
 The answers are simulated; scripts/dashboard_images.py draws those of a real Prometheus.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from itertools import combinations
@@ -15,7 +16,7 @@ import pytest
 from support.docs.chart import ROOT
 from support.docs.dashboards import load, panels
 
-EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job", "sweep"])
+EVERY_DASHBOARD = pytest.mark.parametrize("name", ["fleet", "job", "sweep", "compare"])
 #: Longest labels one meets: a pod's name is cut to 63 characters.
 LABELS = {
     "pod": "instruction-tuning-{0}-vxcqg",
@@ -25,6 +26,8 @@ LABELS = {
     "trial": "learning-rate-2e-4-rank-64-alpha-128-s{0}",
     "namespace": "natural-language-research-{0}",
     "name": "instruction-tuning-{0}",
+    "cost_label": "language-research-{0}",
+    "severity": "critical",
 }
 EXTREMES = pytest.mark.parametrize(
     ("minutes", "size"), [(4, 0), pytest.param(90, 3e-5, marks=pytest.mark.nightly), (3000, 987_654_321)]
@@ -47,9 +50,10 @@ def simulated(drawing: ModuleType, minutes: float, size: float, series: int = 5)
     class Simulated(drawing.Source):  # type: ignore[misc, name-defined]
         def range(self, expr: str) -> list[dict[str, Any]]:
             moments = [self.start + self.step * point for point in range(200)]
+            labels = {word for kept in re.findall(r" by \((.+?)\)", expr) for word in kept.split(", ")} or LABELS
             return [
                 {
-                    "metric": {key: value.format(number) for key, value in LABELS.items()},
+                    "metric": {key: value.format(number) for key, value in LABELS.items() if key in labels},
                     "values": [[moment, str(size * point / 199)] for point, moment in enumerate(moments)],
                 }
                 for number in range(series)
@@ -59,7 +63,10 @@ def simulated(drawing: ModuleType, minutes: float, size: float, series: int = 5)
             return [{"metric": one["metric"], "value": one["values"][-1]} for one in self.range(expr)]
 
     return Simulated(
-        "", 1_700_000_000, 1_700_000_000 + 60 * minutes, {"namespace": "research", "job": "nli", "sweep": "nli"}
+        "",
+        1_700_000_000,
+        1_700_000_000 + 60 * minutes,
+        {"namespace": "research", "job": "nli", "sweep": "nli", "label": ".*"},
     )
 
 

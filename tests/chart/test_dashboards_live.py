@@ -28,8 +28,8 @@ from support.server.server import Cluster
 pytestmark = needs_prometheus
 #: Of the jobs that train on: their adapters are still to be published.
 NOT_YET = {"Upload time"}
-#: There is nothing of the kind, and the panels say 0.
-NONE = {"Idle GPUs", "Alerts that fire"}
+#: There is nothing of the kind, and the panels say 0; these jobs measure the loss alone.
+NONE = {"Idle GPUs", "Alerts that fire", "Alerts", "Finished jobs"}
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,38 @@ def test_every_query_of_a_sweep_has_data_and_tells_the_truth(running: Scene) -> 
     assert lowest <= min(losses) + 0.05
 
 
-@pytest.mark.parametrize("name", ["fleet", "job", "sweep"])
+def test_jobs_are_compared_by_step_and_by_label(running: Scene) -> None:
+    where = {"namespace": running.namespace, "job": "alpha|beta|gamma", "label": "nlp"}
+    assert without_data(running, "compare", **where) == {"Finished jobs"}
+    (chart,) = (panel for panel in panels(load("compare")) if panel["title"] == "Loss by step")
+    for target in chart["targets"]:
+        found = running.prometheus.query(filled(target["expr"], where))
+        assert {one["metric"]["name"] for one in found} == {"alpha", "beta", "gamma"}
+        assert {one["metric"]["cost_label"] for one in found} == {"nlp"}
+    other = where | {"label": "vision"}
+    assert without_data(running, "compare", **other) == {panel["title"] for panel in panels(load("compare"))}
+
+
+def test_finished_jobs_show_their_final_metrics(running: Scene) -> None:
+    (table,) = (panel for panel in panels(load("fleet")) if panel["title"] == "Finished jobs")
+    shows = {
+        target["legendFormat"]: running.prometheus.query(filled(target["expr"], {"namespace": ".*"}))
+        for target in table["targets"]
+    }
+    final = status(running, "gamma")["metrics"]
+    for title, metric in (("Held-out before", "evalLossBefore"), ("Held-out", "evalLoss")):
+        (found,) = shows[title]
+        assert found["metric"] == {"namespace": running.namespace, "name": "gamma"}
+        assert float(found["value"][1]) == pytest.approx(final[metric])
+
+
+@pytest.mark.parametrize("name", ["fleet", "job", "sweep", "compare"])
 def test_a_namespace_without_jobs_shows_none(running: Scene, name: str) -> None:
     """The variables do select: what a dashboard still shows elsewhere is the operator's own, and zeros."""
     of_the_operator = {panel["title"] for panel in _row(load("fleet"), "Operator")} if name == "fleet" else set()
     everything = {panel["title"] for panel in panels(load(name))}
-    assert without_data(running, name, namespace="nowhere", job="alpha", sweep="rates") == everything - of_the_operator
+    nowhere = {"namespace": "nowhere", "job": "alpha", "sweep": "rates", "label": ".*"}
+    assert without_data(running, name, **nowhere) == everything - of_the_operator
 
 
 def _row(dashboard: Object, title: str) -> list[Object]:
@@ -159,15 +185,17 @@ def _row(dashboard: Object, title: str) -> list[Object]:
 
 def test_variables_offer_the_namespaces_and_jobs_there_are(running: Scene) -> None:
     offered: dict[str, dict[str, set[str]]] = {}
-    for name in ("fleet", "job", "sweep"):
+    for name in ("fleet", "job", "sweep", "compare"):
         for variable in load(name)["templating"]["list"]:
             if variable["type"] == "query":
-                query = filled(variable["query"]["query"], {"namespace": running.namespace})
+                query = filled(variable["query"]["query"], {"namespace": running.namespace, "label": ".*"})
                 series, label = query.removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
                 values = running.prometheus.get(f"label/{label}/values", **{"match[]": series})
                 offered.setdefault(name, {})[variable["name"]] = set(values)
     assert offered["fleet"] == {"namespace": {running.namespace}}
     assert offered["sweep"] == {"namespace": {running.namespace}, "sweep": {"rates"}}
+    compared = {"namespace": {running.namespace}, "label": {"nlp"}}
+    assert offered["compare"] == compared | {"job": {"alpha", "beta", "gamma", "waiting", "broken"}}
     assert offered["job"] == {"namespace": {running.namespace}, "job": {"alpha", "beta", "gamma"}}
 
 

@@ -20,7 +20,7 @@ from finetune_operator.core.attempts import failure
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject, TrialState
-from finetune_operator.observability import usage_metrics
+from finetune_operator.observability import result_metrics, usage_metrics
 from finetune_operator.observability.metrics import PHASES, PREFIX, TERMINAL_PHASES, gauge
 
 #: Phases in which the pods hold their GPUs.
@@ -168,6 +168,7 @@ class JobMetrics(Collector):
         attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
         yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)
         yield from usage_metrics.of_jobs(jobs, self._limit)
+        yield from result_metrics.of_jobs(jobs, self._limit)
         yield from _of_sweeps(jobs, self._limit)
 
 
