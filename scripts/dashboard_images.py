@@ -1,6 +1,6 @@
-"""Make docs/images/dashboard-{fleet,job,sweep}.png: jobs run on this machine's CPU, and their Prometheus is drawn.
+"""Make docs/images/dashboard-{fleet,job,compare,sweep}.png: jobs run on this CPU, and their Prometheus is drawn.
 
-    python scripts/dashboard_images.py [--minutes 4] [fleet] [job] [sweep]
+    python scripts/dashboard_images.py [--minutes 4] [fleet] [job] [compare] [sweep]
 
 Needs what the tests need: Prometheus, and the API server of `make envtest` or its stand-in.
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 NOTE = "Drawn from a CPU run of a tiny model. Values of GPUs are simulated."
 STEPS = 800
 SWEEP_STEPS = 120
-DASHBOARDS = ("fleet", "job", "sweep")
+DASHBOARDS = ("fleet", "job", "compare", "sweep")
 sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
@@ -43,7 +43,9 @@ def tell(live: Scene, minutes: float) -> float:
     live.kube.create(main)
     live.kube.create(waiting)
     _wait(live, began + 15)
-    live.kube.create(job("support-chat", learningRate=0.002))
+    chat = job("support-chat", learningRate=0.002)
+    chat["metadata"]["labels"] = {"team": "support"}
+    live.kube.create(chat)
     live.until(lambda: _step(live, "mistral-nli") > STEPS / 2, "half of the job is done")
     (pod,) = (p["metadata"]["name"] for p in _pods(live, "mistral-nli"))
     live.node.drain(pod)
@@ -117,14 +119,18 @@ def main() -> int:
         variables = {
             "fleet": {"namespace": ".*"},
             "job": {"namespace": namespace, "job": "mistral-nli"},
+            "compare": {"namespace": ".*", "label": ".*", "job": "mistral-nli|support-chat"},
             "sweep": {"namespace": namespace, "sweep": "rates"},
         }
-        stories = {"sweep": tell_sweep(live)} if "sweep" in names else {}
-        if set(names) != {"sweep"}:
-            stories |= dict.fromkeys(("fleet", "job"), tell(live, wanted.minutes))
+        stories: dict[str, tuple[float, float]] = {}
+        if of_jobs := [name for name in names if name != "sweep"]:
+            stories |= dict.fromkeys(of_jobs, (tell(live, wanted.minutes), time.time()))
+            live.kube.delete("FineTuneJob", "support-chat")
+        if "sweep" in names:
+            stories["sweep"] = tell_sweep(live), time.time()
         for name in names:
-            began, variables_of = stories[name], variables[name]
-            source = Source(live.prometheus.url, began, time.time(), variables_of, scrape_seconds=1)
+            began, ended = stories[name]
+            source = Source(live.prometheus.url, began, ended, variables[name], scrape_seconds=1)
             empty = draw(load(name), source, wanted.folder / f"dashboard-{name}.png", NOTE)
             sys.stdout.write(f"dashboard-{name}.png; without data: {', '.join(empty) or 'none'}\n")
     return 0

@@ -52,7 +52,7 @@ def paint(dashboard: dict[str, Any], source: Source, note: str = "") -> tuple[Fi
     told = "   ".join(f"{name}: {value}" for name, value in source.variables.items())
     page.text(0.2, 0.3, dashboard["title"], fontsize=14, fontweight="bold")
     page.text(0.2, 0.58, note, fontsize=8, color=GRAY)
-    page.text(width - 0.2, 0.3, told.replace(".*", "All"), fontsize=9, color=GRAY, ha="right")
+    page.text(width - 0.2, 0.3, told.replace(".*", "All").replace("|", ", "), fontsize=9, color=GRAY, ha="right")
     source.mark(dashboard["annotations"]["list"])
     empty = []
     for panel in dashboard["panels"]:

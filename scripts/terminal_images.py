@@ -88,7 +88,9 @@ def draw(name: str, typed: str, seen: str) -> None:
     """Write the terminal after `typed` was entered to docs/images/NAME.svg."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     seen = seen.replace(str(ROOT), "~/finetune-operator")
-    console.print(Text.from_ansi(f"\x1b[1m$ {typed}\x1b[0m\n{seen}"), soft_wrap=True)
+    for line in Text.from_ansi(f"\x1b[1m$ {typed}\x1b[0m\n{seen}").split(allow_blank=True):
+        line.truncate(COLUMNS, overflow="ellipsis")
+        console.print(line, soft_wrap=True)
     svg = console.export_svg(title=" ", theme=DIMMED_MONOKAI, code_format=FORM, unique_id=name)
     (IMAGES / f"{name}.svg").write_text(svg)
 

@@ -44,3 +44,9 @@ class CliError(Exception):
         self.may_pass = may_pass
         self.is_denied = is_denied
         self.is_missing = is_missing
+
+
+def same_place(namespace: str | None, context: str | None, kubeconfig: object = None) -> str:
+    """Return the options that make the next command act where this one did."""
+    given = {"-n": namespace, "--context": context, "--kubeconfig": kubeconfig}
+    return "".join(f" {option} {value}" for option, value in given.items() if value)

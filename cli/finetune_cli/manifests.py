@@ -34,7 +34,7 @@ def read(name: str) -> Source:
         path = Path(name)
         return Source(name, path.read_bytes().decode("utf-8"), path.resolve().parent)
     except FileNotFoundError:
-        raise CliError(f"{name}: no such file") from None
+        raise CliError(f"{name}: no such file", hint=f"finetune init {name} writes a manifest") from None
     except IsADirectoryError:
         raise CliError(
             f"{name}: is a folder, not a manifest",

@@ -119,12 +119,6 @@ Output = Annotated[
 ]
 
 
-def same_place(namespace: str | None, context: str | None, kubeconfig: Path | None = None) -> str:
-    """Return the options that make the next command act where this one did."""
-    given = {"-n": namespace, "--context": context, "--kubeconfig": kubeconfig}
-    return "".join(f" {option} {value}" for option, value in given.items() if value)
-
-
 def duration(given: str) -> float:
     """Return the seconds of a duration such as 90, 45s, 30m, 1.5h or 1h30m."""
     from finetune_api import durations

@@ -130,7 +130,7 @@ def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
     if view.status.adapter is None:
         raise CliError(
             f"{name} has published no adapter ({view.phase})",
-            hint=f"finetune {'status' if view.is_over else 'watch'} {name}",
+            hint=f"finetune {'status' if view.is_over else 'watch'} {name}{cluster.options}",
             code=Exit.JOB_FAILED if view.state == "failed" else Exit.INVALID,
         )
     return view.status.adapter.uri, view.status.adapter.manifest_digest

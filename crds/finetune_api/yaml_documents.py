@@ -129,6 +129,8 @@ def parse(text: str, source: str) -> list[Document]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        what = what.replace("'<stream end>'", "the end of the file")
+        what += f" (column {mark.column + 1})" if mark else ""
         raise ManifestError([Problem("", f"not YAML: {what}", mark.line + 1 if mark else None, source)]) from None
     except RecursionError:
         raise ManifestError([Problem("", _TOO_MUCH, source=source)]) from None

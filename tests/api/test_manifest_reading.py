@@ -62,6 +62,11 @@ def test_a_key_given_twice_is_refused():
     assert refusal(TEXT + "    seed: 1\n    seed: 2\n") == "job.yaml:15: spec.training.seed: given twice"
 
 
+def test_a_manifest_that_ends_too_early_names_the_column():
+    with pytest.raises(ManifestError, match=r"job\.json:1: not YAML: .* the end of the file \(column 14\)"):
+        load_text('{"spec": {"a"', "job.json")
+
+
 def test_broken_yaml_names_the_line():
     assert refusal(TEXT + "  lora: {rank: 8\n").startswith("job.yaml:15: not YAML: ")
 

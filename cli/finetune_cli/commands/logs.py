@@ -76,7 +76,7 @@ def logs(
         return
     is_published = attempt is None or attempt == len(view.status.attempts)
     if not (is_published and _print_stored(view, tail)):
-        raise CliError(_why_nothing(view, pods, attempt), hint=f"finetune status {name}")
+        raise CliError(_why_nothing(view, pods, attempt), hint=f"finetune status {name}{cluster.options}")
 
 
 def _has_started(pod: Object) -> bool:

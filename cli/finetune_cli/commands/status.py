@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from finetune_api import constants
+from finetune_cli.errors import same_place
 from finetune_cli.options import (
     Context,
     IsSweep,
@@ -12,7 +13,6 @@ from finetune_cli.options import (
     Kubeconfig,
     Namespace,
     Output,
-    same_place,
 )
 from finetune_cli.output import console
 

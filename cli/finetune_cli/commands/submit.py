@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_cli.errors import CliError
+from finetune_cli.errors import CliError, same_place
 from finetune_cli.options import (
     Context,
     Kubeconfig,
@@ -14,7 +14,6 @@ from finetune_cli.options import (
     Namespace,
     Output,
     Overrides,
-    same_place,
 )
 from finetune_cli.output import console
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune_api import constants
-from finetune_cli.errors import CliError
+from finetune_cli.errors import CliError, same_place
 from finetune_cli.options import (
     Context,
     IsSweep,
@@ -13,7 +13,6 @@ from finetune_cli.options import (
     Kubeconfig,
     Namespace,
     Output,
-    same_place,
 )
 from finetune_cli.output import console
 
@@ -35,13 +34,14 @@ def suspend(
         finetune suspend nli
         finetune suspend nli-rates --sweep
     """
-    job = _set_suspend(name, True, sweep, namespace, context, kubeconfig)
+    job, is_new = _set_suspend(name, True, sweep, namespace, context, kubeconfig)
     if output:
         console.structured_job(job, output)
         return
     where = job["metadata"]["namespace"]
     saves = "its trials save a checkpoint" if sweep else "it saves a checkpoint"
-    console.done(f"{name} is being suspended in namespace {where}: {saves} first")
+    told = f"is being suspended in namespace {where}: {saves} first"
+    console.done(f"{name} {told if is_new else f'was told before to suspend, in namespace {where}'}")
     console.next_commands(f"finetune resume {name}{_flag(sweep)}{same_place(namespace, context, kubeconfig)}")
 
 
@@ -59,11 +59,12 @@ def resume(
         finetune resume nli
         finetune resume nli-rates --sweep
     """
-    job = _set_suspend(name, False, sweep, namespace, context, kubeconfig)
+    job, is_new = _set_suspend(name, False, sweep, namespace, context, kubeconfig)
     if output:
         console.structured_job(job, output)
         return
-    console.done(f"{name} is resuming in namespace {job['metadata']['namespace']}")
+    told = "is resuming" if is_new else "is not suspended"
+    console.done(f"{name} {told} in namespace {job['metadata']['namespace']}")
     console.next_commands(f"finetune watch {name}{_flag(sweep)}{same_place(namespace, context, kubeconfig)}")
 
 
@@ -71,8 +72,10 @@ def _flag(sweep: bool) -> str:
     return " --sweep" if sweep else ""
 
 
-def _set_suspend(name: str, value: bool, sweep: bool, namespace: Any, context: Any, kubeconfig: Any) -> Object:
-    """Return the job or the sweep with spec.suspend at `value`."""
+def _set_suspend(
+    name: str, value: bool, sweep: bool, namespace: Any, context: Any, kubeconfig: Any
+) -> tuple[Object, bool]:
+    """Return the job or the sweep with spec.suspend at `value`, and whether that is new."""
     from finetune_cli.kube.connect import connect
     from finetune_cli.output.job_view import View
     from finetune_cli.output.sweep_page import SweepView
@@ -83,5 +86,5 @@ def _set_suspend(name: str, value: bool, sweep: bool, namespace: Any, context: A
     if view.is_over:
         raise CliError(f"{name} has ended ({view.phase}): there is nothing to {'suspend' if value else 'resume'}")
     if (found.get("spec") or {}).get("suspend", False) is value:
-        return found
-    return cluster.patch(name, {"spec": {"suspend": value}}, kind)
+        return found, False
+    return cluster.patch(name, {"spec": {"suspend": value}}, kind), True

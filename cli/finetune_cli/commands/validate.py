@@ -38,7 +38,10 @@ def check(file: str, tally: Tally) -> None:
         source = read(file)
         found = documents(source)
     except (CliError, manifest.ManifestError) as error:
-        tally.problems.extend(str(error).splitlines())
+        lines = str(error).splitlines()
+        if isinstance(error, CliError) and error.hint:
+            lines[-1] += f" ({error.hint})"
+        tally.problems.extend(lines)
         tally.invalid += 1
         return
     for document in found:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from finetune_api import constants
-from finetune_cli.errors import CliError, Exit
+from finetune_cli.errors import CliError, Exit, same_place
 from finetune_cli.interrupts import insistent_interrupts
 from finetune_cli.options import (
     Context,
@@ -22,7 +22,6 @@ from finetune_cli.options import (
     Output,
     OutputFormat,
     duration,
-    same_place,
 )
 from finetune_cli.output import console, formatting
 
@@ -264,7 +263,10 @@ def _objects(cluster: Cluster, name: str, timeout: float | None, kind: str) -> I
     deadline = time.monotonic() + timeout if timeout else None
     for found in cluster.follow(name, deadline, kind=kind, poll=_is_polled):
         if found is None:
-            raise CliError(f"{name} was deleted while it was watched")
+            raise CliError(
+                f"{name} was deleted while it was watched",
+                hint="its checkpoints stay: the same manifest, submitted again, goes on from them",
+            )
         yield found
     raise CliError(f"{name} has not ended within {formatting.duration(timeout or 0)}", code=Exit.TIMED_OUT)
 

@@ -78,7 +78,7 @@ def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list
     sweep = sweep_of(name, (found.get("spec") or {}).get("objective"))
     jobs = cluster.jobs(selector=f"{constants.LABEL_SWEEP}={name}").items
     if not jobs:
-        raise CliError(f"{name} has no trials yet", hint=f"finetune status --sweep {name}")
+        raise CliError(f"{name} has no trials yet", hint=f"finetune status --sweep {name}{cluster.options}")
 
     def read(source: tuple[dict[str, Any], str]) -> _Read:
         job, trial = source

@@ -42,6 +42,8 @@ class Cluster:
     server: str
     #: Seconds to connect, and to wait for an answer.
     timeout: tuple[float, float] = (5, 30)
+    #: What a command is told to act in the same place, for those that hints name.
+    options: str = ""
 
     def __post_init__(self) -> None:
         reading.bound_errors(self.api)

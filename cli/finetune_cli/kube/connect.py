@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.errors import CliError, Exit, install_hint
+from finetune_cli.errors import CliError, Exit, install_hint, same_place
 from finetune_cli.kube.client import Cluster
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -30,7 +30,8 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
         default = _load(settings, context, kubeconfig)
     api = client.ApiClient(settings)
     api.user_agent = f"finetune/{version('finetune-operator')}"
-    return Cluster(api, namespace or default, settings.host, (min(5, seconds), seconds))
+    options = same_place(namespace, context, kubeconfig)
+    return Cluster(api, namespace or default, settings.host, (min(5, seconds), seconds), options)
 
 
 def _default_kubeconfig() -> str:
@@ -48,6 +49,12 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
     from kubernetes import config
 
     file = str(kubeconfig) if kubeconfig else _default_kubeconfig()
+    if not kubeconfig and not _has_kubeconfig():
+        raise CliError(
+            f"no cluster to talk to: {file} is not there",
+            hint="--kubeconfig FILE or $KUBECONFIG names another kubeconfig",
+            code=Exit.UNREACHABLE,
+        )
     try:
         contexts, current = config.list_kube_config_contexts(file)
         chosen = next((each for each in contexts if each["name"] == context), None) if context else current

@@ -23,7 +23,7 @@ COMPARED = (
     ("validJson", "Valid JSON"),
 )
 #: What shows more of a failure, by its reason.
-_LOOKS = {"DatasetInvalid": "inspect", "WontFit": "plan", "GpuOutOfMemory": "plan"}
+_LOOKS = {"WontFit": "plan", "GpuOutOfMemory": "plan"}
 
 
 def read_report(path: Path) -> TrainerReport | None:

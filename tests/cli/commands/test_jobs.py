@@ -1,6 +1,7 @@
 """submit, list, suspend, resume and delete against a Kubernetes API."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -177,6 +178,22 @@ def test_a_job_that_is_not_there_is_a_sentence_and_exit_code_1(ctl, command, nam
     result = ctl(*command, "nope")
     assert result.returncode == 1
     assert f"error: there is no FineTuneJob 'nope' in namespace '{namespace}'" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["download", "nli", "./x"], ["chat", "nli"], ["logs", "nli"]])
+def test_a_hint_names_the_namespace_that_was_asked_for(ctl, put, command, namespace):
+    put(states.job("nli"))
+    result = ctl(*command)
+    assert result.returncode == 1
+    assert re.search(rf"hint:  finetune (watch|status) nli -n {namespace}\n", result.stderr), result.stderr
+
+
+def test_to_suspend_or_to_resume_twice_says_so(ctl, put, namespace):
+    put(states.job("nli"))
+    assert f"nli is not suspended in namespace {namespace}" in ctl("resume", "nli").stdout
+    assert "nli is being suspended" in ctl("suspend", "nli").stdout
+    assert "nli was told before to suspend" in ctl("suspend", "nli").stdout
+    assert "nli is resuming" in ctl("resume", "nli").stdout
 
 
 def test_a_name_that_no_job_can_have_is_refused_here(ctl):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api import exit_codes
-from finetune_cli.options import same_place
+from finetune_cli.errors import same_place
 from finetune_cli.output.job_view import View
 from finetune_cli.output.next_steps import after_export, after_job
 from support.simulation import job_states as states

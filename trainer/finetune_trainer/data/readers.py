@@ -98,12 +98,16 @@ def _parsed(raw: bytes, name: str, line: int) -> Row:
     except UnicodeDecodeError:
         return Row(name, line, None, "is not UTF-8 text")
     except json.JSONDecodeError as error:
-        return Row(name, line, None, f"is not JSON: {error.msg} at column {error.colno}")
+        return Row(name, line, None, _no_json(error))
     except ValueError:
         return Row(name, line, None, _LONG_NUMBER)
     except RecursionError:
         return Row(name, line, None, _TOO_DEEP)
     return _row(name, line, text, data)
+
+
+def _no_json(error: json.JSONDecodeError) -> str:
+    return f"is not JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
 def _row(name: str, line: int, text: str, data: Any) -> Row:
@@ -137,7 +141,7 @@ def _json_array(file: BinaryIO, name: str) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            yield Row(name, error.lineno, None, f"is not JSON: {error.msg} at column {error.colno}")
+            yield Row(name, error.lineno, None, _no_json(error))
             return
         except (ValueError, RecursionError) as error:
             yield Row(name, line, None, _TOO_DEEP if isinstance(error, RecursionError) else _LONG_NUMBER)

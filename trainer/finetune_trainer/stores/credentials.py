@@ -57,7 +57,8 @@ class Credentials:
         if any(key in secret for key in _AWS_IDENTITY[:2]):
             for key in _AWS_IDENTITY:
                 inherited.pop(key, None)
-        return cls(role, inherited | secret)
+        in_pod = constants.ENV_NODE in env or folder.parent.is_dir()
+        return cls(role, inherited | secret, in_pod)
 
     @classmethod
     def from_environment(cls, role: str, env: Mapping[str, str] | None = None) -> Self:
