@@ -71,9 +71,11 @@ def merge(folder: Path, bits: int, quantization: str | None) -> None:
         print(f"merged {size / 1e9:.1f} GB in {time.monotonic() - began:.0f} s")
         return
     from finetune_trainer.publishing.gguf.convert import compare_gguf, write_gguf
+    from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
 
     file, exact = target / "model.gguf", torch.float32
-    size = write_gguf(Merger(folder, folder / "adapter", base, wanted, dtype=exact), base, "7b", quantization, file)
+    merger = Merger(folder, folder / "adapter", base, wanted, dtype=exact)
+    size = write_gguf(merger, base, vocabulary_of(base.tokenizer, base.config.vocab_size), "7b", quantization, file)
     print(f"{quantization}: {size / 1e9:.1f} GB in {time.monotonic() - began:.0f} s")
     began = time.monotonic()
     compare_gguf(Merger(folder, folder / "adapter", base, wanted, dtype=exact), base, file, "hand")

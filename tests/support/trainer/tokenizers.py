@@ -49,3 +49,27 @@ def of_pieces(*, adds_space: bool = True) -> Any:
     tokenizer = Tokenizer.from_str(json.dumps(read))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+#: How a tokenizer marks spaces, a chat template with [INST] as a token, and whether llama.cpp is to put spaces before
+#: text so that both tokenize alike; None where they never do.
+MISTRALS = (
+    ("first", "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}{% endfor %}", False),
+    ("first", "{{ bos_token }}{% for m in messages %}[INST]{{ m.content }}{% endfor %}", False),
+    ("always", "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}{% endfor %}", False),
+    ("always", "{{ bos_token }}{% for m in messages %}[INST]{{ m.content }}{% endfor %}", True),
+    ("first", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", True),
+    ("first", "{% for m in messages %}{{ m.role }}:[INST]{{ m.content }}{% endfor %}", None),
+)
+
+
+def of_words(scheme: str, template: str) -> Any:
+    """A BPE of pieces as Mistral's, which splits words at spaces."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer = of_pieces()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]"]})
+    tokenizer.chat_template = template
+    return tokenizer

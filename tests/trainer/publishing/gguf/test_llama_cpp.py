@@ -69,3 +69,18 @@ def test_it_tokenizes_as_in_training(name: str, tmp_path: Path) -> None:
     for text in (tokenizers.TEXT, "Bread", " anna  has\tbread\n", "1234567 don't", "</s>anna"):
         found = server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         assert found == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize(("scheme", "template", "adds_space"), tokenizers.MISTRALS[:-1])
+def test_it_puts_spaces_where_the_chat_templates_prompts_have_them(
+    scheme: str, template: str, adds_space: bool, tmp_path: Path
+) -> None:
+    tokenizer = tokenizers.of_words(scheme, template)
+    tokenizer.save_pretrained(tmp_path / "words")
+    _, folder = exported_to_gguf("llama", "f16", tmp_path / "words", tmp_path)
+    messages = [{"role": "user", "content": "anna has"}, {"role": "assistant", "content": "bread, and"}]
+    server = LlamaCpp(folder / "model.gguf")
+    for count in (1, 2):
+        text = tokenizer.apply_chat_template(messages[:count], tokenize=False).removeprefix("<s>")
+        found = server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        assert found == tokenizer(text)["input_ids"], text

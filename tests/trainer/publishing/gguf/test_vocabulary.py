@@ -126,3 +126,19 @@ def test_a_token_that_takes_what_the_template_writes_beside_it_is_refused(
     )
     with refused if told else nullcontext():
         check_chat(tokenizer)
+
+
+@pytest.mark.parametrize(("scheme", "template", "adds_space"), tokenizers.MISTRALS)
+def test_spaces_are_put_where_the_chat_templates_prompts_have_them(
+    scheme: str, template: str, adds_space: bool | None
+) -> None:
+    """test_llama_cpp.py asks llama.cpp itself."""
+    tokenizer = tokenizers.of_words(scheme, template)
+    assert vocabulary_of(tokenizer, 400).adds_space  # as a text begins
+    if adds_space is None:
+        with pytest.raises(
+            ConfigInvalid, match=r"llama\.cpp would put spaces elsewhere in the chat template's prompts"
+        ):
+            vocabulary_of(tokenizer, 400, chat=True)
+    else:
+        assert vocabulary_of(tokenizer, 400, chat=True).adds_space == adds_space

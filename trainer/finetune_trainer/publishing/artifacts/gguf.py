@@ -50,10 +50,10 @@ class GgufArtifact(Artifact):
         tokenizer = base.tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         name = base.name.rstrip("/").rpartition("/")[2] + "-finetuned"
-        size = write_gguf(_merger(trained), base, name, quantization, folder / _FILE)
-        form = trained_form(trained.spec, Encoder(tokenizer, max_length=1))
-        adds_bos = vocabulary_of(tokenizer, base.config.vocab_size).adds_bos
-        text = modelfile(tokenizer, _FILE, chat=form == "chat", adds_bos=adds_bos)
+        chat = trained_form(trained.spec, Encoder(tokenizer, max_length=1)) == "chat"
+        vocabulary = vocabulary_of(tokenizer, base.config.vocab_size, chat=chat)
+        size = write_gguf(_merger(trained), base, vocabulary, name, quantization, folder / _FILE)
+        text = modelfile(tokenizer, _FILE, chat=chat, adds_bos=vocabulary.adds_bos)
         (folder / _MODELFILE).write_text(text, encoding="utf-8")
         log.info(f"The adapter is merged: {size / 2**30:.2f} GiB of GGUF in {quantization}", bytes=size)
 

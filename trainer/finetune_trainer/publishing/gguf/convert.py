@@ -16,7 +16,7 @@ from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.gguf import GGUF_TYPES, gguf_problem
 from finetune_trainer.publishing.artifact import VerificationFailed
 from finetune_trainer.publishing.gguf.metadata import describe, describe_tokenizer, frequency_factors
-from finetune_trainer.publishing.gguf.vocabulary import check_chat, vocabulary_of
+from finetune_trainer.publishing.gguf.vocabulary import Vocabulary, check_chat, vocabulary_of
 from finetune_trainer.publishing.merging import Merger, tensors_of
 
 log = structlog.get_logger(__name__)
@@ -37,18 +37,22 @@ def check_convertible(weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> 
     """
     if problem := gguf_problem(base.config.to_dict(), spec.training.max_length):
         raise ConfigInvalid(problem)
-    vocabulary_of(base.tokenizer, base.config.vocab_size)
-    if trained_form(spec, Encoder(base.tokenizer, max_length=1)) == "chat":
+    chat = trained_form(spec, Encoder(base.tokenizer, max_length=1)) == "chat"
+    vocabulary_of(base.tokenizer, base.config.vocab_size, chat=chat)
+    if chat:
         check_chat(base.tokenizer)
     _names(tensors_of(weights), base.config)
 
 
-def write_gguf(merged: Merger, base: BaseModel, name: str, quantization: str, file: Path) -> int:
+def write_gguf(
+    merged: Merger, base: BaseModel, vocabulary: Vocabulary, name: str, quantization: str, file: Path
+) -> int:
     """Write `file`, with one tensor in memory at a time; return its bytes.
 
     Args:
         merged: Gives the weights, in float32.
         base: The base model, whose configuration and tokenizer the file holds.
+        vocabulary: The tokenizer's, in llama.cpp's terms.
         name: The model's.
         quantization: f16, q8_0 or q4_0.
         file: Where to write.
@@ -62,7 +66,7 @@ def write_gguf(merged: Merger, base: BaseModel, name: str, quantization: str, fi
     kind = GGUF_TYPES[config.model_type]
     writer = gguf.GGUFWriter(file, kind.architecture)
     describe(writer, config, kind, name, quantization)
-    describe_tokenizer(writer, vocabulary_of(base.tokenizer, config.vocab_size), base.tokenizer)
+    describe_tokenizer(writer, vocabulary, base.tokenizer)
     names = _names(merged.tensors, config)
     factors = frequency_factors(config)
     if factors is not None:

@@ -5,6 +5,7 @@ own under a known rule is fine, and a rule that is not known is refused: text wo
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,8 +53,13 @@ class Vocabulary:
     adds_bos: bool
 
 
-def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
-    """Describe `tokenizer` for a model with `size` embeddings.
+def vocabulary_of(tokenizer: Any, size: int, *, chat: bool = False) -> Vocabulary:
+    """Describe a tokenizer.
+
+    Args:
+        tokenizer: The model's.
+        size: How many embeddings the model has.
+        chat: Whether its prompts are written by the chat template.
 
     Raises:
         ConfigInvalid: llama.cpp would tokenize otherwise.
@@ -88,7 +94,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
         types=types,
         scores=scores,
         merges=() if pieces else tuple(" ".join(pair) for pair in merges),
-        adds_space=pieces and _adds_space(read),
+        adds_space=pieces and _adds_space(read, _written(tokenizer) if chat else ()),
         adds_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
     )
 
@@ -104,17 +110,11 @@ def check_chat(tokenizer: Any) -> None:
     backend = tokenizer.backend_tokenizer
     read = json.loads(backend.to_str())
     taking = [each["content"] for each in read["added_tokens"] if each["lstrip"] or each["rstrip"]]
-    if not taking or not tokenizer.chat_template:
+    if not taking:
         return
     read["added_tokens"] = [each | {"lstrip": False, "rstrip": False} for each in read["added_tokens"]]
-    leaving, encoder = Tokenizer.from_str(json.dumps(read)), Encoder(tokenizer, max_length=1)
-    asked: list[Message] = [{"role": "user", "content": "?"}]
-    said: list[Message] = [*asked, {"role": "assistant", "content": "Yes"}]
-    try:
-        texts = (encoder.template.prompt(ChatExample(asked)), encoder.template.whole(ChatExample(said)))
-    except TemplateError:
-        return
-    for text in texts:
+    leaving = Tokenizer.from_str(json.dumps(read))
+    for text in _written(tokenizer):
         if leaving.encode(text, add_special_tokens=False).ids != backend.encode(text, add_special_tokens=False).ids:
             token = next((each for each in taking if each in text), taking[0])
             raise ConfigInvalid(
@@ -173,8 +173,41 @@ def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [node] if node["type"] != "Sequence" else [each for part in parts for each in _steps(part)]
 
 
-def _adds_space(read: dict[str, Any]) -> bool:
-    """Return whether a space is put before a text: by the normalizer, or by the step that splits words."""
-    if any(each.get("prepend_scheme") in ("first", "always") for each in _steps(read["pre_tokenizer"])):
-        return True
-    return any(each["type"] == "Prepend" for each in _steps(read["normalizer"]))
+def _adds_space(read: dict[str, Any], prompts: Sequence[str]) -> bool:
+    """Return whether llama.cpp is to put a space before a text, and after each token that stands for no text.
+
+    It does both or neither. Tokenizers that split words at spaces (Metaspace) do it where no space is yet, or before
+    the text alone: what fits the prompts of the chat template is taken.
+
+    Raises:
+        ConfigInvalid: Neither does.
+    """
+    from tokenizers import Tokenizer
+
+    steps = _steps(read["pre_tokenizer"])
+    if not any(each["type"] == "Metaspace" for each in steps):
+        return any(each["type"] == "Prepend" for each in _steps(read["normalizer"]))
+    adds = any(each.get("prepend_scheme") in ("first", "always") for each in steps)
+    own = Tokenizer.from_str(json.dumps(read))
+    for way in (adds, not adds):
+        marks = [{"type": "Prepend", "prepend": "▁"}] if way else []
+        marks += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+        theirs = Tokenizer.from_str(
+            json.dumps(read | {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": marks}})
+        )
+        if all(
+            own.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
+            for text in prompts
+        ):
+            return way
+    raise ConfigInvalid("llama.cpp would put spaces elsewhere in the chat template's prompts than this tokenizer does")
+
+
+def _written(tokenizer: Any) -> tuple[str, ...]:
+    """Return conversations as the chat template writes them; none if it cannot."""
+    encoder = Encoder(tokenizer, max_length=1)
+    messages: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes"}]
+    try:
+        return encoder.template.prompt(ChatExample(messages[:1])), encoder.template.whole(ChatExample(messages))
+    except TemplateError:
+        return ()
