@@ -63,7 +63,7 @@ MISTRALS = (
 )
 
 
-def of_words(scheme: str, template: str) -> Any:
+def of_words(scheme: str, template: str | None) -> Any:
     """A BPE of pieces as Mistral's, which splits words at spaces."""
     from tokenizers import pre_tokenizers
 

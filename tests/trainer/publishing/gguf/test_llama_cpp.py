@@ -84,3 +84,13 @@ def test_it_puts_spaces_where_the_chat_templates_prompts_have_them(
         text = tokenizer.apply_chat_template(messages[:count], tokenize=False).removeprefix("<s>")
         found = server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         assert found == tokenizer(text)["input_ids"], text
+
+
+def test_it_puts_spaces_where_texts_with_the_markers_tokens_have_them(tmp_path: Path) -> None:
+    tokenizer = tokenizers.of_words("first", None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    tokenizer.save_pretrained(tmp_path / "words")
+    _, folder = exported_to_gguf("llama", "f16", tmp_path / "words", tmp_path)
+    text = "[INST] anna has bread, and? [/INST] anna"
+    question = {"content": text, "add_special": True, "parse_special": True}
+    assert LlamaCpp(folder / "model.gguf").ask("/tokenize", question)["tokens"] == tokenizer(text)["input_ids"]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.publishing.gguf import vocabulary
-from finetune_trainer.publishing.gguf.vocabulary import check_chat, vocabulary_of
+from finetune_trainer.publishing.gguf.vocabulary import check_spaces, sample_prompts, vocabulary_of
 from support.trainer import tokenizers
+from support.trainer.adapted import adapted_spec
+
+
+def prompts(tokenizer: Any, **dataset: Any) -> tuple[str, ...]:
+    return sample_prompts(adapted_spec(Path("/model"), dataset={"train": "file:///x.jsonl"} | dataset), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +127,9 @@ def test_a_token_that_takes_what_the_template_writes_beside_it_is_refused(
     tokenizer = tokenizers.of_bytes()
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|turn|>", special=True, **flags)]})
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
-    refused = pytest.raises(
-        ConfigInvalid, match=r"the token '<\|turn\|>' takes the spaces or line breaks that the chat"
-    )
+    refused = pytest.raises(ConfigInvalid, match=r"the token '<\|turn\|>' takes the spaces or line breaks beside it")
     with refused if told else nullcontext():
-        check_chat(tokenizer)
+        check_spaces(tokenizer, prompts(tokenizer))
 
 
 @pytest.mark.parametrize(("scheme", "template", "adds_space"), tokenizers.MISTRALS)
@@ -139,6 +143,16 @@ def test_spaces_are_put_where_the_chat_templates_prompts_have_them(
         with pytest.raises(
             ConfigInvalid, match=r"llama\.cpp would put spaces elsewhere in the chat template's prompts"
         ):
-            vocabulary_of(tokenizer, 400, chat=True)
+            vocabulary_of(tokenizer, 400, prompts(tokenizer))
     else:
-        assert vocabulary_of(tokenizer, 400, chat=True).adds_space == adds_space
+        assert vocabulary_of(tokenizer, 400, prompts(tokenizer)).adds_space == adds_space
+
+
+def test_spaces_in_texts_are_put_where_rows_with_the_markers_tokens_have_them() -> None:
+    tokenizer = tokenizers.of_words("first", None)
+    assert prompts(tokenizer, format="text") == ()
+    assert vocabulary_of(tokenizer, 400).adds_space
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    [text] = prompts(tokenizer, format="text")
+    assert text == "[INST] Is it so? [/INST] Yes"
+    assert not vocabulary_of(tokenizer, 400, [text]).adds_space

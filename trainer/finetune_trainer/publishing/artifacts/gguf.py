@@ -44,14 +44,14 @@ class GgufArtifact(Artifact):
         from finetune_trainer.data.prompt_form import trained_form
         from finetune_trainer.publishing.gguf.convert import write_gguf
         from finetune_trainer.publishing.gguf.modelfile import modelfile
-        from finetune_trainer.publishing.gguf.vocabulary import vocabulary_of
+        from finetune_trainer.publishing.gguf.vocabulary import sample_prompts, vocabulary_of
 
         base, quantization = trained.base, trained.spec.output.gguf.quantization
         tokenizer = base.tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         name = base.name.rstrip("/").rpartition("/")[2] + "-finetuned"
         chat = trained_form(trained.spec, Encoder(tokenizer, max_length=1)) == "chat"
-        vocabulary = vocabulary_of(tokenizer, base.config.vocab_size, chat=chat)
+        vocabulary = vocabulary_of(tokenizer, base.config.vocab_size, sample_prompts(trained.spec, tokenizer))
         size = write_gguf(_merger(trained), base, vocabulary, name, quantization, folder / _FILE)
         text = modelfile(tokenizer, _FILE, chat=chat, adds_bos=vocabulary.adds_bos)
         (folder / _MODELFILE).write_text(text, encoding="utf-8")

@@ -9,14 +9,12 @@ import structlog
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.data.encoding import Encoder
-from finetune_trainer.data.prompt_form import trained_form
 from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.gguf import GGUF_TYPES, gguf_problem
 from finetune_trainer.publishing.artifact import VerificationFailed
 from finetune_trainer.publishing.gguf.metadata import describe, describe_tokenizer, frequency_factors
-from finetune_trainer.publishing.gguf.vocabulary import Vocabulary, check_chat, vocabulary_of
+from finetune_trainer.publishing.gguf.vocabulary import Vocabulary, check_spaces, sample_prompts, vocabulary_of
 from finetune_trainer.publishing.merging import Merger, tensors_of
 
 log = structlog.get_logger(__name__)
@@ -37,10 +35,9 @@ def check_convertible(weights: Path, base: BaseModel, spec: FineTuneJobSpec) -> 
     """
     if problem := gguf_problem(base.config.to_dict(), spec.training.max_length):
         raise ConfigInvalid(problem)
-    chat = trained_form(spec, Encoder(base.tokenizer, max_length=1)) == "chat"
-    vocabulary_of(base.tokenizer, base.config.vocab_size, chat=chat)
-    if chat:
-        check_chat(base.tokenizer)
+    prompts = sample_prompts(spec, base.tokenizer)
+    vocabulary_of(base.tokenizer, base.config.vocab_size, prompts)
+    check_spaces(base.tokenizer, prompts)
     _names(tensors_of(weights), base.config)
 
 

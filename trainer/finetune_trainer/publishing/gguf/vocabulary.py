@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.jinja import TemplateError
+from finetune_trainer.data.prompt_form import trained_form
 from finetune_trainer.data.row_format import ChatExample, Message
 from finetune_trainer.errors import ConfigInvalid
 
@@ -53,13 +55,13 @@ class Vocabulary:
     adds_bos: bool
 
 
-def vocabulary_of(tokenizer: Any, size: int, *, chat: bool = False) -> Vocabulary:
+def vocabulary_of(tokenizer: Any, size: int, prompts: Sequence[str] = ()) -> Vocabulary:
     """Describe a tokenizer.
 
     Args:
         tokenizer: The model's.
         size: How many embeddings the model has.
-        chat: Whether its prompts are written by the chat template.
+        prompts: Some that must come out alike (sample_prompts).
 
     Raises:
         ConfigInvalid: llama.cpp would tokenize otherwise.
@@ -94,13 +96,31 @@ def vocabulary_of(tokenizer: Any, size: int, *, chat: bool = False) -> Vocabular
         types=types,
         scores=scores,
         merges=() if pieces else tuple(" ".join(pair) for pair in merges),
-        adds_space=pieces and _adds_space(read, _written(tokenizer) if chat else ()),
+        adds_space=pieces and _adds_space(read, prompts),
         adds_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
     )
 
 
-def check_chat(tokenizer: Any) -> None:
-    """Check that no token takes the spaces which the chat template writes beside it: llama.cpp would leave them there.
+def sample_prompts(spec: FineTuneJobSpec, tokenizer: Any) -> tuple[str, ...]:
+    """Return what the adapter is asked and answers: as the chat template writes it, or around the marker of answers.
+
+    Of texts without tokens of their own around a question there is none: nothing is known of them.
+    """
+    encoder = Encoder(tokenizer, max_length=1)
+    messages: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes"}]
+    if trained_form(spec, encoder) == "chat":
+        try:
+            return encoder.template.prompt(ChatExample(messages[:1])), encoder.template.whole(ChatExample(messages))
+        except TemplateError:
+            return ()
+    marker = spec.evaluation.generation.answer_marker
+    opening = marker.replace("/", "", 1)
+    is_known = {opening, marker} <= tokenizer.get_added_vocab().keys()
+    return (f"{opening} Is it so? {marker} Yes",) if is_known else ()
+
+
+def check_spaces(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Check that no token takes spaces that stand beside it in a prompt: llama.cpp would leave them there.
 
     Raises:
         ConfigInvalid: One does.
@@ -114,12 +134,12 @@ def check_chat(tokenizer: Any) -> None:
         return
     read["added_tokens"] = [each | {"lstrip": False, "rstrip": False} for each in read["added_tokens"]]
     leaving = Tokenizer.from_str(json.dumps(read))
-    for text in _written(tokenizer):
+    for text in prompts:
         if leaving.encode(text, add_special_tokens=False).ids != backend.encode(text, add_special_tokens=False).ids:
             token = next((each for each in taking if each in text), taking[0])
             raise ConfigInvalid(
-                f"the token {token!r:.80} takes the spaces or line breaks that the chat template writes beside it, and"
-                " llama.cpp leaves them there"
+                f"the token {token!r:.80} takes the spaces or line breaks beside it in a prompt, and llama.cpp leaves"
+                " them there"
             )
 
 
@@ -177,7 +197,7 @@ def _adds_space(read: dict[str, Any], prompts: Sequence[str]) -> bool:
     """Return whether llama.cpp is to put a space before a text, and after each token that stands for no text.
 
     It does both or neither. Tokenizers that split words at spaces (Metaspace) do it where no space is yet, or before
-    the text alone: what fits the prompts of the chat template is taken.
+    the text alone: what fits the prompts is taken.
 
     Raises:
         ConfigInvalid: Neither does.
@@ -190,7 +210,7 @@ def _adds_space(read: dict[str, Any], prompts: Sequence[str]) -> bool:
     adds = any(each.get("prepend_scheme") in ("first", "always") for each in steps)
     own = Tokenizer.from_str(json.dumps(read))
     for way in (adds, not adds):
-        marks = [{"type": "Prepend", "prepend": "▁"}] if way else []
+        marks: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if way else []
         marks += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
         theirs = Tokenizer.from_str(
             json.dumps(read | {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": marks}})
@@ -201,13 +221,3 @@ def _adds_space(read: dict[str, Any], prompts: Sequence[str]) -> bool:
         ):
             return way
     raise ConfigInvalid("llama.cpp would put spaces elsewhere in the chat template's prompts than this tokenizer does")
-
-
-def _written(tokenizer: Any) -> tuple[str, ...]:
-    """Return conversations as the chat template writes them; none if it cannot."""
-    encoder = Encoder(tokenizer, max_length=1)
-    messages: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes"}]
-    try:
-        return encoder.template.prompt(ChatExample(messages[:1])), encoder.template.whole(ChatExample(messages))
-    except TemplateError:
-        return ()
