@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainer import redact
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import StoreAccessDenied, StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.oci import credentials as registry_settings
@@ -243,6 +244,7 @@ def test_a_private_authority_is_trusted_where_the_secret_has_its_certificate(pri
 def test_a_registry_without_tls_needs_the_setting(standin: Registry, tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="REGISTRY_PLAIN_HTTP=true for a registry without TLS"):
         open_image(standin, "team/nli:v1", tmp_path, REGISTRY_PLAIN_HTTP="false").list()
+    assert redact.redacted("it is false") == "it is false"
     assert open_image(standin, "team/nli:v1", tmp_path, REGISTRY_PLAIN_HTTP="True").list() == []
 
 

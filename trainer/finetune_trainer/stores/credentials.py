@@ -25,6 +25,8 @@ _HEADER_KEYS: Final = (
 )
 #: Keys of a Secret whose values messages may show, for they say where something is and not who asks.
 _PUBLIC: Final = re.compile(r".*(_REGION|_ENDPOINT|_ENDPOINT_URL|_ENDPOINT_URL_S3|_URI|_URL|_NAME|_USERNAME|_BUNDLE)")
+#: Values of settings that are no secrets: to hide them would take words out of sentences.
+_WORDS: Final = ("true", "false")
 _ENV_NAME: Final = re.compile(r"^[A-Z][A-Z0-9_]*$")
 _MAX_BYTES: Final = 64 * 1024
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?|[0-9A-Fa-f:.]+")
@@ -51,8 +53,9 @@ class Credentials:
         folder = Path(secrets_dir or env.get(constants.ENV_SECRETS_DIR) or constants.SECRETS_DIR) / role
         secret = _read_secret(folder)
         for key in (*secret, *(key for key in _HEADER_KEYS if key in env)):
-            if not _PUBLIC.fullmatch(key):
-                redact.remember(secret.get(key) or env[key])
+            value = secret.get(key) or env[key]
+            if not _PUBLIC.fullmatch(key) and value.lower() not in _WORDS:
+                redact.remember(value)
         inherited = dict(env)
         if any(key in secret for key in _AWS_IDENTITY[:2]):
             for key in _AWS_IDENTITY:
