@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 STDIN_NAME = "<stdin>"
+#: How files of rows are called, which are taken for manifests now and then.
+_ROWS = (".jsonl", ".ndjson", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Source:
 
 def read(name: str) -> Source:
     """Read a file, or stdin for "-". Raises CliError."""
+    if name.endswith(_ROWS):
+        raise CliError(
+            f"{name}: holds rows, and is no manifest", hint=f"finetune init --data {name} writes one for them"
+        )
     try:
         if name == STDIN:
             return Source(STDIN_NAME, sys.stdin.buffer.read().decode("utf-8"), Path.cwd())

@@ -138,6 +138,11 @@ def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
 
 def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:
     """Return the manifest that was found at `address` and its bytes. Raises CliError if it is none to read."""
+    if found is None and address.startswith("file://") and not Path(address.removeprefix("file://")).exists():
+        raise CliError(
+            f"there is no folder {address.removeprefix('file://')}",
+            hint="finetune list shows the jobs of a cluster; an adapter's place is a folder, s3:// or file://",
+        )
     if found is None:
         raise CliError(
             f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"

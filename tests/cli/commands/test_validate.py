@@ -262,6 +262,10 @@ def test_text_in_the_place_of_a_number_is_told_what_to_write(folder, line, says)
     assert says in validate(folder, "text.yaml").stderr
 
 
+def test_rows_in_the_place_of_a_manifest_are_recognized(folder):
+    assert "rows.jsonl: holds rows, and is no manifest (finetune init --data" in validate(folder, "rows.jsonl").stderr
+
+
 def test_a_kustomization_is_recognized(folder):
     (folder / "kustomization.yaml").write_text("resources: [../base]\n")
     said = validate(folder, "kustomization.yaml").stderr
