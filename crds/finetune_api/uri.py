@@ -126,6 +126,8 @@ def _no_uri(value: str, hub: bool) -> str:
 
 
 def _wrong_rest(scheme: str, rest: str) -> str:
+    if scheme == "file" and rest.startswith("./"):  # resolved before, where it is read
+        return "file://./… is for finetune run: a cluster cannot see this machine's files"
     if scheme == "file" and not rest.startswith("/"):
         return "file:// takes an absolute path (file:///…), or file://./… for this manifest's folder"
     if scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", rest.partition("/")[0]):

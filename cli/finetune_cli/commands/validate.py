@@ -108,7 +108,7 @@ def validate(
         )
     if not tally.valid and not tally.sweeps:
         raise CliError("nothing to check: there is no FineTuneJob in what was given")
-    where = "" if not tally.local else " for finetune run"
+    where = " for finetune run" if len(tally.local) == len(tally.valid) else ""
     for names, kind in (
         (tally.valid, f"FineTuneJob{'' if len(tally.valid) == 1 else 's'} valid{where}"),
         (tally.sweeps, f"FineTuneSweep{'' if len(tally.sweeps) == 1 else 's'} valid"),

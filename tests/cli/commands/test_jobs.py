@@ -188,6 +188,15 @@ def test_a_hint_names_the_namespace_that_was_asked_for(ctl, put, command, namesp
     assert re.search(rf"hint:  finetune (watch|status) nli -n {namespace}\n", result.stderr), result.stderr
 
 
+def test_what_only_this_machine_reads_is_not_submitted(ctl, tmp_path):
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("s3://data/nli/train.jsonl", "file://./train.jsonl"))
+    result = ctl("submit", str(tmp_path / "job.yaml"))
+    assert result.returncode == 1
+    assert "file://./… is for finetune run: a cluster cannot see this machine's files" in result.stderr.replace(
+        "\n", " "
+    )
+
+
 def test_to_suspend_or_to_resume_twice_says_so(ctl, put, namespace):
     put(states.job("nli"))
     assert f"nli is not suspended in namespace {namespace}" in ctl("resume", "nli").stdout
