@@ -168,7 +168,7 @@ class SweepWorld:
 
     def job_name(self, trial: str) -> str:
         """Name of the job that holds a trial: its own once it has one, else a pack."""
-        packs = (name for name, job in self.jobs.items() if trial in _packed(job))
+        packs = (name for name, job in self.jobs.items() if trial in packed(job))
         return f"nli-{trial}" if f"nli-{trial}" in self.jobs else next(packs, f"nli-{trial}")
 
     def is_over(self, trial: str) -> bool:
@@ -181,8 +181,8 @@ class SweepWorld:
 
     def live(self) -> list[str]:
         """Trials that have a job, have not ended, and whose pod may run."""
-        own = [name.removeprefix("nli-") for name, job in self.jobs.items() if not _packed(job)]
-        named = [*own, *(trial for job in self.jobs.values() for trial in _packed(job) if trial not in own)]
+        own = [name.removeprefix("nli-") for name, job in self.jobs.items() if not packed(job)]
+        named = [*own, *(trial for job in self.jobs.values() for trial in packed(job) if trial not in own)]
         return [name for name in named if not self.is_over(name) and not self.job(name)["spec"].get("suspend")]
 
     def training(self) -> int:
@@ -194,7 +194,7 @@ class SweepWorld:
         """A trial's pods run, and its trainer says how far it is."""
         job, progress = self.job(trial), {"step": step, "evalLoss": eval_loss}
         progress = {key: value for key, value in progress.items() if value is not None}
-        if _packed(job):
+        if packed(job):
             self._tell(job, trial, phase="Running", **progress)
             progress = {"step": step}
         job["status"] = (job.get("status") or {}) | {"phase": "Training", "progress": progress}
@@ -212,7 +212,7 @@ class SweepWorld:
 
     def succeeds(self, trial: str, **metrics: float) -> None:
         job = self.job(trial)
-        if _packed(job):
+        if packed(job):
             self._tell(job, trial, phase="Succeeded", value=metrics.get("evalLoss"))
             self._ends_if_done(job)
             return
@@ -224,7 +224,7 @@ class SweepWorld:
 
     def fails(self, trial: str, reason: str = "Diverged", phase: str = "Failed") -> None:
         job = self.job(trial)
-        if not _packed(job):
+        if not packed(job):
             self.ends(job, reason)
             return
         self._tell(job, trial, phase=phase, reason=reason)
@@ -244,7 +244,7 @@ class SweepWorld:
         """The trainer of a pack reports a trial."""
         status = job.setdefault("status", {})
         rows = {each["name"]: each for each in status.get("trials", [])}
-        rows = {name: rows.get(name, {"name": name, "phase": "Pending"}) for name in _packed(job)}
+        rows = {name: rows.get(name, {"name": name, "phase": "Pending"}) for name in packed(job)}
         rows[trial] |= {key: value for key, value in row.items() if value is not None}
         status |= {"phase": "Training", "trials": list(rows.values())}
         status.setdefault("conditions", [_condition("Succeeded", "Unknown", "Training")])
@@ -269,7 +269,8 @@ class SweepWorld:
         return next((c for c in self.status.get("conditions", []) if c["type"] == kind), {})
 
 
-def _packed(job: Object) -> list[str]:
+def packed(job: Object) -> list[str]:
+    """Names of the trials that share a job; none of a job of one trial."""
     return [trial["name"] for trial in job["spec"].get("pack", {}).get("trials", [])]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from support.common.machines import stories
-from support.simulation.sweep_world import SMALL_STEPS, TEMPLATE, SweepWorld
+from support.simulation.sweep_world import SMALL_STEPS, TEMPLATE, SweepWorld, packed
 from support.simulation.world import is_empty
 
 TRIALS = [{"name": name, "values": {"training.seed": number}} for number, name in enumerate("abcdef")]
@@ -17,17 +17,18 @@ ENDED = ("Stopped", "Succeeded", "Failed")
 class Life(RuleBasedStateMachine):
     """One sweep of six trials, from creation to whatever comes of it."""
 
+    TEMPLATE = TEMPLATE
+
     @initialize(
         parallelism=st.integers(1, 6),
         halving=st.sampled_from([None, {"rungs": [250, 500], "reductionFactor": 2}]),
         deadline=st.sampled_from([None, None, 300]),
         ttl=st.sampled_from([None, 60]),
-        template=st.sampled_from([TEMPLATE, SMALL_STEPS]),
     )
-    def create(self, parallelism: int, halving: Any, deadline: Any, ttl: Any, template: Any) -> None:
+    def create(self, parallelism: int, halving: Any, deadline: Any, ttl: Any) -> None:
         optional = {"earlyStopping": halving, "activeDeadlineSeconds": deadline, "ttlSecondsAfterFinished": ttl}
         given = {name: value for name, value in optional.items() if value is not None}
-        self.world = SweepWorld(trials=TRIALS, parallelism=parallelism, template=template, **given)
+        self.world = SweepWorld(trials=TRIALS, parallelism=parallelism, template=self.TEMPLATE, **given)
         self.most, self.deleted, self.published = parallelism, set[str](), set[str]()
         self.ended: dict[str, str] = {}
         self.outcome = "Unknown"
@@ -49,30 +50,17 @@ class Life(RuleBasedStateMachine):
         if live := self.world.live():
             self.world.trains(data.draw(st.sampled_from(live)), step, loss)
 
-    @rule(data=st.data(), loss=st.sampled_from([0.1, 0.2, None]))
-    def end(self, data: st.DataObject, loss: float | None) -> None:
+    @rule(data=st.data(), how=st.sampled_from([0.1, 0.2, "Diverged"]))
+    def end(self, data: st.DataObject, how: float | str) -> None:
         if live := self.world.live():
-            name = data.draw(st.sampled_from(live))
-            if loss is None:
-                self.world.fails(name, data.draw(st.sampled_from(["Diverged", "NotPackable", "Error"])))
-            else:
-                self.world.succeeds(name, evalLoss=loss)
-                self.published.add(name)
+            self.ends(data.draw(st.sampled_from(live)), how)
 
-    @rule(data=st.data(), reason=st.sampled_from(["OOMKilled", "TrainerCrashed", "PolicyRefused"]))
-    def break_a_pack(self, data: st.DataObject, reason: str) -> None:
-        """The process of several trials ends for good before they do."""
-        if packs := self._running_packs():
-            self.world.ends(self.world.jobs[data.draw(st.sampled_from(packs))], reason)
-
-    @rule(data=st.data())
-    def halve_in_a_pack(self, data: st.DataObject) -> None:
-        names = [name for name in self.world.live() if self.world.job_name(name) in self._running_packs()]
-        if names:
-            self.world.fails(data.draw(st.sampled_from(names)), "Outperformed", "Stopped")
-
-    def _running_packs(self) -> list[str]:
-        return sorted({name for each in self.world.live() if "pack" in (name := self.world.job_name(each))})
+    def ends(self, name: str, how: float | str) -> None:
+        if isinstance(how, str):
+            self.world.fails(name, how)
+        else:
+            self.world.succeeds(name, evalLoss=how)
+            self.published.add(name)
 
     @rule(data=st.data())
     def save_a_checkpoint(self, data: st.DataObject) -> None:
@@ -109,6 +97,14 @@ class Life(RuleBasedStateMachine):
         again = [name for name in self.world.created if name not in self.deleted or "pack" not in name]
         assert len(set(again)) == len(again)
         assert self.world.training() <= self.most or self.deleted
+
+    @invariant()
+    def no_trial_runs_in_two_jobs(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        running = [job for job in self.world.jobs.values() if not self._is_over(job)]
+        names = [name for job in running for name in packed(job) or [job["metadata"]["name"].removeprefix("nli-")]]
+        assert len(set(names)) == len(names), names
 
     @invariant()
     def what_has_ended_stays_so(self) -> None:
@@ -152,10 +148,50 @@ class Life(RuleBasedStateMachine):
             assert not lost or self.deleted, lost
 
 
+class PackedLife(Life):
+    """The same where trials share their jobs."""
+
+    TEMPLATE = SMALL_STEPS
+
+    @rule(data=st.data(), reason=st.sampled_from(["OOMKilled", "TrainerCrashed", "PolicyRefused"]))
+    def break_a_pack(self, data: st.DataObject, reason: str) -> None:
+        """The process of several trials ends for good before they do."""
+        if packs := self._running_packs():
+            self.world.ends(self.world.jobs[data.draw(st.sampled_from(packs))], reason)
+
+    @rule(data=st.data(), how=st.sampled_from([0.3, "Diverged", "NotPackable", "Error", "Outperformed"]))
+    def end_in_a_pack(self, data: st.DataObject, how: float | str) -> None:
+        names = [name for name in self.world.live() if self.world.job_name(name) in self._running_packs()]
+        if not names:
+            return
+        name = data.draw(st.sampled_from(names))
+        if how == "Outperformed":
+            self.world.fails(name, how, "Stopped")
+        else:
+            self.ends(name, how)
+
+    @rule(before=st.sampled_from([None, 1, 2]))
+    def plan_twice(self, before: int | None) -> None:
+        self.world.reconcile(before)
+        self.world.reconcile()
+
+    def _running_packs(self) -> list[str]:
+        return sorted({name for each in self.world.live() if "pack" in (name := self.world.job_name(each))})
+
+
 class TestLife(Life.TestCase):
-    settings = stories(60)
+    settings = stories(50)
+
+
+class TestPackedLife(PackedLife.TestCase):
+    settings = stories(30)
 
 
 @pytest.mark.nightly
 class TestLifeAllNight(Life.TestCase):
     settings = stories(150)
+
+
+@pytest.mark.nightly
+class TestPackedLifeAllNight(PackedLife.TestCase):
+    settings = stories(300)
