@@ -140,7 +140,7 @@ def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[S
     """Return the manifest that was found at `address` and its bytes. Raises CliError if it is none to read."""
     if found is None and address.startswith("file://") and not Path(address.removeprefix("file://")).exists():
         raise CliError(
-            f"there is no folder {address.removeprefix('file://')}",
+            f"no complete adapter at {address}: there is no such folder",
             hint="finetune list shows the jobs of a cluster; an adapter's place is a folder, s3:// or file://",
         )
     if found is None:
