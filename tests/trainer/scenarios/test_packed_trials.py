@@ -201,6 +201,25 @@ def test_killed_at_random_moments_it_goes_on(
     _goes_on(unbroken, tmp_path, tiny_model, kill, moments, halved)
 
 
+@pytest.mark.nightly
+def test_in_a_pod_the_next_attempt_keeps_what_is_published_even_where_it_may_overwrite(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    sweep = _sweep(tmp_path, tiny_model, {"output.overwrite": True})
+    data = yaml.safe_load(sweep.read_text())
+    data["metadata"]["uid"] = "u-1"
+    sweep.write_text(yaml.safe_dump(data))
+    made = []
+    for _ in range(2):
+        finished = train(sweep, tmp_path)
+        assert finished.exit_code == 0, finished.log
+        made.append([(tmp_path / "out" / name / "manifest.json").read_bytes() for name in TRIALS])
+    assert made[0] == made[1]
+    told = json.loads((tmp_path / "termination.json").read_text())
+    assert [row["phase"] for row in told["trials"]] == ["Succeeded"] * len(TRIALS)
+    assert not (tmp_path / "termination.json.plain").exists(), "nobody reads it there"
+
+
 def test_trials_that_cannot_share_a_process_are_refused_with_the_field(tiny_model: Path, tmp_path: Path) -> None:
     finished = train(_sweep(tmp_path, tiny_model, {"lora.dora": True}), tmp_path)
     assert finished.exit_code == ExitCode.CONFIG_INVALID
