@@ -23,7 +23,8 @@ from finetune_cli.options import (
 from finetune_cli.output import console
 
 if TYPE_CHECKING:
-    from finetune_cli.kube.client import Cluster, Object
+    from finetune_cli.kube.client import Cluster
+    from finetune_cli.kube.objects import Object
     from finetune_cli.output.job_view import View
 
 LOG_FILE = f"{constants.TRAINING_DIR}/log.txt"
@@ -60,7 +61,7 @@ def logs(
         finetune logs nli --attempt 1 --tail 20
         finetune logs nli --raw | jq .event
     """
-    from finetune_cli.kube import client
+    from finetune_cli.kube import objects
     from finetune_cli.kube.connect import connect
     from finetune_cli.output.job_view import View
 
@@ -70,7 +71,7 @@ def logs(
         with insistent_interrupts():
             _follow(cluster, name, tail=tail, raw=raw)
         return
-    pods = [pod for pod in cluster.pods(name) if attempt is None or client.attempt_of(pod) == attempt]
+    pods = [pod for pod in cluster.pods(name) if attempt is None or objects.attempt_of(pod) == attempt]
     if pods and _has_started(pods[0]):
         _print(cluster.log(pods[0]["metadata"]["name"], tail=tail), raw=raw)
         return

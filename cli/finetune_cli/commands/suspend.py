@@ -17,7 +17,7 @@ from finetune_cli.options import (
 from finetune_cli.output import console
 
 if TYPE_CHECKING:
-    from finetune_cli.kube.client import Object
+    from finetune_cli.kube.objects import Object
 
 
 def suspend(

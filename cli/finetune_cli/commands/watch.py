@@ -28,7 +28,8 @@ from finetune_cli.output import console, formatting
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from finetune_cli.kube.client import Cluster, Object
+    from finetune_cli.kube.client import Cluster
+    from finetune_cli.kube.objects import Object
     from finetune_cli.output.job_view import View
     from finetune_cli.output.sweep_page import SweepView
 

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -16,8 +15,7 @@ from finetune_api import answers, constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube import reading
 from finetune_cli.kube.errors import explained
-
-Object = dict[str, Any]
+from finetune_cli.kube.objects import Object, attempt_of, fault_of, index_of, read_job, read_object
 
 #: Server-side apply remembers under this name what `finetune submit` has set.
 FIELD_MANAGER = "finetune-cli"
@@ -70,7 +68,7 @@ class Cluster:
             answer = self._custom().get_namespaced_custom_object(
                 *self._place(kind), name, _preload_content=False, _request_timeout=self.timeout
             )
-            return _job(answers.read_object(reading.body(answer))[0])
+            return read_job(answers.read_object(reading.body(answer))[0])
 
     def jobs(
         self, *, everywhere: bool = False, selector: str | None = None, kind: str = constants.KIND
@@ -85,7 +83,7 @@ class Cluster:
             else:
                 found = self._custom().list_namespaced_custom_object(group, version, namespace, plural, **options)
             listing = answers.read_list(reading.body(found, reading.MAX_LIST))
-            jobs = [item for item in listing.items if not _fault(item)]
+            jobs = [item for item in listing.items if not fault_of(item)]
             return answers.Listing(listing.head, jobs, lost=listing.lost + len(listing.items) - len(jobs))
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
@@ -106,7 +104,7 @@ class Cluster:
                 _preload_content=False,
                 **options,
             )
-            return _job(json.loads(reading.body(answer))), answer.status == HTTPStatus.CREATED
+            return read_job(json.loads(reading.body(answer))), answer.status == HTTPStatus.CREATED
 
     def patch(self, name: str, change: Object, kind: str = constants.KIND) -> Object:
         """Merge `change` into a FineTuneJob, or a FineTuneSweep."""
@@ -120,7 +118,7 @@ class Cluster:
                 _request_timeout=self.timeout,
                 _preload_content=False,
             )
-            return _job(answers.read_object(reading.body(answer))[0])
+            return read_job(answers.read_object(reading.body(answer))[0])
 
     def delete(self, name: str, kind: str = constants.KIND) -> None:
         """Delete a FineTuneJob, or a FineTuneSweep; what it owns follows in the background."""
@@ -190,7 +188,7 @@ class Cluster:
                 )
                 for event in reading.events(answer):
                     if event["type"] in ("ADDED", "MODIFIED"):
-                        _job(event["object"])
+                        read_job(event["object"])
                     yield event
             except ApiException as error:
                 # Too old a version: the caller reads the job again and goes on from there.
@@ -208,8 +206,8 @@ class Cluster:
                 _preload_content=False,
                 _request_timeout=self.timeout,
             )
-            items = [_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
-        return sorted(items, key=lambda pod: (-attempt_of(pod), _index_of(pod), pod["metadata"]["name"]))
+            items = [read_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
+        return sorted(items, key=lambda pod: (-attempt_of(pod), index_of(pod), pod["metadata"]["name"]))
 
     def deployments(self, selector: str, namespace: str) -> list[Object]:
         """Deployments with these labels, of a namespace or, if it is empty, of all."""
@@ -221,7 +219,7 @@ class Cluster:
                 answer = apps.list_namespaced_deployment(namespace, label_selector=selector, **options)
             else:
                 answer = apps.list_deployment_for_all_namespaces(label_selector=selector, **options)
-            return [_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
+            return [read_object(item) for item in answers.read_list(reading.body(answer, reading.MAX_LIST)).items]
 
     def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Lines of the trainer's log."""
@@ -250,48 +248,7 @@ class Cluster:
         return constants.GROUP, constants.VERSION, self.namespace, plural
 
 
-def _object(found: Any) -> Object:
-    """Return what an API server stores. Raises ValueError for what none does: a proxy, or another program, says it."""
-    metadata = found.get("metadata") if isinstance(found, dict) else None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
-        raise ValueError("it is no object with a name")
-    if not isinstance(metadata.get("labels") or {}, dict):
-        raise ValueError("its labels are none")
-    return dict(found)
-
-
-def _job(found: Any) -> Object:
-    """Return a FineTuneJob, as far as everything here takes it for granted. Raises ValueError if it is none."""
-    job = _object(found)
-    if not isinstance(job["metadata"].get("namespace"), str):
-        raise ValueError("it is no object in a namespace")
-    datetime.fromisoformat(str(job["metadata"].get("creationTimestamp") or "2000-01-01"))
-    if not all(isinstance(job.get(part) or {}, dict) for part in ("spec", "status")):
-        raise ValueError("its spec or its status is no object")
-    return job
-
-
-def _fault(found: Any) -> str:
-    """Return why `found` is no FineTuneJob, or ''."""
-    try:
-        _job(found)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _watch_seconds(deadline: float | None, poll: bool) -> int:
     """How long the next watch may last; 0 or less once the deadline has passed."""
     longest = POLL_SECONDS if poll else WATCH_SECONDS
     return longest if deadline is None else min(longest, math.ceil(deadline - time.monotonic()))
-
-
-def attempt_of(pod: Object) -> int:
-    """Return the attempt a pod belongs to; 0 when it does not say."""
-    label = str((pod["metadata"].get("labels") or {}).get(constants.LABEL_ATTEMPT, ""))
-    return int(label) if label.isdigit() else 0
-
-
-def _index_of(pod: Object) -> int:
-    label = str((pod["metadata"].get("labels") or {}).get("batch.kubernetes.io/job-completion-index", "0"))
-    return int(label) if label.isdigit() else 0

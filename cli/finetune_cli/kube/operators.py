@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
-    from finetune_cli.kube.client import Cluster, Object
+    from finetune_cli.kube.client import Cluster
+    from finetune_cli.kube.objects import Object
 
 #: What the chart puts on the operator's Deployment, whatever its name.
 SELECTOR = "app.kubernetes.io/part-of=finetune-operator,app.kubernetes.io/component=operator"
