@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
     from finetune_api.spec_pack import Halving
     from finetune_cli.forecast import Forecast
+    from finetune_cli.price import Price
 
 #: Of every job: the image is there, the weights are cached; loading, compiling, publishing and verifying.
 START_SECONDS = 90
@@ -43,7 +44,7 @@ class Cost:
 
     time: Duration
     gpus: int
-    price: float | None
+    price: Price | None
 
     @property
     def gpu_hours(self) -> float:
@@ -53,13 +54,13 @@ class Cost:
     @property
     def money(self) -> float | None:
         """In the price's currency."""
-        return None if self.price is None else self.gpu_hours * self.price
+        return None if self.price is None else self.gpu_hours * self.price.amount
 
     @property
     def sentence(self) -> str:
         """Time, GPU-hours and money in words."""
         gpu_hours = f"{formatting.number(round(self.gpu_hours, 2))} GPU-hours"
-        money = "" if self.money is None else f", {self.money:,.2f} at {self.price:,.2f} each"
+        money = f", {self.price.shown(self.gpu_hours)} at {self.price.amount:,.2f} each" if self.price else ""
         return f"about {formatting.duration(self.time.seconds)}, {gpu_hours}{money}"
 
 

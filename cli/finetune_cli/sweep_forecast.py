@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
     from finetune_api.sweep import FineTuneSweep
     from finetune_api.sweep_trials import PlannedTrial
+    from finetune_cli.price import Price, PriceOf
 
 #: Fields that change nothing about memory: trials that differ only in them are predicted once.
 _WITHOUT_WEIGHT = (
@@ -46,7 +47,7 @@ class Time:
     gpu: str | None = None
     hours: float | None = None
     rows: int | None = None
-    price: float | None = None
+    price: PriceOf | None = None
 
     def of(self, job: FineTuneJob, memory: Forecast | None) -> Duration | str:
         """Return how long a trial takes, or why that cannot be told."""
@@ -73,7 +74,7 @@ class SweepPlan:
     """How long each trial takes alone, or why that cannot be told."""
     held: list[HolderPlan]
     """The FineTuneJobs that its trials are put into."""
-    price: float | None
+    price: Price | None
     """Of one hour of one GPU."""
 
     @property
@@ -153,7 +154,7 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, tim
             takes = pack_forecast.time_of(together, [times[each] for each in mine], single, memory, places, gpu)
             holder = replace(holder, at_once=places)
         held.append(HolderPlan(holder, gpus_of(jobs[mine[0]]), memory, takes))
-    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, held, time.price)
+    return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, held, time.price and time.price(jobs[0]))
 
 
 def _weight(job: FineTuneJob) -> str:
@@ -224,11 +225,12 @@ def _data(made: SweepPlan) -> dict[str, Any]:
         "gpuHoursWithEarlyStopping": total.about if isinstance(total, Hours) else None,
         "cost": _cost(total.gpu_hours, made.price) if isinstance(total, Hours) else None,
         "costWithEarlyStopping": _cost(total.about, made.price) if isinstance(total, Hours) else None,
+        "currency": made.price and (made.price.currency or None),
     }
 
 
-def _cost(gpu_hours: float | None, price: float | None) -> float | None:
-    return None if gpu_hours is None or price is None else gpu_hours * price
+def _cost(gpu_hours: float | None, price: Price | None) -> float | None:
+    return None if gpu_hours is None or price is None else gpu_hours * price.amount
 
 
 def _page(made: SweepPlan) -> None:
@@ -261,10 +263,10 @@ def _page(made: SweepPlan) -> None:
         about = f", about {formatting.number(total.about)} with early stopping" if total.about is not None else ""
         time = formatting.duration(total.hours * 3600)
         screen.print(Text(f"{most}{time} and {formatting.number(total.gpu_hours)} GPU-hours{about}"))
-        if (cost := _cost(total.gpu_hours, made.price)) is not None:
-            less = _cost(total.about, made.price)
-            about = f", about {less:,.2f} with early stopping" if less is not None else ""
-            screen.print(Text(f"{most}{cost:,.2f} at {made.price:,.2f} for a GPU-hour{about}"))
+        if made.price:
+            less = f", about {made.price.shown(total.about)} with early stopping" if total.about is not None else ""
+            hour = f"{made.price.amount:,.2f} for a GPU-hour"
+            screen.print(Text(f"{most}{made.price.shown(total.gpu_hours)} at {hour}{less}"))
     else:
         all_gpus = sum(held.gpus for held in made.held)
         rate = f"{most}{all_gpus} GPU-hours for each hour that a {'job' if packs else 'trial'} takes"

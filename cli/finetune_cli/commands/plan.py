@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune_cli import price as prices
 from finetune_cli.errors import CliError, Exit
-from finetune_cli.options import ManifestFile, Output, Overrides
+from finetune_cli.options import Context, Kubeconfig, ManifestFile, Namespace, Output, Overrides
 from finetune_cli.output import console, formatting
 
 if TYPE_CHECKING:
@@ -99,13 +100,12 @@ def plan(
         typer.Option("--gpu", metavar="NAME", help="The GPU, such as H100 or L4: will it fit, how long will it take?"),
     ] = None,
     price: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--price",
-            metavar="PRICE",
-            min=0,
-            max=1e6,
-            help="Of one hour of one GPU, in any currency: what will it cost?",
+            metavar="PRICE|cluster",
+            parser=prices.parse,
+            help="Of one hour of one GPU, or 'cluster' for the administrator's: what will it cost?",
         ),
     ] = None,
     rows: Annotated[
@@ -124,6 +124,9 @@ def plan(
     ] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out the values that are defaults.")] = False,
     output: Output = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
     """Show what a manifest comes to: whether it fits, the batch, every value and its origin; of a sweep, every trial.
 
@@ -136,11 +139,13 @@ def plan(
     The time is for rows of training.maxLength tokens and without evaluations, by what an H100 and an H200 were measured
     to do; other GPUs are scaled by their makers' figures. The GPU is --gpu, or what resources.nodeSelector names in
     nvidia.com/gpu.product. Steps are training.maxSteps, or follow from --rows, or the rows of a local file of JSON
-    lines.
+    lines. --price cluster takes what the operator's chart says (costs.gpuPrices), if you may read its Deployment; no
+    other option asks the cluster.
 
     Examples:
         finetune plan job.yaml
         finetune plan job.yaml --gpu h100 --price 2.5 --rows 50000
+        finetune plan job.yaml --gpu h100 --price cluster
         finetune plan job.yaml --changed
         finetune plan job.yaml --set training.batchSize=64
         finetune plan job.yaml --gpu-memory 24Gi
@@ -160,11 +165,12 @@ def plan(
     from finetune_cli.manifests import refused, the_job
 
     room = memory.parse_size(gpu_memory) if gpu_memory else duration.memory_of(gpu) if gpu else None
+    paid = prices.asked(price, gpu, namespace, context, kubeconfig)
     source, document = the_job(file, or_sweep=True)
     if document.is_sweep:
         from finetune_cli.sweep_forecast import Time, plan_sweep
 
-        said = Time(gpu, trial_hours, rows, price)
+        said = Time(gpu, trial_hours, rows, paid)
         plan_sweep(document, source.base, overrides or (), room, model_config, said, output)
         return
     if trial_hours is not None:
@@ -177,7 +183,7 @@ def plan(
     forecast = memory.forecast(job, room, model_config)
     time = duration.predict(job, forecast, duration.gpu_of(job, gpu), rows)
     gpus = max(1, job.spec.resources.nodes * job.spec.resources.gpus_per_node)
-    cost = None if isinstance(time, str) else duration.Cost(time, gpus, price)
+    cost = None if isinstance(time, str) else duration.Cost(time, gpus, paid and paid(job))
     if output:
         console.structured(
             {
@@ -188,6 +194,7 @@ def plan(
                 "time": cost and asdict(cost.time) | {"seconds": cost.time.seconds},
                 "gpuHours": cost and cost.gpu_hours,
                 "cost": cost and cost.money,
+                "currency": cost and cost.price and (cost.price.currency or None),
             },
             output,
         )

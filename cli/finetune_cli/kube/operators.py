@@ -1,4 +1,4 @@
-"""Why nobody picks a job up: which namespaces the operators of a cluster watch, as far as the user may read it."""
+"""The operators of a cluster, as far as the user may read them: what they watch, and so why nobody picks a job up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.plain_text import one_line
 from finetune_cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 #: What the chart puts on the operator's Deployment, whatever its name.
 SELECTOR = "app.kubernetes.io/part-of=finetune-operator,app.kubernetes.io/component=operator"
-SETTING = "FINETUNE_OPERATOR_NAMESPACES"
+_SETTINGS = "FINETUNE_OPERATOR_"
 #: An operator that is up sees a new job within a second.
 PICKUP_SECONDS = 5
 #: Seconds between two looks at the operators while a job is watched.
@@ -28,22 +29,38 @@ MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's Deployment. No namespaces: it watches all of them."""
+    """An operator's Deployment.
+
+    Attributes:
+        name: Its name.
+        namespace: Its own.
+        namespaces: Those it watches; none: all of them.
+        is_ready: Whether it is up.
+        prices: Of an hour of one GPU, by the GPU's type (costs.gpuPrices).
+        currency: Theirs, as text.
+    """
 
     name: str
     namespace: str
     namespaces: tuple[str, ...]
     is_ready: bool
+    prices: dict[str, float] = field(default_factory=dict)
+    currency: str = ""
 
     @classmethod
     def of(cls, deployment: Object) -> Operator:
         """Read a Deployment of the chart."""
         metadata, status = deployment["metadata"], deployment.get("status")
+        watched, prices = _setting(deployment, "NAMESPACES"), _setting(deployment, "GPU_PRICES")
         return cls(
             name=str(metadata["name"]),
             namespace=str(metadata.get("namespace", "")),
-            namespaces=_watched(deployment),
+            namespaces=tuple(map(str, watched)) if isinstance(watched, list) else (),
             is_ready=bool(status.get("readyReplicas")) if isinstance(status, dict) else False,
+            prices={name: float(each) for name, each in prices.items() if isinstance(each, int | float)}
+            if isinstance(prices, dict)
+            else {},
+            currency=one_line(str(_setting(deployment, "CURRENCY") or "")),
         )
 
     def watches(self, namespace: str) -> bool:
@@ -51,14 +68,33 @@ class Operator:
         return not self.namespaces or namespace in self.namespaces
 
 
-def _watched(deployment: Any) -> tuple[str, ...]:
+def _setting(deployment: Any, name: str) -> Any:
+    """Return what the chart sets in the operator's environment; None if it is not there. Text may be no JSON."""
     try:
         containers = deployment["spec"]["template"]["spec"]["containers"]
-        given = [each.get("value") for found in containers for each in found.get("env", ()) if each["name"] == SETTING]
-        names = json.loads(given[-1]) if given else []
-        return tuple(map(str, names))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ()
+        env = [item for found in containers for item in found.get("env", ()) if item["name"] == _SETTINGS + name]
+        text = env[-1].get("value") if env else None
+    except (KeyError, TypeError, AttributeError):
+        return None
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, TypeError):
+        return text
+
+
+def operators_for(cluster: Cluster, namespace: str) -> list[Operator] | None:
+    """Return the cluster's operators; else those of `namespace`, if the user may read no more; None: not even these."""
+    found = _operators(cluster, "")
+    return _operators(cluster, namespace) if found is None else found
+
+
+def _operators(cluster: Cluster, namespace: str) -> list[Operator] | None:
+    try:
+        return [Operator.of(each) for each in cluster.deployments(SELECTOR, namespace)]
+    except CliError as error:
+        if error.is_denied:
+            return None
+        raise
 
 
 def why_unseen(operators: Sequence[Operator], namespace: str, *, everywhere: bool) -> str:
@@ -114,12 +150,10 @@ class Lookout:
         return self._told
 
     def _ask(self, namespace: str) -> str:
-        for place in ("", namespace):
-            try:
-                found = [Operator.of(each) for each in self.cluster.deployments(SELECTOR, place)]
-            except CliError as error:
-                if not error.is_denied:
-                    return ""
-                continue
-            return why_unseen(found, namespace, everywhere=not place)
+        try:
+            for place in ("", namespace):
+                if (found := _operators(self.cluster, place)) is not None:
+                    return why_unseen(found, namespace, everywhere=not place)
+        except CliError:
+            return ""
         return why_unseen((), namespace, everywhere=False)
