@@ -26,6 +26,8 @@ GATE_NOT_PASSED: Final = "GateNotPassed"
 OUTPERFORMED: Final = "Outperformed"
 #: Reason of trials that cannot share a process, which only the loaded model tells.
 NOT_PACKABLE: Final = "NotPackable"
+#: Reason of a run that needs more GPU memory than there is.
+WONT_FIT: Final = "WontFit"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ _OUTCOMES: Final = (
     ),
     Outcome(  # told by the trainer's report
         ExitCode.CONFIG_INVALID,
-        "WontFit",
+        WONT_FIT,
         True,
         "The run needs more GPU memory than the GPU has, found before the weights were loaded.",
         "Take one of the changes the message lists.",

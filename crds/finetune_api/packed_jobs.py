@@ -25,6 +25,8 @@ def sweep_document(metadata: Metadata, spec: FineTuneJobSpec) -> dict[str, Any]:
         "trials": trials,
         "parallelism": pack.at_once,
         "objective": pack.objective.manifest(),
+        # A trainer that would tell nothing of its trials does not know this field, and refuses the document.
+        "packing": "auto",
     }
     if pack.early_stopping:
         sweep["earlyStopping"] = pack.early_stopping.manifest()

@@ -211,7 +211,7 @@ def _slug(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         mantissa, _, power = f"{value:.6e}".partition("e")
         return f"{value:g}" if 0.01 <= abs(value) < 1e6 or not value else f"{float(mantissa):g}e{int(power)}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

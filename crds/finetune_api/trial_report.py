@@ -1,11 +1,10 @@
 """What a trainer of several trials says of each, in few bytes: all of it is part of a termination message."""
 
-import math
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from finetune_api.base import ApiModel
+from finetune_api.base import ApiModel, FiniteOrNone
 from finetune_api.spec_pack import MAX_PACK
 
 TrialPhase = Literal["Pending", "Running", "Suspended", "Stopped", "Succeeded", "Failed"]
@@ -15,13 +14,6 @@ _MAX_REASON = 64
 
 def _cut(value: Any) -> Any:
     return value[:_MAX_REASON] if isinstance(value, str) else value
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class TrialReport(ApiModel):
@@ -35,11 +27,11 @@ class TrialReport(ApiModel):
     """Where it stands."""
     reason: Annotated[str, BeforeValidator(_cut), Field(max_length=_MAX_REASON)] | None = None
     """Why it failed or was stopped, in one CamelCase word."""
-    value: _Number = None
+    value: FiniteOrNone = None
     """Final value of the objective's metric."""
     step: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """Optimizer steps done."""
-    eval_loss: _Number = None
+    eval_loss: FiniteOrNone = None
     """Latest evaluation loss (nats per token)."""
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from finetune_api.exit_codes import NOT_PACKABLE, OUTCOMES, ExitCode
+from finetune_api.exit_codes import NOT_PACKABLE, OUTCOMES, WONT_FIT, ExitCode
 from finetune_api.manifest import ManifestError
 from finetune_trainer.redact import redacted
 
@@ -45,7 +45,7 @@ class WontFit(TrainerError):
     """The plan needs more GPU memory than there is."""
 
     exit_code = ExitCode.CONFIG_INVALID
-    reason = "WontFit"
+    reason = WONT_FIT
 
 
 class NotPackable(ConfigInvalid):

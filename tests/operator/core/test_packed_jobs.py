@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_api.manifest import check_sweep
-from finetune_api.packed_jobs import trial_uid
+from finetune_api.packed_jobs import sweep_document, trial_uid
+from finetune_api.spec import Metadata
 from finetune_api.yaml_documents import Document
 from finetune_operator.core import policy
 from finetune_operator.core.builders import job as builder
@@ -161,3 +162,17 @@ def test_a_trial_that_did_not_meet_its_gate_lies_where_its_own_uid_says() -> Non
     world.exit_pods(0, report)
     world.settle()
     assert (world.reasons, world.status["candidate"]["uri"]) == (["GateNotPassed"], place)
+
+
+@pytest.mark.parametrize("number", ["nan", "-Infinity", "1e999", float("inf"), 10**400])
+def test_figures_that_are_no_numbers_reach_no_status(number: Any) -> None:
+    world = packed()
+    world.exit_pods(0, told(ROWS[0] | {"value": number, "evalLoss": number}, ROWS[1]))
+    world.settle()
+    assert phases(world)[1] == "Failed" and "value" not in world.status["trials"][0]
+    json.dumps(world.status, allow_nan=False)
+
+
+def test_a_trainer_that_does_not_know_packs_refuses_what_it_gets() -> None:
+    _, spec = read()
+    assert sweep_document(Metadata(name="nli-pack-0"), spec)["spec"]["packing"] == "auto"

@@ -101,9 +101,9 @@ def packed_row(trial: PlannedTrial, known: TrialStatus | None, job: JobObject) -
 
 
 def _is_its_own(reason: str | None) -> bool:
-    """Return whether a trial would fail for this reason alone, too."""
+    """Return whether a trial would fail for this reason alone, too: not where it had to fit in beside larger ones."""
     outcome = exit_codes.REASONS.get(reason or "")
-    return outcome is not None and outcome.final and reason != exit_codes.NOT_PACKABLE
+    return outcome is not None and outcome.final and reason not in (exit_codes.NOT_PACKABLE, exit_codes.WONT_FIT)
 
 
 def _new(trial: PlannedTrial) -> TrialStatus:

@@ -116,10 +116,11 @@ def test_what_the_process_takes_along_goes_on_alone_and_what_it_decided_stays() 
     assert world.rows["e"]["reason"] == "Deleted" and len(world.created) == 4
 
 
-def test_trials_that_cannot_share_the_model_each_get_a_job() -> None:
+@pytest.mark.parametrize("reason", ["NotPackable", "WontFit"])
+def test_trials_that_cannot_share_the_model_or_not_its_gpu_each_get_a_job(reason: str) -> None:
     world = packed(parallelism=2)
     for name in "abcdef":
-        world.fails(name, "NotPackable")
+        world.fails(name, reason)
     world.settle()
     assert world.created == ["nli-pack-0", "nli-a", "nli-b"]
 

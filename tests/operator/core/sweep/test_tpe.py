@@ -107,6 +107,17 @@ def test_values_that_somebody_has_changed_stop_nothing(text):
     assert sorted(world.jobs) == ["nli-t0", "nli-t1"]
 
 
+def test_values_that_are_changed_before_the_trial_is_told_of_stop_nothing():
+    world = world_of(parallelism=1)
+    world.reconcile()
+    world.reconcile()
+    job = world.job("t0")
+    job["metadata"]["annotations"][constants.ANNOTATION_VALUES] = '{"training.learningRate": 1e999}'
+    world.show(job)
+    world.settle()
+    assert world.rows["t0"]["phase"] == "Pending"
+
+
 def test_stopped_and_diverged_trials_count_as_bad_and_others_that_failed_as_nothing(monkeypatch):
     told = []
     monkeypatch.setattr(
