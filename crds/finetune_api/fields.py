@@ -1,6 +1,7 @@
 """Types of the spec's fields. Each holds its bounds for the schema, its CEL rules, and the same checks in Python."""
 
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -30,6 +31,18 @@ def text_type(*rules: TextRule, max_length: int) -> Any:
         Field(max_length=max_length, json_schema_extra={"x-kubernetes-validations": validations}),
         AfterValidator(check),
     ]
+
+
+def each_once(key: str) -> AfterValidator:
+    """Return the check of a list whose items each have another `key`: to the API server, x-kubernetes-list-map-keys."""
+
+    def check(found: list[Any]) -> list[Any]:
+        counts = Counter(getattr(each, key) for each in found)
+        if twice := next((each for each, count in counts.items() if count > 1), None):
+            raise refusal(f"each {key} may be given once, and {twice} is there twice")
+        return found
+
+    return AfterValidator(check)
 
 
 Name = text_type(patterns.NAME, max_length=253)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import from_json
 
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import PositiveInt, refusal, text_type
+from finetune_api.fields import PositiveInt, each_once, refusal, text_type
 from finetune_api.patterns import TextRule
 
 #: A trial's FineTuneJob is named <sweep>-<trial>, within what any job's name may have.
@@ -107,6 +107,7 @@ class Pack(ApiModel):
             max_length=MAX_PACK,
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
         ),
+        each_once("name"),
     ]
     """The trials, in the order of their start."""
     at_once: Annotated[int, Field(ge=1, le=MAX_PACK)] = 1

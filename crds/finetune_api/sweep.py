@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Rule
-from finetune_api.fields import Seconds, Switch, text_type
+from finetune_api.fields import Seconds, Switch, each_once, text_type
 from finetune_api.patterns import TextRule
 from finetune_api.spec import FineTuneJobSpec, Metadata
 from finetune_api.spec_pack import Halving, Objective, SweepName, TrialName
@@ -165,9 +165,9 @@ class FineTuneSweepSpec(ApiModel):
 
     template: FineTuneJobSpec
     """The spec that all trials start from. Trial t publishes to output.uri/t/."""
-    parameters: Annotated[list[Parameter], _keyed("path", 16)] | None = None
+    parameters: Annotated[list[Parameter], _keyed("path", 16), each_once("path")] | None = None
     """Fields to vary."""
-    trials: Annotated[list[Trial], _keyed("name", MAX_TRIALS)] | None = None
+    trials: Annotated[list[Trial], _keyed("name", MAX_TRIALS), each_once("name")] | None = None
     """Trials by name, in the order of their start."""
     strategy: Literal["grid", "random", "tpe"] = "grid"
     """How parameters become trials: grid tries every combination, random draws maxTrials of them, tpe too, each when it

@@ -53,6 +53,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "log needs min and max above 0",
     ),
     ({"parameters": [{"path": "Lora rank", "values": [1]}]}, "spec.parameters[0].path", "must be a path"),
+    ({"trials": [{"name": "a"}, {"name": "a"}]}, "spec.trials", ""),
+    ({"parameters": RATES * 2}, "spec.parameters", ""),
+    (
+        {**NAMED, "template": TEMPLATE | {"pack": {"sweep": "nli", "trials": [{"name": "a"}] * 2}}},
+        "spec.template.pack",
+        "",
+    ),
     ({"trials": [{"name": "A"}]}, "spec.trials[0].name", "must be lowercase letters"),
     ({**NAMED, "earlyStopping": {"rungs": [300]}}, "spec.earlyStopping.rungs", "must be multiples of"),
     ({**NAMED, "earlyStopping": {"rungs": [500, 250]}}, "spec.earlyStopping.rungs", "in ascending order"),

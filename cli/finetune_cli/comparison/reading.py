@@ -76,8 +76,8 @@ def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list
     """Return a sweep of the cluster and the runs of its trials, the best first. Raises CliError."""
     found = cluster.get(name, constants.SWEEP_KIND)
     sweep = sweep_of(name, (found.get("spec") or {}).get("objective"))
-    jobs = cluster.jobs(selector=f"{constants.LABEL_SWEEP}={name}").items
-    if not jobs:
+    trials = _trials(cluster.jobs(selector=f"{constants.LABEL_SWEEP}={name}").items)
+    if not trials:
         raise CliError(f"{name} has no trials yet", hint=f"finetune status --sweep {name}{cluster.options}")
 
     def read(source: tuple[dict[str, Any], str]) -> _Read:
@@ -87,7 +87,7 @@ def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list
         found = _job(cluster, job, whole, is_named=False)
         return replace(found, run=replace(found.run, name=one_line(trial))) if trial else found
 
-    ranked = sorted(_at_once(read, _trials(jobs)), key=lambda each: _rank(sweep, each.run))
+    ranked = sorted(_at_once(read, trials), key=lambda each: _rank(sweep, each.run))
     return sweep, _with_answers(ranked, is_named=False)
 
 
@@ -106,7 +106,7 @@ def _packed(job: dict[str, Any], trial: str, metric: str, whole: bool) -> _Read:
     from finetune_cli.output.job_view import View
 
     view = View.of(job)
-    row = next(each for each in view.status.trials if each.name == trial)
+    row = next(each for each in readable((job.get("status") or {}).get("trials")) if each.name == trial)
     uri = trial_uri(str((view.spec.get("output") or {}).get("uri", "")), trial)
     metrics = {} if row.value is None else {metric: row.value}
     run = Run(one_line(trial), uri, row.phase, runs.values_of(_spec_of(view, trial)), metrics, None)

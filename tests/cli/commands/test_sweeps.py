@@ -210,6 +210,8 @@ def test_the_job_that_trials_share_is_named(ctl, kube, tmp_path):
     metadata = {"name": "nli-pack-0", "labels": {"finetune.dev/sweep": "nli"}}
     job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata}
     kube.create(job | {"spec": TEMPLATE | {"pack": {"sweep": "nli", "trials": trials}}})
+    early = ctl("compare", "--sweep", "nli")
+    assert early.returncode == 1 and "nli has no trials yet" in early.stderr, "the pack's trainer has told nothing"
     told = [
         {"name": "lr1e-4", "phase": "Running", "step": 40, "evalLoss": 0.5},
         {"name": "lr2e-4", "phase": "Failed", "reason": "Diverged"},
@@ -226,6 +228,10 @@ def test_the_job_that_trials_share_is_named(ctl, kube, tmp_path):
     data = json.loads(ctl("compare", "--sweep", "nli", "-o", "json").stdout)
     assert [(each["name"], each["phase"]) for each in data["runs"]] == [("lr1e-4", "Running"), ("lr2e-4", "Failed")]
     assert data["differing"] == ["training.learningRate"]
+    hidden = [{"name": "lr1e-4\u200b", "phase": "Running"}]
+    kube.patch("FineTuneJob", "nli-pack-0", {"status": {"trials": hidden}}, subresource="status")
+    data = json.loads(ctl("compare", "--sweep", "nli", "-o", "json").stdout)
+    assert [each["name"] for each in data["runs"]] == ["lr1e-4"]
 
 
 def ended(status="True", message="2 of 2 trials succeeded"):
