@@ -11,14 +11,14 @@ from finetune_api.spec import FineTuneJobSpec, Metadata
 from finetune_api.sweep_trials import job_name
 
 #: What a job decides as a whole: nothing that its trainer would have to know.
-_OF_THE_JOB = ("pack", "suspend", "activeDeadlineSeconds", "pendingDeadlineSeconds", "ttlSecondsAfterFinished")
+OF_THE_JOB = ("pack", "suspend", "activeDeadlineSeconds", "pendingDeadlineSeconds", "ttlSecondsAfterFinished")
 
 
 def sweep_document(metadata: Metadata, spec: FineTuneJobSpec) -> dict[str, Any]:
     """Return the FineTuneSweep of the trials in `spec.pack`, which carries the job's uid."""
     pack = spec.pack
     assert pack is not None
-    template = {key: value for key, value in spec.manifest().items() if key not in _OF_THE_JOB}
+    template = {key: value for key, value in spec.manifest().items() if key not in OF_THE_JOB}
     trials = [{"name": each.name, "values": from_json(each.values)} for each in pack.trials]
     sweep = {
         "template": template,

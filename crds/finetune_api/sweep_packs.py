@@ -13,6 +13,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from finetune_api import sweep_paths, uri
+from finetune_api.packed_jobs import OF_THE_JOB
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_pack import MAX_PACK, MAX_PACKED_VALUES
 from finetune_api.sweep import FineTuneSweepSpec
@@ -110,7 +111,7 @@ def pack_spec(
     found = _common_spec(sweep, template, [trials[name] for name in holder.trials])
     found["pack"] = {
         "sweep": sweep,
-        "trials": [{"name": name, "values": _text(trials[name])} for name in holder.trials],
+        "trials": [{"name": name, "values": _text(_without_the_jobs(trials[name]))} for name in holder.trials],
         "atOnce": holder.at_once,
         "objective": spec.objective.manifest(),
         **({"earlyStopping": spec.early_stopping.manifest()} if spec.early_stopping else {}),
@@ -170,6 +171,11 @@ def _word(names: Iterable[str]) -> str:
     while any(name.startswith(f"{word}-") for name in names):
         word += "s"
     return word
+
+
+def _without_the_jobs(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a trial without those that its job has for all."""
+    return {path: value for path, value in values.items() if path not in OF_THE_JOB}
 
 
 def _text(values: Any) -> str:

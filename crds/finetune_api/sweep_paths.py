@@ -1,5 +1,6 @@
 """The paths of a FineTuneJob's spec that a sweep may set."""
 
+import copy
 import difflib
 import itertools
 from collections.abc import Iterator
@@ -86,9 +87,9 @@ def _holds_int(annotation: Any) -> bool:
 
 
 def with_value(spec: dict[str, Any], path: str, value: Any) -> None:
-    """Set the field at `path` of a plain spec; a section that is not there is made."""
+    """Set the field at `path` of a plain spec, to a copy of `value`; a section that is not there is made."""
     *sections, last = path.split(".")
     for section in sections:
         spec[section] = dict(spec.get(section) or {})
         spec = spec[section]
-    spec[last] = value
+    spec[last] = copy.deepcopy(value)

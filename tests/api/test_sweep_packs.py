@@ -139,6 +139,7 @@ def test_enabled_refuses_a_sweep_of_which_a_trial_can_share_with_no_other(spec: 
         [{"training": {"batchSize": 2, "seed": 1}}, {"training": {"batchSize": 2, "seed": 2}}],
         [{"training.batchSize": 2, "lora.rank": 8}, {"training.batchSize": 2}],
         [{"dataset.format": "auto"}, {}],
+        [{"checkpoint": {"uri": "s3://chk/{name}"}}, {"checkpoint": {"uri": "s3://chk/{name}"}, "training.seed": 7}],
         [{"lora.targetModules": ["x" * 100] * 12}, {}],
     ],
     ids=str,
@@ -157,6 +158,16 @@ def test_a_pack_is_one_valid_job_whose_trainer_gets_exactly_the_trials(values: l
         theirs = manifest.check_sweep(Document(sweep_document(job.metadata, job.spec), ""))
         for ours, told in zip(manifest.trial_documents(found), manifest.trial_documents(theirs), strict=True):
             assert manifest.check(ours[1]).manifest() == manifest.check(told[1]).manifest()
+
+
+def test_what_the_job_decides_as_a_whole_is_no_value_of_its_trials() -> None:
+    values = [{"pendingDeadlineSeconds": 100, "training.seed": seed} for seed in (1, 2)]
+    found = named(*values)
+    [holder] = manifest.holders_of(found)
+    spec = pack_spec("nli", found.spec, TEMPLATE, holder, {f"t{index}": each for index, each in enumerate(values)})
+    metadata = {"name": "nli-pack-0", "uid": "u-1"}
+    job = manifest.check(Document(KIND | {"kind": "FineTuneJob", "metadata": metadata, "spec": spec}, ""))
+    assert job.spec.pending_deadline_seconds == 100
 
 
 def test_a_job_of_one_trial_is_no_pack() -> None:

@@ -132,3 +132,9 @@ def test_draws_never_leave_their_bounds(seed: int, count: int, low: float, facto
     assert 1 <= len(trials) <= min(count, MAX_TRIALS)
     assert all(low <= trial.values["training.learningRate"] <= low * factor for trial in trials)
     assert len({trial.name for trial in trials}) == len(trials)
+
+
+def test_a_trial_is_the_same_however_often_it_is_made():
+    [trial] = expand("nli", spec(trials=[{"name": "a", "values": {"checkpoint": {"uri": "s3://kept/{name}"}}}]))
+    first, again = (trial_spec("nli", TEMPLATE, trial) for _ in range(2))
+    assert first["checkpoint"]["uri"] == again["checkpoint"]["uri"] == "s3://kept/nli/a/"
