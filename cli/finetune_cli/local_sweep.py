@@ -191,6 +191,9 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
     shared = ("template", "objective", "earlyStopping", "parallelism")
     of_all = {key: manifest["spec"][key] for key in shared if key in manifest["spec"]}
     manifest["spec"] = {**of_all, "trials": named}
+    manifest["metadata"].pop(
+        "uid", None
+    )  # with it a trainer is a pod's, and tells of its trials in its own report alone
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, path.open("wb") as log:
         env = local_run.environment(os.environ, Path(folder))
         config, last = Path(folder) / constants.CONFIG_FILE, Path(env[constants.ENV_TERMINATION_LOG])

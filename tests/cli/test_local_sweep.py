@@ -34,7 +34,7 @@ def sweep(tmp_path, monkeypatch):
         body = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneSweep",
-            "metadata": {"name": "nli"},
+            "metadata": {"name": "nli", "uid": "as-kubectl-shows-it"},
             "spec": {
                 "template": template,
                 "parameters": [{"path": "training.learningRate", "values": [1e-4, 2e-4, 4e-4]}],
