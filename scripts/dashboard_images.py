@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from draw_dashboard import Source, draw  # noqa: E402
 
+from support.docs import prometheus  # noqa: E402
 from support.docs.dashboards import Scene, give_data, job, load, scene  # noqa: E402
 from support.server import server as clusters  # noqa: E402
 
@@ -106,6 +107,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images", help="where the images go")
     parser.add_argument("dashboards", nargs="*", choices=[[], *DASHBOARDS], help="default: all")
     wanted = parser.parse_args()
+    if prometheus.IS_MISSING:
+        parser.error(prometheus.HOW_TO_GET_IT)
     names = wanted.dashboards or DASHBOARDS
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     wanted.folder.mkdir(parents=True, exist_ok=True)

@@ -76,8 +76,11 @@ async def _attack(cluster: Cluster, namespace: str) -> dict[str, tuple[Object, l
             for attack in ATTACKS:
                 end = await _wait_for(lambda attack=attack: outcome(attack))
                 results[attack] = end, [job for job in made if job["metadata"]["labels"][constants.LABEL_JOB] == attack]
-            left = await kube.request("GET", path_of("Job", namespace))
-            assert not left["items"], "the attempt of the earlier spec is stopped"
+
+            async def all_stopped() -> bool:
+                return not (await kube.request("GET", path_of("Job", namespace)))["items"]
+
+            await _wait_for(all_stopped)  # the attempts of the earlier specs
     return results
 
 

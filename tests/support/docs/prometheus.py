@@ -22,10 +22,11 @@ def _binary(name: str, variable: str) -> str | None:
     return os.environ.get(variable) or shutil.which(name)
 
 
-needs_prometheus = pytest.mark.skipif(
-    not (_binary("prometheus", "PROMETHEUS_BIN") and _binary("promtool", "PROMTOOL_BIN")),
-    reason="prometheus and promtool are not in PATH (nor at $PROMETHEUS_BIN, $PROMTOOL_BIN): apt install prometheus",
+IS_MISSING = not (_binary("prometheus", "PROMETHEUS_BIN") and _binary("promtool", "PROMTOOL_BIN"))
+HOW_TO_GET_IT = (
+    "prometheus and promtool are not in PATH (nor at $PROMETHEUS_BIN, $PROMTOOL_BIN): apt install prometheus"
 )
+needs_prometheus = pytest.mark.skipif(IS_MISSING, reason=HOW_TO_GET_IT)
 
 
 def promtool() -> str:

@@ -43,7 +43,7 @@ def test_two_processes_have_the_losses_of_one(tiny_model: Path, tmp_path: Path) 
     for key in ("loss", "evalLoss", "gradNorm"):
         assert _losses(two / "out", key) == pytest.approx(_losses(one / "out", key), rel=1e-4)
     plan = report.execution_plan
-    assert plan and (plan.world_size, plan.micro_batch_size, plan.gradient_accumulation_steps) == (2, 4, 1)
+    assert plan and (plan.micro_batch_size, plan.gradient_accumulation_steps) == (4, 1), "of 8 rows a step"
     assert report.stage == "Succeeded"
 
 
