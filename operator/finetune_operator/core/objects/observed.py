@@ -89,7 +89,8 @@ class TrialState:
             metrics={name: value for name, value in found.items() if value is not None},
             uri=raw.text(obj, "spec", "output", "uri") if is_pack else raw.text(status, "adapter", "uri"),
             packed={row.name: row for row in readable(status.get("trials"))} if is_pack else None,
-            values=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_VALUES),
+            # It stays in memory, and anybody who may change the job can make it long: then it cannot be read.
+            values=raw.text(obj, "metadata", "annotations", constants.ANNOTATION_VALUES)[:KEPT_BYTES],
         )
 
 

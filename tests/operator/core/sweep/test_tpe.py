@@ -6,6 +6,7 @@ import random
 import pytest
 
 from finetune_api import constants, sweep_tpe
+from finetune_operator.core.objects.observed import KEPT_BYTES, TrialState
 from support.simulation.sweep_world import SweepWorld
 
 SPACE = [
@@ -94,7 +95,18 @@ def test_no_more_trials_than_there_are_combinations():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "{", '{"lora.rank": NaN}', '{"lora.rank": 1e999}', '{"a": {"b": []}}', "[" * 500]
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        '{"lora.rank": NaN}',
+        '{"lora.rank": 1e999}',
+        '{"a": {"b": []}}',
+        "[" * 500,
+        f'["{"x" * 200_000}"]',
+    ],
+    ids=lambda text: text[:20],
 )
 def test_values_that_somebody_has_changed_stop_nothing(text):
     world = world_of(parallelism=1)
@@ -105,6 +117,8 @@ def test_values_that_somebody_has_changed_stop_nothing(text):
     world.succeeds("t0", evalLoss=0.3)
     world.settle()
     assert sorted(world.jobs) == ["nli-t0", "nli-t1"]
+    state = TrialState.from_api(world.job("t0"))
+    assert state and len(state.values) <= KEPT_BYTES
 
 
 def test_values_that_are_changed_before_the_trial_is_told_of_stop_nothing():
