@@ -1,7 +1,9 @@
 """An image in a registry as a store. On the stand-in, and on Docker's registry where that is installed."""
 
+import base64
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +28,7 @@ from finetune_trainer.stores.errors import (
 )
 from finetune_trainer.stores.oci import layer
 from finetune_trainer.stores.oci.store import OciStore
+from finetune_trainer.stores.oci.tokens import authorization
 from support.stores.images import FILES, bundle, open_image, output
 from support.stores.registry import PASSWORD, USER, Registry, registry, standin_registry
 
@@ -155,6 +158,48 @@ def test_an_image_of_hostile_names_is_refused(path: str, standin: Registry, tmp_
         open_image(standin, "team/x:v1", tmp_path).list()
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"digest": "../../other/blobs/sha256:0"}, "a layer whose digest is no SHA-256: 'x'"),
+        ({"digest": f"sha256:{'0' * 64}?x"}, "a layer whose digest is no SHA-256: 'x'"),
+        ({"size": float("inf")}, "a layer that is no file of ours"),
+        ({"size": float("nan")}, "cannot convert float NaN to integer"),
+        ({"size": -1}, "a layer whose file does not lie in it: 'x'"),
+        ({"annotations": ["x"]}, "a layer that is no file of ours"),
+    ],
+)
+def test_a_layer_that_is_none_of_ours_is_no_layer(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        layer.Layer.read(layer.Layer.of("x", b"1").descriptor() | change)
+
+
+def test_a_password_is_sent_as_docker_sends_it() -> None:
+    """In UTF-8: it need not fit into Latin-1, where urllib3 would put it."""
+    sent = authorization('Basic realm="x"', ("née", "pass€wörd"), urllib3.PoolManager(), "oci", is_secure=True)
+    assert base64.b64decode(sent.removeprefix("Basic ")).decode() == "née:pass€wörd"
+
+
+def test_a_login_that_this_user_cannot_read_is_told(
+    standin: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `sudo docker login` leaves it; and one whose bytes are no text."""
+    credentials = Credentials.from_environment("oci", standin.login(tmp_path))
+    root = parse(standin.uri("team/nli:v1"), ("oci",))
+
+    def denied(self: Path, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("open", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, denied)
+            with pytest.raises(StoreMisconfigured, match=r"oci: Docker's .* cannot be read: Permission denied"):
+                OciStore(root, credentials, "oci")
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    with pytest.raises(StoreMisconfigured, match="is no configuration of Docker's"):
+        OciStore(root, credentials, "oci")
+
+
 @pytest.mark.parametrize("document", [{}, [], {"manifests": [{}]}, {"layers": []}, {"manifests": "x"}])
 def test_an_image_of_somebody_else_is_neither_read_nor_replaced_unasked(
     document: Any, standin: Registry, tmp_path: Path
@@ -209,3 +254,8 @@ def test_uploads_are_sent_to_the_registry_alone(
     store = open_image(standin, "team/nli:v1", tmp_path)
     with pytest.raises(StoreMisconfigured, match="the registry sends uploads to http://elsewhere:1, another server"):
         store._client._url("http://elsewhere:1/v2/x")
+    mine = f"http://user:word@{standin.address}/v2/x"
+    for place in ("//elsewhere/x", "ftp://elsewhere/x", "http://[::1", "http://x:99999/", "data:x", mine):
+        with pytest.raises(StoreMisconfigured, match=r"sends uploads to .*, another server") as refused:
+            store._client._url(place)
+        assert "word" not in str(refused.value)

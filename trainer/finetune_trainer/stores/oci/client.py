@@ -62,7 +62,7 @@ class RegistryClient:
         self._network, self._where_set = credentials.network, credentials.where
         if problem := endpoints.refusal(f"{scheme}://{host}"):
             raise StoreMisconfigured(f"{field}: {problem}")
-        self._login = registry_settings.login(registry, credentials)
+        self._login = registry_settings.login(registry, credentials, field)
         self._authorization = ""
         self._attempts = 1 if os.environ.get(constants.ENV_STORE_PATIENCE) == "0" else ATTEMPTS
         self._policy = Retrying(
@@ -151,10 +151,14 @@ class RegistryClient:
 
     def _url(self, path: str) -> str:
         """Return the URL of `path`; of one that the registry gave, only if it is its own."""
-        url = urljoin(f"{self.base}/", path)
-        if urlsplit(url)[:2] != urlsplit(self.base)[:2]:
-            raise StoreMisconfigured(f"{self._where}: the registry sends uploads to {origin(url)}, another server")
-        return url
+        try:
+            url = urljoin(f"{self.base}/", path)
+            if urlsplit(url)[:2] == urlsplit(self.base)[:2]:
+                return url
+            shown = origin(url)
+        except ValueError:
+            shown = "an address that is no http:// or https:// URL"
+        raise StoreMisconfigured(f"{self._where}: the registry sends uploads to {shown}, another server")
 
     @contextmanager
     def _sent(self, method: str, url: str, headers: Mapping[str, str], body: bytes | Body | None) -> Iterator[Response]:

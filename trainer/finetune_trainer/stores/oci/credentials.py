@@ -53,7 +53,7 @@ def tls(credentials: Credentials, field: str) -> ssl.SSLContext:
     return context
 
 
-def login(registry: str, credentials: Credentials) -> tuple[str, str] | None:
+def login(registry: str, credentials: Credentials, field: str) -> tuple[str, str] | None:
     """Return user and password for `registry`, None to ask as nobody.
 
     Raises:
@@ -63,7 +63,7 @@ def login(registry: str, credentials: Credentials) -> tuple[str, str] | None:
     if text is None and not credentials.in_pod:
         folder = credentials.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")  # noqa: PTH111
         file = Path(folder) / "config.json"
-        text, where = (_read(file), str(file)) if file.is_file() else (None, where)
+        text, where = _read(file, field), str(file)
     if text is None:
         return None
     try:
@@ -77,9 +77,15 @@ def login(registry: str, credentials: Credentials) -> tuple[str, str] | None:
         ) from None
 
 
-def _read(file: Path) -> str:
-    with file.open("rb") as opened:
-        return opened.read(_MAX_BYTES).decode()
+def _read(file: Path, field: str) -> str | None:
+    """Return the file's text, None without one; `sudo docker login` leaves one that its user cannot read."""
+    try:
+        if not file.is_file():
+            return None
+        with file.open("rb") as opened:
+            return opened.read(_MAX_BYTES).decode(errors="replace")
+    except OSError as error:
+        raise StoreMisconfigured(f"{field}: Docker's {file} cannot be read: {error.strerror}") from None
 
 
 def _names(registry: str) -> tuple[str, ...]:

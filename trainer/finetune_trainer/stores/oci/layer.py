@@ -1,6 +1,7 @@
 """A file as one layer of an image: a tar of that file alone, the same bytes wherever and whenever it is made."""
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ _TITLE: Final = "org.opencontainers.image.title"
 #: Where in the layer the file's bytes begin, and how many there are.
 _OFFSET, _SIZE = "dev.finetune.offset", "dev.finetune.size"
 _BLOCK: Final = 512
+#: It becomes a part of URLs.
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ class Layer:
                 int(annotations[_OFFSET]),
                 int(annotations[_SIZE]),
             )
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, OverflowError):  # OverflowError: JSON's 1e999
             raise ValueError("a layer that is no file of ours") from None
+        if not _DIGEST.fullmatch(found.digest):
+            raise ValueError(f"a layer whose digest is no SHA-256: {found.path!r}")
         if not 0 <= found.offset <= found.offset + found.length <= found.size:
             raise ValueError(f"a layer whose file does not lie in it: {found.path!r}")
         return found

@@ -1,5 +1,6 @@
 """Log in to a registry as it asks for it: https://distribution.github.io/distribution/spec/auth/token/."""
 
+import base64
 import json
 import re
 from typing import Any, Final
@@ -42,7 +43,7 @@ def authorization(
     """
     kind, _, rest = challenge.partition(" ")
     if kind.lower() == "basic" and login:
-        return urllib3.make_headers(basic_auth=":".join(login))["authorization"]
+        return _basic(login)
     asked = dict(_CHALLENGE.findall(rest))
     if kind.lower() != "bearer" or "realm" not in asked:
         return ""
@@ -52,7 +53,7 @@ def authorization(
     if problem := endpoints.refusal(realm):
         raise StoreMisconfigured(f"{where}: the registry's own server for tokens: {problem}")
     query = urlencode({key: asked.get(key, "") for key in ("service", "scope")})
-    headers = urllib3.make_headers(basic_auth=":".join(login)) if login else {}
+    headers = {"Authorization": _basic(login)} if login else {}
     answer = pool.request(
         "GET", f"{realm}{'&' if '?' in realm else '?'}{query}", headers=headers, preload_content=False, redirect=False
     )
@@ -67,3 +68,8 @@ def authorization(
         raise StoreUnavailable(f"{where}: the registry's server for tokens gives none") from None
     redact.remember(token)
     return f"Bearer {token}"
+
+
+def _basic(login: tuple[str, str]) -> str:
+    """Return user and password as Docker sends them: in UTF-8."""
+    return f"Basic {base64.b64encode(':'.join(login).encode()).decode()}"
