@@ -1,5 +1,6 @@
 """The vLLM plugin's copies: bounded, private, whole, and there as long as they are in use."""
 
+import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_vllm import cache as module
 from finetune_vllm.cache import Cache, Copy, Full, NotPrivate
 
 
@@ -98,6 +100,21 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         cache.add(name(1), 10, lambda folder: (fill(5)(folder), 1 / 0))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_nobody_looks_at_a_failed_copy_while_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process would take it for a leftover, and fail where a file of it has just gone."""
+    cache, seen = Cache(tmp_path / "cache", 100), []
+
+    def watched(folder: Path, **_: object) -> None:
+        with (tmp_path / "cache/.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(module._is_used(folder))
+
+    monkeypatch.setattr(module.shutil, "rmtree", watched)
+    with pytest.raises(ZeroDivisionError):
+        cache.add(name(1), 10, lambda _: 1 / 0)
+    assert seen == [True]
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:

@@ -108,8 +108,11 @@ class Cache:
                     return Copy(folder, os.dup(handle))  # the lock is the folder's, by whatever name
             return None
         finally:
-            os.close(handle)
-            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                with self._locked():  # nobody looks at it while it goes
+                    shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                os.close(handle)
 
     def discard(self, copy: Copy) -> None:
         """Release and remove a copy that is damaged, unless there is another one in its place by now."""
