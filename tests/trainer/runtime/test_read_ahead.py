@@ -65,6 +65,26 @@ def test_no_more_is_read_than_memory_holds_and_the_first_files_come_first(
     assert read_ahead([], plain) == []
 
 
+def test_threads_that_the_pod_does_not_allow_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, start, started = [tmp_path / name for name in "abc"], threading.Thread.start, []
+    for file in files:
+        file.write_bytes(b"x")
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(module, "room", lambda: 100)
+    for most in (0, 1):
+        opened: list[Path] = []
+        readers = read_ahead(files, lambda path, opened=opened: opened.append(path) or plain(path))
+        finish(readers)
+        assert (len(readers), len(opened)) == (most, 3 * most)
+
+
 def test_room_is_a_part_of_what_the_container_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (("_MEMINFO", "MemTotal: 9 kB\nMemAvailable:   1000 kB\n"), ("_LIMIT", "400000\n")):
         (tmp_path / name).write_text(text)

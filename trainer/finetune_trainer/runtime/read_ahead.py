@@ -40,9 +40,12 @@ def read_ahead(files: Sequence[Path], open_file: Callable[[Path], BinaryIO]) -> 
     readers = [
         threading.Thread(target=work, name="read-ahead", daemon=True) for _ in range(min(_AT_ONCE, len(waiting)))
     ]
-    for each in readers:
-        each.start()
-    return readers
+    started = []
+    with suppress(RuntimeError):  # a pod has a limit of threads, too
+        for each in readers:
+            each.start()
+            started.append(each)
+    return started
 
 
 def room() -> int:
