@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,3 +186,54 @@ def test_a_decision_of_another_run_or_of_other_weights_is_none(tmp_path: Path) -
     assert not place.attempt(), "trained again from an older checkpoint, it has another loss: that is judged"
     kept.write_text("{" * 99)
     assert checkpoints.decided("f") is None
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"metric": "f1", "value": None, "comparison": "atLeast", "other": None, "bar": 0.0},
+        {"comparison": "atMost", "other": None, "bar": 9.0},
+        {"other": "s3://bucket/easier", "bar": 9.0},
+        {"bar": 0.3},
+        {"bar": None},
+        {"value": 0.1, "bar": 0.3},
+    ],
+)
+def test_a_decision_that_does_not_follow_from_spec_and_metrics_is_none(tmp_path: Path, forged: dict[str, Any]) -> None:
+    """Damaged, or by somebody who knows the fingerprint: what passes is computed again."""
+    place = Place(tmp_path)
+    place.point("good")
+    (check,) = gate.judge(place.settings, {"evalLoss": 0.4}, MINE)
+    assert not check.passed
+    for checks in ([check.model_copy(update={"passed": True, **forged})], [check, check]):
+        CheckpointManager(place.settings).keep_decision("f", checks)
+        assert not place.attempt()
+        assert place.published("out") == place.old
+        shutil.rmtree(tmp_path / "out/candidates")
+
+
+def test_a_number_to_reach_is_compared_again(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    asked = place.settings.spec.model_validate(
+        place.settings.spec.manifest() | {"publish": {"onlyIf": [{"metric": "evalLoss", "atMost": 0.3}]}}
+    )
+    place.settings = replace(place.settings, job=place.settings.job.model_copy(update={"spec": asked}))
+    (check,) = gate.judge(place.settings, {"evalLoss": 0.4}, MINE)
+    for change in ({"passed": True}, {"passed": True, "bar": 0.5}):
+        CheckpointManager(place.settings).keep_decision("f", [check.model_copy(update=change)])
+        assert not place.attempt()
+        shutil.rmtree(tmp_path / "out/candidates")
+
+
+def test_who_writes_checkpoints_elsewhere_decides_nothing(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.point("good")
+    elsewhere = f"file://{tmp_path}/elsewhere"
+    spec = place.settings.spec
+    moved = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": elsewhere})})
+    checkpoints = CheckpointManager(replace(place.settings, job=place.settings.job.model_copy(update={"spec": moved})))
+    checkpoints.keep_decision("f", gate.judge(place.settings, {"evalLoss": 0.4}, MINE))
+    assert (tmp_path / "out/checkpoints/gate").is_dir()
+    assert not (tmp_path / "elsewhere").exists()
+    checkpoints.finish()
+    assert not list((tmp_path / "out").rglob("gate/*"))

@@ -1,4 +1,4 @@
-"""What publish.onlyIf decided, kept beside the checkpoints from before anything is published until all of it is.
+"""What publish.onlyIf decided, kept below output.uri from before anything is published until all of it is.
 
 An attempt that is killed in between has perhaps deleted the adapter that it replaces. The next one must not decide
 anew: the adapter to beat may be another by then.

@@ -41,14 +41,13 @@ class CheckpointManager:
     def __init__(self, settings: Settings, on_saved: Callable[[float], None] = lambda _: None) -> None:
         """`on_saved` is told of each checkpoint in the store, with the seconds that saving it took."""
         spec = settings.spec
-        uri = (
-            parse(spec.checkpoint.uri)
-            if spec.checkpoint.uri
-            else parse(spec.output.uri).join(constants.CHECKPOINTS_DIR)
-        )
         credentials = Credentials.for_role("output", secrets_dir=settings.environment.secrets)
-        field = "checkpoint.uri" if spec.checkpoint.uri else "output.uri"
-        self._store: Store = open_store(uri, credentials, field=field)
+        beside = parse(spec.output.uri).join(constants.CHECKPOINTS_DIR)
+        self._store: Store = open_store(beside, credentials, field="output.uri")
+        #: Beside the output, wherever checkpoints lie: only who may write adapters there may say that one passes.
+        self._decisions = self._store
+        if spec.checkpoint.uri:
+            self._store = open_store(parse(spec.checkpoint.uri), credentials, field="checkpoint.uri")
         self._spec = spec
         self._job = settings.job.metadata
         self._base_commit: str | None = None
@@ -145,16 +144,16 @@ class CheckpointManager:
 
     def decided(self, fingerprint: str) -> list[GateCheck] | None:
         """Return what an earlier attempt of this run decided of publish.onlyIf; None where none has."""
-        return decision.find(self._store, self._job, fingerprint) if self._spec.publish else None
+        return decision.find(self._decisions, self._job, fingerprint) if self._spec.publish else None
 
     def keep_decision(self, fingerprint: str, checks: list[GateCheck]) -> None:
         """Keep what was decided of publish.onlyIf, until `finish`."""
-        decision.keep(self._store, self._job, fingerprint, checks)
+        decision.keep(self._decisions, self._job, fingerprint, checks)
 
     def finish(self) -> None:
         """Once the adapter is where it belongs: delete this job's checkpoints, unless output.keepCheckpoints is set."""
         if self._spec.publish:
-            decision.delete(self._store, self._job)
+            decision.delete(self._decisions, self._job)
         if not self._spec.output.keep_checkpoints:
             self.delete()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -67,7 +68,7 @@ def through_gate(
     if not ctx.settings.spec.publish:
         return output, bundle, ""
     checks = checkpoints.decided(fingerprint)
-    if checks is None or any(each.value != bundle.metrics.get(each.metric) for each in checks):
+    if checks is None or not _decides(ctx.settings, checks, bundle.metrics):
         checks = judge(ctx.settings, bundle.metrics, bundle.lineage or Lineage())
         checkpoints.keep_decision(fingerprint, checks)
     ctx.report.gate(checks)
@@ -76,6 +77,24 @@ def through_gate(
         return output, bundle, ""
     log.warning(f"The adapter does not meet publish.onlyIf: {refusal}")
     return candidate_output(ctx.settings), bundle, refusal
+
+
+def _decides(settings: Settings, checks: Sequence[GateCheck], metrics: Mapping[str, float]) -> bool:
+    """Return whether `checks`, which were read, are what this spec asks of these metrics, and say what follows.
+
+    All of it is computed again but for the bar of betterThan, which may be gone by now.
+    """
+    asked = _requirements(settings)
+    return len(asked) == len(checks) and all(map(partial(_is_of, metrics), asked, checks))
+
+
+def _is_of(metrics: Mapping[str, float], asked: Requirement, check: GateCheck) -> bool:
+    value = metrics.get(asked.metric)
+    if fixed := _fixed(asked, value):
+        return check == fixed
+    mine = ("betterThan", asked.metric, asked.better_than, value)
+    is_mine = (check.comparison, check.metric, check.other, check.value) == mine
+    return is_mine and check.passed == _beats(asked.metric, value, check.bar)
 
 
 def candidate_output(settings: Settings) -> AdapterOutput:
@@ -109,20 +128,31 @@ def _check(
     settings: Settings, index: int, asked: Requirement, metrics: Mapping[str, float], lineage: Lineage
 ) -> GateCheck:
     value = metrics.get(asked.metric)
-    if asked.at_least is not None:
-        passed = value is not None and value >= asked.at_least
-        return GateCheck(metric=asked.metric, value=value, comparison="atLeast", bar=asked.at_least, passed=passed)
-    if asked.at_most is not None:
-        passed = value is not None and value <= asked.at_most
-        return GateCheck(metric=asked.metric, value=value, comparison="atMost", bar=asked.at_most, passed=passed)
+    if fixed := _fixed(asked, value):
+        return fixed
     check = GateCheck(metric=asked.metric, value=value, comparison="betterThan", other=asked.better_than, passed=False)
     try:
         digest, other = _other(settings, index, asked)
         bar = _comparable(other, asked.metric, lineage)
     except (StoreCorrupted, StoreNotFound, _CannotBeBeaten) as error:
         return check.model_copy(update={"problem": str(error).removeprefix(f"{_field(index)}: ")[:512]})
-    passed = value is not None and (value < bar if asked.metric == LOSS else value > bar)
+    passed = _beats(asked.metric, value, bar)
     return check.model_copy(update={"bar": bar, "other_digest": digest, "passed": passed})
+
+
+def _fixed(asked: Requirement, value: float | None) -> GateCheck | None:
+    """Return what becomes of a condition with a number of its own; None of one that names an adapter."""
+    if asked.at_least is not None:
+        passed = value is not None and value >= asked.at_least
+        return GateCheck(metric=asked.metric, value=value, comparison="atLeast", bar=asked.at_least, passed=passed)
+    if asked.at_most is not None:
+        passed = value is not None and value <= asked.at_most
+        return GateCheck(metric=asked.metric, value=value, comparison="atMost", bar=asked.at_most, passed=passed)
+    return None
+
+
+def _beats(metric: str, value: float | None, bar: float | None) -> bool:
+    return value is not None and bar is not None and (value < bar if metric == LOSS else value > bar)
 
 
 class _CannotBeBeaten(Exception):
