@@ -129,15 +129,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.registry.ranges.append(self.headers.get("Range"))
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         kept = found[int(asked[1]) : int(asked[2]) + 1] if asked else found
-        if fault := next((each for each in self.registry.faults if each == ("GET", "/blobs/", 0)), None):
-            self.registry.faults.remove(fault)
-            self.close_connection = True
-            self.send_response_only(206)
-            self.send_header("Content-Length", str(len(kept)))
-            self.end_headers()
-            self.wfile.write(kept[: len(kept) // 2])
-            return None
-        return self._answer(206 if asked else 200, kept)
+        status = 206 if asked else 200
+        return None if self._broke_off(status, kept) else self._answer(status, kept)
+
+    def _broke_off(self, status: int, body: bytes) -> bool:
+        """Send half of it, if that is asked for."""
+        found = (each for each in self.registry.faults if each[0] == self.command and each[1] in self.path)
+        if (fault := next((each for each in found if each[2] == 0), None)) is None:
+            return False
+        self.registry.faults.remove(fault)
+        self.close_connection = True
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        return True
 
     def _manifest(self, name: str, reference: str, body: bytes) -> None:
         if self.command == "PUT":
@@ -154,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
                     del self.manifests[key]
             return self._answer(202 if gone else 404)
         kind, found = self.manifests.get((name, reference), ("", b""))
+        if self._broke_off(200, found):
+            return None
         return self._answer(200, found, Content_Type=kind) if kind else self._answer(404)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815

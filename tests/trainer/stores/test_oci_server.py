@@ -1,16 +1,21 @@
 """Logins, redirects, TLS and deletion: on a small server of ours, some on Docker's registry where it is installed."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import urllib3
 
 from finetune_trainer import redact
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import StoreAccessDenied, StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.oci import credentials as registry_settings
+from finetune_trainer.stores.oci.tokens import authorization
 from support.stores.images import FILES, bundle, open_image, output
 from support.stores.registry import BINARY, LOGIN, PASSWORD, Registry, docker_registry, registry, standin_registry
 from support.stores.tokens import SERVICE, Authority, Tokens, token_server
@@ -114,6 +119,30 @@ def test_a_challenge_that_cannot_be_met_is_told(
     assert tokens.asked == []
 
 
+@pytest.mark.parametrize(
+    "answer", [[], None, {"token": 5}, {"token": {"a": 1}}, {"token": "secret\r\nX: y"}, {"token": "€"}]
+)
+def test_a_token_that_no_header_can_carry_is_none_and_is_not_shown(answer: object) -> None:
+    class Pool:
+        def request(self, *_: object, **__: object) -> urllib3.HTTPResponse:
+            return urllib3.HTTPResponse(BytesIO(json.dumps(answer).encode()), preload_content=False, status=200)
+
+    challenge: Any = 'Bearer realm="https://tokens.test/"', ("user", PASSWORD), Pool(), "oci: here"
+    with pytest.raises(StoreUnavailable, match=r"^oci: here: the registry's server for tokens gives none$"):
+        authorization(*challenge, is_secure=True)
+
+
+@pytest.mark.usefixtures("once")
+def test_an_answer_that_breaks_off_is_no_image_of_another_kind(standin: Registry, tmp_path: Path) -> None:
+    """The next try may have all of it, so it must not end the job for good."""
+    output(open_image(standin, "team/nli:v1", tmp_path)).publish(bundle(tmp_path / "adapter"))
+    standin.faults.append(("GET", "/manifests/", 0))
+    store = open_image(standin, "team/nli:v1", tmp_path)
+    with pytest.raises(StoreUnavailable, match="the registry does not answer"):
+        store.list()
+    assert len(store.list()) == len(FILES) + 1
+
+
 def elsewhere(standin: Registry) -> str:
     """The stand-in at another address, as blobs' storage."""
     return f"http://localhost:{standin.address.rpartition(':')[2]}"
@@ -187,8 +216,6 @@ def test_an_image_that_is_replaced_leaves_other_tags_of_it_alone(registry: Regis
 
 
 def renamed(registry: Registry, name: str, old: str, new: str) -> None:
-    import urllib3
-
     kind = "application/vnd.oci.image.index.v1+json"
     url = f"http://{registry.address}/v2/{name}/manifests"
     found = urllib3.request("GET", f"{url}/{old}", headers={"Authorization": LOGIN, "Accept": kind})

@@ -93,7 +93,7 @@ class RegistryClient:
         def once() -> tuple[Response, bytes]:
             with self._sent(method, self._url(path), headers or {}, body) as response:
                 read = response.read(MAX_BYTES + 1)
-                if len(read) > MAX_BYTES:
+                if len(read) > MAX_BYTES or response.read(1):  # this raises where the body ends before its length
                     raise too_large(f"{self._where}: the registry's answer", MAX_BYTES)
                 response.release_conn()  # all of it is read: the connection can be used again
                 if response.status not in good:

@@ -14,6 +14,8 @@ from finetune_trainer.stores.credentials import origin
 from finetune_trainer.stores.errors import StoreMisconfigured, StoreUnavailable
 
 _MAX_BYTES: Final = 1 << 20
+#: What a header can carry.
+_TOKEN: Final = re.compile("[!-~]+")
 _CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -63,8 +65,10 @@ def authorization(
         raise TokenRefused(answer.status, read)
     try:
         found: dict[str, Any] = json.loads(read)
-        token = str(found.get("token") or found["access_token"])
-    except (ValueError, KeyError, AttributeError, RecursionError):
+        token = found.get("token") or found["access_token"]
+        if not _TOKEN.fullmatch(token):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise StoreUnavailable(f"{where}: the registry's server for tokens gives none") from None
     redact.remember(token)
     return f"Bearer {token}"
