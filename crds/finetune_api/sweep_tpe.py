@@ -100,8 +100,7 @@ def _space(parameter: Parameter) -> Any:
     log = parameter.scale == "log"
     if not sweep_paths.is_whole_number(parameter.path):
         return FloatDistribution(low, high, log=log)
-    least = min(math.ceil(low), math.floor(high))
-    return IntDistribution(least, math.floor(high), log=log and least > 0)
+    return IntDistribution(math.ceil(low), math.floor(high), log=log)
 
 
 def _told(past: Past, inner: dict[str, Any], spaces: dict[str, Any]) -> Any:

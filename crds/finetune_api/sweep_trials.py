@@ -54,6 +54,15 @@ def expand(name: str, spec: FineTuneSweepSpec) -> tuple[PlannedTrial, ...]:
             if (parameter.values is None) == (parameter.min is None):
                 raise SweepError(f"parameters[{index}]", "give either values, or min and max")
         _check_paths([parameter.path for parameter in parameters], "parameters", spec)
+        for index, parameter in enumerate(parameters):
+            low, high = parameter.min, parameter.max
+            if low is None or high is None or not sweep_paths.is_whole_number(parameter.path):
+                continue
+            if math.ceil(low) > math.floor(high):
+                raise SweepError(
+                    f"parameters[{index}].min",
+                    f"{parameter.path} takes whole numbers, and there is none from {low:g} to {high:g}",
+                )
         if spec.strategy == "tpe":
             trials = tuple(PlannedTrial(each, {}) for each in _numbered(_count(parameters, spec)))
         else:

@@ -103,6 +103,10 @@ def test_a_wrong_path_is_explained(path: str, says: str):
     [
         ({"parameters": grid(lora_rank=list(range(40)), lora_alpha=list(range(40)))}, "1600 combinations"),
         ({"parameters": [{"path": "lora.rank"}]}, "give either values, or min and max"),
+        (
+            {"parameters": [{"path": "lora.rank", "min": 8.2, "max": 8.8}], "strategy": "random", "maxTrials": 2},
+            "lora.rank takes whole numbers, and there is none from 8.2 to 8.8",
+        ),
         ({"trials": [{"name": "a", "values": {"lora": {"rank": 4}, "lora.alpha": 8}}]}, "lora.alpha lies in lora"),
         ({"trials": [{"name": "a" * 40}]}, "beside the sweep's name"),
         (

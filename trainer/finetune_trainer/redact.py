@@ -15,7 +15,7 @@ _USERINFO: Final = re.compile(r"(?<=://)[^/\s@\"']*@")
 #: What follows is a word of a sentence, unless it is long and holds more than letters.
 _HEADER: Final = re.compile(r"\b(Bearer|Basic)\s+(?=[^\s'\",]*[\d_=+/.\\])[^\s'\",]{8,}", re.IGNORECASE)
 _SIGNED: Final = re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=[^'\"\r\n]*")
-_QUERY: Final = re.compile(r"\b(X-Amz-(?:Signature|Credential|Security-Token)|Signature)=[^&\s'\"]+", re.IGNORECASE)
+_QUERY: Final = re.compile(r"\b(X-Amz-(?:Signature|Credential|Security-Token)|Signature|sig)=[^&\s'\"]+", re.IGNORECASE)
 
 _lock = threading.Lock()
 _forms: set[str] = set()

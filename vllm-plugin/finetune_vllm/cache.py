@@ -161,7 +161,9 @@ class Cache:
     def _require_private(self) -> None:
         subject = f"FINETUNE_ADAPTERS_CACHE: {self._folder}"
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (*reversed(self._folder.parents), self._folder):
+                if not folder.exists():  # those above, too: who may write there can put another in its place
+                    folder.mkdir(mode=0o700, exist_ok=True)
             found = self._folder.stat()
         except OSError as error:
             raise NotPrivate(f"{subject} cannot be made: {error.strerror}: name a folder that can") from None
