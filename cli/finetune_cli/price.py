@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from finetune_api import constants
 from finetune_cli.errors import CliError
-from finetune_trainer.planning import speed
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
@@ -74,6 +72,7 @@ def asked(
 def _of_cluster(
     job: FineTuneJob, gpu: str | None, namespace: str | None, context: str | None, kubeconfig: Path | None
 ) -> Price:
+    from finetune_api import constants
     from finetune_cli.kube.connect import connect
     from finetune_cli.kube.operators import operators_for
 
@@ -99,6 +98,9 @@ def price_of(prices: Mapping[str, float], label: str | None, gpu: str | None) ->
     Raises:
         CliError: There is none, or there are several.
     """
+    from finetune_api import constants
+    from finetune_trainer.planning import speed  # with pydantic: `finetune --help` reads this module
+
     if label is None and gpu is None:
         raise CliError("--price cluster: which GPU?", hint="name it with --gpu, such as H100")
     if label is not None:

@@ -24,8 +24,6 @@ from support.trainer import family_report
 from support.trainer.expert_layouts import layouts
 from support.trainer.families import KINDS, causal_types, tiny_model
 
-pytestmark = pytest.mark.scenario
-
 DAILY = frozenset(KINDS.values())
 TOLD = "run python scripts/model_table.py"
 #: Quantized layers, experts, Conv1D, a linear layer of its own class, and weights that kernels read.

@@ -17,12 +17,17 @@ _API_SERVERS = {"cluster", "every_cluster", "either_cluster"}
 _SCENARIOS = "scenarios"
 #: How the names of tests elsewhere begin that take as long as a scenario.
 LONG_ELSEWHERE = (
+    "chart/test_dashboards_drawn.py",
+    "images/test_audit.py",
+    "models/test_families.py",
     "operator/core/test_fuzz.py",
     "operator/core/test_properties.py",
     "trainer/engine/kernels/test_attention.py",
     "trainer/engine/test_compilation.py",
     "trainer/engine/test_fsdp.py",
     "trainer/stores/test_faulty_stores.py",
+    "trainer/stores/test_fetch.py",
+    "trainer/stores/test_transfer_memory.py",
 )
 #: How the names of long tests begin, the longest first: a run on several workers ends no sooner than the test that
 #: began last.

@@ -37,7 +37,6 @@ from finetune_trainer.stores.s3 import client, retry
 from support.stores.fault_proxy import Faults, Request, faulty
 from support.stores.s3 import S3Server
 
-pytestmark = pytest.mark.scenario
 JOB = Metadata(name="nli", namespace="team", uid="1111")
 OTHER = Metadata(name="other", namespace="team", uid="2222")
 RUNS_AT_ONCE = 6
