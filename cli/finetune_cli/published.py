@@ -145,7 +145,8 @@ def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[S
         )
     if found is None:
         raise CliError(
-            f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing"
+            f"no complete adapter at {address}: {constants.MANIFEST_FILE}, which is written last, is missing",
+            hint="give the output.uri of a job that has succeeded, or a prefix with a promoted adapter",
         )
     if found.manifest.kind == "Checkpoint" or (adapters_only and found.manifest.kind != "Adapter"):
         raise CliError(f"{address} holds a {found.manifest.kind}, not an adapter")

@@ -110,7 +110,10 @@ def _read(
         return found, f"Sweep {sweep}"
     sources = list(dict.fromkeys(sources))
     if len(sources) < 2:
-        raise CliError("compare takes two runs or more, or --sweep NAME")
+        raise CliError(
+            "compare takes two runs or more, or --sweep NAME",
+            hint="finetune compare JOB ./adapter; finetune list shows the jobs",
+        )
     if len(sources) > MAX_RUNS:
         raise CliError(f"{len(sources):,} runs; at most {MAX_RUNS:,} are compared")
     for source in sources:

@@ -98,13 +98,19 @@ def rollback(
     store = storage.open_store(where, subject="prefix")
     before = promotion.read(store)
     if before is None:
-        raise CliError(f"{where} has no latest.json", hint=f"finetune promote {where}/…")
+        raise CliError(
+            f"nothing was promoted at {where}: it has no latest.json",
+            hint=f"the folder above the adapter is meant; finetune promote {where}/ADAPTER makes it",
+        )
     pointer, data = before
     remark = ""
     if not list_only:
         earlier = pointer.rolled_back()
         if earlier is None:
-            raise CliError(f"{where} has had no adapter before {pointer.current.path}")
+            raise CliError(
+                f"there is nothing to roll {where} back to: {pointer.current.path} is the first in its history",
+                hint=f"finetune promote {where}/ADAPTER moves the pointer to any other adapter",
+            )
         with console.err().status(f"Comparing {where}/{earlier.current.path} with its manifest"):
             promotion.checked(store, earlier.current.path, earlier.current.manifest_digest)
         remark = promotion.move(store, earlier, data)
@@ -118,6 +124,6 @@ def _show(where: str, pointer: Latest, output: OutputFormat | None, remark: str)
     if output:
         console.structured({"prefix": where, **pointer.manifest()}, output)
         return
-    console.done(f"{where} is {pointer.current.path} ({pointer.current.manifest_digest})")
+    console.done(f"{where}/latest.json names {pointer.current.path} ({pointer.current.manifest_digest})")
     for each in pointer.history:
         console.note(f"before {each.promoted_at:%Y-%m-%d %H:%M}  {each.path} ({each.manifest_digest[:19]})")

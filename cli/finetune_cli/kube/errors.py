@@ -86,8 +86,8 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
 def _not_found(status: dict[str, Any], server: str, where: str, name: str, what: str) -> CliError:
     missing = status.get("details") or {}
     if name and missing.get("name") == name:
-        listing = "finetune list --sweeps -A" if what == constants.SWEEP_KIND else "finetune list -A"
-        return CliError(f"there is no {what} {name!r}{where}", hint=f"{listing} shows all there are", is_missing=True)
+        hint = "finetune list -A shows all jobs, finetune list --sweeps -A all sweeps"
+        return CliError(f"there is no {what} {name!r}{where}", hint=hint, is_missing=True)
     if missing.get("kind") == "namespaces":
         return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
     return CliError(

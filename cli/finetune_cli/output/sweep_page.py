@@ -120,7 +120,8 @@ def _blocks(view: SweepView, jobs: dict[str, View], now: datetime) -> Iterator[R
         (view.name, "bold"),
         (f"  {view.namespace}  ", "dim"),
         _phase(view.phase),
-        (f"  {view.status.summary} trials · {formatting.age(view.created, now)} old", "dim"),
+        ("  " + (f"{view.status.summary} trials · " if view.status.summary else ""), "dim"),
+        (f"{formatting.age(view.created, now)} old", "dim"),
     )
     if view.why:
         yield Text(f"  {one_line(view.why)}")

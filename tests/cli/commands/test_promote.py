@@ -74,7 +74,7 @@ def test_readers_of_the_prefix_get_what_is_promoted_and_rolled_back(prefix: Pref
     for path in digests:
         done = prefix.run("promote", f"{prefix.uri}/{path}", "--prefix", prefix.uri)
         assert (done.returncode, prefix.current) == (0, path), done.stderr
-        assert f"✓ {prefix.uri} is {path} ({digests[path]})" in done.stdout
+        assert f"✓ {prefix.uri}/latest.json names {path} ({digests[path]})" in done.stdout
     again = prefix.run("promote", f"{prefix.uri}/{path}", "--prefix", prefix.uri, "-o", "json")
     assert [each["path"] for each in json.loads(again.stdout)["history"]] == ["two", "one"]
     listed = prefix.run("rollback", prefix.uri, "--list")
@@ -88,7 +88,8 @@ def test_readers_of_the_prefix_get_what_is_promoted_and_rolled_back(prefix: Pref
         assert (tmp_path / f"got-{path}/adapter_config.json").read_text() == path
     last = prefix.run("rollback", prefix.uri)
     assert (last.returncode, prefix.current) == (1, "one")
-    assert "has had no adapter before one" in last.stderr
+    assert "back to: one is the first in its history" in last.stderr.replace("\n", " ")
+    assert f"finetune promote {prefix.uri}/ADAPTER" in last.stderr.replace("\n", " ")
 
 
 def test_somebody_elses_move_is_never_undone(anywhere: Prefix) -> None:

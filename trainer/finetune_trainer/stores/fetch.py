@@ -83,7 +83,7 @@ def _wanted(store: Store, ignore: Sequence[str]) -> list[Entry]:
     listed = store.list()
     entries = [entry for entry in listed if not any(fnmatch(entry.path, pattern) for pattern in ignore)]
     if not entries:
-        found = "only files that are not used here" if listed else "neither an object nor a prefix"
+        found = "only files that are not used here" if listed else "neither an object nor a prefix: check its spelling"
         raise StoreNotFound(f"{store.field}: {store.root} is {found}")
     for entry in entries:
         if fault := artifact_manifest.fault_of_path(entry.path):
