@@ -35,7 +35,9 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
 
 ManifestFile = Annotated[
     str,
-    typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob or FineTuneSweep, or - for stdin.", show_default=False),
+    typer.Argument(
+        metavar="FILE", help="Manifest of a FineTuneJob or FineTuneSweep, or - for stdin.", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

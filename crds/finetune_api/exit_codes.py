@@ -81,7 +81,7 @@ _OUTCOMES: Final = (
         False,
         "The pod was asked to stop (node drained, spot reclaimed, job suspended) and saved a checkpoint.",
         "Nothing to do: the next attempt resumes, and this one is not counted.",
-        "Run the same command again: it resumes from the checkpoint.",
+        "Run the same command again: it resumes from the last checkpoint, if one was saved.",
     ),
     Outcome(
         ExitCode.ACCESS_DENIED,

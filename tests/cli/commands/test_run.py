@@ -90,7 +90,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_to_an_adapter(ru
         rest = read_until(master, "resumes from the checkpoint")
         assert process.wait(120) == 75, rest
     assert "tiny: Preempted" in rest
-    assert "Run the same command again: it resumes from the checkpoint." in rest
+    assert "Run the same command again: it resumes from the last checkpoint, if one was saved." in rest
     assert list((tmp_path / "out" / "checkpoints").iterdir())
     assert not (tmp_path / "out" / "manifest.json").exists()
 
