@@ -27,6 +27,7 @@ from finetune_trainer.stores.errors import (
     StoreUnavailable,
 )
 from finetune_trainer.stores.oci import layer
+from finetune_trainer.stores.oci.credentials import where_login_is
 from finetune_trainer.stores.oci.store import OciStore
 from finetune_trainer.stores.oci.tokens import authorization
 from support.stores.images import FILES, bundle, open_image, output
@@ -259,3 +260,12 @@ def test_uploads_are_sent_to_the_registry_alone(
         with pytest.raises(StoreMisconfigured, match=r"sends uploads to .*, another server") as refused:
             store._client._url(place)
         assert "word" not in str(refused.value)
+
+
+def test_who_is_refused_learns_where_the_login_is_set() -> None:
+    here = Credentials("oci", {"DOCKER_CONFIG": "/home/me/.docker"}, in_pod=False)
+    assert where_login_is(here) == "in /home/me/.docker/config.json (docker login writes it)"
+    assert "~/.docker/config.json" in where_login_is(Credentials("oci", {}, in_pod=False))
+    given = Credentials("oci", {".dockerconfigjson": "{}"}, in_pod=False)
+    assert where_login_is(given) == given.where
+    assert "Secret" in where_login_is(Credentials("oci", {}, in_pod=True))

@@ -59,7 +59,7 @@ class RegistryClient:
         host = "registry-1.docker.io" if registry == "docker.io" else registry
         self.base = f"{scheme}://{host}/v2/{repository}"
         self._where = f"{field}: {registry}/{repository}"
-        self._network, self._where_set = credentials.network, credentials.where
+        self._network, self._where_set = credentials.network, registry_settings.where_login_is(credentials)
         if problem := endpoints.refusal(f"{scheme}://{host}"):
             raise StoreMisconfigured(f"{field}: {problem}")
         self._login = registry_settings.login(registry, credentials, field)

@@ -77,6 +77,13 @@ def login(registry: str, credentials: Credentials, field: str) -> tuple[str, str
         ) from None
 
 
+def where_login_is(credentials: Credentials) -> str:
+    """Return where a login is set, for messages: what `docker login` writes counts where no pod's Secret does."""
+    if credentials.in_pod or credentials.get(constants.DOCKER_CONFIG_KEY) is not None:
+        return credentials.where
+    return f"in {credentials.get('DOCKER_CONFIG') or '~/.docker'}/config.json (docker login writes it)"
+
+
 def _read(file: Path, field: str) -> str | None:
     """Return the file's text, None without one; `sudo docker login` leaves one that its user cannot read."""
     try:
