@@ -106,8 +106,6 @@ def price_of(prices: Mapping[str, float], label: str | None, gpu: str | None) ->
     if label is not None:
         found = {label: prices[label]} if label in prices else {}
     else:
-        from finetune_trainer.planning import speed
-
         wanted = speed.known_gpu(gpu or "")
         found = {name: price for name, price in prices.items() if _is_whole(name) and speed.known_gpu(name) == wanted}
     if not found:
