@@ -141,8 +141,9 @@ def trainers_code(code: int, report: TrainerReport | None) -> int:
 def _in_foreground() -> bool:
     """Whether the terminal's Ctrl-C reaches the trainer without our help."""
     try:
-        return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (OSError, ValueError):
+        with Path("/dev/tty").open("rb", buffering=0) as terminal:  # stdin may be a manifest
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
         return False
 
 

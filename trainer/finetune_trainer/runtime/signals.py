@@ -1,7 +1,9 @@
 """Graceful shutdown: set a flag while a checkpoint can be saved, else exit."""
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,6 +11,8 @@ from typing import Final
 
 #: Seconds from the signal, or from the end of the save, until the process exits, whatever still hangs.
 TIMEOUT: Final = 10.0
+#: One press of Ctrl-C may arrive twice: from the terminal or a supervisor, which tell all processes, and passed on.
+SAME_PRESS_SECONDS: Final = 0.5
 
 
 class StopFlag:
@@ -67,8 +71,14 @@ def stop_on_signals(flag: StopFlag, alone: bool = True) -> Iterator[None]:
     Outside of flag.saving() the signal also raises KeyboardInterrupt, for there is nothing to save; so does a second
     Ctrl-C. A process that is not `alone` exits together with the other ranks, where they look at the flag.
     """
+    pressed = -math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if number == signal.SIGINT:
+            before, pressed = pressed, time.monotonic()
+            if pressed - before < SAME_PRESS_SECONDS:
+                return
         again = bool(flag)
         flag.set(signal.Signals(number).name)
         if again and number == signal.SIGINT:
