@@ -1,14 +1,15 @@
 """How sweeps scale: one FineTuneSweep of a thousand trials on a real kube-apiserver (or the stand-in, said so).
 
-    python benchmarks/sweep_scale.py --trials 1000
+    python benchmarks/sweep_scale.py --trials 1000 [--packed]
 
 Server, operator and this program share the machine. The trials get no pods, for there is no Job controller. "planned"
-is when the last trial has its FineTuneJob; "converged" when the last has its Job and its status. Exit code 1 when a
-limit of rangespec.yaml is passed.
+is when the last trial has its FineTuneJob, which with --packed four share; "converged" when the last has its Job and
+its status. Exit code 1 when a limit of rangespec.yaml is passed.
 """
 
 import argparse
 import asyncio
+import math
 import os
 import platform
 import sys
@@ -38,11 +39,18 @@ from support.operator.process import OperatorProcess, running
 from support.server import server as clusters
 from support.server.client import AsyncKube, path_of
 
+#: Trials of 4 rows that fill a step of 16.
+TRIALS_IN_PACK = 4
 
-def sweep(trials: int) -> dict[str, Any]:
+
+def sweep(trials: int, packed: bool) -> dict[str, Any]:
     rates = [round(1e-6 * number, 6) for number in range(1, trials + 1)]
     parameters = [{"path": "training.learningRate", "values": rates}]
-    spec = {"template": manifest("nli")["spec"], "parameters": parameters, "parallelism": trials}
+    template = manifest("nli")["spec"]
+    if packed:
+        template["training"] = template.get("training", {}) | {"batchSize": 16 // TRIALS_IN_PACK}
+    packing = "enabled" if packed else "disabled"
+    spec = {"template": template, "parameters": parameters, "parallelism": trials, "packing": packing}
     return {
         "apiVersion": constants.API_VERSION,
         "kind": constants.SWEEP_KIND,
@@ -51,7 +59,9 @@ def sweep(trials: int) -> dict[str, Any]:
     }
 
 
-async def measure(cluster: clusters.Cluster, operator: OperatorProcess, namespace: str, trials: int) -> Figures:
+async def measure(
+    cluster: clusters.Cluster, operator: OperatorProcess, namespace: str, trials: int, packed: bool
+) -> Figures:
     """One sweep, from its creation until nothing is left to write."""
     kube, seen = AsyncKube(cluster.access), Seen(cluster.access, namespace)
     followers = [asyncio.create_task(seen.follow(kind)) for kind in (constants.KIND, "Job")]
@@ -59,13 +69,13 @@ async def measure(cluster: clusters.Cluster, operator: OperatorProcess, namespac
     before, began = writes(operator), time.monotonic()
     every = {"operator": [psutil.Process(operator.process.pid)], "server": servers(cluster)}
     cpu_before = {name: cpu_seconds(found) for name, found in every.items()}
-    await kube.request("POST", path_of(constants.SWEEP_KIND, namespace), sweep(trials))
-    planned = 0.0
+    await kube.request("POST", path_of(constants.SWEEP_KIND, namespace), sweep(trials, packed))
+    planned, jobs = 0.0, math.ceil(trials / TRIALS_IN_PACK) if packed else trials
     while not planned:
         await asyncio.sleep(0.1)
         made = operator.metric(REQUESTS, verb="create", resource=constants.PLURAL) or 0
-        planned = time.monotonic() - began if made >= trials else 0.0
-    await seen.wait_for(trials, 600)
+        planned = time.monotonic() - began if made >= jobs else 0.0
+    await seen.wait_for(jobs, 600)
     figures = {"planned_seconds": planned, "converged_seconds": time.monotonic() - began}
     await until(operator, "finetune_operator_queue_depth")
     await until(operator, "finetune_operator_events_waiting")
@@ -84,17 +94,20 @@ async def measure(cluster: clusters.Cluster, operator: OperatorProcess, namespac
     return figures
 
 
-def run(trials: int) -> Figures:
+def run(trials: int, packed: bool) -> Figures:
     """One run on a fresh server."""
     kind = "apiserver" if "apiserver" in clusters.available() else clusters.STANDIN
     folder = Path(tempfile.mkdtemp(prefix="finetune-bench-"))
-    print(f"{trials} trials, {os.cpu_count()} cores, {platform.machine()}", flush=True)
+    print(
+        f"{trials} trials{', four in a FineTuneJob' if packed else ''}, {os.cpu_count()} cores, {platform.machine()}",
+        flush=True,
+    )
     with (
         clusters.start(kind) as cluster,
         cluster.namespace("bench") as namespace,
         running(cluster.kubeconfig, folder / "first", SETTINGS | {"namespaces": [namespace]}) as operator,
     ):
-        figures = asyncio.run(measure(cluster, operator, namespace, trials))
+        figures = asyncio.run(measure(cluster, operator, namespace, trials, packed))
         print(f"  server: {clusters.describe(kind)}; load average {os.getloadavg()[0]:.1f}")
         return figures
 
@@ -102,10 +115,11 @@ def run(trials: int) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000, help="number of trials")
+    parser.add_argument("--packed", action="store_true", help="trials of 4 rows, four in a FineTuneJob")
     parser.add_argument("--runs", type=int, default=1, help="runs for mean and spread")
     options = parser.parse_args()
-    limits = yaml.safe_load(RANGESPEC.read_text())["ranges"].get("sweep", {})
-    sys.exit(0 if compare([run(options.trials) for _ in range(options.runs)], limits) else 1)
+    limits = yaml.safe_load(RANGESPEC.read_text())["ranges"].get("sweep-packed" if options.packed else "sweep", {})
+    sys.exit(0 if compare([run(options.trials, options.packed) for _ in range(options.runs)], limits) else 1)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Plan:
     """
 
     create: tuple[Object, ...] = ()
+    creates_more: bool = False
+    """Whether the next plan creates more: what has a controller of its own is left alone until that is done, too."""
     status: Object | None = None
     """Merge patch of the status; None when nothing changes."""
     suspend: tuple[Target, ...] = ()

@@ -34,6 +34,9 @@ LARGE_READS = 2
 _TERMINATING_SECONDS = 60.0
 #: Look again by name at what no watch shows.
 _DOUBT_SECONDS = 10.0
+#: Of an owner that has more to create, what is created waits so long for its own reconcile: longer than a thousand
+#: trials take, which else would be created between the writes of those before them.
+CREATES_MORE_SECONDS = 8.0
 #: Children created at the same time.
 CREATES = 16
 #: An owner is reconciled this long after one of its children changed: many of them often change together.
@@ -217,7 +220,7 @@ class Reconciler:
         Objects with a controller of their own need none of the others: some are created at a time, and what happens to
         one does not keep those beside it from being created.
         """
-        uid = ""
+        uid, wait = "", CREATES_MORE_SECONDS if plan.creates_more else 0.0
         for some in self._batches(plan.create):
             made = await asyncio.gather(*(self._client.ensure(obj, owner.uid) for obj in some), return_exceptions=True)
             failed = [answer for answer in made if isinstance(answer, BaseException)]
@@ -225,7 +228,7 @@ class Reconciler:
                 if isinstance(stored, BaseException):
                     continue
                 if obj["kind"] in self._cache.registry.watched:
-                    self._record_write(key, obj["kind"], stored)
+                    self._record_write(key, obj["kind"], stored, wait)
                 if obj["kind"] == JOB.name:
                     uid = raw.text(stored, "metadata", "uid")
                     if digest_of(stored) != digest_of(obj):
@@ -239,11 +242,11 @@ class Reconciler:
         size = CREATES if objects and all(obj["kind"] in reconciled for obj in objects) else 1
         return (objects[start : start + size] for start in range(0, len(objects), size))
 
-    def _record_write(self, key: ObjectKey, kind: str, stored: Raw) -> None:
-        """Put the answer to a write into the cache, and have reconciled what else it changes."""
+    def _record_write(self, key: ObjectKey, kind: str, stored: Raw, wait: float = 0.0) -> None:
+        """Put the answer to a write into the cache, and have reconciled what else it changes: itself after `wait`."""
         for other in self._cache.put_own_write(kind, stored):
             if other != key:
-                self._on_change(other, 0.0 if other.kind == kind else OWNER_SECONDS)
+                self._on_change(other, wait if other.kind == kind else OWNER_SECONDS)
 
     async def _write_status(
         self, key: ObjectKey, controller: Controller[Any], owner: ReconciledView, status: Raw

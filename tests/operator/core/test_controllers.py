@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from finetune_api import constants
 from finetune_operator.core.controllers import FINETUNE_JOB, REGISTRY, Registry
 from finetune_operator.core.objects.kinds import Kind, ObjectKey
 from finetune_operator.reconcile.event_recorder import EventRecorder
-from finetune_operator.reconcile.reconciler import OWNER_SECONDS, Reconciler
+from finetune_operator.reconcile.reconciler import CREATES_MORE_SECONDS, OWNER_SECONDS, Reconciler
 from finetune_operator.reconcile.work_queue import WorkQueue
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
@@ -137,6 +138,17 @@ def test_what_a_write_of_ours_changes_besides_is_reconciled_for_its_echo_is_left
     operator.changed.clear()
     asyncio.run(operator.reconciler(trial))
     assert set(operator.changed) == {(SCAN, OWNER_SECONDS)}, "its owner after its status was written, with others"
+
+
+def test_what_is_created_waits_for_what_its_owner_has_still_to_create(scan: ModuleType):
+    def plan(*given: Any) -> Any:
+        made = scan.CONTROLLER.plan(*given)
+        return replace(made, creates_more=bool(made.create))
+
+    operator = Recorded(FINETUNE_JOB, replace(scan.CONTROLLER, plan=plan))
+    operator.store("FineTuneScan", named("FineTuneScan", "s1", template=SPEC, learningRates=[1e-4]))
+    asyncio.run(operator.settle())
+    assert operator.changed == [(ObjectKey("FineTuneJob", "team", "nli-t0"), CREATES_MORE_SECONDS)]
 
 
 def test_a_child_that_cannot_be_created_keeps_none_beside_it_from_it(scan: ModuleType):

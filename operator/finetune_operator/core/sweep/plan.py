@@ -6,7 +6,7 @@ follow from, so that a crash between any two writes finds the same trials again,
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_api import constants, plain_text
@@ -128,11 +128,12 @@ def _advance(
             over = not new.counts.active
             why = ConditionValue("False" if over else "Unknown", INVALID, str(error))
             return _plan(observed, status, new, State("Failed" if over else "Running", why), now, said, left)
-    due = due[:MAX_CREATES]
+    due, more = due[:MAX_CREATES], len(due) > MAX_CREATES
     create = tuple(trials.job_of(observed.sweep, sweep, holder, drawn.get(holder.name)) for holder in due)
     # The rows of new trials, and the places of stopped ones, follow with the next plan.
     again = 0.0 if create or (stopping and waiting) else left
-    return _plan(observed, status, new, State("Running", _running(new)), now, said, again, create=create)
+    made = _plan(observed, status, new, State("Running", _running(new)), now, said, again, create=create)
+    return replace(made, creates_more=more)
 
 
 def _job(observed: ObservedSweep, trial: str) -> JobObject | None:

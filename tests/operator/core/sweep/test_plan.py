@@ -35,6 +35,16 @@ def test_each_trial_is_a_job_of_the_sweep_with_its_own_values_and_place():
     assert world.rows["lr2e-4"] == {"name": "lr2e-4", "values": "learningRate=2e-4", "phase": "Pending"}
 
 
+def test_many_trials_are_created_in_parts_and_all_but_the_last_say_that_more_follow():
+    rates = [{"path": "training.learningRate", "values": [number * 1e-6 for number in range(1, 251)]}]
+    world = SweepWorld(parameters=rates, parallelism=250)
+    parts = []
+    while not world.jobs or parts[-1][1]:
+        made = world.reconcile()
+        parts += [(len(made.create), made.creates_more)] if made.create else []
+    assert parts == [(100, True), (100, True), (50, False)]
+
+
 def test_no_more_run_than_parallelism_allows_and_the_next_follows_an_end():
     world = SweepWorld(parameters=RATES, parallelism=2)
     world.settle()
