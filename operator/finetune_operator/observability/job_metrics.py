@@ -21,7 +21,7 @@ from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.kinds import ObjectKey
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject, TrialState
 from finetune_operator.observability import result_metrics, usage_metrics
-from finetune_operator.observability.metrics import PHASES, PREFIX, TERMINAL_PHASES, gauge
+from finetune_operator.observability.metrics import PHASES, PREFIX, TERMINAL_PHASES, gauge, latest
 
 #: Phases in which the pods hold their GPUs.
 GPU_HOLDING_PHASES = frozenset(PHASES) - {*WAITING_PHASES, *TERMINAL_PHASES, "Suspended"}
@@ -53,8 +53,7 @@ def final_progress(jobs: Iterable[JobObject], limit: int) -> Iterator[tuple[Obje
 
     A scrape sees a job that trained for less than its interval, or its last steps, only here.
     """
-    finished = (job for job in jobs if job.phase in TERMINAL_PHASES)
-    for job in nlargest(limit, finished, key=lambda job: job.version):
+    for job in latest(jobs, limit, over=True):
         if progress := status_io.read(job.status).progress:
             yield job.key, progress.model_copy(update={"tokens_per_second": None})
 
@@ -167,8 +166,9 @@ class JobMetrics(Collector):
         )
         attempts = {(job.namespace, job.name): job.attempts for job in unfinished[: self._limit]}
         yield gauge("job_attempts", "Attempts of a job that is not over.", ("namespace", "name"), attempts)
-        yield from usage_metrics.of_jobs(jobs, self._limit)
-        yield from result_metrics.of_jobs(jobs, self._limit)
+        finished, others = (latest(jobs, self._limit, over=over) for over in (True, False))
+        yield from usage_metrics.of_jobs([*finished, *others])
+        yield from result_metrics.of_jobs(finished, others)
         yield from _of_sweeps(jobs, self._limit)
 
 

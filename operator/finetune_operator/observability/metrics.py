@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from prometheus_client.registry import Collector
 from finetune_api.status import Progress, RunningStage
 from finetune_operator.core.attempts.progress import percent
 from finetune_operator.core.objects.kinds import ObjectKey
+from finetune_operator.core.objects.observed import JobObject
 
 PREFIX = "finetune_operator"
 PHASES = (
@@ -155,6 +157,11 @@ class _Scraped(Collector):
         done = {key: value / 100 for key, progress in found if (value := percent(progress)) is not None}
         text = "Share of the training that is done; 1 once the job has succeeded."
         yield gauge("job_progress_ratio", text, ("namespace", "name"), done)
+
+
+def latest(jobs: Iterable[JobObject], limit: int, *, over: bool) -> list[JobObject]:
+    """Return the `limit` jobs that changed last of those that are over, or of those that are not."""
+    return nlargest(limit, (job for job in jobs if (job.phase in TERMINAL_PHASES) == over), key=lambda job: job.version)
 
 
 def gauge(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:

@@ -1,26 +1,22 @@
 """Prometheus gauges by which jobs are compared: the label they are told apart by, and how those that are over ended."""
 
-from collections.abc import Iterable, Iterator
-from heapq import nlargest
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import Metric
 
 from finetune_operator.core.objects import status_io
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.observability.metrics import TERMINAL_PHASES, gauge
+from finetune_operator.observability.metrics import gauge
 
 _NAMES: Final = ("trainLoss", "evalLoss", "accuracy", "precision", "recall", "f1", "validJson", "tokensPerSecond")
 #: Of status.metrics, what is exported: a trainer may report as many as it likes.
 EXPORTED: Final = frozenset(_NAMES) | {f"{name}Before" for name in _NAMES}
 
 
-def of_jobs(jobs: Iterable[JobObject], limit: int) -> Iterator[Metric]:
-    """Yield the gauges of the `limit` jobs that are not over, and of as many that are, that changed last."""
-    over = [job for job in jobs if job.phase in TERMINAL_PHASES]
-    others = [job for job in jobs if job.phase not in TERMINAL_PHASES]
-    finished, unfinished = (nlargest(limit, some, key=lambda job: job.version) for some in (over, others))
-    labels = {(job.namespace, job.name, job.cost_label): 1.0 for job in (*finished, *unfinished)}
+def of_jobs(finished: Sequence[JobObject], others: Iterable[JobObject]) -> Iterator[Metric]:
+    """Yield the gauges of jobs that are over, and of others."""
+    labels = {(job.namespace, job.name, job.cost_label): 1.0 for job in (*finished, *others)}
     text = "1, with the value of the job's label that costs.label names."
     yield gauge("job_info", text, ("namespace", "name", "cost_label"), labels)
     results = {

@@ -1,7 +1,6 @@
 """What jobs use of the GPUs and what it costs: counters by namespace and label, gauges by job."""
 
 from collections.abc import Iterable, Iterator
-from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric
@@ -11,7 +10,7 @@ from pydantic_core import from_json
 from finetune_api.status import Usage
 from finetune_operator.core.objects import raw
 from finetune_operator.core.objects.observed import JobObject
-from finetune_operator.observability.metrics import PREFIX, TERMINAL_PHASES, gauge
+from finetune_operator.observability.metrics import PREFIX, gauge
 
 #: Values of the label that get counters of their own in one namespace: who makes jobs chooses them.
 MAX_LABEL_VALUES = 50
@@ -79,12 +78,9 @@ def _usage_of(job: JobObject) -> Usage | None:
         return None
 
 
-def of_jobs(jobs: Iterable[JobObject], limit: int) -> Iterator[Metric]:
-    """Yield the gauges of the `limit` jobs that run, and of as many that are over, that changed last."""
-    over = [job for job in jobs if job.phase in TERMINAL_PHASES]
-    others = [job for job in jobs if job.phase not in TERMINAL_PHASES]
-    shown = (job for some in (over, others) for job in nlargest(limit, some, key=lambda job: job.version))
-    used = ((job, _usage_of(job)) for job in shown)
+def of_jobs(jobs: Iterable[JobObject]) -> Iterator[Metric]:
+    """Yield the gauges of these jobs."""
+    used = ((job, _usage_of(job)) for job in jobs)
     found = {(job.namespace, job.name): usage for job, usage in used if usage}
     text = "GPUs multiplied by the seconds that a job's pods ran, of its attempts that have ended."
     seconds = {name: usage.gpu_hours * 3600 for name, usage in found.items()}
