@@ -1,16 +1,13 @@
 """Adapters as images, and the registry that they are pushed to."""
 
 from pathlib import Path
-from typing import Any
 
-from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
-from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.oci.store import OciStore
 from finetune_trainer.stores.open import open_store
+from support.stores.bundles import bundle_of
 from support.stores.registry import PASSWORD, Registry
 
 FILES = {
@@ -35,11 +32,4 @@ def open_image(registry: Registry, name: str, folder: Path, password: str = PASS
 
 
 def bundle(folder: Path) -> Bundle:
-    for path, data in FILES.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    return Bundle(folder, ARTIFACTS["Adapter"], "org/base", rank=8, metrics={"evalLoss": 0.5}, step=3)
-
-
-def output(store: OciStore, uid: str = "1", **options: Any) -> AdapterOutput:
-    return AdapterOutput(store, Metadata(name="nli", uid=uid), **options)
+    return bundle_of(folder, FILES)

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.spec import Metadata
 from finetune_api.uri import parse
-from finetune_trainer.publishing.artifacts import ARTIFACTS
 from finetune_trainer.publishing.bundle import Bundle
 from finetune_trainer.publishing.publish import AdapterOutput
 from finetune_trainer.stores import manifest as store_manifest
@@ -21,6 +19,7 @@ from finetune_trainer.stores.errors import (
 )
 from finetune_trainer.stores.hub_store import HubStore
 from finetune_trainer.stores.open import open_store
+from support.stores.bundles import bundle_of, output
 from support.stores.hub import Hub
 
 TOKEN = "hf_may_write_here"
@@ -47,14 +46,7 @@ def repository(hub: Hub, token: str = TOKEN) -> HubStore:
 
 
 def bundle(folder: Path) -> Bundle:
-    for path, data in FILES.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    return Bundle(folder, ARTIFACTS["Adapter"], "org/base", rank=8, metrics={"evalLoss": 0.5}, step=3)
-
-
-def output(store: HubStore, uid: str = "1", **options: Any) -> AdapterOutput:
-    return AdapterOutput(store, Metadata(name="nli", uid=uid), **options)
+    return bundle_of(folder, FILES)
 
 
 def test_an_adapter_is_pushed_in_two_commits_and_read_back(hub: Hub, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from finetune_trainer.stores.oci import layer
 from finetune_trainer.stores.oci.credentials import where_login_is
 from finetune_trainer.stores.oci.store import OciStore
 from finetune_trainer.stores.oci.tokens import authorization
-from support.stores.images import FILES, bundle, open_image, output
+from support.stores.bundles import output
+from support.stores.images import FILES, bundle, open_image
 from support.stores.registry import PASSWORD, USER, Registry, registry, standin_registry
 
 __all__ = ["registry"]

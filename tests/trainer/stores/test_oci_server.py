@@ -16,7 +16,8 @@ from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import StoreAccessDenied, StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.oci import credentials as registry_settings
 from finetune_trainer.stores.oci.tokens import authorization
-from support.stores.images import FILES, bundle, open_image, output
+from support.stores.bundles import output
+from support.stores.images import FILES, bundle, open_image
 from support.stores.registry import BINARY, LOGIN, PASSWORD, Registry, docker_registry, registry, standin_registry
 from support.stores.tokens import SERVICE, Authority, Tokens, token_server
 
