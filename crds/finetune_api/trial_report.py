@@ -4,6 +4,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from finetune_api import exit_codes
 from finetune_api.base import ApiModel, FiniteOrNone
 from finetune_api.spec_pack import MAX_PACK
 
@@ -33,6 +34,15 @@ class TrialReport(ApiModel):
     """Optimizer steps done."""
     eval_loss: FiniteOrNone = None
     """Latest evaluation loss (nats per token)."""
+
+    @property
+    def has_ended_for_good(self) -> bool:
+        """Whether the trial would end so alone, too: not where its process took it along, or it had to fit in there."""
+        if self.phase != "Failed":
+            return self.phase in ENDED
+        outcome = exit_codes.REASONS.get(self.reason or "")
+        beside_others = (exit_codes.NOT_PACKABLE, exit_codes.WONT_FIT)
+        return outcome is not None and outcome.final and self.reason not in beside_others
 
 
 def readable(found: Any) -> list[TrialReport]:

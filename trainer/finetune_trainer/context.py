@@ -7,9 +7,10 @@ from typing import Final, ParamSpec, TypeVar
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adapter, Stage
+from finetune_trainer.checkpoints.divergence import Divergence
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.errors import Outperformed, Preempted
+from finetune_trainer.errors import Diverged, Outperformed, Preempted
 from finetune_trainer.reporting.metrics_log import MetricsLog
 from finetune_trainer.reporting.prometheus import Telemetry
 from finetune_trainer.reporting.report import Reporter
@@ -121,6 +122,14 @@ class RunContext:
             self.report.progress(step=state.step, total_steps=None)
             self.report.metrics(state.metrics)
             raise Outperformed(state.outperformed)
+
+    def stays_diverged(self, found: Divergence | None) -> None:
+        """Raise Diverged if an earlier attempt has; those that this run is compared with learn what it had measured."""
+        if found is None:
+            return
+        for step, loss in sorted(found.eval_losses.items()):
+            self.metrics.log(step, {"evalLoss": loss})
+        raise Diverged(f"{found.message} (so an earlier attempt found: it is not trained again)")
 
     def stop_if_requested(self, message: str = _BEFORE_TRAINING, alone: bool = False) -> None:
         """Raise Preempted on all ranks if any rank got a stop signal: the others would hang in a collective.

@@ -1,5 +1,6 @@
 """One run in thirteen steps, from the FineTuneJob to the verified adapter."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def run(ctx: RunContext) -> Adapter | None:
         state, checkpoint = checkpoints.find(ctx.directory, fingerprint, base.commit, base.tensors)
         ctx.report.resumed_from(checkpoints.resumption)
         ctx.stays_stopped(state)
+        ctx.stays_diverged(None if ctx.sharing.is_alone else checkpoints.diverged(fingerprint))
         lengths = data.train.input_ids.lengths
         plan_for = partial(
             steps.plan_execution, device=device, ranks=ranks, train_lengths=lengths, longest=data.longest
@@ -124,7 +126,8 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.warmed_up()
         return None
 
-    with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving():
+    remembering = nullcontext() if ctx.sharing.is_alone else checkpoints.remembering(fingerprint, ctx.directory)
+    with ctx.stage("Training", f"Training on {len(data.train.input_ids)} rows"), ctx.stop.saving(), remembering:
         # 9. Train; saves, resumes, evaluates, stops early and survives GPU out-of-memory.
         result = session.fit(state, checkpoint)
 

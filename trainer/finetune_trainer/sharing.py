@@ -25,6 +25,11 @@ class Sharing:
     """A run on its own: it makes all that it needs."""
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the process ends with the run."""
+        return True
+
+    @property
     def halves(self) -> bool:
         """Whether the run is compared with others, and ends when it falls behind."""
         return False

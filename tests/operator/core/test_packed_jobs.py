@@ -176,3 +176,36 @@ def test_figures_that_are_no_numbers_reach_no_status(number: Any) -> None:
 def test_a_trainer_that_does_not_know_packs_refuses_what_it_gets() -> None:
     _, spec = read()
     assert sweep_document(Metadata(name="nli-pack-0"), spec)["spec"]["packing"] == "auto"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [{"phase": "Failed", "reason": "Diverged"}, {"phase": "Stopped", "reason": "Outperformed"}, {"phase": "Succeeded"}],
+    ids=lambda end: end["phase"],
+)
+def test_a_trial_that_has_ended_for_good_stays_so_while_the_next_attempt_comes_to_it(end: Object) -> None:
+    """The others' process is started again: it goes through all of its trials, and may be killed before it is there."""
+    world = packed(recovery={"backoffSeconds": 0, "maxAttempts": 2})
+    row = {"name": "a"} | end
+    world.exit_pods(69, {"stage": "Failed", "reason": "Unavailable", "trials": [row, {"name": "b", "phase": "Failed"}]})
+    world.settle()
+    world.advance(60)
+    world.settle()
+    world.start_pods()
+    rows = [{"name": "a", "phase": "Pending"}, {"name": "b", "phase": "Running", "step": 3}]
+    world.exit_pods(137, {"stage": "Training", "trials": rows})
+    world.settle()
+    assert world.status["trials"][0] == row and world.outcome == "False"
+
+
+def test_what_is_published_after_all_counts() -> None:
+    world = packed(recovery={"backoffSeconds": 0, "maxAttempts": 2})
+    rows = [{"name": "a", "phase": "Failed", "reason": "AccessDenied"}, {"name": "b", "phase": "Running"}]
+    world.exit_pods(69, {"stage": "Failed", "reason": "Unavailable", "trials": rows})
+    world.settle()
+    world.advance(60)
+    world.settle()
+    world.start_pods()
+    world.exit_pods(0, told(*ROWS))
+    world.settle()
+    assert world.status["trials"] == ROWS

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_api.spec_pack import Halving
 from finetune_trainer.checkpoints.folder import RunDirectory
-from finetune_trainer.packing.halving import AtRung, decide, eval_losses
+from finetune_trainer.packing.halving import AtRung, decide
 
 HALVING = Halving(rungs=[10, 20, 40], reduction_factor=3)
 
@@ -105,12 +105,12 @@ def test_one_waits_for_those_before_it_alone() -> None:
 
 def test_losses_are_read_from_what_there_is(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    assert eval_losses(directory) == {}
+    assert directory.eval_losses() == {}
     published = directory.published / "training/metrics.jsonl"
     published.parent.mkdir(parents=True)
     lines = [{"step": 5, "loss": 1.0}, {"step": 10, "evalLoss": 0.5}, {"step": "x", "evalLoss": 1.0}, [1]]
     published.write_text("\n".join([*map(json.dumps, lines), "{", '{"step": 20, "evalLoss": NaN}', "[" * 5000]))
-    assert eval_losses(directory) == {10: 0.5}
+    assert directory.eval_losses() == {10: 0.5}
     directory.metrics_file.parent.mkdir(parents=True)
     directory.metrics_file.write_text('{"step": 10, "evalLoss": 0.25}\n')
-    assert eval_losses(directory) == {10: 0.25}
+    assert directory.eval_losses() == {10: 0.25}

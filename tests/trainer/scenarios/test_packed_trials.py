@@ -202,6 +202,30 @@ def test_killed_at_random_moments_it_goes_on(
 
 
 @pytest.mark.nightly
+def test_a_trial_that_diverged_is_not_trained_again_and_the_others_are_not_held_up(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    def inject() -> None:
+        from finetune_trainer.training.packed_loop import PackedTrainer
+
+        original = PackedTrainer.compute_loss
+
+        def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
+            loss = original(self, *args, **options)
+            is_other = self.model.peft_config["default"].r == 16
+            return loss * float("nan") if is_other and self.state.global_step == 3 else loss
+
+        PackedTrainer.compute_loss = compute_loss
+
+    sweep = _sweep(tmp_path, tiny_model)
+    for attempt in range(2):
+        finished = TrainerProcess(sweep, tmp_path, before=inject).finish()
+        assert finished.exit_code == 0, finished.log
+        assert "3 of 4 adapters are published" in finished.message and "other failed: The loss" in finished.message
+        assert ('"event": "Step ' in finished.log) == (attempt == 0), "nothing is trained again"
+
+
+@pytest.mark.nightly
 def test_in_a_pod_the_next_attempt_keeps_what_is_published_even_where_it_may_overwrite(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,10 @@
 """The run's files on local disk."""
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,13 @@ class RunDirectory:
         """Where transformers' Trainer puts the checkpoint of `step`."""
         return self.checkpoints / f"checkpoint-{step}"
 
+    def eval_losses(self) -> dict[int, float]:
+        """Return the evalLoss by step: as far as this process has it, or as an earlier one published it."""
+        for file in (self.metrics_file, self.published / constants.METRICS_FILE):
+            if file.exists():
+                return dict(_eval_losses(file))
+        return {}
+
     def keep_steps(self, last: int) -> None:
         """Drop what training/metrics.jsonl says of steps after `last`, the answers, and the best adapter."""
         if self.metrics_file.exists():
@@ -94,3 +104,12 @@ class RunDirectory:
         for path in _WRITTEN:
             (self.adapter / path).unlink(missing_ok=True)
         shutil.rmtree(self.best, ignore_errors=True)
+
+
+def _eval_losses(file: Path) -> Iterator[tuple[int, float]]:
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # a store's file may hold anything
+            found = json.loads(line)
+            step, loss = (found.get(key) if isinstance(found, dict) else None for key in ("step", "evalLoss"))
+            if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
+                yield step, loss

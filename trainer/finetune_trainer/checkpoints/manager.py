@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -12,11 +13,11 @@ from finetune_api.artifact_manifest import JobReference, StoreManifest
 from finetune_api.gate import GateCheck
 from finetune_api.status import Resumption
 from finetune_api.uri import parse
-from finetune_trainer.checkpoints import decision, remote
+from finetune_trainer.checkpoints import decision, divergence, remote
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.parse import require_fit, require_usable
 from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import ConfigInvalid, Diverged
 from finetune_trainer.runtime.distributed import run_on_rank_zero
 from finetune_trainer.settings import Settings
 from finetune_trainer.stores.base import Store
@@ -149,6 +150,24 @@ class CheckpointManager:
     def keep_decision(self, fingerprint: str, checks: list[GateCheck]) -> None:
         """Keep what was decided of publish.onlyIf, until `finish`."""
         decision.keep(self._decisions, self._job, fingerprint, checks)
+
+    def diverged(self, fingerprint: str) -> divergence.Divergence | None:
+        """Return how an earlier attempt of this run has diverged; None where none has under `remembering`."""
+        return divergence.find(self._decisions, self._job, fingerprint) if self._job.uid else None
+
+    @contextmanager
+    def remembering(self, fingerprint: str, directory: RunDirectory) -> Iterator[None]:
+        """Keep that the run diverges inside the block, for attempts that are made for another run's sake."""
+        try:
+            yield
+        except Diverged as error:
+            losses = directory.eval_losses()
+            found = divergence.Divergence(
+                fingerprint=fingerprint, uid=self._job.uid, message=str(error), eval_losses=losses
+            )
+            if self._job.uid:
+                divergence.keep(self._decisions, self._job, found)
+            raise
 
     def finish(self) -> None:
         """Once the adapter is where it belongs: delete this job's checkpoints, unless output.keepCheckpoints is set."""

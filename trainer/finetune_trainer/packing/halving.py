@@ -5,16 +5,10 @@ at the rung for those that have not come there. So it does not matter who is fas
 killed, the same trials stop. Nothing is waited for long: those before it have started before it.
 """
 
-import json
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from finetune_api import constants
 from finetune_api.spec_pack import Halving
-from finetune_trainer.checkpoints.folder import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -62,20 +56,3 @@ def decide(
             else ""
         )
     return found
-
-
-def eval_losses(directory: RunDirectory) -> dict[int, float]:
-    """Return the evalLoss by step of a run: as far as this process has it, or as an earlier one published it."""
-    for file in (directory.metrics_file, directory.published / constants.METRICS_FILE):
-        if file.exists():
-            return dict(_evaluations(file))
-    return {}
-
-
-def _evaluations(file: Path) -> Iterator[tuple[int, float]]:
-    for line in file.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):  # a store's file may hold anything
-            found = json.loads(line)
-            step, loss = (found.get(key) if isinstance(found, dict) else None for key in ("step", "evalLoss"))
-            if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
-                yield step, loss

@@ -172,6 +172,10 @@ class Seat(Sharing):
     rungs: Collection[int] = ()
 
     @property
+    def is_alone(self) -> bool:
+        return False
+
+    @property
     def halves(self) -> bool:
         return bool(self.rungs)
 

@@ -17,7 +17,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.engine.packed_pass import Share
 from finetune_trainer.errors import Failure, Outperformed, failure_of
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
-from finetune_trainer.packing.halving import AtRung, decide, eval_losses
+from finetune_trainer.packing.halving import AtRung, decide
 from finetune_trainer.packing.pack import Pack, Seat, Turn
 from finetune_trainer.packing.turns import Turns
 from finetune_trainer.reporting import logs
@@ -94,7 +94,7 @@ class TrialRunner:
             else:
                 waiting[place] = request
             if self.halving and (request is None or answer is None):
-                losses[number] |= eval_losses(self._directory(self.trials[number]))
+                losses[number] |= self._directory(self.trials[number]).eval_losses()
             if isinstance(request, AtRung):
                 losses[number][request.step] = request.value
 

@@ -11,12 +11,17 @@ UNFINISHED = "Unfinished"
 
 
 def merge(known: Sequence[TrialReport], report: TrainerReport | None, pack: Pack) -> list[TrialReport]:
-    """Return a row for each trial. What is published stays so, and figures stay until there are newer ones."""
+    """Return a row for each trial. One that has ended for good stays so, unless it is published after all.
+
+    Figures stay until there are newer ones.
+    """
     before, told = ({row.name: row for row in rows} for rows in (known, report.trials if report else ()))
     rows = []
     for trial in pack.trials:
         old = before.get(trial.name) or TrialReport(name=trial.name)
-        new = old if old.phase == "Succeeded" else told.get(trial.name, old)
+        new = told.get(trial.name, old)
+        if old.has_ended_for_good and (old.phase == "Succeeded" or new.phase != "Succeeded"):
+            new = old
         kept = {"step": max(old.step or 0, new.step or 0) or None, "eval_loss": new.eval_loss or old.eval_loss}
         rows.append(new.model_copy(update=kept))
     return rows

@@ -90,7 +90,7 @@ def packed_row(trial: PlannedTrial, known: TrialStatus | None, job: JobObject) -
         return known.model_copy(update={"phase": "Succeeded", "reason": None, "value": told.value})
     if known.phase in ENDED:
         return known
-    if told.phase == "Stopped" or (told.phase == "Failed" and _is_its_own(told.reason)):
+    if told.has_ended_for_good:
         return known.model_copy(update={"phase": told.phase, "reason": told.reason})
     if state.outcome == "Unknown":
         phase: TrialPhase = "Pending" if job.phase in WAITING_PHASES or told.phase == "Pending" else "Running"
@@ -98,12 +98,6 @@ def packed_row(trial: PlannedTrial, known: TrialStatus | None, job: JobObject) -
     if state.reason == deadlines.PENDING:
         return known.model_copy(update={"phase": "Failed", "reason": state.reason})
     return None
-
-
-def _is_its_own(reason: str | None) -> bool:
-    """Return whether a trial would fail for this reason alone, too: not where it had to fit in beside larger ones."""
-    outcome = exit_codes.REASONS.get(reason or "")
-    return outcome is not None and outcome.final and reason not in (exit_codes.NOT_PACKABLE, exit_codes.WONT_FIT)
 
 
 def _new(trial: PlannedTrial) -> TrialStatus:
