@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from finetune_cli import usage
 from finetune_cli.commands import (
     chat,
     compare,
@@ -127,13 +128,6 @@ def version_command() -> None:
     typer.echo(_version_line())
 
 
-def _usage_error(error: Exception) -> str | None:
-    """Return what Typer says of wrong arguments, or None when `error` is something else."""
-    # Typer keeps its exception classes private, save BadParameter, which is one of them.
-    formatted = getattr(error, "format_message", None)
-    return str(formatted()) if formatted else None
-
-
 def main() -> int:
     """Run the command line and return its exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels, as it is imported
@@ -150,10 +144,9 @@ def main() -> int:
     except ReaderGoneError:
         return int(Exit.OK)
     except Exception as error:
-        if (message := _usage_error(error)) is None:
+        if (said := usage.explain(error, name)) is None:
             raise
-        if message:
-            context = getattr(error, "ctx", None)
-            print_error(message, f"{context.command_path if context else name} --help")
+        if said[0]:
+            print_error(*said)
         return int(Exit.INVALID)
     return code if isinstance(code, int) else int(Exit.OK)

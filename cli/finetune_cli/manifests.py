@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +31,19 @@ class Source:
 
 def read(name: str) -> Source:
     """Read a file, or stdin for "-". Raises CliError."""
+    from finetune_api.manifest import ManifestError, decoded
+
     if name.endswith(_ROWS):
         raise CliError(
             f"{name}: holds rows, and is no manifest", hint=f"finetune init --data {name} writes one for them"
         )
     try:
         if name == STDIN:
-            return Source(STDIN_NAME, sys.stdin.buffer.read().decode("utf-8"), Path.cwd())
+            return Source(STDIN_NAME, decoded(sys.stdin.buffer.read(), STDIN_NAME), Path.cwd())
         path = Path(name)
-        return Source(name, path.read_bytes().decode("utf-8"), path.resolve().parent)
+        return Source(name, decoded(path.read_bytes(), name), path.resolve().parent)
+    except ManifestError as error:
+        raise refused(error) from None
     except FileNotFoundError:
         raise CliError(f"{name}: no such file", hint=f"finetune init {name} writes a manifest") from None
     except IsADirectoryError:
@@ -46,8 +51,6 @@ def read(name: str) -> Source:
             f"{name}: is a folder, not a manifest",
             hint=f"name its files, or for a kustomization: kubectl kustomize {name} | finetune validate -",
         ) from None
-    except UnicodeDecodeError as error:
-        raise CliError(f"{name}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise CliError(f"{name}: cannot be read: {error.strerror}") from None
 
@@ -62,7 +65,14 @@ def foreign_kind(document: Document) -> str | None:
     if document.is_job or document.is_sweep or not isinstance(document.data, dict):
         return None
     kind, version = document.data.get("kind"), document.data.get("apiVersion")
-    return kind if isinstance(kind, str) and not str(version).startswith(f"{constants.GROUP}/") else None
+    if not isinstance(kind, str) or str(version).startswith(f"{constants.GROUP}/") or _is_near_ours(kind):
+        return None
+    return kind
+
+
+def _is_near_ours(kind: str) -> bool:
+    """Return whether a kind is ours, misspelled: it must not pass for somebody else's."""
+    return bool(difflib.get_close_matches(kind.lower(), [each.lower() for each in constants.KINDS], 1, 0.8))
 
 
 def _is_kustomization(document: Document) -> bool:
@@ -103,12 +113,15 @@ def the_job(name: str, *, or_sweep: bool = False) -> tuple[Source, Document]:
 
     source = read(name)
     try:
-        ours = [document for document in documents(source) if foreign_kind(document) is None]
+        found = documents(source)
+        ours = [document for document in found if foreign_kind(document) is None]
     except ManifestError as error:
         raise refused(error) from None
     if len(ours) != 1:
         count = f"no {constants.KIND}" if not ours else f"{len(ours)} {constants.KIND}s"
-        raise CliError(f"{source.name}: holds {count}, this command takes one")
+        others = ", ".join(dict.fromkeys(foreign_kind(each) or "" for each in found))
+        of = f" (but {others})" if not ours else ""
+        raise CliError(f"{source.name}: holds {count}{of}, this command takes one")
     if ours[0].is_sweep and not or_sweep:
         raise CliError(
             f"{source.name}: holds a {constants.SWEEP_KIND}, this command takes one {constants.KIND}",

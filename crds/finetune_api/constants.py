@@ -9,6 +9,7 @@ KIND: Final = "FineTuneJob"
 PLURAL: Final = "finetunejobs"
 SHORT_NAME: Final = "ftj"
 SWEEP_KIND: Final = "FineTuneSweep"
+KINDS: Final = (KIND, SWEEP_KIND)
 SWEEP_PLURAL: Final = "finetunesweeps"
 SWEEP_SHORT_NAME: Final = "fts"
 

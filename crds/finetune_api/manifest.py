@@ -4,16 +4,13 @@ The sentences follow the API server's ("spec.lora.rank: Invalid value: -1: shoul
 the trainer and `kubectl apply` speak alike.
 """
 
-import difflib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api import constants, durations, packed_jobs, suggestions, sweep_packs, uri
-from finetune_api.crd import model_of
+from finetune_api import constants, packed_jobs, sentences, sweep_packs, uri
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_api.sweep import FineTuneSweep
 from finetune_api.sweep_packing import DRAWN_LATER, why_not_packed
@@ -24,15 +21,18 @@ from finetune_api.yaml_documents import (
     ManifestError,
     Path_,
     Problem,
+    decoded,
     dotted,
     parse,
 )
 
-__all__ = ["Document", "ManifestError", "Problem", "check", "check_sweep", "load_file", "load_text", "parse"]
+__all__ = ["Document", "ManifestError", "Problem", "check", "check_sweep", "decoded", "load_file", "load_text", "parse"]
 
 M = TypeVar("M", FineTuneJob, FineTuneSweep)
 #: Of a sweep's trials: a wrong template would say the same a thousand times.
 MAX_PROBLEMS = 20
+#: What stands beside spec, which no --set reaches.
+_BESIDE_SPEC = ("apiVersion", "kind", "metadata", "status")
 
 
 def _override(document: Document, assignments: Sequence[str]) -> None:
@@ -44,6 +44,11 @@ def _override(document: Document, assignments: Sequence[str]) -> None:
             raise ManifestError(
                 [Problem("", f"{assignment!r} is not path=value, for example training.learningRate=1e-4", source=SET)]
             )
+        if keys[1] in _BESIDE_SPEC:
+            where = Problem(
+                dotted(keys[1:]), "--set reaches fields of spec alone: change this one in the file", None, SET
+            )
+            raise ManifestError([where])
         parsed = parse(value, SET)
         target = document.data
         for key in keys[:-1]:
@@ -95,88 +100,12 @@ def _filled(section: Any, name: Any) -> Any:
     return {**section, **inner, **own}
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        value = uri.redacted(value)
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    text = text.encode("utf-8", "backslashreplace").decode()  # "\ud800" is text in YAML, and no terminal's
-    return text if len(text) <= 120 else text[:119] + "…"
-
-
-_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
-_EXPECTED = {
-    "int_type": "integer",
-    "float_type": "number",
-    "bool_type": "boolean",
-    "string_type": "string",
-    "list_type": "array",
-    "dict_type": "object",
-    "model_type": "object",
-    "model_attributes_type": "object",
-    "int_from_float": "integer",
-}
-
-
-def _known_fields(root: type[BaseModel], path: Path_) -> list[str]:
-    """Return the field names that `root` allows where `path` ends."""
-    model: type[BaseModel] | None = root
-    for part in path:
-        if isinstance(part, int) or model is None:
-            continue
-        model = next((model_of(f) for f in model.model_fields.values() if f.alias == part), None)
-    return [f.alias or "" for f in model.model_fields.values()] if model else []
-
-
-def _number_meant(value: str, path: Path_) -> str:
-    """Return what to write in the place of text where a number is asked for, or ''."""
-    seconds = durations.seconds(value)
-    if seconds is None:
-        return ""
-    if not value[-1].isalpha():
-        return "write it without quotes"
-    return f"a number of seconds: {seconds:.15g}" if "seconds" in str(path[-1]).lower() else ""
-
-
-def _sentence(error: Any, path: Path_, root: type[BaseModel]) -> str:
-    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
-    if kind == "missing":
-        return "Required value"
-    if kind == "extra_forbidden":
-        if path[:1] == ("spec",) and (elsewhere := suggestions.meant(str(path[-1]))):
-            return f"unknown field; did you mean {elsewhere}?"
-        known = _known_fields(root, path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, 1, 0.6)
-        return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(known)}"
-    if kind in _EXPECTED:
-        found = f": {_shown(value)}" if isinstance(value, str | int | float) else ""
-        if (
-            isinstance(value, str)
-            and _EXPECTED[kind] in ("integer", "number")
-            and (better := _number_meant(value, path))
-        ):
-            found += f" ({better})"
-        return (
-            f"Invalid value: {_shown(_JSON_TYPES.get(type(value), 'null'))}: must be of type {_EXPECTED[kind]}{found}"
-        )
-    if kind == "literal_error":
-        allowed = context["expected"].replace("'", '"').replace(" or ", ", ")
-        return f"Unsupported value: {_shown(value)}: supported values: {allowed}"
-    message = error["msg"]
-    for start in ("Input should ", "String should ", "List should ", "Dictionary should "):
-        if message.startswith(start):
-            message = "should " + message.removeprefix(start)
-    is_uri = message == uri.PARENT_MESSAGE or (message.startswith("must be ") and "://" in message)
-    if is_uri and isinstance(value, str) and (why := uri.cause(value, hub="hf://" in message)):
-        message = f"{message} ({why})"
-    return message if kind == "rule" else f"Invalid value: {_shown(value)}: {message}"
-
-
 def _problems(error: ValidationError, document: Document, root: type[BaseModel]) -> Iterator[Problem]:
     for item in error.errors(include_url=False):
         path: Path_ = tuple(item["loc"])
         if item["type"] == "rule" and (blamed := item.get("ctx", {}).get("field")):
             path = (*path, *blamed.split("."))
-        yield document.problem(path, _sentence(item, path, root))
+        yield document.problem(path, sentences.sentence(item, path, root))
 
 
 def check(document: Document, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
@@ -290,7 +219,9 @@ def check_as(kind: type[M], document: Document, base: Path | None = None, overri
     Raises ManifestError.
     """
     if not isinstance(document.data, dict):
-        raise ManifestError([document.problem((), f"is no {kind.__name__}: a manifest is a YAML mapping")])
+        found = "a list" if isinstance(document.data, list) else "a single value"
+        rule = "a manifest is a YAML mapping with apiVersion, kind, metadata and spec"
+        raise ManifestError([document.problem((), f"is no {kind.__name__}: {rule}, this is {found}")])
     _override(document, overrides)
     data = dict(document.data)
     data.pop("status", None)
@@ -302,8 +233,11 @@ def check_as(kind: type[M], document: Document, base: Path | None = None, overri
     try:
         return kind.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
+        problems = list(_problems(error, document, kind))
+        if data.get("kind") not in constants.KINDS:  # what its spec must hold is not known
+            problems = [problem for problem in problems if problem.field in ("apiVersion", "kind")]
         # As one reads the file; what --set gave has line 0.
-        raise ManifestError(sorted(_problems(error, document, kind), key=lambda problem: problem.line or 0)) from None
+        raise ManifestError(sorted(problems, key=lambda problem: problem.line or 0)) from None
 
 
 def load_text(text: str, source: str, base: Path | None = None, overrides: Sequence[str] = ()) -> FineTuneJob:
@@ -363,8 +297,6 @@ def load_file(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneJob:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise ManifestError([Problem("", f"cannot be read: {error.strerror}", source=str(path))]) from None
-    except UnicodeDecodeError:
-        raise ManifestError([Problem("", "cannot be read: it is not UTF-8 text", source=str(path))]) from None

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import constants
+from finetune_api import constants, yaml_faults
 
 Path_ = tuple[str | int, ...]
 #: Where a value given on the command line is said to be from.
@@ -99,15 +99,33 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 _INTEGER = r"^[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"
-_FLOAT = r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
+#: A number with or without a fraction, as kubectl reads it.
+NUMBER = r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float", ":timestamp", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INTEGER), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(NUMBER), list("-+0123456789."))
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def decoded(data: bytes, source: str) -> str:
+    """Return the text of a manifest. Raises ManifestError if it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            what, line = "is UTF-16 text: save it as UTF-8", 0
+        elif b"\0" in data:
+            what, line = "is no text: a manifest is a YAML file in UTF-8", 0
+        else:
+            what = (
+                f"is not UTF-8 text: byte {error.start + 1} of the file is 0x{data[error.start]:02x}; save it as UTF-8"
+            )
+        raise ManifestError([Problem("", what, line or None, source)]) from None
 
 
 def parse(text: str, source: str) -> list[Document]:
@@ -127,11 +145,8 @@ def parse(text: str, source: str) -> list[Document]:
         what = f"not YAML: no text may hold the character U+{int(error.character):04X}"
         raise ManifestError([Problem("", what, line, source)]) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        what = what.replace("'<stream end>'", "the end of the file")
-        what += f" (column {mark.column + 1})" if mark else ""
-        raise ManifestError([Problem("", f"not YAML: {what}", mark.line + 1 if mark else None, source)]) from None
+        what, at = yaml_faults.explain(error)
+        raise ManifestError([Problem("", f"not YAML: {what}", at, source)]) from None
     except RecursionError:
         raise ManifestError([Problem("", _TOO_MUCH, source=source)]) from None
     except (ValueError, LookupError, AttributeError) as error:

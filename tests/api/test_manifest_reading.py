@@ -63,7 +63,9 @@ def test_a_key_given_twice_is_refused():
 
 
 def test_a_manifest_that_ends_too_early_names_the_column():
-    with pytest.raises(ManifestError, match=r"job\.json:1: not YAML: .* the end of the file \(column 14\)"):
+    with pytest.raises(
+        ManifestError, match=r"job\.json:1: not YAML: .* lacks its } at the end of the file \(column 14"
+    ):
         load_text('{"spec": {"a"', "job.json")
 
 
@@ -112,6 +114,28 @@ def test_text_that_no_reader_takes_is_refused_in_a_sentence(text: str, says: str
     assert message.startswith(says)
     assert message.isprintable()
     assert failure_of(error.value).exit_code == ExitCode.CONFIG_INVALID, "the trainer's pod would be tried again"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('a: "b\nc: d\n', "1: not YAML: a quote opens here and is never closed (column 4)"),
+        ("a:\n\tb: c\n", "2: not YAML: a tab stands here, and YAML indents with spaces (column 1)"),
+        ("a: b: c\n", "1: not YAML: a colon where none can be"),
+        ("a:\n    b: 2\n  c: 3\n", "3: not YAML: the line is indented as no line above it"),
+        ("- a\nb: c\n", "2: not YAML: list items (- …) and keys are mixed"),
+        ("a: 1\nb\nc: 2\n", "2: not YAML: a key without a value: write key: value"),
+        ("a: {b: 1\nc: 3\n", "2: not YAML: a comma or } is missing: the bracket opens in line 1"),
+        ("a: *.jsonl\n", "1: not YAML: a value that begins with * or & must stand in quotes"),
+        ("a: %x\n", "1: not YAML: a value that begins with % must stand in quotes"),
+        ("a: - b\n", "1: not YAML: a list begins on a line of its own"),
+        ("[a]\na: b\n", "2: not YAML: a new document begins here without ---"),
+        ('a: "\\d"\n', "1: not YAML: in double quotes, \\ begins an escape: use single quotes"),
+        ("a: *b\n", "1: not YAML: found undefined alias 'b' (column 4)"),
+    ],
+)
+def test_text_that_is_not_yaml_is_told_what_the_mistake_is(text: str, says: str):
+    assert refusal(text).startswith(f"job.yaml:{says}")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +237,7 @@ def test_relative_files_start_at_the_manifest(tmp_path: Path):
 
 def test_a_file_that_is_missing_or_no_text(tmp_path: Path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, says in (("missing", "No such file"), ("binary", "not UTF-8"), ("", "directory")):
+    for name, says in (("missing", "No such file"), ("binary", "UTF-16 text: save it as UTF-8"), ("", "directory")):
         with pytest.raises(ManifestError, match=says):
             load_file(tmp_path / name)
 

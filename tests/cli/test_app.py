@@ -153,13 +153,27 @@ def test_it_is_also_the_kubectl_plugin():
         (["rnu"], "No such command 'rnu'. Did you mean 'run'?"),
         (["run"], "Missing argument 'FILE'."),
         (["run", "x.yaml", "--zzz"], "No such option: --zzz"),
+        (["plan", "x.yaml", "--rwos", "3"], "No such option: --rwos (Possible options: --rows)"),
+        (["plan", "x.yaml", "y.yaml"], "too many arguments: y.yaml"),
+        (["plan", "x.yaml", "--rows", "many"], "Invalid value for '--rows': 'many' is no whole number"),
+        (["plan", "x.yaml", "--rows", "0"], "Invalid value for '--rows': '0' must be at least 1"),
+        (["plan", "x.yaml", "--trial-hours", "1h"], "Invalid value for '--trial-hours': '1h' is no number"),
+        (
+            ["export", "a", "b", "--to", "mergd"],
+            "Invalid value for '--to': 'mergd' is not one of 'merged', 'gguf', 'oci', 'hf'; did you mean 'merged'?",
+        ),
     ],
 )
 def test_a_wrong_call_is_a_sentence_and_exit_code_1(arguments, sentence):
     result = no_traceback(finetune(*arguments))
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"error: {sentence}\n" in result.stderr
+    assert f"error: {sentence}\nhint:  finetune" in result.stderr
     assert "--help" in result.stderr
+
+
+def test_a_wrong_option_names_the_help_of_its_command():
+    said = finetune("plan", "job.yaml", "--set").stderr
+    assert said == "error: Option '--set' requires an argument.\nhint:  finetune plan --help\n"
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):

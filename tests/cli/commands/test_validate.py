@@ -125,9 +125,21 @@ def test_relative_file_addresses_start_at_the_manifest(folder):
         ("a: [1\nb: 2\n", "file.yaml:2: not YAML: "),
         ("", "file.yaml: is empty: a manifest needs apiVersion: finetune.dev/v1alpha1 and kind: FineTuneJob"),
         ("# a remark\n", "file.yaml: is empty"),
-        ("just words\n", "file.yaml:1: is no FineTuneJob: a manifest is a YAML mapping"),
-        ("- a\n- b\n", "file.yaml:1: is no FineTuneJob: a manifest is a YAML mapping"),
-        (MANIFEST.replace("kind: FineTuneJob", "kind: FinetuneJob"), "file.yaml:2: kind: "),
+        (
+            "just words\n",
+            "a manifest is a YAML mapping with apiVersion, kind, metadata and spec, this is a single value",
+        ),
+        ("- a\n- b\n", "file.yaml:1: is no FineTuneJob: a manifest is a YAML mapping with apiVersion"),
+        (
+            MANIFEST.replace("kind: FineTuneJob", "kind: FinetuneJob"),
+            'file.yaml:2: kind: Unsupported value: "FinetuneJob": supported values: "FineTuneJob", "FineTuneSweep"; '
+            "did you mean FineTuneJob?\nerror: 1 problem in 1 manifest",
+        ),
+        (MANIFEST.replace("e.dev/v1alpha1\nkind: FineTuneJob", "e.io/v1\nkind: FineTuneSwep"), "2 problems in 1"),
+        (
+            MANIFEST.replace("kind: FineTuneJob\n", ""),
+            "file.yaml:1: kind: Required value: FineTuneJob or FineTuneSweep\n",
+        ),
         (MANIFEST.replace("v1alpha1", "v1"), "file.yaml:1: apiVersion: "),
         (MANIFEST + "  image: a\0b\n", "file.yaml:12: not YAML: no text may hold the character U+0000"),
         (
@@ -146,6 +158,8 @@ def test_relative_file_addresses_start_at_the_manifest(folder):
         "text",
         "list",
         "kind misspelled",
+        "kind and version wrong",
+        "no kind",
         "wrong version",
         "NUL",
         "template",
@@ -163,13 +177,17 @@ def test_what_is_no_manifest_is_refused_in_a_sentence(folder, content, sentence)
 
 
 def test_files_that_cannot_be_read_are_refused_in_a_sentence(folder):
-    (folder / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    result = validate(folder, "missing.yaml", str(folder), "latin.yaml")
+    (folder / "latin.yaml").write_bytes(b"kind: x\nname: caf\xe9\n")
+    (folder / "wide.yaml").write_bytes(MANIFEST.encode("utf-16"))
+    (folder / "weights.yaml").write_bytes(b"\x80\0\1")
+    result = validate(folder, "missing.yaml", str(folder), "latin.yaml", "wide.yaml", "weights.yaml")
     assert result.returncode == 1
     assert "missing.yaml: no such file" in result.stderr
     assert f"{folder}: is a folder, not a manifest" in result.stderr
-    assert "latin.yaml: is not UTF-8 text (byte 9)" in result.stderr
-    assert "3 problems in 3 manifests" in result.stderr
+    assert "latin.yaml:2: is not UTF-8 text: byte 18 of the file is 0xe9; save it as UTF-8" in result.stderr
+    assert "wide.yaml: is UTF-16 text: save it as UTF-8" in result.stderr
+    assert "weights.yaml: is no text: a manifest is a YAML file in UTF-8" in result.stderr
+    assert "5 problems in 5 manifests" in result.stderr
 
 
 def test_what_only_this_machine_can_read_is_named_and_is_no_fault(folder):
@@ -255,9 +273,21 @@ def test_problems_come_in_the_order_of_the_file_with_the_value_of_a_wrong_type(f
         ("recovery: {backoffSeconds: 1.5m}", '"1.5m" (a number of seconds: 90)'),
         ("training: {epochs: '3'}", '"3" (write it without quotes)'),
         ("training: {epochs: 3d}", 'number: "3d"\n'),
+        ("training: {learningRate: '2e-4'}", "(write it without quotes)"),
+        ("activeDeadlineSeconds: 3,600", "(write 3600)"),
+        ("suspend: yess", "(write true or false)"),
+        ("image: 1.5", "must be of type string: 1.5 (write it in quotes)"),
+        ("lora: {targetModules: 'q_proj,k_proj'}", "(write [q_proj, k_proj])"),
+        ("cache: models", "(write {claimName: models})"),
+        ("quantization: {type: nf5}", 'supported values: "nf4", "fp4"; did you mean nf4?'),
+        (
+            "publish:\n    onlyIf:\n    - betterThan:s3://adapters/now",
+            "(a space belongs after the colon: betterThan: s3:",
+        ),
+        ("publish: {}", "spec.publish.onlyIf: Required value: conditions that all must be met"),
     ],
 )
-def test_text_in_the_place_of_a_number_is_told_what_to_write(folder, line, says):
+def test_a_value_of_the_wrong_type_is_told_what_to_write(folder, line, says):
     (folder / "text.yaml").write_text(MANIFEST + f"  {line}\n")
     assert says in validate(folder, "text.yaml").stderr
 
