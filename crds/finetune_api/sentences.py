@@ -152,7 +152,8 @@ def _unsupported(value: Any, allowed: Sequence[str]) -> str:
     """Return the sentence for a value that is none of the `allowed` ones, which may stand in quotes."""
     names = [each.strip("'") for each in allowed]
     folded = {each.casefold(): each for each in names}
-    close = difflib.get_close_matches(value.casefold(), folded, 1, 0.6) if isinstance(value, str) and len(names) > 1 else []
+    is_choice = isinstance(value, str) and len(names) > 1
+    close = difflib.get_close_matches(value.casefold(), folded, 1, 0.6) if is_choice else []
     meant = f"; did you mean {folded[close[0]]}?" if close else ""
     listed = ", ".join(each.replace("'", '"') for each in allowed)
     return f"Unsupported value: {_shown(value)}: supported values: {listed}{meant}"
