@@ -80,7 +80,10 @@ ENDINGS: Final = {
 
 #: Scheduled=False: why nothing runs yet, or just now.
 WAITS: Final = {
-    "Pending": Reason("The pods are about to start.", NOTHING),
+    "Pending": Reason(
+        "The pods are about to start; after 10 s the message names what they wait for.",
+        "Nothing to do. If it lasts: `kubectl describe` what the message names.",
+    ),
     "OutputInUse": Reason(
         "Another job of the namespace that is not over has the same `output.uri`; the message names it. The one"
         " that has begun goes first, else the older. No GPU is held.",
@@ -223,6 +226,15 @@ SWEEPS: Final = {
         "The sweep does not create it again. To try it once more, create another sweep, or the job by itself.",
     ),
     "TrialStopped": Reason("Event on the sweep: `earlyStopping` stopped a trial.", NOTHING),
+    "TrialDeleted": Reason(
+        "Event on the sweep: the FineTuneJob of a trial that had not ended is gone.", "As for `Deleted`."
+    ),
+    "PackEnded": Reason(
+        "Event on the sweep: a FineTuneJob that trials share ended for good before all of them had, or its trainer told"
+        " nothing of them. An older image does not know such jobs and refuses them (`ConfigInvalid`).",
+        "Nothing to do: each of the others goes on in a FineTuneJob of its own. `finetune status <sweep>-pack-0` says"
+        " why; `packing: disabled` spares the failed start.",
+    ),
 }
 
 ALL: Final = {**ATTEMPTS, **ENDINGS, **WAITS, **STATES, **STALLED, **EVENTS, **SWEEPS}

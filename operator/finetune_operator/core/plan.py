@@ -165,8 +165,8 @@ def _attempt_conditions(
     done = sum(bool(pod.exit) and not pod.disruption and not pod.deleting for pod in mine)
     is_cut = child.parallelism < nodes and done < nodes  # Kubernetes stops its pods, which may take their grace period
     if child.suspended or is_cut or sum(pod.running for pod in mine) + done < nodes:
-        why = wait_reason.explain(view.observed, child, mine, nodes)
-        return conditions.waiting(why.reason, why.message), None
+        why = wait_reason.explain(view.observed, child, mine, nodes, view.now)
+        return conditions.waiting(why.reason, why.message), _until(wait_reason.tells_more_at(mine), view.now)
     held = _until(history.held_open_until(mine, nodes), view.now)
     if done == nodes and view.status.conditions and held is None:
         return conditions.recorded(view.status), None  # the Job's own condition follows in a moment
@@ -221,7 +221,7 @@ def _start(view: View, after: Retry | None) -> Step:
     queued = constants.LABEL_KUEUE_QUEUE in observed.job.queue_labels
     reason, message = ("Queued", "waiting for Kueue to admit it") if queued else ("Pending", "")
     return Step(
-        conditions.waiting(reason, message or wait_reason.starting(name, view.spec.resources.nodes)),
+        conditions.waiting(reason, message or wait_reason.starting(observed.job, name, view.spec.resources.nodes)),
         create=tuple(job.build(observed.job, view.spec, number, micro, view.settings, avoided)),
         new_attempt=Attempt(
             job_name=name,

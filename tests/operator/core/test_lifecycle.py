@@ -25,7 +25,10 @@ def test_a_new_job_gets_its_job_and_says_that_it_waits():
     assert world.status["phase"] == "Pending"
     assert world.condition("Accepted")["status"] == "True"
     assert world.condition("Finished")["status"] == "False"
-    assert world.condition("Scheduled")["message"] == "waiting for the pod of Job nli-1 to start"
+    assert (
+        world.condition("Scheduled")["message"]
+        == "waiting for the pod of Job nli-1 to start; if this lasts: kubectl describe job nli-1 -n team"
+    )
     assert world.status["attempts"][0]["jobName"] == "nli-1"
 
 

@@ -1,6 +1,7 @@
 """Explain why an attempt is not running yet, with the messages of Kubernetes."""
 
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 
 from finetune_api import constants
 from finetune_operator.core.objects.observed import Child, JobObject, Observed, WaitReason
@@ -12,6 +13,8 @@ UNSCHEDULABLE = "Unschedulable"
 UNREACHABLE = "NodeUnreachable"
 PARALLELISM_CHANGED = "ParallelismChanged"
 OUTPUT_IN_USE = "OutputInUse"
+#: More is said of a pod that starts only after this time: most take less, and each change is a write.
+_SOON = timedelta(seconds=10)
 #: Container states of a normal start.
 _ON_THE_WAY = ("", "ContainerCreating", "PodInitializing")
 
@@ -25,7 +28,7 @@ def output_in_use(uri: str, holder: str) -> WaitReason:
     )
 
 
-def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -> WaitReason:
+def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int, now: datetime) -> WaitReason:
     """Return the most specific reason: of the scheduler, the kubelet, the Job controller or Kueue.
 
     Args:
@@ -33,6 +36,7 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
         child: The Job of the attempt.
         pods: The last pod of each rank.
         nodes: Number of pods that the attempt needs.
+        now: The time.
     """
     if child.suspended:
         return _queued(observed.job, child, observed.wait_reasons)
@@ -54,15 +58,36 @@ def explain(observed: Observed, child: Child, pods: Sequence[Pod], nodes: int) -
         return WaitReason(PENDING, f"{running} of {nodes} pods run; waiting for the others")
     if any(pod.live and pod.deleting for pod in pods) or (pods and not any(pod.live for pod in pods)):
         return WaitReason(PENDING, "a pod was lost; Kubernetes is replacing it")
-    return WaitReason(PENDING, starting(child.name, nodes))
+    if slow := next((pod for pod in waiting if now - pod.created_at >= _SOON), None):
+        return WaitReason(PENDING, _slow(slow, observed.job.namespace))
+    return WaitReason(PENDING, starting(observed.job, child.name, nodes))
+
+
+def tells_more_at(pods: Sequence[Pod]) -> datetime | None:
+    """Return when there is more to say of pods that start, should they not run by then."""
+    return min((pod.created_at + _SOON for pod in pods if pod.live and not pod.running), default=None)
 
 
 def _first(look: Callable[[Pod], WaitReason | None], pods: Sequence[Pod]) -> WaitReason | None:
     return next((reason for pod in pods if (reason := look(pod))), None)
 
 
-def starting(job_name: str, nodes: int) -> str:
-    return f"waiting for the pod{'s' if nodes > 1 else ''} of Job {job_name} to start"
+def starting(job: JobObject, name: str, nodes: int) -> str:
+    """Return why an attempt does not run whose Job `name` has just been created."""
+    pods = "pods" if nodes > 1 else "pod"
+    return (
+        f"waiting for the {pods} of Job {name} to start; if this lasts: kubectl describe job {name} -n {job.namespace}"
+    )
+
+
+def _slow(pod: Pod, namespace: str) -> str:
+    """Return what a pod waits for of which neither the scheduler nor the kubelet has said anything."""
+    if not pod.node:
+        why = f"no scheduler has placed pod {pod.name} on a node yet, nor said why not: see that one runs"
+    else:
+        doing = "pulls the image" if pod.set_up else "pulls the image and mounts the volumes"
+        why = f"node {pod.node} prepares pod {pod.name}: it {doing}"
+    return f"{why}; if this lasts: kubectl describe pod {pod.name} -n {namespace}"
 
 
 def unreachable(pod: Pod) -> WaitReason:

@@ -5,7 +5,7 @@ follow from, so that a crash between any two writes finds the same trials again,
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -19,7 +19,7 @@ from finetune_operator.core.objects.observed import JobObject
 from finetune_operator.core.policy import INVALID, Rejection
 from finetune_operator.core.status.conditions import ConditionValue, write_values
 from finetune_operator.core.status.events import Event
-from finetune_operator.core.sweep import rows, rungs, schedule, trials
+from finetune_operator.core.sweep import rows, rungs, said, schedule, trials
 from finetune_operator.core.sweep.observed import ObservedSweep
 from finetune_operator.core.sweep.trials import Sweep
 from finetune_operator.core.types import Plan, Target
@@ -31,8 +31,6 @@ MAX_CREATES = 100
 MAX_DRAWS = 4
 DEADLINE = "DeadlineExceeded"
 NONE_SUCCEEDED = "NoTrialSucceeded"
-#: Reasons of an open end that are no news, or that another condition tells.
-_QUIET = ("Running", "Suspended", "Resuming")
 _NOT_SUSPENDED = ConditionValue("False", "NotSuspended")
 _ACCEPTED = ConditionValue("True", "Valid")
 
@@ -63,7 +61,7 @@ def plan(observed: ObservedSweep, settings: Settings, now: datetime) -> Plan:
         packed_for = None if sweep.spec.packing == "disabled" else sweep.spec.parallelism
         counts = rows.counts((), len(sweep.trials))
         starting = status.model_copy(update={"start_time": now, "counts": counts, "packed_for": packed_for})
-        return _plan(observed, status, starting, State("Running", _running(starting)), now, again=0.0)
+        return _plan(observed, status, starting, State("Running", _running(observed, (), starting)), now, again=0.0)
     return _go_on(observed, sweep, status, now)
 
 
@@ -72,20 +70,20 @@ def _go_on(observed: ObservedSweep, sweep: Sweep, status: FineTuneSweepStatus, n
     known = {row.name: row for row in status.trials}
     jobs = {trial.name: observed.jobs.get(job_name(observed.sweep.name, trial.name)) for trial in sweep.trials}
     held = trials.holders(observed.sweep, sweep, status.packed_for)
-    table, said = rows.table(observed, sweep, known, jobs, held)
+    table, events = rows.table(observed, sweep, known, jobs, held)
     if sweep.spec.early_stopping:
         states = {name: job.trial for name, job in jobs.items() if job and job.trial}
         table, stopped = rungs.halve(table, states, sweep.spec.early_stopping)
-        said += stopped
+        events += map(said.stopped, stopped)
     left = _deadline_left(sweep, status, now)
     if left is not None and left <= 0:
         stop = {"phase": "Stopped", "reason": DEADLINE}
         table = [row if row.phase in ENDED else row.model_copy(update=stop) for row in table]
     new = _with_rows(observed, sweep, status, table)
-    over = _end(sweep, new, left)
+    over = _end(observed.sweep.name, sweep, new, left)
     if over is not None:
-        return _plan(observed, status, new.model_copy(update={"completion_time": now}), over, now, said)
-    return _advance(observed, sweep, held, status, new, now, said, left)
+        return _plan(observed, status, new.model_copy(update={"completion_time": now}), over, now, events)
+    return _advance(observed, sweep, held, status, new, now, events, left)
 
 
 def _advance(
@@ -95,7 +93,7 @@ def _advance(
     status: FineTuneSweepStatus,
     new: FineTuneSweepStatus,
     now: datetime,
-    said: list[str],
+    events: list[Event],
     left: float | None,
 ) -> Plan:
     """Suspend, resume or start trials, whichever is due."""
@@ -103,15 +101,15 @@ def _advance(
     if sweep.spec.suspend:
         why = ConditionValue("True", "Suspended", "spec.suspend is true: trials save a checkpoint and stop")
         state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
-        return _plan(observed, status, new, state, now, said, left, suspend=_switchable(observed, live, False))
+        return _plan(observed, status, new, state, now, events, left, suspend=_switchable(observed, live, False))
     if _was_suspended(status) and (targets := _switchable(observed, live, True)):
         # Suspended stays True until no trial is left to resume: a crash between two of them forgets none.
         why = ConditionValue("True", "Resuming", "trials go on from their checkpoints")
         state = State("Suspended", ConditionValue("Unknown", why.reason, why.message), why)
-        return _plan(observed, status, new, state, now, said, 0.0, resume=targets)
+        return _plan(observed, status, new, state, now, events, 0.0, resume=targets)
     if observed.create_blocked:
         why = ConditionValue("Unknown", observed.create_blocked.reason, observed.create_blocked.message)
-        return _plan(observed, status, new, State("Running", why), now, said, left)
+        return _plan(observed, status, new, State("Running", why), now, events, left)
     waiting = schedule.waiting(observed, held, {row.name for row in new.trials})
     stopping = len(_stopped(observed, new))
     room = sweep.spec.parallelism - schedule.training(observed, held, live) - stopping
@@ -127,12 +125,13 @@ def _advance(
         except SweepError as error:
             over = not new.counts.active
             why = ConditionValue("False" if over else "Unknown", INVALID, str(error))
-            return _plan(observed, status, new, State("Failed" if over else "Running", why), now, said, left)
+            return _plan(observed, status, new, State("Failed" if over else "Running", why), now, events, left)
     due, more = due[:MAX_CREATES], len(due) > MAX_CREATES
     create = tuple(trials.job_of(observed.sweep, sweep, holder, drawn.get(holder.name)) for holder in due)
     # The rows of new trials, and the places of stopped ones, follow with the next plan.
     again = 0.0 if create or (stopping and waiting) else left
-    made = _plan(observed, status, new, State("Running", _running(new)), now, said, again, create=create)
+    state = State("Running", _running(observed, held, new))
+    made = _plan(observed, status, new, state, now, events, again, create=create)
     return replace(made, creates_more=more)
 
 
@@ -152,28 +151,23 @@ def _with_rows(
     return status.model_copy(update=changed)
 
 
-def _end(sweep: Sweep, status: FineTuneSweepStatus, left: float | None) -> State | None:
-    """Return how the sweep ended; None while it goes on."""
-    counts, best = status.counts, status.best
-    result = f"best: {best.trial} with {sweep.spec.objective.metric} {best.value:.6g}" if best else "none succeeded"
-    tally = f"{counts.succeeded} of {counts.total} trials succeeded, {counts.stopped} were stopped early and" \
-            f" {counts.failed} failed; {result}"  # fmt: skip
-    if counts.waiting == 0 and counts.active == 0:
+def _end(name: str, sweep: Sweep, status: FineTuneSweepStatus, left: float | None) -> State | None:
+    """Return how the sweep `name` ended; None while it goes on."""
+    counts = status.counts
+    is_late, all_ended = left is not None and left <= 0, counts.waiting == 0 and counts.active == 0
+    if not (is_late or all_ended):
+        return None
+    tally = said.ended(name, status, sweep.spec.objective)
+    if all_ended:
         if counts.succeeded:
             return State("Succeeded", ConditionValue("True", "Succeeded", tally))
         return State("Failed", ConditionValue("False", NONE_SUCCEEDED, tally))
-    if left is not None and left <= 0:
-        limit = sweep.spec.active_deadline_seconds
-        message = f"not finished after activeDeadlineSeconds ({limit} s): {tally}"
-        return State("Failed", ConditionValue("False", DEADLINE, message))
-    return None
+    message = f"not finished after activeDeadlineSeconds ({sweep.spec.active_deadline_seconds} s): {tally}"
+    return State("Failed", ConditionValue("False", DEADLINE, message))
 
 
-def _running(status: FineTuneSweepStatus) -> ConditionValue:
-    counts = status.counts
-    return ConditionValue(
-        "Unknown", "Running", f"{counts.total - counts.waiting - counts.active} of {counts.total} ended"
-    )
+def _running(observed: ObservedSweep, held: Sequence[Holder], status: FineTuneSweepStatus) -> ConditionValue:
+    return ConditionValue("Unknown", "Running", said.running(observed, held, status))
 
 
 def _deadline_left(sweep: Sweep, status: FineTuneSweepStatus, now: datetime) -> float | None:
@@ -235,7 +229,7 @@ def _plan(
     new: FineTuneSweepStatus,
     state: State,
     now: datetime,
-    said: list[str] | None = None,
+    events: Sequence[Event] = (),
     again: float | None = None,
     create: tuple[raw.Raw, ...] = (),
     suspend: tuple[Target, ...] = (),
@@ -263,23 +257,6 @@ def _plan(
         status=status_io.merge_patch(json.loads(observed.sweep.status), written) or None,
         suspend=(*suspend, *_stopped(observed, new)),
         resume=resume,
-        events=(*_events(old, new), *(_stop_event(sentence) for sentence in said or ())),
+        events=(*said.events(old, new), *events),
         requeue_after=again,
     )
-
-
-def _stop_event(sentence: str) -> Event:
-    return Event("Normal", "TrialStopped", sentence, sentence.split(":")[0])
-
-
-def _events(old: FineTuneSweepStatus, new: FineTuneSweepStatus) -> Iterator[Event]:
-    """Yield the events of what changed for the sweep itself; its trials have their own."""
-    for kind in ("Suspended", "Succeeded"):
-        before, after = status_io.condition(old, kind), status_io.condition(new, kind)
-        if after is None or (before and (before.status, before.reason) == (after.status, after.reason)):
-            continue
-        subject = f"{kind}/{after.status}/{after.reason}"
-        if after.status == "True":
-            yield Event("Normal", after.reason, after.message, subject)
-        elif kind == "Succeeded" and after.reason not in _QUIET:
-            yield Event("Warning", after.reason, after.message, subject)

@@ -1,6 +1,6 @@
 """The status rows of trials, and what follows from them: counts and the best."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ from finetune_api.sweep_trials import PlannedTrial, job_name
 from finetune_api.trial_report import ENDED, TrialPhase, TrialReport
 from finetune_operator.core.objects.observed import WAITING_PHASES, JobObject
 from finetune_operator.core.status import deadlines
+from finetune_operator.core.status.events import Event
+from finetune_operator.core.sweep import said
 from finetune_operator.core.sweep.observed import ObservedSweep
 from finetune_operator.core.sweep.trials import Sweep
-
-DELETED = "Deleted"
 
 
 def table(
@@ -25,22 +25,29 @@ def table(
     known: Mapping[str, TrialStatus],
     jobs: Mapping[str, JobObject | None],
     held: Sequence[Holder],
-) -> tuple[list[TrialStatus], list[str]]:
-    """Return the rows of the trials that have started, and a sentence for each that its pack has stopped by now."""
+) -> tuple[list[TrialStatus], list[Event]]:
+    """Return the rows of the trials that have started, and events of what else became of any."""
     pack_of = {trial: holder.name for holder in held if holder.is_pack for trial in holder.trials}
-    found, said, metric = list[TrialStatus](), list[str](), sweep.spec.objective.metric
+    found, events, metric = list[TrialStatus](), list[Event](), sweep.spec.objective.metric
+    alone = defaultdict[str, list[str]](list)
     for trial in sweep.trials:
         before, own = known.get(trial.name), jobs[trial.name]
         name = job_name(observed.sweep.name, pack_of[trial.name]) if trial.name in pack_of else ""
         shared = observed.jobs.get(name)
         if own is None and shared and shared.trial and shared.trial.packed is not None and _is_in(before, name):
             made = packed_row(trial, before, shared)
+            if made is None and before:
+                alone[name].append(trial.name)
             if made and made.phase == "Stopped" and not (before and before.phase in ENDED):
-                said.append(f"trial {trial.name} stopped early: it fell behind the others of {name}")
+                events.append(said.stopped(f"trial {trial.name} stopped early: it fell behind the others of {name}"))
         else:
             made = row(trial, before, own, metric)
+            if made and before and made.reason == said.DELETED != before.reason:
+                events.append(said.deleted(trial.name, made.job_name or job_name(observed.sweep.name, trial.name)))
         found += [made] if made else []
-    return found, said
+    left = ((name, observed.jobs[name].trial, names) for name, names in alone.items())
+    events += [said.left_alone(name, state.reason, len(names)) for name, state, names in left if state]
+    return found, events
 
 
 def _is_in(known: TrialStatus | None, job: str) -> bool:
@@ -60,7 +67,7 @@ def row(trial: PlannedTrial, known: TrialStatus | None, job: JobObject | None, m
     if job is None or job.trial is None:
         if known is None or known.phase in ("Succeeded", "Failed", "Stopped"):
             return known
-        return known.model_copy(update={"phase": "Failed", "reason": DELETED})
+        return known.model_copy(update={"phase": "Failed", "reason": said.DELETED})
     state = job.trial
     planned = trial if trial.values else replace(trial, values=state.drawn)
     known = known.model_copy(update={"job_name": None}) if known else _new(planned)

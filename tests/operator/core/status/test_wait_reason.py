@@ -49,10 +49,44 @@ def test_kueues_word_is_over_once_it_has_admitted_the_job():
     world.cache.set_wait_reason("team", uid(world.jobs["nli-1"]), NO_QUOTA)
     assert scheduled(world) == ("Queued", f"waiting in queue gpu: {NO_QUOTA.message}")
     world.kueue_admits()
-    assert scheduled(world) == ("Pending", "waiting for the pod of Job nli-1 to start")
+    assert scheduled(world) == (
+        "Pending",
+        "waiting for the pod of Job nli-1 to start; if this lasts: kubectl describe job nli-1 -n team",
+    )
     pending_pod(world, reason="ContainerCreating")
     assert scheduled(world)[0] == "Pending"
     assert world.status["phase"] == "Pending"
+
+
+def test_a_pod_that_takes_long_to_start_is_told_by_what_it_waits_for():
+    """Neither the scheduler nor the kubelet has said a word: one of them may not be there."""
+    world = World()
+    world.settle()
+    name = pending_pod(world)
+    world.pods[name]["spec"].pop("nodeName", None)
+    world.changed("Pod", world.pods[name])
+    first = scheduled(world)
+    assert first == (
+        "Pending",
+        "waiting for the pod of Job nli-1 to start; if this lasts: kubectl describe job nli-1 -n team",
+    )
+    left = world.plan().requeue_after
+    assert left == 10, "most pods run by then, and cost no write of this"
+    world.advance(left)
+    ends = f"; if this lasts: kubectl describe pod {name} -n team"
+    nowhere = f"no scheduler has placed pod {name} on a node yet, nor said why not: see that one runs{ends}"
+    assert scheduled(world) == ("Pending", nowhere)
+    world.pods[name]["spec"]["nodeName"] = "node-7"
+    world.changed("Pod", world.pods[name])
+    assert scheduled(world) == (
+        "Pending",
+        f"node node-7 prepares pod {name}: it pulls the image and mounts the volumes{ends}",
+    )
+    world.pods[name]["status"]["conditions"] = [{"type": "PodReadyToStartContainers", "status": "True"}]
+    world.changed("Pod", world.pods[name])
+    assert scheduled(world) == ("Pending", f"node node-7 prepares pod {name}: it pulls the image{ends}")
+    world.advance(1000)
+    assert world.plan().status is None, "the same words, however long it lasts"
 
 
 def test_a_queued_job_does_not_repeat_what_the_job_controller_said_before():

@@ -78,7 +78,8 @@ def test_a_failed_trial_takes_no_other_along_and_the_best_is_told():
         "type": "Succeeded",
         "status": "True",
         "reason": "Succeeded",
-        "message": "3 of 4 trials succeeded, 0 were stopped early and 1 failed; best: lr3e-4 with evalLoss 0.27",
+        "message": "3 of 4 trials succeeded, 0 were stopped early and 1 failed (Diverged: lr1e-4);"
+        " best: lr3e-4 with evalLoss 0.27",
         "observedGeneration": 1,
         "lastTransitionTime": "",
     }
