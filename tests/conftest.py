@@ -16,6 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_AS_INSTALLED, os.envir
 runpy.run_path(f"{_AS_INSTALLED}/sitecustomize.py")
 
 pytest_plugins = [
+    "support.common.garbage",
     "support.common.hypothesis_profile",
     "support.common.levels",
     "support.common.logs",
