@@ -12,14 +12,11 @@ from finetune_api.sweep_packs import Holder
 from finetune_cli import duration, forecast
 from finetune_cli.duration import Duration
 from finetune_cli.forecast import Forecast
-from finetune_trainer.planning import speed
+from finetune_trainer.planning import passes, speed
 from finetune_trainer.planning.memory import adapter_weights
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
-
-#: Bytes of a trained weight among those of all places, as the trainer counts them.
-_BYTES_IN_PLACE = 4
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,8 @@ class HolderPlan:
     gpus: int
     memory: Forecast | None
     time: Duration | str
+    places: int
+    """Trials in each step: of a pack that does not fit, fewer than it counts as when others wait for their turn."""
 
     @property
     def seconds(self) -> float | None:
@@ -42,17 +41,14 @@ def memory_of(jobs: Sequence[FineTuneJob], at_once: int, room: int | None, confi
     while True:
         wide = _as_one(jobs, places)
         found = forecast.forecast(wide, room, config)
-        if found.plan is None:
-            if found.fits is not False or places == 1:
-                return found, places
-            places = (places + 1) // 2
-            continue
-        fitting = (found.plan.micro_batch_size or 1) // jobs[0].spec.training.batch_size
-        if fitting >= places or places == 1 or found.plan.predicted_peak_memory_bytes is None:
+        if found.plan is None and found.fits is not False:
+            return found, places
+        fewer = passes.fewer_places(jobs[0].spec, places, found.plan)
+        if fewer == places:
             break
-        places = max(1, fitting)
-    if found.shape and found.plan.predicted_peak_memory_bytes:
-        more = _BYTES_IN_PLACE * adapter_weights(found.shape, wide.spec)
+        places = fewer
+    if found.plan and found.shape and found.plan.predicted_peak_memory_bytes:
+        more = passes.BYTES_IN_PLACE * adapter_weights(found.shape, wide.spec)
         peak = found.plan.predicted_peak_memory_bytes + more
         found = replace(found, plan=found.plan.model_copy(update={"predicted_peak_memory_bytes": peak}))
     return found, places
@@ -62,18 +58,9 @@ def _as_one(jobs: Sequence[FineTuneJob], places: int) -> FineTuneJob:
     """Return a job whose steps are passes of `places` trials: all of their rows, and the ranks of the largest."""
     first = jobs[0]
     ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[:places]
-    training = first.spec.training
-    micro = training.micro_batch_size
-    rows = {
-        "batch_size": places * training.batch_size,
-        "micro_batch_size": micro if micro == "auto" else places * int(micro),
-        "cuda_graphs": "disabled",
-    }
-    changed = {
-        "training": training.model_copy(update=rows),
-        "lora": first.spec.lora.model_copy(update={"rank": sum(ranks)}),
-    }
-    return first.model_copy(update={"spec": first.spec.model_copy(update=changed)})
+    lora = first.spec.lora.model_copy(update={"rank": sum(ranks)})
+    spec = passes.spec_of_pass(first.spec, places).model_copy(update={"lora": lora})
+    return first.model_copy(update={"spec": spec})
 
 
 def time_of(

@@ -145,15 +145,14 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, tim
     index, held = {trial.name: number for number, trial in enumerate(trials)}, []
     for holder in sweep_packs.holders(name, sweep.spec, specs, sweep.spec.parallelism):
         mine = [index[trial] for trial in holder.trials]
-        memory, takes = layouts.get(layout_of[mine[0]]), times[mine[0]]
+        memory, takes, places = layouts.get(layout_of[mine[0]]), times[mine[0]], 1
         if holder.is_pack:
             together = [jobs[each] for each in mine]
             single = memory
             memory, places = pack_forecast.memory_of(together, holder.at_once, room, model_config)
             gpu = None if time.hours is not None else duration.gpu_of(together[0], time.gpu)
             takes = pack_forecast.time_of(together, [times[each] for each in mine], single, memory, places, gpu)
-            holder = replace(holder, at_once=places)
-        held.append(HolderPlan(holder, gpus_of(jobs[mine[0]]), memory, takes))
+        held.append(HolderPlan(holder, gpus_of(jobs[mine[0]]), memory, takes, places))
     return SweepPlan(sweep, trials, jobs, layouts, layout_of, times, held, time.price and time.price(jobs[0]))
 
 
@@ -212,7 +211,7 @@ def _data(made: SweepPlan) -> dict[str, Any]:
             {
                 "job": job_name(sweep, each.holder.name),
                 "trials": list(each.holder.trials),
-                "atOnce": each.holder.at_once,
+                "atOnce": each.places,
                 "memory": each.memory and each.memory.data,
                 "hours": each.seconds / 3600 if each.seconds is not None else None,
             }
@@ -254,7 +253,7 @@ def _page(made: SweepPlan) -> None:
     for each in made.packs:
         takes = f", {formatting.duration(each.seconds)}" if each.seconds is not None else ""
         memory = f", {shown}" if (shown := _memory(each.memory)) else ""
-        what = f"{len(each.holder.trials)} trials on one GPU, {each.holder.at_once} in each step{memory}{takes}"
+        what = f"{len(each.holder.trials)} trials on one GPU, {each.places} in each step{memory}{takes}"
         screen.print(Text(f"{each.holder.name}: {what}"))
     _, at_once = pack_forecast.whole(made.held, spec.parallelism)
     screen.print(Text(f"\n{len(made.trials)} trials, {spec.parallelism} at a time: {_gpus(at_once)} at most"))

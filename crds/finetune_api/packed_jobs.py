@@ -39,6 +39,18 @@ def sweep_document(metadata: Metadata, spec: FineTuneJobSpec) -> dict[str, Any]:
     }
 
 
+def pass_layout(spec: FineTuneJobSpec, rows: int) -> tuple[int, int]:
+    """Return how `rows` rows at a time are laid out: how many trials of the pack train together, and the rows of each.
+
+    Whole steps of fewer trials come before parts of a step.
+    """
+    asked, batch = spec.training.micro_batch_size, spec.training.batch_size
+    most = batch if asked == "auto" else int(asked)
+    if rows >= most:
+        return min(rows // most, spec.pack.at_once if spec.pack else 1), most
+    return 1, next(size for size in range(max(1, rows), 0, -1) if batch % size == 0)
+
+
 def trial_uri(output: str, trial: str) -> str:
     """Return where a trial publishes, given output.uri of its sweep's template, or of its pack."""
     return f"{output.rstrip('/')}/{trial}/"

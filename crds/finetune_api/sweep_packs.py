@@ -108,10 +108,11 @@ def pack_spec(
         holder: The job.
         trials: The values of each trial, by its name.
     """
-    found = _common_spec(sweep, template, [trials[name] for name in holder.trials])
+    values = [trials[name] for name in holder.trials]
+    found = _common_spec(sweep, template, values)
     found["pack"] = {
         "sweep": sweep,
-        "trials": [{"name": name, "values": _text(_without_the_jobs(trials[name]))} for name in holder.trials],
+        "trials": [{"name": name, "values": _text(_own(trials[name], _common(values)))} for name in holder.trials],
         "atOnce": holder.at_once,
         "objective": spec.objective.manifest(),
         **({"earlyStopping": spec.early_stopping.manifest()} if spec.early_stopping else {}),
@@ -173,9 +174,18 @@ def _word(names: Iterable[str]) -> str:
     return word
 
 
-def _without_the_jobs(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a trial without those that its job has for all."""
-    return {path: value for path, value in values.items() if path not in OF_THE_JOB}
+def _own(values: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a trial without those that its job has for all: an attempt may need others for all."""
+    return {path: value for path, value in values.items() if path not in common and path not in OF_THE_JOB}
+
+
+def _common(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all trials set alike."""
+    return {
+        path: value
+        for path, value in values[0].items()
+        if all(path in each and _text(each[path]) == _text(value) for each in values)
+    }
 
 
 def _text(values: Any) -> str:
@@ -184,13 +194,8 @@ def _text(values: Any) -> str:
 
 def _common_spec(sweep: str, template: dict[str, Any], values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the template with what all trials set alike, and the sweep's name in its addresses."""
-    common = {
-        path: value
-        for path, value in values[0].items()
-        if all(path in each and _text(each[path]) == _text(value) for each in values)
-    }
     found = json.loads(json.dumps(template))
-    for path, value in common.items():
+    for path, value in _common(values).items():
         sweep_paths.with_value(found, path, value)
     for section in ("output", "checkpoint"):
         if place := (found.get(section) or {}).get("uri"):

@@ -172,3 +172,24 @@ def test_what_the_job_decides_as_a_whole_is_no_value_of_its_trials() -> None:
 
 def test_a_job_of_one_trial_is_no_pack() -> None:
     assert not Holder("a", ("a",)).is_pack and Holder("pack-0", ("a", "b")).is_pack
+
+
+@pytest.mark.parametrize(
+    ("values", "template", "left"),
+    [
+        (
+            [{"training.microBatchSize": 2, "training.seed": 0}, {"training.microBatchSize": 2, "training.seed": 1}],
+            {"microBatchSize": 2},
+            [{"training.seed": 0}, {"training.seed": 1}],
+        ),
+        ([{"training.microBatchSize": 2}] * 2, {"microBatchSize": 2}, [{}, {}]),
+    ],
+)
+def test_what_all_trials_set_alike_is_the_jobs_so_that_an_attempt_can_change_it_for_all(
+    values: list[dict[str, Any]], template: dict[str, Any], left: list[dict[str, Any]]
+) -> None:
+    """After a GPU out-of-memory the operator sets a smaller micro-batch: a trial's own value would win over it."""
+    trials = {f"t{number}": each for number, each in enumerate(values)}
+    found = pack_spec("nli", named(*values).spec, TEMPLATE, Holder("pack-0", tuple(trials), 2), trials)
+    assert found["training"] == TEMPLATE["training"] | template
+    assert [json.loads(each["values"]) for each in found["pack"]["trials"]] == left

@@ -109,6 +109,14 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
+def copy_of(error: BaseException, cause: BaseException | None) -> BaseException:
+    """Return `error` for one of several threads that raise it: each adds its own traceback."""
+    found = type(error).__new__(type(error), *error.args)  # its __init__ may take something else than args
+    found.__dict__.update(error.__dict__)
+    found.__cause__ = cause
+    return found
+
+
 def is_gpu_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` is CUDA's out-of-memory (by name: this module does not import torch)."""
     return any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)

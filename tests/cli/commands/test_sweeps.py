@@ -133,6 +133,11 @@ def test_trials_that_share_a_gpu_are_planned_together(tmp_path):
     assert alone["packs"] == [] and alone["gpusAtOnce"] == 4 and alone["gpuHours"] > 2 * data["gpuHours"]
     small = json.loads(run(*asked, "--gpu", "L4", "-o", "json").stdout)
     assert small["packs"][0]["atOnce"] < 4 and small["packs"][0]["memory"]["fits"], "fewer fit into a pass"
+    rows = json.loads(run(*asked, "--set", "template.training.microBatchSize=1", "--gpu", "L4", "-o", "json").stdout)
+    assert rows["packs"][0]["atOnce"] == 4 == rows["packs"][0]["memory"]["microBatchSize"], "single rows of all four do"
+    more = ("--set", "parallelism=8", "--gpu", "L4", "-o", "json")
+    two = json.loads(run(*asked, *more).stdout)
+    assert [pack["atOnce"] < 4 for pack in two["packs"]] == [True, True] and two["gpusAtOnce"] == 2
     own = json.loads(run(*asked, "--trial-hours", "1", "-o", "json").stdout)
     assert 13 < own["gpuHours"] < 16, "a step of four trials takes a little less than four steps"
     assert "nli (16 trials in 1 FineTuneJob)" in run("validate", asked[1]).stdout

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_api.manifest import check_sweep
+from finetune_api.manifest import check_sweep, load_sweep
 from finetune_api.packed_jobs import sweep_document, trial_uid
 from finetune_api.spec import Metadata
 from finetune_api.yaml_documents import Document
@@ -59,13 +60,13 @@ def phases(world: World) -> list[str]:
 
 def test_its_trainer_gets_a_sweep_of_its_trials_that_carries_the_jobs_uid() -> None:
     job, spec = read(suspend=False, activeDeadlineSeconds=60)
-    [made] = builder.build(job, spec, 1, 2, Settings())
+    [made] = builder.build(job, spec, 1, 2, Settings())  # of two rows
     text = made["spec"]["template"]["metadata"]["annotations"]["finetune.dev/manifest"]
     sweep = check_sweep(Document(json.loads(text), ""))
     assert (sweep.metadata.name, sweep.metadata.uid, sweep.spec.parallelism) == ("nli", "u-1", 2)
     assert [(trial.name, trial.values) for trial in sweep.spec.trials or ()] == [("a", {}), ("b", {"lora.rank": 8})]
     arguments = made["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert "template.training.microBatchSize=2" in arguments
+    assert {"parallelism=1", "template.training.microBatchSize=2"} <= set(arguments)
 
 
 def test_its_pod_has_what_each_trial_reads() -> None:
@@ -209,3 +210,42 @@ def test_what_is_published_after_all_counts() -> None:
     world.exit_pods(0, told(*ROWS))
     world.settle()
     assert world.status["trials"] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("training", "at_once", "tried", "layouts"),
+    [
+        ({"batchSize": 4}, 4, 16, [(2, 4), (1, 4), (1, 2), (1, 1)]),
+        ({"batchSize": 4}, 3, 12, [(1, 4), (1, 2), (1, 1)]),
+        ({"batchSize": 6}, 2, 12, [(1, 6), (1, 3), (1, 1)]),
+        ({"batchSize": 8, "microBatchSize": 2}, 4, 8, [(2, 2), (1, 2), (1, 1)]),
+        ({"batchSize": 4}, 4, 8, [(1, 4), (1, 2), (1, 1)]),
+    ],
+)
+def test_after_the_gpu_ran_out_of_memory_the_rows_of_a_pass_halve(
+    training: Object, at_once: int, tried: int, layouts: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """What counts is the pass: fewer trials in it come first, each with its whole step. `tried` is what it told."""
+    trials = [{"name": name, "values": json.dumps({"training.seed": n})} for n, name in enumerate("abcd")]
+    pack = PACK | {"trials": trials, "atOnce": at_once}
+    world = World(pack=pack, training=training, recovery={"maxAttempts": 9})
+    world.settle()
+    for layout in layouts:
+        world.start_pods()
+        plan = {"executionPlan": {"microBatchSize": tried}}
+        world.exit_pods(90, {"stage": "Failed", "reason": "GpuOutOfMemory", "message": "no memory"} | plan)
+        world.settle()
+        places, rows = layout
+        tried = places * rows
+        last = world.status["attempts"][-1]
+        template = world.jobs[last["jobName"]]["spec"]["template"]
+        arguments = template["spec"]["containers"][0]["args"]
+        assert last["microBatchSize"] == tried
+        (tmp_path / "job.yaml").write_text(template["metadata"]["annotations"]["finetune.dev/manifest"])
+        loaded = load_sweep(tmp_path / "job.yaml", arguments[3::2])
+        assert loaded and loaded[0].spec.parallelism == places
+        assert {job.spec.training.micro_batch_size for job in loaded[1].values()} == {rows}
+    world.start_pods()
+    world.exit_pods(90, {"stage": "Failed", "reason": "GpuOutOfMemory", "message": "no memory."})
+    world.settle()
+    assert world.outcome == "False" and "micro-batch is 1 already" in world.condition("Succeeded")["message"]

@@ -1,6 +1,7 @@
 """Several adapters on one base in one pass: each has the loss and the gradients that it has alone."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
+from finetune_api.exit_codes import ExitCode
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_api.sweep import Halving
@@ -18,7 +20,7 @@ from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.errors import ConfigInvalid, TrainerError, failure_of
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.pack import Pack, _of_one, _refuse_dropout, twin
@@ -26,6 +28,14 @@ from finetune_trainer.packing.trials import TrialRunner
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Environment
 
+SPEC = FineTuneJobSpec.model_validate(
+    {
+        "model": {"source": "hf://org/model"},
+        "dataset": {"train": "s3://data/train.jsonl"},
+        "training": {"batchSize": 4},
+        "output": {"uri": "s3://out"},
+    }
+)
 QKV = ["q_proj", "k_proj", "v_proj", "o_proj"]
 #: Rank, alpha and layers of three trials; their rows by length.
 TRIALS = ((4, 8, QKV), (16, 16, ["q_proj", "down_proj"]), (2, 8, ["v_proj", "gate_proj", "up_proj"]))
@@ -167,14 +177,6 @@ def test_adapters_that_are_more_than_plain_lora_are_refused() -> None:
 )
 def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, places: int, micro: int) -> None:
     """`fits`: rows that the GPU takes at one time; a step of each trial has four."""
-    spec = FineTuneJobSpec.model_validate(
-        {
-            "model": {"source": "hf://org/model"},
-            "dataset": {"train": "s3://data/train.jsonl"},
-            "training": {"batchSize": 4},
-            "output": {"uri": "s3://out"},
-        }
-    )
 
     def make(spec: FineTuneJobSpec, base: Any, findings: Any = None) -> ExecutionPlan:
         rows = spec.training.batch_size
@@ -184,8 +186,8 @@ def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, place
             micro_batch_size=size, gradient_accumulation_steps=rows // size, predicted_peak_memory_bytes=1
         )
 
-    pack = Pack([spec] * 6, at_once=4)
-    plan = _of_one(pack.plan(make, spec, _Inspected(), None), pack.places, spec)
+    pack = Pack([SPEC] * 6, at_once=4)
+    plan = _of_one(pack.plan(make, SPEC, _Inspected(), None), pack.places, SPEC)
     assert (pack.places, plan.micro_batch_size) == (places, micro)
     assert plan.gradient_accumulation_steps == 4 // micro
 
@@ -207,3 +209,76 @@ class _Inspected:
     """As much of a BaseModel as the plan of a pack reads."""
 
     shape: Any = None
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+class _SmallGpu(Pack):
+    """A pack on a GPU that takes so many trials in a pass; some trials are bugs."""
+
+    def __init__(self, fits: int, spec: FineTuneJobSpec = SPEC, bugs: tuple[int, ...] = ()) -> None:
+        self.told: list[int | None] = []
+        super().__init__([spec] * 8, 8, lambda plan: self.told.append(plan.micro_batch_size))
+        self.fits, self.bugs, self.passes = fits, bugs, list[list[int]]()
+        self._plan, self.places, self._in_pass = ExecutionPlan(micro_batch_size=32), 8, 8
+
+    def _pass(self, shares: Sequence[Share]) -> list[torch.Tensor]:
+        places = [share.place for share in shares]
+        if len(places) > self.fits:
+            raise OutOfMemoryError("CUDA out of memory")
+        if bug := set(places) & set(self.bugs):
+            raise ValueError(f"a bug in {bug}")
+        self.passes.append(places)
+        return [torch.tensor(float(place)) for place in places]
+
+    def answers(self, places: int) -> list[object]:
+        found = self.run([Share(place, {}, torch.ones(())) for place in range(places)])
+        return [float(each) if isinstance(each, torch.Tensor) else type(each).__name__ for each in found]
+
+
+def test_a_pass_that_does_not_fit_is_made_of_fewer_trials_and_no_trial_notices() -> None:
+    """Each has its whole micro-batch still: what it adds up, and whom it is compared with, stays as it was."""
+    pack = _SmallGpu(fits=3)
+    assert pack.answers(8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert pack.passes == [[0, 1], [2, 3], [4, 5], [6, 7]] and pack.told == [16, 8] and pack.places == 8
+    pack.passes.clear()
+    assert pack.answers(3) == [0, 1, 2] and pack.passes == [[0, 1], [2]], "it stays so"
+
+
+def test_one_that_is_alone_in_its_pass_is_told_and_takes_none_along() -> None:
+    assert _SmallGpu(fits=0).answers(3) == ["OutOfMemoryError"] * 3
+    pack = _SmallGpu(fits=2, bugs=(4,))
+    assert pack.answers(6) == [0, 1, 2, 3, "ValueError", "ValueError"]
+
+
+def test_a_pack_that_is_to_fail_when_memory_runs_out_does() -> None:
+    spec = SPEC.model_copy(update={"recovery": SPEC.recovery.model_copy(update={"on_out_of_memory": "Fail"})})
+    pack = _SmallGpu(fits=2, spec=spec)
+    assert pack.answers(3) == ["OutOfMemoryError"] * 3 and not pack.told
+
+
+def test_what_all_trials_share_fails_once_for_all_in_the_same_words() -> None:
+    """Not again for each: two dozen trials would wait for a store that does not answer, one after the other."""
+
+    class Picky(TrainerError):
+        exit_code = ExitCode.UNAVAILABLE
+
+        def __init__(self, host: str, port: int) -> None:
+            super().__init__(f"{host} does not answer")
+            self.port = port
+
+    tries: list[int] = []
+
+    def fetch() -> int:
+        tries.append(1)
+        raise Picky("hub", 443)
+
+    pack = Pack([SPEC] * 2, 2)
+    for _ in range(3):
+        with pytest.raises(Picky, match="hub does not answer") as found:
+            pack.once("model", fetch)
+        assert (failure_of(found.value).exit_code, found.value.port) == (69, 443)
+    assert len(tries) == 1
+    assert pack.once("data", lambda: 7) == 7

@@ -8,7 +8,7 @@ import pytest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.ragged import TokenLists
-from finetune_trainer.errors import GpuOutOfMemory
+from finetune_trainer.errors import GpuOutOfMemory, WontFit
 from finetune_trainer.settings import Ranks
 from finetune_trainer.training.session import TrainingSession
 
@@ -51,3 +51,13 @@ def test_a_job_that_is_to_fail_then_fails(captured: bool) -> None:
     plan = ExecutionPlan(captured=captured, micro_batch_size=4, gradient_accumulation_steps=1)
     with pytest.raises(GpuOutOfMemory, match="at micro-batch 4"):
         session(plan, recovery={"onOutOfMemory": "Fail"})._smaller(RuntimeError())
+
+
+def test_a_trial_beside_others_that_has_no_smaller_micro_batch_left_is_to_train_alone() -> None:
+    plan = ExecutionPlan(micro_batch_size=1, gradient_accumulation_steps=4)
+    beside = session(plan)
+    beside.place = object()
+    with pytest.raises(WontFit, match="at micro-batch 1"):
+        beside._smaller(RuntimeError())
+    with pytest.raises(GpuOutOfMemory, match="at micro-batch 1"):
+        session(plan)._smaller(RuntimeError())

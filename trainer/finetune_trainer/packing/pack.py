@@ -15,21 +15,21 @@ from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import NotPackable, WontFit
+from finetune_trainer.errors import NotPackable, WontFit, copy_of, is_gpu_out_of_memory
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.turns import Turns
 from finetune_trainer.planning.memory import selective_budget
+from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, spec_of_pass
 from finetune_trainer.runtime.device import seed
 from finetune_trainer.runtime.patches import restore_forward
+from finetune_trainer.runtime.peak_memory import release_memory
 from finetune_trainer.runtime.precision import mixed_precision, torch_dtype
 from finetune_trainer.sharing import Place, Sharing
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Turn = Turns[Share | AtRung, torch.Tensor | str]
-#: Bytes of a trained weight among those of all places: itself and its gradient, in 16 bits.
-_BYTES_IN_PLACE = 4
 
 
 class Pack:
@@ -39,20 +39,34 @@ class Pack:
         places: Trials that train at the same time; 1 until the first has planned.
     """
 
-    def __init__(self, specs: Sequence[FineTuneJobSpec], at_once: int) -> None:
-        """`specs` of all trials, of which at most `at_once` train at the same time."""
-        self._specs, self._at_once = specs, min(at_once, len(specs))
+    def __init__(
+        self,
+        specs: Sequence[FineTuneJobSpec],
+        at_once: int,
+        tell: Callable[[ExecutionPlan], None] = lambda plan: None,
+    ) -> None:
+        """`specs` of all trials, of which at most `at_once` train at the same time. `tell` gets the plan in effect."""
+        self._specs, self._at_once, self._tell = specs, min(at_once, len(specs)), tell
         self._known: dict[Hashable, Any] = {}
+        self._failed: dict[Hashable, BaseException] = {}
         self._plan: ExecutionPlan | None = None
         self._base: Any = None
         self._shape: Any = None
         self._model: PackedModel | None = None
         self.places = 1
+        #: Trials in one pass: fewer than there are places once the GPU's memory was too small for all.
+        self._in_pass = 1
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` makes; the second trial that asks for it gets what the first got."""
+        """Return what `make` makes; the second trial that asks for it gets what the first got, be it an error."""
+        if what in self._failed:
+            raise copy_of(self._failed[what], cause=None)
         if what not in self._known:
-            self._known[what] = make()
+            try:
+                self._known[what] = make()
+            except Exception as error:
+                self._failed[what] = copy_of(error, cause=None)  # whose frames would hold what was loaded
+                raise
         found: T = self._known[what]
         return found
 
@@ -63,43 +77,32 @@ class Pack:
         if self._plan is None or findings is not None:
             self._plan = self._most_places(make, spec, base, findings)
             self._shape = base.shape
+            self._tell(self._plan)
         found: ExecutionPlan = self._plan
         return found
 
     def _most_places(
         self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any
     ) -> ExecutionPlan:
-        asked, trained = spec.training.micro_batch_size, base.shape.trained if base.shape else None
-        rows = spec.training.batch_size if asked == "auto" else int(asked)
-        places = self._at_once
+        trained, places = base.shape.trained if base.shape else None, self._at_once
         while True:
-            training = spec.training.model_copy(
-                update={
-                    "batch_size": places * spec.training.batch_size,
-                    "micro_batch_size": asked if asked == "auto" else places * rows,
-                    "cuda_graphs": "disabled",  # places empty and fill while passes run
-                }
-            )
             most, shape = self._trained(trained, spec, places), base.shape
             shape = replace(shape, trained=most) if shape and most else shape
+            plan: ExecutionPlan | None = None
             try:
-                plan = make(
-                    spec.model_copy(update={"training": training}), replace(base, shape=shape), findings=findings
-                )
+                plan = make(spec_of_pass(spec, places), replace(base, shape=shape), findings=findings)
             except WontFit:
                 if places == 1:
                     raise
-                places = (places + 1) // 2
-                continue
-            fitting = (plan.micro_batch_size or 1) // rows
-            if fitting >= places or places == 1 or plan.predicted_peak_memory_bytes is None:
+            fewer = fewer_places(spec, places, plan)
+            if plan is not None and fewer == places:
                 break
-            places = max(1, fitting)
-        self.places = places
+            places = fewer
+        self.places = self._in_pass = places
         if places < self._at_once:
             log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
         if plan.predicted_peak_memory_bytes and most:
-            more = plan.predicted_peak_memory_bytes + _BYTES_IN_PLACE * most
+            more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * most
             plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
         return plan
 
@@ -133,17 +136,48 @@ class Pack:
         if self._model is not None:
             self._model.adapters.leave(place)
 
-    def run(self, shares: Sequence[Share]) -> list[torch.Tensor]:
-        """Run one pass, forward and backward; return each share's loss, in the order of their places."""
+    def run(self, shares: Sequence[Share]) -> list[torch.Tensor | BaseException]:
+        """Run `shares`, forward and backward, in one pass, or in more of them once the GPU's memory was too small.
+
+        Returns:
+            The loss of each share, or why there is none, in their order.
+        """
+        answers: list[torch.Tensor | BaseException] = []
+        while some := shares[len(answers) : len(answers) + self._in_pass]:
+            too_many = False
+            try:
+                answers += self._pass(some)
+            except Exception as error:
+                too_many = self._may_halve(error, len(some))
+                answers += [] if too_many else [copy_of(error, cause=error) for _ in some]
+            if too_many:  # not above, where the error still holds what is to be freed
+                self._halve(len(some))
+        return answers
+
+    def _may_halve(self, error: Exception, trials: int) -> bool:
+        """Return whether fewer trials in a pass may help. One that is alone in it takes smaller parts of its step."""
+        fails = self._specs[0].recovery.on_out_of_memory == "Fail"
+        return trials > 1 and not fails and is_gpu_out_of_memory(error)
+
+    def _halve(self, trials: int) -> None:
+        assert self._plan is not None
+        self._in_pass = (trials + 1) // 2
+        log.warning(f"The GPU ran out of memory with {trials} trials in a pass: retrying with {self._in_pass}")
+        release_memory()
+        rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
+        self._tell(self._plan.model_copy(update={"micro_batch_size": rows * self._in_pass}))
+
+    def _pass(self, shares: Sequence[Share]) -> list[torch.Tensor]:
+        """Run one pass, forward and backward; return each share's loss."""
         assert self._model is not None and self._plan is not None
         model, spec = self._model, self._specs[0]
         rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
         inputs = joined(shares, self.places, rows)
-        if "compiled" not in self._known:
-            budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
-            self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
-            model.adapters.clear()
         try:
+            if "compiled" not in self._known:
+                budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
+                self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
+                model.adapters.clear()
             with mixed_precision(model.device, spec.training.precision):
                 total = model(**inputs)
             total.backward()

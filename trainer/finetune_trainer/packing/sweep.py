@@ -84,7 +84,7 @@ def run_sweep(
     with reporter.stage("CheckingData", f"Training {len(trials)} trials in one process"):
         table.watch()
         halving = sweep.spec.early_stopping
-        TrialRunner(trials, sweep.spec.parallelism, environment, stop, folder, pages, halving).run()
+        TrialRunner(trials, sweep.spec.parallelism, environment, stop, folder, pages, halving, reporter.plan).run()
     conclude(sweep, [(trial.name, trial.reporter.report, trial.failure) for trial in trials], reporter)
 
 

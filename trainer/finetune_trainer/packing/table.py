@@ -42,13 +42,10 @@ class TrialTable:
         )
 
     def _take_over(self, reports: Sequence[TrainerReport]) -> None:
-        """Report what holds for the whole process: its GPU, how its passes are laid out, and what it does."""
+        """Report what holds for the whole process: its GPU, and what it does."""
         known = self._reporter.report
         if known.gpu is None and (gpu := next((each.gpu for each in reports if each.gpu), None)):
             self._reporter.gpu(gpu)
-        plan = next((each.execution_plan for each in reports if each.execution_plan), None)
-        if known.execution_plan is None and plan:
-            self._reporter.plan(plan)
         self._reporter.at_stage(stage_of(reports, known.stage))
 
 

@@ -1,7 +1,7 @@
 """Run the trials of a sweep in one process: each a whole run, with its own checkpoints, adapter and report."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.spec_pack import Halving
-from finetune_api.status import Adapter
+from finetune_api.status import Adapter, ExecutionPlan
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.context import RunContext
 from finetune_trainer.engine.packed_pass import Share
@@ -68,6 +68,7 @@ class TrialRunner:
         folder: The process's scratch folder, with one for each trial.
         pages: What the process serves; each trial adds its own.
         halving: Stops those that fall behind, if given.
+        tell_plan: Gets the plan of the passes, whenever it changes.
     """
 
     trials: Sequence[Trial]
@@ -77,10 +78,11 @@ class TrialRunner:
     folder: Path
     pages: dict[str, Page]
     halving: Halving | None = None
+    tell_plan: Callable[[ExecutionPlan], None] = lambda plan: None
 
     def run(self) -> None:
         """Run all trials to their ends. One that fails takes none along."""
-        pack = Pack([trial.job.spec for trial in self.trials], self.at_once)
+        pack = Pack([trial.job.spec for trial in self.trials], self.at_once, self.tell_plan)
         queue, seated = deque(range(len(self.trials))), dict[int, Turn]()
         number_at: dict[int, int] = {}
         waiting: dict[int, Share | AtRung] = {}
@@ -114,12 +116,7 @@ class TrialRunner:
                 continue
             for share in shares:
                 del waiting[share.place]
-            answers: Sequence[torch.Tensor | BaseException]
-            try:
-                answers = pack.run(shares)
-            except Exception as error:
-                answers = [copy_of(error) for _ in shares]
-            for share, answer in zip(shares, answers, strict=True):
+            for share, answer in zip(shares, pack.run(shares), strict=True):
                 resume(share.place, answer)
 
     def _decided(
@@ -169,13 +166,3 @@ class TrialRunner:
             message = trial.failure.message
             log.error(message, reason=trial.failure.reason, exc_info=trial.failure.exit_code == 1)
             reporter.failed(trial.failure)
-
-
-def copy_of(error: BaseException) -> BaseException:
-    """Return an error for one of several threads that raise it: each adds its own traceback."""
-    try:
-        found = type(error)(*error.args)
-    except Exception:
-        found = RuntimeError(str(error))
-    found.__cause__ = error
-    return found

@@ -1,5 +1,6 @@
 """The peak of GPU memory that a plan predicts: training's, without what evaluations take of the memory left over."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,14 @@ def reset_peak() -> None:
     global _before
     _before = 0
     torch.cuda.reset_peak_memory_stats()
+
+
+def release_memory() -> None:
+    """Give back the GPU memory that nobody uses any more, and begin to measure anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        reset_peak()
 
 
 def peak() -> int:

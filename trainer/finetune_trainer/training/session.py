@@ -1,6 +1,5 @@
 """One training: resume, the steps, and smaller micro-batches after the GPU ran out of memory."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from finetune_trainer.data.batching import Loader, ProcessBatches, Steps
 from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
-from finetune_trainer.errors import GpuOutOfMemory, Outperformed, Preempted, is_gpu_out_of_memory
+from finetune_trainer.errors import GpuOutOfMemory, Outperformed, Preempted, WontFit, is_gpu_out_of_memory
 from finetune_trainer.evaluation.baseline_cache import BaselineCache, baseline_depends_on, can_be_kept
 from finetune_trainer.evaluation.evaluator import EvalPrompt, Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
@@ -30,7 +29,7 @@ from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.memory import selective_budget
 from finetune_trainer.planning.tuning import pays
 from finetune_trainer.runtime.patches import tune_tiles
-from finetune_trainer.runtime.peak_memory import peak, reset_peak
+from finetune_trainer.runtime.peak_memory import peak, release_memory
 from finetune_trainer.sharing import Place
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
@@ -141,6 +140,7 @@ class TrainingSession:
             Outperformed: The run fell behind the other trials of its process, and the checkpoint is safe.
             Diverged: The loss, a gradient or a weight became NaN or infinite.
             GpuOutOfMemory: No smaller micro-batch is left, or none may be tried.
+            WontFit: No smaller one is left to a run that shares its process.
         """
         initial = snapshot(self.model)
         if self.place is None:
@@ -150,7 +150,7 @@ class TrainingSession:
         while True:
             trainer, hooks = self._trainer(state)
             clear_cache(shared_lora_inputs(self.model))
-            _free_memory()
+            release_memory()
             try:
                 self._train(trainer, hooks, checkpoint)
             except StepAborted:
@@ -245,7 +245,8 @@ class TrainingSession:
             return self._retried(plan.model_copy(update={"captured": False}))
         if micro == 1:
             uncached = " quantization.cachedLayers: 0 or" if plan.cached_layers else ""
-            raise GpuOutOfMemory(
+            # Alone it has more room: no attempt of the process that it shares would give it that.
+            raise (WontFit if self.place else GpuOutOfMemory)(
                 f"The GPU ran out of memory at micro-batch 1: lower training.maxLength, set{uncached}"
                 " training.gradientCheckpointing: enabled, or use a larger GPU"
             ) from error
@@ -304,11 +305,3 @@ def _save_boundary(trainer: QloraTrainer, hooks: TrainingHooks) -> None:
     if trainer.state.global_step > hooks.run.step:
         hooks.rewind()
         trainer.save_now()
-
-
-def _free_memory() -> None:
-    """Release cached GPU memory and reset the peak counter."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        reset_peak()

@@ -1,10 +1,12 @@
 """Decide from all ended attempts: retry, retry with a smaller micro-batch, or stop."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from finetune_api.packed_jobs import pass_layout
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt
 from finetune_operator.core.attempts.failure import (
@@ -83,16 +85,19 @@ def _delay(last: Attempt, failures: int, spec: FineTuneJobSpec, uid: str) -> tim
 def next_micro_batch(attempts: Sequence[Attempt], spec: FineTuneJobSpec) -> int | None:
     """Return the micro-batch of the next attempt after a GPU out-of-memory; None when there was none.
 
-    It halves each time, to a divisor of the sequences per GPU, so that the effective batch stays the same.
+    It halves each time, to a divisor of the sequences per GPU, so that the effective batch stays the same. That of a
+    pack counts the rows of all trials in a pass: it halves to fewer trials, then to parts of the step of one.
     """
+    at_once = spec.pack.at_once if spec.pack else 1
     per_gpu = spec.training.batch_size // (spec.resources.nodes * max(1, spec.resources.gpus_per_node))
     size: int | None = None
     for attempt in attempts:
         if attempt.reason != OUT_OF_MEMORY:
             continue
         asked = spec.training.micro_batch_size
-        tried = attempt.micro_batch_size or size or (asked if isinstance(asked, int) else per_gpu)
-        size = _divisor(per_gpu, min(tried, size or tried) // 2)
+        tried = attempt.micro_batch_size or size or at_once * (asked if isinstance(asked, int) else per_gpu)
+        half = min(tried, size or tried) // 2
+        size = math.prod(pass_layout(spec, half)) if spec.pack else _divisor(per_gpu, half)
     return size
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from finetune_api import constants, exit_codes
-from finetune_api.packed_jobs import sweep_document
+from finetune_api.packed_jobs import pass_layout, sweep_document
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec, Metadata
 from finetune_operator.core.attempts import history, spec_revision
 from finetune_operator.core.builders import node_affinity, pod, torchrun
@@ -34,7 +34,8 @@ def build(
         job: The FineTuneJob.
         spec: Its spec with defaults.
         attempt: Number of the attempt, from 1.
-        micro_batch: Micro-batch to force after a GPU out-of-memory; None leaves the choice to the trainer.
+        micro_batch: Micro-batch to force after a GPU out-of-memory, of a pack the rows of all trials in a pass; None
+            leaves the choice to the trainer.
         settings: The operator's settings.
         avoided_nodes: Nodes that run it only if no other can.
     """
@@ -90,13 +91,15 @@ def resolved(job: JobObject, spec: FineTuneJobSpec) -> str:
 
 def _low_memory_flags(spec: FineTuneJobSpec, micro_batch: int) -> list[str]:
     """Return the flags of an attempt after a GPU out-of-memory; else the trainer would fill the freed memory."""
-    settings = [f"training.microBatchSize={micro_batch}"]
+    places, rows = pass_layout(spec, micro_batch) if spec.pack else (1, micro_batch)
+    settings = [f"training.microBatchSize={rows}"]
     if spec.quantization.bits == 4 and spec.quantization.cached_layers == "auto":
         settings.append("quantization.cachedLayers=0")
     if spec.training.gradient_checkpointing == "auto":
         settings.append("training.gradientCheckpointing=enabled")
-    section = "template." if spec.pack else ""
-    return [word for setting in settings for word in ("--set", f"{section}{setting}")]
+    if spec.pack:
+        settings = [f"parallelism={places}", *(f"template.{setting}" for setting in settings)]
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def _job(job: JobObject, spec: FineTuneJobSpec, attempt: int, micro_batch: int | None, settings: Settings) -> Object:
