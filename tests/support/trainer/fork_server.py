@@ -1,4 +1,4 @@
-"""Trainers that start at once: a server process that has imported the trainer's libraries forks one for each request.
+"""Trainers that start at once: a fork of the tests' process, which has imported the trainer's libraries, serves forks.
 
 What a fork gets is what an exec would give it: its own arguments, environment, folder, output and session. One thing it
 cannot get is what a library reads from the environment as it is imported; a test that needs this wants a real exec.
@@ -13,11 +13,12 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from support.common.processes import Process, die_with_parent
+from support.common.processes import die_with_parent
 from support.trainer.process import become_trainer, import_everything
 
 
@@ -25,13 +26,15 @@ class ForkServer:
     """The server's process, from the thread that made this. `start` may be called on any event loop."""
 
     def __init__(self, folder: Path) -> None:
-        self.address = str(folder / "fork-server")
-        command = [sys.executable, "-m", "support.trainer.fork_server", self.address]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        self._process = Process(command, folder / "fork-server.log", env)
+        self.address, self._log = str(folder / "fork-server"), folder / "fork-server.log"
+        import_everything()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _serve_alone(self.address, self._log)
 
     def stop(self) -> None:
-        self._process.kill()  # and with it every trainer that it has forked
+        os.kill(self._pid, signal.SIGKILL)  # and with it every trainer that it has forked
+        os.waitpid(self._pid, 0)
 
     async def start(self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> "ForkedTrainer":
         """A new trainer with these arguments; its output is appended to `log`."""
@@ -40,15 +43,14 @@ class ForkServer:
         writer.write(json.dumps(request).encode() + b"\n")
         return ForkedTrainer(int(await reader.readline()), reader, writer)
 
-    async def _connect(self, seconds: float = 120) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect, once the imports are done."""
+    async def _connect(self, seconds: float = 30) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect, once it listens."""
         deadline = time.monotonic() + seconds
         while True:
             try:
                 return await asyncio.open_unix_connection(self.address)
             except OSError:
-                alive = self._process.returncode is None and time.monotonic() < deadline
-                assert alive, f"the fork server does not answer:\n{self._process.output()[-3000:]}"
+                assert time.monotonic() < deadline, f"the fork server does not answer:\n{self._log.read_text()[-3000:]}"
                 await asyncio.sleep(0.05)
 
 
@@ -70,9 +72,28 @@ class ForkedTrainer:
         return await asyncio.shield(self._end)
 
 
-def serve(address: str) -> NoReturn:
+def _serve_alone(address: str, log: Path) -> NoReturn:
+    """In the fork: let go of what is the tests' own, and serve."""
+    try:
+        os.setsid()
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for each in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 -- servers' sockets too
+            with contextlib.suppress(OSError):
+                os.fstat(each)
+                os.dup2(nowhere, each)
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        _serve(address)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _serve(address: str) -> NoReturn:
     """Fork a trainer for each connection, and tell there its process id and, later, its wait status."""
-    import_everything()
     selector = selectors.DefaultSelector()
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -116,7 +137,3 @@ def _become(request: dict[str, object]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["env"])  # type: ignore[call-overload]
     become_trainer(list(request["arguments"]), Path(str(request["log"])))  # type: ignore[call-overload]
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
