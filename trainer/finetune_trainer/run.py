@@ -16,6 +16,7 @@ from finetune_trainer.publishing.earlier import ended_earlier
 from finetune_trainer.publishing.gate import check_gate, through_gate
 from finetune_trainer.publishing.publish import AdapterOutput, check_copies
 from finetune_trainer.reporting.open_trackers import check_trackers
+from finetune_trainer.runtime.environment import set_compile_cache
 from finetune_trainer.runtime.start import start_runtime
 
 
@@ -26,6 +27,7 @@ def run(ctx: RunContext) -> Adapter | None:
     """
     spec, settings, ranks, once = ctx.spec, ctx.settings, ctx.ranks, ctx.sharing.once
     check_trackers(settings)
+    set_compile_cache(settings.environment.compile_cache)
     if ranks.size > 1:
         start_runtime(
             spec, ranks, settings.environment.node
@@ -55,7 +57,6 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.report.gpu(device.name)
         from finetune_trainer import steps
 
-        steps.set_compile_cache(settings.environment.compile_cache)
         ctx.clock.lap("imports")
 
         # 5. Tokenize; check tokenizer, target modules and lora.initFrom against the base model.

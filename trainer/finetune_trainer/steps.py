@@ -1,7 +1,6 @@
 """Steps 5 to 12 of a run: what needs torch, imported together once everything that needs no torch is checked."""
 
 from finetune_trainer.checkpoints.fingerprint import fingerprint
-from finetune_trainer.engine.compilation import set_compile_cache
 from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base, prove_plan
 from finetune_trainer.evaluation.evaluator import eval_prompts
 from finetune_trainer.methods import METHODS
@@ -36,6 +35,5 @@ __all__ = [
     "prove_plan",
     "run_exports",
     "seed",
-    "set_compile_cache",
     "write_bundle",
 ]

@@ -1,7 +1,6 @@
 """Layers that are checkpointed or compiled train alike, and packed rows never see each other."""
 
 import functools
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,29 +165,6 @@ def test_rows_laid_end_to_end_never_see_each_other(attention: str, deep_model: P
                          for each in (batch, changed))  # fmt: skip
     assert torch.equal(before[:20], after[:20]) and torch.equal(before[51:], after[51:])
     assert not torch.equal(before[20:51], after[20:51])
-
-
-def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    compilation.set_compile_cache(tmp_path)
-    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
-    inductor = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert (inductor.name, inductor.parent.parent) == ("inductor", tmp_path)
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compilation.set_compile_cache(tmp_path)
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == inductor  # as long as the engine is the same
-
-    another = tmp_path / "engine/compilation.py"
-    another.parent.mkdir()
-    another.write_text("another version")
-    monkeypatch.setattr(compilation, "__file__", str(another))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compilation.set_compile_cache(tmp_path)
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent != inductor.parent
 
 
 @pytest.mark.usefixtures("compiler")

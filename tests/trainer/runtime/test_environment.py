@@ -6,7 +6,8 @@ from pathlib import Path
 import botocore.session
 import pytest
 
-from finetune_trainer.runtime.environment import set_defaults
+from finetune_trainer.runtime import environment
+from finetune_trainer.runtime.environment import set_compile_cache, set_defaults
 
 PROFILE = "[default]\ncredential_process = /bin/false\naws_access_key_id = planted\naws_secret_access_key = planted\n"
 
@@ -65,3 +66,33 @@ def test_caches_stay_in_a_home_that_can_be_written(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path)}
     set_defaults(Path("/scratch"), env)
     assert "XDG_CACHE_HOME" not in env
+
+
+def test_what_is_compiled_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def kept(**env: str) -> dict[str, str]:
+        set_compile_cache(tmp_path, env)
+        return env
+
+    found = kept(TRITON_CACHE_DIR="/mine")
+    inductor = Path(found["TORCHINDUCTOR_CACHE_DIR"])
+    assert (inductor.name, inductor.parent.parent) == ("inductor", tmp_path)
+    assert found["TRITON_CACHE_DIR"] == "/mine"
+    assert kept()["TORCHINDUCTOR_CACHE_DIR"] == str(inductor), "as long as the engine is the same"
+
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/compilation.py").write_text("another version")
+    monkeypatch.setattr(environment, "_COMPILED", (tmp_path / "engine",))
+    assert Path(kept()["TORCHINDUCTOR_CACHE_DIR"]).parent != inductor.parent
+
+
+def test_a_cache_that_cannot_be_written_stops_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch makes the directory while it is imported, and cannot be imported if that fails."""
+    env: dict[str, str] = {}
+    (tmp_path / "file").write_text("")
+    set_compile_cache(tmp_path / "file", env)
+    monkeypatch.setattr(environment.os, "access", lambda *args: False)
+    set_compile_cache(tmp_path / "read-only", env)
+    assert env == {}
+    assert capsys.readouterr().out.count("Compiled kernels are not kept for later runs") == 2

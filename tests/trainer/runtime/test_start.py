@@ -5,11 +5,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer import run
 from finetune_trainer.runtime.device import RuntimeDevice
 from finetune_trainer.runtime.start import hidden, start_runtime
 from finetune_trainer.settings import Ranks
@@ -19,6 +22,28 @@ def test_importing_it_does_not_import_torch() -> None:
     modules = "finetune_trainer.runtime.start, finetune_trainer.runtime.distributed, finetune_trainer.run"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_where_kernels_are_kept_is_said_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch settles on a directory of its own while it is imported: later is too late."""
+    began: list[Any] = []
+    monkeypatch.setattr(run, "check_trackers", lambda settings: None)
+    monkeypatch.setattr(run, "set_compile_cache", began.append)
+
+    def importing(*_: Any) -> None:
+        assert began == ["the cache"]
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "start_runtime", importing)
+    place = SimpleNamespace(compile_cache="the cache", node="")
+    ctx: Any = SimpleNamespace(
+        spec=None,
+        settings=SimpleNamespace(environment=place),
+        ranks=Ranks(size=2),
+        sharing=SimpleNamespace(once=None),
+    )
+    with pytest.raises(InterruptedError):
+        run.run(ctx)
 
 
 def test_libraries_do_not_find_trackers_that_they_would_import_and_a_job_that_asks_does(tmp_path: Path) -> None:

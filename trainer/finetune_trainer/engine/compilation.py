@@ -1,14 +1,11 @@
 """How the decoder layers run while they train: with torch.compile and activation checkpointing."""
 
 import functools
-import hashlib
 import importlib
 import inspect
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -126,22 +123,6 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
             return compiled(hidden, **kwargs)
 
     return forward
-
-
-def set_compile_cache(folder: Path) -> None:
-    """Set Inductor and Triton cache directories so later runs reuse kernels.
-
-    They reuse them with the same version of engine and model only: torch caches how gradients of our own operations
-    are computed, and does not see when that changes.
-
-    Args:
-        folder: The same one for all runs that share their kernels.
-    """
-    rooms = (Path(__file__).parent, Path(__file__).parents[1] / "model")
-    sources = b"".join(path.read_bytes() for room in rooms for path in sorted(room.rglob("*.py")))
-    folder = folder / hashlib.sha256(sources).hexdigest()[:12]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def compile_layers(

@@ -20,6 +20,7 @@ from finetune_trainer.errors import ConfigInvalid, Failure, NotPackable, Trainer
 from finetune_trainer.reporting.http import Page
 from finetune_trainer.reporting.report import Reporter
 from finetune_trainer.reporting.setup import show
+from finetune_trainer.runtime.environment import set_compile_cache
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.runtime.workspace import work_folder
 from finetune_trainer.settings import Environment, Ranks, Settings
@@ -68,6 +69,7 @@ def run_sweep(
         raise NotPackable(f"The trials of {sweep.metadata.name} cannot share one process: {why}")
     settings = Settings(next(iter(jobs.values())), environment, ranks)
     folder: Path = exit_stack.enter_context(work_folder(settings))
+    set_compile_cache(environment.compile_cache)
     pages: dict[str, Page] = {}
     show(exit_stack, settings, reporter, console, pages)
 

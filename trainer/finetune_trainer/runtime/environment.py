@@ -1,9 +1,14 @@
 """Set what libraries read from the environment as they are imported, unless the user has set it."""
 
+import hashlib
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 _ALWAYS: Final = {
     # On shared cores, threads that wait must not spin: it starves those that work (10x on two busy cores).
@@ -20,6 +25,8 @@ _ALWAYS: Final = {
 #: A profile can name a program to run (credential_process): only one that the user asks for is read.
 _AWS_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _AWS_PROFILES: Final = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+#: Rooms whose source decides what is compiled.
+_COMPILED: Final = tuple(Path(__file__).parents[1] / room for room in ("engine", "model"))
 
 
 def set_defaults(scratch: Path, env: MutableMapping[str, str] = os.environ) -> None:
@@ -45,3 +52,27 @@ def set_defaults(scratch: Path, env: MutableMapping[str, str] = os.environ) -> N
         }
     for name, value in defaults.items():
         env.setdefault(name, value)
+
+
+def set_compile_cache(folder: Path, env: MutableMapping[str, str] = os.environ) -> None:
+    """Set Inductor and Triton cache directories so later runs reuse kernels. torch settles on one as it is imported.
+
+    They reuse them with the same version of engine and model only: torch caches how gradients of our own operations
+    are computed, and does not see when that changes.
+
+    Args:
+        folder: The same one for all runs that share their kernels.
+        env: Default: the process's environment.
+    """
+    sources = b"".join(path.read_bytes() for room in _COMPILED for path in sorted(room.rglob("*.py")))
+    folder = folder / hashlib.sha256(sources).hexdigest()[:12]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        problem = error.strerror
+    if problem:  # torch cannot even be imported with a directory that it cannot make
+        log.warning(f"Compiled kernels are not kept for later runs: {folder} cannot be written: {problem}")
+        return
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    env.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

@@ -12,8 +12,9 @@ from finetune_trainer.settings import Ranks
 if TYPE_CHECKING:
     from finetune_trainer.runtime.device import RuntimeDevice
 
-#: Experiment trackers that libraries import where they are installed; reporting.trackers imports what a job asks for.
-_TRACKERS: Final = ("comet_ml", "wandb")
+#: What libraries import where it is installed, and no run needs: reporting.trackers imports what a job asks for, and
+#: transformers compares drafts of assisted generation with scikit-learn.
+_NOT_NEEDED: Final = ("comet_ml", "wandb", "sklearn")
 
 
 def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "RuntimeDevice":
@@ -30,7 +31,7 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "Runti
         ConfigInvalid: When the GPUs that the spec asks for are not there.
         GpuUnavailable: The same in a pod.
     """
-    with freeze_imports(), hidden(_TRACKERS):
+    with freeze_imports(), hidden(_NOT_NEEDED):
         import peft  # noqa: F401 -- a run needs these two anyway: here their objects are frozen with the others
         from trl import SFTTrainer  # noqa: F401
 
