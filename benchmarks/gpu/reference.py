@@ -16,14 +16,14 @@ SHAPES = {
     "mistral-7b": {"vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1e6},
     "llama-3-8b": {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5},
     "llama-3.1-8b": {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 5e5},
-    # Eight of its 80 layers.
-    "llama-3-70b-tenth": {
+    # Stored in 4 bits; all its layers have the same weights.
+    "llama-3-70b": {
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
         "rope_theta": 5e5,
         "hidden_size": 8192,
         "intermediate_size": 28672,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 80,
         "num_attention_heads": 64,
     },
     "qwen2.5-0.5b": {
@@ -74,6 +74,7 @@ TINY = {
     "head_dim": 16,
 }
 FEW_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+IN_4_BITS = ("llama-3-70b",)
 LORA = {"r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
@@ -90,12 +91,15 @@ def build():
     shape = dense | heads | shape
     if os.environ.get("DRY_RUN"):
         shape |= TINY | (FEW_EXPERTS if "num_experts" in shape else {}) | {"vocab_size": 32768}
-    cfg = kind(**shape)
+    layers, repeated = shape.get("num_hidden_layers", 32), sys.argv[3:4] in [[name] for name in IN_4_BITS]
+    cfg = kind(**shape | ({"num_hidden_layers": 1} if repeated else {}))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         m = AutoModelForCausalLM.from_config(cfg)
     m.save_pretrained(MODEL)
+    if repeated:
+        repeat_in_4_bits(layers)
     vocab = {f"t{i}": i for i in range(32768)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -103,6 +107,47 @@ def build():
         tokenizer_object=tok, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t3"
     ).save_pretrained(MODEL)
     print("built", round(time.time() - t, 1), "s", sum(p.numel() for p in m.parameters()) / 1e9, "B")
+
+
+def repeat_in_4_bits(layers):
+    """Make of the model with one layer, in MODEL, one with so many, each a copy of it, with weights in 4 bits."""
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    q = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    folder = Path(MODEL)
+    device = 0 if torch.cuda.is_available() else "cpu"
+    one = AutoModelForCausalLM.from_pretrained(folder, quantization_config=q, device_map={"": device})
+    for file in folder.glob("model*"):
+        file.unlink()
+    one.save_pretrained(folder)
+    single = folder / "model.safetensors"
+    tensors, at = load_file(single), "model.layers.0."
+    single.unlink()
+    shards = {"model-rest.safetensors": {name: each for name, each in tensors.items() if at not in name}}
+    for number in range(layers):
+        shard = shards.setdefault(f"model-{number // 8}.safetensors", {})
+        shard |= {name.replace(at, f"model.layers.{number}."): each for name, each in tensors.items() if at in name}
+
+    def write(file):
+        name, shard = file
+        save_file({key: each.clone() for key, each in shard.items()}, folder / name, {"format": "pt"})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, shards.items()))
+    index = {"metadata": {}, "weight_map": {name: file for file, shard in shards.items() for name in shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
 
 def trl(v):

@@ -16,7 +16,8 @@
     python benchmarks/gpu/trainer.py /tmp/mistral7b start       # from the process's start to the first step
     python benchmarks/gpu/trainer.py /tmp/mistral7b whole-job   # the recipe's job, extrapolated; `whole-job full`: all
     python benchmarks/gpu/trainer.py /tmp/llama3.1 long-rows    # rows of up to 32,768 tokens on a card of 80 GiB
-    python benchmarks/gpu/trainer.py /tmp/llama70b 70b          # a tenth of Llama-3-70B's layers, built first
+    python benchmarks/gpu/trainer.py /tmp/llama3.1 all-linear   # 8B, every linear layer, rows of up to 4,096 tokens
+    python benchmarks/gpu/trainer.py /tmp/llama70b 70b          # Llama-3-70B's shape on a card of 80 GiB: 40 GB
     python benchmarks/gpu/trainer.py /tmp/mistral7b packed      # trials that share a process, beside jobs
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
@@ -41,6 +42,7 @@ from tables import answers, engine, large, memory, moe, packed, small, whole_run
 #: By name, what measures a table; it gets a folder with training rows.
 TABLES: Final[dict[str, Callable[[Path], None]]] = {
     "70b": large.seventy,
+    "all-linear": large.all_linear,
     "answers": answers.answers,
     "engine": engine.engine,
     "fp8": engine.fp8,

@@ -105,6 +105,12 @@ def train(model: Any, *, replayed: bool, loss: Loss = model_loss, steps: int = S
         with mixed_precision(model.device, "bf16"):
             return loss(model, batch) / targets.clamp(min=1)
 
+    def launched(batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        """Keep nothing of the pass, as the Trainer does: a capture fails beside what the default stream has made."""
+        value = mean(on_device(batch, model.device), targets)
+        value.backward()
+        return value.detach()
+
     def begun() -> tuple[Any, StepGraphs | None]:
         made = AdamW8bit(trained, lr=1e-3)
         fuse_updates(made)
@@ -123,8 +129,7 @@ def train(model: Any, *, replayed: bool, loss: Loss = model_loss, steps: int = S
             value = graphs.run(batch, targets) if graphs else None
             found.replayed += value is not None
             if value is None:
-                value = mean(on_device(batch, model.device), targets)
-                value.backward()
+                value = launched(batch, targets)
             found.numbers.append(value.detach().clone())
         found.numbers.append(torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()

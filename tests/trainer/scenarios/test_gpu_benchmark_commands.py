@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 #: By table: words that pick settings, and how many results there are.
 TABLES = {
     "70b": ((), 1),
+    "all-linear": ((), 1),
     "answers": (("generate",), 1),
     "long-rows": ((), 1),
     "moe": (("whole", "losses"), 3),
