@@ -126,6 +126,7 @@ def repeat_in_4_bits(layers):
     )
     folder = Path(MODEL)
     device = 0 if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.float32)  # as which the codes of 4 bits are stored
     one = AutoModelForCausalLM.from_pretrained(folder, quantization_config=q, device_map={"": device})
     for file in folder.glob("model*"):
         file.unlink()
