@@ -19,6 +19,7 @@
     python benchmarks/gpu/trainer.py /tmp/llama3.1 all-linear   # 8B, every linear layer, rows of up to 4,096 tokens
     python benchmarks/gpu/trainer.py /tmp/llama70b 70b          # Llama-3-70B's shape on a card of 80 GiB: 40 GB
     python benchmarks/gpu/trainer.py /tmp/mistral7b packed      # trials that share a process, beside jobs
+    python benchmarks/gpu/trainer.py /tmp/mistral7b sweep       # 16 trials in a process, beside 16 jobs in turn
     python benchmarks/gpu/trainer.py /tmp/mistral7b two-gpus    # two GPUs beside one, with whole and shared-out weights
 
 Speed is in real tokens per second after warm-up; compare figures of one run only. Each line printed is `RESULT {json}`.
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Final
 
 from runs import DRY_RUN, build, write_rows
-from tables import answers, engine, large, memory, moe, packed, small, whole_run
+from tables import answers, engine, large, memory, moe, packed, small, sweep, whole_run
 
 #: By name, what measures a table; it gets a folder with training rows.
 TABLES: Final[dict[str, Callable[[Path], None]]] = {
@@ -55,6 +56,7 @@ TABLES: Final[dict[str, Callable[[Path], None]]] = {
     "peers": engine.peers,
     "small": small.small,
     "speed": engine.speed,
+    "sweep": sweep.sweep,
     "start": whole_run.start,
     "two-gpus": engine.two_gpus,
     "whole-job": whole_run.whole_job,

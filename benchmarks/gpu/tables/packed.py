@@ -15,20 +15,16 @@ from runs import DRY_RUN, DRY_STEPS, GIB, HERE, MODEL, build, in_turn, show, wan
 #: Rows of a trial's step.
 ROWS = 4
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-RANKS = (8, 16, 32, 64)
 
 
 def packed(folder: Path) -> None:
     build("mistral-7b")
     if wanted("jobs"):
         in_turn(folder, HERE / "in_turn.py", [_job(4 * ROWS, 40), _job(ROWS, 60)])
-    four = [{"training.learningRate": rate} for rate in RATES]
-    sixteen = [{"training.learningRate": rate, "lora.rank": rank} for rate in RATES for rank in RANKS]
-    show(
-        _sweep(folder, name, trials, steps)
-        for name, trials, steps in (("4 trials", four, 40), ("16 trials", sixteen, 16))
-        if wanted(name)
-    )
+    if wanted("4 trials"):
+        trials = [{"training.learningRate": rate} for rate in RATES]
+        steps = DRY_STEPS if DRY_RUN else 40
+        show([run_sweep(folder, "4 trials", trials, {"maxSteps": steps, "scheduler": "constant"})])
 
 
 def _job(rows: int, steps: int) -> dict[str, Any]:
@@ -38,30 +34,49 @@ def _job(rows: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _sweep(folder: Path, name: str, trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Train `trials` in one process; their speed together is the median: the last steps wait for publications."""
+def run_sweep(
+    folder: Path,
+    name: str,
+    trials: list[dict[str, Any]],
+    training: dict[str, Any],
+    template: dict[str, Any] | None = None,
+    **sweep_spec: Any,
+) -> dict[str, Any]:
+    """Train `trials` in one process; their speed together is the median: the last steps wait for publications.
+
+    Args:
+        folder: Where the rows lie.
+        name: Of the setting.
+        trials: The values of each.
+        training: What the template's `training` has besides the rows of a step.
+        template: More of the template.
+        **sweep_spec: More of the FineTuneSweep's spec.
+    """
     if DRY_RUN:
-        trials, steps = trials[:2], DRY_STEPS
-    work = folder / name.replace(" ", "-")
+        trials = trials[:2]
+    work = folder / name.replace(" ", "-").replace(",", "")
     work.mkdir()
-    template = {
+    job = {
         "model": {"source": f"file://{MODEL}"},
         "dataset": {"train": f"file://{folder}/train.jsonl"},
-        "training": {"batchSize": ROWS, "maxSteps": steps, "scheduler": "constant"},
+        "training": {"batchSize": ROWS} | training,
         "logging": {"everySteps": 1 if DRY_RUN else 4},
         "resources": {"gpusPerNode": 0 if DRY_RUN else 1},
         "output": {"uri": f"file://{work}/out"},
     }
+    for key, values in (template or {}).items():
+        job[key] = job.get(key, {}) | values
     named = [{"name": f"t{number}", "values": values} for number, values in enumerate(trials)]
     sweep = {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneSweep",
         "metadata": {"name": "benchmark"},
         "spec": {
-            "template": template,
+            "template": job,
             "trials": named,
             "parallelism": len(trials),
             "objective": {"metric": "trainLoss"},
+            **sweep_spec,
         },
     }
     (work / "sweep.yaml").write_text(json.dumps(sweep))
@@ -89,16 +104,19 @@ def _sweep(folder: Path, name: str, trials: list[dict[str, Any]], steps: int) ->
     speeds = [
         [line["tokensPerSecond"] for line in map(json.loads, file.read_text().splitlines()) if "loss" in line]
         for file in files
+        if file.exists()
     ]
     plan = reports[0]["executionPlan"]
     measured = max(report["executionPlan"].get("measuredPeakMemoryBytes", 0) for report in reports)
     predicted = plan.get("predictedPeakMemoryBytes", 0)
+    together = [sum(at) for at in zip(*speeds, strict=False)]
     return result | {
-        "tok_s": round(statistics.median(sum(at) for at in zip(*speeds, strict=True))),
-        "all_tok_s": [round(sum(at)) for at in zip(*speeds, strict=True)],
+        "tok_s": round(statistics.median(together)),
+        "all_tok_s": [round(each) for each in together],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
-        "train_loss": [round(report["metrics"]["trainLoss"], 4) for report in reports],
+        "metrics": [report.get("metrics") for report in reports],
+        "published": [file.exists() for file in files],
         "plan": plan,
     }
 

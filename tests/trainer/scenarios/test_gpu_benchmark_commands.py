@@ -17,6 +17,7 @@ TABLES = {
     "packed": (("4",), 1),
     "small": ((), 8),
     "start": ((), 2),
+    "sweep": ((), 4),
     "whole-job": ((), 2),
 }
 
@@ -27,4 +28,4 @@ def test_every_setting_trains(table: str, tmp_path: Path, monkeypatch: pytest.Mo
     words, count = TABLES[table]
     found = results(tmp_path / "model", table, *words)
     assert len(found) == count
-    assert all(each.get("loss") or each.get("start") or each.get("train_loss") for each in found)
+    assert all(each.get("loss") or each.get("start") or each.get("metrics") for each in found)
