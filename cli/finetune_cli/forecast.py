@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob, FineTuneJobSpec
     from finetune_api.status import ExecutionPlan
 
+#: Memory that every GPU has; a number below it lacks its unit.
+_LEAST_BYTES = 1 << 20
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -42,7 +44,13 @@ def parse_size(value: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kMGT]i?)B?", value.strip())
     if match is None or match[2] not in _UNITS or not float(match[1]):
         raise CliError(f"--gpu-memory: {value!r} is no size", hint="for example --gpu-memory 24Gi")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < _LEAST_BYTES:
+        raise CliError(
+            f"--gpu-memory: {value!r} is {size:,} bytes, less than any GPU has",
+            hint=f"with a unit: --gpu-memory {match[1]}Gi",
+        )
+    return size
 
 
 @dataclass(frozen=True)

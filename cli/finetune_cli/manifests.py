@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,24 @@ def read(name: str) -> Source:
         ) from None
     except OSError as error:
         raise CliError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def job_name(value: str, *, or_path: bool = False) -> str:
+    """Return a name that a FineTuneJob can have; anything else would ask the cluster for something else.
+
+    Args:
+        value: What was given.
+        or_path: Whether a path could be given in its place.
+    """
+    if re.fullmatch(constants.NAME_PATTERN, value):
+        return value
+    hint = ""
+    if value.endswith((".yaml", ".yml")):
+        hint = "this is a manifest's file: give the name that its metadata.name says"
+    elif or_path and Path(value).exists():
+        hint = f"a path is written with a slash: ./{value}"
+    kinds = " or a ".join(constants.KINDS)
+    raise CliError(f"{value!r} is no name of a {kinds}: it {constants.NAME_RULE}", hint=hint)
 
 
 def refused(error: ManifestError) -> CliError:

@@ -23,11 +23,12 @@ MAX_BYTES = 4 << 20
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the configuration from a local file. Raises CliError."""
+    """Read the configuration from a local file, or from the model's folder. Raises CliError."""
+    path = path / CONFIG_FILE if path.is_dir() else path
     try:
-        return _parse(_bounded(path), str(path))
+        return _parse(_bounded(path), f"--model-config: {path}")
     except OSError as error:
-        raise CliError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CliError(f"--model-config: {path}: cannot be read: {error.strerror}") from None
 
 
 def fetch(model: Model) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_api import constants
-from finetune_cli.errors import CliError
+from finetune_cli import manifests
 
 CLUSTER_PANEL = "Cluster"
 
@@ -50,13 +49,8 @@ Overrides = Annotated[
 ]
 
 
-def job_name(value: str) -> str:
-    """Return a name that a FineTuneJob can have; anything else would ask the cluster for something else."""
-    import re
-
-    if not re.fullmatch(constants.NAME_PATTERN, value):
-        raise CliError(f"{value!r} is no name of a {constants.KIND}: it {constants.NAME_RULE}")
-    return value
+def _job_name(value: str) -> str:
+    return manifests.job_name(value)
 
 
 JobName = Annotated[
@@ -66,7 +60,7 @@ JobName = Annotated[
         help="Name of a FineTuneJob.",
         show_default=False,
         autocompletion=complete_job,
-        callback=job_name,
+        callback=_job_name,
     ),
 ]
 IsSweep = Annotated[bool, typer.Option("--sweep", help="NAME is a FineTuneSweep.")]

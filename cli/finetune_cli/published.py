@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from finetune_api import constants
 from finetune_cli import storage, target_folder
 from finetune_cli.errors import CliError, Exit
+from finetune_cli.manifests import job_name
 from finetune_cli.output import console
 from finetune_cli.target_folder import TargetFolder
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PARALLEL = 4
 #: Tries of one file, each of which resumes where the last one broke off.
 TRIES = 3
+_NO_FOLDER = "there is no such folder"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ def locate(
     else:
         from finetune_cli.kube.connect import connect
 
-        address, digest = of_job(connect(namespace, context, kubeconfig), source)
+        try:
+            address, digest = of_job(connect(namespace, context, kubeconfig), job_name(source, or_path=True))
+        except CliError as error:
+            if Path(source).is_dir():
+                error.hint = f"the folder of this name is written ./{source}"
+            raise
     found = published_at(address, adapters_only=adapters_only)
     if digest and digest != f"sha256:{found.digest}":
         raise CliError(
@@ -138,9 +145,10 @@ def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
 
 def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:
     """Return the manifest that was found at `address` and its bytes. Raises CliError if it is none to read."""
-    if found is None and address.startswith("file://") and not Path(address.removeprefix("file://")).exists():
+    if found is None and address.startswith("file://") and not Path(address.removeprefix("file://")).is_dir():
+        is_file = Path(address.removeprefix("file://")).exists()
         raise CliError(
-            f"no complete adapter at {address}: there is no such folder",
+            f"no complete adapter at {address}: {'it is a file, an adapter is a folder' if is_file else _NO_FOLDER}",
             hint="finetune list shows the jobs of a cluster; an adapter's place is a folder, s3:// or file://",
         )
     if found is None:
@@ -157,7 +165,9 @@ def _fetch_all(store: Store, target: TargetFolder) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console.err(), transient=True) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console.err(), transient=True, disable=not console.err().is_terminal
+    ) as progress:
         task = progress.add_task("Downloading", total=sum(file.size_bytes for file in target.missing))
 
         def advance(count: int) -> None:

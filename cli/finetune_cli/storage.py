@@ -43,7 +43,8 @@ def open_store(address: str, *, role: str = "output", subject: str = "adapter", 
     try:
         root = uri.parse(address, (*uri.WRITABLE, *uri.PUSHED))
     except ValueError as error:
-        raise CliError(f"{uri.redacted(address)}: {error}") from None
+        why = uri.cause(address, hub=True)
+        raise CliError(f"{uri.redacted(address)}: {error}{f' ({why})' if why else ''}") from None
     if root.scheme == "pvc":
         raise CliError(
             f"{address} is a volume in the cluster, which cannot be read from here",

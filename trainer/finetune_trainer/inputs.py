@@ -194,7 +194,8 @@ def _model(settings: Settings, target: Path, ignore: tuple[str, ...], revision: 
     tree = _tree(settings, uri, field)
     folder = mirror(tree, found, target, ignore)
     if not (folder / "config.json").is_file():
-        raise ConfigInvalid(f"{field}: {uri} holds no model: config.json is missing")
+        why = "it is a file, a model is a folder" if found.is_file() else "config.json is missing"
+        raise ConfigInvalid(f"{field}: {uri} holds no model: {why}")
     drop_file_names(folder)
     commit = _commit(found) or revision if uri.scheme == "hf" else None
     every = [(path, path.relative_to(found).as_posix()) for path in tree.files(found)]

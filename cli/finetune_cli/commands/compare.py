@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli.errors import CliError
-from finetune_cli.options import Context, Kubeconfig, Namespace, complete_job, job_name
+from finetune_cli.manifests import job_name
+from finetune_cli.options import Context, Kubeconfig, Namespace, complete_job
 from finetune_cli.output import console
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ def _read(
             raise CliError("give either runs or --sweep")
         _, found = read_sweep(job_name(sweep), cluster(), whole=whole)
         return found, f"Sweep {sweep}"
-    sources = list(dict.fromkeys(sources))
+    given, sources = len(sources), list(dict.fromkeys(sources))
+    if len(sources) < given and len(sources) < 2:
+        raise CliError(f"{sources[0]} is given twice: compare takes two different runs or more")
     if len(sources) < 2:
         raise CliError(
             "compare takes two runs or more, or --sweep NAME",
@@ -118,7 +121,7 @@ def _read(
         raise CliError(f"{len(sources):,} runs; at most {MAX_RUNS:,} are compared")
     for source in sources:
         if "/" not in source:
-            job_name(source)
+            job_name(source, or_path=True)
     found = read_all(sources, cluster, whole=whole)
     return found, " · ".join(run.name for run in found) if len(found) <= 4 else f"{len(found)} runs"
 

@@ -73,6 +73,7 @@ def init(
         raise CliError(f"{file}: is already there", hint="name another file, or remove it")
     model = _given(model, "--model", "Base model (owner/name of the hub, a URI, or a folder)")
     data = _given(data, "--data", "Training rows (a URI, or a file)")
+    _require_model(model)
     text = _TEMPLATE.format(
         file=file,
         name=json.dumps(name, ensure_ascii=False),
@@ -88,8 +89,12 @@ def init(
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CliError(f"{file}: cannot be written: {error.strerror}") from None
+        why = error.strerror if file.parent.is_dir() else f"there is no folder {file.parent}"
+        raise CliError(f"{file}: cannot be written: {why}") from None
     console.done(f"{file} written: {job.metadata.name}")
+    for place in (data, held_out):
+        if place and "://" not in place and not Path(place).expanduser().exists():
+            console.note(f"{place} is not here yet; a data set of the hub is written hf://datasets/owner/name")
     is_local = any(uri.startswith("file://") for uri in job.spec.uris.values())
     console.next_commands(
         f"finetune validate {file}",
@@ -105,6 +110,15 @@ def _given(value: str | None, option: str, question: str) -> str:
     if not sys.stdin.isatty():
         raise CliError(f"{option} is missing", hint="finetune init --help")
     return str(typer.prompt(question))
+
+
+def _require_model(model: str) -> None:
+    """Refuse a name that is neither the hub's nor a folder's."""
+    if "://" not in model and "/" not in model and not Path(model).expanduser().exists():
+        raise CliError(
+            f"--model: {model!r} is neither owner/name of the hub nor a folder here",
+            hint="for example --model Qwen/Qwen2.5-0.5B, --model ./model or --model s3://bucket/model",
+        )
 
 
 def _hub_or_place(model: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,10 @@ from finetune_cli.output import console
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
     from finetune_trainer.inspection import Inspection
+
+
+#: Name of a manifest that the command line stands for.
+_TYPED = "the command line"
 
 
 def inspect(
@@ -60,9 +65,12 @@ def inspect(
     """
     from finetune_cli.output import rows_page
 
-    job = _job(data, model, overrides)
-    with explained():
-        found = _inspection(job, rows)
+    try:
+        job = _job(data, model, overrides)
+        with explained():
+            found = _inspection(job, rows)
+    except CliError as error:
+        raise _as_typed(error) if model else error from None
     result = asdict(found)
     if html:
         try:
@@ -92,12 +100,20 @@ def _job(data: str, model: str | None, overrides: list[str] | None) -> FineTuneJ
             raise CliError(
                 "a data set needs --model, whose tokenizer counts its tokens", hint="--model hf://owner/name"
             )
-        source = Source("the command line", _written(data, model), Path.cwd())
+        source = Source(_TYPED, _written(data, model), Path.cwd())
         [document] = documents(source)
     try:
         return manifest.check(document, source.base, overrides or ())
     except manifest.ManifestError as error:
         raise refused(error) from None
+
+
+def _as_typed(error: CliError) -> CliError:
+    """Return an error that names what was typed, not the field of a manifest that nobody wrote."""
+    message = error.message.replace(f"{_TYPED}:1: ", "")
+    for field, typed in (("model.source", "--model"), ("dataset.train", "DATASET")):
+        message = re.sub(rf"\b(spec\.)?{re.escape(field)}(?=:)", typed, message)
+    return CliError(message, hint=error.hint, code=error.code)
 
 
 def _written(data: str, model: str) -> str:
@@ -135,7 +151,7 @@ def _inspection(job: FineTuneJob, shown: int) -> Inspection:
     with (
         quiet(),
         tempfile.TemporaryDirectory(prefix="finetune-inspect-") as work,
-        Progress(*columns, console=console.err(), transient=True) as progress,
+        Progress(*columns, console=console.err(), transient=True, disable=not console.err().is_terminal) as progress,
     ):
         task = progress.add_task("rows", total=None)
 

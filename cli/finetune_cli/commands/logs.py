@@ -43,7 +43,7 @@ def logs(
     ] = None,
     attempt: Annotated[
         int | None,
-        typer.Option("--attempt", metavar="N", help="Of this attempt. Default: the newest.", show_default=False),
+        typer.Option("--attempt", min=1, metavar="N", help="Of this attempt. Default: the newest.", show_default=False),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="JSON lines as the trainer writes them.")] = False,
     namespace: Namespace = None,

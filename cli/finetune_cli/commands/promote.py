@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,6 +98,9 @@ def rollback(
     where = address_of(prefix).rstrip("/")
     store = storage.open_store(where, subject="prefix")
     before = promotion.read(store)
+    if before is None and where.startswith("file://") and not Path(where.removeprefix("file://")).is_dir():
+        hint = "PREFIX is the folder above adapters: a URI, or a path of this machine"
+        raise CliError(f"nothing was promoted at {where}: there is no such folder", hint=hint)
     if before is None:
         raise CliError(
             f"nothing was promoted at {where}: it has no latest.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +16,11 @@ _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/name
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None, seconds: float = 30) -> Cluster:
     """Connect as kubectl would: --kubeconfig, else $KUBECONFIG, else ~/.kube/config, else the pod's service account."""
-    try:
-        from kubernetes import client, config
-    except ImportError:
-        raise CliError("the Kubernetes client is not installed here", hint=install_hint("cli")) from None
-    if kubeconfig is not None and not kubeconfig.is_file():
-        raise CliError(f"--kubeconfig: {kubeconfig}: no such file")
+    if importlib.util.find_spec("kubernetes") is None:
+        raise CliError("the Kubernetes client is not installed here", hint=install_hint("cli"))
+    _require_kubeconfig(kubeconfig)
+    from kubernetes import client, config  # takes seconds
+
     settings = client.Configuration()
     settings.retries = 1
     if kubeconfig is None and not _has_kubeconfig() and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -43,18 +43,36 @@ def _has_kubeconfig() -> bool:
     return any(Path(path).expanduser().is_file() for path in _default_kubeconfig().split(os.pathsep) if path)
 
 
+def _require_kubeconfig(kubeconfig: Path | None) -> None:
+    """Raise CliError where there is nothing to connect with."""
+    if kubeconfig is not None and not kubeconfig.is_file():
+        what = "is a folder" if kubeconfig.is_dir() else "no such file"
+        raise CliError(f"--kubeconfig: {kubeconfig}: {what}")
+    if kubeconfig is None and not _has_kubeconfig() and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        raise CliError(
+            f"no cluster to talk to: {_default_kubeconfig()} is not there",
+            hint="--kubeconfig FILE or $KUBECONFIG names another kubeconfig",
+            code=Exit.UNREACHABLE,
+        )
+
+
+def _contexts_of(file: str) -> list[str]:
+    """Return the contexts in a kubeconfig; none if it is another file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        return [str(each["name"]) for each in found["contexts"]]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return []
+
+
 def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
     """Fill `settings` from a kubeconfig; returns the context's namespace."""
     import yaml
     from kubernetes import config
 
     file = str(kubeconfig) if kubeconfig else _default_kubeconfig()
-    if not kubeconfig and not _has_kubeconfig():
-        raise CliError(
-            f"no cluster to talk to: {file} is not there",
-            hint="--kubeconfig FILE or $KUBECONFIG names another kubeconfig",
-            code=Exit.UNREACHABLE,
-        )
     try:
         contexts, current = config.list_kube_config_contexts(file)
         chosen = next((each for each in contexts if each["name"] == context), None) if context else current
@@ -63,12 +81,16 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
             raise CliError(f"{file} has no context {context!r}", hint=f"it has: {known}")
         config.load_kube_config(file, context, settings, persist_config=False)
     except config.ConfigException as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise CliError(
-            f"no cluster to talk to: {file}: {first}",
-            hint="kubectl config get-contexts shows what is there; --kubeconfig and --context choose",
-            code=Exit.UNREACHABLE,
-        ) from None
+        why, hint = str(error).splitlines()[0].rstrip("."), "--kubeconfig FILE or $KUBECONFIG names another"
+        if "current-context" in why and (names := _contexts_of(file)):
+            why, hint = "it chooses no context (current-context)", f"--context chooses one of {', '.join(names)}"
+        elif "current-context" in why:
+            why = "it is no kubeconfig, which has clusters, users and contexts"
+        elif why.endswith("is empty"):
+            why = "it is empty"
+        raise CliError(f"no cluster to talk to: {file}: {why}", hint=hint, code=Exit.UNREACHABLE) from None
+    except UnicodeDecodeError:
+        raise CliError(f"{file}: is no kubeconfig: it is no text") from None
     except yaml.YAMLError as error:
         raise CliError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
     except (TypeError, AttributeError, KeyError, ValueError, OSError) as error:

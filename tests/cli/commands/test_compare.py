@@ -66,7 +66,7 @@ def test_the_page_holds_curves_matrices_and_the_same_rows_answers(two):
     ("arguments", "says"),
     [
         (["./low"], "compare takes two runs or more, or --sweep NAME"),
-        (["./low", "./low"], "compare takes two runs or more"),
+        (["./low", "./low"], "./low is given twice: compare takes two different runs or more"),
         (["./low", "--sweep", "nli"], "give either runs or --sweep"),
         (["./low", "../x"], "no complete adapter"),
         (["./low", "Not_A_Job"], "is no name of a FineTuneJob"),

@@ -124,6 +124,8 @@ def test_another_adapter_in_the_folder_is_kept_unless_asked(fetch, adapter, tmp_
             1,
             "no complete adapter at {uri}-gone: manifest.json, which is written last, is missing",
         ),
+        ("file://adapters/nli", {}, 1, "(file:// takes an absolute path (file:///…)"),
+        (f"file://{__file__}", {}, 1, "it is a file, an adapter is a folder"),
         ("s3://no-such-bucket-here/a", {}, 1, "bucket no-such-bucket-here does not exist"),
         (
             "{uri}",

@@ -20,12 +20,15 @@ def test_files_of_this_machine_make_a_job_to_run_here(tmp_path: Path):
     spec = load_file(tmp_path / "job.yaml").spec
     assert (spec.model.source, spec.dataset.train) == ("hf://owner/name", f"file://{tmp_path}/rows.jsonl")
     assert spec.output.uri == f"file://{tmp_path}/nli"
+    later = init(tmp_path, "later.yaml", "--model", "owner/name", "--data", "owner/rows")
+    assert later.stderr == "owner/rows is not here yet; a data set of the hub is written hf://datasets/owner/name\n"
     assert finetune("validate", "job.yaml", cwd=tmp_path).returncode == 0
 
 
 def test_uris_make_a_job_to_submit(tmp_path: Path):
     places = ("--data", "s3://data/a.jsonl", "--eval", "s3://data/b.jsonl", "--output", "s3://adapters/{name}")
     result = init(tmp_path, "nli.yaml", "--model", "hf://owner/name", *places)
+    assert not result.stderr
     assert "finetune submit nli.yaml --watch" in result.stdout
     spec = load_file(tmp_path / "nli.yaml").spec
     assert (spec.dataset.eval, spec.output.uri) == ("s3://data/b.jsonl", "s3://adapters/my-job")
@@ -39,7 +42,11 @@ def test_uris_make_a_job_to_submit(tmp_path: Path):
         (["--model", "owner/name", "--data", "s3://NO/x"], "spec.dataset.train: Invalid value"),
         (["--model", "owner/name", "--data", "x", "--name", "No Name"], "metadata.name: Invalid value"),
         (["there.yaml", "--model", "owner/name", "--data", "x"], "there.yaml: is already there"),
-        (["no/where.yaml", "--model", "owner/name", "--data", "x"], "no/where.yaml: cannot be written"),
+        (["no/where.yaml", "--model", "owner/name", "--data", "x"], "cannot be written: there is no folder no\n"),
+        (
+            ["--model", "mistral", "--data", "x"],
+            "--model: 'mistral' is neither owner/name of the hub nor a folder here",
+        ),
     ],
 )
 def test_what_is_refused_writes_nothing(tmp_path: Path, arguments: list[str], said: str):

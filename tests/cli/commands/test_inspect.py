@@ -52,13 +52,15 @@ def test_a_manifest_is_inspected_for_programs_and_bad_rows_fail(rows: Path, tiny
     [
         (["rows.jsonl"], "a data set needs --model"),
         (["job.yaml", "--model", "m"], "--model goes with a data set"),
-        (["nowhere.jsonl", "--model", "nowhere"], "nowhere"),
-        (["rows.jsonl", "--model", "hf://m"], "must be hf://owner/name"),
+        (["nowhere.jsonl", "--model", "nowhere"], "error: --model: file://{here}/nowhere does not exist\n"),
+        (["s3://x", "--model", "m"], 'error: DATASET: Invalid value: "s3://x": must be hf://owner/name'),
+        (["rows.jsonl", "--model", "hf://m"], 'error: --model: Invalid value: "hf://m": must be hf://owner/name'),
+        (["rows.jsonl", "--model", "m", "--set", "lora.rank=x"], "error: --set: spec.lora.rank: Invalid value"),
     ],
 )
 def test_what_is_missing_is_said(arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     result = finetune("inspect", *arguments)
     assert result.returncode == 1
-    assert sentence in result.stderr
+    assert sentence.format(here=tmp_path) in result.stderr
     assert "Traceback" not in result.stderr

@@ -209,6 +209,8 @@ def test_a_name_that_no_job_can_have_is_refused_here(ctl):
     result = ctl("status", "../secrets")
     assert result.returncode == 1
     assert "'../secrets' is no name of a FineTuneJob" in result.stderr
+    hint = "hint:  this is a manifest's file: give the name that its metadata.name says"
+    assert all(hint in ctl(command, "job.yaml").stderr for command in ("status", "chat"))
 
 
 def test_a_name_that_is_nearly_right_gets_a_suggestion(ctl, put):

@@ -78,6 +78,9 @@ def test_a_run_on_the_cpu_needs_no_gpu_memory(plan):
         (["--set", "rank"], "--set: 'rank' is not path=value"),
         (["--set", "training.batchSize=33"], "spec.training.batchSize: must be a multiple of microBatchSize"),
         (["--gpu-memory", "lots"], "--gpu-memory: 'lots' is no size"),
+        (["--gpu-memory", "24"], "'24' is 24 bytes, less than any GPU has\nhint:  with a unit: --gpu-memory 24Gi\n"),
+        (["--set", "metadata.name=x"], "--set: metadata.name: --set reaches fields of spec alone"),
+        (["--model-config", "."], "--model-config: config.json: cannot be read: No such file or directory"),
         (["-o", "xml"], "'xml' is not one of 'json', 'yaml'"),
     ],
 )

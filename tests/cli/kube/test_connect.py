@@ -126,12 +126,17 @@ def test_the_contexts_namespace_is_used_and_named_contexts_are_found(ask, cluste
 @pytest.mark.parametrize(
     ("config", "code", "sentence"),
     [
-        ("", 3, "no cluster to talk to"),
+        ("", 3, ": it is empty\nhint:  --kubeconfig FILE"),
         ("a: [", 1, "not YAML"),
-        ("clusters: []\n", 3, "no cluster to talk to"),
+        ("clusters: []\n", 3, "it is no kubeconfig, which has clusters, users and contexts"),
+        (
+            "contexts: [{name: a}, {name: b}]\n",
+            3,
+            "chooses no context (current-context)\nhint:  --context chooses one of a, b",
+        ),
         ("just text", 1, "is no kubeconfig"),
     ],
-    ids=["empty", "broken", "without contexts", "text"],
+    ids=["empty", "broken", "without contexts", "without a current one", "text"],
 )
 def test_a_kubeconfig_that_is_none(ask, config, code, sentence):
     result = ask(config)
@@ -146,6 +151,7 @@ def test_no_kubeconfig_at_all(tmp_path):
     result = no_traceback(finetune("list", "--kubeconfig", "missing", cwd=tmp_path))
     assert result.returncode == 1
     assert "--kubeconfig: missing: no such file" in result.stderr
+    assert "--kubeconfig: .: is a folder" in finetune("list", "--kubeconfig", ".", cwd=tmp_path).stderr
 
 
 def test_the_shell_completes_names_of_jobs_and_stays_silent_without_a_cluster(cluster, namespace, kube):

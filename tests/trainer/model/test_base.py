@@ -59,6 +59,9 @@ def test_a_folder_that_is_no_causal_model_is_explained(text: str, tiny_model: Pa
 def test_a_tokenizer_that_cannot_be_read_is_explained_in_whole_sentences(tiny_model: Path, tmp_path: Path) -> None:
     """The first line of transformers' sentence ends with a colon."""
     shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(ConfigInvalid, match=r"has no usable tokenizer: it has no file of one, such as tokenizer\.json"):
+        inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigInvalid, match=r"has no usable tokenizer: .* one of: \(1\) a `tokenizers` library"):
         inspect_base_model(ModelFiles(tmp_path, None), _spec(tiny_model))
 

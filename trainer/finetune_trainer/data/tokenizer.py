@@ -14,6 +14,8 @@ log = structlog.get_logger(__name__)
 _SAMPLE: Final = "Hello world, these are 12 plain words: naïve, 你好!"
 #: How a file begins that Git has put in the place of a large one.
 LFS_POINTER: Final = b"version https://git-lfs"
+#: What the files of tokenizers are called.
+_TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges*", "tekken*", "*.model", "*.tiktoken", "*.py")
 _TEXT_FILES: Final = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 #: Whole names of tokens that models reserve for padding, then for anything; best first.
 _PAD_TOKENS: Final = (
@@ -51,7 +53,7 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
     except ConfigInvalid:
         raise
     except Exception as error:  # transformers checks little of what it reads, so anything can go wrong
-        why = _unusable_file(folder) or whole_text(error)
+        why = _unusable_file(folder) or _nothing_there(folder) or whole_text(error)
         raise ConfigInvalid(f"spec.model.source: {source} has no usable tokenizer: {why}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigInvalid(f"spec.model.source: the tokenizer of {source} has no end-of-sequence token")
@@ -63,6 +65,13 @@ def load_tokenizer(folder: Path, source: str, trust_remote_code: bool = False) -
         f"Tokenizer of {len(tokenizer):,} tokens loaded", pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token
     )
     return tokenizer
+
+
+def _nothing_there(folder: Path) -> str:
+    """Return what is missing where there is no file of any tokenizer; '' where there is one."""
+    if any(path.match(pattern) for path in folder.iterdir() for pattern in _TOKENIZER_FILES):
+        return ""
+    return "it has no file of one, such as tokenizer.json or tokenizer.model"
 
 
 def _text_files(folder: Path) -> list[Path]:

@@ -120,6 +120,11 @@ def explain(error: Exception, where: str, credentials: Credentials, revision: st
     if isinstance(error, UnsafeAnswer):
         return StoreMisconfigured(f"{where}: the hub's answer is refused: {error}: check HF_ENDPOINT {where_set}")
     if isinstance(error, hub.GatedRepoError):
+        if credentials.get("HF_TOKEN"):
+            return StoreAccessDenied(
+                f"{where} is gated, and the account of the HF_TOKEN {where_set} may not read it: accept its terms on"
+                " the hub with that account"
+            )
         return StoreAccessDenied(
             f"{where} is gated: accept its terms on the hub, and set HF_TOKEN of that account {where_set}"
         )
