@@ -174,10 +174,10 @@ class Run:
         Raises:
             FineTuneError: There is no adapter, it is not what the job published, or it is out of reach.
         """
-        address, digest = published.of_job(self._cluster, self.name)
-        found = published.published_at(address)
-        if f"sha256:{found.digest}" != digest:
-            raise CliError(f"{address} no longer holds what {self.name} published", code=Exit.CORRUPT)
+        told = published.of_job(self._cluster, self.name)
+        found = published.published_at(told.uri)
+        if told.differs_from(found):
+            raise CliError(f"{told.uri} no longer holds what {self.name} published", code=Exit.CORRUPT)
         published.fetch_into(Path(folder), found, overwrite=overwrite)
         return Path(folder)
 

@@ -67,23 +67,21 @@ def locate(
     Raises:
         CliError: There is none, it is out of reach, or not what the job published.
     """
-    address, digest = source, None
     if "/" in source:
-        address = address_of(source)
-    else:
-        from finetune_cli.kube.connect import connect
+        return published_at(address_of(source), adapters_only=adapters_only)
+    from finetune_cli.kube.connect import connect
 
-        try:
-            address, digest = of_job(connect(namespace, context, kubeconfig), job_name(source, or_path=True))
-        except CliError as error:
-            if Path(source).is_dir():
-                error.hint = f"the folder of this name is written ./{source}"
-            raise
-    found = published_at(address, adapters_only=adapters_only)
-    if digest and digest != f"sha256:{found.digest}":
+    try:
+        told = of_job(connect(namespace, context, kubeconfig), job_name(source, or_path=True))
+    except CliError as error:
+        if Path(source).is_dir():
+            error.hint = f"the folder of this name is written ./{source}"
+        raise
+    found = published_at(told.uri, adapters_only=adapters_only)
+    if differs := told.differs_from(found):
         raise CliError(
-            f"{address} no longer holds what {source} published: the digest of {constants.MANIFEST_FILE} differs",
-            hint=f"to take what it holds now: {instead.replace('{}', address)}",
+            f"{told.uri} no longer holds what {source} published: {differs}",
+            hint=f"to take what it holds now: {instead.replace('{}', told.uri)}",
             code=Exit.CORRUPT,
         )
     return found
@@ -124,11 +122,33 @@ def fetch_into(folder: Path, published: Published, *, overwrite: bool = False) -
     return target
 
 
-def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
-    """Return URI and manifest digest of a job's adapter. Raises CliError if it has published none."""
+@dataclass(frozen=True)
+class Told:
+    """What a cluster tells of an adapter: where it lies, and its manifest's digest, or the uid of a trial without."""
+
+    uri: str
+    digest: str | None = None
+    uid: str | None = None
+
+    def differs_from(self, found: Published) -> str:
+        """Return what tells that `found` is another; empty where nothing does."""
+        if self.digest and self.digest != f"sha256:{found.digest}":
+            return f"the digest of {constants.MANIFEST_FILE} differs"
+        owner = found.manifest.job.uid if found.manifest.job else None
+        return f"{constants.MANIFEST_FILE} names another job" if self.uid and self.uid != owner else ""
+
+
+def of_job(cluster: Cluster, name: str) -> Told:
+    """Return what the cluster tells of a job's adapter. Raises CliError if it has published none."""
+    from finetune_cli.kube.packed import SharedJob
     from finetune_cli.output.job_view import View
 
-    view = View.of(cluster.get(name))
+    try:
+        view = View.of(cluster.get(name))
+    except SharedJob as shared:
+        if shared.trial.row.phase != "Succeeded":
+            raise
+        return Told(shared.trial.uri, uid=shared.trial.uid)
     if view.status.adapter is None and (candidate := view.status.candidate):
         raise CliError(
             f"{name} has published no adapter: it did not meet publish.onlyIf ({view.why})",
@@ -140,7 +160,7 @@ def of_job(cluster: Cluster, name: str) -> tuple[str, str]:
             hint=f"finetune {'status' if view.is_over else 'watch'} {name}{cluster.options}",
             code=Exit.JOB_FAILED if view.state == "failed" else Exit.INVALID,
         )
-    return view.status.adapter.uri, view.status.adapter.manifest_digest
+    return Told(view.status.adapter.uri, view.status.adapter.manifest_digest)
 
 
 def _accepted(found: Found | None, address: str, adapters_only: bool) -> tuple[StoreManifest, bytes]:

@@ -63,20 +63,31 @@ def logs(
     """
     from finetune_cli.kube import objects
     from finetune_cli.kube.connect import connect
+    from finetune_cli.kube.packed import SharedJob
     from finetune_cli.output.job_view import View
 
-    cluster = connect(namespace, context, kubeconfig)
-    view = View.of(cluster.get(name))
+    cluster, trial = connect(namespace, context, kubeconfig), None
+    try:
+        view = View.of(cluster.get(name))
+    except SharedJob as shared:
+        console.note(shared.message)
+        trial, view = shared.trial, View.of(shared.trial.job)
+        name = view.name
+    of = trial.trial if trial else None
     if follow and not view.is_over:
         with insistent_interrupts():
-            _follow(cluster, name, tail=tail, raw=raw)
+            _follow(cluster, name, tail=tail, raw=raw, trial=of)
         return
     pods = [pod for pod in cluster.pods(name) if attempt is None or objects.attempt_of(pod) == attempt]
     if pods and _has_started(pods[0]):
-        _print(cluster.log(pods[0]["metadata"]["name"], tail=tail), raw=raw)
+        lines = of_trial(cluster.log(pods[0]["metadata"]["name"], tail=None if of else tail), of)
+        _print(deque(lines, maxlen=tail) if of and tail is not None else lines, raw=raw)
         return
     is_published = attempt is None or attempt == len(view.status.attempts)
-    if not (is_published and _print_stored(view, tail)):
+    stored = view.status.adapter.uri if view.status.adapter else None
+    if trial:
+        stored = trial.uri if trial.row.phase == "Succeeded" else None
+    if not (is_published and stored and _print_stored(stored, tail)):
         raise CliError(_why_nothing(view, pods, attempt), hint=f"finetune status {name}{cluster.options}")
 
 
@@ -89,11 +100,14 @@ def _has_started(pod: Object) -> bool:
     )
 
 
-def _print_stored(view: View, tail: int | None) -> bool:
-    """Print the log published with the adapter. False when there is none."""
-    if view.status.adapter is None:
-        return False
-    store = storage.open_store(view.status.adapter.uri)
+def of_trial(lines: Iterable[str], trial: str | None) -> Iterable[str]:
+    """Return the lines of a process of several trials that tell of `trial`; all where that is None. Pure."""
+    return lines if trial is None else (line for line in lines if (log_lines.of_json(line) or {}).get("trial") == trial)
+
+
+def _print_stored(uri: str, tail: int | None) -> bool:
+    """Print the log published with the adapter at `uri`. False when there is none."""
+    store = storage.open_store(uri)
     with storage.store_errors():
         from finetune_trainer.stores.errors import StoreNotFound
 
@@ -117,7 +131,7 @@ def _why_nothing(view: View, pods: list[Any], attempt: int | None) -> str:
     return f"{view.name} has no log yet ({view.phase})" + (f": {view.why}" if view.why else "")
 
 
-def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool) -> None:
+def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool, trial: str | None) -> None:
     """Print the log of one attempt after the other until the job is over."""
     from finetune_cli.output.job_view import View
 
@@ -135,7 +149,7 @@ def _follow(cluster: Cluster, name: str, *, tail: int | None, raw: bool) -> None
                 raise
             continue
         if ready:
-            if _follow_pod(cluster, ready[0], shown, tail=tail, raw=raw):
+            if _follow_pod(cluster, ready[0], shown, tail=tail, raw=raw, trial=trial):
                 finished.add(_uid(ready[0]))
         elif view.is_over:
             if view.state == "failed":
@@ -158,7 +172,7 @@ class Shown:
     lines: int = 0
 
 
-def _follow_pod(cluster: Cluster, pod: Object, shown: Shown, *, tail: int | None, raw: bool) -> bool:
+def _follow_pod(cluster: Cluster, pod: Object, shown: Shown, *, tail: int | None, raw: bool, trial: str | None) -> bool:
     """Print a pod's log as it grows. False when the connection was cut and it is to be taken up again."""
     name = pod["metadata"]["name"]
     if shown.pod != name:
@@ -166,7 +180,7 @@ def _follow_pod(cluster: Cluster, pod: Object, shown: Shown, *, tail: int | None
     lines = cluster.log(name, follow=True, tail=tail)
     try:
         for line in itertools.islice(lines, shown.lines, None):
-            _print([line], raw=raw)
+            _print(of_trial([line], trial), raw=raw)
             shown.lines += 1
     except CliError as error:
         # With --tail the lines before are not known, so it cannot be told where to go on.

@@ -34,10 +34,18 @@ def status(
     """
     from finetune_cli.kube.connect import connect
     from finetune_cli.kube.operators import Lookout
+    from finetune_cli.kube.packed import SharedJob
 
     cluster = connect(namespace, context, kubeconfig)
     lookout = Lookout(cluster)
-    job = cluster.get(name, constants.SWEEP_KIND if sweep else constants.KIND)
+    try:
+        job = cluster.get(name, constants.SWEEP_KIND if sweep else constants.KIND)
+    except SharedJob as shared:
+        if output:  # a program would take the job's adapter for the trial's
+            raise
+        job = shared.trial.job
+        console.out().print(shared.message, soft_wrap=True)
+        console.out().print()
     if output:
         console.structured_job(job, output)
         return

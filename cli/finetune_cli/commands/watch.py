@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from finetune_cli.kube.client import Cluster
     from finetune_cli.kube.objects import Object
+    from finetune_cli.kube.packed import SharedJob
     from finetune_cli.output.job_view import View
     from finetune_cli.output.sweep_page import SweepView
 
@@ -75,12 +76,32 @@ def watch(
         130  interrupted; the job keeps running
     """
     from finetune_cli.kube.connect import connect
+    from finetune_cli.kube.packed import SharedJob
 
     cluster = connect(namespace, context, kubeconfig)
     if sweep:
         watch_sweep(cluster, name, timeout, output)
-    else:
-        watch_job(cluster, name, timeout, output, same_place(namespace, context, kubeconfig))
+        return
+    place = same_place(namespace, context, kubeconfig)
+    try:
+        watch_job(cluster, name, timeout, output, place)
+    except SharedJob as shared:
+        _watch_shared(cluster, shared, timeout, output, place)
+
+
+def _watch_shared(
+    cluster: Cluster, shared: SharedJob, timeout: float | None, output: OutputFormat | None, place: str
+) -> None:
+    """Watch the job that a trial shares; raises CliError where the trial has not succeeded by its end."""
+    from finetune_cli.kube import packed
+
+    if output:
+        raise shared
+    console.note(shared.message)
+    watch_job(cluster, shared.trial.job_name, timeout, output, place)
+    trial = packed.find(shared.trial.name, [cluster.get(shared.trial.job_name)])
+    if trial and trial.row.phase != "Succeeded":
+        raise CliError(f"trial {trial.trial} has published no adapter: {trial.standing}", code=Exit.JOB_FAILED)
 
 
 def watch_job(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finetune_api import constants
 from finetune_api.packed_jobs import trial_uri
 from finetune_api.plain_text import one_line
-from finetune_api.trial_report import readable
+from finetune_api.trial_report import TrialReport, readable
 from finetune_cli.comparison import record, runs
 from finetune_cli.comparison.runs import AnsweredRow, Curves, Run
 from finetune_cli.errors import CliError, Exit
@@ -63,13 +63,25 @@ def read_all(sources: Sequence[str], cluster: Callable[[], Cluster], *, whole: b
 
     def read(source: str) -> _Read:
         if connected is not None and not _is_address(source):
-            return _job(connected, connected.get(source), whole, is_named=True)
+            return _named(connected, source, whole)
         address = address_of(source)
         published = published_at(address, adapters_only=True)
         run = read_published(published, _last_part(address))
         return _with_record(run, published) if whole else _Read(run)
 
     return _with_names(_with_answers(_at_once(read, sources), is_named=True))
+
+
+def _named(cluster: Cluster, name: str, whole: bool) -> _Read:
+    """Return the run of a FineTuneJob, or of the trial that would be its only one."""
+    from finetune_cli.kube.packed import SharedJob
+
+    try:
+        return _job(cluster, cluster.get(name), whole, is_named=True)
+    except SharedJob as shared:
+        trial, pack = shared.trial, (shared.trial.job.get("spec") or {}).get("pack") or {}
+        found = _packed(trial.job, trial.trial, sweep_of(trial.sweep, pack.get("objective")).metric, whole)
+        return replace(found, run=replace(found.run, name=one_line(name)))
 
 
 def read_sweep(name: str, cluster: Cluster, *, whole: bool) -> tuple[Sweep, list[Run]]:
@@ -106,7 +118,8 @@ def _packed(job: dict[str, Any], trial: str, metric: str, whole: bool) -> _Read:
     from finetune_cli.output.job_view import View
 
     view = View.of(job)
-    row = next(each for each in readable((job.get("status") or {}).get("trials")) if each.name == trial)
+    rows = readable((job.get("status") or {}).get("trials"))
+    row = next((each for each in rows if each.name == trial), None) or TrialReport(name=trial)
     uri = trial_uri(str((view.spec.get("output") or {}).get("uri", "")), trial)
     metrics = {} if row.value is None else {metric: row.value}
     run = Run(one_line(trial), uri, row.phase, runs.values_of(_spec_of(view, trial)), metrics, None)

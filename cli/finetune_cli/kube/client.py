@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_api import answers, constants
 from finetune_cli.errors import CliError
-from finetune_cli.kube import reading
+from finetune_cli.kube import packed, reading
 from finetune_cli.kube.errors import explained
 from finetune_cli.kube.objects import Object, attempt_of, fault_of, index_of, read_job, read_object
 
@@ -47,21 +47,26 @@ class Cluster:
         reading.bound_errors(self.api)
 
     def get(self, name: str, kind: str = constants.KIND) -> Object:
-        """One FineTuneJob, or FineTuneSweep."""
+        """One FineTuneJob, or FineTuneSweep. Raises SharedJob for a trial that shares its job with others."""
         try:
             return self._get(name, kind)
         except CliError as error:
-            if error.is_missing and (close := self._close_to(name, kind)):
+            if not error.is_missing:
+                raise
+            beside = self._beside(kind)
+            if trial := packed.find(name, beside):
+                raise packed.SharedJob(trial, self.options) from None
+            names = [str(found["metadata"]["name"]) for found in beside]
+            if close := next(iter(difflib.get_close_matches(name, names, 1)), ""):
                 raise CliError(error.message, hint=f"did you mean {close}?", code=error.code) from None
             raise
 
-    def _close_to(self, name: str, kind: str) -> str:
-        """Return the name of an object that was probably meant, or ''."""
+    def _beside(self, kind: str) -> list[Object]:
+        """Return the objects that are there; none where that cannot be told."""
         try:
-            names = [str(found["metadata"]["name"]) for found in self.jobs(kind=kind).items]
+            return self.jobs(kind=kind).items
         except CliError:
-            return ""
-        return next(iter(difflib.get_close_matches(name, names, 1)), "")
+            return []
 
     def _get(self, name: str, kind: str) -> Object:
         with explained(self.server, self.namespace, name, kind):

@@ -230,6 +230,9 @@ def test_the_job_that_trials_share_is_named(ctl, kube, tmp_path):
         line.split() == ["lr1e-4", "Running", "40", "0.5000"]
         for line in ctl("status", "nli-pack-0").stdout.splitlines()
     )
+    assert ctl("status", "nli-lr2e-4").stdout.startswith(
+        "nli-lr2e-4 is trial lr2e-4 of sweep nli, which shares FineTuneJob nli-pack-0 with others: Failed (Diverged)\n"
+    )
     data = json.loads(ctl("compare", "--sweep", "nli", "-o", "json").stdout)
     assert [(each["name"], each["phase"]) for each in data["runs"]] == [("lr1e-4", "Running"), ("lr2e-4", "Failed")]
     assert data["differing"] == ["training.learningRate"]
