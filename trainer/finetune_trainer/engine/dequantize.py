@@ -1,7 +1,8 @@
 """Keep 4-bit weights dequantized where memory allows, else dequantize in one pass over memory: the same numbers."""
 
 import importlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import structlog
 import torch
@@ -13,6 +14,8 @@ from finetune_trainer.model.experts import KERNEL, MATRICES, Quantized, dequanti
 from finetune_trainer.runtime.patches import swap_forward
 
 log = structlog.get_logger(__name__)
+#: Scales that share one, where scales are quantized once more, as bitsandbytes' own and our kernel's.
+_SCALES_OF_A_BLOCK: Final = 256
 
 
 def keep_dequantized(layers: list[Any]) -> None:
@@ -44,6 +47,7 @@ def dequantize_in_one_pass(model: Any) -> None:
     found = [module for module in model.modules() if _is_supported(module)]
     if not found or found[0].weight.device.type != "cuda":
         return
+    _correct_codes(found)
     try:
         problem = _try_kernel_on(found[0])
     except Exception as error:
@@ -53,6 +57,18 @@ def dequantize_in_one_pass(model: Any) -> None:
         return
     for linear in found:
         multiply_by_kernel(linear)
+
+
+def _correct_codes(linears: Sequence[Any]) -> None:
+    """Set what the 16 indices stand for to what bitsandbytes' kernels know: they do not read a checkpoint's table."""
+    from bitsandbytes.functional import get_4bit_type
+
+    codes: dict[str, torch.Tensor] = {}
+    for linear in linears:
+        state = linear.weight.quant_state
+        if state.quant_type not in codes:
+            codes[state.quant_type] = get_4bit_type(state.quant_type, device=linear.weight.device).float()
+        state.code = codes[state.quant_type]
 
 
 def dequantize_experts_in_one_pass(model: Any) -> None:
@@ -107,6 +123,7 @@ def _is_supported(module: Any) -> bool:
         return False
     state = module.weight.quant_state
     whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
+    whole = whole and (not state.nested or state.state2.blocksize == _SCALES_OF_A_BLOCK)
     return whole and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -37,6 +37,16 @@ def test_weights_are_bit_equal(kind: str, twice: bool, block: int) -> None:
     assert weights._try_kernel_on(_linear(kind, twice, block)) is None
 
 
+def test_rounded_codes_of_a_checkpoint_are_not_read_as_bitsandbytes_does_not() -> None:
+    """Models that were quantized while torch made bfloat16 by default have them."""
+    interpreted("dequantize")
+    linear = _linear()
+    linear.weight.quant_state.code = linear.weight.quant_state.code.bfloat16()
+    assert weights._try_kernel_on(linear) is not None
+    weights._correct_codes([linear])
+    assert weights._try_kernel_on(linear) is None
+
+
 def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() -> None:
     product = interpreted("dequantize").product
     plain, ours = _linear(), _linear()
@@ -72,6 +82,9 @@ def test_layers_that_compute_otherwise_are_left_alone() -> None:
     assert not weights._is_supported(torch.nn.Linear(2, 2))
     other = _linear()
     other.compute_dtype = torch.float32
+    assert not weights._is_supported(other)
+    other = _linear()
+    other.weight.quant_state.state2.blocksize = 128
     assert not weights._is_supported(other)
 
 
