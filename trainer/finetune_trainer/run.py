@@ -61,6 +61,7 @@ def run(ctx: RunContext) -> Adapter | None:
 
         # 5. Tokenize; check tokenizer, target modules and lora.initFrom against the base model.
         base = steps.inspect_base_model(model_files, spec)
+        kernels = once("kernels", lambda: steps.compile_kernels_ahead(spec, base, device))
         data = once("tokens", lambda: tokenize(rows, base.tokenizer, spec))
         prompts = steps.eval_prompts(rows.eval, data.encoder, spec.evaluation)
         if init_from := fetch_adapter(settings, ctx.directory.inputs):
@@ -80,6 +81,7 @@ def run(ctx: RunContext) -> Adapter | None:
             steps.plan_execution, device=device, ranks=ranks, train_lengths=lengths, longest=data.longest
         )
         make_plan = ctx.sharing.planner(plan_for, spec, base)
+        kernels.shutdown()
         plan = make_plan()
         ctx.report.plan(plan)
         ctx.clock.lap("plan")

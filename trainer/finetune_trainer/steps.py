@@ -1,6 +1,7 @@
 """Steps 5 to 12 of a run: what needs torch, imported together once everything that needs no torch is checked."""
 
 from finetune_trainer.checkpoints.fingerprint import fingerprint
+from finetune_trainer.engine.ahead import compile_kernels_ahead
 from finetune_trainer.engine.plan import apply_plan, plan_execution, prepare_base, prove_plan
 from finetune_trainer.evaluation.evaluator import eval_prompts
 from finetune_trainer.methods import METHODS
@@ -23,6 +24,7 @@ __all__ = [
     "check_exports",
     "check_init_from",
     "check_weights",
+    "compile_kernels_ahead",
     "eval_prompts",
     "fingerprint",
     "inspect_base_model",

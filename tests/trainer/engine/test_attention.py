@@ -153,7 +153,7 @@ def test_our_kernels_are_for_hopper_and_rows_seen_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     simulate_a_gpu(monkeypatch, capability)
-    assert attention._ours_are_faster(base_of(tiny_model, **changes).config, device) is faster
+    assert attention.ours_are_faster(base_of(tiny_model, **changes).config, device) is faster
 
 
 def test_dropout_in_the_kernel_is_refused() -> None:

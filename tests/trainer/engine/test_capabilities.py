@@ -58,7 +58,7 @@ def test_when_our_kernel_fails_the_check_that_of_torch_serves(
 
     simulate_a_gpu(monkeypatch)
     interpreted("attention")
-    monkeypatch.setattr(attention, "_ours_are_faster", lambda config, device: True)
+    monkeypatch.setattr(attention, "ours_are_faster", lambda config, device: True)
     monkeypatch.setattr(attention, "_OUR_HEAD_DIMS", (16,))
     monkeypatch.setattr(torch.ops.finetune, "attention", kernel)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_in_2_13)

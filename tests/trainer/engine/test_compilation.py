@@ -93,9 +93,11 @@ def test_compiled_layers_have_the_same_gradient_and_are_compiled_once_for_all_le
     plain = [_loss_and_gradient(model, batch) for batch in batches]
 
     chosen = _plan(compiled=True, gradient_checkpointing=True, checkpointed_layers=2)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     plan = compilation.compile_layers(model, chosen, _batch(5, 7), "fp32")
     assert plan.compiled
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs - before == 2, "that of a layer, and that of the loss"
     for (loss, gradient), batch in zip(plain, batches, strict=True):
         ours = _loss_and_gradient(model, batch)
         assert ours[0] == pytest.approx(loss, rel=1e-5)
@@ -127,6 +129,38 @@ def test_embedded_positions_come_in_every_form(embedded: Any, monkeypatch: pytes
     assert layer(hidden, position_embeddings=embedded) is hidden
     expected = {"Tensor": 1, "dict": 2}.get(type(embedded).__name__, 0) if embedded is None or len(embedded) == 1 else 0
     assert len(marked) == 1 + expected
+
+
+@pytest.mark.parametrize("one_graph", [True, False])
+def test_the_first_layer_that_trains_shares_the_graph_of_those_above(
+    one_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch compiles anew for an input without a gradient, which takes as long as all the rest."""
+    asked: list[bool] = []
+
+    def compiled(function: Any) -> Any:
+        def forward(hidden: torch.Tensor) -> Any:
+            asked.append(hidden.requires_grad)
+            return function(hidden)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(compilation, "configure_compiler", lambda budget: None)
+    layers = [torch.nn.Linear(4, 4).requires_grad_(index > 0) for index in range(3)]
+    results = []
+    for share in (False, one_graph):
+        asked.clear()
+        compilation.configure_layers(layers, checkpointed=1, compiled=True, one_graph=share)
+        output = torch.ones(1, 6, 4)
+        for layer in layers:
+            layer.zero_grad()
+            output = layer(output)
+        output.sum().backward()
+        results.append([output.detach(), *(each.weight.grad for each in layers[1:])])
+    assert asked == [False, one_graph, True], "below what trains there is no backward pass at all"
+    assert layers[0].weight.grad is None
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*results, strict=True))
 
 
 def test_layers_that_cannot_be_compiled_train_as_they_are(

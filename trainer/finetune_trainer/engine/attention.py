@@ -177,7 +177,7 @@ def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
         What is wrong, None when the kernels agree with SDPA.
     """
     global _ours
-    _ours = _ours_are_faster(config, device)
+    _ours = ours_are_faster(config, device)
     problem = _problem(config, device, dtype)
     if problem and _ours:
         log.warning(f"Triton attention disabled, using torch varlen_attn: {problem}")
@@ -196,7 +196,8 @@ def _problem(config: Any, device: str, dtype: torch.dtype) -> str | None:
     return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
 
 
-def _ours_are_faster(config: Any, device: str) -> bool:
+def ours_are_faster(config: Any, device: str) -> bool:
+    """Return whether our kernels are the faster ones for the model of `config` on `device`."""
     return (
         torch.device(device).type == "cuda"
         and torch.cuda.get_device_capability(device) == HOPPER
@@ -205,14 +206,18 @@ def _ours_are_faster(config: Any, device: str) -> bool:
     )
 
 
+def heads(config: Any) -> tuple[int, int, int]:
+    """Return the heads of queries, those of keys and values, and the size of each."""
+    text = config.get_text_config()
+    count = text.num_attention_heads
+    return count, getattr(text, "num_key_value_heads", None) or count, head_dim(config)
+
+
 def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
     """Return the largest difference of outputs and gradients, as a part of the largest value."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = head_dim(config)
+    query_heads, kv_heads, size = heads(config)
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(2, count, 200, size) for count in (heads, kv_heads, kv_heads)]
+    shapes = [(2, count, 200, size) for count in (query_heads, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
     real = torch.ones(2, 200, dtype=torch.bool, device=device)
     if padded:

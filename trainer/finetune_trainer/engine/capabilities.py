@@ -42,6 +42,14 @@ def choose_attention(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevi
 
 def _attention_unsupported(name: str, spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> str | None:
     """Return why the implementation `name` cannot be used, None if it can."""
+    reason = _attention_excluded(name, spec, base, device)
+    if reason or name != attention.NAME:
+        return reason
+    return attention.self_check(base.config, device.torch_name, half_precision(spec))
+
+
+def _attention_excluded(name: str, spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> str | None:
+    """Return why the implementation `name` is not even tried, None if it is."""
     if name in ("sdpa", "eager"):
         return base.attention_problem(name, spec)
     if not spec.resources.gpus_per_node:
@@ -55,8 +63,20 @@ def _attention_unsupported(name: str, spec: FineTuneJobSpec, base: BaseModel, de
         return "cannot be put into this model: its code brings its own attention"
     if torch.cuda.get_device_capability(device.torch_name) < attention.MIN_COMPUTE_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or more"
-    dtype = torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
-    return attention.unsupported_reason(base.config) or attention.self_check(base.config, device.torch_name, dtype)
+    return attention.unsupported_reason(base.config)
+
+
+def checks_our_attention(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> bool:
+    """Return whether `choose_attention` will check our own kernels of attention."""
+    if spec.model.attention not in ("auto", attention.NAME):
+        return False
+    excluded = _attention_excluded(attention.NAME, spec, base, device)
+    return excluded is None and attention.ours_are_faster(base.config, device.torch_name)
+
+
+def half_precision(spec: FineTuneJobSpec) -> torch.dtype:
+    """Return the type that attention computes in."""
+    return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
 
 
 def can_compile(spec: FineTuneJobSpec) -> bool:

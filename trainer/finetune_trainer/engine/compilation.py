@@ -42,7 +42,9 @@ _DYNAMIC_DIMENSIONS: Final = {
 _ONE_CALL: Final = "causal-conv1d"
 
 
-def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0) -> None:
+def configure_layers(
+    layers: Sequence[Any], *, checkpointed: int, compiled: bool, budget: float = 1.0, one_graph: bool = True
+) -> None:
     """Checkpoint the activations of the first `checkpointed` layers, and compile all of them.
 
     Both hold while gradients are taken alone: evaluation and generation run the layers as they are. Calling it again
@@ -53,6 +55,7 @@ def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool
         checkpointed: Layers that keep only their input for the backward pass, counted from the first.
         compiled: Whether layers are compiled.
         budget: The part of their activations that compiled layers keep; they recompute the cheapest of the rest.
+        one_graph: Whether the first layer is compiled as the others are.
     """
     if compiled:
         configure_compiler(budget)
@@ -65,7 +68,8 @@ def configure_layers(layers: Sequence[Any], *, checkpointed: int, compiled: bool
         plain = layer.forward
         for shared in shared_lora_inputs(layer):
             shared.added_by_kernel = use_kernel
-        trained = _compiled(plain, shared_lora_inputs(layer)) if compiled else plain
+        as_above = one_graph and any(each.requires_grad for each in layer.parameters())
+        trained = _compiled(plain, shared_lora_inputs(layer), as_above) if compiled else plain
         if index < checkpointed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
@@ -102,13 +106,19 @@ def _flops_of_gemm_4bit(x: Any, weight: Any, shape: Sequence[int], *args: Any, *
     return int(2 * math.prod(x) * shape[0])
 
 
-def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any]:
-    """Compile once for all micro-batches: without the marks, torch would begin with a graph per number of tokens."""
+def _compiled(plain: Callable[..., Any], inputs: list[Any], as_above: bool = False) -> Callable[..., Any]:
+    """Compile once for all micro-batches: without the marks, torch would begin with a graph per number of tokens.
+
+    With `as_above` the first layer that trains shares the graph of those above it. Nothing below it is trained, so that
+    its input has no gradient, and torch would compile it anew. The gradient is computed, then, and dropped.
+    """
     compiled = torch.compile(plain)
     names = list(inspect.signature(plain).parameters)[1:]
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(names, args, strict=False))  # some families pass them by place
+        if as_above and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
         # Some families pass one tensor, or a dict of pairs by the kind of layer.
         for tensor in tree_leaves((hidden, kwargs.get("position_embeddings"))):
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[1] > 1:
@@ -126,7 +136,12 @@ def _compiled(plain: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
 
 
 def compile_layers(
-    model: Any, plan: ExecutionPlan, example: Mapping[str, Any], precision: str, budget: float = 1.0
+    model: Any,
+    plan: ExecutionPlan,
+    example: Mapping[str, Any],
+    precision: str,
+    budget: float = 1.0,
+    one_graph: bool = True,
 ) -> ExecutionPlan:
     """Checkpoint activations and compile the decoder layers as `plan` says, and warm them up.
 
@@ -136,6 +151,8 @@ def compile_layers(
         example: A micro-batch for the warm-up, about as large as others.
         precision: training.precision.
         budget: What selective checkpointing keeps (see `configure_layers`).
+        one_graph: Whether the first layer is compiled as the others are: half the time of the compiler, for some 0.2 %
+            of a step.
 
     Returns:
         The plan in effect: where the warm-up shows that compiling fails, layers run eager, and the log says why.
@@ -154,7 +171,7 @@ def compile_layers(
     checkpointed = checkpointed if plan.gradient_checkpointing else 0
     budget = budget if plan.selective_checkpointing else 1.0
     compiled = bool(plan.compiled) and problem is None
-    configure_layers(layers, checkpointed=checkpointed, compiled=compiled, budget=budget)
+    configure_layers(layers, checkpointed=checkpointed, compiled=compiled, budget=budget, one_graph=one_graph)
     if not plan.compiled:
         return plan
     if compiled:

@@ -126,9 +126,10 @@ class TrainingSession:
         """Checkpoint and compile the layers as the plan says; the plan becomes what is in effect."""
         shape = self.base.shape
         budget = selective_budget(shape, self.ctx.spec, self.plan.tokens_per_pass or 1) if shape else 1.0
-        tune_tiles(pays(self.ctx.spec.training, self.data.train.input_ids.lengths, shape))
-        example = self._loader().example()
-        self.plan = compile_layers(self.model, self.plan, example, self.ctx.spec.training.precision, budget)
+        tuned = pays(self.ctx.spec.training, self.data.train.input_ids.lengths, shape)
+        tune_tiles(tuned)
+        example, precision = self._loader().example(), self.ctx.spec.training.precision
+        self.plan = compile_layers(self.model, self.plan, example, precision, budget, one_graph=not tuned)
         self.ctx.report.plan(self.plan)
         self.ctx.clock.lap("compile")
 

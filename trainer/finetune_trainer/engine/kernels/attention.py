@@ -11,6 +11,9 @@ by torch's dispatcher, as finetune::attention.
 
 # ruff: noqa: N803, N806 - tensors in memory and what is known at compile time have capitals in Triton
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -201,6 +204,24 @@ def attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, from that of `attention`'s output and both of its results."""
+    found, launches = backward_launches(gradient, query, key, value, out, lse, starts, longest, scale)
+    for launch in launches:
+        launch()
+    return found
+
+
+def backward_launches(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], tuple[Callable[[], None], ...]]:
+    """Return the results of `attention_backward`, still empty, and the calls that fill them, one for each kernel."""
     gradient, query, key, value = (_with_dense_rows(each) for each in (gradient, query, key, value))
     tokens, heads, head_dim = query.shape
     dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value))
@@ -208,15 +229,17 @@ def attention_backward(
     known = {"GROUP": heads // key.shape[1], "D": head_dim}
     inputs = [*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]]
     sequences = len(starts) - 1
-    _backward_of_queries[heads, sequences, triton.cdiv(longest, _BACKWARD_OF_QUERIES["M"])](
+    of_queries = partial(
+        _backward_of_queries[heads, sequences, triton.cdiv(longest, _BACKWARD_OF_QUERIES["M"])],
         query, key, value, out, lse, delta, gradient, dq, starts, scale, tokens,
         *inputs, *out.stride()[:2], *gradient.stride()[:2], *dq.stride()[:2], **known, **_BACKWARD_OF_QUERIES,
     )  # fmt: skip
-    _backward_of_keys[key.shape[1], sequences, triton.cdiv(longest, _BACKWARD_OF_KEYS["N"])](
+    of_keys = partial(
+        _backward_of_keys[key.shape[1], sequences, triton.cdiv(longest, _BACKWARD_OF_KEYS["N"])],
         query, key, value, lse, delta, gradient, dk, dv, starts, scale, tokens,
         *inputs, *gradient.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], **known, **_BACKWARD_OF_KEYS,
     )  # fmt: skip
-    return dq, dk, dv
+    return (dq, dk, dv), (of_queries, of_keys)
 
 
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
