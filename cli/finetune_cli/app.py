@@ -130,7 +130,9 @@ def version_command() -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on optional CPU kernels, as it is imported
+    # Advice on optional CPU kernels as it is imported; each retry, which our own sentence sums up.
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     name = "kubectl finetune" if Path(sys.argv[0]).name.startswith("kubectl-") else "finetune"
     try:
         # Not standalone: Typer's exit code for a wrong option is 2, which here says that a job failed.

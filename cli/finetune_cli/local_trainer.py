@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from finetune_api import constants
 from finetune_cli.errors import CliError, install_hint
 from finetune_cli.published import Published, fetch_into
-from finetune_cli.storage import cache_folder, cli_error
+from finetune_cli.storage import cache_folder, cli_error, told_on_screen
 
 if TYPE_CHECKING:
     from finetune_trainer.settings import Settings
@@ -90,7 +90,8 @@ def explained() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise CliError(f"{error.name} is not installed here", hint=EXTRA) from None
     try:
-        yield
+        with told_on_screen():
+            yield
     except ModuleNotFoundError as error:
         raise CliError(f"{error.name} is not installed here", hint=EXTRA) from None
     except TrainerError as error:

@@ -84,12 +84,26 @@ def read_lines(store: Store, path: str, limit: int) -> Iterator[str]:
 
 
 @contextmanager
+def told_on_screen() -> Iterator[None]:
+    """Let the trainer's stores say on stderr which server they wait for."""
+    from finetune_cli.output import console
+    from finetune_trainer.stores import patience
+
+    token = patience.TELL.set(console.note)
+    try:
+        yield
+    finally:
+        patience.TELL.reset(token)
+
+
+@contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn a store's errors inside the block into CliError."""
+    """Turn a store's errors inside the block into CliError, and say of a server that does not answer that we wait."""
     from finetune_trainer.stores.errors import StoreError
 
     try:
-        yield
+        with told_on_screen():
+            yield
     except StoreError as error:
         raise cli_error(error) from None
     except ModuleNotFoundError as error:

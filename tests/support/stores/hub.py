@@ -130,7 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return
         files = repository.files()
-        answer: Any = {"id": name, "sha": repository.commit, "siblings": [{"rfilename": path} for path in files]}
+        siblings = [
+            {"rfilename": path, "size": file.stat().st_size, "blobId": _sha1(file)} for path, file in files.items()
+        ]
+        answer: Any = {"id": name, "sha": repository.commit, "siblings": siblings}
         if kind == "tree":
             answer = [
                 {"type": "file", "path": path, "oid": _sha1(file), "size": file.stat().st_size}

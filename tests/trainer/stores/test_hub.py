@@ -1,5 +1,6 @@
 """Where the hub's token goes when the hub sends a reader elsewhere."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ import huggingface_hub.constants
 import pytest
 
 from finetune_api import constants, uri
+from finetune_trainer.stores import hub_answers, patience
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import StoreMisconfigured
+from finetune_trainer.stores.errors import StoreMisconfigured, StoreUnavailable
 from finetune_trainer.stores.hub import fetch_from_hub
 from support.stores.hub import Hub
 
@@ -59,9 +61,40 @@ def test_a_file_server_on_another_host_never_sees_the_token(
     with _cdn(b'{"a": 1}') as (address, seen):
         hub.cdn = address
         folder = fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "cache")
-    assert (folder / "config.json").read_bytes() == b'{"a": 1}'
-    assert seen, "the file came from the other host"
-    assert set(seen) == {None}
+        assert (folder / "config.json").read_bytes() == b'{"a": 1}'
+        assert seen, "the file came from the other host"
+        assert set(seen) == {None}
+        seen.clear()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+        monkeypatch.setenv(constants.ENV_ALLOWED_ENDPOINTS, hub.endpoint)
+        with pytest.raises(StoreMisconfigured) as refused:
+            fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "ruled")
+        assert str(refused.value) == (
+            f"model.source: hf://me/model at {hub.endpoint}: the hub keeps this elsewhere: {address} is not allowed"
+            f" here; allowed: {hub.endpoint} (administrator's rule policy.allowedHubEndpoints)"
+        )
+        assert not seen, "the other host was asked"
+        assert huggingface_hub.constants.HF_HUB_DISABLE_XET, "Xet's client would ask whom it likes"
+        monkeypatch.setenv(constants.ENV_ALLOWED_ENDPOINTS, f"{hub.endpoint},http://localhost:*")
+        fetch_from_hub(uri.parse("hf://me/model"), credentials, tmp_path / "ruled")
+        assert seen
+
+
+def test_a_hub_that_does_not_answer_is_told_of_while_one_waits_and_left_after_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, seconds in ((patience, "SILENT_SECONDS", 0.01), (hub_answers, "ANSWER_SECONDS", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+    told: list[str] = []
+    token = patience.TELL.set(told.append)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(StoreUnavailable, match="the hub does not answer"):
+            fetch_from_hub(
+                uri.parse("hf://me/model"), Credentials("model", {"HF_ENDPOINT": endpoint}), tmp_path, attempts=1
+            )
+    patience.TELL.reset(token)
+    assert told == [f"Waiting for the hub at {endpoint} to answer: it is tried for 15 seconds"]
 
 
 def test_an_endpoint_in_a_secret_that_the_administrator_does_not_allow_is_asked_nothing(

@@ -120,9 +120,7 @@ def test_another_hub_needs_the_administrators_word(hub: Hub, monkeypatch: pytest
 def test_names_that_lead_out_are_refused(hub: Hub, tmp_path: Path) -> None:
     store = repository(hub)
     store.check_writable("x")
-    hub.twist = lambda said: (
-        [{"type": "file", "path": "../x", "oid": "a" * 40, "size": 1}] if isinstance(said, list) else said
-    )
+    hub.twist = lambda said: said | {"siblings": [{"rfilename": "../x", "blobId": "a" * 40, "size": 1}]}
     with pytest.raises(StoreError, match="is not safe as the name of a file"):
         store.list()
     hub.twist = lambda said: said

@@ -1,9 +1,12 @@
 """Logins, redirects, TLS and deletion: on a small server of ours, some on Docker's registry where it is installed."""
 
+import base64
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import urllib3
 
 from finetune_trainer import redact
 from finetune_trainer.stores.credentials import Credentials
-from finetune_trainer.stores.errors import StoreAccessDenied, StoreMisconfigured, StoreUnavailable
+from finetune_trainer.stores.errors import StoreAccessDenied, StoreMisconfigured, StoreNotFound, StoreUnavailable
 from finetune_trainer.stores.oci import credentials as registry_settings
+from finetune_trainer.stores.oci.client import RegistryClient
 from finetune_trainer.stores.oci.tokens import authorization
 from support.stores.bundles import output
 from support.stores.images import FILES, bundle, open_image
@@ -142,6 +146,48 @@ def test_an_answer_that_breaks_off_is_no_image_of_another_kind(standin: Registry
     with pytest.raises(StoreUnavailable, match="the registry does not answer"):
         store.list()
     assert len(store.list()) == len(FILES) + 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "asked"),
+    [("http", "GET http://registry.test/v2/team/nli/manifests/v1"), ("https", "CONNECT registry.test:443")],
+)
+@pytest.mark.usefixtures("once")
+def test_a_registry_is_reached_through_the_proxy_that_the_environment_names(
+    scheme: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((f"{self.command} {self.path}", self.headers.get("Proxy-Authorization")))
+            self.send_error(404)
+
+        do_HEAD = do_CONNECT = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "NO_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    values = {"REGISTRY_PLAIN_HTTP": str(scheme == "http").lower()}
+
+    def read() -> None:
+        client = RegistryClient("registry.test", "team/nli", Credentials("oci", values), "oci")
+        client.ask("GET", "manifests/v1")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://me:p%40ss@127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(StoreNotFound if scheme == "http" else StoreUnavailable) as refused:
+            read()
+        assert scheme == "http" or "the proxy does not lead there: check HTTPS_PROXY" in str(refused.value)
+        assert seen == [(asked, f"Basic {base64.b64encode(b'me:p@ss').decode()}")]
+        monkeypatch.setenv("NO_PROXY", ".test")
+        with pytest.raises(StoreUnavailable, match="the registry does not answer"):
+            read()
+        assert len(seen) == 1, "NO_PROXY names the registry"
+        server.shutdown()
 
 
 def elsewhere(standin: Registry) -> str:

@@ -12,9 +12,10 @@ from huggingface_hub import errors as hub
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
+from finetune_api.constants import ENV_ALLOWED_ENDPOINTS
 from finetune_api.uri import Uri
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.stores import endpoints
+from finetune_trainer.stores import endpoints, patience
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.errors import (
@@ -24,7 +25,7 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     StoreUnavailable,
 )
-from finetune_trainer.stores.hub_answers import UnsafeAnswer, checked_client
+from finetune_trainer.stores.hub_answers import ANSWER_SECONDS, ForbiddenDetour, UnsafeAnswer, checked_client
 from finetune_trainer.stores.hub_files import bounded_http_get
 
 huggingface_hub.set_client_factory(checked_client)
@@ -67,7 +68,9 @@ def fetch_from_hub(
     where = f"{field}: {uri} at {endpoint}"
     if endpoint != HUB:  # a mirror must not answer for the hub, nor for another mirror
         cache = cache / "mirrors" / endpoint.replace("://", "-").replace(":", "-")
-    folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, where)
+    forbid_detours()
+    with patience.waiting_for(f"the hub at {endpoint}", attempts * ANSWER_SECONDS):
+        folder = policy(_snapshot, uri, credentials, cache, on_progress, revision, ignore, where)
     found = folder / uri.path if uri.path else folder
     if not found.exists():
         raise StoreNotFound(f"{field}: the repository {uri.authority} has no {uri.path!r} at {revision or 'main'}")
@@ -103,6 +106,11 @@ def _snapshot(
     return Path(folder)
 
 
+def forbid_detours() -> None:
+    """Where an administrator says who may be asked, take files over HTTP: Xet's client asks whom a hub names."""
+    constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET or bool(os.environ.get(ENV_ALLOWED_ENDPOINTS))
+
+
 def shown_endpoint(credentials: Credentials, field: str) -> str:
     """Return scheme, host and port. Never show what is no URL: it may be a token under the wrong name."""
     try:
@@ -117,6 +125,8 @@ def explain(error: Exception, where: str, credentials: Credentials, revision: st
     """Return what an error of the hub's client means for the user."""
     where_set = credentials.where
     status = _status(error)
+    if isinstance(error, ForbiddenDetour):
+        return StoreMisconfigured(f"{where}: the hub keeps this elsewhere: {error}")
     if isinstance(error, UnsafeAnswer):
         return StoreMisconfigured(f"{where}: the hub's answer is refused: {error}: check HF_ENDPOINT {where_set}")
     if isinstance(error, hub.GatedRepoError):

@@ -1,6 +1,7 @@
-"""Check the names that a hub gives before its client makes paths of them.
+"""Check where a hub leads, and the names that it gives before its client makes paths of them.
 
-huggingface_hub 2.4 uses a server's ETag and commit as parts of a path, as they come: `../` and absolute ones too.
+huggingface_hub 2.4 uses a server's ETag and commit as parts of a path, as they come: `../` and absolute ones too. It
+follows redirects to any server, and where the caller names no time, it waits for an answer for ever.
 """
 
 import json
@@ -12,6 +13,7 @@ import httpx2
 from huggingface_hub.utils._http import default_client_factory
 
 from finetune_api import artifact_manifest
+from finetune_trainer.stores import endpoints, patience
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
@@ -24,27 +26,43 @@ _SHOWN: Final = 80
 #: Of one answer of the API: a thousand bytes for each of 64 thousand files.
 MAX_BYTES: Final = 64 << 20
 _CHUNK: Final = 1 << 16
+#: Seconds to wait for a connection, for an answer to a question, and for one to what was written.
+CONNECT_SECONDS, ANSWER_SECONDS, WRITTEN_SECONDS = 10, 15, 120
 
 
 class UnsafeAnswer(ValueError):
     """A hub names a file, a commit or a content by something that is no safe file name."""
 
 
+class ForbiddenDetour(UnsafeAnswer):
+    """A hub leads to a server that the administrator lets no pod ask."""
+
+
 def checked_client() -> httpx2.Client:
     """Return the hub library's own HTTP client, which raises UnsafeAnswer for an answer with an unsafe name."""
     client = default_client_factory()
     hooks = client.event_hooks
-    client.event_hooks = {"request": [*hooks["request"], _mark], "response": [*hooks["response"], check]}
+    client.event_hooks = {"request": [*hooks["request"], _prepare], "response": [*hooks["response"], check]}
     return client
 
 
-def _mark(request: httpx2.Request) -> None:
-    """Note that this is a question to the hub's API: a redirect keeps the note, and may lead anywhere."""
+def _prepare(request: httpx2.Request) -> None:
+    """Bound the wait, and note whether this is a question to the hub's API: a redirect keeps the note.
+
+    Raises ForbiddenDetour if the hub leads to where the administrator lets no pod ask.
+    """
     request.extensions.setdefault(_IS_API, _API.search(request.url.path) is not None)
+    if refusal := endpoints.refusal(str(request.url)):
+        raise ForbiddenDetour(refusal)
+    answer = ANSWER_SECONDS if request.method in ("GET", "HEAD") else WRITTEN_SECONDS
+    bounds = {"connect": CONNECT_SECONDS, "read": answer, "write": WRITTEN_SECONDS, "pool": None}
+    asked = {name: given for name, given in request.extensions.get("timeout", {}).items() if given is not None}
+    request.extensions["timeout"] = bounds | asked
 
 
 def check(response: httpx2.Response) -> None:
     """Raise UnsafeAnswer if `response` holds a name that would lead out of the cache."""
+    patience.answered()
     headers = (*_HEADERS, *(_HEAD_HEADERS if response.request.method == "HEAD" else ()))
     for header, allowed in headers:
         value = response.headers.get(header)

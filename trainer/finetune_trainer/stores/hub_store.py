@@ -4,7 +4,7 @@ Files are kept until one of them is asked for, and then committed together; mani
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from finetune_api.uri import Uri
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.stores import endpoints
+from finetune_trainer.stores import endpoints, patience
 from finetune_trainer.stores.base import Entry, OnProgress
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.digest import CHUNK_BYTES, Digest
@@ -28,7 +28,8 @@ from finetune_trainer.stores.errors import (
     StoreNotFound,
     StoreUnavailable,
 )
-from finetune_trainer.stores.hub import ATTEMPTS, explain, shown_endpoint
+from finetune_trainer.stores.hub import ATTEMPTS, explain, forbid_detours, shown_endpoint
+from finetune_trainer.stores.hub_answers import ANSWER_SECONDS
 from finetune_trainer.stores.streamed import StreamedStore
 
 _BRANCH: Final = "main"
@@ -49,12 +50,14 @@ class HubStore(StreamedStore):
         endpoint = shown_endpoint(credentials, field)
         if refusal := endpoints.refusal(endpoint):
             raise StoreMisconfigured(f"{field}: {root}: HF_ENDPOINT {refusal}")
+        forbid_detours()
+        self._shown = endpoint
         self._where, self._credentials = f"{field}: {root} at {endpoint}", credentials
         self._endpoint = credentials.get("HF_ENDPOINT") or constants.ENDPOINT
         self._api = HfApi(endpoint=self._endpoint, token=credentials.get("HF_TOKEN") or False)
         self._name = root.authority
         self._pending: dict[str, Path | bytes] = {}
-        self._policy = Retrying(
+        self._retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_random_exponential(multiplier=0.5, max=5),
             retry=retry_if_exception(lambda e: isinstance(e, StoreUnavailable) and not isinstance(e, StoreCorrupted)),
@@ -76,11 +79,11 @@ class HubStore(StreamedStore):
 
     def _committed(self) -> list[Entry]:
         try:
-            found = self._policy(self._ask, self._api.list_repo_tree, self._name, recursive=True, listed=True)
+            # Not list_repo_tree, which the library retries by itself, on top of our retries.
+            found = self._policy(self._ask, self._api.model_info, self._name, revision=_BRANCH, files_metadata=True)
         except StoreNotFound:
             return []
-        files = (each for each in found if hasattr(each, "blob_id"))
-        return [Entry(each.path, each.size, each.blob_id) for each in files]
+        return [Entry(each.rfilename, each.size or 0, each.blob_id or "") for each in found.siblings or ()]
 
     def entry(self, path: str) -> Entry:
         found = self.entries() if path in self._pending else self._committed()
@@ -145,10 +148,13 @@ class HubStore(StreamedStore):
         self._policy(once)
         self._pending = {}
 
-    def _ask(self, function: Any, *args: Any, listed: bool = False, **options: Any) -> Any:
+    def _policy(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with patience.waiting_for(f"the hub at {self._shown}", ATTEMPTS * ANSWER_SECONDS):
+            return self._retrying(function, *args, **options)
+
+    def _ask(self, function: Any, *args: Any, **options: Any) -> Any:
         with self._explained():
-            found = function(*args, **options)
-            return list(found) if listed else found
+            return function(*args, **options)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

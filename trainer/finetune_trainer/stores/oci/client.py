@@ -24,6 +24,7 @@ from finetune_trainer.stores.errors import (
     too_large,
 )
 from finetune_trainer.stores.oci import credentials as registry_settings
+from finetune_trainer.stores.oci.proxies import Pools
 from finetune_trainer.stores.oci.tokens import TokenRefused, authorization
 
 #: Tries while the registry does not answer.
@@ -33,7 +34,6 @@ MAX_BYTES: Final = 4 << 20
 CHUNK_BYTES: Final = 1 << 20
 #: Seconds, doubled each time.
 _PAUSE: Final = 0.1
-_TIMEOUT: Final = urllib3.Timeout(connect=10, read=60)
 _REDIRECTS: Final = 5
 #: Of a blob whose connection breaks off again and again: so much must arrive before it counts as another fault.
 _PROGRESS_BYTES: Final = 16 << 20
@@ -71,9 +71,7 @@ class RegistryClient:
             retry=retry_if_exception(lambda e: isinstance(e, StoreUnavailable) and not isinstance(e, StoreCorrupted)),
             reraise=True,
         )
-        self._pool = urllib3.PoolManager(
-            retries=False, timeout=_TIMEOUT, ssl_context=registry_settings.tls(credentials, field)
-        )
+        self._pool = Pools(registry_settings.tls(credentials, field))
 
     def ask(
         self,
@@ -218,6 +216,11 @@ class RegistryClient:
             raise StoreUnavailable(
                 f"{self._where}: the TLS connection failed (set {registry_settings.CA_BUNDLE} for a private certificate"
                 f" authority, {registry_settings.PLAIN_HTTP}=true for a registry without TLS)"
+            ) from None
+        except (urllib3.exceptions.ProxyError, urllib3.exceptions.ProxySchemeUnknown):
+            raise StoreUnavailable(
+                f"{self._where}: the proxy does not lead there: check HTTPS_PROXY and HTTP_PROXY, or name the"
+                " registry in NO_PROXY"
             ) from None
         except urllib3.exceptions.HTTPError as error:
             raise StoreUnavailable(

@@ -6,12 +6,11 @@ import re
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
-import urllib3
-
 from finetune_trainer import redact
 from finetune_trainer.stores import endpoints
 from finetune_trainer.stores.credentials import origin
 from finetune_trainer.stores.errors import StoreMisconfigured, StoreUnavailable
+from finetune_trainer.stores.oci.proxies import Pools
 
 _MAX_BYTES: Final = 1 << 20
 #: What a header can carry.
@@ -27,9 +26,7 @@ class TokenRefused(Exception):
         self.status, self.body = status, body
 
 
-def authorization(
-    challenge: str, login: tuple[str, str] | None, pool: urllib3.PoolManager, where: str, is_secure: bool
-) -> str:
+def authorization(challenge: str, login: tuple[str, str] | None, pool: Pools, where: str, is_secure: bool) -> str:
     """Return what answers the registry's challenge: user and password, or a token for them; '' if nothing does.
 
     Args:
