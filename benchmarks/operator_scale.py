@@ -83,14 +83,23 @@ class Seen:
         self.jobs: dict[str, float] = {}
         self.statuses: dict[str, float] = {}
         self.changed = asyncio.Event()
+        self._lost: Exception | None = None
 
     async def follow(self, kind: str) -> None:
         """For ever; a watch that ends begins anew with the present state."""
+        try:
+            await self._follow(kind)
+        except Exception as error:  # whoever waits is told: nothing more will be seen
+            self._lost = error
+            self.changed.set()
+
+    async def _follow(self, kind: str) -> None:
         url = self._access.server + path_of(kind, self._namespace)
         query = {"watch": "1", "resourceVersion": "0", "timeoutSeconds": "600"}
         async with session_of(self._access) as session:
             while True:
                 async with session.get(url, params=query) as answer:
+                    answer.raise_for_status()
                     async for line in answer.content:
                         self._note(kind, line)
 
@@ -102,10 +111,20 @@ class Seen:
         self.changed.set()
 
     async def wait_for(self, count: int, seconds: float) -> None:
-        async with asyncio.timeout(seconds):
-            while min(len(self.jobs), len(self.statuses)) < count:
-                self.changed.clear()
-                await self.changed.wait()
+        """Raises SystemExit when the server is gone, or after `seconds`."""
+        why = f"not within {seconds:g} s"
+        try:
+            async with asyncio.timeout(seconds):
+                while min(len(self.jobs), len(self.statuses)) < count and not self._lost:
+                    self.changed.clear()
+                    await self.changed.wait()
+        except TimeoutError:
+            pass
+        else:
+            if not self._lost:
+                return
+            why = f"a watch failed: {self._lost or type(self._lost).__name__}"
+        raise SystemExit(f"of {count}, {len(self.jobs)} have their Job and {len(self.statuses)} their status; {why}")
 
 
 async def create(access: Access, namespace: str, jobs: list[str]) -> None:

@@ -39,6 +39,8 @@ from support.operator.process import OperatorProcess, running
 from support.server import server as clusters
 from support.server.client import AsyncKube, path_of
 
+#: Of a step that takes a few seconds: whatever takes longer stands still, because a server was ended, for one.
+PATIENCE_SECONDS = 120
 #: Trials of 4 rows that fill a step of 16.
 TRIALS_IN_PACK = 4
 
@@ -75,7 +77,10 @@ async def measure(
         await asyncio.sleep(0.1)
         made = operator.metric(REQUESTS, verb="create", resource=constants.PLURAL) or 0
         planned = time.monotonic() - began if made >= jobs else 0.0
-    await seen.wait_for(jobs, 600)
+        if not planned and time.monotonic() - began > PATIENCE_SECONDS:
+            last = "\n".join(operator.logs().splitlines()[-5:])
+            raise SystemExit(f"{made:g} of {jobs} FineTuneJobs are created after {PATIENCE_SECONDS} s:\n{last}")
+    await seen.wait_for(jobs, PATIENCE_SECONDS)
     figures = {"planned_seconds": planned, "converged_seconds": time.monotonic() - began}
     await until(operator, "finetune_operator_queue_depth")
     await until(operator, "finetune_operator_events_waiting")
