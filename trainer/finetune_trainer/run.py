@@ -42,7 +42,7 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.on_rank_zero(lambda: check_copies(settings))
 
         # 2. Fetch config.json, tokenizer and data files; the weights come in step 7.
-        commit = checkpoints.pinned_commit()
+        commit = ctx.sharing.pinned_commit(checkpoints.pinned_commit)
         model_files = once("model", lambda: fetch_model_metadata(settings, ctx.directory.inputs, commit))
         if ranks.local_rank == 0:
             once("read ahead", model_files.read_ahead)

@@ -38,6 +38,10 @@ class Sharing:
         """Return what `make` makes, which runs of one process share under the name `what`."""
         return make()
 
+    def pinned_commit(self, own: Callable[[], str | None]) -> str | None:
+        """Return the hub's commit of the base model that an earlier attempt trained on; `own` asks the run's own."""
+        return own()
+
     def planner(
         self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: Any
     ) -> Callable[..., ExecutionPlan]:

@@ -20,11 +20,13 @@ from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import ConfigInvalid, TrainerError, failure_of
+from finetune_trainer.errors import ConfigInvalid, TrainerError, WontFit, failure_of
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.packing.halving import AtRung
-from finetune_trainer.packing.pack import Pack, _of_one, _refuse_dropout, twin
+from finetune_trainer.packing.pack import Pack, _refuse_dropout, twin
+from finetune_trainer.packing.seat import Seat, _of_one
 from finetune_trainer.packing.trials import TrialRunner
+from finetune_trainer.packing.turns import Turns
 from finetune_trainer.runtime.signals import StopFlag
 from finetune_trainer.settings import Environment
 
@@ -282,3 +284,14 @@ def test_what_all_trials_share_fails_once_for_all_in_the_same_words() -> None:
         assert (failure_of(found.value).exit_code, found.value.port) == (69, 443)
     assert len(tries) == 1
     assert pack.once("data", lambda: 7) == 7
+
+
+def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OutOfMemoryError("CUDA out of memory")
+
+    pack = Pack([SPEC] * 2, 2)
+    monkeypatch.setattr(pack, "enter", full)
+    seat = Seat(pack, 0, SPEC, Turns("a", lambda turn: None))
+    with pytest.raises(WontFit, match="no memory left for another trial's adapter"):
+        seat.take_place(None, ExecutionPlan())

@@ -67,6 +67,11 @@ class RunDirectory:
                 return dict(_eval_losses(file))
         return {}
 
+    def remove_own(self) -> None:
+        """Delete what the run has written, once it is in the store; other runs may read what lies in `inputs`."""
+        for folder in (self.checkpoints, self.adapter, self.published, self.best):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def keep_steps(self, last: int) -> None:
         """Drop what training/metrics.jsonl says of steps after `last`, the answers, and the best adapter."""
         if self.metrics_file.exists():

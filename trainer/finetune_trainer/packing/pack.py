@@ -1,8 +1,8 @@
 """What the trials of one process share: data, the base model's weights, and the passes through it."""
 
 import copy
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -17,19 +17,14 @@ from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import NotPackable, WontFit, copy_of, is_gpu_out_of_memory
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.packing.halving import AtRung
-from finetune_trainer.packing.turns import Turns
 from finetune_trainer.planning.memory import selective_budget
 from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, spec_of_pass
-from finetune_trainer.runtime.device import seed
 from finetune_trainer.runtime.patches import restore_forward
 from finetune_trainer.runtime.peak_memory import release_memory
 from finetune_trainer.runtime.precision import mixed_precision, torch_dtype
-from finetune_trainer.sharing import Place, Sharing
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-Turn = Turns[Share | AtRung, torch.Tensor | str]
 
 
 class Pack:
@@ -185,75 +180,6 @@ class Pack:
         finally:
             model.adapters.clear()
         return list(model.losses.unbind())
-
-
-@dataclass
-class Seat(Sharing):
-    """What one trial shares with the others of its pack.
-
-    Attributes:
-        pack: All trials of the process.
-        place: Its place among those that train at the same time.
-        spec: Its spec.
-        turn: Gives the turn away while the others come to the same point.
-        rungs: The steps at which it is compared with others.
-    """
-
-    pack: Pack
-    place: int
-    spec: FineTuneJobSpec
-    turn: Turn
-    rungs: Collection[int] = ()
-
-    @property
-    def is_alone(self) -> bool:
-        return False
-
-    @property
-    def halves(self) -> bool:
-        return bool(self.rungs)
-
-    def once(self, what: Hashable, make: Callable[[], T]) -> T:
-        return self.pack.once(what, make)
-
-    def planner(
-        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: Any
-    ) -> Callable[..., ExecutionPlan]:
-        return lambda findings=None: self.pack.plan(make, spec, base, findings)
-
-    def own(self, model: Any) -> Any:
-        found = self.pack.own(model)
-        seed(self.spec.training.seed)
-        return found
-
-    def why_stopped(self, step: int, eval_loss: float) -> str:
-        return str(self.turn.wait(AtRung(self.place, step, eval_loss))) if step in self.rungs else ""
-
-    def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
-        self.pack.enter(self.place, model, self.spec)
-        return _Place(self, _of_one(plan, self.pack.places, self.spec))
-
-
-@dataclass
-class _Place:
-    """See sharing.Place."""
-
-    seat: Seat
-    plan: ExecutionPlan
-
-    def mean_loss(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor:
-        seat = self.seat
-        drawn = int(torch.randint(-(2**31), 2**31, ())) if seat.spec.lora.dropout else 0
-        loss = seat.turn.wait(Share(seat.place, batch, 1 / targets, drawn))
-        assert isinstance(loss, torch.Tensor)
-        return loss
-
-
-def _of_one(plan: ExecutionPlan, places: int, spec: FineTuneJobSpec) -> ExecutionPlan:
-    """Return how the steps of one trial are laid out in passes that are laid out as `plan`."""
-    batch, most = spec.training.batch_size, max(1, (plan.micro_batch_size or 1) // places)
-    micro = next(size for size in range(min(most, batch), 0, -1) if batch % size == 0)
-    return plan.model_copy(update={"micro_batch_size": micro, "gradient_accumulation_steps": batch // micro})
 
 
 def twin(model: Any) -> Any:

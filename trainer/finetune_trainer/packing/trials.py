@@ -13,12 +13,14 @@ from finetune_api.spec import FineTuneJob
 from finetune_api.spec_pack import Halving
 from finetune_api.status import Adapter, ExecutionPlan
 from finetune_trainer.checkpoints.folder import RunDirectory
+from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
 from finetune_trainer.engine.packed_pass import Share
-from finetune_trainer.errors import Failure, Outperformed, failure_of
+from finetune_trainer.errors import UNEXPECTED, Failure, Outperformed, Preempted, failure_of
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.packing.halving import AtRung, decide
-from finetune_trainer.packing.pack import Pack, Seat, Turn
+from finetune_trainer.packing.pack import Pack
+from finetune_trainer.packing.seat import Seat, Turn
 from finetune_trainer.packing.turns import Turns
 from finetune_trainer.reporting import logs
 from finetune_trainer.reporting.http import Page
@@ -90,18 +92,21 @@ class TrialRunner:
 
         def resume(place: int, answer: torch.Tensor | str | BaseException | None = None) -> None:
             request, number = seated[place].resume(answer), number_at[place]
+            directory = self._directory(self.trials[number])
+            if self.halving and (request is None or answer is None):
+                losses[number] |= directory.eval_losses()
             if request is None:
                 pack.leave(place)
                 del seated[place], number_at[place]
+                directory.remove_own()  # two dozen of them would fill the disk that the others write to
             else:
                 waiting[place] = request
-            if self.halving and (request is None or answer is None):
-                losses[number] |= self._directory(self.trials[number]).eval_losses()
             if isinstance(request, AtRung):
                 losses[number][request.step] = request.value
 
-        while queue or seated:
-            while queue and len(seated) < pack.places:
+        while seated or (queue and not self.stop):
+            # Asked to stop, those that train save at once: no other begins to read its checkpoint before.
+            while queue and len(seated) < pack.places and not self.stop:
                 place = next(place for place in range(pack.places) if place not in seated)
                 number_at[place] = queue.popleft()
                 seated[place] = self._turn(pack, place, self.trials[number_at[place]])
@@ -118,6 +123,9 @@ class TrialRunner:
                 del waiting[share.place]
             for share, answer in zip(shares, pack.run(shares), strict=True):
                 resume(share.place, answer)
+        for trial in (self.trials[number] for number in queue):
+            trial.failure = failure_of(Preempted(f"Asked to stop ({self.stop.reason}) before it began"))
+            trial.reporter.failed(trial.failure)
 
     def _decided(
         self,
@@ -137,20 +145,27 @@ class TrialRunner:
 
     def _turn(self, pack: Pack, place: int, trial: Trial) -> Turn:
         rungs = self.halving.rungs if self.halving else ()
-        return Turns(trial.name, lambda turn: self._run_trial(trial, Seat(pack, place, trial.job.spec, turn, rungs)))
+        return Turns(
+            trial.name,
+            lambda turn: self._run_trial(trial, Seat(pack, place, trial.job.spec, turn, rungs, self._pinned_commit)),
+        )
+
+    def _pinned_commit(self) -> str | None:
+        """Return the hub's commit of the base on which an earlier attempt trained any of the trials: all share it."""
+        managers = (CheckpointManager(Settings(each.job, self.environment, Ranks())) for each in self.trials)
+        return next((commit for each in managers if (commit := each.pinned_commit())), None)
 
     def _directory(self, trial: Trial) -> RunDirectory:
         return RunDirectory(self.folder / "trials" / trial.name)
 
     def _run_trial(self, trial: Trial, seat: Seat) -> None:
         structlog.contextvars.bind_contextvars(trial=trial.name)
-        settings = Settings(trial.job, self.environment, Ranks())
-        directory = self._directory(trial)
-        telemetry, reporter = Telemetry(), trial.reporter
-        reporter.listen(telemetry.update)
-        for path, page in pages_of(reporter, telemetry).items():
-            self.pages[f"/trials/{trial.name}{path}"] = page
+        directory, reporter = self._directory(trial), trial.reporter
         try:
+            settings, telemetry = Settings(trial.job, self.environment, Ranks()), Telemetry()
+            reporter.listen(telemetry.update)
+            for path, page in pages_of(reporter, telemetry).items():
+                self.pages[f"/trials/{trial.name}{path}"] = page
             with ExitStack() as exit_stack:
                 exit_stack.enter_context(logs.copied_to(directory.root / logs.LOG_FILE, of=seat.turn.thread))
                 metrics = MetricsLog(directory.metrics_file, telemetry.track)
@@ -164,5 +179,5 @@ class TrialRunner:
         except BaseException as error:
             trial.failure = failure_of(error)
             message = trial.failure.message
-            log.error(message, reason=trial.failure.reason, exc_info=trial.failure.exit_code == 1)
+            log.error(message, reason=trial.failure.reason, exc_info=trial.failure.exit_code == UNEXPECTED)
             reporter.failed(trial.failure)

@@ -1,0 +1,228 @@
+"""What one trial of a process may do to the others: nothing. Trials and passes are played, no model is loaded."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+import yaml
+
+from finetune_api.exit_codes import ExitCode
+from finetune_api.manifest import load_text
+from finetune_api.spec_pack import Halving
+from finetune_trainer.context import RunContext
+from finetune_trainer.engine.packed_pass import Share
+from finetune_trainer.errors import ConfigInvalid, Diverged, Outperformed, Preempted, WontFit
+from finetune_trainer.evaluation.lockstep import EvaluationAborted
+from finetune_trainer.packing import trials as module
+from finetune_trainer.packing.pack import Pack
+from finetune_trainer.packing.seat import Seat
+from finetune_trainer.packing.trials import Trial, TrialRunner
+from finetune_trainer.reporting.report import Reporter
+from finetune_trainer.runtime.signals import StopFlag
+from finetune_trainer.settings import Environment
+from support.trainer.process import job
+
+Play = Callable[[RunContext, "Steps"], None]
+PLACES = 2
+
+
+class PlayedPack(Pack):
+    """A pack whose passes give each share its place as loss."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.places = min(PLACES, self._at_once)
+
+    def run(self, shares: Sequence[Share]) -> list[torch.Tensor | BaseException]:
+        return [torch.tensor(float(share.place)) for share in shares]
+
+
+class Steps:
+    """What a played trial does, and a common record of what happened."""
+
+    def __init__(self, ctx: RunContext, told: list[str]) -> None:
+        seat = ctx.sharing
+        assert isinstance(seat, Seat)
+        self.ctx, self.seat, self.told = ctx, seat, told
+        self.name = ctx.settings.job.metadata.name
+
+    def train(self, count: int) -> None:
+        for number in range(count):
+            if self.ctx.stop:
+                self.save()
+            self.seat.turn.wait(Share(self.seat.place, {}, torch.ones(())))
+            self.told.append(f"{self.name} step {number + 1}")
+
+    def save(self) -> None:
+        self.told.append(f"{self.name} saved")
+        raise Preempted("asked to stop")
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Trial], list[str]]]:
+    """Run trials that are played by functions of their names; returns them, and what happened."""
+    template = yaml.safe_load(job(tmp_path / "job", tmp_path / "model", {}).read_text())
+    monkeypatch.setattr(module, "Pack", PlayedPack)
+    monkeypatch.setattr(module, "log", Mock())  # tracebacks take a second each to be drawn
+
+    def run(stop: StopFlag | None = None, halving: Halving | None = None, **plays: Play) -> Any:
+        told: list[str] = []
+
+        def fake(ctx: RunContext) -> None:
+            plays[ctx.settings.job.metadata.name](ctx, Steps(ctx, told))
+
+        monkeypatch.setattr(module, "run", fake)
+        trials = []
+        for name in plays:
+            data = template | {"metadata": {"name": name}}
+            data = data | {"spec": data["spec"] | {"output": {"uri": f"file://{tmp_path}/out/{name}"}}}
+            trials.append(Trial(name, load_text(yaml.safe_dump(data), name), Reporter()))
+        environment = Environment.from_env(os.environ)
+        flag = StopFlag() if stop is None else stop
+        TrialRunner(trials, PLACES, environment, flag, tmp_path / "work", {}, halving).run()
+        return trials, told
+
+    return run
+
+
+def _trains(count: int) -> Play:
+    return lambda ctx, steps: steps.train(count)
+
+
+def _raises(error: BaseException, after: int = 1) -> Play:
+    def play(ctx: RunContext, steps: Steps) -> None:
+        steps.train(after)
+        raise error
+
+    return play
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Diverged("NaN"),
+        OSError(28, "No space left on device"),
+        WontFit("no room"),
+        ConfigInvalid("no"),
+        Outperformed("behind"),
+        MemoryError(),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        RecursionError("deep"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("after", [0, 2])
+def test_however_a_trial_ends_the_others_go_on(played: Any, error: BaseException, after: int) -> None:
+    trials, told = played(first=_raises(error, after), long=_trains(6), third=_trains(2))
+    assert [trial.failure is None for trial in trials] == [isinstance(error, Outperformed), True, True]
+    assert {line for line in told if line.startswith("long")} == {f"long step {number}" for number in range(1, 7)}
+    assert "third step 2" in told
+
+
+def test_a_trial_with_more_steps_than_the_others_goes_on_alone_and_takes_none_of_their_places(played: Any) -> None:
+    trials, told = played(long=_trains(9), a=_trains(2), b=_trains(2), c=_trains(2))
+    assert all(trial.failure is None for trial in trials)
+    assert told.index("c step 2") < told.index("long step 9") and told.count("long step 9") == 1
+
+
+def test_asked_to_stop_those_that_train_save_before_any_other_begins(played: Any) -> None:
+    """Two dozen that begin would each read a checkpoint first, and use up the time that a pod has to save."""
+    stop = StopFlag()
+
+    def asked(ctx: RunContext, steps: Steps) -> None:
+        steps.train(2)
+        stop.set("SIGTERM")
+        stop.disarm()
+        steps.train(1)
+
+    def at_rung(ctx: RunContext, steps: Steps) -> None:
+        try:
+            steps.seat.why_stopped(10, 0.5)
+        except EvaluationAborted:
+            steps.save()
+
+    def never(ctx: RunContext, steps: Steps) -> None:
+        steps.told.append(f"{steps.name} began")
+
+    trials, told = played(stop, Halving(rungs=[10]), waits=at_rung, asked=asked, c=never, d=never)
+    assert sorted(line for line in told if "step" not in line) == ["asked saved", "waits saved"]
+    assert [trial.failure and trial.failure.exit_code for trial in trials] == [ExitCode.PREEMPTED] * 4
+    assert trials[2].failure.message == "Asked to stop (SIGTERM) before it began"
+
+
+def test_a_process_that_is_asked_to_stop_as_its_last_seated_trial_ends_is_not_done(played: Any) -> None:
+    stop = StopFlag()
+
+    def ends(ctx: RunContext, steps: Steps) -> None:
+        stop.set("SIGTERM")
+        stop.disarm()
+
+    trials, _ = played(stop, a=ends, b=_trains(1))
+    assert trials[0].failure is None and trials[1].failure.exit_code == ExitCode.PREEMPTED
+
+
+def test_what_a_trial_has_written_goes_with_it_and_what_others_read_stays(played: Any, tmp_path: Path) -> None:
+    """Checkpoints of all trials of a pack would fill the disk that the last of them still needs."""
+    seen: list[list[str]] = []
+
+    def writes(ctx: RunContext, steps: Steps) -> None:
+        directory = ctx.directory
+        for folder in (
+            directory.inputs,
+            directory.checkpoint(3),
+            directory.adapter,
+            directory.published,
+            directory.best,
+        ):
+            folder.mkdir(parents=True)
+            (folder / "file").write_bytes(b"x" * 1000)
+        steps.train(1)
+
+    def looks(ctx: RunContext, steps: Steps) -> None:
+        files = (tmp_path / "work/trials/first").rglob("*")
+        seen.append(sorted(path.relative_to(tmp_path / "work/trials/first").as_posix() for path in files))
+
+    played(first=writes, b=_trains(1), c=_trains(1), last=looks)
+    assert seen == [["inputs", "inputs/file", "log.txt"]]
+
+
+def test_losses_of_a_trial_that_has_gone_still_count_at_the_rungs(played: Any) -> None:
+    """One in two goes on: the second is compared with the first, whose files are deleted by then."""
+
+    def first(ctx: RunContext, steps: Steps) -> None:
+        ctx.metrics.log(10, {"evalLoss": 0.1})
+
+    def second(ctx: RunContext, steps: Steps) -> None:
+        steps.told.append(steps.seat.why_stopped(10, 0.5))
+
+    _, told = played(None, Halving(rungs=[10], reduction_factor=2), first=first, second=second)
+    assert told == ["Stopped after step 10: evalLoss 0.5, and 1 of 2 trials were better there"]
+
+
+def test_all_trials_take_the_commit_on_which_any_of_them_was_trained(
+    played: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's branch may have moved: a trial that has no checkpoint yet must not choose another for one that has."""
+    asked: list[str] = []
+
+    class Manager:
+        def __init__(self, settings: Any) -> None:
+            self.name = settings.job.metadata.name
+
+        def pinned_commit(self) -> str | None:
+            asked.append(self.name)
+            return "c" * 40 if self.name == "third" else None
+
+    monkeypatch.setattr(module, "CheckpointManager", Manager)
+    found: list[str | None] = []
+
+    def begins(ctx: RunContext, steps: Steps) -> None:
+        found.append(ctx.sharing.pinned_commit(lambda: None))
+
+    played(first=begins, second=begins, third=begins)
+    assert found == ["c" * 40] * 3 and asked == ["first", "second", "third"], "asked once for all"
