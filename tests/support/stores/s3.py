@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 import pytest
 from botocore.config import Config
 
@@ -26,6 +27,9 @@ from finetune_trainer.stores.open import open_store
 
 REGION = "us-east-1"
 _ALLOW_ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+
+#: Every session would read botocore's description of S3 anew, and tests open hundreds of stores.
+botocore.session.create_loader = lru_cache(botocore.session.create_loader)
 
 
 @dataclass(frozen=True)
