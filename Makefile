@@ -10,6 +10,9 @@ WORKERS ?= 3
 TESTS ?= tests
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Python compiles what it imports at its first import: pip's compiling of everything takes half of an installation.
+# The tests' workers would compile the same files, each for itself, so what is large and imported is compiled before.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|torch/testing|transformers/models)/'
+COMPILED := {accelerate,aiohttp,boto3,botocore,cryptography,datasets,huggingface_hub,hypothesis,kopf,matplotlib,mpmath,networkx,numpy,pandas,peft,pyarrow,pydantic,sympy,torch,transformers,triton,trl,wandb}
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 # pip's own words, less what tells a reader nothing
@@ -121,4 +124,5 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing the trainer, the operator and the development tools into $(VENV): a few minutes, once'
 	@$(PIP_INSTALL) --editable '.[dev]' $(QUIETLY)
+	@$(COMPILE) $(CURDIR)/$(VENV)/lib/python*/site-packages/$(COMPILED) || true
 	@touch $@ $(VENV)/.run
