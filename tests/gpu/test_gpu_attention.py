@@ -41,6 +41,33 @@ def test_the_check_at_start_passes(head_dim: int, kv_heads: int, dtype: Any) -> 
     assert attention._ours == (head_dim in (64, 128) and torch.cuda.get_device_capability() == (9, 0))
 
 
+def test_the_check_at_start_finds_its_kernels_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from triton import knobs
+
+    from finetune_trainer.engine import ahead, attention
+    from finetune_trainer.engine.compilation import _lora_kernel_works
+    from finetune_trainer.runtime.device import RuntimeDevice
+
+    config = _model("eager", 64, 4, layers=1).config
+    compiled: list[Any] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["fn"].name))
+    device = RuntimeDevice("cuda", torch_name="cuda:0")
+    spec: Any = SimpleNamespace(
+        model=SimpleNamespace(attention="auto"),
+        training=SimpleNamespace(precision="bf16", compile="auto"),
+        resources=SimpleNamespace(gpus_per_node=1),
+    )
+    base: Any = SimpleNamespace(config=config, open_attention=True)
+    ahead.compile_kernels_ahead(spec, base, device).shutdown()
+    print("RESULT compiled ahead:", compiled)
+    compiled.clear()
+    assert attention.self_check(config, "cuda", torch.bfloat16) is None
+    assert _lora_kernel_works(torch.device("cuda:0")) == (torch.cuda.get_device_capability() == (9, 0))
+    assert compiled == []
+
+
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_logits_and_gradients_are_those_of_sdpa(packed: bool, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:

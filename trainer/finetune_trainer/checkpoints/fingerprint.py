@@ -67,6 +67,7 @@ def _without(manifest: dict[str, Any], paths: frozenset[str], parent: str = "") 
 def digest_of(rows: TokenizedDataset) -> str:
     """Return the SHA-256 of rows as token ids and labels, in hexadecimal digits."""
     sha = hashlib.sha256()
-    for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
-        sha.update(array("i", (len(ids), *ids, *labels)).tobytes())
+    for ids, labels in zip(rows.input_ids.arrays(), rows.labels.arrays(), strict=True):
+        for part in (array("i", (len(ids),)), ids, labels):
+            sha.update(part)
     return sha.hexdigest()

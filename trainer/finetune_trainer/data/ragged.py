@@ -1,7 +1,7 @@
 """Token ids of many rows in compact memory, shared by Python and Arrow."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, overload
 
 #: Rows of one Arrow chunk: within a chunk Arrow counts tokens with 32 bits.
@@ -31,6 +31,11 @@ class TokenLists(Sequence[list[int]]):
             return [self[index] for index in range(len(self))[wanted]]
         index = range(len(self))[wanted]
         return self._tokens[self._ends[index] : self._ends[index + 1]].tolist()
+
+    def arrays(self) -> "Iterator[array[int]]":
+        """Yield each list as 32-bit integers: its bytes are at hand, without a Python number for each."""
+        for start, end in zip(self._ends, self._ends[1:], strict=False):
+            yield self._tokens[start:end]
 
     @property
     def tokens(self) -> int:
