@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api import constants
 from finetune_cli.errors import CliError, install_hint
-from finetune_cli.published import Published, fetch_into
+from finetune_cli.published import Published, fetch_into, require_unchanged
 from finetune_cli.storage import cache_folder, cli_error, told_on_screen
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def published_adapter(published: Published, work: Path, base: str | None, change
     from finetune_trainer.model.published import gpu_here, job_of
     from finetune_trainer.settings import Environment, Ranks, Settings
 
+    require_unchanged(published)
     folder = cache_folder(os.environ) / "adapters" / published.digest
     fetch_into(folder, published)
     changes = ["resources.nodes=1", f"resources.gpusPerNode={int(gpu_here())}", *changes]

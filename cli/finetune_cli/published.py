@@ -138,6 +138,20 @@ class Told:
         return f"{constants.MANIFEST_FILE} names another job" if self.uid and self.uid != owner else ""
 
 
+def require_unchanged(published: Published) -> None:
+    """Compare each file of an adapter in a folder of this machine with its manifest, whatever copy is kept of it.
+
+    What lies elsewhere was compared when it was fetched. Raises CliError.
+    """
+    store = published.store
+    if store.local_folder is None:
+        return
+    with storage.store_errors():
+        for file in published.manifest.files:
+            if (found := store.digest(file.path)).sha256 != file.sha256:
+                raise _corrupt(store, file, f"has SHA-256 {found.sha256}, but its manifest says {file.sha256}")
+
+
 def of_job(cluster: Cluster, name: str) -> Told:
     """Return what the cluster tells of a job's adapter. Raises CliError if it has published none."""
     from finetune_cli.kube.packed import SharedJob

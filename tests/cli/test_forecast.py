@@ -206,13 +206,12 @@ def unknown(monkeypatch):
 
 def test_a_gated_model_needs_the_token(unknown, plan, model, hub):
     hub.add(HUB_NAME, model, token="hf_secret", gated=True)
-    gated = (
-        f"Not predicted: model.source: hf://{HUB_NAME}/config.json at {hub.endpoint} is gated: accept its terms on the"
-        " hub, and set HF_TOKEN of that account in the environment."
-        " Give the model's config.json with --model-config FILE."
-    )
-    assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint) == gated
-    assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_wrong") == gated
+    gated = f"Not predicted: model.source: hf://{HUB_NAME}/config.json at {hub.endpoint} is gated"
+    end = " Give the model's config.json with --model-config FILE."
+    without = f"{gated}: accept its terms on the hub, and set HF_TOKEN of that account in the environment.{end}"
+    assert unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint) == without
+    wrong = unknown(f"hf://{HUB_NAME}", HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_wrong")
+    assert wrong.startswith(f"{gated}, and the account of the HF_TOKEN in the environment may not read it: accept")
     assert plan("--gpu-memory", "24Gi", env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret\n"}).returncode == 0
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from finetune_api.plain_text import plain
+from finetune_cli.published import fetch_into, published_at
+from finetune_cli.storage import cache_folder
 from support.cli.run import finetune, no_traceback
 from support.simulation import job_states as states
 from support.trainer.process import job, train
@@ -112,7 +115,10 @@ def test_an_adapter_in_a_bucket_answers_and_is_kept(
 
 
 def test_a_damaged_adapter_never_answers(adapter: Path, tmp_path: Path) -> None:
+    """Nor does the whole copy that is kept of it since it answered before."""
     shutil.copytree(adapter, tmp_path / "out")
+    published = published_at(f"file://{tmp_path}/out")
+    fetch_into(cache_folder(os.environ) / "adapters" / published.digest, published)
     weights = tmp_path / "out/adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
