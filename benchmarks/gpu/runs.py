@@ -133,7 +133,7 @@ def train(
     plan = report["executionPlan"]
     measured = 0 if DRY_RUN else plan["measuredPeakMemoryBytes"]
     predicted = plan.get("predictedPeakMemoryBytes", 0)
-    events = list(map(_as_json, answer.stderr.splitlines()))
+    events = list(map(as_json, answer.stderr.splitlines()))
     ready = [line["timestamp"] for line in events if _is_ready(line)]
     waited = datetime.fromisoformat(ready[-1]) - started if ready else None
     return {
@@ -141,20 +141,20 @@ def train(
         "seconds_to_first_step": round(waited.total_seconds(), 1) if waited else None,
         "start": next(filter(None, map(_start, events)), None),
         "wall_s": round(wall, 1),
-        "step_s": _step_seconds(events),
+        "step_s": step_seconds(events),
         "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
         "prediction_error": round(predicted / measured - 1, 3) if measured else None,
-        "evaluation_seconds": _evaluation_seconds(events),
+        "evaluation_seconds": evaluation_seconds(events),
         "metrics": report.get("metrics"),
         "warnings": [line["event"] for line in events if line.get("level") == "warning"],
         "plan": plan,
     }
 
 
-def _evaluation_seconds(lines: list[dict[str, Any]]) -> list[float]:
+def evaluation_seconds(lines: list[dict[str, Any]]) -> list[float]:
     """Return how long each evaluation took, the base model's first: its loss, and its answers if there are any."""
     found: list[float] = []
     for event in (str(line.get("event")) for line in lines):
@@ -174,7 +174,7 @@ def _start(line: dict[str, Any]) -> dict[str, float] | None:
     return {"all": float(event.split(", ")[1].split()[0])} | parts
 
 
-def _step_seconds(lines: list[dict[str, Any]]) -> float | None:
+def step_seconds(lines: list[dict[str, Any]]) -> float | None:
     """Return the mean seconds of a step between log lines without an evaluation between them, the first left out."""
     told = [
         (int(line["event"].split()[1]), datetime.fromisoformat(line["timestamp"]), "loss" in line)
@@ -194,7 +194,7 @@ def _is_ready(line: dict[str, Any]) -> bool:
     return line.get("stage") == "Training" or "decoder layers are compiled" in line.get("event", "")
 
 
-def _as_json(line: str) -> dict[str, Any]:
+def as_json(line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line)) if line.startswith("{") else {}
     except ValueError:  # two processes wrote at once

@@ -10,7 +10,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from runs import DRY_RUN, DRY_STEPS, GIB, HERE, MODEL, build, in_turn, show, wanted
+from runs import (
+    DRY_RUN,
+    DRY_STEPS,
+    GIB,
+    HERE,
+    MODEL,
+    as_json,
+    build,
+    evaluation_seconds,
+    in_turn,
+    show,
+    step_seconds,
+    wanted,
+)
 
 #: Rows of a trial's step.
 ROWS = 4
@@ -90,13 +103,15 @@ def run_sweep(
     command = [sys.executable, "-m", "finetune_trainer", "--config", str(work / "sweep.yaml")]
     with (work / "log").open("w") as log:
         code = subprocess.run(command, env=os.environ | environment, stdout=log, stderr=log, check=False).returncode
-    seconds, lines = time.time() - began, [_as_json(line) for line in (work / "log").read_text().splitlines()]
+    seconds, lines = time.time() - began, [as_json(line) for line in (work / "log").read_text().splitlines()]
     result: dict[str, Any] = {"setting": name, "exit": code, "seconds": round(seconds, 1)}
     result["warnings"] = [line["event"] for line in lines if line.get("level") in ("warning", "error")]
     stamps = {"compiled": "decoder layers are compiled", "trained": "Publishing the adapter"}
     for key, said in stamps.items():
         if found := next((line for line in lines if said in line.get("event", "")), None):
             result[f"seconds_{key}"] = round(datetime.fromisoformat(found["timestamp"]).timestamp() - began, 1)
+    told = [line["event"].split()[0] for line in lines if "trials train at the same time" in line.get("event", "")]
+    result["at_once"] = int(told[-1]) if told else len(trials)
     if code:
         return result | {"why": (work / "log").read_text()[-2500:]}
     reports = [json.loads((work / f"report.json.t{number}").read_text()) for number in range(len(trials))]
@@ -109,20 +124,16 @@ def run_sweep(
     plan = reports[0]["executionPlan"]
     measured = max(report["executionPlan"].get("measuredPeakMemoryBytes", 0) for report in reports)
     predicted = plan.get("predictedPeakMemoryBytes", 0)
+    of_trial = [[line for line in lines if line.get("trial") == f"t{number}"] for number in range(len(trials))]
     together = [sum(at) for at in zip(*speeds, strict=False)]
     return result | {
         "tok_s": round(statistics.median(together)),
         "all_tok_s": [round(each) for each in together],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
+        "step_s": [step_seconds(each) for each in of_trial],
+        "evaluation_s": [evaluation_seconds(each) for each in of_trial],
         "metrics": [report.get("metrics") for report in reports],
         "published": [file.exists() for file in files],
         "plan": plan,
     }
-
-
-def _as_json(line: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line)) if line.startswith("{") else {}
-    except ValueError:
-        return {}

@@ -1,6 +1,7 @@
 """A sweep of 16 trials in one process, with early stopping and without, beside the same trials as 16 jobs in turn."""
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ TRIALS = [{"training.learningRate": rate, "lora.rank": rank} for rate in RATES f
 STEPS = DRY_STEPS if DRY_RUN else 300
 #: Steps between evaluations, and where trials are compared.
 EVERY = STEPS // 10 or 1
+SHORT = STEPS // 5 or 1
 RUNGS = [EVERY, 3 * EVERY]
 
 
 def sweep(folder: Path) -> None:
-    """Words after `sweep` pick of `jobs`, `trials` and `early stopping`; GPU-seconds are those of the processes."""
+    """Words after `sweep` pick of `jobs`, `trials`, `early stopping`; GPU-seconds are those of the processes.
+
+    `trials` takes a fifth of the steps and adds up the rest, in the open; `trials, full` takes them all.
+    """
     build("mistral-7b")
     for name, count in (("train", 1200), ("eval", 32)):
         _write_learnable(folder / f"{name}.jsonl", count)
@@ -25,14 +30,31 @@ def sweep(folder: Path) -> None:
     held_out = {"eval": f"file://{folder}/eval.jsonl"}
     if wanted("jobs"):
         show(_jobs(folder, evaluation, held_out))
-    for name, stopping in (("trials", {}), ("early stopping", {"rungs": RUNGS, "reductionFactor": 4})):
-        if wanted(name):
-            more: dict[str, Any] = {"earlyStopping": stopping} if stopping else {}
-            template = {"dataset": held_out, "evaluation": evaluation}
-            found = run_sweep(
-                folder, name, TRIALS, {"maxSteps": STEPS}, template, **more, objective={"metric": "evalLoss"}
-            )
-            show([found])
+    template = {"dataset": held_out, "evaluation": evaluation}
+    aim = {"metric": "evalLoss"}
+    for name, steps in (("trials, a fifth of the steps", SHORT), ("trials, full", STEPS)):
+        if name in sys.argv[3:] or (steps == SHORT and wanted(name)):
+            found = run_sweep(folder, name, TRIALS, {"maxSteps": steps}, template, objective=aim)
+            show([found | {"formula": formula(found)} if steps == SHORT and not found["exit"] else found])
+    if wanted("early stopping"):
+        stopping = {"rungs": RUNGS, "reductionFactor": 4}
+        training = {"maxSteps": STEPS}
+        show([run_sweep(folder, "early stopping", TRIALS, training, template, earlyStopping=stopping, objective=aim)])
+
+
+def formula(found: dict[str, Any]) -> str:
+    """Return the seconds of all steps, and how they follow from `found`, the trials with SHORT steps.
+
+    Trials that train together take their steps together: each group's pace counts once.
+    """
+    paces = [pace or 0.0 for pace in found["step_s"]]
+    groups = [paces[begin] for begin in range(0, len(paces), found["at_once"])]
+    evaluations = [seconds for each in found["evaluation_s"] for seconds in each[-SHORT // EVERY :]]
+    each = sum(evaluations) / max(1, len(evaluations))
+    steps, missing = STEPS - SHORT, len(paces) * (STEPS - SHORT) // EVERY
+    total = found["seconds"] + steps * sum(groups) + missing * each
+    told = " + ".join(f"{pace:.4f}" for pace in groups)
+    return f"{found['seconds']:.1f} + {steps} steps * ({told}) + {missing} evaluations * {each:.2f} = {total:.0f} s"
 
 
 def _jobs(folder: Path, evaluation: dict[str, Any], held_out: dict[str, str]) -> list[dict[str, Any]]:
