@@ -111,8 +111,14 @@ def failure_of(error: BaseException) -> Failure:
 
 def copy_of(error: BaseException, cause: BaseException | None) -> BaseException:
     """Return `error` for one of several threads that raise it: each adds its own traceback."""
-    found = type(error).__new__(type(error), *error.args)  # its __init__ may take something else than args
-    found.__dict__.update(error.__dict__)
+    try:
+        found = type(error).__new__(type(error), *error.args)  # its __init__ may take something else than args
+        found.__dict__.update(error.__dict__)
+        says_the_same = str(found) == str(error)
+    except Exception:  # of a type that is written in C or Rust
+        says_the_same = False
+    if not says_the_same:
+        found = RuntimeError(str(error))
     found.__cause__ = cause
     return found
 

@@ -56,6 +56,9 @@ class Cluster:
             beside = self._beside(kind)
             if trial := packed.find(name, beside):
                 raise packed.SharedJob(trial, self.options) from None
+            sweeps = self._beside(constants.SWEEP_KIND) if kind == constants.KIND else []
+            if told := packed.of_sweep(name, sweeps, self.options):
+                raise told from None
             names = [str(found["metadata"]["name"]) for found in beside]
             if close := next(iter(difflib.get_close_matches(name, names, 1)), ""):
                 raise CliError(error.message, hint=f"did you mean {close}?", code=error.code) from None

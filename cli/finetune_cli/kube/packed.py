@@ -1,4 +1,4 @@
-"""Trials that share a FineTuneJob with others: no FineTuneJob has their name, but users know them by it. Pure."""
+"""Trials without a FineTuneJob of their own: none has their name, but users know them by it. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune_api import constants
 from finetune_api.packed_jobs import trial_uid, trial_uri
 from finetune_api.plain_text import one_line
 from finetune_api.sweep_trials import job_name
@@ -87,10 +88,47 @@ def find(name: str, jobs: Iterable[Object]) -> PackedTrial | None:
     for job in jobs:
         pack = _mapping(_mapping(job, "spec"), "pack")
         sweep = str(pack.get("sweep", ""))
-        for trial in _names(pack):
+        for trial in (each["name"] for each in _named(pack.get("trials"))):
             if job_name(sweep, trial) == name:
                 return PackedTrial(name, sweep, trial, job, _row(job, trial))
     return None
+
+
+def of_sweep(name: str, sweeps: Iterable[Object], options: str) -> CliError | None:
+    """Return what to say of a trial whose FineTuneJob is not there yet, or not any more; None if `name` is none's.
+
+    `options` are those that name its namespace and cluster.
+    """
+    for sweep in sweeps:
+        own = str(sweep["metadata"]["name"])
+        if not name.startswith(job_name(own, "")):
+            continue
+        trial = name.removeprefix(job_name(own, ""))
+        rows = _named(_mapping(sweep, "status").get("trials"))
+        if row := next((row for row in rows if row["name"] == trial), None):
+            phase, reason = (one_line(str(row.get(key) or "")) for key in ("phase", "reason"))
+            told = f"and its FineTuneJob is gone: {f'{phase} ({reason})' if reason else phase}"
+        elif trial in _planned(own, sweep):
+            told = "which has not started yet"
+        else:
+            continue
+        return CliError(
+            f"{name} is trial {trial} of sweep {own}, {told}", hint=f"finetune status --sweep {own}{options} shows all"
+        )
+    return None
+
+
+def _planned(name: str, sweep: Object) -> list[str]:
+    """Return the names of a sweep's trials; none of one that is not valid."""
+    from finetune_api.manifest import Document, ManifestError, check_sweep
+    from finetune_api.sweep_trials import SweepError, expand
+
+    kind = {"apiVersion": constants.API_VERSION, "kind": constants.SWEEP_KIND, "metadata": {"name": name}}
+    try:
+        checked = check_sweep(Document(kind | {"spec": sweep.get("spec")}, ""), each_trial=False)
+        return [trial.name for trial in expand(name, checked.spec)]
+    except (ManifestError, SweepError):
+        return []
 
 
 def _row(job: Object, trial: str) -> TrialReport:
@@ -100,11 +138,11 @@ def _row(job: Object, trial: str) -> TrialReport:
     return next((row for row in rows if row.name == trial), None) or TrialReport(name=trial)
 
 
-def _names(pack: Object) -> Iterator[str]:
-    trials = pack.get("trials")
+def _named(trials: Any) -> Iterator[dict[str, Any]]:
+    """Yield those of `trials` that have a name."""
     for each in trials if isinstance(trials, list) else ():
         if isinstance(each, dict) and isinstance(each.get("name"), str):
-            yield each["name"]
+            yield each
 
 
 def _mapping(found: Object, key: str) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def pack(outcome: str = "Unknown", rows: Any = ROWS, trials: Any = None) -> dict
     }
 
 
+SWEEP = {
+    "metadata": {"name": "more", "namespace": "team"},
+    "spec": {"template": TEMPLATE, "parameters": [{"path": "lora.rank", "values": [4, 8]}]},
+    "status": {"trials": [7, {"name": "r4", "phase": "Failed", "reason": "Deleted"}]},
+}
+
+
 class Packed(Cluster):
     """A cluster with one pack; nothing has the name of one of its trials."""
 
@@ -58,8 +65,8 @@ class Packed(Cluster):
             raise CliError(f"there is no {kind} {name!r}", is_missing=True)
         return self.found
 
-    def jobs(self, **_: Any) -> Any:
-        return answers.Listing({}, [self.found])
+    def jobs(self, kind: str = constants.KIND, **_: Any) -> Any:
+        return answers.Listing({}, [self.found] if kind == constants.KIND else [SWEEP])
 
     def follow(self, name: str, *_: Any, **__: Any) -> Any:
         yield self.get(name)
@@ -148,7 +155,27 @@ def test_the_client_says_so_too() -> None:
         FineTune("team").get("nli-b")
 
 
-@pytest.mark.parametrize("name", ["nli-e", "nli", "nli-pack-1", "other-a"])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("more-r4", "trial r4 of sweep more, and its FineTuneJob is gone: Failed (Deleted)"),
+        ("more-r8", "trial r8 of sweep more, which has not started yet"),
+    ],
+)
+def test_a_trial_that_has_no_job_now_is_none_that_does_not_exist(name: str, says: str) -> None:
+    found = run("logs", name).exception
+    assert isinstance(found, CliError) and found.message == f"{name} is {says}"
+    assert found.hint == "finetune status --sweep more -n team shows all"
+
+
+@pytest.mark.parametrize("spec", [None, 7, {"template": 7}, {"template": TEMPLATE, "trials": [[]]}])
+def test_sweeps_that_cannot_be_read_hide_no_answer(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SWEEP, "spec", spec)
+    monkeypatch.setitem(SWEEP, "status", {"trials": spec})
+    assert "there is no FineTuneJob" in str(run("status", "more-r8").exception)
+
+
+@pytest.mark.parametrize("name", ["more-r9", "more", "nli-e", "nli", "nli-pack-1", "other-a"])
 def test_what_no_pack_holds_is_not_found(name: str) -> None:
     found = run("status", name)
     assert not isinstance(found.exception, SharedJob) and "there is no FineTuneJob" in str(found.exception)

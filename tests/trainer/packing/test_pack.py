@@ -20,7 +20,7 @@ from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import ConfigInvalid, TrainerError, WontFit, failure_of
+from finetune_trainer.errors import ConfigInvalid, TrainerError, WontFit, copy_of, failure_of
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.packing.halving import AtRung
 from finetune_trainer.packing.pack import Pack, _refuse_dropout, twin
@@ -278,6 +278,9 @@ def test_what_all_trials_share_fails_once_for_all_in_the_same_words() -> None:
         raise Picky("hub", 443)
 
     pack = Pack([SPEC] * 2, 2)
+    assert isinstance(copy_of(OSError(28, "full"), None), OSError)
+    for error in (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), OSError(28, "full", "file"), _of_pydantic()):
+        assert str(copy_of(error, error)) == str(error), "whatever it is, it is told"
     for _ in range(3):
         with pytest.raises(Picky, match="hub does not answer") as found:
             pack.once("model", fetch)
@@ -295,3 +298,11 @@ def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(monke
     seat = Seat(pack, 0, SPEC, Turns("a", lambda turn: None))
     with pytest.raises(WontFit, match="no memory left for another trial's adapter"):
         seat.take_place(None, ExecutionPlan())
+
+
+def _of_pydantic() -> Exception:
+    try:
+        ExecutionPlan.model_validate({"microBatchSize": "many"})
+    except ValueError as error:
+        return error
+    raise AssertionError
