@@ -248,3 +248,12 @@ def test_a_job_trains_publishes_and_verifies_adapters_on_experts(tiny_experts: P
     assert "stay in 16 bits" not in finished.log
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == ["down_proj", "gate_up_proj"]
+
+
+def test_zeros_of_experts_without_rows_can_be_left_out() -> None:
+    slope, x = torch.randn(24, 32).bfloat16(), torch.randn(24, 16).bfloat16()
+    ends = torch.tensor([10, 10, 24], dtype=torch.int32)
+    filled, other = (grouped_experts._outer(slope, x, ends, True, each) for each in (True, False))
+    assert torch.equal(filled[[0, 2]], other[[0, 2]]) and not filled[1].any()
+    plain = [grouped_experts.grouped_outer(slope, x, ends, each) for each in (True, False)]
+    assert torch.equal(*plain)

@@ -3,12 +3,15 @@
 import ast
 import hashlib
 import inspect
+import sys
 from contextlib import AbstractContextManager
 from importlib import import_module, metadata
 from operator import attrgetter
 from typing import Any
 
 import pytest
+import torch
+from accelerate.utils import is_lomo_available
 
 from finetune_trainer.runtime import patches
 from finetune_trainer.runtime.patches import PATCHES, Patch
@@ -93,3 +96,19 @@ def test_a_class_mixed_in_keeps_name_and_state() -> None:
     patches.mix_into(one, Loud)
     assert (one.say(), type(one).__name__, isinstance(one, Plain)) == ("ONE", "Plain", True)
     assert other.say() == "other"
+
+
+def test_only_gradients_of_what_trains_are_reset() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in range(2)])
+    for each in model.parameters():
+        each.grad = torch.ones(1, 1)
+    patches.swap_zero_grad(model, torch.nn.ParameterList([model[0].weight]))
+    model.zero_grad()
+    assert model[0].weight.grad is None and model[1].weight.grad is not None
+
+
+def test_nobody_looks_for_lomo_in_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lomo_optim", raising=False)
+    patches.forget_lomo()
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert not is_lomo_available()

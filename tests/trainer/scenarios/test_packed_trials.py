@@ -208,14 +208,14 @@ def test_a_trial_that_diverged_is_not_trained_again_and_the_others_are_not_held_
     def inject() -> None:
         from finetune_trainer.training.packed_loop import PackedTrainer
 
-        original = PackedTrainer.compute_loss
+        original = PackedTrainer.launch_pass
 
-        def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
+        def launch_pass(self: Any, *args: Any, **options: Any) -> Any:
             loss = original(self, *args, **options)
             is_other = self.model.peft_config["default"].r == 16
             return loss * float("nan") if is_other and self.state.global_step == 3 else loss
 
-        PackedTrainer.compute_loss = compute_loss
+        PackedTrainer.launch_pass = launch_pass
 
     sweep = _sweep(tmp_path, tiny_model)
     for attempt in range(2):

@@ -16,7 +16,7 @@ _SMALL: Final = 256 << 20
 _UNPAGED: Final = {"paged_adamw_8bit": (2, "adamw_8bit")}
 #: Weights that share a scale of their 8-bit state (Dettmers et al. 2022, arXiv:2110.02861), and that state.
 _BLOCK: Final = 256
-_STATE: Final = ("state1", "state2", "absmax1", "absmax2")
+_STATE: Final = dict.fromkeys(("state1", "state2", "absmax1", "absmax2")).keys()
 #: Weights of one launch: bitsandbytes counts them in 32 bits, and their gradients are copied.
 _MOST_WEIGHTS: Final = 64 << 20
 
@@ -125,7 +125,7 @@ class _FusedStep:
         for each in group["params"]:
             state = self.state.get(each, {})
             whole = each.dtype == torch.float32 and each.numel() % _BLOCK == 0
-            if each.grad is None or not whole or any(key not in state for key in _STATE):
+            if each.grad is None or not whole or not state.keys() >= _STATE:
                 continue
             if not runs or state["step"] != steps or size + each.numel() > _MOST_WEIGHTS:
                 runs.append([])

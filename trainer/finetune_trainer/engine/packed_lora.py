@@ -262,14 +262,16 @@ class PackedInput:
                 flat, z, b, self._tokens.place, self._tokens.ends
             )
         else:
-            summed = flat + grouped(z, b, self._tokens.ends).to(found.dtype)
+            summed = flat + grouped(z, b, self._tokens.ends, False).to(found.dtype)
         return summed.view(found.shape)
 
     def _products(self, x: torch.Tensor, tokens: Tokens) -> Sequence[torch.Tensor]:
         flat = x.flatten(0, -2)
         if self._masks is not None:
             flat = _dropped(flat, tokens, *self._masks)
-        products: Sequence[torch.Tensor] = grouped(flat.to(self._dtype), self._a, tokens.ends).split(self._rank, -1)
+        products: Sequence[torch.Tensor] = grouped(flat.to(self._dtype), self._a, tokens.ends, False).split(
+            self._rank, -1
+        )
         return products
 
 

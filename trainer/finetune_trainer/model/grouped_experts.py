@@ -189,10 +189,14 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, is_grou
     return out
 
 
-def _outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, is_grouped: bool) -> torch.Tensor:
-    """Return the gradient of a product's `weight`, [experts, outputs, inputs]."""
+def _outer(
+    slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, is_grouped: bool, filled: bool = True
+) -> torch.Tensor:
+    """Return the gradient of a product's `weight`, [experts, outputs, inputs]; see `grouped_outer`."""
     if is_grouped:
         found = torch.nn.functional.grouped_mm(slope.t(), x, offs=ends)
+        if not filled:
+            return found
         return found.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0.0)  # experts of no rows
     out = x.new_zeros(len(ends), slope.shape[1], x.shape[1])
     for matrix, begin, end in _blocks(ends):
@@ -211,15 +215,21 @@ def _blocks(ends: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 @torch.library.custom_op("finetune::grouped", mutates_args=())
-def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Return `x` [rows, inputs], whose rows up to ends[e] are expert e's, times weight[e]^T [outputs, inputs]."""
+def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, filled: bool = True) -> torch.Tensor:
+    """Return `x` [rows, inputs], whose rows up to ends[e] are expert e's, times weight[e]^T [outputs, inputs].
+
+    `filled`: as of `grouped_outer`, for the gradient of `weight`.
+    """
     return _multiply(x, weight, ends, _is_grouped(x, weight.shape))
 
 
 @torch.library.custom_op("finetune::grouped_outer", mutates_args=())
-def grouped_outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the weights of `grouped`."""
-    return _outer(slope.contiguous(), x, ends, _is_grouped(x, (len(ends), slope.shape[1], x.shape[1])))
+def grouped_outer(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, filled: bool = True) -> torch.Tensor:
+    """Return the gradient of the weights of `grouped`.
+
+    That of a matrix without rows is zero if `filled`, which takes more launches than the product; else it is anything.
+    """
+    return _outer(slope.contiguous(), x, ends, _is_grouped(x, (len(ends), slope.shape[1], x.shape[1])), filled)
 
 
 @torch.library.custom_op("finetune::grouped_4bit", mutates_args=())
@@ -243,12 +253,12 @@ def grouped_4bit(
 
 
 @grouped.register_fake
-def _(x, weight, ends):  # type: ignore[no-untyped-def]
+def _(x, weight, ends, filled=True):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @grouped_outer.register_fake
-def _(slope, x, ends):  # type: ignore[no-untyped-def]
+def _(slope, x, ends, filled=True):  # type: ignore[no-untyped-def]
     return x.new_empty(ends.shape[0], slope.shape[1], x.shape[1])
 
 
@@ -258,16 +268,16 @@ def _(x, packed, scales, code, shape, ends, turned, method):  # type: ignore[no-
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, *others = inputs
-    ctx.trains = inputs[1].requires_grad  # frozen weights need no input kept
-    ctx.save_for_backward(*others, *([x] if ctx.trains else []))
+    x, weight, ends, ctx.filled = inputs
+    ctx.trains = weight.requires_grad  # frozen weights need no input kept
+    ctx.save_for_backward(weight, ends, *([x] if ctx.trains else []))
 
 
 def _backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     weight, ends, *x = ctx.saved_tensors
     slope = slope.contiguous()
-    of_weight = grouped_outer(slope, x[0], ends) if ctx.trains else None
-    return grouped(slope, weight.transpose(-2, -1), ends), of_weight, None
+    of_weight = grouped_outer(slope, x[0], ends, ctx.filled) if ctx.trains else None
+    return grouped(slope, weight.transpose(-2, -1), ends), of_weight, None, None
 
 
 def _keep_4bit(ctx: Any, inputs: Any, output: Any) -> None:

@@ -4,6 +4,7 @@ Each entry of PATCHES names the library's source that the patch was written agai
 when the source changes, somebody must look at the patch before it goes on.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,26 @@ PATCHES: Final = (
             ),
         },
     ),
+    Patch(
+        name="torch: zero_grad of a model that trains",
+        why="It walks all modules after each step, for the few parameters that have a gradient.",
+        check="swap_zero_grad: does it still do nothing but reset the gradients of the parameters?",
+        sources={
+            "torch.nn.modules.module:Module.zero_grad": (
+                "e2acaefe95021c77747b2c285044f4ef353be47fe223ea47d20ab10322d70f3a",
+            )
+        },
+    ),
+    Patch(
+        name="accelerate: the search for lomo_optim",
+        why="Each step of an optimizer looks for this package in all folders of sys.path, twice.",
+        check="forget_lomo: does the step still only ask whether its optimizer is one of that package?",
+        sources={
+            "accelerate.optimizer:AcceleratedOptimizer.step": (
+                "3c449e5cf706c537295d06ed5b8f6c40198e2cdb37fe0307e9468c053f669e1f",
+            )
+        },
+    ),
 )
 #: Graphs torch may make of the layers, which are one function to it. Beyond its own limit of 8 it gives up in silence.
 _MOST_GRAPHS: Final = 64
@@ -227,6 +248,16 @@ def swap_forward(module: Any, forward: Callable[..., Any]) -> None:
 def restore_forward(module: Any) -> None:
     """Undo `swap_forward`."""
     module.__dict__.pop("forward", None)
+
+
+def swap_zero_grad(model: Any, trained: Any) -> None:
+    """Let `model` reset the gradients of `trained` alone, a module that holds all its parameters that train."""
+    model.zero_grad = trained.zero_grad
+
+
+def forget_lomo() -> None:
+    """Let nobody look for lomo_optim anymore, whose optimizers are none of ours."""
+    sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]  # Python's own way to say: there is none
 
 
 def configure_compiler(budget: float) -> None:

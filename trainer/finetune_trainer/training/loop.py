@@ -15,6 +15,7 @@ from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.optimizer import fuse_updates
 from finetune_trainer.methods.base import Method
 from finetune_trainer.model.adapter import load_adapter_weights, save_adapter
+from finetune_trainer.runtime.patches import forget_lomo, swap_zero_grad
 from finetune_trainer.runtime.transfer import on_device
 from finetune_trainer.training.hooks import TrainingHooks
 from finetune_trainer.training.step_batches import StepBatches
@@ -48,9 +49,13 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             if name in weights:
                 parameter.data = weights[name]
         self.remove_callback(PrinterCallback)
+        #: Those that train, as a module: walking all modules for them, twice a step, takes the host long.
+        self._trained = torch.nn.ParameterList(each for each in model.parameters() if each.requires_grad)
+        swap_zero_grad(model, self._trained)
+        forget_lomo()
         if captured:
             self.graphs = StepGraphs(
-                [each for each in model.parameters() if each.requires_grad],
+                list(self._trained),
                 lambda inputs, targets: self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=targets),
             )
 
@@ -73,14 +78,20 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         is_last = self.accelerator.sync_gradients
         loss = self.graphs.run(inputs, num_items_in_batch) if self.graphs else None
         if loss is None:
-            loss = self.compute_loss(model, on_device(inputs, self.args.device), num_items_in_batch=num_items_in_batch)
-            with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
-                self.accelerator.backward(loss)
-        loss = loss.detach() * int(self.args.world_size)  # logged as the mean over ranks
+            loss = self.launch_pass(model, on_device(inputs, self.args.device), num_items_in_batch)
+        loss = loss * int(self.args.world_size)  # logged as the mean over ranks
         self._hooks.after_micro_batch(loss, self.state.global_step + 1)
         if is_last:
             self._batches.prefetch()
         return loss
+
+    def launch_pass(self, model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a micro-batch on the device, with its gradient added to the parameters'."""
+        loss = self.compute_loss(model, inputs, num_items_in_batch=targets)
+        is_last = self.accelerator.sync_gradients
+        with self._reducer.synchronized() if self._reducer and is_last else nullcontext():
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """Make transformers' optimizer, with one launch for many matrices and no wait for the device."""
@@ -114,14 +125,15 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         if self.args.world_size == 1 or model is not self.model:
             return super()._wrap_model(model, *args, **options)
         sharded = any(isinstance(each, DTensor) for each in model.parameters())
-        self._reducer = GradientReducer(
-            [each for each in model.parameters() if each.requires_grad], overlapped=not sharded
-        )
+        self._reducer = GradientReducer(list(self._trained), overlapped=not sharded)
         return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def _get_grad_norm(self, *args: Any, **options: Any) -> Any:
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._trained)
+
+    def _get_grad_norm(self, model: Any, *args: Any, **options: Any) -> Any:
         """Tell the hooks the norm: callbacks hear of it only at log lines."""
-        norm = super()._get_grad_norm(*args, **options)
+        norm = super()._get_grad_norm(self._trained, *args, **options)
         self._hooks.gradient_norm = norm
         return norm
 

@@ -15,9 +15,6 @@ class PackedTrainer(QloraTrainer):
         self._place = place
         super().__init__(**options)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """Return this micro-batch's share of the step's loss; its gradients are those of the adapter already."""
-        loss: torch.Tensor = self._place.mean_loss(inputs, num_items_in_batch.clamp(min=1))
-        return loss.detach().requires_grad_()  # a leaf: the loop's own backward pass ends there
+    def launch_pass(self, model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self._place.mean_loss(inputs, targets.clamp(min=1))
+        return loss

@@ -95,7 +95,7 @@ def _add_grouped_product(
 def add_grouped_product(
     base: torch.Tensor, z: torch.Tensor, b: torch.Tensor, place: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Return base + z b[place]^T of each row, summed in float32.
+    """Return base + z b[place]^T of each row, summed in float32. The gradient of a place without rows is anything.
 
     Args:
         base: [rows, columns].
@@ -127,7 +127,7 @@ def _keep_grouped(ctx, inputs, output):
 def _backward_grouped(ctx, gradient):
     z, b, ends = ctx.saved_tensors
     gradient = gradient.contiguous()
-    return gradient, grouped(gradient, b.transpose(-2, -1), ends), grouped_outer(gradient, z, ends), None, None
+    return gradient, grouped(gradient, b.transpose(-2, -1), ends), grouped_outer(gradient, z, ends, False), None, None
 
 
 add_grouped_product.register_autograd(_backward_grouped, setup_context=_keep_grouped)
@@ -145,8 +145,9 @@ def grouped_self_check(device: torch.device) -> str | None:
         base, z, b = inputs
         plain = torch.cat([base[:37] + z[:37] @ b[0].T, base[37:] + z[37:] @ b[2].T])
         results = [
-            [found.detach(), *torch.autograd.grad(found.float().square().sum(), inputs)]
+            [found.detach(), *slopes, slope_of_b[[0, 2]]]
             for found in (add_grouped_product(base, z, b, place, ends), plain)
+            for *slopes, slope_of_b in [torch.autograd.grad(found.float().square().sum(), inputs)]
         ]
     except Exception as error:
         return f"fails here: {type_and_reason(error)}"
