@@ -40,8 +40,11 @@ NOT_RUN = {
 }
 #: What is written smaller in the copy, file by file, to run every command in little time; the night runs it as it is.
 SMALLER = {
-    "prepare.py": [("DOCUMENTS: Final = 51_000", "DOCUMENTS: Final = 2_000")],
-    "finetunejob.yaml": [("    epochs: 5\n", "    maxSteps: 20\n"), ("maxRows: 120", "maxRows: 12")],
+    "prepare.py": [
+        ("DOCUMENTS: Final = 51_000", "DOCUMENTS: Final = 500"),
+        ("EVAL_ROWS: Final = 240", "EVAL_ROWS: Final = 24"),
+    ],
+    "finetunejob.yaml": [("    epochs: 5\n", "    maxSteps: 10\n"), ("maxRows: 120", "maxRows: 12")],
 }
 NAMESPACE = "finetune"
 
