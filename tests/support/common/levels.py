@@ -18,15 +18,27 @@ _SCENARIOS = "scenarios"
 #: How the names of tests elsewhere begin that take as long as a scenario.
 LONG_ELSEWHERE = (
     "chart/test_dashboards_drawn.py",
+    "chart/test_install.py",
+    "chart/test_scripts.py",
     "images/test_audit.py",
+    "images/test_build_script.py",
     "models/test_families.py",
+    "operator/core/sweep/test_properties.py",
     "operator/core/test_fuzz.py",
+    "operator/core/test_policy_in_force.py",
     "operator/core/test_properties.py",
+    "trainer/checkpoints/test_remote.py",
     "trainer/engine/kernels/test_attention.py",
+    "trainer/engine/test_attention.py",
     "trainer/engine/test_compilation.py",
+    "trainer/engine/test_dequantize.py",
+    "trainer/engine/test_fp8.py",
     "trainer/engine/test_fsdp.py",
+    "trainer/model/test_grouped_experts.py",
+    "trainer/stores/s3/test_store.py",
     "trainer/stores/test_faulty_stores.py",
     "trainer/stores/test_fetch.py",
+    "trainer/stores/test_stores.py",
     "trainer/stores/test_transfer_memory.py",
 )
 #: How the names of long tests begin, the longest first: a run on several workers ends no sooner than the test that
