@@ -23,6 +23,8 @@ import yaml
 from finetune_api import constants
 from finetune_api.manifest import load_file
 from finetune_trainer.runtime.gc import freeze_imports
+from finetune_trainer.stores.credentials import Credentials
+from finetune_trainer.stores.s3.client import connect
 from support.trainer.tiny_model import nli_rows, write_jsonl
 
 
@@ -196,6 +198,7 @@ def import_everything() -> None:
         for name in ("cli", "steps", "stores.folder", "stores.s3.store"):
             importlib.import_module(f"finetune_trainer.{name}")
         _draw_once()
+        connect(Credentials("output", {}))  # reads what botocore knows of S3
         load_file(Path(__file__).parents[3] / "examples/quickstart/finetunejob.yaml")  # compiles the API's patterns
 
 

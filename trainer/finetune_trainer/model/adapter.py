@@ -173,5 +173,5 @@ def save_adapter(model: Any, folder: Path) -> None:
 
     Embeddings that train are in modules_to_save; saying so keeps PEFT from asking the hub about others.
     """
+    model.create_or_update_model_card = lambda output_dir: None  # a template that takes PEFT as long as the weights
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
