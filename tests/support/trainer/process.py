@@ -6,6 +6,7 @@ torch and the libraries on it take seconds to import; a fork of a process that h
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import yaml
 
 from finetune_api import constants
 from finetune_api.manifest import load_file
+from finetune_trainer.publishing.loss_curve import plot_loss
 from finetune_trainer.runtime.gc import freeze_imports
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.s3.client import connect
@@ -197,22 +199,10 @@ def import_everything() -> None:
     with freeze_imports():
         for name in ("cli", "steps", "stores.folder", "stores.s3.store"):
             importlib.import_module(f"finetune_trainer.{name}")
-        _draw_once()
+        lines = [{"step": step, "loss": 0.1 * step, "evalLoss": 12345.6} for step in (1, 2)]
+        plot_loss(lines, io.BytesIO())  # looks for fonts, measures them, and loads what writes a PNG
         connect(Credentials("output", {}))  # reads what botocore knows of S3
         load_file(Path(__file__).parents[3] / "examples/quickstart/finetunejob.yaml")  # compiles the API's patterns
-
-
-def _draw_once() -> None:
-    """Fonts are looked for and measured once for all forks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    axes.plot([1, 2], [0.1, 12345.6], label="training")
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
-    FigureCanvasAgg(figure).draw()
 
 
 def train(config: Path, folder: Path, **options: Any) -> Finished:
