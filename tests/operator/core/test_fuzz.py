@@ -21,6 +21,7 @@ from finetune_operator.core.plan import plan
 from finetune_operator.kube.errors import ApiError
 from finetune_operator.reconcile.reconciler import Conflict
 from support.simulation.api import OneOperator, check_status
+from support.simulation.copies import copied
 from support.simulation.world import (
     START,
     World,
@@ -65,7 +66,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def mutated(obj: dict[str, Any], noise: random.Random, junk: tuple[Any, ...] = JUNK) -> dict[str, Any]:
     """A copy with one to four places changed, dropped or added."""
-    result = copy.deepcopy(obj)
+    result = copied(obj)
     for _ in range(noise.randint(1, 4)):
         places = [p for p in paths(result) if p and p[0] not in ("apiVersion", "kind") and p[:2] not in IDENTITY]
         if not places:
@@ -80,7 +81,7 @@ def mutated(obj: dict[str, Any], noise: random.Random, junk: tuple[Any, ...] = J
             case 1 if isinstance(target, dict):
                 target[f"{last}Old"] = target[last]
             case _:
-                target[last] = copy.deepcopy(noise.choice(junk))
+                target[last] = copied(noise.choice(junk))
     return result
 
 

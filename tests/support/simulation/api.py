@@ -2,7 +2,6 @@
 reconciles a second. Statuses are checked against the CRD's schema, as the real one does.
 """
 
-import copy
 import json
 from collections.abc import Callable
 from datetime import datetime
@@ -27,6 +26,7 @@ from finetune_operator.observability.job_metrics import JobMetrics
 from finetune_operator.reconcile.reconciler import Reconciler
 from finetune_operator.watch.cache import Cache
 from support.simulation.cluster import KINDS, START
+from support.simulation.copies import copied
 from support.simulation.world import World, merged
 
 Object = dict[str, Any]
@@ -58,7 +58,7 @@ class ImaginedApi(KubeClient):
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
         self.objects[path(self._kinds[kind], "team", obj["metadata"]["name"])] = obj
-        return copy.deepcopy(obj)
+        return copied(obj)
 
     async def request(
         self, method: str, where: str, body: Any = None, query: Any = None, *more: Any, **_: Any
@@ -67,12 +67,12 @@ class ImaginedApi(KubeClient):
             raise ApiError(500, "InternalError", "so it happens")
         if method == "GET" and where.endswith("s"):
             found = [obj for key, obj in self.objects.items() if key.startswith(f"{where}/")]
-            return copy.deepcopy({"metadata": {"resourceVersion": str(self.version)}, "items": found})
+            return copied({"metadata": {"resourceVersion": str(self.version)}, "items": found})
         if method == "GET":
-            return copy.deepcopy(self._find(where))
+            return copied(self._find(where))
         self.writes += 1
         if method == "POST":
-            return self._create(where, copy.deepcopy(body))
+            return self._create(where, copied(body))
         found = self._find(where.removesuffix("/status"))
         precondition = body["preconditions"] if method == "DELETE" else body["metadata"]
         for key, value in precondition.items():
@@ -154,7 +154,7 @@ class OneOperator:
         written = self.api.objects.get(place, {}).get("status")
         for kind, objects in zip(KINDS, ([world.job], world.jobs.values(), world.pods.values()), strict=True):
             for obj in objects:
-                shown = copy.deepcopy(obj)
+                shown = copied(obj)
                 if kind == constants.KIND and written is not None:
                     shown["status"] = written
                 self.cache.put(kind, self.api.put(kind, shown))
@@ -168,5 +168,5 @@ class OneOperator:
                 if key.startswith(path(REGISTRY.watched[kind], "team"))
             }
             for obj in held.values():
-                self.cache.put(kind, copy.deepcopy(obj))
+                self.cache.put(kind, copied(obj))
             self.cache.keep_only(kind, [raw.text(o, "metadata", "uid") for o in held.values()], self.api.version)

@@ -2,7 +2,6 @@
 world.py. Every change goes into its kind's stream, as a watch would show it.
 """
 
-import copy
 import json
 from collections import deque
 from datetime import UTC, datetime, timedelta
@@ -10,6 +9,7 @@ from typing import Any
 
 from finetune_api import constants
 from finetune_operator.core.objects import raw
+from support.simulation.copies import copied
 
 Object = dict[str, Any]
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
@@ -250,4 +250,4 @@ class ImaginedCluster:
             self._show(kind, "DELETED", obj)
 
     def _show(self, kind: str, what: str, obj: Object) -> None:
-        self.streams[kind].append((what, copy.deepcopy(obj)))
+        self.streams[kind].append((what, copied(obj)))

@@ -4,7 +4,6 @@ Plans are carried out as the API server would, and the test plays the trials. Th
 its writes, and sees everything through its own cache.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,9 +21,11 @@ from finetune_operator.core.types import Plan
 from finetune_operator.settings import Settings
 from finetune_operator.watch.cache import Cache
 from support.simulation.cluster import START, stamp
+from support.simulation.copies import copied
 from support.simulation.world import is_empty, merged
 
 Object = dict[str, Any]
+_SETTINGS = Settings()
 KEY = ObjectKey(constants.SWEEP_KIND, "team", "nli")
 TEMPLATE: Object = {
     "model": {"source": "hf://mistralai/Mistral-7B-v0.3"},
@@ -59,7 +60,7 @@ class SweepWorld:
                 "labels": labels or {},
                 "creationTimestamp": stamp(self.now),
             },
-            "spec": {"template": copy.deepcopy(TEMPLATE), "strategy": "grid", "parallelism": 4, **spec},
+            "spec": {"template": copied(TEMPLATE), "strategy": "grid", "parallelism": 4, **spec},
         }
         self.show(self.sweep)
 
@@ -67,7 +68,7 @@ class SweepWorld:
         """Store an object in a new version, and have its watch show it."""
         self.version += 1
         obj["metadata"]["resourceVersion"] = str(self.version)
-        self.cache.put(obj["kind"], copy.deepcopy(obj))
+        self.cache.put(obj["kind"], copied(obj))
 
     def plan(self) -> Plan:
         snapshot = self.cache.snapshot(KEY)
@@ -76,9 +77,9 @@ class SweepWorld:
         if not FINETUNE_SWEEP.is_whole(snapshot.owner):
             snapshot = replace(snapshot, owner=FINETUNE_SWEEP.view(self.sweep))
         observed = FINETUNE_SWEEP.observe(snapshot)
-        made = FINETUNE_SWEEP.plan(observed, Settings(), self.now)
+        made = FINETUNE_SWEEP.plan(observed, _SETTINGS, self.now)
         if made.create and self.blocked:
-            made = FINETUNE_SWEEP.plan(replace(observed, create_blocked=self.blocked), Settings(), self.now)
+            made = FINETUNE_SWEEP.plan(replace(observed, create_blocked=self.blocked), _SETTINGS, self.now)
             assert not made.create
         return made
 
@@ -104,7 +105,7 @@ class SweepWorld:
         self.cache = Cache()
         for obj in (*self.jobs.values(), self.sweep):
             if obj is not None:
-                self.cache.put(obj["kind"], copy.deepcopy(obj))
+                self.cache.put(obj["kind"], copied(obj))
 
     def _writes(self, made: Plan) -> Iterator[Callable[[], None]]:
         for obj in made.create:
@@ -123,7 +124,7 @@ class SweepWorld:
         name = obj["metadata"]["name"]
         self.created.append(name)
         assert name not in self.jobs, f"{name} is created twice"
-        stored = copy.deepcopy(obj)
+        stored = copied(obj)
         stored["metadata"] |= {"uid": f"uid-{name}-{self.version}", "generation": 1}
         self.jobs[name] = stored
         self.show(stored)

@@ -5,7 +5,6 @@ What the operator sees goes through its own cache, so that reading API objects i
 kind's watch is a stream of its own, which shows what happened only when the test delivers it.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,8 +29,10 @@ from support.simulation.cluster import (
 )
 
 __all__ = ["START", "World", "adapter_report", "is_empty", "merged", "stamp"]
+from support.simulation.copies import copied
 
 Object = dict[str, Any]
+_SETTINGS = Settings()
 _KEY = ObjectKey(constants.KIND, "team", "nli")
 
 
@@ -64,7 +65,7 @@ class World(ImaginedCluster):
         skew: float = 0,
         **spec: Any,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or _SETTINGS
         self.lag, self.skew = lag, skew
         self.cache = Cache()
         self.report: TrainerReport | None = None
@@ -85,7 +86,7 @@ class World(ImaginedCluster):
         for doubt in self.cache.doubts(_KEY):
             found = (self.jobs if doubt.kind == "Job" else self.pods).get(doubt.name)
             if found and found["metadata"]["uid"] == doubt.uid:
-                self.cache.put_unlabeled(doubt.kind, copy.deepcopy(found), _KEY)
+                self.cache.put_unlabeled(doubt.kind, copied(found), _KEY)
             else:
                 self.cache.tombstone(doubt.kind, doubt.uid)
         snapshot = self.cache.snapshot(_KEY)
@@ -121,9 +122,9 @@ class World(ImaginedCluster):
 
     def _look_at(self, kind: str, obj: Object) -> None:
         if is_shown(kind, obj):
-            self.cache.put(kind, copy.deepcopy(obj))
+            self.cache.put(kind, copied(obj))
         else:
-            self.cache.put_unlabeled(kind, copy.deepcopy(obj), _KEY)
+            self.cache.put_unlabeled(kind, copied(obj), _KEY)
 
     def reconcile(self, crash_after: int | None = None) -> Plan:
         """Plan and carry out; `crash_after` that many API calls the operator is killed and starts anew."""
@@ -154,7 +155,7 @@ class World(ImaginedCluster):
         for kind, objects in ((constants.KIND, [self.job]), ("Job", self.jobs.values()), ("Pod", self.pods.values())):
             for obj in objects:
                 if obj is not None and is_shown(kind, obj):
-                    self.cache.put(kind, copy.deepcopy(obj))
+                    self.cache.put(kind, copied(obj))
 
     def deliver(self, kind: str, most: int = 10**6) -> None:
         """The watch of that kind shows what it has not shown yet, at most so many events."""
@@ -174,7 +175,7 @@ class World(ImaginedCluster):
     def _calls(self, made: Plan) -> Iterator[Callable[[], bool]]:
         """The API calls of a plan; one that returns False ends it, for the job has moved on."""
         for obj in made.create:
-            yield lambda obj=obj: self._create(copy.deepcopy(obj))
+            yield lambda obj=obj: self._create(copied(obj))
         if made.status is not None:
             uid = self.jobs.get(made.create[-1]["metadata"]["name"], {})["metadata"]["uid"] if made.create else ""
             yield lambda: self._write_status(made.with_job_uid(uid).status)
@@ -196,7 +197,7 @@ class World(ImaginedCluster):
             self.delete_child(name)  # refused at once
             return False
         if obj["kind"] == "Job":
-            self.cache.put("Job", copy.deepcopy(kept[name]))
+            self.cache.put("Job", copied(kept[name]))
         return obj["kind"] != "Job" or digest_of(kept[name]) == digest_of(obj)
 
     def _write_status(self, patch: Object) -> bool:
@@ -207,13 +208,13 @@ class World(ImaginedCluster):
         self.job["status"] = merged(self.job.get("status"), json.loads(json.dumps(patch, allow_nan=False)))
         FineTuneJobStatus.model_validate(self.job["status"])
         self.changed(constants.KIND, self.job)
-        self.cache.put(constants.KIND, copy.deepcopy(self.job))
+        self.cache.put(constants.KIND, copied(self.job))
         return True
 
     def _suspend(self, name: str) -> bool:
         if name in self.jobs:
             self.suspend_child(name)
-            self.cache.put("Job", copy.deepcopy(self.jobs[name]))
+            self.cache.put("Job", copied(self.jobs[name]))
         return True
 
     def _delete(self, kind: str, name: str, uid: str) -> bool:
