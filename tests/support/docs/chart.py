@@ -1,6 +1,7 @@
 """The Helm chart under test: where it lies, which values files there are, and its objects as plain data."""
 
 import json
+import pickle
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,13 @@ class _Loader(yaml.CSafeLoader):
 
 def load_all(text: str) -> list[Object]:
     """Every document of `text`."""
-    return [document for document in yaml.load_all(text, _Loader) if document]
+    return list(pickle.loads(_documents(text)))
+
+
+@cache
+def _documents(text: str) -> bytes:
+    """Most templates come out the same whatever the values; whoever asks gets objects of their own."""
+    return pickle.dumps([document for document in yaml.load_all(text, _Loader) if document])
 
 
 def objects(values: Object | None = None, namespace: str = NAMESPACE) -> list[Object]:
