@@ -38,7 +38,7 @@ def _put(s3: S3Server, bucket: str, prefix: str, folder: Path) -> str:
     return f"s3://{bucket}/{prefix}"
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_run_through_faults_publishes_what_a_run_without_them_does(
     seed: int, s3: S3Server, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
