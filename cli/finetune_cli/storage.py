@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,10 +87,11 @@ def read_lines(store: Store, path: str, limit: int) -> Iterator[str]:
 @contextmanager
 def told_on_screen() -> Iterator[None]:
     """Let the trainer's stores say on stderr which server they wait for."""
-    from finetune_cli.output import console
+    from typer import echo
+
     from finetune_trainer.stores import patience
 
-    token = patience.TELL.set(console.note)
+    token = patience.TELL.set(partial(echo, err=True))
     try:
         yield
     finally:
