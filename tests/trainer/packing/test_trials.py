@@ -79,7 +79,8 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
         trials = []
         for name in plays:
             data = template | {"metadata": {"name": name}}
-            data = data | {"spec": data["spec"] | {"output": {"uri": f"file://{tmp_path}/out/{name}"}}}
+            model = {"source": "hf://org/base"}
+            data = data | {"spec": data["spec"] | {"model": model, "output": {"uri": f"file://{tmp_path}/out/{name}"}}}
             trials.append(Trial(name, load_text(yaml.safe_dump(data), name), Reporter()))
         environment = Environment.from_env(os.environ)
         flag = StopFlag() if stop is None else stop

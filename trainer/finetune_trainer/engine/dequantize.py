@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import structlog
 import torch
@@ -10,12 +10,18 @@ import torch
 from finetune_trainer.engine.lora import while_training
 from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
-from finetune_trainer.model.experts import KERNEL, MATRICES, Quantized, dequantize, is_experts, quantized
+from finetune_trainer.model.experts import (
+    KERNEL,
+    MATRICES,
+    SCALES_OF_A_BLOCK,
+    Quantized,
+    dequantize,
+    is_experts,
+    quantized,
+)
 from finetune_trainer.runtime.patches import swap_forward
 
 log = structlog.get_logger(__name__)
-#: Scales that share one, where scales are quantized once more, as bitsandbytes' own and our kernel's.
-_SCALES_OF_A_BLOCK: Final = 256
 
 
 def keep_dequantized(layers: list[Any]) -> None:
@@ -123,8 +129,8 @@ def _is_supported(module: Any) -> bool:
         return False
     state = module.weight.quant_state
     whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
-    whole = whole and (not state.nested or state.state2.blocksize == _SCALES_OF_A_BLOCK)
-    return whole and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
+    known = not state.nested or state.state2.blocksize == SCALES_OF_A_BLOCK
+    return whole and known and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
 
 
 def _packed(linear: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[int]]:

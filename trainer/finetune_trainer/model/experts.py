@@ -29,7 +29,7 @@ _METHOD: Final = "bitsandbytes-with-experts"
 #: Weights of one scale: what bitsandbytes takes for linear layers.
 _BLOCK: Final = 64
 #: Scales of one scale of scales.
-_SCALES_OF_A_BLOCK: Final = 256
+SCALES_OF_A_BLOCK: Final = 256
 #: transformers' name of the implementation of model.grouped_experts.
 GROUPED: Final = "finetune_grouped"
 #: What may dequantize experts besides bitsandbytes.
@@ -111,7 +111,7 @@ def dequantize(
     absmax, *nested = scales
     if nested:
         values, of_scales, offset = nested
-        blocks = of_scales.repeat_interleave(_SCALES_OF_A_BLOCK, -1)[:, : absmax.shape[1]]
+        blocks = of_scales.repeat_interleave(SCALES_OF_A_BLOCK, -1)[:, : absmax.shape[1]]
         absmax = values[absmax.int()] * blocks + offset[:, None]
     rows = torch.Size((absmax.numel(), _BLOCK))  # whatever the width: bitsandbytes errs on CPUs for less than a block
     state = QuantState(absmax.flatten(), rows, code, _BLOCK, method, dtype)

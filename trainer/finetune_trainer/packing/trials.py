@@ -12,6 +12,7 @@ import torch
 from finetune_api.spec import FineTuneJob
 from finetune_api.spec_pack import Halving
 from finetune_api.status import Adapter, ExecutionPlan
+from finetune_api.uri import parse
 from finetune_trainer.checkpoints.folder import RunDirectory
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
@@ -152,6 +153,8 @@ class TrialRunner:
 
     def _pinned_commit(self) -> str | None:
         """Return the hub's commit of the base on which an earlier attempt trained any of the trials: all share it."""
+        if parse(self.trials[0].job.spec.model.source).scheme != "hf":
+            return None  # nothing else has commits: no store is read for one
         managers = (CheckpointManager(Settings(each.job, self.environment, Ranks())) for each in self.trials)
         return next((commit for each in managers if (commit := each.pinned_commit())), None)
 

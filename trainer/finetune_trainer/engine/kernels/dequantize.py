@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-#: Scales of one block of doubly quantized ones (bitsandbytes knows no other).
-_SCALES_OF_A_BLOCK = 256
+from finetune_trainer.model.experts import SCALES_OF_A_BLOCK
+
 #: Blocks of weights of one program.
 _TILE = {"BLOCKS": 32, "num_warps": 2}
 
@@ -57,7 +57,7 @@ def dequantize(
     twice = len(scales) > 1
     _dequantize[(triton.cdiv(blocks, _TILE["BLOCKS"]),)](
         packed, *(scales if twice else scales * 4), code, out, blocks, blocks // (shape[0] if len(shape) == 3 else 1),
-        BYTES=out.numel() // blocks // 2, TWICE=twice, SCALES_OF_A_BLOCK=_SCALES_OF_A_BLOCK,
+        BYTES=out.numel() // blocks // 2, TWICE=twice, SCALES_OF_A_BLOCK=SCALES_OF_A_BLOCK,
         enable_fp_fusion=False,  # a fused multiplication and addition rounds once, bitsandbytes twice
         **_TILE,
     )  # fmt: skip
