@@ -84,14 +84,15 @@ def build():
     from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
     t = time.time()
-    shape = SHAPES[sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"]
+    name = sys.argv[3] if len(sys.argv) > 3 else "mistral-7b"
+    shape = SHAPES[name]
     dense = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
     kind = Qwen3MoeConfig if "num_experts" in shape else MistralConfig
     heads = {"num_attention_heads": 32, "head_dim": 128, "sliding_window": None}
     shape = dense | heads | shape
     if os.environ.get("DRY_RUN"):
         shape |= TINY | (FEW_EXPERTS if "num_experts" in shape else {}) | {"vocab_size": 32768}
-    layers, repeated = shape.get("num_hidden_layers", 32), sys.argv[3:4] in [[name] for name in IN_4_BITS]
+    layers, repeated = shape["num_hidden_layers"], name in IN_4_BITS
     cfg = kind(**shape | ({"num_hidden_layers": 1} if repeated else {}))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -116,18 +117,12 @@ def repeat_in_4_bits(layers):
 
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    q = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )
     folder = Path(MODEL)
     device = 0 if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.float32)  # as which the codes of 4 bits are stored
-    one = AutoModelForCausalLM.from_pretrained(folder, quantization_config=q, device_map={"": device})
+    one = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4(), device_map={"": device})
     for file in folder.glob("model*"):
         file.unlink()
     one.save_pretrained(folder)
@@ -151,22 +146,26 @@ def repeat_in_4_bits(layers):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
 
+def nf4():
+    """Return the recipe's settings of 4-bit weights."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
 def trl(v):
     """Return the model and its tokenizer, and what else SFTTrainer and SFTConfig take for the recipe."""
     import torch
     from peft import LoraConfig, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    q = (
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-        )
-        if v.get("quant", True)
-        else None
-    )
+    q = nf4() if v.get("quant", True) else None
     m = AutoModelForCausalLM.from_pretrained(
         MODEL,
         quantization_config=q,
