@@ -33,11 +33,12 @@ def _model(name: str, head_dim: int, kv_heads: int, layers: int = 2) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 2), (128, 8), (256, 1)])
-def test_the_check_at_start_passes(head_dim: int, kv_heads: int, dtype: Any) -> None:
+@pytest.mark.parametrize("longest", [512, 4096])
+def test_the_check_at_start_passes(longest: int, head_dim: int, kv_heads: int, dtype: Any) -> None:
     from finetune_trainer.engine import attention
 
     config = _model("eager", head_dim, kv_heads, layers=1).config
-    assert attention.self_check(config, "cuda", dtype) is None
+    assert attention.self_check(config, "cuda", dtype, longest) is None
     assert attention._ours == (head_dim in (64, 128) and torch.cuda.get_device_capability() == (9, 0))
 
 
@@ -56,33 +57,36 @@ def test_the_check_at_start_finds_its_kernels_compiled(monkeypatch: pytest.Monke
     device = RuntimeDevice("cuda", torch_name="cuda:0")
     spec: Any = SimpleNamespace(
         model=SimpleNamespace(attention="auto"),
-        training=SimpleNamespace(precision="bf16", compile="auto"),
+        training=SimpleNamespace(precision="bf16", compile="auto", max_length=2048),
         resources=SimpleNamespace(gpus_per_node=1),
     )
     base: Any = SimpleNamespace(config=config, open_attention=True)
     ahead.compile_kernels_ahead(spec, base, device).shutdown()
     print("RESULT compiled ahead:", compiled)
     compiled.clear()
-    assert attention.self_check(config, "cuda", torch.bfloat16) is None
+    assert attention.self_check(config, "cuda", torch.bfloat16, 2048) is None
     assert _lora_kernel_works(torch.device("cuda:0")) == (torch.cuda.get_device_capability() == (9, 0))
     assert compiled == []
 
 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_logits_and_gradients_are_those_of_sdpa(packed: bool, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("longest", [512, 2048])
+def test_logits_and_gradients_are_those_of_sdpa(
+    longest: int, packed: bool, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune_trainer.engine import attention
     from finetune_trainer.engine.kernels import attention as triton_attention  # noqa: F401 - its operation is called by name
 
     monkeypatch.setattr(attention, "_ours", ours)
-    lengths = [200, 512, 325, 17]
+    lengths = [200, longest, 325, 17]
     if packed:
         ids = torch.randint(4, 500, (1, sum(lengths)), device="cuda")
         inputs = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None].cuda()}
         real = torch.ones_like(ids, dtype=torch.bool)
     else:
-        ids = torch.randint(4, 500, (4, 512), device="cuda")
-        real = torch.arange(512, device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
+        ids = torch.randint(4, 500, (4, longest), device="cuda")
+        real = torch.arange(longest, device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
         inputs = {"attention_mask": real.long()}
     found = []
     for name in ("sdpa", "varlen"):

@@ -72,7 +72,7 @@ def small_model(folder: Path, device: str, compiled: bool) -> Any:
     if device == "cpu":
         keep_weights_trainable(base)
     else:
-        assert attention.self_check(base.config, device, torch.bfloat16) is None
+        assert attention.self_check(base.config, device, torch.bfloat16, 512) is None
     base.config.use_cache = False
     if compiled:
         dequantize_in_one_pass(base)

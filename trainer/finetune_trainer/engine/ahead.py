@@ -19,7 +19,7 @@ from finetune_trainer.runtime.device import RuntimeDevice
 _ROOM: Final = "finetune_trainer.engine.kernels."
 #: One thread starts Triton's driver, which is compiled too; the others wait.
 _DRIVER: Final = threading.Lock()
-#: Tokens of the sequence that kernels are compiled with; they are the same for any number.
+#: Tokens of the sequence that kernels are compiled with; they are the same for any number that has the same tiles.
 _TOKENS: Final = 128
 
 
@@ -59,19 +59,24 @@ def _kernels(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> l
     with suppress(ImportError):  # without triton
         if capabilities.checks_our_attention(spec, base, device):
             dtype = capabilities.half_precision(spec)
-            found += _attention_kernels(importlib.import_module(_ROOM + "attention"), base.config, device, dtype)
+            kernels = importlib.import_module(_ROOM + "attention")
+            made_for = {kernels.tiles(longest): longest for longest in (spec.training.max_length, _TOKENS)}
+            for longest in made_for.values():
+                found += _attention_kernels(kernels, base.config, device, dtype, longest)
         if spec.training.compile != "disabled":
             check = importlib.import_module(_ROOM + "lora").self_check
             found.append(partial(check, torch.device(device.torch_name)))
     return found
 
 
-def _attention_kernels(kernels: Any, config: Any, device: RuntimeDevice, dtype: torch.dtype) -> list[Callable[[], Any]]:
+def _attention_kernels(
+    kernels: Any, config: Any, device: RuntimeDevice, dtype: torch.dtype, longest: int
+) -> list[Callable[[], Any]]:
     """Return a call of each kernel of `kernels`, engine.kernels.attention, for the heads of `config`."""
     heads, kv_heads, size = attention.heads(config)
     new = partial(torch.zeros, device=device.torch_name)
     query, key = new(_TOKENS, heads, size, dtype=dtype), new(_TOKENS, kv_heads, size, dtype=dtype)
     lse = new(heads, _TOKENS)
-    rest = (torch.tensor([0, _TOKENS], dtype=torch.int32, device=device.torch_name), _TOKENS, size**-0.5)
+    rest = (torch.tensor([0, _TOKENS], dtype=torch.int32, device=device.torch_name), longest, size**-0.5)
     _, backward = kernels.backward_launches(query, query, key, key, query, lse, *rest)
     return [partial(kernels.attention, query, key, key, *rest), *backward]

@@ -8,6 +8,7 @@ own, and on Hopper ours, which is made for short rows (kernels/attention.py).
 import importlib
 import inspect
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -167,30 +168,36 @@ def unsupported_reason(config: Any) -> str | None:
     return None
 
 
-def self_check(config: Any, device: str, dtype: torch.dtype) -> str | None:
+def self_check(config: Any, device: str, dtype: torch.dtype, longest: int) -> str | None:
     """Compare a small forward and backward pass with SDPA on `device`, in the model's head sizes.
 
     Our kernels are checked where they are the faster ones, and torch's where ours do not pass. Those that pass are used
     from then on. Every error is caught: a missing kernel must not end a run.
+
+    Args:
+        config: The model's.
+        device: Where it trains.
+        dtype: In which attention is computed.
+        longest: The most tokens of a row: long rows have tiles of their own, which are checked beside the others.
 
     Returns:
         What is wrong, None when the kernels agree with SDPA.
     """
     global _ours
     _ours = ours_are_faster(config, device)
-    problem = _problem(config, device, dtype)
+    problem = _problem(config, device, dtype, longest)
     if problem and _ours:
         log.warning(f"Triton attention disabled, using torch varlen_attn: {problem}")
         _ours = False
-        problem = _problem(config, device, dtype)
+        problem = _problem(config, device, dtype, longest)
     return problem
 
 
-def _problem(config: Any, device: str, dtype: torch.dtype) -> str | None:
+def _problem(config: Any, device: str, dtype: torch.dtype, longest: int) -> str | None:
     try:
         if _ours:
             importlib.import_module("finetune_trainer.engine.kernels.attention")
-        worst = max(_difference(config, device, dtype, padded) for padded in (False, True))
+        worst = max(_difference(config, device, dtype, padded, longest) for padded in (False, True))
     except Exception as error:
         return f"fails here: {type_and_reason(error)}"
     return None if worst <= TOLERANCE else f"differs from SDPA by {worst:.1%} on this GPU"
@@ -213,27 +220,32 @@ def heads(config: Any) -> tuple[int, int, int]:
     return count, getattr(text, "num_key_value_heads", None) or count, head_dim(config)
 
 
-def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool) -> float:
+def _difference(config: Any, device: str, dtype: torch.dtype, padded: bool, longest: int) -> float:
     """Return the largest difference of outputs and gradients, as a part of the largest value."""
     query_heads, kv_heads, size = heads(config)
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(2, count, 200, size) for count in (query_heads, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
     real = torch.ones(2, 200, dtype=torch.bool, device=device)
+    packed: dict[str, Any] = {}
     if padded:
         real[0, 137:] = False
+    else:
+        starts = torch.arange(0, 401, 200, dtype=torch.int32, device=device)
+        packed = {"cu_seq_lens_q": starts, "max_length_q": max(200, longest)}
+    ours = partial(forward, None, attention_mask=real if padded else None, **packed)
     results = []
-    for function, mask in ((forward, real if padded else None), (_plain, real)):
+    for function in (ours, partial(_plain, real=real)):
         leaves = [each.clone().requires_grad_() for each in inputs]
-        output = function(None, leaves[0], leaves[1], leaves[2], mask, scaling=size**-0.5)[0] * real[:, :, None, None]
+        output = function(*leaves, scaling=size**-0.5)[0] * real[:, :, None, None]
         output.float().square().sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     pairs = zip(*results, strict=True)
-    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+    return max(float((found - expected).abs().max() / expected.abs().max()) for found, expected in pairs)
 
 
 def _plain(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, None]:
     """Compute the same by SDPA, with a mask, in float32."""
     groups = query.shape[1] // key.shape[1]

@@ -45,7 +45,7 @@ def _attention_unsupported(name: str, spec: FineTuneJobSpec, base: BaseModel, de
     reason = _attention_excluded(name, spec, base, device)
     if reason or name != attention.NAME:
         return reason
-    return attention.self_check(base.config, device.torch_name, half_precision(spec))
+    return attention.self_check(base.config, device.torch_name, half_precision(spec), spec.training.max_length)
 
 
 def _attention_excluded(name: str, spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> str | None:

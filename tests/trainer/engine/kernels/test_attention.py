@@ -39,6 +39,7 @@ def _with_gradients(function: Any, inputs: tuple[torch.Tensor, ...]) -> list[tor
     return [found.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+@pytest.mark.parametrize("longest", [max(LENGTHS), 2048], ids=["small tiles", "large tiles"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "dtype", "tolerance"),
     [
@@ -49,12 +50,12 @@ def _with_gradients(function: Any, inputs: tuple[torch.Tensor, ...]) -> list[tor
     ],
 )
 def test_output_and_gradients_are_those_of_sdpa(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float, longest: int
 ) -> None:
     attention = interpreted("attention").attention
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     inputs = _inputs(heads, kv_heads, head_dim, dtype)
-    found = _with_gradients(lambda *each: attention(*each, starts, max(LENGTHS), 0.1)[0], inputs)
+    found = _with_gradients(lambda *each: attention(*each, starts, longest, 0.1)[0], inputs)
     expected = _with_gradients(lambda *each: _expected(*each, 0.1), tuple(each.float() for each in inputs))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype

@@ -1,7 +1,7 @@
-"""Causal attention of short packed sequences, in Triton (FlashAttention-2, arXiv:2307.08691).
+"""Causal attention of packed sequences, in Triton (FlashAttention-2, arXiv:2307.08691).
 
-Fine-tuning rows are a few hundred tokens long. With such rows torch's kernel spends its time on tiles that reach beyond
-a row and, in the backward pass, on sums in memory: of queries' gradients, which tiles of keys add to, and of keys' and
+Most rows are a few hundred tokens long. With such rows torch's kernel spends its time on tiles that reach beyond a row
+and, in the backward pass, on sums in memory: of queries' gradients, which tiles of keys add to, and of keys' and
 values', once for each head that shares them. Here a tile of queries, or of keys for all heads of its group, computes
 its gradient whole, at the price of two more products.
 
@@ -11,18 +11,45 @@ by torch's dispatcher, as finetune::attention.
 
 # ruff: noqa: N803, N806 - tensors in memory and what is known at compile time have capitals in Triton
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
-#: M queries by N keys are a tile; the fastest of some thirty on an H100 and an H200.
-_FORWARD = {"M": 64, "N": 32, "num_warps": 4, "num_stages": 3}
-_BACKWARD_OF_QUERIES = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
-_BACKWARD_OF_KEYS = {"M": 32, "N": 64, "num_warps": 4, "num_stages": 1}
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """How each kernel is launched: M queries by N keys are a tile."""
+
+    forward: Mapping[str, int]
+    of_queries: Mapping[str, int]
+    of_keys: Mapping[str, int]
+
+
+#: The fastest of some thirty on an H100 and an H200.
+_SHORT: Final = Tiles(
+    forward={"M": 64, "N": 32, "num_warps": 4, "num_stages": 3},
+    of_queries={"M": 64, "N": 64, "num_warps": 4, "num_stages": 2},
+    of_keys={"M": 32, "N": 64, "num_warps": 4, "num_stages": 1},
+)
+_LONG: Final = Tiles(
+    forward={"M": 128, "N": 128, "num_warps": 8, "num_stages": 3},
+    of_queries={"M": 128, "N": 64, "num_warps": 8, "num_stages": 3},
+    of_keys={"M": 64, "N": 128, "num_warps": 8, "num_stages": 1},
+)
+#: Tokens of the longest sequence from which large tiles are the faster ones.
+_LONG_FROM: Final = 1024
+
+
+def tiles(longest: int) -> Tiles:
+    """Return the tiles for sequences of up to `longest` tokens."""
+    return _LONG if longest >= _LONG_FROM else _SHORT
 
 
 @triton.jit
@@ -183,10 +210,11 @@ def attention(
     tokens, heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
-    _forward[heads, len(starts) - 1, triton.cdiv(longest, _FORWARD["M"])](
+    tile = tiles(longest).forward
+    _forward[heads, len(starts) - 1, triton.cdiv(longest, tile["M"])](
         query, key, value, out, lse, starts, scale, tokens,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *out.stride()[:2],
-        GROUP=heads // key.shape[1], D=head_dim, **_FORWARD,
+        GROUP=heads // key.shape[1], D=head_dim, **tile,
     )  # fmt: skip
     return out, lse
 
@@ -228,16 +256,16 @@ def backward_launches(
     delta = torch.empty_like(lse)
     known = {"GROUP": heads // key.shape[1], "D": head_dim}
     inputs = [*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]]
-    sequences = len(starts) - 1
+    sequences, chosen = len(starts) - 1, tiles(longest)
     of_queries = partial(
-        _backward_of_queries[heads, sequences, triton.cdiv(longest, _BACKWARD_OF_QUERIES["M"])],
+        _backward_of_queries[heads, sequences, triton.cdiv(longest, chosen.of_queries["M"])],
         query, key, value, out, lse, delta, gradient, dq, starts, scale, tokens,
-        *inputs, *out.stride()[:2], *gradient.stride()[:2], *dq.stride()[:2], **known, **_BACKWARD_OF_QUERIES,
+        *inputs, *out.stride()[:2], *gradient.stride()[:2], *dq.stride()[:2], **known, **chosen.of_queries,
     )  # fmt: skip
     of_keys = partial(
-        _backward_of_keys[key.shape[1], sequences, triton.cdiv(longest, _BACKWARD_OF_KEYS["N"])],
+        _backward_of_keys[key.shape[1], sequences, triton.cdiv(longest, chosen.of_keys["N"])],
         query, key, value, lse, delta, gradient, dk, dv, starts, scale, tokens,
-        *inputs, *gradient.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], **known, **_BACKWARD_OF_KEYS,
+        *inputs, *gradient.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], **known, **chosen.of_keys,
     )  # fmt: skip
     return (dq, dk, dv), (of_queries, of_keys)
 
