@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from runs import (
 #: Rows of a trial's step.
 ROWS = 4
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+#: Lines of the log that tell where a trial stands.
+TELLING = "at the same time|are compiled|^Step [0-9]*0 |^Evaluat|^Stopped|is published|ran out of memory"
 
 
 def packed(folder: Path) -> None:
@@ -101,8 +104,7 @@ def run_sweep(
     }
     began = time.time()
     command = [sys.executable, "-m", "finetune_trainer", "--config", str(work / "sweep.yaml")]
-    with (work / "log").open("w") as log:
-        code = subprocess.run(command, env=os.environ | environment, stdout=log, stderr=log, check=False).returncode
+    code = _logged(command, environment, work / "log")
     seconds, lines = time.time() - began, [as_json(line) for line in (work / "log").read_text().splitlines()]
     result: dict[str, Any] = {"setting": name, "exit": code, "seconds": round(seconds, 1)}
     result["warnings"] = [line["event"] for line in lines if line.get("level") in ("warning", "error")]
@@ -137,3 +139,21 @@ def run_sweep(
         "published": [file.exists() for file in files],
         "plan": plan,
     }
+
+
+def _logged(command: list[str], environment: dict[str, str], path: Path) -> int:
+    """Run `command` with its log at `path`; show on stderr where the trials stand. Returns its exit code."""
+    began = time.monotonic()
+    with path.open("w") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            told = as_json(line)
+            if re.search(TELLING, str(told.get("event"))):
+                seconds = time.monotonic() - began
+                print(f"{seconds:6.1f} s  {told.get('trial', '')}  {told['event']}", file=sys.stderr, flush=True)
+    return process.wait()
