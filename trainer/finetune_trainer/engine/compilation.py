@@ -68,7 +68,8 @@ def configure_layers(
         plain = layer.forward
         for shared in shared_lora_inputs(layer):
             shared.added_by_kernel = use_kernel
-        as_above = one_graph and any(each.requires_grad for each in layer.parameters())
+        trains = bool(shared_lora_inputs(layer)) or any(each.requires_grad for each in layer.parameters())
+        as_above = one_graph and trains
         trained = _compiled(plain, shared_lora_inputs(layer), as_above) if compiled else plain
         if index < checkpointed:
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
