@@ -36,8 +36,9 @@ def _expected(losses: Sequence[dict[int, float]], together: int) -> dict[int, in
 class _Process:
     """Trials that go on at random speeds, and lose what they have not saved when it is killed."""
 
-    def __init__(self, losses: Sequence[dict[int, float]], together: int, source: random.Random) -> None:
-        self.losses, self.together, self.source = losses, together, source
+    def __init__(self, losses: Sequence[dict[int, float]], places: int, holds_all: bool, source: random.Random) -> None:
+        self.losses, self.places, self.holds_all, self.source = losses, places, holds_all, source
+        self.together = len(losses) if holds_all else places
         self.saved = [0] * len(losses)  #: The last rung that is in a checkpoint.
         self.stopped: dict[int, int] = {}
         self.ended: set[int] = set()
@@ -48,11 +49,12 @@ class _Process:
                  for number, each in enumerate(self.losses)]  # fmt: skip
         asking: dict[int, AtRung] = {}
         turns = 0
-        while running := [each for each in range(len(known)) if each not in self.ended][: self.together]:
+        while running := [each for each in range(len(known)) if each not in self.ended]:
+            seated = [each for each in running if not (self.holds_all and each in asking)][: self.places]
             turns += 1
             if killed_after == turns:
                 return
-            ready = [each for each in running if each not in asking]
+            ready = [each for each in seated if each not in asking]
             if ready and self.source.random() < 0.7:
                 number = self.source.choice(ready)
                 rung = next((step for step in self.losses[number] if step not in known[number]), None)
@@ -61,7 +63,7 @@ class _Process:
                     self.saved[number] = 1000
                 else:
                     known[number][rung] = self.losses[number][rung]
-                    asking[number] = AtRung(number, rung, known[number][rung])
+                    asking[number] = AtRung(rung, known[number][rung])
             decided = decide(asking, known, running, self.together, HALVING)
             assert ready or decided, "all wait for each other"
             for number, why in decided.items():
@@ -73,20 +75,21 @@ class _Process:
                     self.saved[number] = rung
 
 
+@pytest.mark.parametrize("holds_all", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_the_same_trials_stop_whatever_the_timing_and_the_kills(seed: int) -> None:
+def test_the_same_trials_stop_whatever_the_timing_and_the_kills(seed: int, holds_all: bool) -> None:
     source = random.Random(seed)
-    losses, together = _losses(source.randint(1, 12), seed), source.randint(1, 5)
-    process = _Process(losses, together, source)
+    losses, places = _losses(source.randint(1, 12), seed), source.randint(1, 5)
+    process = _Process(losses, places, holds_all, source)
     for _ in range(source.randint(0, 6)):
         process.run(killed_after=source.randint(1, 60))
     process.run(killed_after=None)
-    assert process.stopped == _expected(losses, together)
+    assert process.stopped == _expected(losses, process.together)
 
 
 def test_the_sentence_says_where_it_fell_behind_and_how_many_were_better() -> None:
     known = [{10: 0.5}, {10: 0.25}]
-    asking = {number: AtRung(number, 10, each[10]) for number, each in enumerate(known)}
+    asking = {number: AtRung(10, each[10]) for number, each in enumerate(known)}
     assert decide(asking, known, [0, 1], 2, HALVING) == {
         0: "Stopped after step 10: evalLoss 0.5, and 1 of 2 trials were better there",
         1: "",
@@ -95,7 +98,7 @@ def test_the_sentence_says_where_it_fell_behind_and_how_many_were_better() -> No
 
 def test_one_waits_for_those_before_it_alone() -> None:
     known = [{10: 0.5}, {}, {10: 0.4}, {}]
-    asking = {0: AtRung(0, 10, 0.5), 2: AtRung(2, 10, 0.4)}
+    asking = {0: AtRung(10, 0.5), 2: AtRung(10, 0.4)}
     assert decide(asking, known, [0, 1, 2, 3], 1, HALVING) == {0: ""}, "1 has yet to come there"
     assert decide(asking, known, [0, 2, 3], 1, HALVING) == {0: "", 2: ""}, "1 has ended"
     known[1][20] = 0.1

@@ -198,12 +198,12 @@ def test_a_process_that_must_stop_decides_on_no_trial(tmp_path: Path) -> None:
     """Those that are compared with it leave before they come to the rung."""
     halving, stop = Halving(rungs=[10], reduction_factor=2), StopFlag()
     runner = TrialRunner([], 2, Environment.from_env({}), stop, tmp_path, {}, halving)
-    waiting, at, losses = {1: AtRung(1, 10, 0.5)}, {0: 0, 1: 1}, [{}, {10: 0.5}]
-    assert runner._decided(waiting, at, losses, 2) == {}
-    assert runner._decided(waiting, {1: 1}, losses, 2) == {1: ""}
+    waiting, losses = {1: AtRung(10, 0.5)}, [{}, {10: 0.5}]
+    assert runner._decided(waiting, {0, 1}, losses, 2) == {}
+    assert runner._decided(waiting, {1}, losses, 2) == {1: ""}
     stop.set("SIGTERM")
     stop.disarm()
-    assert isinstance(runner._decided(waiting, at, losses, 2)[1], EvaluationAborted)
+    assert isinstance(runner._decided(waiting, {0, 1}, losses, 2)[1], EvaluationAborted)
 
 
 @dataclass

@@ -33,11 +33,20 @@ PLACES = 2
 class PlayedPack(Pack):
     """A pack whose passes give each share its place as loss."""
 
+    passes: list[list[int]]
+    holds = False
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.places = min(PLACES, self._at_once)
+        self.places, self.holds_all = min(PLACES, self._at_once), self.holds
+        PlayedPack.passes = []
+
+    def enter(self, place: int, model: Any, spec: Any) -> None:
+        if model == "too large":
+            raise WontFit("no memory left")
 
     def run(self, shares: Sequence[Share]) -> list[torch.Tensor | BaseException]:
+        self.passes.append([share.place for share in shares])
         return [torch.tensor(float(share.place)) for share in shares]
 
 
@@ -227,3 +236,32 @@ def test_all_trials_take_the_commit_on_which_any_of_them_was_trained(
 
     played(first=begins, second=begins, third=begins)
     assert found == ["c" * 40] * 3 and asked == ["first", "second", "third"], "asked once for all"
+
+
+@pytest.mark.parametrize("last_words", ["", "too large"])
+def test_one_that_waits_at_a_rung_gives_its_place_to_the_next(
+    played: Any, monkeypatch: pytest.MonkeyPatch, last_words: str
+) -> None:
+    """All come to the rung, two at a time; the better half goes on, in whatever place there is."""
+    monkeypatch.setattr(PlayedPack, "holds", True)
+
+    def halved(loss: float, model: str = "") -> Play:
+        def play(ctx: RunContext, steps: Steps) -> None:
+            steps.seat._model = model
+            steps.train(2)
+            if why := steps.seat.why_stopped(10, loss):
+                raise Outperformed(why)
+            steps.train(2)
+
+        return play
+
+    plays = {"a": halved(0.4), "b": halved(0.2), "c": halved(0.3), "d": halved(0.1, last_words)}
+    trials, told = played(None, Halving(rungs=[10], reduction_factor=2), **plays)
+    steps = [line for line in told if "step" in line]
+    assert [line[0] for line in steps[:8]] == list("ababcdcd")
+    assert [bool(trial.stopped) for trial in trials] == [True, False, True, False]
+    assert trials[1].failure is None and {*steps[8:]} >= {"b step 1", "b step 2"}
+    if last_words:
+        assert str(trials[3].failure.message).startswith("no memory left")
+    else:
+        assert PlayedPack.passes == [[0, 1]] * 6 and trials[3].failure is None

@@ -1,8 +1,9 @@
 """Which trials of one process fall behind the others at a rung: successive halving in the sweep's order.
 
-A trial is compared with all before it in that order; the first ones, which start together, with each other. It waits
-at the rung for those that have not come there. So it does not matter who is faster, and however often the process is
-killed, the same trials stop. Nothing is waited for long: those before it have started before it.
+Where the GPU holds the adapters of all trials, all are compared with each other: one that comes to a rung gives its
+place to the next and waits for the rest. Where it does not, the first ones, which start together, are compared with
+each other, and a later one with all before it in the sweep's order. So it does not matter who is faster, and however
+often the process is killed, the same trials stop.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,12 +17,10 @@ class AtRung:
     """A trial that asks whether it goes on.
 
     Attributes:
-        place: Its place.
         step: The rung.
         value: Its evalLoss there.
     """
 
-    place: int
     step: int
     value: float
 
@@ -38,8 +37,8 @@ def decide(
     Args:
         asking: Those at a rung, by their number in the sweep's order.
         known: The evalLoss of every trial, by step: of those that ask, too.
-        running: The trials that may still come to a rung.
-        together: How many trials start at the same time.
+        running: The trials that may still come to a rung, begun or not.
+        together: How many of the first trials are compared with each other.
         halving: What the sweep asks for.
     """
     found = {}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ class Pack:
 
     Attributes:
         places: Trials that train at the same time; 1 until the first has planned.
+        holds_all: Whether the GPU has memory for the adapters of all trials, so that those that wait keep theirs.
     """
 
     def __init__(
@@ -39,9 +41,17 @@ class Pack:
         specs: Sequence[FineTuneJobSpec],
         at_once: int,
         tell: Callable[[ExecutionPlan], None] = lambda plan: None,
+        halves: bool = False,
     ) -> None:
-        """`specs` of all trials, of which at most `at_once` train at the same time. `tell` gets the plan in effect."""
-        self._specs, self._at_once, self._tell = specs, min(at_once, len(specs)), tell
+        """Prepare for trials.
+
+        Args:
+            specs: Those of all trials.
+            at_once: How many train at the same time at most.
+            tell: Gets the plan in effect.
+            halves: Whether trials wait for each other at rungs.
+        """
+        self._specs, self._at_once, self._tell, self._halves = specs, min(at_once, len(specs)), tell, halves
         self._known: dict[Hashable, Any] = {}
         self._failed: dict[Hashable, BaseException] = {}
         self._plan: ExecutionPlan | None = None
@@ -49,6 +59,7 @@ class Pack:
         self._shape: Any = None
         self._model: PackedModel | None = None
         self.places = 1
+        self.holds_all = False
         #: Trials in one pass: fewer than there are places once the GPU's memory was too small for all.
         self._in_pass = 1
 
@@ -76,13 +87,37 @@ class Pack:
         found: ExecutionPlan = self._plan
         return found
 
+    @property
+    def together(self) -> int:
+        """How many of the first trials are compared with each other at a rung."""
+        return len(self._specs) if self.holds_all else self.places
+
     def _most_places(
         self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any
     ) -> ExecutionPlan:
-        trained, places = base.shape.trained if base.shape else None, self._at_once
+        places, plan = self._fitting(make, spec, base, findings)
+        if self._halves:
+            with suppress(WontFit):
+                as_many, holding = self._fitting(make, spec, base, findings, held=len(self._specs))
+                self.holds_all = as_many == places
+                plan = holding if self.holds_all else plan
+        self.places = self._in_pass = places
+        if places < self._at_once:
+            log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
+        trained = self._trained(base, spec, places)
+        if plan.predicted_peak_memory_bytes and trained:
+            more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * trained
+            plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
+        return plan
+
+    def _fitting(
+        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any, held: int = 0
+    ) -> tuple[int, ExecutionPlan]:
+        """Return how many places fit, beside the adapters of `held` trials in all, and the plan of their passes."""
+        places = self._at_once
         while True:
-            most, shape = self._trained(trained, spec, places), base.shape
-            shape = replace(shape, trained=most) if shape and most else shape
+            trained, shape = self._trained(base, spec, max(places, held)), base.shape
+            shape = replace(shape, trained=trained) if shape and trained else shape
             plan: ExecutionPlan | None = None
             try:
                 plan = make(spec_of_pass(spec, places), replace(base, shape=shape), findings=findings)
@@ -91,19 +126,13 @@ class Pack:
                     raise
             fewer = fewer_places(spec, places, plan)
             if plan is not None and fewer == places:
-                break
+                return places, plan
             places = fewer
-        self.places = self._in_pass = places
-        if places < self._at_once:
-            log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
-        if plan.predicted_peak_memory_bytes and most:
-            more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * most
-            plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
-        return plan
 
-    def _trained(self, trained: int | None, spec: FineTuneJobSpec, places: int) -> int | None:
-        """Return the weights that train at most at the same time, given those of the trial `spec`."""
-        largest = sorted((each.lora.rank for each in self._specs), reverse=True)[:places]
+    def _trained(self, base: BaseModel, spec: FineTuneJobSpec, trials: int) -> int | None:
+        """Return the weights of so many trials at most, given those of the trial `spec`."""
+        trained = base.shape.trained if base.shape else None
+        largest = sorted((each.lora.rank for each in self._specs), reverse=True)[:trials]
         return trained and trained * sum(largest) // spec.lora.rank
 
     def own(self, model: Any) -> Any:

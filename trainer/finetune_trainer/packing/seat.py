@@ -1,7 +1,7 @@
 """What one trial shares with the others of its process, and its turn among them."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ class Seat(Sharing):
 
     Attributes:
         pack: All trials of the process.
-        place: Its place among those that train at the same time.
+        place: Its place among those that train at the same time; another one after it has waited at a rung.
         spec: Its spec.
         turn: Gives the turn away while the others come to the same point.
         rungs: The steps at which it is compared with others.
@@ -39,6 +39,7 @@ class Seat(Sharing):
     turn: Turn
     rungs: Collection[int] = ()
     others_commit: Callable[[], str | None] = lambda: None
+    _model: Any = field(default=None, init=False)
 
     @property
     def is_alone(self) -> bool:
@@ -65,16 +66,22 @@ class Seat(Sharing):
         return found
 
     def why_stopped(self, step: int, eval_loss: float) -> str:
-        return str(self.turn.wait(AtRung(self.place, step, eval_loss))) if step in self.rungs else ""
+        return str(self.turn.wait(AtRung(step, eval_loss))) if step in self.rungs else ""
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
+        self._model = model
         try:
-            self.pack.enter(self.place, model, self.spec)
+            self.sit_at(self.place)
         except Exception as error:
             if not is_gpu_out_of_memory(error):
                 raise
             raise WontFit("The GPU has no memory left for another trial's adapter: it has to train alone") from error
         return _Place(self, _of_one(plan, self.pack.places, self.spec))
+
+    def sit_at(self, place: int) -> None:
+        """Take `place` for the trial's model."""
+        self.place = place
+        self.pack.enter(place, self._model, self.spec)
 
 
 @dataclass

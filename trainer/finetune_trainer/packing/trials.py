@@ -1,7 +1,7 @@
 """Run the trials of a sweep in one process: each a whole run, with its own checkpoints, adapter and report."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,71 +85,91 @@ class TrialRunner:
 
     def run(self) -> None:
         """Run all trials to their ends. One that fails takes none along."""
-        pack = Pack([trial.job.spec for trial in self.trials], self.at_once, self.tell_plan)
-        queue, seated = deque(range(len(self.trials))), dict[int, Turn]()
-        number_at: dict[int, int] = {}
+        specs, halves = [trial.job.spec for trial in self.trials], self.halving is not None
+        pack = Pack(specs, self.at_once, self.tell_plan, halves)
+        queue, going_on = deque(range(len(self.trials))), deque[int]()
+        seats, place_of = dict[int, Seat](), dict[int, int]()
         waiting: dict[int, Share | AtRung] = {}
         losses: list[dict[int, float]] = [{} for _ in self.trials]
 
-        def resume(place: int, answer: torch.Tensor | str | BaseException | None = None) -> None:
-            request, number = seated[place].resume(answer), number_at[place]
-            directory = self._directory(self.trials[number])
+        def resume(number: int, answer: torch.Tensor | str | BaseException | None = None) -> None:
+            request, directory = seats[number].turn.resume(answer), self._directory(self.trials[number])
             if self.halving and (request is None or answer is None):
                 losses[number] |= directory.eval_losses()
-            if request is None:
-                pack.leave(place)
-                del seated[place], number_at[place]
-                directory.remove_own()  # two dozen of them would fill the disk that the others write to
-            else:
-                waiting[place] = request
             if isinstance(request, AtRung):
                 losses[number][request.step] = request.value
+            if (request is None or (isinstance(request, AtRung) and pack.holds_all)) and number in place_of:
+                pack.leave(place_of.pop(number))
+            if request is None:
+                del seats[number]
+                directory.remove_own()  # two dozen of them would fill the disk that the others write to
+            else:
+                waiting[number] = request
 
-        while seated or (queue and not self.stop):
+        while seats or (queue and not self.stop):
             # Asked to stop, those that train save at once: no other begins to read its checkpoint before.
-            while queue and len(seated) < pack.places and not self.stop:
-                place = next(place for place in range(pack.places) if place not in seated)
-                number_at[place] = queue.popleft()
-                seated[place] = self._turn(pack, place, self.trials[number_at[place]])
-                resume(place)
-            if decided := self._decided(waiting, number_at, losses, pack.places):
-                for place, told in decided.items():
-                    del waiting[place]
-                    resume(place, told)
+            while (going_on or (queue and not self.stop)) and len(place_of) < pack.places:
+                place = next(place for place in range(pack.places) if place not in place_of.values())
+                if going_on:
+                    number = going_on.popleft()
+                    place_of[number] = place
+                    resume(number, self._seated_again(seats[number], place))
+                else:
+                    number = queue.popleft()
+                    place_of[number] = place
+                    seats[number] = self._seat(pack, place, self.trials[number])
+                    resume(number)
+            if decided := self._decided(waiting, {*seats, *queue}, losses, pack.together):
+                for number, told in decided.items():
+                    del waiting[number]
+                    if told == "" and number not in place_of:
+                        going_on.append(number)
+                    else:
+                        resume(number, told)
                 continue
-            shares = [each for _, each in sorted(waiting.items()) if isinstance(each, Share)]
+            shares = {place_of[number]: each for number, each in waiting.items() if isinstance(each, Share)}
             if not shares:
                 continue
-            for share in shares:
-                del waiting[share.place]
-            for share, answer in zip(shares, pack.run(shares), strict=True):
-                resume(share.place, answer)
+            number_at = {place: number for number, place in place_of.items()}
+            for place in shares:
+                del waiting[number_at[place]]
+            in_order = [share for _, share in sorted(shares.items())]
+            for share, answer in zip(in_order, pack.run(in_order), strict=True):
+                resume(number_at[share.place], answer)
         for trial in (self.trials[number] for number in queue):
             trial.failure = failure_of(Preempted(f"Asked to stop ({self.stop.reason}) before it began"))
             trial.reporter.failed(trial.failure)
 
+    def _seated_again(self, seat: Seat, place: int) -> str | BaseException:
+        """Give `place` to a trial that has waited at a rung; return what it is told there."""
+        if self.stop:
+            return EvaluationAborted()
+        try:
+            seat.sit_at(place)
+        except Exception as error:
+            return error
+        return ""
+
     def _decided(
         self,
         waiting: Mapping[int, Share | AtRung],
-        number_at: Mapping[int, int],
+        running: Collection[int],
         losses: Sequence[Mapping[int, float]],
-        places: int,
-    ) -> dict[int, str | BaseException]:
-        """Return the answers to those that wait at a rung, by their places, as far as they are known."""
-        asking = {number_at[each.place]: each for each in waiting.values() if isinstance(each, AtRung)}
+        together: int,
+    ) -> Mapping[int, str | BaseException]:
+        """Return the answers to those that wait at a rung, by their numbers, as far as they are known."""
+        asking = {number: each for number, each in waiting.items() if isinstance(each, AtRung)}
         if self.halving is None or not asking:
             return {}
         if self.stop:  # the others leave before they come there
-            return {each.place: EvaluationAborted() for each in asking.values()}
-        told = decide(asking, losses, set(number_at.values()), places, self.halving)
-        return {asking[number].place: why for number, why in told.items()}
+            return {number: EvaluationAborted() for number in asking}
+        return decide(asking, losses, running, together, self.halving)
 
-    def _turn(self, pack: Pack, place: int, trial: Trial) -> Turn:
+    def _seat(self, pack: Pack, place: int, trial: Trial) -> Seat:
         rungs = self.halving.rungs if self.halving else ()
-        return Turns(
-            trial.name,
-            lambda turn: self._run_trial(trial, Seat(pack, place, trial.job.spec, turn, rungs, self._pinned_commit)),
-        )
+        turn: Turn = Turns(trial.name, lambda turn: self._run_trial(trial, seat))
+        seat = Seat(pack, place, trial.job.spec, turn, rungs, self._pinned_commit)
+        return seat
 
     def _pinned_commit(self) -> str | None:
         """Return the hub's commit of the base on which an earlier attempt trained any of the trials: all share it."""
