@@ -226,6 +226,31 @@ def test_a_trial_that_diverged_is_not_trained_again_and_the_others_are_not_held_
 
 
 @pytest.mark.nightly
+def test_trials_whose_pass_does_not_fit_take_turns_and_stay_the_same(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def inject() -> None:
+        import torch
+
+        from finetune_trainer.engine.packed_pass import PackedModel
+
+        original = PackedModel.forward
+
+        def forward(self: Any, tokens: Any, slopes: Any, **inputs: Any) -> Any:
+            if len(slopes) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, tokens, slopes, **inputs)
+
+        PackedModel.forward = forward
+
+    finished = TrainerProcess(_sweep(tmp_path, tiny_model), tmp_path, before=inject).finish()
+    assert finished.exit_code == 0, finished.log
+    assert finished.log.count("The GPU ran out of memory with 2 trials in a pass: retrying with 1") == 1
+    for name in TRIALS:
+        _assert_same(tmp_path / "out" / name, unbroken / "out" / name)
+
+
+@pytest.mark.nightly
 def test_in_a_pod_the_next_attempt_keeps_what_is_published_even_where_it_may_overwrite(
     tiny_model: Path, tmp_path: Path
 ) -> None:
