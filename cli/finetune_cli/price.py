@@ -82,6 +82,7 @@ def _of_cluster(
         raise CliError("--price: the operator's prices are not yours to read", hint="give the price: --price 2.5")
     operator = next((each for each in found if each.watches(cluster.namespace)), None)
     if operator is None:
+        cluster.require_namespace()
         raise CliError(f"--price: no operator here watches {cluster.namespace}", hint="give the price: --price 2.5")
     label = (job.spec.resources.node_selector or {}).get(constants.LABEL_GPU_PRODUCT)
     return Price(price_of(operator.prices, label, gpu), operator.currency)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from finetune_api import answers, constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube import packed, reading
-from finetune_cli.kube.errors import explained
+from finetune_cli.kube.errors import NoNamespace, explained
 from finetune_cli.kube.objects import Object, attempt_of, fault_of, index_of, read_job, read_object
 
 #: Server-side apply remembers under this name what `finetune submit` has set.
@@ -67,12 +68,44 @@ class Cluster:
     def _beside(self, kind: str) -> list[Object]:
         """Return the objects that are there; none where that cannot be told."""
         try:
-            return self.jobs(kind=kind).items
+            return self._list(kind=kind).items
         except CliError:
             return []
 
+    def before(self, name: str, kind: str = constants.KIND) -> Object | None:
+        """Return an object before it is changed; None where there is none, or that cannot be told."""
+        try:
+            return self._get(name, kind)
+        except CliError:
+            return None
+
+    def require_namespace(self) -> None:
+        """Raise NoNamespace if it is known not to exist. Who may see jobs need not see namespaces."""
+        from kubernetes import client
+
+        try:
+            with explained(self.server, "", self.namespace, "Namespace"):
+                answer = client.CoreV1Api(self.api).read_namespace(
+                    self.namespace, _preload_content=False, _request_timeout=self.timeout
+                )
+                reading.body(answer)
+        except CliError as error:
+            if isinstance(error, NoNamespace):
+                raise
+
+    @contextmanager
+    def _asking(self, name: str, kind: str) -> Iterator[None]:
+        """Explain what goes wrong with an object: that its whole namespace is missing, rather than that it is."""
+        try:
+            with explained(self.server, self.namespace, name, kind):
+                yield
+        except CliError as error:
+            if error.is_missing:
+                self.require_namespace()
+            raise
+
     def _get(self, name: str, kind: str) -> Object:
-        with explained(self.server, self.namespace, name, kind):
+        with self._asking(name, kind):
             answer = self._custom().get_namespaced_custom_object(
                 *self._place(kind), name, _preload_content=False, _request_timeout=self.timeout
             )
@@ -82,10 +115,18 @@ class Cluster:
         self, *, everywhere: bool = False, selector: str | None = None, kind: str = constants.KIND
     ) -> answers.Listing:
         """FineTuneJobs, or FineTuneSweeps, of the namespace, or of all."""
+        listing = self._list(everywhere=everywhere, selector=selector, kind=kind)
+        if not (everywhere or listing.items or listing.lost):
+            self.require_namespace()
+        return listing
+
+    def _list(
+        self, *, everywhere: bool = False, selector: str | None = None, kind: str = constants.KIND
+    ) -> answers.Listing:
         options: Any = {"_request_timeout": self.timeout, "_preload_content": False}
         options |= {"label_selector": selector} if selector else {}
         group, version, namespace, plural = self._place(kind)
-        with explained(self.server, "" if everywhere else namespace, what=kind):
+        with explained(self.server, "" if everywhere else namespace, what=kind, selector=selector):
             if everywhere:
                 found = self._custom().list_cluster_custom_object(group, version, plural, **options)
             else:
@@ -116,7 +157,7 @@ class Cluster:
 
     def patch(self, name: str, change: Object, kind: str = constants.KIND) -> Object:
         """Merge `change` into a FineTuneJob, or a FineTuneSweep."""
-        with explained(self.server, self.namespace, name, kind):
+        with self._asking(name, kind):
             answer = self._custom().patch_namespaced_custom_object(
                 *self._place(kind),
                 name,
@@ -130,7 +171,7 @@ class Cluster:
 
     def delete(self, name: str, kind: str = constants.KIND) -> None:
         """Delete a FineTuneJob, or a FineTuneSweep; what it owns follows in the background."""
-        with explained(self.server, self.namespace, name, kind):
+        with self._asking(name, kind):
             answer = self._custom().delete_namespaced_custom_object(
                 *self._place(kind),
                 name,

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 from finetune_api import constants
 from finetune_cli.errors import CliError, Exit
 
+#: How the API server says that no Role of the user's grants something.
+_NOT_GRANTED = re.compile(
+    r'User "(?P<user>[^"]+)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)" in API group "(?P<group>[^"]*)"'
+    r'(?: in the namespace "(?P<namespace>[^"]+)")?'
+)
+_READING = ("get", "list", "watch")
+
+
+class NoNamespace(CliError):
+    """The namespace that a command acts in does not exist."""
+
+    def __init__(self, name: str) -> None:
+        hint = "kubectl get namespaces lists those that do; -n chooses one"
+        super().__init__(f"namespace {name!r} does not exist", hint=hint)
+
 
 @contextmanager
-def explained(server: str, namespace: str, name: str = "", what: str = constants.KIND) -> Iterator[None]:
-    """Turn whatever the client raises inside the block into a CliError about object `name` of kind `what`."""
+def explained(
+    server: str, namespace: str, name: str = "", what: str = constants.KIND, selector: str | None = None
+) -> Iterator[None]:
+    """Turn whatever the client raises inside the block into a CliError.
+
+    Args:
+        server: Where the API is.
+        namespace: What was asked for is there; empty for all.
+        name: Of the object.
+        what: Its kind.
+        selector: The user's, where objects are listed.
+    """
     import urllib3
     from kubernetes.client.exceptions import ApiException
 
     try:
         yield
     except ApiException as error:
+        if error.status == HTTPStatus.BAD_REQUEST and selector:
+            raise _bad_selector(_status(error), selector) from None
         raise refusal(error.status or 0, _status(error), server, namespace, name, what) from None
     except (RecursionError, ValueError) as error:
         why = "an object in it nests too deep" if isinstance(error, RecursionError) else str(error)
@@ -64,12 +94,7 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
             code=Exit.UNREACHABLE,
         )
     if code == 403:
-        return CliError(
-            f"access denied: {message}",
-            hint="ask for a Role that grants this verb",
-            code=Exit.UNREACHABLE,
-            is_denied=True,
-        )
+        return CliError(f"access denied: {message}", hint=_grant(message), code=Exit.UNREACHABLE, is_denied=True)
     if code == 404:
         return _not_found(status, server, where, name, what)
     if code == 409:
@@ -83,13 +108,37 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
     )
 
 
+def _bad_selector(status: dict[str, Any], selector: str) -> CliError:
+    return CliError(
+        f"selector {selector!r} cannot be read: {status.get('message')}",
+        hint="--selector takes KEY=VALUE, KEY!=VALUE, KEY, '!KEY' or 'KEY in (ONE, OTHER)', several joined by commas",
+    )
+
+
+def _grant(message: str) -> str:
+    """Return how an administrator grants what RBAC has denied; what else denies, such as a quota, says so itself."""
+    if not (found := _NOT_GRANTED.search(message)):
+        return "ask the cluster's administrator"
+    if found["user"] == "system:anonymous":
+        return "the cluster was not told who you are: log in again, or choose another user with --context"
+    role = "view" if found["verb"] in _READING else "edit"
+    where = f" in namespace {found['namespace']}" if found["namespace"] else " in all namespaces"
+    by = " (by rbac.aggregateToUserRoles of the operator's chart)" if found["group"] == constants.GROUP else ""
+    kind, place = ("rolebinding", f" -n {found['namespace']}") if found["namespace"] else ("clusterrolebinding", "")
+    user = shlex.quote(found["user"])
+    return (
+        f"ask an administrator for the right to {found['verb']} {found['resource']}{where}. The ClusterRole {role}"
+        f" holds it{by}: kubectl create {kind} finetune-{role} --clusterrole={role} --user={user}{place}"
+    )
+
+
 def _not_found(status: dict[str, Any], server: str, where: str, name: str, what: str) -> CliError:
     missing = status.get("details") or {}
+    if missing.get("kind") == "namespaces":
+        return NoNamespace(str(missing.get("name")))
     if name and missing.get("name") == name:
         hint = "finetune list -A shows all jobs, finetune list --sweeps -A all sweeps"
         return CliError(f"there is no {what} {name!r}{where}", hint=hint, is_missing=True)
-    if missing.get("kind") == "namespaces":
-        return CliError(f"there is no namespace {missing.get('name')!r}", hint="kubectl get namespaces")
     return CliError(
         f"{what if what == constants.SWEEP_KIND else constants.KIND}s are not installed in the cluster at {server}",
         hint="install the operator's chart, or at least: kubectl apply --server-side -f crds/",

@@ -65,7 +65,7 @@ class Packed(Cluster):
             raise CliError(f"there is no {kind} {name!r}", is_missing=True)
         return self.found
 
-    def jobs(self, kind: str = constants.KIND, **_: Any) -> Any:
+    def _list(self, kind: str = constants.KIND, **_: Any) -> Any:
         return answers.Listing({}, [self.found] if kind == constants.KIND else [SWEEP])
 
     def follow(self, name: str, *_: Any, **__: Any) -> Any:
