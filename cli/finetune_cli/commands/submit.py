@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune_api import constants
 from finetune_cli.errors import CliError, same_place
+from finetune_cli.kube.changes import changed_paths
 from finetune_cli.options import (
     Context,
     Kubeconfig,
@@ -19,6 +21,10 @@ from finetune_cli.output import console
 
 if TYPE_CHECKING:
     from finetune_api.manifest import Document
+    from finetune_cli.kube.objects import Object
+
+#: More changed fields are counted, not named.
+MOST_NAMED = 8
 
 
 def submit(
@@ -66,11 +72,13 @@ def submit(
     cluster = connect(namespace or job.metadata.namespace, context, kubeconfig)
     if not isinstance(job, FineTuneSweep):  # the operator looks at each trial's output
         refuse_shared_output(cluster, job)
+    before = cluster.before(job.metadata.name, constants.SWEEP_KIND if document.is_sweep else constants.KIND)
     result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
     metadata = result["metadata"]
-    verb = "created" if is_new else "applied"
     if not output:
-        console.done(f"{metadata['name']} {verb} in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}")
+        verb, changed = ("created", "") if is_new else _told(before, result)
+        place = f"in namespace {cluster.namespace}{' (dry run)' if dry_run else ''}"
+        console.done(f"{metadata['name']} {verb} {place}{changed}")
     if watch and not dry_run:
         from finetune_cli.commands.watch import watch_job, watch_sweep
 
@@ -87,6 +95,16 @@ def submit(
         console.next_commands(
             f"finetune watch {flag}{metadata['name']}{place}", f"finetune {other} {metadata['name']}{place}"
         )
+
+
+def _told(before: Object | None, after: Object) -> tuple[str, str]:
+    """Return what became of an object that was there, and which of its fields are others. Pure."""
+    if before is None:  # it could not be read
+        return "applied", ""
+    if not (paths := changed_paths(before, after)):
+        return "unchanged", ""
+    more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+    return "changed", f": {', '.join(paths[:MOST_NAMED])}{more}"
 
 
 def _without_status(document: Document) -> dict[str, Any]:

@@ -25,16 +25,25 @@ def test_submit_creates_the_job_and_names_the_next_commands(ctl, kube, manifest,
     assert kube.get("FineTuneJob", "nli")["spec"]["model"]["source"] == "hf://mistralai/Mistral-7B-v0.3"
 
 
-def test_submit_again_changes_the_job_and_leaves_the_defaults_to_the_server(ctl, kube, manifest, cluster):
+def test_submit_again_changes_the_job_and_leaves_the_defaults_to_the_server(ctl, kube, manifest, cluster, namespace):
     ctl("submit", str(manifest))
     result = ctl("submit", str(manifest), "--set", "lora.rank=64")
-    assert "✓ nli applied" in result.stdout
+    assert f"✓ nli changed in namespace {namespace}: spec.lora.rank\n" in result.stdout
     job = kube.get("FineTuneJob", "nli")
     assert job["spec"]["lora"]["rank"] == 64
     if not cluster.is_real:
         pytest.skip("the stand-in keeps no managed fields")
     managed = next(each for each in job["metadata"]["managedFields"] if each["manager"] == "finetune-cli")
     assert "f:training" not in managed["fieldsV1"]["f:spec"]
+
+
+def test_to_submit_what_is_there_already_changes_nothing_and_says_so(ctl, put, manifest, namespace):
+    put(yaml.safe_load(MANIFEST), states.running("Training", "Training", ""))
+    ctl("submit", str(manifest))  # from now on its fields are the CLI's
+    assert f"✓ nli unchanged in namespace {namespace}\n" in ctl("submit", str(manifest)).stdout
+    dry = ctl("submit", str(manifest), "--set", "suspend=true", "--dry-run")
+    assert f"✓ nli changed in namespace {namespace} (dry run): spec.suspend\n" in dry.stdout
+    assert f"✓ nli unchanged in namespace {namespace}\n" in ctl("submit", str(manifest)).stdout
 
 
 def test_submit_under_another_name_leaves_the_first_alone(ctl, kube, manifest):
@@ -121,6 +130,13 @@ def test_list_of_all_namespaces_and_by_label(ctl, kube, namespace):
     selected = ctl("list", "-l", "team=nlp").stdout
     assert "one" in selected
     assert "two" not in selected
+
+
+def test_a_selector_that_cannot_be_read_names_the_option(ctl):
+    result = ctl("list", "-l", "a b")
+    assert result.returncode == 1
+    assert "error: selector 'a b' cannot be read: unable to parse requirement" in result.stderr
+    assert "hint:  --selector takes KEY=VALUE" in result.stderr
 
 
 def test_list_as_data(ctl, put):
