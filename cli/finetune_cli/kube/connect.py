@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from finetune_cli.errors import CliError, Exit, install_hint, same_place
 from finetune_cli.kube.client import Cluster
 
+#: Settings of a kubeconfig that name a file.
+_FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", "client-key", "tokenFile")}
+_CORRECT = "correct the path there, or choose another context with --context"
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -24,7 +28,14 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None,
     settings = client.Configuration()
     settings.retries = 1
     if kubeconfig is None and not _has_kubeconfig() and "KUBERNETES_SERVICE_HOST" in os.environ:
-        config.load_incluster_config(settings)
+        try:
+            config.load_incluster_config(settings)
+        except config.ConfigException as error:
+            raise CliError(
+                f"no cluster to talk to: neither a kubeconfig nor this pod's service account: {str(error).rstrip('.')}",
+                hint="mount the account's token (automountServiceAccountToken), or give --kubeconfig",
+                code=Exit.UNREACHABLE,
+            ) from None
         default = _IN_CLUSTER_NAMESPACE.read_text().strip() if _IN_CLUSTER_NAMESPACE.exists() else "default"
     else:
         default = _load(settings, context, kubeconfig)
@@ -56,15 +67,29 @@ def _require_kubeconfig(kubeconfig: Path | None) -> None:
         )
 
 
-def _contexts_of(file: str) -> list[str]:
-    """Return the contexts in a kubeconfig; none if it is another file."""
+def _named(file: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the contexts, the clusters or the users in a kubeconfig; none if it is another file."""
     import yaml
 
     try:
-        found = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-        return [str(each["name"]) for each in found["contexts"]]
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))[kind]
+        return [{**each, "name": str(each["name"])} for each in found]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return []
+
+
+def _missing_file(files: str, chosen: dict[str, Any] | None) -> str:
+    """Return which setting of a context names a file that is not there; '' if none does."""
+    context = (chosen or {}).get("context") or {}
+    for file in (Path(each).expanduser() for each in files.split(os.pathsep) if each):
+        for kind, keys in _FILES.items():
+            entries = (each for each in _named(file, f"{kind}s") if each["name"] == context.get(kind))
+            for entry, key in itertools.product(entries, keys):
+                found = entry.get(kind)
+                path = found.get(key) if isinstance(found, dict) else None
+                if path and not (file.parent / str(path)).is_file():
+                    return f"{key} of {kind} {entry['name']!r} is {file.parent / str(path)}, which does not exist"
+    return ""
 
 
 def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
@@ -73,6 +98,7 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
     from kubernetes import config
 
     file = str(kubeconfig) if kubeconfig else _default_kubeconfig()
+    chosen: dict[str, Any] | None = None
     try:
         contexts, current = config.list_kube_config_contexts(file)
         chosen = next((each for each in contexts if each["name"] == context), None) if context else current
@@ -82,8 +108,11 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
         config.load_kube_config(file, context, settings, persist_config=False)
     except config.ConfigException as error:
         why, hint = str(error).splitlines()[0].rstrip("."), "--kubeconfig FILE or $KUBECONFIG names another"
-        if "current-context" in why and (names := _contexts_of(file)):
-            why, hint = "it chooses no context (current-context)", f"--context chooses one of {', '.join(names)}"
+        if missing := _missing_file(file, chosen):
+            why, hint = missing, _CORRECT
+        elif "current-context" in why and (found := _named(Path(file).expanduser(), "contexts")):
+            names = ", ".join(each["name"] for each in found)
+            why, hint = "it chooses no context (current-context)", f"--context chooses one of {names}"
         elif "current-context" in why:
             why = "it is no kubeconfig, which has clusters, users and contexts"
         elif why.endswith("is empty"):
@@ -95,5 +124,7 @@ def _load(settings: Any, context: str | None, kubeconfig: Path | None) -> str:
         raise CliError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
     except (TypeError, AttributeError, KeyError, ValueError, OSError) as error:
         # What the client's loader meets when the file is YAML and something else, or cannot be read.
+        if isinstance(error, OSError) and (missing := _missing_file(file, chosen)):
+            raise CliError(f"no cluster to talk to: {file}: {missing}", hint=_CORRECT, code=Exit.UNREACHABLE) from None
         raise CliError(f"{file}: is no kubeconfig: {error}") from None
     return str((chosen.get("context") or {}).get("namespace") or "default")

@@ -83,6 +83,7 @@ def test_a_user_without_the_rights(ask, cluster, kube, namespace):
     result = ask(cluster.access_of_service_account(namespace, "guest").kubeconfig(), "-n", namespace)
     assert result.returncode == 3
     assert "error: access denied: finetunejobs.finetune.dev is forbidden" in result.stderr
+    assert f"--clusterrole=view --user=system:serviceaccount:{namespace}:guest -n {namespace}" in result.stderr
 
 
 def test_a_cluster_without_the_crd_says_what_to_install(ask, cluster, kube):
@@ -142,6 +143,33 @@ def test_a_kubeconfig_that_is_none(ask, config, code, sentence):
     result = ask(config)
     assert sentence in result.stderr
     assert result.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("cluster", "certificate-authority"),
+        ("user", "client-certificate"),
+        ("user", "client-key"),
+        ("user", "tokenFile"),
+    ],
+)
+def test_a_file_that_a_kubeconfig_names_and_is_not_there_is_told_with_its_setting(ask, tmp_path, kind, key):
+    config = Access("https://127.0.0.1:9").kubeconfig()
+    (tmp_path / "cert.pem").write_text("")
+    if key == "client-key":
+        config["users"][0]["user"]["client-certificate"] = "cert.pem"
+    config[f"{kind}s"][0][kind][key] = "missing.pem"
+    result = ask(config)
+    assert result.returncode == 3
+    assert f": {key} of {kind} 'test' is {tmp_path}/missing.pem, which does not exist\n" in result.stderr
+
+
+def test_a_pod_without_its_service_accounts_token_is_told(tmp_path):
+    env = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "9", "KUBECONFIG": "/nowhere"}
+    result = no_traceback(finetune("list", env=env))
+    assert result.returncode == 3
+    assert "neither a kubeconfig nor this pod's service account: Service token file does not exist" in result.stderr
 
 
 def test_no_kubeconfig_at_all(tmp_path):

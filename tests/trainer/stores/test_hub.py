@@ -122,3 +122,14 @@ def test_the_hub_itself_needs_to_be_allowed_too(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://huggingface.co")
     with pytest.raises(StoreMisconfigured, match=r"https://huggingface\.co is not allowed here"):
         fetch_from_hub(uri.parse("hf://me/model"), Credentials("model", {}), tmp_path / "cache")
+
+
+def test_a_file_of_certificates_that_is_not_there_is_named_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+    huggingface_hub.close_session()  # which has read its certificates
+    with pytest.raises(StoreMisconfigured, match="SSL_CERT_FILE must be the path of a file with certificates in PEM: "):
+        fetch_from_hub(
+            uri.parse("hf://me/model"), Credentials("model", {"HF_ENDPOINT": "https://127.0.0.1:9"}), tmp_path
+        )

@@ -341,6 +341,11 @@ def test_a_registry_is_spoken_to_with_tls_unless_it_is_here_or_the_setting_says_
     assert registry_settings.scheme(registry_name, Credentials("oci", keys), "output.oci.uri") == scheme
 
 
+def test_a_file_of_certificates_that_is_not_there_is_named(standin: Registry, tmp_path: Path) -> None:
+    with pytest.raises(StoreMisconfigured, match=f"REGISTRY_CA_BUNDLE must be .*: {tmp_path}/ca.crt does not exist"):
+        open_image(standin, "team/nli:v1", tmp_path, REGISTRY_CA_BUNDLE=str(tmp_path / "ca.crt"))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

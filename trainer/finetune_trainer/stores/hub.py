@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from finetune_api.constants import ENV_ALLOWED_ENDPOINTS
 from finetune_api.uri import Uri
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.stores import endpoints, patience
+from finetune_trainer.stores import certificates, endpoints, patience
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.errors import (
@@ -34,6 +34,8 @@ file_download.http_get = bounded_http_get
 #: Tries while the hub does not answer.
 ATTEMPTS: Final = 3
 HUB: Final = "https://huggingface.co"
+#: Names the file of certificates that the hub's client trusts.
+_CA_BUNDLE: Final = "SSL_CERT_FILE"
 
 
 def fetch_from_hub(
@@ -148,6 +150,9 @@ def explain(error: Exception, where: str, credentials: Credentials, revision: st
         return StoreAccessDenied(f"{where}: access denied (HTTP {status}): check HF_TOKEN {where_set}")
     if isinstance(error, hub.HFValidationError | hub.RemoteEntryNotFoundError):
         return StoreNotFound(f"{where} cannot be read: {str(error).splitlines()[0]}")
+    bundle = os.environ.get(_CA_BUNDLE)
+    if isinstance(error, OSError) and bundle and (fault := certificates.fault_of(bundle)):
+        return StoreMisconfigured(f"{where}: {_CA_BUNDLE} must be {fault} (in the environment)")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, hub.EntryNotFoundError):
         return StoreUnavailable(f"{where} cannot be fetched: {os.strerror(error.errno)}")
     if status:

@@ -141,7 +141,7 @@ UNUSABLE = [
     ("AWS_ENDPOINT_URL", "http://[CANARY", "http://host:port or https://host"),
     ("AWS_ENDPOINT_URL", "ftp://CANARY", "http://host:port or https://host"),
     ("AWS_REGION", "CANARY/x y", "the name of a region, such as us-east-1"),
-    ("AWS_CA_BUNDLE", "/nowhere/CANARY", "the path of a file with certificates"),
+    ("AWS_CA_BUNDLE", "/nowhere/CANARY", "the path of a file with certificates in PEM"),
     ("AWS_REQUEST_CHECKSUM_CALCULATION", "CANARY", "when_supported or when_required"),
     (constants.ENV_STORE_PATIENCE, "CANARY", "a number of seconds"),
 ]
@@ -159,6 +159,21 @@ def test_a_setting_that_cannot_work_is_named_and_its_value_never_shown(
         open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
     expected = f"output.uri: {key} must be {allowed} (in the Secret named by output.secretRef or in the environment)"
     assert str(caught.value) == expected
+
+
+def test_a_file_of_certificates_that_is_not_there_is_named_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, other = tmp_path / "ca.crt", tmp_path / "other.pem"
+    other.write_text("no certificate")
+    (tmp_path / "config").write_text(f"[default]\nca_bundle = {other}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    env = IMPATIENT | {"AWS_ENDPOINT_URL": "https://127.0.0.1:9"}
+    must = "must be the path of a file with certificates in PEM: "
+    with pytest.raises(StoreMisconfigured, match=f"AWS_CA_BUNDLE {must}{missing} does not exist"):
+        open_store(parse("s3://bucket/x"), Credentials("output", env | {"AWS_CA_BUNDLE": str(missing)})).list()
+    with pytest.raises(StoreMisconfigured, match=f"ca_bundle of the AWS profile {must}{other} has none"):
+        open_store(parse("s3://bucket/x"), Credentials("output", env)).list()
 
 
 @pytest.mark.parametrize("url", ["user:CANARY@127.0.0.1:9", "CANARY@127.0.0.1:9", "127.0.0.1:9/?token=CANARY"])

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from finetune_api import constants
 from finetune_trainer import redact
+from finetune_trainer.stores import certificates
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.errors import StoreMisconfigured
 
@@ -44,12 +45,9 @@ def tls(credentials: Credentials, field: str) -> ssl.SSLContext:
     """
     context = ssl.create_default_context()
     if bundle := credentials.get(CA_BUNDLE):
-        try:
-            context.load_verify_locations(cafile=bundle)
-        except (OSError, ValueError):  # ssl.SSLError is an OSError
-            raise StoreMisconfigured(
-                f"{field}: {CA_BUNDLE} must be the path of a file with certificates in PEM ({credentials.where})"
-            ) from None
+        if fault := certificates.fault_of(bundle):
+            raise StoreMisconfigured(f"{field}: {CA_BUNDLE} must be {fault} ({credentials.where})")
+        context.load_verify_locations(cafile=bundle)
     return context
 
 

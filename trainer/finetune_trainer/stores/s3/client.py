@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import InvalidRegionError, PartialCredentialsError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from finetune_trainer.stores import endpoints
+from finetune_trainer.stores import certificates, endpoints
 from finetune_trainer.stores.base import OnProgress
 from finetune_trainer.stores.credentials import Credentials, origin
 from finetune_trainer.stores.digest import Digest
@@ -138,9 +139,8 @@ def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Cli
         if credentials.get(key) and not credentials.get(other):
             raise PartialCredentialsError(provider=credentials.role, cred_var=other)
     shown_endpoint(credentials)
-    certificates = credentials.get("AWS_CA_BUNDLE")
-    if certificates and not Path(certificates).exists():
-        raise InvalidSetting("AWS_CA_BUNDLE", "the path of a file with certificates")
+    core = botocore.session.get_session()
+    bundle = _ca_bundle(credentials, core)
     calculation = (credentials.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported").lower()
     if calculation not in ("when_supported", "when_required"):
         raise InvalidSetting("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported or when_required")
@@ -149,6 +149,7 @@ def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Cli
         aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
         aws_session_token=credentials.get("AWS_SESSION_TOKEN"),
         region_name=credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION"),
+        botocore_session=core,
     )
     endpoint = endpoint_of(credentials)
 
@@ -163,7 +164,7 @@ def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Cli
             response_checksum_validation=validation,
         )
         region = session.region_name or "us-east-1"  # of the user's profile, where there is one
-        return session.client("s3", region_name=region, endpoint_url=endpoint, config=config, verify=certificates)
+        return session.client("s3", region_name=region, endpoint_url=endpoint, config=config, verify=bundle)
 
     try:
         return Clients(
@@ -177,6 +178,16 @@ def connect(credentials: Credentials, timeout: float = DATA_READ_TIMEOUT) -> Cli
         raise InvalidSetting("AWS_REGION", "the name of a region, such as us-east-1") from None
     except ValueError:
         raise InvalidSetting(_endpoint_key(credentials), "http://host:port or https://host") from None
+
+
+def _ca_bundle(credentials: Credentials, session: Any) -> str | None:
+    """Return the file of certificates to trust, None for the system's. Raises InvalidSetting if it holds none."""
+    key, bundle = "AWS_CA_BUNDLE", credentials.get("AWS_CA_BUNDLE")
+    if not bundle:
+        key, bundle = "ca_bundle of the AWS profile", session.get_scoped_config().get("ca_bundle")
+    if bundle and (fault := certificates.fault_of(bundle)):
+        raise InvalidSetting(key, fault)
+    return bundle
 
 
 def _transfer_config() -> TransferConfig:
