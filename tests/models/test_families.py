@@ -70,9 +70,8 @@ def test_a_family_trains_with_its_own_loss_or_says_why_not(kind: str, tmp_path: 
     if findings.packing_problem is None:
         torch.testing.assert_close(core(**batches["packed"]), expected, rtol=1e-4, atol=1e-3)
     adapted = family_report.one_step(model, kind)
-    without = unreached(adapted)
-    assert len(without) < sum("lora_B" in name for name, _ in adapted.named_parameters())
-    assert not without or kind in family_report.UNREACHED, "the trainer says so when it publishes"
+    assert any(bool(each.any()) for name, each in adapted.named_parameters() if "lora_B" in name), "the step moved it"
+    assert not unreached(adapted) or kind in family_report.UNREACHED, "the trainer says so when it publishes"
     save_adapter(adapted, tmp_path)
     loaded = PeftModel.from_pretrained(plain, str(tmp_path))
     first, second = (family_report.logits(each, findings.attention) for each in (loaded, adapted.get_base_model()))

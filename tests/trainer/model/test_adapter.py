@@ -52,6 +52,22 @@ def _gradients(adapted: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
 
 
+def test_adapters_are_unreached_only_beside_others_that_moved(tiny_model: Path) -> None:
+    """A job whose only step is its warm-up has moved none: every layer may well have had a gradient."""
+    adapted = _load(tiny_model)
+    second = {name: each for name, each in adapted.named_parameters() if "lora_B" in name}
+    optimizer = torch.optim.AdamW(second.values(), lr=0.0)
+    for rate in (0.0, 0.01):
+        optimizer.param_groups[0]["lr"] = rate
+        adapted(input_ids=torch.arange(10, 60)[None], labels=torch.arange(10, 60)[None]).loss.backward()
+        optimizer.step()
+        assert all(bool(each.any()) == (rate > 0) for each in second.values())
+        assert adapter.unreached(adapted) == []
+    name = next(iter(second))
+    second[name].data.zero_()
+    assert adapter.unreached(adapted) == [name]
+
+
 def test_gradients_are_the_same_before_and_after_an_evaluation(tiny_model: Path) -> None:
     adapted = _load(tiny_model, lora={"dropout": 0.0})
     before = _gradients(adapted)

@@ -160,12 +160,13 @@ def adapter_weights(model: Any) -> dict[str, Any]:
 
 
 def unreached(model: Any) -> list[str]:
-    """Return the adapters that no gradient has reached: their second matrix is zero, as it began."""
-    return [
-        name
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and "lora_B" in name and not weight.any()
-    ]
+    """Return the adapters that no gradient has reached: their second matrix is zero, as it began, and others moved.
+
+    Where none has moved nothing is known: the learning rate may have been zero, as in the first step of a warm-up.
+    """
+    second = {name: each for name, each in model.named_parameters() if each.requires_grad and "lora_B" in name}
+    zero = [name for name, each in second.items() if not each.any()]
+    return zero if len(zero) < len(second) else []
 
 
 def save_adapter(model: Any, folder: Path) -> None:
