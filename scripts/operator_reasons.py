@@ -30,8 +30,9 @@ ATTEMPTS: Final = {
         "Nothing to do: the next attempt runs the spec as it is now, if the administrator's rules allow it.",
     ),
     "JobRefused": Reason(
-        "A Job with this job's owner reference and the next attempt's name that the operator did not create, or whose"
-        " creation it could not record before its settings changed. It is deleted and never taken for an attempt.",
+        "Somebody else created a Job under the name of the next attempt, with this FineTuneJob as its owner; or the"
+        " operator's settings changed between the creation of the attempt's Job and its record. The operator deletes"
+        " such a Job and never takes it for an attempt.",
         "Nothing to do: the next attempt follows. If it repeats, find out who may create Jobs in the namespace.",
     ),
     "PodLost": Reason(
@@ -92,7 +93,8 @@ WAITS: Final = {
     ),
     "Queued": Reason(
         "Kueue has not admitted the Job, or somebody else suspended it; the message repeats Kueue's sentence.",
-        "Wait, or look at the quota: `kubectl describe workloads`.",
+        "Wait, or look at the quota: `kubectl describe workloads`. A Job that somebody suspended by hand: set its"
+        " `spec.suspend` to false.",
     ),
     "ParallelismChanged": Reason(
         "Somebody set `parallelism` of the attempt's Job below the number of nodes, so Kubernetes stopped its pods.",
@@ -133,11 +135,13 @@ WAITS: Final = {
         "The namespace's ResourceQuota denies the Job.", "Free quota or raise it; the operator retries."
     ),
     "Forbidden": Reason(
-        "The API server denies the creation of a child: RBAC, or an admission policy.",
+        "The API server does not let the operator create the attempt's Job, Service or NetworkPolicy: its RBAC lacks"
+        " the right, or an admission policy denies it.",
         "Install the chart's Role in this namespace (`watch.namespaces`), or change the policy the message names.",
     ),
     "Rejected": Reason(
-        "The API server calls a child invalid: most often a quantity, affinity or toleration in `spec.resources`.",
+        "The API server calls the attempt's Job invalid: most often a quantity, affinity or toleration in"
+        " `spec.resources`.",
         "Change the field the message names.",
     ),
     "LabelsReplaced": Reason(
@@ -146,9 +150,9 @@ WAITS: Final = {
         "Exclude objects with the label `app.kubernetes.io/managed-by=finetune-operator` from the webhook.",
     ),
     "NameConflict": Reason(
-        "An object of the child's name exists and belongs to somebody else, or is a Service or NetworkPolicy with other"
-        " content than the operator gives it.",
-        "Delete or rename it; the message names it.",
+        "The attempt needs a Job, Service or NetworkPolicy of a name that is taken: what has it belongs to somebody"
+        " else, or has other content than the operator gives it.",
+        "Delete what the message names, or create it anew under another name; the operator tries again by itself.",
     ),
 }
 
@@ -214,8 +218,9 @@ SWEEPS: Final = {
         "Read the reasons in `status.trials`, and one of the FineTuneJobs: they often share a cause.",
     ),
     "Outperformed": Reason(
-        "`earlyStopping` stopped the trial: it was not among the best at a rung. The event `TrialStopped` tells which.",
-        "Nothing to do. Its FineTuneJob and checkpoint stay; a smaller `reductionFactor` stops fewer.",
+        "`earlyStopping` stopped the trial: after one of the steps in `earlyStopping.rungs` its evalLoss was not among"
+        " the best. The event `TrialStopped` names it.",
+        "Nothing to do. Its checkpoint stays; a smaller `reductionFactor` stops fewer.",
     ),
     "Unfinished": Reason(
         "The process that the trial shared ended for good before the trial did.",
@@ -232,8 +237,8 @@ SWEEPS: Final = {
     "PackEnded": Reason(
         "Event on the sweep: a FineTuneJob that trials share ended for good before all of them had, or its trainer told"
         " nothing of them. An older image does not know such jobs and refuses them (`ConfigInvalid`).",
-        "Nothing to do: each of the others goes on in a FineTuneJob of its own. `finetune status <sweep>-pack-0` says"
-        " why; `packing: disabled` spares the failed start.",
+        "Nothing to do: each of the others goes on in a FineTuneJob of its own. `finetune status` of the"
+        " FineTuneJob that the event names says why; `packing: disabled` spares the failed start.",
     ),
 }
 

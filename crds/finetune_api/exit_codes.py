@@ -57,7 +57,7 @@ _OUTCOMES: Final = (
         GATE_NOT_PASSED,
         True,
         "The adapter is trained and whole, but does not meet publish.onlyIf: it is kept below candidates/.",
-        "Look at status.gate. To serve it all the same: finetune promote with the URI in status.candidate.",
+        "status.gate says which check failed. To serve it all the same: finetune promote, with status.candidate.uri.",
     ),
     Outcome(
         ExitCode.DATASET_INVALID,
