@@ -84,7 +84,7 @@ def _serve_alone(address: str, log: Path) -> NoReturn:
                 os.fstat(each)
                 os.dup2(nowhere, each)
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # a fork replaces it, and goes on to write to 2
         _serve(address)
     except BaseException:
         traceback.print_exc()
