@@ -47,6 +47,9 @@ def memory_of(jobs: Sequence[FineTuneJob], at_once: int, room: int | None, confi
         if fewer == places:
             break
         places = fewer
+    if found.plan:
+        captured = forecast.forecast(_as_one(jobs, places, captured=True), room, config)
+        found = replace(found, plan=passes.replayed(jobs[0].spec, found.plan, captured.plan if captured.fits else None))
     if found.plan and found.shape and found.plan.predicted_peak_memory_bytes:
         more = passes.BYTES_IN_PLACE * adapter_weights(found.shape, wide.spec)
         peak = found.plan.predicted_peak_memory_bytes + more
@@ -54,12 +57,12 @@ def memory_of(jobs: Sequence[FineTuneJob], at_once: int, room: int | None, confi
     return found, places
 
 
-def _as_one(jobs: Sequence[FineTuneJob], places: int) -> FineTuneJob:
+def _as_one(jobs: Sequence[FineTuneJob], places: int, captured: bool = False) -> FineTuneJob:
     """Return a job whose steps are passes of `places` trials: all of their rows, and the ranks of the largest."""
     first = jobs[0]
     ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[:places]
     lora = first.spec.lora.model_copy(update={"rank": sum(ranks)})
-    spec = passes.spec_of_pass(first.spec, places).model_copy(update={"lora": lora})
+    spec = passes.spec_of_pass(first.spec, places, captured).model_copy(update={"lora": lora})
     return first.model_copy(update={"spec": spec})
 
 

@@ -1,6 +1,5 @@
 """Passes replayed as CUDA graphs. A CPU has none: here a replay runs again what was captured, on the same tensors."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,15 @@ from finetune_trainer.engine import attention, graphs
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from support.trainer import graph_steps
+from support.trainer.captures import replay_by_running_again
 from support.trainer.varlen import as_in_2_13
 
 LONGEST = 100
 
 
-class Graph:
-    """As torch.cuda.CUDAGraph: knows tensors, not arguments."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.replay = function
-
-
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The pool of each capture so far."""
-    pools: list[Any] = []
-
-    def capture(function: Callable[[], None], pool: Any) -> tuple[Graph, str]:
-        pools.append(pool)
-        with torch.random.fork_rng():
-            function()  # as a real one, which computes and draws nothing yet
-        return Graph(function), "pool"
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    return pools
+    return replay_by_running_again(monkeypatch)
 
 
 @pytest.fixture

@@ -88,7 +88,12 @@ def _alone(adapted: Any, batch: dict[str, Any]) -> tuple[float, list[torch.Tenso
 
 
 def _together(
-    trials: dict[int, Any], packed: bool, dropout: float = 0.0, seeds: tuple[int, ...] = (1, 2, 3), places: int = 4
+    trials: dict[int, Any],
+    packed: bool,
+    dropout: float = 0.0,
+    seeds: tuple[int, ...] = (1, 2, 3),
+    places: int = 4,
+    few_shapes: bool = False,
 ) -> dict[int, tuple[float, list[torch.Tensor]]]:
     core = twin(_base())
     model = PackedModel(core, PackedAdapters(core, places, 16, torch.float32)).train()
@@ -99,17 +104,22 @@ def _together(
         batch = _batch(ROWS[place], packed)
         shares.append(Share(place, batch, 1 / torch.tensor(len(batch["target_ids"])), seeds[place]))
     for _ in range(2):  # gradients add up, as over the micro-batches of a step
-        model(**joined(shares, places, 3)).backward()
+        model.adapters.load()
+        model(**joined(shares, places, 3, few_shapes)).backward()
         model.adapters.give_gradients(list(trials))
-    losses = dict(zip(sorted(trials), model.losses.tolist(), strict=True))
+    losses = model.losses.tolist()
     return {place: (losses[place], [each / 2 for each in _gradients(trials[place])]) for place in trials}
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_each_trial_has_the_loss_and_gradients_that_it_has_alone(packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("packed", "few_shapes", "places"),
+    [(True, False, 4), (True, True, 4), (True, True, 3), (False, False, 4)],
+    ids=["packed", "filled up", "filled up, the last place taken", "padded"],
+)
+def test_each_trial_has_the_loss_and_gradients_that_it_has_alone(packed: bool, few_shapes: bool, places: int) -> None:
     trials = {place: _trial(*each) for place, each in enumerate(TRIALS)}
     expected = {place: _alone(adapted, _batch(ROWS[place], packed)) for place, adapted in trials.items()}
-    found = _together(trials, packed)
+    found = _together(trials, packed, few_shapes=few_shapes, places=places)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -146,6 +156,7 @@ def test_a_place_that_is_left_takes_the_next_trial() -> None:
         batch = _batch(ROWS[0], True)
         expected, gradients = _alone(adapted, batch)
         adapted.zero_grad()
+        adapters.load()
         model(**joined([Share(0, batch, 1 / torch.tensor(len(batch["target_ids"])))], 1, 2)).backward()
         adapters.give_gradients([0])
         assert float(model.losses[0]) == pytest.approx(expected, rel=1e-5)
@@ -180,9 +191,9 @@ def test_adapters_that_are_more_than_plain_lora_are_refused() -> None:
 def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, places: int, micro: int) -> None:
     """`fits`: rows that the GPU takes at one time; a step of each trial has four."""
 
-    def make(spec: FineTuneJobSpec, base: Any, findings: Any = None) -> ExecutionPlan:
+    def make(spec: FineTuneJobSpec, base: Any, findings: Any = None, tried: bool = False) -> ExecutionPlan:
         rows = spec.training.batch_size
-        assert spec.training.cuda_graphs == "disabled"
+        assert spec.training.cuda_graphs == ("enabled" if tried else "disabled")
         size = next(size for size in range(min(rows, fits), 0, -1) if rows % size == 0)
         return ExecutionPlan(
             micro_batch_size=size, gradient_accumulation_steps=rows // size, predicted_peak_memory_bytes=1

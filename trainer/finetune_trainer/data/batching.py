@@ -19,10 +19,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data.dataset import TokenizedDataset
 from finetune_trainer.data.encoding import IGNORE
-from finetune_trainer.planning.shapes import filled_up, step_of
+from finetune_trainer.planning.shapes import filled_up, filled_up_targets, step_of
 
-#: Targets are filled up to so many equal parts of the tokens: each pair of shapes is captured by itself.
-_PARTS: Final = 8
 #: Rows scanned for the most tokens of a micro-batch.
 _SCANNED_ROWS: Final = 16_384
 
@@ -252,8 +250,7 @@ class Collate:
         ends = torch.cat([batch["cu_seq_lens_q"], torch.tensor([total], dtype=torch.int32)])
         longest = max(batch["max_length_q"], step_of(real))
         targets = len(batch["target_ids"])
-        part = total // _PARTS
-        unreal = max(1, -(-targets // part)) * part - targets
+        unreal = filled_up_targets(targets, total) - targets
         return batch | {
             "input_ids": torch.cat([batch["input_ids"], tokens], 1),
             "position_ids": torch.cat([batch["position_ids"], positions], 1),

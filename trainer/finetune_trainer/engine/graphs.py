@@ -38,12 +38,13 @@ class StepGraphs:
     that differs, or a capture fails, everything is left to the caller.
 
     Attributes:
+        parameters: What gets a gradient.
         problem: Why nothing is captured anymore; None while all is well.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], loss: Loss) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], loss: Loss) -> None:
         self.problem: str | None = None
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         self._loss = loss
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Pass] = {}
@@ -62,7 +63,7 @@ class StepGraphs:
         """
         if self.problem:
             return None
-        addresses = [each.data_ptr() for each in self._parameters]
+        addresses = [each.data_ptr() for each in self.parameters]
         if addresses != self._addresses:  # the optimizer has moved the weights: graphs read where they were
             self.clear()
             self._addresses = addresses
@@ -96,7 +97,7 @@ class StepGraphs:
         generators = RngState.now()
         try:
             if self._gradients is None:
-                self._gradients = _Gradients(self._parameters)
+                self._gradients = _Gradients(self.parameters)
             before = reserved()
             found = _Pass(batch, targets, self._loss, self._gradients)
             self._pool = found.capture(self._pool)
@@ -143,7 +144,7 @@ class StepGraphs:
 class _Gradients:
     """The gradients that a replayed pass leaves, and those of the step that they are added to."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
         self._parameters = parameters
         zeros = [torch.zeros_like(each) for each in parameters]
         self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -52,6 +52,28 @@ class Logits:
         return torch.tanh(full / self.cap) * self.cap if self.cap else full
 
 
+@dataclass(frozen=True)
+class Owners:
+    """Whose loss each target counts to, where several share a pass.
+
+    Attributes:
+        of: The number of each target's owner, int64 [targets]; `count` for one that nobody owns.
+        count: Owners.
+    """
+
+    of: torch.Tensor
+    count: int
+
+    def sums(self, losses: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+        """Return the sum [count] of each owner's `losses` [targets, 1]. One that is infinite spoils no other's."""
+        numbers = torch.arange(self.count, device=losses.device)
+        return torch.where(self.of[part, None] == numbers, losses, 0.0).sum(0)
+
+    def of_each(self, values: torch.Tensor) -> torch.Tensor:
+        """Return for each target the value [targets, 1] of its owner, of `values` [count]; 0 where it has none."""
+        return torch.cat([values, values.new_zeros(1)]).index_select(0, self.of)[:, None]
+
+
 _Tile = Callable[[torch.Tensor, torch.Tensor, Logits, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -83,34 +105,42 @@ class _SummedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        owners: Owners | None,
         logits: Logits,
         tile: _Tile,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        loss = hidden.new_zeros(() if owners is None else owners.count, dtype=torch.float32)
         tiles = -(-len(targets) // TILE)
         for number in range(tiles):  # of equal size, but for one token
             part = slice(number * len(targets) // tiles, (number + 1) * len(targets) // tiles)
             product = torch.nn.functional.linear(hidden[part], weight, bias)
             losses, slope = tile(product, targets[part], logits, wanted)
-            loss += _summed(losses, None if weights is None else weights[part])
+            loss += _summed(losses, weights, owners, part)
             if gradient is not None and slope is not None:
                 torch.mm(slope, weight, out=gradient[part])
         if gradient is not None and weights is not None:
             gradient *= weights[:, None]
         ctx.save_for_backward(gradient)
+        ctx.owners = owners
         return loss
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        slope = slopes[0] if ctx.owners is None else ctx.owners.of_each(slopes[0])
         # In float32: the slope holds fp16's loss scale, which fp16 itself may not.
-        return (gradient.float() * slopes[0]).to(gradient.dtype), *[None] * 6
+        return (gradient.float() * slope).to(gradient.dtype), *[None] * 7
 
 
-def _summed(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    return (losses if weights is None else losses * weights[:, None]).sum()
+def _summed(
+    losses: torch.Tensor, weights: torch.Tensor | None, owners: Owners | None = None, part: slice = slice(None)
+) -> torch.Tensor:
+    """Return the sum of `losses` [targets, 1], those of `part`, or the sum of each owner's."""
+    if weights is not None:
+        losses = losses * weights[part, None]
+    return losses.sum() if owners is None else owners.sums(losses, part)
 
 
 def summed_cross_entropy(
@@ -121,10 +151,11 @@ def summed_cross_entropy(
     logits: Logits = Logits(),
     compiled: bool = False,
     weights: torch.Tensor | None = None,
+    owners: Owners | None = None,
 ) -> torch.Tensor:
     """Return the loss in nats, summed over all targets, as a float32 scalar; 0 without targets.
 
-    Computed in the type of the head's weight, normalized in float32.
+    With `owners` it is the sum of each one's targets. Computed in the type of the head's weight, normalized in float32.
 
     Args:
         hidden: The last hidden states, [rows, tokens, width].
@@ -134,14 +165,15 @@ def summed_cross_entropy(
         logits: What the model does to the head's product.
         compiled: Whether tiles are computed by torch.compile.
         weights: What the loss of each target is multiplied by, float32 [targets]: 0 where it only fills up a shape.
+        owners: Whose loss each target counts to.
     """
     chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
     if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
-        return _summed(_tile(head(chosen), targets, logits, False)[0], weights)
+        return _summed(_tile(head(chosen), targets, logits, False)[0], weights, owners)
     tile = _compiled_tile() if compiled and torch.is_grad_enabled() else _tile
     with torch.autocast(hidden.device.type, enabled=False):
         loss: torch.Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            chosen, head.weight, head.bias, targets, weights, logits, tile
+            chosen, head.weight, head.bias, targets, weights, owners, logits, tile
         )
         return loss
 
@@ -159,7 +191,7 @@ def _compiled_tile() -> _Tile:
 
 
 def plain_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, owners: Owners | None = None
 ) -> torch.Tensor:
-    """Return the loss in nats of `logits` [targets, vocabulary], summed over all targets, as a float32 scalar."""
-    return _summed(_tile(logits, targets, Logits(), False)[0], weights)
+    """Return the loss in nats of `logits` [targets, vocabulary], summed over all targets or over each owner's."""
+    return _summed(_tile(logits, targets, Logits(), False)[0], weights, owners)

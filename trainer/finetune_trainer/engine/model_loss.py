@@ -1,7 +1,6 @@
 """The loss that a model's forward pass answers with: of its head, fused, or of its own logits where those differ."""
 
 import functools
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -9,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from finetune_trainer.engine.loss import Logits, plain_cross_entropy, summed_cross_entropy
+from finetune_trainer.engine.loss import Logits, Owners, plain_cross_entropy, summed_cross_entropy
 from finetune_trainer.runtime.patches import packed_sequences_known, restore_forward, swap_forward
 
 #: Attention implementations that are told where sequences begin, and need no mask.
@@ -34,7 +33,7 @@ class FusedLoss:
 def patch_fused_loss(core: Any) -> None:
     """Patch `core.forward` to return the summed loss when `target_positions` and `target_ids` are passed.
 
-    With `target_counts` it returns a loss for each part of the targets, so many in each.
+    With `target_owners` it returns the loss of each owner.
 
     `core` is a causal language model of transformers; without targets it answers as ever. Its forward pass is patched,
     and not called around, so that wrappers (PEFT, autocast, FSDP) hold. Settings are at `core.fused_loss`; a model that
@@ -52,7 +51,7 @@ def patch_fused_loss(core: Any) -> None:
         target_positions: torch.Tensor | None = None,
         target_ids: torch.Tensor | None = None,
         target_weights: torch.Tensor | None = None,
-        target_counts: Sequence[int] | None = None,
+        target_owners: Owners | None = None,
         **kwargs: Any,
     ) -> Any:
         if target_positions is None or target_ids is None:
@@ -63,19 +62,18 @@ def patch_fused_loss(core: Any) -> None:
             if settings.own:
                 logits = plain(*args, **{**kwargs, "use_cache": False}).logits
                 chosen = logits.flatten(0, 1).index_select(0, target_positions)
-                if target_counts is not None:
-                    parts = zip(chosen.split(list(target_counts)), target_ids.split(list(target_counts)), strict=True)
-                    return torch.stack([plain_cross_entropy(*part) for part in parts])
-                return plain_cross_entropy(chosen, target_ids, target_weights)
+                return plain_cross_entropy(chosen, target_ids, target_weights, target_owners)
             hidden = _body(self)(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
-        if target_counts is not None:
-            parts = zip(target_positions.split(list(target_counts)), target_ids.split(list(target_counts)), strict=True)
-            return torch.stack(
-                [summed_cross_entropy(hidden, head, *part, settings.logits, settings.compiled) for part in parts]
-            )
         return summed_cross_entropy(
-            hidden, head, target_positions, target_ids, settings.logits, settings.compiled, target_weights
+            hidden,
+            head,
+            target_positions,
+            target_ids,
+            settings.logits,
+            settings.compiled,
+            target_weights,
+            target_owners,
         )
 
     swap_forward(core, MethodType(forward, core))

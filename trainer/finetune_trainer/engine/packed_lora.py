@@ -94,7 +94,12 @@ class _Slices:
 
 
 class PackedAdapters:
-    """The adapters of all places on the linear layers of one base model."""
+    """The adapters of all places on the linear layers of one base model.
+
+    Attributes:
+        rank: The largest of any trial, or a little more.
+        places: Trials at the same time.
+    """
 
     def __init__(self, core: Any, places: int, rank: int, dtype: torch.dtype) -> None:
         """Prepare for `places` adapters on `core`.
@@ -106,7 +111,7 @@ class PackedAdapters:
             dtype: In which the adapters are multiplied.
         """
         self.rank = rank + -rank % _MULTIPLE
-        self._core, self._places, self._dtype = core, places, dtype
+        self._core, self.places, self._dtype = core, places, dtype
         device = core.device
         self._dropout = [0.0] * places
         self._keep_from = torch.zeros(places, dtype=torch.int32, device=device)
@@ -143,14 +148,21 @@ class PackedAdapters:
     def leave(self, place: int) -> None:
         """Forget the adapter at `place`."""
         self._slots[place], self._dropout[place] = _Slots(), 0.0
-        for each in self._inputs.values():
-            for stack in each.stacks:
-                stack.data[place].zero_()
+        for stack in self.stacks:
+            stack.data[place].zero_()
 
-    def load(self, tokens: Tokens) -> None:
-        """Take over the weights of all places, and whose the tokens of the next pass are."""
+    @property
+    def stacks(self) -> list[torch.Tensor]:
+        """The matrices of all places."""
+        return [stack for each in self._inputs.values() for stack in each.stacks]
+
+    def load(self) -> None:
+        """Take over the weights of all places."""
         for slots in self._slots:
             slots.load()
+
+    def begin(self, tokens: Tokens) -> None:
+        """Prepare for a pass over `tokens`."""
         seeds = _mixed(self._numbers[:, None] ^ tokens.seeds)
         for each, mine in zip(self._inputs.values(), seeds, strict=True):
             each.begin(tokens, mine if self.drops else None, self._keep_from, self._kept_scale)
@@ -163,7 +175,7 @@ class PackedAdapters:
 
     def clear(self) -> None:
         """Set gradients to zero, and drop tensors of an aborted pass."""
-        gradients = [stack.grad for each in self._inputs.values() for stack in each.stacks if stack.grad is not None]
+        gradients = [stack.grad for stack in self.stacks if stack.grad is not None]
         if gradients:
             torch._foreach_zero_(gradients)
         for each in self._inputs.values():
@@ -176,7 +188,7 @@ class PackedAdapters:
         if found is None:
             module = self._core.get_submodule(parent)
             members = {name: getattr(module, name) for name in group if hasattr(module, name)}
-            found = PackedInput(members, self._places, self.rank, self._dtype)
+            found = PackedInput(members, self.places, self.rank, self._dtype)
             self._inputs[parent, *group] = found
             numbers = [zlib.crc32("/".join(names).encode()) & _31_BITS for names in self._inputs]
             self._numbers = torch.tensor(numbers, dtype=torch.int32, device=self._core.device)

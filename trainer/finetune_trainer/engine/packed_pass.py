@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.engine.loss import Owners
 from finetune_trainer.engine.packed_lora import PackedAdapters, Tokens
+from finetune_trainer.planning.shapes import filled_up, filled_up_targets, step_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class PackedModel(torch.nn.Module):
     def __init__(self, core: Any, adapters: PackedAdapters) -> None:
         super().__init__()
         self.core, self.adapters = core, adapters
-        #: The share of each trial's loss in the latest pass, in the order of its shares.
-        self.losses = torch.zeros(0)
+        #: Of each place, its share of its trial's loss in the latest pass. Graphs write where it lies.
+        self.losses = torch.zeros(adapters.places, device=core.device)
 
     @property
     def device(self) -> torch.device:
@@ -43,40 +45,81 @@ class PackedModel(torch.nn.Module):
     def get_base_model(self) -> Any:
         return self.core
 
-    def forward(self, tokens: Tokens, slopes: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Return the sum of all trials' losses: a trial's gradient is that of its own alone."""
-        self.adapters.load(tokens)
-        found: torch.Tensor = self.core(**inputs) * slopes
-        self.losses = found.detach()
+    def forward(self, tokens: Tokens, slopes: torch.Tensor, owners: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Return the sum of all trials' losses: a trial's gradient is that of its own alone.
+
+        The adapters' weights are those that were loaded last.
+
+        Args:
+            tokens: Whose the tokens are.
+            slopes: Of each place, as of its Share; 0 where there is none.
+            owners: The place that each target counts to, int64 [targets]; the number of places where it only fills up.
+            **inputs: As the core takes them.
+        """
+        self.adapters.begin(tokens)
+        found: torch.Tensor = self.core(**inputs, target_owners=Owners(owners, self.adapters.places)) * slopes
+        self.losses.copy_(found.detach())
         return found.sum()
 
 
-def joined(shares: Sequence[Share], places: int, rows: int) -> dict[str, Any]:
+def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = False) -> dict[str, Any]:
     """Return what PackedModel takes for `shares`, in the order of their places.
 
     Args:
         shares: The trials' parts.
         places: Of the model.
         rows: The most rows of any part: shapes stay the same where fewer trials than places are left.
+        few_shapes: Whether packed rows, and targets, are filled up to one of a few numbers, as data.batching.Collate
+            does it. What fills up belongs to the last place, and nobody learns from it.
     """
     packed = "cu_seq_lens_q" in shares[0].batch
     inputs, sizes, numbers = _end_to_end(shares, places * rows) if packed else _side_by_side(shares)
-    device = numbers.device
+    device, total = numbers.device, sum(sizes)
     size_at, seed_at = dict(zip((each.place for each in shares), sizes, strict=True)), [0] * places
+    slopes = torch.zeros(places, device=device)
     for each in shares:
         seed_at[each.place] = each.seed
+        slopes[each.place] = each.slope
+    found = inputs | {
+        "target_ids": torch.cat([each.batch["target_ids"] for each in shares]),
+        "owners": torch.cat(
+            [torch.full((len(each.batch["target_ids"]),), each.place, device=device) for each in shares]
+        ),
+    }
+    of_places = [torch.full((size_at[each.place],), each.place, device=device) for each in shares]
+    if few_shapes and packed:
+        padding = filled_up(total) - total
+        size_at[places - 1] = size_at.get(places - 1, 0) + padding
+        of_places.append(torch.full((padding,), places - 1, device=device))
+        numbers = torch.cat([numbers, torch.arange(padding, dtype=torch.int32, device=device)])
+        found = _filled_up(found, total, places)
     ends = torch.tensor([size_at.get(place, 0) for place in range(places)], dtype=torch.int32).cumsum(0)
     tokens = Tokens(
         ends=ends.to(torch.int32),
-        place=torch.cat([torch.full((size_at[each.place],), each.place, device=device) for each in shares]),
+        place=torch.cat(of_places),
         number=numbers,
         seeds=torch.tensor(seed_at, dtype=torch.int32),
     )
-    return inputs | {
-        "tokens": tokens.to(device),
-        "slopes": torch.stack([each.slope.float() for each in shares]),
-        "target_ids": torch.cat([each.batch["target_ids"] for each in shares]),
-        "target_counts": [len(each.batch["target_ids"]) for each in shares],
+    return found | {"tokens": tokens.to(device), "slopes": slopes}
+
+
+def _filled_up(inputs: dict[str, Any], real: int, nobody: int) -> dict[str, Any]:
+    """Return `inputs` of packed rows with a sequence of padding at the end, and with targets of `nobody`."""
+    total, device = filled_up(real), inputs["input_ids"].device
+    padding, targets = total - real, len(inputs["target_ids"])
+    more = filled_up_targets(targets, total) - targets
+    positions = torch.cat([inputs["position_ids"], torch.arange(padding, device=device)[None]], 1)
+    starts = torch.cat([inputs["cu_seq_lens_q"], inputs["cu_seq_lens_q"].new_full((1,), total)])
+    longest = max(inputs["max_length_q"], step_of(real))
+    pad = torch.nn.functional.pad
+    return {
+        "input_ids": pad(inputs["input_ids"], (0, padding)),
+        "position_ids": positions,
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+        "target_positions": pad(inputs["target_positions"], (0, more), value=total - 1),
+        "target_ids": pad(inputs["target_ids"], (0, more)),
+        "owners": pad(inputs["owners"], (0, more), value=nobody),
     }
 
 

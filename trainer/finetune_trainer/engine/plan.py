@@ -41,6 +41,7 @@ def plan_execution(
     train_lengths: Sequence[int],
     longest: int,
     findings: Findings | None = None,
+    tried: bool = False,
 ) -> ExecutionPlan:
     """Choose the fastest execution plan that fits the device, and log it.
 
@@ -52,6 +53,7 @@ def plan_execution(
         train_lengths: The length of each training row in tokens.
         longest: The longest row that is trained on or evaluated, in tokens.
         findings: What was proven of the loaded model; None before it is.
+        tried: Whether it is but one of several plans that are compared: then it is not logged.
 
     Raises:
         ConfigInvalid: When the spec asks for what cannot run here.
@@ -76,6 +78,8 @@ def plan_execution(
         can_compile=capabilities.can_compile(spec),
         has_fp8=capabilities.has_fp8(spec, device),
     )
+    if tried:
+        return plan
     log.info(f"Execution plan: {_told(plan)}", **plan.manifest())
     if not plan.compiled and (reason := planner.compile_blocker(spec, device, bool(plan.packing), base.shape)):
         log.info(f"The decoder layers are not compiled: {reason}")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -13,13 +13,14 @@ import torch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.compilation import compile_layers
+from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
-from finetune_trainer.engine.packed_lora import PackedAdapters
+from finetune_trainer.engine.packed_lora import PackedAdapters, Tokens
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import NotPackable, WontFit, copy_of, is_gpu_out_of_memory
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.planning.memory import selective_budget
-from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, spec_of_pass
+from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, replayed, spec_of_pass
 from finetune_trainer.runtime.patches import restore_forward
 from finetune_trainer.runtime.peak_memory import release_memory
 from finetune_trainer.runtime.precision import mixed_precision, torch_dtype
@@ -62,6 +63,7 @@ class Pack:
         self.holds_all = False
         #: Trials in one pass: fewer than there are places once the GPU's memory was too small for all.
         self._in_pass = 1
+        self._graphs: StepGraphs | None = None
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """Return what `make` makes; the second trial that asks for it gets what the first got, be it an error."""
@@ -101,6 +103,11 @@ class Pack:
                 as_many, holding = self._fitting(make, spec, base, findings, held=len(self._specs))
                 self.holds_all = as_many == places
                 plan = holding if self.holds_all else plan
+        wide = replace(base, shape=self._shape_with(base, spec, self.together if self.holds_all else places))
+        captured: ExecutionPlan | None = None
+        with suppress(WontFit):
+            captured = make(spec_of_pass(spec, places, captured=True), wide, findings=findings, tried=True)
+        plan = replayed(spec, plan, captured)
         self.places = self._in_pass = places
         if places < self._at_once:
             log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
@@ -116,11 +123,10 @@ class Pack:
         """Return how many places fit, beside the adapters of `held` trials in all, and the plan of their passes."""
         places = self._at_once
         while True:
-            trained, shape = self._trained(base, spec, max(places, held)), base.shape
-            shape = replace(shape, trained=trained) if shape and trained else shape
+            wide = replace(base, shape=self._shape_with(base, spec, max(places, held)))
             plan: ExecutionPlan | None = None
             try:
-                plan = make(spec_of_pass(spec, places), replace(base, shape=shape), findings=findings)
+                plan = make(spec_of_pass(spec, places), wide, findings=findings)
             except WontFit:
                 if places == 1:
                     raise
@@ -128,6 +134,11 @@ class Pack:
             if plan is not None and fewer == places:
                 return places, plan
             places = fewer
+
+    def _shape_with(self, base: BaseModel, spec: FineTuneJobSpec, trials: int) -> Any:
+        """Return the model's shape with the weights of so many trials."""
+        trained = self._trained(base, spec, trials)
+        return replace(base.shape, trained=trained) if base.shape and trained else base.shape
 
     def _trained(self, base: BaseModel, spec: FineTuneJobSpec, trials: int) -> int | None:
         """Return the weights of so many trials at most, given those of the trial `spec`."""
@@ -168,47 +179,97 @@ class Pack:
         """
         answers: list[torch.Tensor | BaseException] = []
         while some := shares[len(answers) : len(answers) + self._in_pass]:
-            too_many = False
+            too_much = False
             try:
                 answers += self._pass(some)
             except Exception as error:
-                too_many = self._may_halve(error, len(some))
-                answers += [] if too_many else [copy_of(error, cause=error) for _ in some]
-            if too_many:  # not above, where the error still holds what is to be freed
-                self._halve(len(some))
+                too_much = self._may_take_less(error, len(some))
+                answers += [] if too_much else [copy_of(error, cause=error) for _ in some]
+            if too_much:  # not above, where the error still holds what is to be freed
+                self._take_less(len(some))
         return answers
 
-    def _may_halve(self, error: Exception, trials: int) -> bool:
-        """Return whether fewer trials in a pass may help. One that is alone in it takes smaller parts of its step."""
+    def _may_take_less(self, error: Exception, trials: int) -> bool:
+        """Return whether another try may fit. A trial that is alone in its pass takes smaller parts of its step."""
         fails = self._specs[0].recovery.on_out_of_memory == "Fail"
-        return trials > 1 and not fails and is_gpu_out_of_memory(error)
+        return (trials > 1 or self._captures) and not fails and is_gpu_out_of_memory(error)
 
-    def _halve(self, trials: int) -> None:
+    def _take_less(self, trials: int) -> None:
+        """Go on without CUDA graphs, or else with fewer trials in a pass."""
         assert self._plan is not None
-        self._in_pass = (trials + 1) // 2
-        log.warning(f"The GPU ran out of memory with {trials} trials in a pass: retrying with {self._in_pass}")
+        if self._captures:
+            log.warning("The GPU ran out of memory: retrying without CUDA graphs")
+            self._without_graphs()
+        else:
+            self._in_pass = (trials + 1) // 2
+            log.warning(f"The GPU ran out of memory with {trials} trials in a pass: retrying with {self._in_pass}")
+            rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
+            self._tell(self._plan.model_copy(update={"micro_batch_size": rows * self._in_pass}))
         release_memory()
-        rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
-        self._tell(self._plan.model_copy(update={"micro_batch_size": rows * self._in_pass}))
+
+    @property
+    def _captures(self) -> bool:
+        """Whether passes are replayed as CUDA graphs."""
+        return bool(self._plan and self._plan.captured)
+
+    def _without_graphs(self) -> None:
+        assert self._plan is not None
+        if self._graphs:
+            self._graphs.clear()
+        self._graphs = None
+        self._plan = self._plan.model_copy(update={"captured": False})
+        self._tell(self._plan)
 
     def _pass(self, shares: Sequence[Share]) -> list[torch.Tensor]:
         """Run one pass, forward and backward; return each share's loss."""
         assert self._model is not None and self._plan is not None
         model, spec = self._model, self._specs[0]
         rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
-        inputs = joined(shares, self.places, rows)
+        inputs = joined(shares, self.places, rows, self._captures)
         try:
+            model.adapters.load()
             if "compiled" not in self._known:
                 budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
                 self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
                 model.adapters.clear()
-            with mixed_precision(model.device, spec.training.precision):
-                total = model(**inputs)
-            total.backward()
+            if not self._replay(inputs):
+                self._loss(inputs, inputs["slopes"]).backward()
             model.adapters.give_gradients([each.place for each in shares])
         finally:
             model.adapters.clear()
-        return list(model.losses.unbind())
+        return list(model.losses[[each.place for each in shares]].unbind())
+
+    def _loss(self, inputs: dict[str, Any], slopes: torch.Tensor) -> torch.Tensor:
+        assert self._model is not None
+        with mixed_precision(self._model.device, self._specs[0].training.precision):
+            loss: torch.Tensor = self._model(**inputs | {"slopes": slopes})
+        return loss
+
+    def _replay(self, inputs: dict[str, Any]) -> bool:
+        """Run the pass as a CUDA graph, if it is or can be one; return whether it was run."""
+        assert self._model is not None
+        if not self._captures:
+            return False
+        stacks = self._model.adapters.stacks
+        if self._graphs is None or len(self._graphs.parameters) != len(stacks):
+            self._graphs = StepGraphs(stacks, lambda inputs, slopes: self._loss(_of_tokens(inputs), slopes))
+        done = self._graphs.run(_flat(inputs, self._model.adapters.drops), inputs["slopes"]) is not None
+        if self._graphs.problem:
+            self._without_graphs()
+        return done
+
+
+def _flat(inputs: dict[str, Any], drops: bool) -> dict[str, Any]:
+    """Return the inputs of a pass as StepGraphs takes them: tensors, and what must be the same to replay it."""
+    rest = {name: each for name, each in inputs.items() if name not in ("tokens", "slopes")}
+    return {**rest, **vars(inputs["tokens"]), "drops": drops}
+
+
+def _of_tokens(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a pass, without `slopes`, of what `_flat` has made."""
+    names = [each.name for each in fields(Tokens)]
+    rest: dict[str, Any] = {name: each for name, each in flat.items() if name not in (*names, "drops")}
+    return rest | {"tokens": Tokens(**{name: flat[name] for name in names})}
 
 
 def twin(model: Any) -> Any:

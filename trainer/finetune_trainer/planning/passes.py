@@ -1,19 +1,29 @@
 """How the trials of a pack are laid out in passes: whole steps of as many of them as fit. Torch-free."""
 
+from typing import Final
+
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 
+_LAYOUT: Final = (
+    "micro_batch_size",
+    "cached_layers",
+    "gradient_checkpointing",
+    "checkpointed_layers",
+    "selective_checkpointing",
+    "compiled",
+)
 #: Bytes of a trained weight among those of all places: itself and its gradient, in 16 bits.
 BYTES_IN_PLACE = 4
 
 
-def spec_of_pass(spec: FineTuneJobSpec, places: int) -> FineTuneJobSpec:
+def spec_of_pass(spec: FineTuneJobSpec, places: int, captured: bool = False) -> FineTuneJobSpec:
     """Return the spec of a job whose steps are passes of `places` trials that are like `spec`."""
     asked, rows = spec.training.micro_batch_size, spec.training.batch_size
     changed = {
         "batch_size": places * rows,
         "micro_batch_size": asked if asked == "auto" else places * int(asked),
-        "cuda_graphs": "disabled",  # places empty and fill while passes run
+        "cuda_graphs": "enabled" if captured else "disabled",
     }
     return spec.model_copy(update={"training": spec.training.model_copy(update=changed)})
 
@@ -33,3 +43,13 @@ def fewer_places(spec: FineTuneJobSpec, places: int, plan: ExecutionPlan | None)
     asked = spec.training.micro_batch_size
     fitting = (plan.micro_batch_size or 1) // (spec.training.batch_size if asked == "auto" else int(asked))
     return places if fitting >= places or plan.predicted_peak_memory_bytes is None else max(1, fitting)
+
+
+def replayed(spec: FineTuneJobSpec, plan: ExecutionPlan, captured: ExecutionPlan | None) -> ExecutionPlan:
+    """Return `captured`, a plan with CUDA graphs, if it is laid out as `plan` and graphs are not switched off.
+
+    Graphs always pay here: between two passes each trial takes a step of its own, which the GPU then need not wait for.
+    """
+    if captured is None or not captured.captured or spec.training.cuda_graphs == "disabled":
+        return plan
+    return captured if all(getattr(captured, name) == getattr(plan, name) for name in _LAYOUT) else plan

@@ -6,6 +6,8 @@ from typing import Final
 _LEAST: Final = 64
 #: Of two powers of two that enclose a number, the larger has so many steps: at most a 32nd of all tokens is padding.
 _STEPS: Final = 64
+#: Targets are filled up to so many equal parts of the tokens: each pair of shapes is captured by itself.
+_PARTS: Final = 8
 
 
 def step_of(count: int) -> int:
@@ -17,3 +19,9 @@ def filled_up(count: int) -> int:
     """Return the shape for `count` tokens: the next multiple of the distance, and at least one of it."""
     step = step_of(count)
     return max(1, -(-count // step)) * step
+
+
+def filled_up_targets(count: int, tokens: int) -> int:
+    """Return the shape for `count` targets among `tokens`, a shape of tokens."""
+    part = tokens // _PARTS
+    return max(1, -(-count // part)) * part

@@ -222,7 +222,7 @@ class TrainingSession:
             method=self.method,
             batches=batches,
             hooks=hooks,
-            captured=bool(self.plan.captured) and not self.plan.gradient_checkpointing,
+            captured=self._captures and not self.plan.gradient_checkpointing,
             args=training_arguments(self.ctx.spec, self.plan, self.ctx.directory.checkpoints, self.model),
             train_dataset=self.data.train.dataset(),
             eval_dataset=None,
@@ -230,10 +230,16 @@ class TrainingSession:
         )
         return trainer, hooks
 
+    @property
+    def _captures(self) -> bool:
+        """Whether this run replays its own passes as CUDA graphs; those it shares are the pack's."""
+        return bool(self.plan.captured) and self.place is None
+
     def _loader(self) -> Loader:
         lengths = self.data.train.input_ids.lengths
         steps = Steps.from_plan(self.ctx.spec, lengths, self.plan)
-        collate = self.method.collator(self.plan, self.base.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
+        plan = self.plan.model_copy(update={"captured": self._captures})
+        collate = self.method.collator(plan, self.base.tokenizer.pad_token_id, steps.micro_batch, max(lengths))
         pinned = self.model.device.type == "cuda"
         return Loader(self.data.train, ProcessBatches(steps, self.ctx.ranks.rank), collate, pinned)
 
@@ -241,7 +247,7 @@ class TrainingSession:
         """Return the plan with a smaller micro-batch and the same effective batch. Raises GpuOutOfMemory."""
         plan = self.plan
         micro = plan.micro_batch_size or 1
-        if plan.captured and self.ctx.spec.recovery.on_out_of_memory != "Fail":
+        if self._captures and self.ctx.spec.recovery.on_out_of_memory != "Fail":
             log.warning("The GPU ran out of memory: retrying without CUDA graphs")
             return self._retried(plan.model_copy(update={"captured": False}))
         if micro == 1:
