@@ -39,7 +39,7 @@ def packed(folder: Path) -> None:
         in_turn(folder, HERE / "in_turn.py", [_job(4 * ROWS, 40), _job(ROWS, 60)])
     if wanted("4 trials"):
         trials = [{"training.learningRate": rate} for rate in RATES]
-        steps = DRY_STEPS if DRY_RUN else 40
+        steps = DRY_STEPS if DRY_RUN else 120
         show([run_sweep(folder, "4 trials", trials, {"maxSteps": steps, "scheduler": "constant"})])
 
 
@@ -76,7 +76,7 @@ def run_sweep(
         "model": {"source": f"file://{MODEL}"},
         "dataset": {"train": f"file://{folder}/train.jsonl"},
         "training": {"batchSize": ROWS} | training,
-        "logging": {"everySteps": 1 if DRY_RUN else 4},
+        "logging": {"everySteps": 1 if DRY_RUN else 10},
         "resources": {"gpusPerNode": 0 if DRY_RUN else 1},
         "output": {"uri": f"file://{work}/out"},
     }

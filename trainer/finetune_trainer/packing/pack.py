@@ -237,7 +237,8 @@ class Pack:
             model.adapters.give_gradients([each.place for each in shares])
         finally:
             model.adapters.clear()
-        return list(model.losses[[each.place for each in shares]].unbind())
+        # One by one: a list as an index would be copied to the device, which waits for it.
+        return [model.losses[each.place].clone() for each in shares]
 
     def _loss(self, inputs: dict[str, Any], slopes: torch.Tensor) -> torch.Tensor:
         assert self._model is not None
