@@ -1,10 +1,12 @@
 """One run in thirteen steps, from the FineTuneJob to the verified adapter."""
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adapter, ExecutionPlan
 from finetune_trainer.checkpoints.manager import CheckpointManager
 from finetune_trainer.context import RunContext
@@ -60,7 +62,7 @@ def run(ctx: RunContext) -> Adapter | None:
         ctx.clock.lap("imports")
 
         # 5. Tokenize; check tokenizer, target modules and lora.initFrom against the base model.
-        base = steps.inspect_base_model(model_files, spec)
+        base = once(inspected(spec), lambda: steps.inspect_base_model(model_files, spec))
         kernels = once("kernels", lambda: steps.compile_kernels_ahead(spec, base, device))
         data = once("tokens", lambda: tokenize(rows, base.tokenizer, spec))
         prompts = steps.eval_prompts(rows.eval, data.encoder, spec.evaluation)
@@ -161,3 +163,9 @@ def run(ctx: RunContext) -> Adapter | None:
             return ctx.kept_back(adapter, refusal)
         beside = steps.run_exports(ctx, exports, bundle, verifier)
         return ctx.succeeded(adapter, f"The adapter is published at {adapter.uri} and was loaded back{beside}")
+
+
+def inspected(spec: FineTuneJobSpec) -> Hashable:
+    """Return a name for what is known of the base model: the same for specs that ask for the same of it."""
+    parts = spec.model, spec.lora, spec.quantization, spec.dataset
+    return "inspected", spec.training.max_length, *(part.model_dump_json() for part in parts)

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def sweep(folder: Path) -> None:
         _write_learnable(folder / f"{name}.jsonl", count)
     evaluation = {"everySteps": EVERY, "keepBest": False}
     held_out = {"eval": f"file://{folder}/eval.jsonl"}
-    if wanted("jobs"):
-        show(_jobs(folder, evaluation, held_out))
+    show(_jobs(folder, evaluation, held_out))
     template = {"dataset": held_out, "evaluation": evaluation}
     aim = {"metric": "evalLoss"}
     for name, steps in (("trials, a fifth of the steps", SHORT), ("trials, full", STEPS)):
@@ -57,18 +57,17 @@ def formula(found: dict[str, Any]) -> str:
     return f"{found['seconds']:.1f} + {steps} steps * ({told}) + {missing} evaluations * {each:.2f} = {total:.0f} s"
 
 
-def _jobs(folder: Path, evaluation: dict[str, Any], held_out: dict[str, str]) -> list[dict[str, Any]]:
+def _jobs(folder: Path, evaluation: dict[str, Any], held_out: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Two of the 16 jobs: one that finds nothing compiled, and one that finds in spec.cache what the first compiled."""
     settings = [
         f"training.batchSize={ROWS}",
         f"dataset.eval={held_out['eval']}",
         *(f"evaluation.{name}={str(value).lower()}" for name, value in evaluation.items()),
     ]
-    found = []
     for name, trial in (("jobs, nothing compiled", TRIALS[0]), ("jobs, cache filled", TRIALS[-1])):
         values = [f"{path}={value}" for path, value in trial.items()]
-        found.append(train(folder, name, [*settings, *values], STEPS, 4))
-    return found
+        if wanted(name):
+            yield train(folder, name, [*settings, *values], STEPS, 10)
 
 
 def _write_learnable(path: Path, count: int) -> None:

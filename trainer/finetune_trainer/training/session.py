@@ -95,23 +95,27 @@ class TrainingSession:
     def measure_baseline(self, state: TrainingState) -> None:
         """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
         with self.ctx.stage("Evaluating", "Measuring the base model before training"):
-            kept = self._kept_baseline() if self.ctx.ranks.is_main else None
-            known = self.ctx.on_rank_zero(lambda: kept.find() if kept else None)
-            if known:
-                log.info("An earlier job measured the same base model on the same rows, in the same way")
+            # The same for all trials of a process that begin with the same weights.
+            begun_with = ("baseline", self.ctx.spec.lora.init_from)
             try:
-                # The same for all trials of a process that begin with the same weights.
-                begun_with = ("baseline", self.ctx.spec.lora.init_from)
-                state.before = known or dict(
-                    self.ctx.sharing.once(begun_with, lambda: self.evaluator.evaluate(self.model))
-                )
+                state.before = dict(self.ctx.sharing.once(begun_with, self._measured_or_kept))
             except EvaluationAborted:
                 raise self.ctx.preempted() from None
-            if kept and not known:
-                kept.keep(state.before)
             self.ctx.report.metrics(state.metrics_before())
             if self.ctx.ranks.is_main:
                 self.ctx.metrics.log_baseline(state.before)
+
+    def _measured_or_kept(self) -> dict[str, float]:
+        """Return the base model's metrics: from the shared cache, or measured and kept there."""
+        kept = self._kept_baseline() if self.ctx.ranks.is_main else None
+        known: dict[str, float] | None = self.ctx.on_rank_zero(lambda: kept.find() if kept else None)
+        if known:
+            log.info("An earlier job measured the same base model on the same rows, in the same way")
+            return known
+        found = self.evaluator.evaluate(self.model)
+        if kept:
+            kept.keep(found)
+        return found
 
     def _kept_baseline(self) -> BaselineCache | None:
         """Return where the shared cache has these metrics, or will; None without one, or if there is more to know."""
@@ -296,7 +300,7 @@ class TrainingSession:
 
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
     """Return a copy, in host memory, of the weights that train."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
