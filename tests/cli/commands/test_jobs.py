@@ -37,9 +37,9 @@ def test_submit_again_changes_the_job_and_leaves_the_defaults_to_the_server(ctl,
     assert "f:training" not in managed["fieldsV1"]["f:spec"]
 
 
-def test_to_submit_what_is_there_already_changes_nothing_and_says_so(ctl, put, manifest, namespace):
-    put(yaml.safe_load(MANIFEST), states.running("Training", "Training", ""))
-    ctl("submit", str(manifest))  # from now on its fields are the CLI's
+def test_to_submit_what_is_there_already_changes_nothing_and_says_so(ctl, kube, manifest, namespace):
+    ctl("submit", str(manifest))  # its fields are the CLI's, the defaults too
+    kube.patch("FineTuneJob", "nli", {"status": states.running("Training", "Training", "")}, subresource="status")
     assert f"✓ nli unchanged in namespace {namespace}\n" in ctl("submit", str(manifest)).stdout
     dry = ctl("submit", str(manifest), "--set", "suspend=true", "--dry-run")
     assert f"✓ nli changed in namespace {namespace} (dry run): spec.suspend\n" in dry.stdout

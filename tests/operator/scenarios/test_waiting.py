@@ -119,8 +119,10 @@ def test_the_quota_has_no_pod_left(cluster: Cluster, operator: OperatorProcess, 
 def test_the_quota_has_no_job_left(cluster: Cluster, operator: OperatorProcess, kube: Kube, jobs: Jobs):
     if not cluster.is_real:
         pytest.skip("needs the real admission control")
-    kube.create(QUOTA | {"spec": {"hard": {"count/jobs.batch": "0"}}})
-    wait_until(lambda: "hard" in kube.get("ResourceQuota", "none").get("status", {}), "the quota is counted")
+    hard = {"count/jobs.batch": "0"}
+    kube.create(QUOTA | {"spec": {"hard": hard}})
+    # as the controller manager counts it, where there is one
+    kube.patch("ResourceQuota", "none", {"status": {"hard": hard, "used": hard}}, subresource="status")
     jobs.create("nli", pendingDeadlineSeconds=3600)
     said = jobs.wait("nli", "Scheduled", "False", "QuotaExceeded")
     assert "exceeded quota: none" in said["message"]
