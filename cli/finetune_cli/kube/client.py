@@ -15,11 +15,9 @@ from typing import Any
 from finetune_api import answers, constants
 from finetune_cli.errors import CliError
 from finetune_cli.kube import packed, reading
-from finetune_cli.kube.errors import NoNamespace, explained
+from finetune_cli.kube.errors import FIELD_MANAGER, NoNamespace, OwnConflict, explained
 from finetune_cli.kube.objects import Object, attempt_of, fault_of, index_of, read_job, read_object
 
-#: Server-side apply remembers under this name what `finetune submit` has set.
-FIELD_MANAGER = "finetune-cli"
 #: One watch request lasts this long; the next goes on where it ended.
 WATCH_SECONDS = 50
 #: The same where something beside the job has to be looked at, too.
@@ -137,6 +135,12 @@ class Cluster:
 
     def apply(self, job: Object, *, dry_run: bool = False, force: bool = False) -> tuple[Object, bool]:
         """Create or change a FineTuneJob or FineTuneSweep by server-side apply; says too whether it is new."""
+        try:
+            return self._apply(job, dry_run, force)
+        except OwnConflict:
+            return self._apply(job, dry_run, force=True)
+
+    def _apply(self, job: Object, dry_run: bool, force: bool) -> tuple[Object, bool]:
         name, kind = job["metadata"]["name"], str(job.get("kind", constants.KIND))
         options: Any = {"dry_run": "All"} if dry_run else {}
         with explained(self.server, self.namespace, name, kind):

@@ -19,6 +19,8 @@ _NOT_GRANTED = re.compile(
     r'(?: in the namespace "(?P<namespace>[^"]+)")?'
 )
 _READING = ("get", "list", "watch")
+#: The API server remembers under this name what the command line has set.
+FIELD_MANAGER = "finetune-cli"
 
 
 class NoNamespace(CliError):
@@ -27,6 +29,10 @@ class NoNamespace(CliError):
     def __init__(self, name: str) -> None:
         hint = "kubectl get namespaces lists those that do; -n chooses one"
         super().__init__(f"namespace {name!r} does not exist", hint=hint)
+
+
+class OwnConflict(CliError):
+    """Server-side apply meets fields that `suspend` or `resume` has set: their patches count as another owner's."""
 
 
 @contextmanager
@@ -150,7 +156,9 @@ def _conflict(status: dict[str, Any], name: str, message: str) -> CliError:
     causes = (status.get("details") or {}).get("causes") or []
     fields = [f"{str(cause.get('field', '')).lstrip('.')} ({cause.get('message')})" for cause in causes]
     if fields:
-        return CliError(
+        ours = f'conflict with "{FIELD_MANAGER}"'
+        kind = OwnConflict if all(str(cause.get("message")).startswith(ours) for cause in causes) else CliError
+        return kind(
             f"{name} has fields that something else has set: {'; '.join(fields)}",
             hint="add --force to take them over",
         )

@@ -38,12 +38,34 @@ def test_submit_again_changes_the_job_and_leaves_the_defaults_to_the_server(ctl,
 
 
 def test_to_submit_what_is_there_already_changes_nothing_and_says_so(ctl, kube, manifest, namespace):
-    ctl("submit", str(manifest))  # its fields are the CLI's, the defaults too
+    ctl("submit", str(manifest))
     kube.patch("FineTuneJob", "nli", {"status": states.running("Training", "Training", "")}, subresource="status")
     assert f"✓ nli unchanged in namespace {namespace}\n" in ctl("submit", str(manifest)).stdout
     dry = ctl("submit", str(manifest), "--set", "suspend=true", "--dry-run")
     assert f"✓ nli changed in namespace {namespace} (dry run): spec.suspend\n" in dry.stdout
     assert f"✓ nli unchanged in namespace {namespace}\n" in ctl("submit", str(manifest)).stdout
+
+
+def test_what_resume_has_set_stands_not_in_the_way_of_submit(ctl, kube, manifest, namespace):
+    ctl("submit", str(manifest), "--set", "suspend=true")
+    ctl("resume", "nli")
+    again = ctl("submit", str(manifest), "--set", "suspend=true")
+    assert f"✓ nli changed in namespace {namespace}: spec.suspend\n" in again.stdout, again.stderr
+    assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is True
+
+
+def test_fields_that_another_client_has_set_are_taken_over_with_force_alone(ctl, kube, put, manifest, cluster):
+    if not cluster.is_real:
+        pytest.skip("the stand-in keeps no managed fields")
+    put(yaml.safe_load(MANIFEST) | {"spec": {**yaml.safe_load(MANIFEST)["spec"], "suspend": True}})
+    change = ("submit", str(manifest), "--set", "suspend=false")
+    refused = ctl(*change)
+    assert refused.returncode == 1
+    assert 'nli has fields that something else has set: spec.suspend (conflict with "python-requests"' in refused.stderr
+    assert "--force" in refused.stderr
+    assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is True
+    assert ctl(*change, "--force").returncode == 0
+    assert kube.get("FineTuneJob", "nli")["spec"]["suspend"] is False
 
 
 def test_submit_under_another_name_leaves_the_first_alone(ctl, kube, manifest):

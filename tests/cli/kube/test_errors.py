@@ -2,8 +2,8 @@
 
 import pytest
 
-from finetune_cli.errors import Exit
-from finetune_cli.kube.errors import refusal
+from finetune_cli.errors import CliError, Exit
+from finetune_cli.kube.errors import OwnConflict, refusal
 
 
 def _denied(message):
@@ -54,3 +54,14 @@ def test_nobody_is_asked_to_let_strangers_in():
 def test_what_no_role_would_allow_is_not_said_to_need_one():
     quota = 'finetunejobs.finetune.dev "nli" is forbidden: exceeded quota: jobs, requested: 1, used: 5, limited: 5'
     assert "ClusterRole" not in _denied(quota)
+
+
+def test_only_a_conflict_with_nobody_else_is_our_own():
+    def kind_of(*managers: str) -> type[CliError]:
+        causes = [{"field": ".spec.suspend", "message": f'conflict with "{each}" using v1'} for each in managers]
+        return type(refusal(409, {"details": {"causes": causes}}, "https://k", "team", "nli", "FineTuneJob"))
+
+    assert kind_of("finetune-cli") is OwnConflict
+    assert kind_of("finetune-cli", "kubectl-edit") is CliError
+    assert kind_of("finetune-cli-of-others") is CliError
+    assert kind_of() is CliError
