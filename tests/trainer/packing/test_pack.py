@@ -191,7 +191,7 @@ def test_adapters_that_are_more_than_plain_lora_are_refused() -> None:
 def test_so_many_trials_share_a_pass_as_whole_steps_of_each_fit(fits: int, places: int, micro: int) -> None:
     """`fits`: rows that the GPU takes at one time; a step of each trial has four."""
 
-    def make(spec: FineTuneJobSpec, base: Any, findings: Any = None, tried: bool = False) -> ExecutionPlan:
+    def make(spec: FineTuneJobSpec, base: Any, tried: bool = False, **_: Any) -> ExecutionPlan:
         rows = spec.training.batch_size
         assert spec.training.cuda_graphs == ("enabled" if tried else "disabled")
         size = next(size for size in range(min(rows, fits), 0, -1) if rows % size == 0)

@@ -73,7 +73,8 @@ def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = F
             does it. What fills up belongs to the last place, and nobody learns from it.
     """
     packed = "cu_seq_lens_q" in shares[0].batch
-    inputs, sizes, numbers = _end_to_end(shares, places * rows) if packed else _side_by_side(shares)
+    # One more than rows, which may fill up.
+    inputs, sizes, numbers = _end_to_end(shares, places * rows + 1) if packed else _side_by_side(shares)
     device, total = numbers.device, sum(sizes)
     size_at, seed_at = dict(zip((each.place for each in shares), sizes, strict=True)), [0] * places
     slopes = torch.zeros(places, device=device)
@@ -109,7 +110,7 @@ def _filled_up(inputs: dict[str, Any], real: int, nobody: int) -> dict[str, Any]
     padding, targets = total - real, len(inputs["target_ids"])
     more = filled_up_targets(targets, total) - targets
     positions = torch.cat([inputs["position_ids"], torch.arange(padding, device=device)[None]], 1)
-    starts = torch.cat([inputs["cu_seq_lens_q"], inputs["cu_seq_lens_q"].new_full((1,), total)])
+    starts = torch.cat([inputs["cu_seq_lens_q"][:-1], inputs["cu_seq_lens_q"].new_full((1,), total)])
     longest = max(inputs["max_length_q"], step_of(real))
     pad = torch.nn.functional.pad
     return {

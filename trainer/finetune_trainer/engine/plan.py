@@ -42,6 +42,7 @@ def plan_execution(
     longest: int,
     findings: Findings | None = None,
     tried: bool = False,
+    attention: str | None = None,
 ) -> ExecutionPlan:
     """Choose the fastest execution plan that fits the device, and log it.
 
@@ -54,12 +55,15 @@ def plan_execution(
         longest: The longest row that is trained on or evaluated, in tokens.
         findings: What was proven of the loaded model; None before it is.
         tried: Whether it is but one of several plans that are compared: then it is not logged.
+        attention: The attention implementation that an earlier plan of this run has found to work.
 
     Raises:
         ConfigInvalid: When the spec asks for what cannot run here.
         WontFit: When no plan fits; the message has the changes that would make it fit.
     """
-    attention = findings.attention if findings else capabilities.choose_attention(spec, base, device)
+    if findings:
+        attention = findings.attention
+    attention = attention or capabilities.choose_attention(spec, base, device)
     if spec.resources.gpu_memory and device.kind == "cuda":
         memory = quantity_bytes(spec.resources.gpu_memory)
         log.info(f"Planning with {memory / GIB:.1f} GiB of GPU memory (resources.gpuMemory)", has=device.memory_bytes)

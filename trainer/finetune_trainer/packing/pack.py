@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters, Tokens
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
-from finetune_trainer.errors import NotPackable, WontFit, copy_of, is_gpu_out_of_memory
+from finetune_trainer.errors import NotPackable, copy_of, is_gpu_out_of_memory
 from finetune_trainer.model.base import BaseModel
+from finetune_trainer.packing.fitting import fit
+from finetune_trainer.planning.cost import waits_for_host
 from finetune_trainer.planning.memory import selective_budget
-from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, replayed, spec_of_pass
 from finetune_trainer.runtime.patches import restore_forward
 from finetune_trainer.runtime.peak_memory import release_memory
 from finetune_trainer.runtime.precision import mixed_precision, torch_dtype
@@ -83,8 +84,9 @@ class Pack:
     ) -> ExecutionPlan:
         """Return the plan of the passes: as many places as fit, where a trial's whole micro-batch fits into its own."""
         if self._plan is None or findings is not None:
-            self._plan = self._most_places(make, spec, base, findings)
-            self._shape = base.shape
+            fits = fit(self._specs, self._at_once, self._halves, partial(make, findings=findings), spec, base)
+            self._plan, self.holds_all, self._shape = fits.plan, fits.holds_all, base.shape
+            self.places = self._in_pass = fits.places
             self._tell(self._plan)
         found: ExecutionPlan = self._plan
         return found
@@ -93,58 +95,6 @@ class Pack:
     def together(self) -> int:
         """How many of the first trials are compared with each other at a rung."""
         return len(self._specs) if self.holds_all else self.places
-
-    def _most_places(
-        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any
-    ) -> ExecutionPlan:
-        places, plan = self._fitting(make, spec, base, findings)
-        if self._halves:
-            with suppress(WontFit):
-                as_many, holding = self._fitting(make, spec, base, findings, held=len(self._specs))
-                self.holds_all = as_many == places
-                plan = holding if self.holds_all else plan
-        wide = replace(base, shape=self._shape_with(base, spec, self.together if self.holds_all else places))
-        captured: ExecutionPlan | None = None
-        with suppress(WontFit):
-            captured = make(spec_of_pass(spec, places, captured=True), wide, findings=findings, tried=True)
-        plan = replayed(spec, plan, captured)
-        self.places = self._in_pass = places
-        if places < self._at_once:
-            log.info(f"{places} of {self._at_once} trials train at the same time: more rows do not fit into a pass")
-        trained = self._trained(base, spec, places)
-        if plan.predicted_peak_memory_bytes and trained:
-            more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * trained
-            plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
-        return plan
-
-    def _fitting(
-        self, make: Callable[..., ExecutionPlan], spec: FineTuneJobSpec, base: BaseModel, findings: Any, held: int = 0
-    ) -> tuple[int, ExecutionPlan]:
-        """Return how many places fit, beside the adapters of `held` trials in all, and the plan of their passes."""
-        places = self._at_once
-        while True:
-            wide = replace(base, shape=self._shape_with(base, spec, max(places, held)))
-            plan: ExecutionPlan | None = None
-            try:
-                plan = make(spec_of_pass(spec, places), wide, findings=findings)
-            except WontFit:
-                if places == 1:
-                    raise
-            fewer = fewer_places(spec, places, plan)
-            if plan is not None and fewer == places:
-                return places, plan
-            places = fewer
-
-    def _shape_with(self, base: BaseModel, spec: FineTuneJobSpec, trials: int) -> Any:
-        """Return the model's shape with the weights of so many trials."""
-        trained = self._trained(base, spec, trials)
-        return replace(base.shape, trained=trained) if base.shape and trained else base.shape
-
-    def _trained(self, base: BaseModel, spec: FineTuneJobSpec, trials: int) -> int | None:
-        """Return the weights of so many trials at most, given those of the trial `spec`."""
-        trained = base.shape.trained if base.shape else None
-        largest = sorted((each.lora.rank for each in self._specs), reverse=True)[:trials]
-        return trained and trained * sum(largest) // spec.lora.rank
 
     def own(self, model: Any) -> Any:
         """Return a model for one trial: modules of its own, on the weights of `model`."""
@@ -212,6 +162,13 @@ class Pack:
         """Whether passes are replayed as CUDA graphs."""
         return bool(self._plan and self._plan.captured)
 
+    def _waits_for_host(self, shares: Sequence[Share]) -> bool:
+        """Return whether a pass takes the host longer than the GPU, as those of the last trials left do."""
+        if not self._shape:
+            return True
+        tokens = sum(each.batch["input_ids"].numel() for each in shares)
+        return waits_for_host(tokens, self._shape, bool(self._plan and self._plan.compiled))
+
     def _without_graphs(self) -> None:
         assert self._plan is not None
         if self._graphs:
@@ -225,14 +182,15 @@ class Pack:
         assert self._model is not None and self._plan is not None
         model, spec = self._model, self._specs[0]
         rows = max(1, (self._plan.micro_batch_size or 1) // self.places)
-        inputs = joined(shares, self.places, rows, self._captures)
+        captures = self._captures and self._waits_for_host(shares)
+        inputs = joined(shares, self.places, rows, captures)
         try:
             model.adapters.load()
             if "compiled" not in self._known:
                 budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
                 self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
                 model.adapters.clear()
-            if not self._replay(inputs):
+            if not (captures and self._replay(inputs)):
                 self._loss(inputs, inputs["slopes"]).backward()
             model.adapters.give_gradients([each.place for each in shares])
         finally:
@@ -249,8 +207,6 @@ class Pack:
     def _replay(self, inputs: dict[str, Any]) -> bool:
         """Run the pass as a CUDA graph, if it is or can be one; return whether it was run."""
         assert self._model is not None
-        if not self._captures:
-            return False
         stacks = self._model.adapters.stacks
         if self._graphs is None or len(self._graphs.parameters) != len(stacks):
             self._graphs = StepGraphs(stacks, lambda inputs, slopes: self._loss(_of_tokens(inputs), slopes))

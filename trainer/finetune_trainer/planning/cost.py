@@ -4,6 +4,8 @@ The unit is the time of one token's forward pass through the linear layers of th
 base taking as long again. Constants are fitted to Mistral-7B on an H100 (docs/performance.md).
 """
 
+from dataclasses import replace
+
 from finetune_trainer.planning.memory import Layout
 from finetune_trainer.planning.model_shape import ModelShape
 
@@ -24,6 +26,12 @@ _STARTING_A_LAYER = 100
 _STARTING_A_LAYER_EAGER = 250
 #: And where the weights of its linear layers are dequantized as well.
 _STARTING_TO_DEQUANTIZE = 39
+
+
+def waits_for_host(tokens: int, shape: ModelShape, compiled: bool) -> bool:
+    """Return whether a pass of so many tokens takes the host longer than the GPU: replaying it is faster then."""
+    layout = Layout(micro_batch=1, tokens=tokens, dequantized=shape.layers, compiled=compiled)
+    return cost(1, replace(layout, captured=True), shape, 4) < cost(1, layout, shape, 4)
 
 
 def cost(rows: int, layout: Layout, shape: ModelShape, bits: int) -> float:

@@ -48,7 +48,7 @@ def fewer_places(spec: FineTuneJobSpec, places: int, plan: ExecutionPlan | None)
 def replayed(spec: FineTuneJobSpec, plan: ExecutionPlan, captured: ExecutionPlan | None) -> ExecutionPlan:
     """Return `captured`, a plan with CUDA graphs, if it is laid out as `plan` and graphs are not switched off.
 
-    Graphs always pay here: between two passes each trial takes a step of its own, which the GPU then need not wait for.
+    Passes of all trials rarely need them; those of the last trials left do.
     """
     if captured is None or not captured.captured or spec.training.cuda_graphs == "disabled":
         return plan
