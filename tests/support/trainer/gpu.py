@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,45 @@ def start(material: Path, work: Path, prelude: str = "", gpus: int = 1, **settin
             "logging": {"everySteps": 1},
         },
     }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+    return launch(manifest, work, words, prelude, gpus)
+
+
+def start_sweep(
+    material: Path, work: Path, trials: dict[str, dict[str, Any]], **settings: Any
+) -> subprocess.Popen[str]:
+    """Train the model in `material` in one process as often as there are `trials`, each with its changes."""
+    template: dict[str, Any] = {
+        "model": {"source": f"file://{material}/model"},
+        "dataset": {"train": f"file://{material}/train.jsonl"},
+        "output": {"uri": f"file://{work}/out"},
+        "resources": {"gpusPerNode": 1},
+        "logging": {"everySteps": 1},
+    }
+    for key, value in settings.items():
+        section, _, field = key.partition("__")
+        template.setdefault(section, {})[field] = value
+    named = [{"name": name, "values": values} for name, values in trials.items()]
+    sweep = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneSweep",
+        "metadata": {"name": "gpu"},
+        "spec": {
+            "template": template,
+            "trials": named,
+            "parallelism": len(trials),
+            "objective": {"metric": "trainLoss"},
+        },
+    }
+    return launch(sweep, work)
+
+
+def launch(
+    manifest: dict[str, Any], work: Path, words: Sequence[str] = (), prelude: str = "", gpus: int = 1
+) -> subprocess.Popen[str]:
+    """Start the trainer on `manifest` with these words on its command line."""
     work.mkdir(exist_ok=True)
     (work / "job.yaml").write_text(json.dumps(manifest))
-    words = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
     environment = os.environ | {
         "FINETUNE_SCRATCH_DIR": str(work / "scratch"),
         "FINETUNE_TERMINATION_LOG": str(work / "report.json"),

@@ -38,7 +38,7 @@ CHANGES = {
 }
 
 
-#: At step 3 the first two are compared with each other, the others with all before them; one in two goes on.
+#: At step 3 all are compared with each other; one in two goes on.
 HALVING = {"rungs": [3], "reductionFactor": 2}
 
 
