@@ -207,18 +207,23 @@ class Cluster:
         was_there = False
         while deadline is None or time.monotonic() < deadline:
             try:
-                job = self.get(name, kind)
+                job = self._get(name, kind) if was_there else self.get(name, kind)
                 lost_since, was_there = None, True
+                since = job["metadata"].get("resourceVersion")
                 yield job
                 if (seconds := _watch_seconds(deadline, poll(job))) <= 0:
                     return
-                for event in self._watch(name, str(job["metadata"].get("resourceVersion", "")), seconds, kind):
+                for event in self._watch(name, str(since or ""), seconds, kind):
                     if event["type"] == "DELETED":
                         yield None
                         return
-                    if event["type"] in ("ADDED", "MODIFIED"):
-                        yield event["object"]
+                    found = event["object"]
+                    if event["type"] in ("ADDED", "MODIFIED") and found["metadata"].get("resourceVersion") != since:
+                        yield found
             except CliError as error:
+                if error.is_missing and was_there:
+                    yield None
+                    return
                 lost_since = lost_since or time.monotonic()
                 # A server that has never answered is more likely the wrong one than one that comes back.
                 if not (error.may_pass and was_there) or time.monotonic() - lost_since > PATIENCE_SECONDS:
@@ -226,27 +231,34 @@ class Cluster:
                 time.sleep(1)
 
     def _watch(self, name: str, since: str, seconds: int, kind: str) -> Iterator[Object]:
+        """Yield the events after version `since`; where the server has forgotten those, the object and what follows.
+
+        It forgets what came before its own start, or before the latest changes of all jobs, however new the object is.
+        """
         from kubernetes.client.exceptions import ApiException
 
         with explained(self.server, self.namespace, name, kind):
             try:
-                answer = self._custom().list_namespaced_custom_object(
-                    *self._place(kind),
-                    watch=True,
-                    field_selector=f"metadata.name={name}",
-                    resource_version=since,
-                    timeout_seconds=seconds,
-                    _preload_content=False,
-                    _request_timeout=(self.timeout[0], seconds + self.timeout[1]),
-                )
-                for event in reading.events(answer):
-                    if event["type"] in ("ADDED", "MODIFIED"):
-                        read_job(event["object"])
-                    yield event
+                yield from self._events(name, since, seconds, kind)
             except ApiException as error:
-                # Too old a version: the caller reads the job again and goes on from there.
-                if error.status != 410:
+                if error.status != HTTPStatus.GONE:
                     raise
+                yield from self._events(name, "", seconds, kind)
+
+    def _events(self, name: str, since: str, seconds: int, kind: str) -> Iterator[Object]:
+        answer = self._custom().list_namespaced_custom_object(
+            *self._place(kind),
+            watch=True,
+            field_selector=f"metadata.name={name}",
+            resource_version=since,
+            timeout_seconds=seconds,
+            _preload_content=False,
+            _request_timeout=(self.timeout[0], seconds + self.timeout[1]),
+        )
+        for event in reading.events(answer):
+            if event["type"] in ("ADDED", "MODIFIED"):
+                read_job(event["object"])
+            yield event
 
     def pods(self, job: str) -> list[Object]:
         """Pods of a job's attempts, the newest attempt first, its rank 0 before the others."""

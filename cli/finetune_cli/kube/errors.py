@@ -110,7 +110,7 @@ def refusal(code: int, status: dict[str, Any], server: str, namespace: str, name
     return CliError(
         f"the cluster at {server} answered {code}: {message}",
         code=Exit.UNREACHABLE,
-        may_pass=code == 429 or code >= 500,
+        may_pass=code in (410, 429) or code >= 500,
     )
 
 

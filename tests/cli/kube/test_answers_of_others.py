@@ -130,7 +130,11 @@ def test_an_answer_without_an_end_is_not_kept(
         asked[ask]()
 
 
-def test_a_watch_from_a_version_that_is_gone_ends(answering: Callable[..., Cluster]) -> None:
+def test_a_server_that_has_forgotten_even_the_present_is_not_asked_at_once_again(
+    answering: Callable[..., Cluster],
+) -> None:
     gone = {"kind": "Status", "code": 410, "reason": "Expired"}
-    assert list(answering({"type": "ERROR", "object": gone})._watch("x", "1", 1, constants.KIND)) == []
-    assert list(answering(gone, 410)._watch("x", "1", 1, constants.KIND)) == []
+    for cluster in (answering({"type": "ERROR", "object": gone}), answering(gone, 410)):
+        with pytest.raises(CliError, match="answered 410") as told:
+            list(cluster._watch("x", "1", 1, constants.KIND))
+        assert told.value.may_pass
