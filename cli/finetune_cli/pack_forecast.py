@@ -35,32 +35,57 @@ class HolderPlan:
         return self.time.seconds if isinstance(self.time, Duration) else None
 
 
-def memory_of(jobs: Sequence[FineTuneJob], at_once: int, room: int | None, config: Path | None) -> tuple[Forecast, int]:
-    """Return the memory of a pack, and how many of its trials fit into a pass: as the trainer finds it out."""
+def memory_of(
+    jobs: Sequence[FineTuneJob], at_once: int, halves: bool, room: int | None, config: Path | None
+) -> tuple[Forecast, int]:
+    """Return the memory of a pack, and how many of its trials fit into a pass: as the trainer finds it out.
+
+    Args:
+        jobs: Its trials as jobs.
+        at_once: How many of them train at the same time at most.
+        halves: Whether they wait for each other at rungs, where they keep their adapters.
+        room: Bytes of the GPU.
+        config: The model's config.json, if it is given.
+    """
+    found, places = _fitting(jobs, at_once, 0, room, config)
+    if found.plan is None:
+        return found, places
+    held = 0
+    if halves:
+        holding, as_many = _fitting(jobs, at_once, len(jobs), room, config)
+        if holding.plan and as_many == places:
+            found, held = holding, len(jobs)
+    captured = forecast.forecast(_as_one(jobs, places, held, captured=True), room, config)
+    plan = passes.replayed(jobs[0].spec, found.plan, captured.plan if captured.fits else None) if found.plan else None
+    if plan and found.shape and plan.predicted_peak_memory_bytes:
+        more = passes.BYTES_IN_PLACE * adapter_weights(found.shape, _as_one(jobs, places).spec)
+        peak = plan.predicted_peak_memory_bytes + more
+        plan = plan.model_copy(update={"predicted_peak_memory_bytes": peak})
+    return replace(found, plan=plan), places
+
+
+def _fitting(
+    jobs: Sequence[FineTuneJob], at_once: int, held: int, room: int | None, config: Path | None
+) -> tuple[Forecast, int]:
+    """Return the memory of a pass beside the adapters of `held` trials in all, and how many trials fit into it."""
     places = at_once
     while True:
-        wide = _as_one(jobs, places)
-        found = forecast.forecast(wide, room, config)
+        found = forecast.forecast(_as_one(jobs, places, held), room, config)
         if found.plan is None and found.fits is not False:
             return found, places
         fewer = passes.fewer_places(jobs[0].spec, places, found.plan)
         if fewer == places:
-            break
+            return found, places
         places = fewer
-    if found.plan:
-        captured = forecast.forecast(_as_one(jobs, places, captured=True), room, config)
-        found = replace(found, plan=passes.replayed(jobs[0].spec, found.plan, captured.plan if captured.fits else None))
-    if found.plan and found.shape and found.plan.predicted_peak_memory_bytes:
-        more = passes.BYTES_IN_PLACE * adapter_weights(found.shape, wide.spec)
-        peak = found.plan.predicted_peak_memory_bytes + more
-        found = replace(found, plan=found.plan.model_copy(update={"predicted_peak_memory_bytes": peak}))
-    return found, places
 
 
-def _as_one(jobs: Sequence[FineTuneJob], places: int, captured: bool = False) -> FineTuneJob:
-    """Return a job whose steps are passes of `places` trials: all of their rows, and the ranks of the largest."""
+def _as_one(jobs: Sequence[FineTuneJob], places: int, held: int = 0, captured: bool = False) -> FineTuneJob:
+    """Return a job whose steps are passes of `places` trials: all of their rows, and the ranks of the largest.
+
+    If `held` trials are in memory, the ranks are those of so many.
+    """
     first = jobs[0]
-    ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[:places]
+    ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[: max(places, held)]
     lora = first.spec.lora.model_copy(update={"rank": sum(ranks)})
     spec = passes.spec_of_pass(first.spec, places, captured).model_copy(update={"lora": lora})
     return first.model_copy(update={"spec": spec})

@@ -149,7 +149,8 @@ def _plan(sweep: FineTuneSweep, room: int | None, model_config: Path | None, tim
         if holder.is_pack:
             together = [jobs[each] for each in mine]
             single = memory
-            memory, places = pack_forecast.memory_of(together, holder.at_once, room, model_config)
+            halves = sweep.spec.early_stopping is not None
+            memory, places = pack_forecast.memory_of(together, holder.at_once, halves, room, model_config)
             gpu = None if time.hours is not None else duration.gpu_of(together[0], time.gpu)
             takes = pack_forecast.time_of(together, [times[each] for each in mine], single, memory, places, gpu)
         held.append(HolderPlan(holder, gpus_of(jobs[mine[0]]), memory, takes, places))

@@ -122,7 +122,8 @@ def test_trials_that_share_a_gpu_are_planned_together(tmp_path):
     page = run(*asked, "--gpu", "H200").stdout
     assert "lr1e-4-r8   learningRate=1e-4 rank=8   pack-0" in page
     assert (
-        "pack-0: 16 trials on one GPU, 4 in each step, 45" in page and "16 trials, 4 at a time: 1 GPU at most" in page
+        "pack-0: 16 trials on one GPU, 4 in each step, 46.9 GiB" in page
+        and "16 trials, 4 at a time: 1 GPU at most" in page
     )
     data = json.loads(run(*asked, "--gpu", "H200", "-o", "json").stdout)
     [pack] = data["packs"]
@@ -141,6 +142,13 @@ def test_trials_that_share_a_gpu_are_planned_together(tmp_path):
     own = json.loads(run(*asked, "--trial-hours", "1", "-o", "json").stdout)
     assert 13 < own["gpuHours"] < 16, "a step of four trials takes a little less than four steps"
     assert "nli (16 trials in 1 FineTuneJob)" in run("validate", asked[1]).stdout
+    stopping = template | {"evaluation": {"everySteps": 50}}
+    write(
+        tmp_path, template=stopping, parameters=RANKS, earlyStopping={"rungs": [50]}, objective={"metric": "evalLoss"}
+    )
+    held = json.loads(run(*asked, "--gpu", "H200", "-o", "json").stdout)["packs"][0]
+    more_memory = held["memory"]["predictedPeakBytes"] - pack["memory"]["predictedPeakBytes"]
+    assert held["atOnce"] == 4 and more_memory > 2**30, "those that wait at a rung keep their adapters"
 
 
 def test_rows_tell_the_steps_of_every_trial(tmp_path):
