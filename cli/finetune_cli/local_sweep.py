@@ -6,21 +6,20 @@ import os
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune_api import constants, exit_codes
 from finetune_api.exit_codes import OUTPERFORMED
 from finetune_api.sweep_packing import DRAWN_LATER, trial_log, why_not_packed
 from finetune_api.sweep_tpe import Past
 from finetune_cli import drawn_trials, local_run
-from finetune_cli.comparison import reading, record, runs, table
-from finetune_cli.comparison.runs import Run
+from finetune_cli.comparison import record
 from finetune_cli.errors import CliError, Exit
+from finetune_cli.local_trials import Progress, Trial, run_of, summary
 from finetune_cli.manifests import refused
-from finetune_cli.output import console, formatting, run_summary
+from finetune_cli.output import console, run_summary
 from finetune_cli.published import published_at
 from finetune_cli.storage import cache_folder
 
@@ -34,27 +33,9 @@ if TYPE_CHECKING:
 _DIVERGED = exit_codes.OUTCOMES[exit_codes.ExitCode.DIVERGED].reason
 #: More than a trainer says of itself.
 _MAX_REPORT = 1 << 20
-#: Trials that the next command names.
-_NAMED = 4
 _ALONE = "leave --packed out"
 #: Asks the trainer of this machine; a proxy for other machines is not for it.
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass
-class Trial:
-    """One trial, and how far it is. `losses` holds its held-out loss at each rung that it passed."""
-
-    name: str
-    summary: str
-    values: Mapping[str, Any]
-    job: FineTuneJob
-    phase: str = "Waiting"
-    report: TrainerReport | None = None
-    reason: str = ""
-    started: float = 0.0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
 
 
 def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet: bool, packed: bool) -> None:
@@ -84,7 +65,7 @@ def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet
         raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {DRAWN_LATER}", hint=_ALONE)
     if packed and (why := why_not_packed([(trial.name, trial.job.spec) for trial in trials])):
         raise CliError(f"the trials of {sweep.metadata.name} cannot share a process: {why}", hint=_ALONE)
-    with _Progress(trials) as progress:
+    with Progress(trials) as progress:
         if packed:
             _run_packed(sweep, trials, trainer, progress)
         for trial in () if packed else trials:
@@ -96,7 +77,7 @@ def run_sweep(document: Document, base: Path, overrides: Sequence[str], *, quiet
                 hint = "run the same command again: what is published is kept, and this trial resumes"
                 raise CliError(f"stopped in trial {trial.name}", hint=hint, code=code)
     if not quiet:
-        _summary(sweep, trials)
+        summary(sweep, trials)
     if not any(trial.phase == "Succeeded" for trial in trials):
         raise CliError(f"no trial of {sweep.metadata.name} succeeded", code=Exit.JOB_FAILED)
 
@@ -128,14 +109,14 @@ def _draw(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial]) -> None:
 def _past(sweep: FineTuneSweep, trial: Trial) -> Past:
     """Return what a trial that has ended tells of its values."""
     if trial.phase == "Succeeded":
-        return Past(trial.values, "succeeded", _run_of(trial).metrics.get(sweep.spec.objective.metric))
+        return Past(trial.values, "succeeded", run_of(trial).metrics.get(sweep.spec.objective.metric))
     if trial.phase == "Stopped" or trial.reason.startswith(f"{_DIVERGED}:"):
         rungs = sweep.spec.early_stopping.rungs if sweep.spec.early_stopping else []
         return Past(trial.values, "behind", losses=dict(zip(rungs, trial.losses, strict=False)))
     return Past(trial.values, "lost")
 
 
-def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: str, progress: _Progress) -> int:
+def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: str, progress: Progress) -> int:
     """Run one trial to its end and note how it ended; returns the trainer's exit code."""
     import yaml
 
@@ -173,7 +154,7 @@ def _run(sweep: FineTuneSweep, trial: Trial, trials: Sequence[Trial], trainer: s
     return code
 
 
-def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, progress: _Progress) -> None:
+def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, progress: Progress) -> None:
     """Run all trials in one process and note how each ended. Raises CliError when stopped."""
     import yaml
 
@@ -287,99 +268,3 @@ def _asked(address: str) -> TrainerReport | None:
             return TrainerReport.model_validate_json(answer.read(_MAX_REPORT))
     except (OSError, ValueError):
         return None
-
-
-class _Progress:
-    """The trials so far: on a terminal a table that is kept up to date, elsewhere a line for each that ends."""
-
-    def __init__(self, trials: Sequence[Trial]) -> None:
-        from rich.live import Live
-
-        self._trials = trials
-        screen = console.out()
-        self._live = Live(console=screen, get_renderable=self._table, transient=True) if screen.is_terminal else None
-
-    def __enter__(self) -> _Progress:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def show(self) -> None:
-        if self._live:
-            self._live.refresh()
-
-    def ended(self, trial: Trial) -> None:
-        self.show()
-        if self._live is None:
-            number = self._trials.index(trial) + 1
-            loss = self._loss(trial)
-            said = [trial.phase, *([f"evalLoss {loss}"] if loss else []), f"in {formatting.duration(trial.seconds)}"]
-            console.out().print(f"{number}/{len(self._trials)}  {trial.name}  {' '.join(said)}", soft_wrap=True)
-
-    def _table(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-        for title in ("TRIAL", "PHASE", "STEP", "EVAL LOSS", "TIME", "VALUES"):
-            grid.add_column(title, no_wrap=True)
-        for trial in self._trials:
-            running = time.monotonic() - trial.started if trial.phase == "Running" else trial.seconds
-            stage = trial.report.stage if trial.report and trial.phase == "Running" else trial.phase
-            grid.add_row(
-                Text(trial.name, style="bold"),
-                stage,
-                trial.report.progress.summary if trial.report else "",
-                self._loss(trial),
-                formatting.duration(running) if running else "",
-                Text(trial.summary),
-            )
-        return grid
-
-    @staticmethod
-    def _loss(trial: Trial) -> str:
-        if trial.report is None:
-            return ""
-        loss = trial.report.metrics.get("evalLoss", trial.report.progress.eval_loss)
-        return "" if loss is None else formatting.loss(loss)
-
-
-def _summary(sweep: FineTuneSweep, trials: Sequence[Trial]) -> None:
-    objective = sweep.spec.objective
-    order = reading.Sweep(sweep.metadata.name, objective.metric, objective.minimizes)
-    found = reading.ordered(order, [_run_of(trial) for trial in trials])
-    console.out().print()
-    console.page(table.table(found), console.PIPED_TABLE_WIDTH)
-    best = found[0]
-    if objective.metric in best.metrics and best.phase == "Succeeded":
-        console.out().print()
-        console.done(f"{best.name} is best: {table.shown_value(objective.metric, best.metrics[objective.metric])}")
-    places = [_place(run.uri) for run in found if run.phase == "Succeeded" and not run.uri.startswith("pvc://")]
-    if places:
-        some = " ".join(places[:_NAMED])
-        compared = [f"finetune compare {some} --html report.html"] if len(places) > 1 else []
-        console.next_commands(*compared, f"finetune chat {places[0]}")
-
-
-def _place(address: str) -> str:
-    """Return an adapter's address as it is typed from here."""
-    path = run_summary.local_path(address)
-    here = f"{Path.cwd()}/"
-    return f"./{path.removeprefix(here)}" if path.startswith(here) else path
-
-
-def _run_of(trial: Trial) -> Run:
-    """Return a trial as it is compared: by what it published, or else by what its trainer said last."""
-    if trial.phase == "Succeeded":
-        try:
-            place = published_at(trial.job.spec.output.uri, adapters_only=True)
-            return reading.read_published(place, trial.name)
-        except CliError:
-            pass  # out of reach by now, or a volume: the trainer's last words are as good
-    metrics = runs.finite(trial.report.metrics) if trial.report and trial.phase == "Succeeded" else {}
-    spec = trial.job.spec.manifest()
-    return Run(trial.name, trial.job.spec.output.uri, trial.phase, runs.values_of(spec), metrics, None)
