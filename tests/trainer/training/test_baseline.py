@@ -1,6 +1,5 @@
 """The base model is measured once for all jobs that share a cache and would measure the same."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +9,8 @@ import structlog
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
-from finetune_trainer.checkpoints.state import TrainingState
-from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.settings import Ranks
-from finetune_trainer.sharing import Sharing
-from finetune_trainer.training import session
-from finetune_trainer.training.session import TrainingSession
+from finetune_trainer.training import baseline
 
 SPEC = {
     "model": {"source": "hf://org/base"},
@@ -26,31 +21,22 @@ METRICS = {"evalLoss": 1.5, "accuracy": 0.25}
 
 
 def measure(cache: Path | None, evaluations: list[int], rank: int = 0, known: Any = None) -> dict[str, float]:
-    made = object.__new__(TrainingSession)
     context: Any = SimpleNamespace(
         spec=FineTuneJobSpec.model_validate(SPEC),
         ranks=Ranks(rank=rank, size=rank + 1),
         settings=SimpleNamespace(environment=SimpleNamespace(cache=cache)),
-        stage=lambda *_: nullcontext(),
-        sharing=Sharing(),
-        report=SimpleNamespace(metrics=lambda _: None),
-        metrics=SimpleNamespace(log_baseline=lambda _: None),
         on_rank_zero=lambda work: known if rank else work(),
     )
-    made.ctx, made.plan, made.model, made.prompts = context, ExecutionPlan(), None, []
-    made.base = SimpleNamespace(tokenizer=None, new_tokens=SimpleNamespace(ids=()))  # type: ignore[assignment]
-    made.data = SimpleNamespace(eval=None, train=None)  # type: ignore[assignment]
-    made.evaluator = object.__new__(Evaluator)
-    made.evaluator.evaluate = lambda _: evaluations.append(rank) or METRICS  # type: ignore[method-assign,func-returns-value]
-    state = TrainingState()
-    made.measure_baseline(state)
-    return state.before
+    base: Any = SimpleNamespace(tokenizer=None, new_tokens=SimpleNamespace(ids=()))
+    evaluator: Any = SimpleNamespace(evaluate=lambda _: evaluations.append(rank) or METRICS)
+    rows: Any = None
+    return baseline.measured_or_kept(context, evaluator, None, ExecutionPlan(), base, rows, [])
 
 
 @pytest.fixture
 def _same(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     parts = {"weights": "a"}
-    monkeypatch.setattr(session, "baseline_depends_on", lambda *_: dict(parts))
+    monkeypatch.setattr(baseline, "baseline_depends_on", lambda *_: dict(parts))
     return parts
 
 

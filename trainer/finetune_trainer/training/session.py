@@ -20,7 +20,6 @@ from finetune_trainer.data.dataset import Datasets
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.lora import clear_cache, shared_lora_inputs
 from finetune_trainer.errors import GpuOutOfMemory, Outperformed, Preempted, WontFit, is_gpu_out_of_memory
-from finetune_trainer.evaluation.baseline_cache import BaselineCache, baseline_depends_on, can_be_kept
 from finetune_trainer.evaluation.evaluator import EvalPrompt, Evaluator
 from finetune_trainer.evaluation.lockstep import EvaluationAborted
 from finetune_trainer.methods.base import Method
@@ -32,6 +31,7 @@ from finetune_trainer.runtime.patches import tune_tiles
 from finetune_trainer.runtime.peak_memory import peak, release_memory
 from finetune_trainer.sharing import Place
 from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.baseline import measured_or_kept
 from finetune_trainer.training.hooks import StepAborted, TrainingHooks
 from finetune_trainer.training.loop import QloraTrainer
 from finetune_trainer.training.packed_loop import PackedTrainer
@@ -95,36 +95,19 @@ class TrainingSession:
     def measure_baseline(self, state: TrainingState) -> None:
         """Measure the base model, and keep the metrics in `state`. Raises Preempted."""
         with self.ctx.stage("Evaluating", "Measuring the base model before training"):
+            rows = self.data.eval or self.data.train
+            measure = partial(
+                measured_or_kept, self.ctx, self.evaluator, self.model, self.plan, self.base, rows, self.prompts
+            )
             # The same for all trials of a process that begin with the same weights.
             begun_with = ("baseline", self.ctx.spec.lora.init_from)
             try:
-                state.before = dict(self.ctx.sharing.once(begun_with, self._measured_or_kept))
+                state.before = dict(self.ctx.sharing.once(begun_with, measure))
             except EvaluationAborted:
                 raise self.ctx.preempted() from None
             self.ctx.report.metrics(state.metrics_before())
             if self.ctx.ranks.is_main:
                 self.ctx.metrics.log_baseline(state.before)
-
-    def _measured_or_kept(self) -> dict[str, float]:
-        """Return the base model's metrics: from the shared cache, or measured and kept there."""
-        kept = self._kept_baseline() if self.ctx.ranks.is_main else None
-        known: dict[str, float] | None = self.ctx.on_rank_zero(lambda: kept.find() if kept else None)
-        if known:
-            log.info("An earlier job measured the same base model on the same rows, in the same way")
-            return known
-        found = self.evaluator.evaluate(self.model)
-        if kept:
-            kept.keep(found)
-        return found
-
-    def _kept_baseline(self) -> BaselineCache | None:
-        """Return where the shared cache has these metrics, or will; None without one, or if there is more to know."""
-        spec, folder = self.ctx.spec, self.ctx.settings.environment.cache
-        if folder is None or not can_be_kept(spec, self.plan, len(self.base.new_tokens.ids)):
-            return None
-        rows = self.data.eval or self.data.train
-        parts = baseline_depends_on(self.model, spec, self.plan, self.base.tokenizer, rows, self.prompts)
-        return BaselineCache(folder / "evaluations", parts)
 
     def compile(self) -> None:
         """Checkpoint and compile the layers as the plan says; the plan becomes what is in effect."""
