@@ -165,7 +165,7 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
             progress.ended(trial)
     if not left:
         return
-    manifest, began, path = sweep.manifest(), time.monotonic(), _log_file(sweep, "packed")
+    manifest, began, path, over = sweep.manifest(), time.monotonic(), _log_file(sweep, "packed"), list[Trial]()
     # As named trials: those that are left alone, but the others too if they are compared with them.
     sent = trials if sweep.spec.early_stopping else left
     named = [{"name": trial.name, "values": trial.values} for trial in sent]
@@ -183,9 +183,14 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
         def tick() -> bool:
             for trial in left:
                 report = _asked(f"{env[constants.ENV_LISTEN]}/trials/{trial.name}")
-                if report:
-                    trial.report, trial.phase = report, "Stopped" if report.reason == OUTPERFORMED else "Running"
+                if report and trial not in over:
+                    trial.report, trial.phase = report, "Running"
                     trial.started = trial.started or time.monotonic()
+                    if report.stage in ("Succeeded", "Failed"):
+                        over.append(trial)
+                        trial.seconds = time.monotonic() - began
+                        trial.phase, trial.reason = _end(report)
+                        progress.ended(trial)
             progress.show()
             return False
 
@@ -194,21 +199,28 @@ def _run_packed(sweep: FineTuneSweep, trials: Sequence[Trial], trainer: str, pro
         for trial in left:
             trial.report = run_summary.read_report(trial_log(last, trial.name))
     for trial in left:
-        trial.seconds = time.monotonic() - began
-        if trial.report and trial.report.adapter:
-            trial.phase = "Succeeded"
-        elif trial.report and trial.report.reason == OUTPERFORMED:
-            trial.phase, trial.reason = "Stopped", trial.report.message
-        else:
-            told = trial.report or whole
-            trial.phase, trial.reason = "Failed", f"{told.reason}: {told.message}" if told else f"exit code {code}"
-        progress.ended(trial)
+        if trial.report:
+            trial.phase, trial.reason = _end(trial.report)
+        else:  # its process has told of all of them at most
+            trial.phase, trial.reason = "Failed", f"{whole.reason}: {whole.message}" if whole else f"exit code {code}"
+        if trial not in over:
+            trial.seconds = time.monotonic() - began
+            progress.ended(trial)
     if code == exit_codes.ExitCode.PREEMPTED or code > 128:
         hint = "run the same command again: what is published is kept, and the others resume"
         raise CliError("stopped before all trials were published", hint=hint, code=code)
     for trial in left:
         if trial.phase == "Failed":
             console.note(f"{trial.name} failed: {trial.reason}\n  the log: {path}")
+
+
+def _end(report: TrainerReport) -> tuple[str, str]:
+    """Return the phase of a trial of several that has ended, and why."""
+    if report.adapter:
+        return "Succeeded", ""
+    if report.reason == OUTPERFORMED:
+        return "Stopped", report.message
+    return "Failed", f"{report.reason}: {report.message}"
 
 
 def _is_behind(trial: Trial, trials: Sequence[Trial], halving: Halving) -> bool:

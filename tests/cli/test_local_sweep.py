@@ -180,6 +180,16 @@ def test_packed_trials_run_in_one_process_but_those_that_are_published(sweep, tm
     assert started(tmp_path)[3:] == ["nli-lr1e-4"]
 
 
+def test_a_packed_trial_is_told_when_it_ends_not_when_all_have(sweep):
+    result = sweep(DONE | {"lr1e-4": {"evalLoss": 0.5, "last": True}}, "--packed")
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[:3] for line in result.stdout.splitlines()[:3]] == [
+        ["2/3", "lr2e-4", "Succeeded"],
+        ["3/3", "lr4e-4", "Succeeded"],
+        ["1/3", "lr1e-4", "Succeeded"],
+    ]
+
+
 def test_a_packed_trial_that_falls_behind_is_stopped_and_compared_with_what_is_published(sweep, tmp_path):
     behind = {"stage": "Succeeded", "reason": "Outperformed", "message": "Stopped after step 10: evalLoss 0.6"}
     halving = {"rungs": [10], "reductionFactor": 2}

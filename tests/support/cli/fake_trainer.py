@@ -31,7 +31,7 @@ def main() -> None:
     else:
         report = {"stage": "Failed", "reason": plan.get("reason"), "message": plan.get("message", "")}
     if "progress" in plan:
-        serve({"stage": "Training", "progress": plan["progress"]})
+        serve({"/progress": {"stage": "Training", "progress": plan["progress"]}})
     if plan.get("waits"):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
         signal.pause()
@@ -44,7 +44,12 @@ def pack(sweep: dict[str, Any]) -> int:
     """Do of each trial what the plan says, as one process does; returns the exit code."""
     plan = json.loads((Path(sys.argv[0]).parent / "plan.json").read_text())
     told, code = Path(os.environ["FINETUNE_TERMINATION_LOG"]), 0
-    for trial in sweep["spec"]["trials"]:
+    pages: dict[str, dict[str, Any]] = {}
+    read = serve(pages)
+    trials, names = sweep["spec"]["trials"], f"{sweep['metadata']['name']}-"
+    for trial in sorted(trials, key=lambda trial: bool(plan[names + trial["name"]].get("last"))):
+        while plan[names + trial["name"]].get("last") and not read >= pages.keys():
+            time.sleep(0.05)  # until it is known that the others have ended
         name = f"{sweep['metadata']['name']}-{trial['name']}"
         with (Path(sys.argv[0]).parent / "started").open("a") as log:
             log.write(name + "\n")
@@ -55,6 +60,7 @@ def pack(sweep: dict[str, Any]) -> int:
         code = max(code, report.pop("exit", 0) if report.get("reason") == "Preempted" else 0)
         if "uid" not in sweep["metadata"]:  # else it is a pod's, where nobody reads it
             told.with_name(f"{told.name}.{trial['name']}").write_text(json.dumps(report))
+            pages[f"/trials/{trial['name']}/progress"] = report
     told.write_text(json.dumps({"stage": "Succeeded", "reason": "Succeeded"}))
     return code
 
@@ -86,20 +92,25 @@ def publish(job: dict[str, Any], text: str, plan: dict[str, Any]) -> dict[str, A
     return {"stage": "Succeeded", "reason": "Succeeded", "metrics": metrics}
 
 
-def serve(report: dict[str, Any]) -> None:
-    """Answer /progress."""
+def serve(pages: dict[str, dict[str, Any]]) -> set[str]:
+    """Answer with `pages`, by their paths; return those that were read so far, a set that grows."""
+    read: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            page = pages.get(self.path)
+            self.send_response(200 if page else 404)
             self.end_headers()
-            self.wfile.write(json.dumps(report).encode())
+            self.wfile.write(json.dumps(page).encode())
+            if page:
+                read.add(self.path)
 
         def log_message(self, *_: Any) -> None:
             pass
 
     host, _, port = os.environ["FINETUNE_LISTEN"].rpartition(":")
     threading.Thread(target=HTTPServer((host, int(port)), Handler).serve_forever, daemon=True).start()
+    return read
 
 
 if __name__ == "__main__":
