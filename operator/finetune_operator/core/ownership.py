@@ -2,7 +2,8 @@
 
 Whoever may create Jobs can make one with our owner reference and the name of an attempt. What they cannot write is the
 status, so the uid of each Job that the operator creates is recorded there. A crash between the two leaves a Job of
-which nothing is recorded: it is taken only if it is the next one and exactly what would be built now.
+which nothing is recorded, and several crashes several: one is taken only if it is the next and exactly what would be
+built now.
 """
 
 from dataclasses import replace
@@ -34,24 +35,26 @@ def settle(
     others = tuple(child for child in observed.children if child not in mine)
     told = _without(observed, mine, others)
     attempts = history.update(told, status, spec, now)
-    if not others:
-        return told, attempts
-    last = attempts.history[-1] if attempts.history else None
-    if last and last.reason is None:
-        child = history.child_of(told, last.job_name)
-        if child and not child.finished:
-            return told, attempts
-        return replace(told, children=observed.children, strangers=()), attempts  # it ends: the next may be there
-    number = history.next_number(attempts.history, told)
-    found = next((child for child in others if child.name == history.job_name(observed.job, number)), None)
-    if found is None or not _may_follow(observed, attempts, spec, settings):
-        return told, attempts
-    micro, avoided = retry.next_micro_batch(attempts.history, spec), retry.nodes_to_avoid(attempts.history)
-    built = job.build(observed.job, spec, number, micro, settings, avoided)[-1]
-    if found.digest != digest_of(built):
-        return told, replace(attempts, history=[*attempts.history, _refused(found, spec, now)])
-    told = _without(observed, (*mine, found), tuple(child for child in others if child is not found))
-    return told, history.update(told, status, spec, now)
+    # More than one may be unrecorded: a status may fail to be written for as long as an attempt and the next take.
+    while others:
+        last = attempts.history[-1] if attempts.history else None
+        if last and last.reason is None:
+            child = history.child_of(told, last.job_name)
+            if child and not child.finished:
+                break
+            return replace(told, children=observed.children, strangers=()), attempts  # it ends: the next may be there
+        number = history.next_number(attempts.history, told)
+        found = next((child for child in others if child.name == history.job_name(observed.job, number)), None)
+        if found is None or not _may_follow(observed, attempts, spec, settings):
+            break
+        micro, avoided = retry.next_micro_batch(attempts.history, spec), retry.nodes_to_avoid(attempts.history)
+        built = job.build(observed.job, spec, number, micro, settings, avoided)[-1]
+        if found.digest != digest_of(built):
+            return told, replace(attempts, history=[*attempts.history, _refused(found, spec, now)])
+        mine, others = (*mine, found), tuple(child for child in others if child is not found)
+        told = _without(observed, mine, others)
+        attempts = history.update(told, status, spec, now)
+    return told, attempts
 
 
 def _without(observed: Observed, children: tuple[Child, ...], strangers: tuple[Child, ...]) -> Observed:

@@ -191,3 +191,19 @@ def test_a_changed_parallelism_is_told_while_kubernetes_stops_the_pods_and_after
     said = world.condition("Scheduled")
     assert said["message"].startswith("somebody else set parallelism of Job nli-1 to 0: set it back to 1")
     assert world.reasons == [None]
+
+
+def test_attempts_of_which_crash_after_crash_left_nothing_recorded_are_all_taken():
+    """The second may have published its adapter: it is not deleted as a Job that somebody else made."""
+    world = World(recovery={"backoffSeconds": 0})
+    world.reconcile(crash_after=1)
+    world.start_pods()
+    world.exit_pods(exit_codes.ExitCode.UNAVAILABLE)
+    world.reconcile(crash_after=1)
+    made = [(name, world.jobs[name]["metadata"]["uid"]) for name in ("nli-1", "nli-2")]
+    assert not world.status.get("attempts")
+    world.start_pods()
+    world.exit_pods(0, adapter_report())
+    world.settle()
+    assert (world.outcome, world.reasons) == ("True", ["Unavailable", "Succeeded"])
+    assert [(each["jobName"], each["jobUid"]) for each in world.status["attempts"]] == made
