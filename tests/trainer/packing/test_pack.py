@@ -300,7 +300,12 @@ def test_what_all_trials_share_fails_once_for_all_in_the_same_words() -> None:
     assert pack.once("data", lambda: 7) == 7
 
 
-def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["at first", "after a rung"])
+def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(
+    again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a rung, too: a trial that only took smaller micro-batches would train on without a place, and learn nothing."""
+
     def full(*_: Any) -> None:
         raise OutOfMemoryError("CUDA out of memory")
 
@@ -308,7 +313,65 @@ def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(monke
     monkeypatch.setattr(pack, "enter", full)
     seat = Seat(pack, 0, SPEC, Turns("a", lambda turn: None))
     with pytest.raises(WontFit, match="no memory left for another trial's adapter"):
-        seat.take_place(None, ExecutionPlan())
+        seat.sit_at(1) if again else seat.take_place(None, ExecutionPlan())
+
+
+@pytest.mark.parametrize("of", ["the first", "the second"])
+def test_gradients_that_the_memory_is_too_small_for_are_given_to_no_trial(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass is run again: the trial that had its gradient already would have it twice."""
+    trials = {place: _trial(*each) for place, each in enumerate(TRIALS[:2])}
+    core = twin(_base())
+    adapters = PackedAdapters(core, 2, 16, torch.float32)
+    for place, adapted in trials.items():
+        adapters.enter(place, adapted, 0.0)
+    full = {id(each) for each in trials[of == "the second"].parameters()}
+    allocate = torch.empty_like
+
+    def empty_like(like: torch.Tensor, **options: Any) -> torch.Tensor:
+        if id(like) in full:
+            raise OutOfMemoryError("CUDA out of memory")
+        return allocate(like, **options)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    with pytest.raises(OutOfMemoryError):
+        adapters.give_gradients([0, 1])
+    assert all(each is None for adapted in trials.values() for each in _gradients(adapted))
+
+
+def test_a_trial_that_the_memory_is_too_small_for_leaves_the_others_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It brings layers that no other trial has adapters on, and there is room for some of them."""
+    first, late = _trial(*TRIALS[0]), _trial(*TRIALS[1])
+    core = twin(_base())
+    model = PackedModel(core, PackedAdapters(core, 2, 16, torch.float32)).train()
+    batch = _batch(ROWS[0], False)
+    share = Share(0, batch, 1 / torch.tensor(len(batch["target_ids"])), 1)
+    model.adapters.enter(0, first, 0.5)
+
+    def loss() -> float:
+        model.adapters.load()
+        model(**joined([share], 2, 2)).backward()
+        model.adapters.clear()
+        return float(model.losses[0])
+
+    before, allocate = loss(), torch.tensor
+    for fails_at in range(1, 3):
+        calls = []
+
+        def tensor(*arguments: Any, fails_at: int = fails_at, calls: list[int] = calls, **options: Any) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise OutOfMemoryError("CUDA out of memory")
+            return allocate(*arguments, **options)
+
+        with monkeypatch.context() as patched, pytest.raises(OutOfMemoryError):
+            patched.setattr(torch, "tensor", tensor)
+            model.adapters.enter(1, late, 0.0)
+        model.adapters.leave(1)
+        assert loss() == before
 
 
 def _of_pydantic() -> Exception:

@@ -73,16 +73,15 @@ class _Slots:
                 torch._foreach_copy_(part.weights, [each.detach() for each in part.parameters])
                 torch._foreach_mul_(part.weights, part.scales)
 
-    def add_gradients(self) -> None:
-        """Add the gradients of the weights in their places to those of the parameters."""
+    def gradients(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Yield each parameter with a copy of the gradient of its weights in their place."""
         for part in self._parts.values():
             if not part.parameters:
                 continue
             found = [torch.empty_like(each) for each in part.parameters]
             torch._foreach_copy_(found, part.gradients)
             torch._foreach_mul_(found, part.scales)
-            for parameter, gradient in zip(part.parameters, found, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            yield from zip(part.parameters, found, strict=True)
 
 
 @dataclass
@@ -168,9 +167,13 @@ class PackedAdapters:
             each.begin(tokens, mine if self.drops else None, self._keep_from, self._kept_scale)
 
     def give_gradients(self, places: Sequence[int]) -> None:
-        """Add what the backward pass found to the gradients of the parameters of `places`."""
-        for place in places:
-            self._slots[place].add_gradients()
+        """Add what the backward pass found to the gradients of the parameters of `places`: of all, or of none.
+
+        A pass that runs out of memory is run again: what it had added by then would count twice.
+        """
+        found = [each for place in places for each in self._slots[place].gradients()]
+        for parameter, gradient in found:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self.clear()
 
     def clear(self) -> None:
@@ -188,10 +191,11 @@ class PackedAdapters:
         if found is None:
             module = self._core.get_submodule(parent)
             members = {name: getattr(module, name) for name in group if hasattr(module, name)}
+            numbers = [zlib.crc32("/".join(names).encode()) & _31_BITS for names in (*self._inputs, (parent, *group))]
+            drawn_from = torch.tensor(numbers, dtype=torch.int32, device=self._core.device)
             found = PackedInput(members, self.places, self.rank, self._dtype)
-            self._inputs[parent, *group] = found
-            numbers = [zlib.crc32("/".join(names).encode()) & _31_BITS for names in self._inputs]
-            self._numbers = torch.tensor(numbers, dtype=torch.int32, device=self._core.device)
+            # Nothing fails from here on: a trial that the memory is too small for must not leave half of it behind.
+            self._inputs[parent, *group], self._numbers = found, drawn_from
         return found
 
 

@@ -192,11 +192,12 @@ class Pack:
                 model.adapters.clear()
             if not (captures and self._replay(inputs)):
                 self._loss(inputs, inputs["slopes"]).backward()
-            model.adapters.give_gradients([each.place for each in shares])
+            # One by one: a list as an index would be copied to the device, which waits for it.
+            losses = [model.losses[each.place].clone() for each in shares]
+            model.adapters.give_gradients([each.place for each in shares])  # last: what fails is run again
         finally:
             model.adapters.clear()
-        # One by one: a list as an index would be copied to the device, which waits for it.
-        return [model.losses[each.place].clone() for each in shares]
+        return losses
 
     def _loss(self, inputs: dict[str, Any], slopes: torch.Tensor) -> torch.Tensor:
         assert self._model is not None

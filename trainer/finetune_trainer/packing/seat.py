@@ -70,18 +70,22 @@ class Seat(Sharing):
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
         self._model = model
+        self.sit_at(self.place)
+        return _Place(self, _of_one(plan, self.pack.places, self.spec))
+
+    def sit_at(self, place: int) -> None:
+        """Take `place` for the trial's model.
+
+        Raises:
+            WontFit: The GPU's memory is full. Smaller micro-batches, which follow on OutOfMemoryError, give it no place.
+        """
+        self.place = place
         try:
-            self.sit_at(self.place)
+            self.pack.enter(place, self._model, self.spec)
         except Exception as error:
             if not is_gpu_out_of_memory(error):
                 raise
             raise WontFit("The GPU has no memory left for another trial's adapter: it has to train alone") from error
-        return _Place(self, _of_one(plan, self.pack.places, self.spec))
-
-    def sit_at(self, place: int) -> None:
-        """Take `place` for the trial's model."""
-        self.place = place
-        self.pack.enter(place, self._model, self.spec)
 
 
 @dataclass
