@@ -195,12 +195,16 @@ def test_a_pass_without_targets_proves_nothing(
     assert "first replayed pass is the launched one exactly" in capsys.readouterr().out
 
 
-def test_a_pass_that_is_no_number_is_left_to_training_to_tell(model: Any, captured: list[Any]) -> None:
-    steps = graphs.StepGraphs(_trained(model), lambda batch, targets: _loss(model)(batch, targets) * float("nan"))
+def test_a_pass_that_is_no_number_is_left_to_the_caller_and_to_training_to_tell(
+    model: Any, captured: list[Any]
+) -> None:
+    factor = torch.tensor(float("nan"))
+    steps = graphs.StepGraphs(_trained(model), lambda batch, targets: _loss(model)(batch, targets) * factor)
     batch, targets = _batch(20, 31), torch.tensor(50)
-    losses = [steps.run(batch, targets) for _ in range(3)]
-    assert steps.problem is None
-    assert losses[2] is not None and losses[2].isnan()
+    assert [steps.run(batch, targets) for _ in range(3)] == [None] * 3
+    assert steps.problem is None and all(each.grad is None for each in _trained(model))
+    factor.fill_(1.0)
+    assert steps.run(batch, targets) is not None and len(captured) == 1
 
 
 def test_gradients_of_an_adapter_that_only_some_passes_use_are_added(model: Any, captured: list[Any]) -> None:

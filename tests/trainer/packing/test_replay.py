@@ -147,3 +147,31 @@ def test_graphs_that_compute_something_else_are_given_up(base: Any, monkeypatch:
     found = list(pack.steps())
     assert pack.told == [False] and len(captures) == 1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_nobody_could_compare_teaches_no_trial(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trial is no number, in the last place, which what fills up a pass belongs to. The other one goes on to learn:
+    from launched passes, until one is a number that replays can be compared with."""
+    replay_by_running_again(monkeypatch)
+    replay = graphs._Pass.replay
+
+    def wrong(self: Any, *inputs: Any) -> Any:
+        found = replay(self, *inputs)
+        for each in self._gradients.of_pass:
+            each.mul_(1.5)
+        return found
+
+    def spoilt(captured: bool) -> _Trials:
+        pack = _Trials(twin(base), captured, 0.0)
+        for weight in pack.trials[1].parameters():
+            if weight.requires_grad:
+                weight.data.fill_(torch.nan)
+        return pack
+
+    def numbers(pack: _Trials) -> list[list[torch.Tensor]]:
+        return [[each for each in found if each.isfinite().all()] for found in pack.steps()]
+
+    expected = numbers(spoilt(False))
+    assert [len(found) > 0 for found in expected] == [lengths[0] is not None for lengths in PASSES]
+    monkeypatch.setattr(graphs._Pass, "replay", wrong)
+    torch.testing.assert_close(numbers(spoilt(True)), expected, rtol=1e-4, atol=1e-6)

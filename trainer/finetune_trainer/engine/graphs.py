@@ -112,14 +112,15 @@ class StepGraphs:
         return found
 
     def _first_replay(self, found: "_Pass", batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor | None:
-        """Return the loss as `found` replays it; None, with nothing drawn or added, if launched kernels differ."""
+        """Return the loss as `found` replays it; None, with nothing drawn or added, unless launched kernels agree."""
         before = RngState.now()
         replayed = found.replay(batch, targets)
         drawn = RngState.now()
         before.restore()
         loss, norm, difference = found.launch()
         if not math.isfinite(float(loss) + norm) or not norm:  # nothing to compare: the next pass may have more
-            return replayed
+            before.restore()
+            return None  # and not what is unproven: of the trials that share a pass one may be no number, others learn
         off = float((replayed - loss).abs() / loss.abs().clamp(min=_TINY)), difference / norm
         problem = None
         if not all(each <= TOLERANCE for each in off):  # nor NaN
