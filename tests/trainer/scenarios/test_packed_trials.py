@@ -131,9 +131,7 @@ def _ends(unbroken: Path) -> set[str]:
         for name in TRIALS
     ]
     halving = Halving.model_validate(HALVING)
-    return {
-        name for number, name in enumerate(TRIALS) if halving.is_behind(losses[number], losses[: max(number + 1, 2)])
-    }
+    return {name for name, loss in zip(TRIALS, losses, strict=True) if halving.is_behind(loss, losses)}
 
 
 def _assert_halved(folder: Path, unbroken: Path) -> None:
@@ -223,6 +221,33 @@ def test_a_trial_that_diverged_is_not_trained_again_and_the_others_are_not_held_
         assert finished.exit_code == 0, finished.log
         assert "3 of 4 adapters are published" in finished.message and "other failed: The loss" in finished.message
         assert ('"event": "Step ' in finished.log) == (attempt == 0), "nothing is trained again"
+
+
+@pytest.mark.nightly
+def test_a_trial_that_is_stopped_and_runs_out_of_memory_as_it_saves_stays_stopped(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """It has given its place away: a step with smaller micro-batches would end the whole process."""
+
+    def inject() -> None:
+        import torch
+
+        from finetune_trainer.training.hooks import TrainingHooks
+
+        original, failed = TrainingHooks.before_save, set[str]()
+
+        def before_save(self: Any, state: Any) -> None:
+            name = self._ctx.settings.job.metadata.name
+            if self.run.outperformed and name not in failed:
+                failed.add(name)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            original(self, state)
+
+        TrainingHooks.before_save = before_save  # type: ignore[method-assign]
+
+    finished = TrainerProcess(_sweep(tmp_path, tiny_model, halving=HALVING), tmp_path, before=inject).finish()
+    assert finished.exit_code == 0, finished.log
+    _assert_halved(tmp_path, unbroken)
 
 
 @pytest.mark.nightly

@@ -149,6 +149,9 @@ class TrainingSession:
                     raise
                 if trainer.graphs:
                     trainer.graphs.clear()
+                if hooks.run.outperformed:  # it was saving: no step is left that smaller micro-batches are for
+                    _save_boundary(trainer, hooks)
+                    raise Outperformed(hooks.run.outperformed) from None
                 self.plan = self._smaller(error)
                 state, checkpoint = self._last_good(trainer, hooks, initial)
                 del trainer, hooks, error
