@@ -52,8 +52,12 @@ class Sharing:
         """Return a model with the weights of `model` that may be given an adapter."""
         return model
 
+    def is_rung(self, step: int) -> bool:
+        """Return whether the run is compared with others at `step`."""
+        return False
+
     def why_stopped(self, step: int, eval_loss: float) -> str:
-        """Return why the run ends at `step`, where its held-out loss is `eval_loss`; empty if it goes on."""
+        """Return why the run ends at the rung `step`, where its held-out loss is `eval_loss`; empty if it goes on."""
         return ""
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place | None:

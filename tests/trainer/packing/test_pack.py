@@ -304,7 +304,7 @@ def test_what_all_trials_share_fails_once_for_all_in_the_same_words() -> None:
 def test_an_adapter_for_which_the_gpu_has_no_memory_left_is_to_train_alone(
     again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a rung, too: a trial that only took smaller micro-batches would train on without a place, and learn nothing."""
+    """After a rung, too: one that only took smaller micro-batches would train on without a place, and learn nothing."""
 
     def full(*_: Any) -> None:
         raise OutOfMemoryError("CUDA out of memory")

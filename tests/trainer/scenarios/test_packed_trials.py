@@ -1,6 +1,7 @@
 """A sweep in one process: each trial has the curves and the adapter of the same job alone, whatever interrupts it."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -221,6 +222,36 @@ def test_a_trial_that_diverged_is_not_trained_again_and_the_others_are_not_held_
         assert finished.exit_code == 0, finished.log
         assert "3 of 4 adapters are published" in finished.message and "other failed: The loss" in finished.message
         assert ('"event": "Step ' in finished.log) == (attempt == 0), "nothing is trained again"
+
+
+@pytest.mark.nightly
+def test_those_that_wait_at_a_rung_when_the_process_is_killed_have_saved_it(
+    unbroken: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The others may take hours to come there, and checkpoints may be further apart than rungs."""
+
+    def inject() -> None:
+        from finetune_trainer.training.hooks import TrainingHooks
+
+        original = TrainingHooks.on_step_end
+
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+            if self._ctx.settings.job.metadata.name == "sweep-short" and state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, args, state, control, **options)
+
+        TrainingHooks.on_step_end = on_step_end  # type: ignore[method-assign]
+
+    sweep = _sweep(tmp_path, tiny_model, {"checkpoint.everySteps": 1000}, HALVING)
+    assert TrainerProcess(sweep, tmp_path, before=inject).finish().exit_code == -signal.SIGKILL
+    saved = sorted(path.parts[-4] for path in tmp_path.glob("out/*/checkpoints/step-00000003/manifest.json"))
+    assert saved == ["dropping", "other", "plain"]
+    finished = train(sweep, tmp_path)
+    assert finished.exit_code == 0, finished.log
+    for name in saved:
+        events = [each["event"] for each in finished.events if each.get("trial") == name and "loss" in each]
+        assert not {"Step 1", "Step 2", "Step 3"} & {*events}, "none of its steps is taken again"
+    _assert_halved(tmp_path, unbroken)
 
 
 @pytest.mark.nightly

@@ -65,8 +65,11 @@ class Seat(Sharing):
         seed(self.spec.training.seed)
         return found
 
+    def is_rung(self, step: int) -> bool:
+        return step in self.rungs
+
     def why_stopped(self, step: int, eval_loss: float) -> str:
-        return str(self.turn.wait(AtRung(step, eval_loss))) if step in self.rungs else ""
+        return str(self.turn.wait(AtRung(step, eval_loss)))
 
     def take_place(self, model: Any, plan: ExecutionPlan) -> Place:
         self._model = model
@@ -77,7 +80,7 @@ class Seat(Sharing):
         """Take `place` for the trial's model.
 
         Raises:
-            WontFit: The GPU's memory is full. Smaller micro-batches, which follow on OutOfMemoryError, give it no place.
+            WontFit: The GPU's memory is full. OutOfMemoryError would ask for a smaller micro-batch, which is no place.
         """
         self.place = place
         try:

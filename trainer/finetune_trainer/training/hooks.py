@@ -151,8 +151,10 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
 
     def preempt(self, state: TrainerState, control: TrainerControl) -> None:
         """Leave the loop after saving the present step, without an evaluation: the next attempt begins with it."""
-        log.info(f"Stop requested ({self._ctx.stop_reason}): saving step {state.global_step}")
-        self.preempted = control.should_save = control.should_training_stop = True
+        control.should_save = state.global_step > self.run.step
+        does = f"saving step {state.global_step}" if control.should_save else f"step {state.global_step} is saved"
+        log.info(f"Stop requested ({self._ctx.stop_reason}): {does}")
+        self.preempted = control.should_training_stop = True
         control.should_evaluate = False
 
     # Reporting
@@ -205,9 +207,21 @@ class TrainingHooks(TrainerCallback):  # type: ignore[misc]
         self._finite.check(state.global_step)
         with self._throughput.paused():
             try:
-                metrics = self._evaluator.evaluate(self._model)
-                if state.global_step < state.max_steps and math.isfinite(loss := metrics["evalLoss"]):
-                    self.run.outperformed = self._ctx.sharing.why_stopped(state.global_step, loss)
+                return self._evaluator.evaluate(self._model)
+            except EvaluationAborted:
+                self.preempt(state, control)
+                return {}
+
+    def is_compared(self, state: TrainerState, metrics: dict[str, float]) -> bool:
+        """Return whether the run is to wait for others at this step, and to be compared with them."""
+        at_rung = self._ctx.sharing.is_rung(state.global_step) and state.global_step < state.max_steps
+        return at_rung and math.isfinite(metrics["evalLoss"])
+
+    def compare(self, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> dict[str, float]:
+        """Wait for the others and note whether the run fell behind; returns `metrics`, or none as `evaluate` does."""
+        with self._throughput.paused():
+            try:
+                self.run.outperformed = self._ctx.sharing.why_stopped(state.global_step, metrics["evalLoss"])
                 return metrics
             except EvaluationAborted:
                 self.preempt(state, control)

@@ -109,6 +109,10 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Run our Evaluator instead of Trainer.evaluate and notify callbacks."""
         metrics = self._hooks.evaluate(self.state, self.control)
+        if metrics and self._hooks.is_compared(self.state, metrics):
+            if self.state.global_step > self._hooks.run.step:
+                self.save_now()  # the others may take hours to come there
+            metrics = self._hooks.compare(self.state, self.control, metrics)
         if metrics:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

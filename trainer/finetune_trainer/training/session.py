@@ -150,7 +150,8 @@ class TrainingSession:
                 if trainer.graphs:
                     trainer.graphs.clear()
                 if hooks.run.outperformed:  # it was saving: no step is left that smaller micro-batches are for
-                    _save_boundary(trainer, hooks)
+                    hooks.rewind()
+                    trainer.save_now()
                     raise Outperformed(hooks.run.outperformed) from None
                 self.plan = self._smaller(error)
                 state, checkpoint = self._last_good(trainer, hooks, initial)
