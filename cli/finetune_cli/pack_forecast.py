@@ -84,11 +84,10 @@ def _as_one(jobs: Sequence[FineTuneJob], places: int, held: int = 0, captured: b
 
     If `held` trials are in memory, the ranks are those of so many.
     """
-    first = jobs[0]
     ranks = sorted((job.spec.lora.rank for job in jobs), reverse=True)[: max(places, held)]
-    lora = first.spec.lora.model_copy(update={"rank": sum(ranks)})
-    spec = passes.spec_of_pass(first.spec, places, captured).model_copy(update={"lora": lora})
-    return first.model_copy(update={"spec": spec})
+    spec = passes.spec_of_pass(passes.spec_of_largest([job.spec for job in jobs]), places, captured)
+    lora = spec.lora.model_copy(update={"rank": sum(ranks)})
+    return jobs[0].model_copy(update={"spec": spec.model_copy(update={"lora": lora})})
 
 
 def time_of(

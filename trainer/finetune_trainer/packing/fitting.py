@@ -11,7 +11,14 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.errors import WontFit
 from finetune_trainer.model.base import BaseModel
-from finetune_trainer.planning.passes import BYTES_IN_PLACE, fewer_places, replayed, spec_of_pass
+from finetune_trainer.planning.passes import (
+    BYTES_IN_PLACE,
+    fewer_places,
+    replayed,
+    spec_of_largest,
+    spec_of_pass,
+    weights_of_largest,
+)
 
 log = structlog.get_logger(__name__)
 #: Makes the plan of a job with this spec and base model. Also takes `attention` and `tried`, as engine.plan does.
@@ -49,7 +56,9 @@ def fit(
     Raises:
         WontFit: Not even one fits.
     """
-    of_trials = partial(_with_trials, base, spec, specs)
+    trained = partial(_trained, base, spec, specs)
+    of_trials = partial(_with_trials, base, trained)
+    spec = spec_of_largest(specs)
     places, plan = _places(at_once, make, spec, of_trials)
     make, holds_all = partial(make, attention=plan.attention, tried=True), False
     if halves:
@@ -63,9 +72,9 @@ def fit(
     plan = replayed(spec, plan, captured)
     if places < at_once:
         log.info(f"{places} of {at_once} trials train at the same time: more rows do not fit into a pass")
-    trained = _trained(base, spec, specs, places)
-    if plan.predicted_peak_memory_bytes and trained:
-        more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * trained
+    in_places = trained(places)
+    if plan.predicted_peak_memory_bytes and in_places:
+        more = plan.predicted_peak_memory_bytes + BYTES_IN_PLACE * in_places
         plan = plan.model_copy(update={"predicted_peak_memory_bytes": more})
     return Fit(places, plan, holds_all)
 
@@ -88,14 +97,12 @@ def _places(
         places = fewer
 
 
-def _with_trials(base: BaseModel, spec: FineTuneJobSpec, specs: Sequence[FineTuneJobSpec], trials: int) -> BaseModel:
+def _with_trials(base: BaseModel, trained: Callable[[int], int | None], trials: int) -> BaseModel:
     """Return `base` with the trained weights of so many trials."""
-    trained = _trained(base, spec, specs, trials)
-    return replace(base, shape=replace(base.shape, trained=trained)) if base.shape and trained else base
+    found = trained(trials)
+    return replace(base, shape=replace(base.shape, trained=found)) if base.shape and found else base
 
 
 def _trained(base: BaseModel, spec: FineTuneJobSpec, specs: Sequence[FineTuneJobSpec], trials: int) -> int | None:
     """Return the trained weights of the largest `trials`, given those of `spec`."""
-    trained = base.shape.trained if base.shape else None
-    largest = sorted((each.lora.rank for each in specs), reverse=True)[:trials]
-    return trained and trained * sum(largest) // spec.lora.rank
+    return weights_of_largest(base.shape, spec, specs, trials) if base.shape else None

@@ -20,7 +20,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: So that torch, which counts small things too, need not give up a large one.
 _BUDGET_TO_SPARE = 0.05
 #: Optimizer state, bytes per trained weight. Paged states live in managed memory, which the allocator does not count.
-_OPTIMIZER_BYTES = {
+OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 0.0,
     "paged_adamw_32bit": 0.0,
     "adamw_8bit": 2.1,
@@ -88,7 +88,7 @@ def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest
     gradients = 4 + 8 * layout.captured  # the pass's own, those that its graph leaves, and their sum over the step
     return Memory(
         weights=_weights(shape, spec, layout),
-        adapter=int(adapter_weights(shape, spec) * (4 + gradients + _OPTIMIZER_BYTES[spec.training.optimizer])),
+        adapter=int(adapter_weights(shape, spec) * (4 + gradients + OPTIMIZER_BYTES[spec.training.optimizer])),
         activations=int(layout.checkpointed * kept + whole * layer),
         workspace=_workspace(shape, spec, layout),
     )
