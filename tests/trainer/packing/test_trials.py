@@ -1,7 +1,11 @@
 """What one trial of a process may do to the others: nothing. Trials and passes are played, no model is loaded."""
 
+import contextlib
 import os
+import random
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -35,6 +39,7 @@ class PlayedPack(Pack):
 
     passes: list[list[int]]
     holds = False
+    interrupt: Callable[[int], None] = staticmethod(lambda number: None)  #: Called with the number of each pass.
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -47,6 +52,7 @@ class PlayedPack(Pack):
 
     def run(self, shares: Sequence[Share]) -> list[torch.Tensor | BaseException]:
         self.passes.append([share.place for share in shares])
+        self.interrupt(len(self.passes))
         return [torch.tensor(float(share.place)) for share in shares]
 
 
@@ -265,3 +271,96 @@ def test_one_that_waits_at_a_rung_gives_its_place_to_the_next(
         assert str(trials[3].failure.message).startswith("no memory left")
     else:
         assert PlayedPack.passes == [[0, 1]] * 6 and trials[3].failure is None
+
+
+class _Killed(BaseException):
+    """The process is gone: no trial goes on."""
+
+
+@dataclass
+class _Stored:
+    """What the store has of a trial."""
+
+    step: int = 0
+    ended: bool = False
+    why: str = ""
+
+
+def _lives(stored: _Stored, losses: Sequence[float], last: int, diverges: int | None, saves_every: int) -> Play:
+    """Train `last` steps, and go on where the store says; the held-out loss of each step is given."""
+
+    def play(ctx: RunContext, steps: Steps) -> None:
+        for step in range(1, stored.step + 1):
+            ctx.metrics.log(step, {"evalLoss": losses[step]})
+        if stored.why:
+            raise Outperformed(stored.why)
+        if stored.ended and stored.step < last:
+            raise Diverged("as before")
+        for step in range(stored.step + 1, 0 if stored.ended else last + 1):
+            if ctx.stop:
+                stored.step = step - 1
+                raise Preempted("asked to stop")
+            steps.train(1)
+            if step == diverges:
+                stored.step, stored.ended = step - 1, True
+                raise Diverged("NaN")
+            try:
+                found = steps.seat.why_stopped(step, losses[step]) if steps.seat.is_rung(step) and step < last else ""
+            except EvaluationAborted:
+                stored.step = step - 1
+                raise Preempted("asked to stop") from None
+            ctx.metrics.log(step, {"evalLoss": losses[step]})
+            if found:
+                stored.step, stored.ended, stored.why = step, True, found
+                raise Outperformed(found)
+            if step % saves_every == 0:
+                stored.step = step
+        stored.step, stored.ended = last, True
+
+    return play
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["few fit", "all fit"])
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_ends_and_interrupts_them_the_same_trials_stop_and_none_waits_forever(
+    seed: int, holds: bool, played: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have fewer steps than rungs, or more; one diverges; the process is killed, or asked to stop, at any pass."""
+    source = random.Random(seed)
+    count = source.randint(1, 6)
+    rungs = sorted(source.sample(range(1, 8), source.randint(1, 3)))
+    halving = Halving(rungs=rungs, reduction_factor=source.choice([2, 3]))
+    monkeypatch.setattr(sys.modules[__name__], "PLACES", source.randint(1, 4))
+    monkeypatch.setattr(PlayedPack, "holds", holds)
+    lives = [
+        (
+            [source.choice([0.1, 0.2, 0.3, 0.4]) for _ in range(9)],
+            source.randint(1, 8),
+            source.choice([None, None, None, 1, 3]),
+            source.choice([1, 2, 100]),
+        )
+        for _ in range(count)
+    ]
+
+    def run(stored: list[_Stored], moment: int = 0, kill: bool = False) -> None:
+        stop = StopFlag()
+
+        def interrupt(number: int) -> None:
+            if number == moment and kill:
+                raise _Killed
+            if number == moment:
+                stop.set("SIGTERM")
+                stop.disarm()
+
+        monkeypatch.setattr(PlayedPack, "interrupt", staticmethod(interrupt))
+        played(stop, halving, **{f"t{number}": _lives(stored[number], *life) for number, life in enumerate(lives)})
+
+    unbroken = [_Stored() for _ in lives]
+    run(unbroken)
+    assert all(each.ended for each in unbroken)
+    broken = [_Stored() for _ in lives]
+    for _ in range(4):
+        with contextlib.suppress(_Killed):
+            run(broken, source.randint(1, 20), source.random() < 0.5)
+    run(broken)
+    assert broken == unbroken
