@@ -241,27 +241,11 @@ class Collate:
         }
 
     def _filled_up(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        real = sum(len(ids) for ids, _ in rows)
-        total = filled_up(real)
-        padding = total - real
         batch = self._end_to_end(rows)
-        tokens = torch.full((1, padding), self.pad_id)
-        positions = torch.arange(padding)[None]
-        ends = torch.cat([batch["cu_seq_lens_q"], torch.tensor([total], dtype=torch.int32)])
-        longest = max(batch["max_length_q"], step_of(real))
+        found = filled_up_batch(batch, sum(len(ids) for ids, _ in rows), self.pad_id)
         targets = len(batch["target_ids"])
-        unreal = filled_up_targets(targets, total) - targets
-        return batch | {
-            "input_ids": torch.cat([batch["input_ids"], tokens], 1),
-            "position_ids": torch.cat([batch["position_ids"], positions], 1),
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "target_positions": torch.nn.functional.pad(batch["target_positions"], (0, unreal), value=total - 1),
-            "target_ids": torch.nn.functional.pad(batch["target_ids"], (0, unreal), value=self.pad_id),
-            "target_weights": torch.nn.functional.pad(torch.ones(targets), (0, unreal)),
-        }
+        weights = torch.nn.functional.pad(torch.ones(targets), (0, len(found["target_ids"]) - targets))
+        return found | {"target_weights": weights}
 
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         width = max(len(ids) for ids, _ in rows)
@@ -270,6 +254,28 @@ class Collate:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
             **_targets([labels for _, labels in rows], [width * row for row in range(len(rows))]),
         }
+
+
+def filled_up_batch(batch: Mapping[str, Any], real: int, pad_id: int) -> dict[str, Any]:
+    """Return the packed rows `batch` of `real` tokens with a sequence of padding at the end, and with more targets."""
+    total = filled_up(real)
+    padding, device = total - real, batch["input_ids"].device
+    ends = torch.cat([batch["cu_seq_lens_q"], batch["cu_seq_lens_q"].new_full((1,), total)])
+    longest = max(batch["max_length_q"], step_of(real))
+    targets = len(batch["target_ids"])
+    unreal = filled_up_targets(targets, total) - targets
+    pad = torch.nn.functional.pad
+    return {
+        **batch,
+        "input_ids": pad(batch["input_ids"], (0, padding), value=pad_id),
+        "position_ids": torch.cat([batch["position_ids"], torch.arange(padding, device=device)[None]], 1),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "target_positions": pad(batch["target_positions"], (0, unreal), value=total - 1),
+        "target_ids": pad(batch["target_ids"], (0, unreal), value=pad_id),
+    }
 
 
 def real_tokens(batch: Mapping[str, Any]) -> int:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.data.batching import filled_up_batch
 from finetune_trainer.engine.loss import Owners
 from finetune_trainer.engine.packed_lora import PackedAdapters, Tokens
-from finetune_trainer.planning.shapes import filled_up, filled_up_targets, step_of
+from finetune_trainer.planning.shapes import filled_up
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,31 @@ class PackedModel(torch.nn.Module):
     def get_base_model(self) -> Any:
         return self.core
 
-    def forward(self, tokens: Tokens, slopes: torch.Tensor, owners: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        slopes: torch.Tensor,
+        owners: torch.Tensor,
+        *,
+        ends: torch.Tensor,
+        place: torch.Tensor,
+        number: torch.Tensor,
+        seeds: torch.Tensor,
+        **inputs: Any,
+    ) -> torch.Tensor:
         """Return the sum of all trials' losses: a trial's gradient is that of its own alone.
 
         The adapters' weights are those that were loaded last.
 
         Args:
-            tokens: Whose the tokens are.
             slopes: Of each place, as of its Share; 0 where there is none.
             owners: The place that each target counts to, int64 [targets]; the number of places where it only fills up.
+            ends: As of Tokens, and so are the next three.
+            place: Likewise.
+            number: Likewise.
+            seeds: Likewise.
             **inputs: As the core takes them.
         """
-        self.adapters.begin(tokens)
+        self.adapters.begin(Tokens(ends, place, number, seeds))
         found: torch.Tensor = self.core(**inputs, target_owners=Owners(owners, self.adapters.places)) * slopes
         self.losses.copy_(found.detach())
         return found.sum()
@@ -90,10 +104,13 @@ def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = F
     of_places = [torch.full((size_at[each.place],), each.place, device=device) for each in shares]
     if few_shapes and packed:
         padding = filled_up(total) - total
+        # The last sequence is empty, and makes room for what fills up.
+        found |= filled_up_batch(found | {"cu_seq_lens_q": found["cu_seq_lens_q"][:-1]}, total, 0)
+        more = len(found["target_ids"]) - len(found["owners"])
+        found["owners"] = torch.nn.functional.pad(found["owners"], (0, more), value=places)
         size_at[places - 1] = size_at.get(places - 1, 0) + padding
         of_places.append(torch.full((padding,), places - 1, device=device))
         numbers = torch.cat([numbers, torch.arange(padding, dtype=torch.int32, device=device)])
-        found = _filled_up(found, total, places)
     ends = torch.tensor([size_at.get(place, 0) for place in range(places)], dtype=torch.int32).cumsum(0)
     tokens = Tokens(
         ends=ends.to(torch.int32),
@@ -101,27 +118,7 @@ def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = F
         number=numbers,
         seeds=torch.tensor(seed_at, dtype=torch.int32),
     )
-    return found | {"tokens": tokens.to(device), "slopes": slopes}
-
-
-def _filled_up(inputs: dict[str, Any], real: int, nobody: int) -> dict[str, Any]:
-    """Return `inputs` of packed rows with a sequence of padding at the end, and with targets of `nobody`."""
-    total, device = filled_up(real), inputs["input_ids"].device
-    padding, targets = total - real, len(inputs["target_ids"])
-    more = filled_up_targets(targets, total) - targets
-    positions = torch.cat([inputs["position_ids"], torch.arange(padding, device=device)[None]], 1)
-    starts = torch.cat([inputs["cu_seq_lens_q"][:-1], inputs["cu_seq_lens_q"].new_full((1,), total)])
-    longest = max(inputs["max_length_q"], step_of(real))
-    pad = torch.nn.functional.pad
-    return {
-        "input_ids": pad(inputs["input_ids"], (0, padding)),
-        "position_ids": positions,
-        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts),
-        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
-        "target_positions": pad(inputs["target_positions"], (0, more), value=total - 1),
-        "target_ids": pad(inputs["target_ids"], (0, more)),
-        "owners": pad(inputs["owners"], (0, more), value=nobody),
-    }
+    return {**found, **vars(tokens.to(device)), "slopes": slopes}
 
 
 def _end_to_end(shares: Sequence[Share], rows: int) -> tuple[dict[str, Any], list[int], torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
-from finetune_trainer.engine.packed_lora import PackedAdapters, Tokens
+from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import NotPackable, copy_of, is_gpu_out_of_memory
 from finetune_trainer.model.base import BaseModel
@@ -85,6 +84,7 @@ class Pack:
         """Return the plan of the passes: as many places as fit, where a trial's whole micro-batch fits into its own."""
         if self._plan is None or findings is not None:
             fits = fit(self._specs, self._at_once, self._halves, partial(make, findings=findings), spec, base)
+            assert fits.plan is not None
             self._plan, self.holds_all, self._shape = fits.plan, fits.holds_all, base.shape
             self.places = self._in_pass = fits.places
             self._tell(self._plan)
@@ -191,7 +191,7 @@ class Pack:
                 self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
                 model.adapters.clear()
             if not (captures and self._replay(inputs)):
-                self._loss(inputs, inputs["slopes"]).backward()
+                self._loss(_without(inputs, "slopes"), inputs["slopes"]).backward()
             # One by one: a list as an index would be copied to the device, which waits for it.
             losses = [model.losses[each.place].clone() for each in shares]
             model.adapters.give_gradients([each.place for each in shares])  # last: what fails is run again
@@ -202,7 +202,7 @@ class Pack:
     def _loss(self, inputs: dict[str, Any], slopes: torch.Tensor) -> torch.Tensor:
         assert self._model is not None
         with mixed_precision(self._model.device, self._specs[0].training.precision):
-            loss: torch.Tensor = self._model(**inputs | {"slopes": slopes})
+            loss: torch.Tensor = self._model(slopes=slopes, **inputs)
         return loss
 
     def _replay(self, inputs: dict[str, Any]) -> bool:
@@ -210,24 +210,16 @@ class Pack:
         assert self._model is not None
         stacks = self._model.adapters.stacks
         if self._graphs is None or len(self._graphs.parameters) != len(stacks):
-            self._graphs = StepGraphs(stacks, lambda inputs, slopes: self._loss(_of_tokens(inputs), slopes))
-        done = self._graphs.run(_flat(inputs, self._model.adapters.drops), inputs["slopes"]) is not None
+            self._graphs = StepGraphs(stacks, lambda batch, slopes: self._loss(_without(batch, "drops"), slopes))
+        batch = _without(inputs, "slopes") | {"drops": self._model.adapters.drops}  # which a graph holds for good
+        done = self._graphs.run(batch, inputs["slopes"]) is not None
         if self._graphs.problem:
             self._without_graphs()
         return done
 
 
-def _flat(inputs: dict[str, Any], drops: bool) -> dict[str, Any]:
-    """Return the inputs of a pass as StepGraphs takes them: tensors, and what must be the same to replay it."""
-    rest = {name: each for name, each in inputs.items() if name not in ("tokens", "slopes")}
-    return {**rest, **vars(inputs["tokens"]), "drops": drops}
-
-
-def _of_tokens(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a pass, without `slopes`, of what `_flat` has made."""
-    names = [each.name for each in fields(Tokens)]
-    rest: dict[str, Any] = {name: each for name, each in flat.items() if name not in (*names, "drops")}
-    return rest | {"tokens": Tokens(**{name: flat[name] for name in names})}
+def _without(inputs: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: each for key, each in inputs.items() if key != name}
 
 
 def twin(model: Any) -> Any:
