@@ -17,6 +17,7 @@ from finetune_trainer.planning.memory import adapter_weights
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJob
+    from finetune_api.status import ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,28 @@ def memory_of(
         room: Bytes of the GPU.
         config: The model's config.json, if it is given.
     """
-    found, places = _fitting(jobs, at_once, 0, room, config)
-    if found.plan is None:
-        return found, places
-    held = 0
-    if halves:
-        holding, as_many = _fitting(jobs, at_once, len(jobs), room, config)
-        if holding.plan and as_many == places:
-            found, held = holding, len(jobs)
-    captured = forecast.forecast(_as_one(jobs, places, held, captured=True), room, config)
-    plan = passes.replayed(jobs[0].spec, found.plan, captured.plan if captured.fits else None) if found.plan else None
-    if plan and found.shape and plan.predicted_peak_memory_bytes:
-        more = passes.BYTES_IN_PLACE * adapter_weights(found.shape, _as_one(jobs, places).spec)
-        peak = plan.predicted_peak_memory_bytes + more
-        plan = plan.model_copy(update={"predicted_peak_memory_bytes": peak})
-    return replace(found, plan=plan), places
+    asked: dict[tuple[int, int, bool], Forecast] = {}
 
+    def ask(places: int, held: int = 0, captured: bool = False) -> Forecast:
+        key = places, held, captured
+        if key not in asked:
+            asked[key] = forecast.forecast(_as_one(jobs, *key), room, config)
+        return asked[key]
 
-def _fitting(
-    jobs: Sequence[FineTuneJob], at_once: int, held: int, room: int | None, config: Path | None
-) -> tuple[Forecast, int]:
-    """Return the memory of a pass beside the adapters of `held` trials in all, and how many trials fit into it."""
-    places = at_once
-    while True:
-        found = forecast.forecast(_as_one(jobs, places, held), room, config)
-        if found.plan is None and found.fits is not False:
-            return found, places
-        fewer = passes.fewer_places(jobs[0].spec, places, found.plan)
-        if fewer == places:
-            return found, places
-        places = fewer
+    def plan_for(places: int, held: int, captured: bool) -> ExecutionPlan | None:
+        found = ask(places, held, captured)
+        return found.plan if found.fits or not captured else None
+
+    first = ask(at_once)
+    if first.plan is None and first.fits is not False:
+        return first, at_once
+
+    def weights_in(places: int) -> int | None:
+        shape = ask(places).shape
+        return adapter_weights(shape, _as_one(jobs, places).spec) if shape else None
+
+    fits = passes.fit([job.spec for job in jobs], at_once, halves, plan_for, weights_in)
+    return replace(ask(fits.places, len(jobs) if fits.holds_all else 0), plan=fits.plan), fits.places
 
 
 def _as_one(jobs: Sequence[FineTuneJob], places: int, held: int = 0, captured: bool = False) -> FineTuneJob:
