@@ -24,19 +24,23 @@ def make_rows(path: Path) -> None:
     write_jsonl(path, ({"text": " ".join(row["text"] for row in rows[i : i + 8])} for i in range(0, len(rows), 8)))
 
 
+def _spec(material: Path, work: Path, gpus: int) -> dict[str, Any]:
+    return {
+        "model": {"source": f"file://{material}/model"},
+        "dataset": {"train": f"file://{material}/train.jsonl"},
+        "output": {"uri": f"file://{work}/out"},
+        "resources": {"gpusPerNode": gpus},
+        "logging": {"everySteps": 1},
+    }
+
+
 def start(material: Path, work: Path, prelude: str = "", gpus: int = 1, **settings: Any) -> subprocess.Popen[str]:
     """Train the model in `material`; `settings` are fields of spec with __ for dots. `prelude` is Python run first."""
     manifest = {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "gpu", "uid": "11111111-2222-3333-4444-555555555555"},
-        "spec": {
-            "model": {"source": f"file://{material}/model"},
-            "dataset": {"train": f"file://{material}/train.jsonl"},
-            "output": {"uri": f"file://{work}/out"},
-            "resources": {"gpusPerNode": gpus},
-            "logging": {"everySteps": 1},
-        },
+        "spec": _spec(material, work, gpus),
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
     return launch(manifest, work, words, prelude, gpus)
@@ -46,13 +50,7 @@ def start_sweep(
     material: Path, work: Path, trials: dict[str, dict[str, Any]], **settings: Any
 ) -> subprocess.Popen[str]:
     """Train the model in `material` in one process as often as there are `trials`, each with its changes."""
-    template: dict[str, Any] = {
-        "model": {"source": f"file://{material}/model"},
-        "dataset": {"train": f"file://{material}/train.jsonl"},
-        "output": {"uri": f"file://{work}/out"},
-        "resources": {"gpusPerNode": 1},
-        "logging": {"everySteps": 1},
-    }
+    template = _spec(material, work, gpus=1)
     for key, value in settings.items():
         section, _, field = key.partition("__")
         template.setdefault(section, {})[field] = value
