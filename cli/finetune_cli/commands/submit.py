@@ -72,7 +72,8 @@ def submit(
     cluster = connect(namespace or job.metadata.namespace, context, kubeconfig)
     if not isinstance(job, FineTuneSweep):  # the operator looks at each trial's output
         refuse_shared_output(cluster, job)
-    before = cluster.before(job.metadata.name, constants.SWEEP_KIND if document.is_sweep else constants.KIND)
+    kind = constants.SWEEP_KIND if document.is_sweep else constants.KIND
+    before = None if output else cluster.before(job.metadata.name, kind)
     result, is_new = cluster.apply(_without_status(document), dry_run=dry_run, force=force)
     metadata = result["metadata"]
     if not output:
