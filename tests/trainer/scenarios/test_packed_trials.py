@@ -292,10 +292,10 @@ def test_trials_whose_pass_does_not_fit_take_turns_and_stay_the_same(
 
         original = PackedModel.forward
 
-        def forward(self: Any, tokens: Any, slopes: Any, **inputs: Any) -> Any:
+        def forward(self: Any, slopes: Any, **inputs: Any) -> Any:
             if slopes.count_nonzero() > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return original(self, tokens, slopes, **inputs)
+            return original(self, slopes, **inputs)
 
         PackedModel.forward = forward
 
