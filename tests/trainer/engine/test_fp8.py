@@ -70,19 +70,29 @@ def test_where_it_cannot_be_the_run_goes_on_in_bf16_and_says_so(
 
 
 def _as_if_there_were_hardware() -> None:
-    from finetune_trainer.engine import capabilities
+    from finetune_trainer.engine import capabilities, fp8_mlp
 
     capabilities.has_fp8 = lambda *_: True
+    fp8_mlp._is_hopper = lambda device: True
+    fuse_one = fp8_mlp.fuse_one
+
+    def told(mlp: Any) -> str | None:
+        problem = fuse_one(mlp)
+        print(f"Of one MLP: {problem or 'fused'}", flush=True)
+        return problem
+
+    fp8_mlp.fuse_one = told
 
 
-@pytest.mark.parametrize("quantization", [{"cachedLayers": 1}, {"bits": 16}], ids=str)
+@pytest.mark.parametrize(("quantization", "fused"), [({"cachedLayers": 1}, 1), ({"bits": 16}, 2)], ids=str)
 def test_a_whole_run_with_simulated_hardware_publishes_an_adapter_of_plain_names(
-    quantization: dict[str, Any], tiny_model: Path, tmp_path: Path
+    quantization: dict[str, Any], fused: int, tiny_model: Path, tmp_path: Path
 ) -> None:
     changes = {"training.precision": "fp8", "quantization": quantization, "lora.dropout": 0.0}
     finished = train(job(tmp_path, tiny_model, changes), tmp_path, before=_as_if_there_were_hardware)
     assert finished.exit_code == 0, finished.log
     assert finished.report["executionPlan"]["fp8"] is True
+    assert finished.log.count("Of one MLP: fused") == finished.log.count("Of one MLP:") == fused
     assert "loaded back with PEFT and has the weights that were trained" in finished.log
     train(job(tmp_path / "plain", tiny_model, changes | {"training.precision": "bf16"}), tmp_path / "plain")
     losses = [
@@ -96,11 +106,11 @@ def test_a_whole_run_with_simulated_hardware_publishes_an_adapter_of_plain_names
 def test_the_check_at_start_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fp8.self_check("cpu") is None
     assert "fails here" in (fp8.self_check("nowhere") or "")
-    product, calls = fp8._product, []
+    product, calls = fp8.product, []
 
     def wrong(*args: Any) -> torch.Tensor:
         calls.append(1)
         return product(*args) * (1 if len(calls) < 3 else 1.1)
 
-    monkeypatch.setattr(fp8, "_product", wrong)
+    monkeypatch.setattr(fp8, "product", wrong)
     assert "differs from its definition by 10.0%" in (fp8.self_check("cpu") or "")

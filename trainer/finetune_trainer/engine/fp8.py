@@ -30,7 +30,7 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix.float() / scale).clamp(-_LARGEST, _LARGEST).to(E4M3), scale
 
 
-def _product(
+def product(
     left: torch.Tensor, left_scale: torch.Tensor, right: torch.Tensor, right_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return `left` [n, k] times the transpose of `right` [m, k], each row times its scale, as [n, m] in `dtype`."""
@@ -52,13 +52,13 @@ class _Product(torch.autograd.Function):
         turned_scale: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(turned, turned_scale)
-        return _product(*rounded(x), weight, scale, x.dtype)
+        return product(*rounded(x), weight, scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slope,) = slopes
         turned, turned_scale = ctx.saved_tensors
-        return _product(*rounded(slope), turned, turned_scale, slope.dtype), None, None, None, None
+        return product(*rounded(slope), turned, turned_scale, slope.dtype), None, None, None, None
 
 
 class Fp8Linear(torch.nn.Module):
@@ -67,6 +67,11 @@ class Fp8Linear(torch.nn.Module):
     The weight is kept twice, as the hardware needs it for the forward and for the backward pass: together as many bytes
     as in bf16.
     """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    turned: torch.Tensor
+    turned_scale: torch.Tensor
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -78,10 +83,14 @@ class Fp8Linear(torch.nn.Module):
             self.register_buffer(f"{name}_scale", scale, persistent=False)
         self.bias = linear.bias
 
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weight and its transpose, each with its scales."""
+        return self.weight, self.weight_scale, self.turned, self.turned_scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.to(self.compute_dtype).reshape(-1, self.in_features)
-        matrices = (self.weight, self.weight_scale, self.turned, self.turned_scale)
-        found: torch.Tensor = _Product.apply(flat, *matrices)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Product.apply(flat, *self.matrices)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             found = found + self.bias
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -10,7 +10,7 @@ from finetune_api.fields import quantity_bytes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.data import batching
-from finetune_trainer.engine import capabilities, fp8, fsdp
+from finetune_trainer.engine import capabilities, fp8, fp8_mlp, fsdp
 from finetune_trainer.engine.dequantize import (
     dequantize_experts_in_one_pass,
     dequantize_in_one_pass,
@@ -177,7 +177,9 @@ def apply_plan(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec, ranks: Ra
     patch_fused_loss(core)
     if plan.fp8:
         layers = decoder_layers(core)
-        fp8.convert(layers[: plan.cached_layers] if spec.quantization.bits == 4 else layers)
+        layers = layers[: plan.cached_layers] if spec.quantization.bits == 4 else layers
+        fp8.convert(layers)
+        fp8_mlp.fuse(layers)
     if plan.sharded:
         fsdp.shard(model, ranks, device.torch_name)
     share_lora_inputs(model)
