@@ -40,6 +40,7 @@ def _spec(**training: Any) -> FineTuneJobSpec:
         (_spec(attention="varlen", compile="disabled"), GPU, (9, 0), True, 3),
         (_spec(attention="sdpa"), GPU, (9, 0), True, 1),
         (_spec(precision="fp32"), GPU, (9, 0), True, 1),
+        (_spec(precision="fp8"), GPU, (9, 0), True, 6),
         (_spec(), GPU, (9, 0), False, 1),
         (_spec(), GPU, (8, 0), True, 0),
         (_spec(), RuntimeDevice("cpu"), (9, 0), True, 0),

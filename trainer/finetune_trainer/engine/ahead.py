@@ -66,6 +66,10 @@ def _kernels(spec: FineTuneJobSpec, base: BaseModel, device: RuntimeDevice) -> l
         if spec.training.compile != "disabled":
             check = importlib.import_module(_ROOM + "lora").self_check
             found.append(partial(check, torch.device(device.torch_name)))
+        if spec.training.precision == "fp8" and base.shape:
+            kernels = importlib.import_module(_ROOM + "fp8")
+            row = torch.zeros(1, base.shape.intermediate_size, dtype=torch.bfloat16, device=device.torch_name)
+            found += [partial(kernels.round_gated, row, row), partial(kernels.round_gated_slopes, row, row, row)]
     return found
 
 
