@@ -119,6 +119,37 @@ def test_it_is_as_fast_as_it_should_be_in_whatever_memory(tmp_path_factory: pyte
         assert abs(each["prediction_error"]) <= 0.1
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Gemma2"])
+@pytest.mark.parametrize("width", [128, 256, 1024])
+def test_compiled_layers_of_any_width_have_the_gradients_of_plain_ones(family: str, width: int) -> None:
+    """Of narrow rows the compiler made noise once, with triton.multi_kernel = 2."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from finetune_api.status import ExecutionPlan
+    from finetune_trainer.data.batching import Collate
+    from finetune_trainer.engine import attention
+    from finetune_trainer.engine.compilation import compile_layers
+    from finetune_trainer.engine.lora import share_lora_inputs
+    from finetune_trainer.engine.model_loss import patch_fused_loss
+
+    attention.register()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, vocab_size=400, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=width // 4, sliding_window=None, attn_implementation="varlen",
+        **({"attn_logit_softcapping": None} if family == "Gemma2" else {}),
+    )  # fmt: skip
+    base = getattr(transformers, f"{family}ForCausalLM")(config).to("cuda", torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=8, lora_dropout=0.1, init_lora_weights=False))
+    patch_fused_loss(model.get_base_model())
+    share_lora_inputs(model)
+    rows = [torch.randint(1, 400, (length,)).tolist() for length in (370, 360, 340)]
+    example = Collate(True, 0, rows=4, longest=512)([(row, row) for row in rows])
+    assert compile_layers(model.train(), ExecutionPlan(compiled=True), example, "bf16").compiled
+
+
 def test_products_in_fp8_are_those_of_the_definition() -> None:
     from finetune_trainer.engine.fp8 import Fp8Linear
 

@@ -15,6 +15,7 @@ from finetune_trainer.data.encoding import IGNORE
 from finetune_trainer.engine import attention, graphs
 from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_pass import Share
+from finetune_trainer.model import grouped_experts
 from finetune_trainer.packing import pack as module
 from finetune_trainer.packing.pack import Pack, twin
 from support.trainer.captures import replay_by_running_again
@@ -147,6 +148,24 @@ def test_graphs_that_compute_something_else_are_given_up(base: Any, monkeypatch:
     found = list(pack.steps())
     assert pack.told == [False] and len(captures) == 1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_pass_leaves_at_an_empty_place_is_not_compared(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is whatever lay in the memory."""
+    outer = grouped_experts._outer
+
+    def with_noise(slope: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, *more: Any) -> torch.Tensor:
+        found = outer(slope, x, ends, *more)
+        found[ends.diff(prepend=ends.new_zeros(1)) == 0] = 100 * torch.rand(())
+        return found
+
+    monkeypatch.setattr(grouped_experts, "_outer", with_noise)
+    monkeypatch.setattr(f"{__name__}.PASSES", ((None, (30, 20)),) * 3)
+    captures = replay_by_running_again(monkeypatch)
+    pack = _Trials(twin(base), True, 0.0)
+    list(pack.steps())
+    assert len(captures) == 1 and pack.told == []
+    assert pack._graphs is not None and pack._graphs._compared
 
 
 def test_what_nobody_could_compare_teaches_no_trial(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

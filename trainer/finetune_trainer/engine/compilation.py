@@ -1,11 +1,11 @@
 """How the decoder layers run while they train: with torch.compile and activation checkpointing."""
 
-import functools
 import importlib
 import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
+from finetune_trainer.engine.compiled_proof import Found, problem_of
 from finetune_trainer.engine.lora import (
     clear_cache,
     seeded_dropout,
@@ -72,7 +73,7 @@ def configure_layers(
         as_above = one_graph and trains
         trained = _compiled(plain, shared_lora_inputs(layer), as_above) if compiled else plain
         if index < checkpointed:
-            trained = functools.partial(checkpoint, trained, use_reentrant=False)
+            trained = partial(checkpoint, trained, use_reentrant=False)
         if trained is not plain:
             swap_forward(layer, while_training(trained, plain))
 
@@ -143,8 +144,9 @@ def compile_layers(
     precision: str,
     budget: float = 1.0,
     one_graph: bool = True,
+    take_gradients: Callable[[], list[torch.Tensor]] | None = None,
 ) -> ExecutionPlan:
-    """Checkpoint activations and compile the decoder layers as `plan` says, and warm them up.
+    """Checkpoint activations and compile the decoder layers as `plan` says, and compare them with plain ones.
 
     Args:
         model: The PEFT model, with its fused loss.
@@ -154,9 +156,12 @@ def compile_layers(
         budget: What selective checkpointing keeps (see `configure_layers`).
         one_graph: Whether the first layer is compiled as the others are: half the time of the compiler, for some 0.2 %
             of a step.
+        take_gradients: Returns the gradients that a pass found, and resets them: those of the layers' parameters if
+            it is not given.
 
     Returns:
-        The plan in effect: where the warm-up shows that compiling fails, layers run eager, and the log says why.
+        The plan in effect: where the warm-up shows that compiling fails, or that it computes other gradients, layers
+        run eager, and the log says why.
     """
     core = model.get_base_model()
     core.fused_loss.compiled = bool(plan.compiled)
@@ -178,7 +183,7 @@ def compile_layers(
     if compiled:
         log.info("Compiling the decoder layers")
         began = time.monotonic()
-        problem = _warm_up(model, example, precision)
+        problem = _warm_up(model, layers, example, precision, take_gradients or partial(_taken, model, layers))
         if problem is None:
             log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
             return plan
@@ -209,17 +214,26 @@ def _compile_problem(core: Any) -> str | None:
     return None
 
 
-def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | None:
-    """Run a forward and a backward pass and drop the results; generators stay as they are.
+def _warm_up(
+    model: Any,
+    layers: Sequence[Any],
+    example: Mapping[str, Any],
+    precision: str,
+    take_gradients: Callable[[], list[torch.Tensor]],
+) -> str | None:
+    """Run a forward and a backward pass, compare it with plain layers', and drop the results.
 
-    What cannot be compiled shows here, before anything depends on it. Returns the error, None when all went well.
+    What cannot be compiled, or is compiled to something else, shows here, before anything depends on it. Generators
+    stay as they are. Returns the problem, None when all went well.
     """
     before, was_training = RngState.now(), model.training
+    run = partial(_pass, model, example, precision, take_gradients)
     model.train()
+    take_gradients()  # of an earlier pass
     try:
-        with mixed_precision(model.device, precision):
-            loss = model(**on_device(example, model.device))
-        loss.backward()
+        found = run()
+        before.restore()
+        return problem_of(found, model, layers, run, precision == "fp8")
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do
     except Exception as error:
@@ -229,4 +243,19 @@ def _warm_up(model: Any, example: Mapping[str, Any], precision: str) -> str | No
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.restore()
-    return None
+
+
+def _pass(
+    model: Any, example: Mapping[str, Any], precision: str, take_gradients: Callable[[], list[torch.Tensor]]
+) -> Found:
+    with mixed_precision(model.device, precision):
+        loss = model(**on_device(example, model.device))
+    drawn = RngState.now()
+    loss.backward()
+    return Found(float(loss.detach()), take_gradients(), drawn)
+
+
+def _taken(model: Any, layers: Sequence[Any]) -> list[torch.Tensor]:
+    found = [each.grad for layer in layers for each in layer.parameters() if each.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found

@@ -6,7 +6,7 @@ the pass that was captured. Weights are read where they lie, and random generato
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -28,6 +28,7 @@ _TINY: Final = 1e-30
 
 #: Returns the loss of a micro-batch on the device; a device scalar holds the targets of the whole step.
 Loss = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+Relevant = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 class StepGraphs:
@@ -42,10 +43,18 @@ class StepGraphs:
         problem: Why nothing is captured anymore; None while all is well.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], loss: Loss) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], loss: Loss, relevant: Relevant = list) -> None:
+        """Prepare for passes.
+
+        Args:
+            parameters: As of the attribute.
+            loss: Computes a pass.
+            relevant: Returns what means something of gradients in the latest pass: of some parts nobody reads what a
+                pass leaves there.
+        """
         self.problem: str | None = None
         self.parameters = list(parameters)
-        self._loss = loss
+        self._loss, self._relevant = loss, relevant
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Pass] = {}
         self._addresses: list[int] = []
@@ -117,7 +126,7 @@ class StepGraphs:
         replayed = found.replay(batch, targets)
         drawn = RngState.now()
         before.restore()
-        loss, norm, difference = found.launch()
+        loss, norm, difference = found.launch(self._relevant)
         if not math.isfinite(float(loss) + norm) or not norm:  # nothing to compare: the next pass may have more
             before.restore()
             return None  # and not what is unproven: of the trials that share a pass one may be no number, others learn
@@ -208,15 +217,16 @@ class _Pass:
                 self._batch[name].copy_(each, non_blocking=True)
         self._targets.copy_(targets)
 
-    def launch(self) -> tuple[torch.Tensor, float, float]:
+    def launch(self, relevant: Relevant) -> tuple[torch.Tensor, float, float]:
         """Launch the pass that was replayed last once more.
 
         Returns:
             Its loss, the norm of its gradient, and the norm of what the replay's gradient differs by.
         """
         loss, found = self._computed()
-        differences = torch._foreach_sub([self._gradients.of_pass[place] for place in found], list(found.values()))
-        norms = [torch.stack(torch._foreach_norm(each)).norm() for each in (list(found.values()), differences)]
+        launched = relevant(list(found.values()))
+        differences = torch._foreach_sub(relevant([self._gradients.of_pass[place] for place in found]), launched)
+        norms = [torch.stack(torch._foreach_norm(each)).norm() for each in (launched, differences)]
         return loss.detach(), float(norms[0]), float(norms[1])
 
     def _computed(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:

@@ -37,6 +37,7 @@ class PackedModel(torch.nn.Module):
         self.core, self.adapters = core, adapters
         #: Of each place, its share of its trial's loss in the latest pass. Graphs write where it lies.
         self.losses = torch.zeros(adapters.places, device=core.device)
+        self._ends = torch.zeros(adapters.places, dtype=torch.int32, device=core.device)  # of the latest pass
 
     @property
     def device(self) -> torch.device:
@@ -70,10 +71,25 @@ class PackedModel(torch.nn.Module):
             seeds: Likewise.
             **inputs: As the core takes them.
         """
+        self._ends = ends
         self.adapters.begin(Tokens(ends, place, number, seeds))
         found: torch.Tensor = self.core(**inputs, target_owners=Owners(owners, self.adapters.places)) * slopes
         self.losses.copy_(found.detach())
         return found.sum()
+
+    def relevant(self, stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return of `stacks`, or of their gradients, the places that had tokens in the latest pass.
+
+        A pass leaves anything at all as the gradient of a place without tokens.
+        """
+        had_tokens = self._ends.diff(prepend=self._ends.new_zeros(1)) > 0
+        return [each[had_tokens] for each in stacks]
+
+    def take_gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that the latest pass left, and reset them."""
+        found = self.relevant([each.grad for each in self.adapters.stacks if each.grad is not None])
+        self.adapters.clear()
+        return found
 
 
 def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = False) -> dict[str, Any]:

@@ -188,7 +188,10 @@ class Pack:
             model.adapters.load()
             if "compiled" not in self._known:
                 budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
-                self._known["compiled"] = compile_layers(model, self._plan, inputs, spec.training.precision, budget)
+                how = spec.training.precision, budget
+                self._known["compiled"] = compile_layers(
+                    model, self._plan, inputs, *how, take_gradients=model.take_gradients
+                )
                 model.adapters.clear()
             if not (captures and self._replay(inputs)):
                 self._loss(_without(inputs, "slopes"), inputs["slopes"]).backward()
@@ -210,7 +213,11 @@ class Pack:
         assert self._model is not None
         stacks = self._model.adapters.stacks
         if self._graphs is None or len(self._graphs.parameters) != len(stacks):
-            self._graphs = StepGraphs(stacks, lambda batch, slopes: self._loss(_without(batch, "drops"), slopes))
+            self._graphs = StepGraphs(
+                stacks,
+                lambda batch, slopes: self._loss(_without(batch, "drops"), slopes),
+                relevant=self._model.relevant,
+            )
         batch = _without(inputs, "slopes") | {"drops": self._model.adapters.drops}  # which a graph holds for good
         done = self._graphs.run(batch, inputs["slopes"]) is not None
         if self._graphs.problem:

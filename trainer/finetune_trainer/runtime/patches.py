@@ -166,9 +166,6 @@ PATCHES: Final = (
             "torch._inductor.config:coordinate_descent_tuning": (
                 "f12f2e8dfd2ba47c6a5bee432dba42c1066b31693023b5b7d18114523ebd91ac",
             ),
-            "torch._inductor.config:triton.multi_kernel": (
-                "71dbb14c7621d4776319582a689b0418edd5ff0dac35082b72b7b47433d90819",
-            ),
         },
     ),
     Patch(
@@ -274,7 +271,6 @@ def configure_compiler(budget: float) -> None:
     torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
     torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
     torch._inductor.config.combo_kernels = True  # small kernels that do not depend on each other are one
-    torch._inductor.config.triton.multi_kernel = 2  # a norm reads its row once
 
 
 def tune_tiles(wanted: bool) -> None:
