@@ -1,7 +1,6 @@
 """Answers decoded in one wide batch are those of transformers' `generate`, or come from it."""
 
 import gc
-import random
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,45 +10,16 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from finetune_trainer.evaluation import decoding, fixed_cache, fused_modules
+from finetune_trainer.evaluation import decoding, fixed_cache
 from finetune_trainer.evaluation.generation import AnswerGenerator
 from finetune_trainer.evaluation.lockstep import never
-from support.trainer.triton import interpreted
+from support.trainer.random_models import SIZES, build, prompts
 
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "sliding_window": None,
-    "pad_token_id": None,
-}
 DECODED = ("mistral", "llama", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "olmo2", "phi3")
 #: What keeps them from it: a window, a soft cap, a position bias, no keys at all.
 NOT_DECODED = {"mistral": {"sliding_window": 8}, "gemma2": {"sliding_window": 16}, "bloom": {}, "mamba": {}}
-TARGETS = {"mamba": ["x_proj"]}
-
-
-def build(family: str, **more: Any) -> Any:
-    torch.manual_seed(3)
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | more))
-    for parameter in base.parameters():  # away from ties
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
-    layers = TARGETS.get(family, "all-linear")
-    wanted = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=layers)
-    return get_peft_model(base, wanted).eval()
-
-
-def prompts(count: int) -> list[list[int]]:
-    noise = random.Random(1)
-    return [[noise.randrange(4, 400) for _ in range(noise.randint(3, 40))] for _ in range(count)]
 
 
 def both(model: Any, tokenizer: Any, tokens: int = 40) -> tuple[list[str], list[str], list[str]]:
@@ -194,35 +164,3 @@ def test_keys_and_values_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) ->
         decoding.decode(build("llama"), prompts(2), 4, pad=0, end=2, is_complete=lambda _: False, interrupted=never)
     gc.collect()
     assert caches and all(each() is None for each in caches)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma", "phi3"])
-def test_fused_modules_compute_what_the_models_own_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms that are other than ours, as Gemma's, keep their own code; every forward is back afterwards."""
-    kernels = interpreted("decode_kernels", "evaluation")
-    monkeypatch.setattr(fused_modules, "kernels", lambda device: kernels)
-    model, ids = build(family), torch.tensor(prompts(1))
-    plain = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        with fused_modules.fused(model):
-            norms = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
-            assert all(("forward" in each.__dict__) == (family != "gemma") for each in norms)
-            found = model(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == plain
-
-
-@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 2, 64), (2, 2, 128), (16, 1, 64)])
-def test_attention_over_a_cache_is_that_of_torch(heads: int, key_heads: int, size: int) -> None:
-    kernels = interpreted("decode_kernels", "evaluation")
-    torch.manual_seed(0)
-    query = torch.randn(3, 1, heads, size).half().transpose(1, 2)
-    key, value = torch.randn(2, 3, key_heads, 150, size).half()
-    starts, cursor = torch.tensor([0, 7, 99]), torch.tensor([130])
-    cache = fixed_cache.FixedCache(3, 150, starts)
-    places = torch.arange(150)
-    cache.mask[:, 0, 0] = torch.where((places >= starts[:, None]) & (places <= cursor), 0.0, -torch.inf)
-    found = kernels.attention(query, key, value, starts, cursor, size**-0.5)
-    expected, _ = fixed_cache.attention(cache, None, None, query, key, value, cache.mask)
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)

@@ -1,7 +1,7 @@
-"""Triton kernels of decoding: one token's attention over a cache, and a norm that reads its row once.
+"""Triton kernels of evaluation: one token's attention over a cache, and what else is many small kernels in torch.
 
 Import it only where Triton is. `attention` reads of each row the tokens it has, not the length of the cache; its online
-softmax is that of FlashAttention (arXiv:2205.14135).
+softmax is that of FlashAttention (arXiv:2205.14135). The others round where torch does.
 """
 
 # ruff: noqa: N803 - what is known at compile time has capitals in Triton
@@ -17,6 +17,11 @@ _GROUP: Final = 16
 _KEYS: Final = 64
 #: Rows times key heads below which the programs do not fill a GPU: torch splits the keys too.
 LEAST_PROGRAMS: Final = 128
+#: Heads that one program rotates, and elements that one program multiplies.
+_ROTATED: Final = 8
+_MULTIPLIED: Final = 2048
+#: What is computed in float32 and rounded.
+_ROUNDED: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -67,6 +72,63 @@ def _rms_norm(x, weight, out, epsilon, columns, WIDTH: tl.constexpr):
     tl.store(out + row * columns + at, normed * tl.load(weight + at, mask=inside, other=0.0), mask=inside)
 
 
+@triton.jit
+def _rotate_heads(
+    x, out, head_stride, first, heads, cos_low, cos_high, sin_low, sin_high,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    head = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < SIZE // 2)
+    low = tl.load(x + head * head_stride + column, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + head * head_stride + SIZE // 2 + column, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    begin = (low * cos_low).to(kind).to(tl.float32) - (high * sin_low).to(kind).to(tl.float32)
+    end = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(tl.float32)
+    tl.store(out + head * SIZE + column, begin.to(kind), mask=inside)
+    tl.store(out + head * SIZE + SIZE // 2 + column, end.to(kind), mask=inside)
+
+
+@triton.jit
+def _rotary(
+    query, key, cos, sin, query_out, key_out, tokens, query_heads, key_heads,
+    query_row, query_head, query_token, key_row, key_head, key_token, cos_row, cos_token, sin_row, sin_token,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row, token = place // tokens, place % tokens
+    column = tl.arange(0, HALF)[None, :]
+    inside = column < SIZE // 2
+    cos += row * cos_row + token * cos_token + column
+    sin += row * sin_row + token * sin_token + column
+    cos_low = tl.load(cos, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * HEADS
+    of_query = tl.cdiv(query_heads, HEADS) * HEADS
+    if first < of_query:
+        _rotate_heads(
+            query + row * query_row + token * query_token, query_out + place * query_heads * SIZE, query_head,
+            first, query_heads, cos_low, cos_high, sin_low, sin_high, SIZE, HEADS, HALF,
+        )  # fmt: skip
+    else:
+        _rotate_heads(
+            key + row * key_row + token * key_token, key_out + place * key_heads * SIZE, key_head,
+            first - of_query, key_heads, cos_low, cos_high, sin_low, sin_high, SIZE, HEADS, HALF,
+        )  # fmt: skip
+
+
+@triton.jit
+def _silu_product(gate, up, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    activated = (x / (1.0 + tl.exp(-x))).to(gate.dtype.element_ty).to(tl.float32)
+    product = activated * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, product.to(out.dtype.element_ty), mask=inside)
+
+
 def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Return whether `attention` computes heads of this size and type, and is worth it."""
     size, group = query.shape[-1], query.shape[1] // key.shape[1]
@@ -114,3 +176,52 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         x, weight, out, epsilon, columns, WIDTH=triton.next_power_of_2(columns), num_warps=8 if columns > 2048 else 4
     )
     return out  # type: ignore[no-any-return]
+
+
+def can_rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Return whether `rotary` has code for these shapes and types, not whether it is what the model computes."""
+    if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.dtype != sin.dtype:
+        return False
+    rows, size = query.shape[0], query.shape[3]
+    same = key.shape[0] == rows and key.shape[2:] == query.shape[2:] and key.dtype == query.dtype
+    turned = cos.shape[0] in (1, rows) and cos.shape[1:] == query.shape[2:]
+    adjacent = all(each.stride(-1) == 1 for each in (query, key, cos, sin))
+    return same and turned and adjacent and size % 2 == 0 and {query.dtype, cos.dtype} <= set(_ROUNDED)
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries and keys turned by their positions: x * cos + rotate_half(x) * sin.
+
+    Args:
+        query: [rows, heads, tokens, head_dim], of any strides but the last.
+        key: Likewise, with fewer heads or as many.
+        cos: [rows or 1, tokens, head_dim].
+        sin: Likewise.
+
+    Returns:
+        Both, with the heads of a token side by side in memory.
+    """
+    rows, heads, tokens, size = query.shape
+    kind = torch.promote_types(query.dtype, cos.dtype)
+    new = [query.new_empty(rows, tokens, each.shape[1], size, dtype=kind) for each in (query, key)]
+    cos_row, sin_row = (each.stride(0) if each.shape[0] > 1 else 0 for each in (cos, sin))
+    groups = sum(triton.cdiv(each.shape[1], _ROTATED) for each in (query, key))
+    if rows * tokens:
+        _rotary[(rows * tokens, groups)](
+            query, key, cos, sin, *new, tokens, heads, key.shape[1],
+            *query.stride()[:3], *key.stride()[:3], cos_row, cos.stride(1), sin_row, sin.stride(1),
+            SIZE=size, HEADS=_ROTATED, HALF=triton.next_power_of_2(size // 2), num_warps=2, enable_fp_fusion=False,
+        )  # fmt: skip
+    return new[0].transpose(1, 2), new[1].transpose(1, 2)
+
+
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, the first rounded before it is multiplied."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), _MULTIPLIED),)
+        _silu_product[grid](gate, up, out, out.numel(), BLOCK=_MULTIPLIED)
+    return out

@@ -132,6 +132,19 @@ PATCHES: Final = (
         },
     ),
     Patch(
+        name="transformers: rotary embeddings and gated products",
+        why="They are a dozen small kernels a layer. Only evaluations, which wait for each of them, have ours.",
+        check="evaluation.fused_modules: it compares at run time, but is its name still what models call?",
+        sources={
+            "transformers.models.mistral.modeling_mistral:apply_rotary_pos_emb": (
+                "ea234325c15de475147027ac7da4307167d082b13f4c62a7f2921fef4f9e5e87",
+            ),
+            "transformers.models.mistral.modeling_mistral:MistralMLP.forward": (
+                "03df2d7685cf8446594448cbd33ef676a2b088779d99d9803abe3bed2ec7ad9b",
+            ),
+        },
+    ),
+    Patch(
         name="bitsandbytes: forward of Linear4bit",
         why="Compiled layers dequantize by our own kernel: bitsandbytes' takes the host longer to start.",
         check="engine.dequantize: does it still multiply with the dequantized weights in compute_dtype?",
