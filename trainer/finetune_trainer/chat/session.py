@@ -16,7 +16,7 @@ from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.prompt_form import Form, stop_tokens, trained_form
 from finetune_trainer.data.row_format import Message
 from finetune_trainer.errors import ConfigInvalid
-from finetune_trainer.evaluation.decoding import left_padded
+from finetune_trainer.evaluation.prefill import left_padded
 from finetune_trainer.model.published import PublishedAdapter, load_published
 from finetune_trainer.runtime.device import quiet_libraries
 from finetune_trainer.runtime.precision import mixed_precision

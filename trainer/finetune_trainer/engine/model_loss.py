@@ -4,15 +4,13 @@ import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from finetune_trainer.engine.loss import Logits, Owners, plain_cross_entropy, summed_cross_entropy
+from finetune_trainer.model.architecture import FOR_SEQUENCES
 from finetune_trainer.runtime.patches import packed_sequences_known, restore_forward, swap_forward
-
-#: Attention implementations that are told where sequences begin, and need no mask.
-FOR_SEQUENCES: Final = ("varlen", "flash_attention_2")
 
 
 @dataclass

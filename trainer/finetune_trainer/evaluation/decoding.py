@@ -12,11 +12,16 @@ from typing import Any, Final
 
 import structlog
 import torch
-from transformers import DynamicCache
 
 from finetune_trainer.errors import type_and_reason
-from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported, FixedCache, serving
+from finetune_trainer.evaluation.fixed_cache import (
+    DecodingUnsupported,
+    FixedCache,
+    refuse_other_layers,
+    serving,
+)
 from finetune_trainer.evaluation.fused_modules import fused, kernels
+from finetune_trainer.evaluation.prefill import prefill
 from finetune_trainer.model.architecture import head_dim
 from finetune_trainer.runtime.cuda_graphs import capture, leave_capture
 from finetune_trainer.runtime.peak_memory import free
@@ -26,8 +31,6 @@ log = structlog.get_logger(__name__)
 STRIDE: Final = 16
 #: The cache's length is a multiple of this, as attention kernels like it.
 _ALIGNED: Final = 64
-#: Prompt tokens of one forward pass; it bounds the activations.
-_PREFILL_TOKENS: Final = 16_384
 #: The part of the free memory that keys and values may take.
 _MEMORY_SHARE: Final = 0.6
 #: How far below the plain pass's best token an answer's tokens may be, at worst and on average, as a part of the
@@ -83,6 +86,7 @@ def decode(
     end: int,
     is_complete: Callable[[Sequence[int]], bool],
     interrupted: Callable[[], bool],
+    packed: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt greedily, all in one batch.
 
@@ -94,6 +98,7 @@ def decode(
         end: The token that ends an answer; it is left out.
         is_complete: Whether an answer needs no token after its last.
         interrupted: Asked every STRIDE tokens; true ends all answers where they are.
+        packed: Whether the model takes rows laid end to end.
 
     Returns:
         The new tokens of each prompt, up to and with the one that made it complete.
@@ -101,8 +106,9 @@ def decode(
     Raises:
         DecodingUnsupported: When the model does not compute this way what it computes plainly.
     """
+    refuse_other_layers(model.config)
     with fused(model):
-        state = _prefill(model, prompts, max_new_tokens, pad)
+        state = _begun(model, prompts, max_new_tokens, pad, packed)
         with serving(state.cache, model.config, kernels(model.device)):
             answers = _run(model, state, end, pad, is_complete, interrupted)
     del state  # the check below needs memory too
@@ -116,44 +122,21 @@ def _length(longest: int, max_new_tokens: int) -> int:
     return -(-(longest + max_new_tokens) // _ALIGNED) * _ALIGNED
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids [rows, longest], padded on the left, and a mask of the same shape: 1 for a prompt's own."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(each)) + list(each) for each in prompts]
-    real = [[0] * (width - len(each)) + [1] * len(each) for each in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
-
-
-def _prefill(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int) -> _State:
-    """Compute the prompts, padded on the left, and the first token of each answer."""
+def _begun(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int, packed: bool) -> _State:
+    """Compute the prompts and the first token of each answer. All prompts end at the same place in the cache."""
     device, rows, width = model.device, len(prompts), max(map(len, prompts))
-    length = _length(width, max_new_tokens)
-    ids, real = left_padded(prompts, pad, device)
-    positions = (real.cumsum(-1) - 1).clamp(min=0)
-    cache, first = FixedCache(rows, length, width - real.sum(-1)), []
-    step = max(1, _PREFILL_TOKENS // width)
-    for begin in range(0, rows, step):
-        part = slice(begin, begin + step)
-        prefilled = DynamicCache(config=model.config.get_text_config())
-        logits = model(
-            input_ids=ids[part],
-            attention_mask=real[part],
-            position_ids=positions[part],
-            past_key_values=prefilled,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        cache.fill(begin, prefilled, width)
-        first.append(logits[:, -1].argmax(-1))
-    tokens = torch.cat(first)
-    cache.mask[:, 0, 0, :width].masked_fill_(real.bool(), 0.0)
+    sizes = torch.tensor([len(each) for each in prompts], device=device)
+    cache = FixedCache(rows, _length(width, max_new_tokens), width - sizes)
+    tokens = prefill(model, prompts, cache, pad, packed)
+    real = torch.arange(width, device=device) >= cache.starts[:, None]
+    cache.mask[:, 0, 0, :width].masked_fill_(real, 0.0)
     cache.cursor.fill_(width)
     found = torch.full((rows, max_new_tokens), pad, dtype=torch.int64, device=device)
     found[:, 0] = tokens
     return _State(
         cache=cache,
         tokens=tokens[:, None].clone(),
-        positions=real.sum(-1, keepdim=True),
+        positions=sizes[:, None].clone(),
         found=found,
         count=torch.ones(1, dtype=torch.int64, device=device),
         done=torch.zeros(rows, dtype=torch.bool, device=device),

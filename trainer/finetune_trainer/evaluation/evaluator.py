@@ -132,6 +132,7 @@ class Evaluator:
             spec.evaluation.generation.max_new_tokens,
             lockstep=self._sharded,
             interrupted=self._generations.interrupted,
+            packed=bool(plan.packing),
         )
 
     def evaluate(self, model: Any) -> dict[str, float]:

@@ -32,17 +32,26 @@ class FixedCache(Cache):  # type: ignore[misc]
         self.starts = starts
         self.cursor = torch.zeros(1, dtype=torch.int64, device=starts.device)
         self.mask = torch.full((rows, 1, 1, length), -torch.inf, device=starts.device)
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def fill(self, first_row: int, prefilled: DynamicCache, width: int) -> None:
-        """Take over the prompts' keys and values."""
-        for index, layer in enumerate(prefilled.layers):
-            if type(layer) is not DynamicLayer or layer.keys.shape[2] != width:
-                raise DecodingUnsupported(f"layer {index} does not keep the keys of all tokens")
-            if index == len(self._tensors):
-                self._tensors.append((self._empty(layer.keys), self._empty(layer.values)))
-            for whole, part in zip(self._tensors[index], (layer.keys, layer.values), strict=True):
-                whole[first_row : first_row + len(part), :, :width] = part
+    def fill(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Write the keys and values of prompts, [rows of a pass, heads, tokens, head_dim], of token after token.
+
+        Args:
+            layer: Which layer's they are.
+            keys: Those of all tokens of the pass.
+            values: Likewise.
+            rows: Which row here each token is written to [rows of the pass, tokens or 1].
+            places: And where [rows of the pass, tokens].
+        """
+        if keys.shape[2] != places.shape[1]:
+            raise DecodingUnsupported(f"layer {layer} does not keep the keys of all tokens")
+        if layer not in self._tensors:
+            self._tensors[layer] = self._empty(keys), self._empty(values)
+        for whole, part in zip(self._tensors[layer], (keys, values), strict=True):
+            whole[rows, :, places] = part.transpose(1, 2)
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self._rows, like.shape[1], self._length, like.shape[3])
@@ -58,6 +67,27 @@ class FixedCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the length of the tensors. Positions and masks do not depend on it: the step gives both."""
         return self._length
+
+
+class Prompts(Cache):  # type: ignore[misc]
+    """What a pass over prompts takes for its cache: keys and values go to `cache`, and tokens see those of the pass."""
+
+    def __init__(self, cache: FixedCache, rows: torch.Tensor, places: torch.Tensor) -> None:
+        super().__init__(layers=[])
+        self._cache, self._rows, self._places = cache, rows, places
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._cache.fill(layer_idx, key_states, value_states, self._rows, self._places)
+        return key_states, value_states
+
+
+def refuse_other_layers(config: Any) -> None:
+    """Raise DecodingUnsupported when a layer of the model of `config` keeps anything but the keys of all tokens."""
+    for index, layer in enumerate(DynamicCache(config=config.get_text_config()).layers):
+        if type(layer) is not DynamicLayer:
+            raise DecodingUnsupported(f"layer {index} does not keep the keys of all tokens")
 
 
 @contextmanager

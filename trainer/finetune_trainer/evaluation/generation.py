@@ -12,6 +12,7 @@ from finetune_trainer.evaluation import decoding
 from finetune_trainer.evaluation.fixed_cache import DecodingUnsupported
 from finetune_trainer.evaluation.lockstep import never
 from finetune_trainer.evaluation.nli import first_object
+from finetune_trainer.evaluation.prefill import left_padded
 
 log = structlog.get_logger(__name__)
 #: Rows that transformers' `generate` gets at one time.
@@ -46,15 +47,23 @@ class AnswerGenerator:
         max_new_tokens: The most tokens of an answer.
         lockstep: Go on until the last rank has its answers; sharded weights need all of them.
         interrupted: Asked every few tokens; true ends the answers where they are.
+        packed: Whether the model takes rows laid end to end.
     """
 
     def __init__(
-        self, tokenizer: Any, max_new_tokens: int, *, lockstep: bool = False, interrupted: Callable[[], bool] = never
+        self,
+        tokenizer: Any,
+        max_new_tokens: int,
+        *,
+        lockstep: bool = False,
+        interrupted: Callable[[], bool] = never,
+        packed: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._lockstep = lockstep
         self._interrupted = interrupted
+        self._packed = packed
         self._plain = lockstep
         self._closing: dict[int, bool] = {}
 
@@ -88,6 +97,7 @@ class AnswerGenerator:
             end=self._tokenizer.eos_token_id,
             is_complete=self._is_complete,
             interrupted=self._interrupted,
+            packed=self._packed,
         )
         return list(self._tokenizer.batch_decode(answers, skip_special_tokens=True))
 
@@ -101,7 +111,7 @@ class AnswerGenerator:
 
     def _generated(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
         pad = self._tokenizer.pad_token_id
-        ids, mask = decoding.left_padded(prompts, pad, model.device)
+        ids, mask = left_padded(prompts, pad, model.device)
         width = ids.shape[1]
         output = model.generate(
             input_ids=ids,

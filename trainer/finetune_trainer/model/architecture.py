@@ -16,6 +16,8 @@ from finetune_trainer.errors import ConfigInvalid, whole_text
 
 #: Settings that may name a kernel on the hub, `owner/name`, for one or for each part of a model.
 _IMPLEMENTATIONS: Final = ("attn_implementation", "experts_implementation")
+#: Attention implementations that are told where sequences begin, and need no mask.
+FOR_SEQUENCES: Final = ("varlen", "flash_attention_2")
 #: How transformers' code names a package that has kernels for a function.
 _KERNEL: Final = re.compile(r"""use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)""")
 

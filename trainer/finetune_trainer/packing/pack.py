@@ -13,10 +13,11 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.compilation import compile_layers
 from finetune_trainer.engine.graphs import StepGraphs
-from finetune_trainer.engine.model_loss import FOR_SEQUENCES, patch_fused_loss
+from finetune_trainer.engine.model_loss import patch_fused_loss
 from finetune_trainer.engine.packed_lora import PackedAdapters
 from finetune_trainer.engine.packed_pass import PackedModel, Share, joined
 from finetune_trainer.errors import NotPackable, copy_of, is_gpu_out_of_memory
+from finetune_trainer.model.architecture import FOR_SEQUENCES
 from finetune_trainer.model.base import BaseModel
 from finetune_trainer.packing.fitting import fit
 from finetune_trainer.planning.cost import waits_for_host
