@@ -1,7 +1,9 @@
 """Fewer kernels compute what the models' own code does, for those models alone, and leave nothing behind."""
 
+import gc
 import importlib
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -67,6 +69,38 @@ def test_fused_modules_compute_what_the_models_own_do(family: str, monkeypatch: 
             found = model(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == plain
+
+
+def test_adapters_with_one_input_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values, and both halves of a gated product; nothing is kept of it afterwards."""
+    model, ids = build("llama"), torch.tensor(prompts(1))
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    linear = torch.nn.functional.linear
+
+    def noted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inputs.append(weakref.ref(x))
+        return linear(x, weight)
+
+    monkeypatch.setattr(fused_modules, "linear", noted)
+    with torch.no_grad(), counted(monkeypatch):
+        expected = model(input_ids=ids).logits
+        with fused_modules.fused(model):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+            assert len(inputs) == 4 * SIZES["num_hidden_layers"]
+            gc.collect()
+            assert not any(each() is not None for each in inputs)
+
+
+def test_adapters_may_be_asked_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, x, other = build("llama").base_model.model.model.layers[0].self_attn, *torch.randn(2, 1, 5, 64)
+    calls = [("v_proj", x), ("q_proj", x), ("q_proj", x), ("q_proj", other), ("k_proj", x), ("v_proj", other)]
+    with torch.no_grad(), counted(monkeypatch):
+        expected = [getattr(part, name)(each) for name, each in calls]
+        forwards = [(module.__dict__, forward) for module, forward in fused_modules._adapter_forwards(part, "cpu")]
+        for names, forward in forwards:
+            names["forward"] = forward
+        for (name, each), wanted in zip(calls, expected, strict=True):
+            torch.testing.assert_close(getattr(part, name)(each), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [*ROTATED, *OTHER_NUMBERS, *OTHER_SHAPES])

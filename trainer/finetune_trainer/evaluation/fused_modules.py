@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import linear
 
 from finetune_trainer.errors import type_and_reason
+from finetune_trainer.planning.memory import SAME_INPUT
 
 log = structlog.get_logger(__name__)
 _ADAPTER: Final = "default"
@@ -48,8 +49,9 @@ def kernels(device: torch.device) -> Any | None:
 def fused(model: Any) -> Iterator[None]:
     """Compute adapters, norms, gated products and rotary embeddings of `model` in few kernels in this block.
 
-    An adapter is rounded once, when it is added, and its weights are cast once for all tokens. Without Triton kernels
-    nothing changes, and afterwards everything is as before: layers that are compiled later must not find ours.
+    An adapter is rounded once, when it is added, its weights are cast once for all tokens, and adapters with the same
+    input read it once. Without Triton kernels nothing changes, and afterwards everything is as before: layers that are
+    compiled later must not find ours.
     """
     triton = kernels(model.device)
     if triton is None:
@@ -65,26 +67,19 @@ def fused(model: Any) -> Iterator[None]:
         for names in _calling_rotary(model):
             replace(names, _ROTARY, _rotary(names[_ROTARY], triton))
         for module in model.modules():
-            if forward := _fast_forward(module, model.device.type, triton):
-                replace(module.__dict__, "forward", forward)
+            for adapter, forward in _adapter_forwards(module, model.device.type):
+                replace(adapter.__dict__, "forward", forward)
+            if _is_norm(module, triton.rms_norm):
+                replace(module.__dict__, "forward", _norm_forward(module, triton.rms_norm))
+            elif _is_gated(module, triton.silu_product):
+                replace(module.__dict__, "forward", _gated_forward(module, triton.silu_product))
         yield
     finally:
-        for names, name, value in before:
+        for names, name, value in reversed(before):
             if value is None:
                 del names[name]
             else:
                 names[name] = value
-
-
-def _fast_forward(module: Any, device: str, triton: Any) -> Callable[..., torch.Tensor] | None:
-    """Return what computes `module` in fewer kernels, None for its own code."""
-    if _is_plain_adapter(module):
-        return _adapter_forward(module, device)
-    if _is_norm(module, triton.rms_norm):
-        return _norm_forward(module, triton.rms_norm)
-    if _is_gated(module, triton.silu_product):
-        return _gated_forward(module, triton.silu_product)
-    return None
 
 
 def _computes_alike(kind: Hashable, what: str, compare: Callable[[], bool]) -> bool:
@@ -113,17 +108,48 @@ def _is_plain_adapter(module: Any) -> bool:
     )
 
 
-def _adapter_forward(module: Any, device: str) -> Callable[..., torch.Tensor]:
-    a, b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-    a, b, scaling, plain = a.to(dtype), b.to(dtype).t(), module.scaling[_ADAPTER], module.forward
+def _adapter_forwards(parent: Any, device: str) -> Iterator[tuple[Any, Callable[..., torch.Tensor]]]:
+    """Yield the adapters right below `parent`, each with what computes it."""
+    left = {name: child for name, child in parent.named_children() if _is_plain_adapter(child)}
+    while left:
+        first = next(iter(left))
+        names = next((names for names in SAME_INPUT if first in names), (first,))
+        members = [left.pop(name) for name in names if name in left]
+        shared = _SharedInput([member.lora_A[_ADAPTER].weight for member in members], device)
+        for index, member in enumerate(members):
+            yield member, _adapter_forward(member, shared, index)
+
+
+class _SharedInput:
+    """Products of one input with the first matrices of several adapters, computed when the first of them asks."""
+
+    def __init__(self, matrices: list[torch.Tensor], device: str) -> None:
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
+        self._matrices = torch.cat([each.to(self.dtype) for each in matrices])
+        self._ranks = [len(each) for each in matrices]
+        self._x: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        if x is not self._x or index not in self._waiting:
+            found = linear(x.to(self.dtype), self._matrices).flatten(0, -2)
+            self._x, self._waiting = x, dict(enumerate(found.split(self._ranks, -1)))
+        mine = self._waiting.pop(index)
+        if not self._waiting:
+            self._x = None
+        return mine
+
+
+def _adapter_forward(module: Any, shared: _SharedInput, index: int) -> Callable[..., torch.Tensor]:
+    b, scaling, plain = module.lora_B[_ADAPTER].weight.to(shared.dtype).t(), module.scaling[_ADAPTER], module.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = module.base_layer(x, *args, **kwargs)
-        if base.dtype != dtype or kwargs:
+        if base.dtype != shared.dtype or kwargs:
             return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
-        found = torch.addmm(base.flatten(0, -2), linear(x.to(dtype), a).flatten(0, -2), b, alpha=scaling)
-        return found.view_as(base)
+        # In place: addmm would copy what it adds to first, and nobody else has it.
+        return base.flatten(0, -2).addmm_(shared(x, index), b, alpha=scaling).view_as(base)  # type: ignore[no-any-return]
 
     return forward
 
