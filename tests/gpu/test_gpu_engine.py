@@ -138,7 +138,7 @@ def test_compiled_layers_of_any_width_have_the_gradients_of_plain_ones(family: s
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, vocab_size=400, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=width // 4, sliding_window=None, attn_implementation="varlen",
+        num_key_value_heads=2, head_dim=width // 4, sliding_window=128, attn_implementation="varlen",
         **({"attn_logit_softcapping": None} if family == "Gemma2" else {}),
     )  # fmt: skip
     base = getattr(transformers, f"{family}ForCausalLM")(config).to("cuda", torch.bfloat16)

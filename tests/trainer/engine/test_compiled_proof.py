@@ -1,5 +1,6 @@
 """Compiled layers that compute something else than plain ones do not train."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,40 +80,65 @@ def test_layers_with_other_gradients_run_as_they_are(
     assert plan.compiled is agrees
     assert torch.equal(torch.get_rng_state(), before)
     assert all(each.grad is None for each in model.parameters())
-    assert bool(told) is not agrees
-    if told:
-        assert "torch.compile failed, running eager (slower): compiled layers compute something else" in told[0]
+    assert [("a compiled layer computes something else" in each, "eager" in each) for each in told] == (
+        [] if agrees else [(True, True)]
+    )
     model(**_batch()).backward()  # trains with what is right
     found = [each.grad for each in model.parameters() if each.grad is not None]
-    assert all(bool(each.isfinite().all()) for each in found)
+    assert found and all(bool(each.isfinite().all()) for each in found)
+
+
+def test_one_layer_of_each_kind_is_compared_and_the_last_one(folder: Path) -> None:
+    layers = _adapted(folder).get_base_model().model.layers
+    for kinds, expected in (((0, 0, 0), [0, 2]), ((0, 5, 0), [0, 1, 2]), ((0, 0, 5), [0, 2]), ((5, 0, 0), [0, 1, 2])):
+        for layer, window in zip(layers, kinds, strict=True):
+            layer.self_attn.sliding_window = window
+        with compiled_proof.recorded(layers) as calls:
+            for layer in layers:
+                with pytest.raises(IndexError):
+                    layer(torch.ones(1))
+        assert [list(layers).index(each.layer) for each in calls] == expected
 
 
 def test_a_model_that_drops_by_itself_is_not_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _compiler(monkeypatch, 1.0)
-    model, told = _adapted(folder), []
+    _compiler(monkeypatch, 1.2)
+    model, told, sizes = _adapted(folder), [], itertools.count(100)
     monkeypatch.setattr(compiled_proof.log, "info", lambda text, **_: told.append(text))
-    layer = model.get_base_model().model.layers[0]
-    calls = iter((0.3, 0.2, 0.2))
 
     def drop(*_: Any) -> None:
-        torch.nn.functional.dropout(torch.ones(round(1000 * next(calls))), 0.5)
+        torch.nn.functional.dropout(torch.ones(next(sizes)), 0.5)
 
-    layer.register_forward_pre_hook(drop)
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(drop)
     assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
-    assert ["drops by itself" in each for each in told] == [True]
+    assert told == ["Compiled layers were not compared with plain ones: they drop by themselves"]
 
 
-def test_plain_layers_that_do_not_fit_prove_nothing_and_end_nothing(
+def test_a_loss_that_is_compiled_to_something_else_is_computed_plainly(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _compiler(monkeypatch, 1.0)
+
+    def wrong(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found, gradient = loss._tile(*inputs)
+        return found, None if gradient is None else gradient * 1.1
+
+    monkeypatch.setattr("finetune_trainer.engine.loss._compiled_tile", lambda: wrong)
     model, told = _adapted(folder), []
-    monkeypatch.setattr(compiled_proof.log, "warning", lambda text, **_: told.append(text))
+    monkeypatch.setattr("finetune_trainer.engine.compilation.log.warning", lambda text, **_: told.append(text))
+    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled is False
+    assert "the compiled loss differs by 10.0%" in told[0]
+    assert model.get_base_model().fused_loss.compiled is False
 
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compiled_proof, "_seeded", full)
-    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
-    assert told == ["The compiled layers were not compared with plain ones, for which the GPU has no memory"]
-    assert not any(layer.forward is layer.__class__.forward for layer in model.get_base_model().model.layers)
+@pytest.mark.parametrize(("off", "problem"), [(0.0, False), (0.04, False), (0.06, True), (float("nan"), True)])
+@pytest.mark.parametrize("part", ["output", "gradient", "adapter"])
+def test_what_a_layer_adds_is_what_counts_not_what_passes_through_it(part: str, off: float, problem: bool) -> None:
+    base, added, adapter = torch.zeros(8), torch.ones(8), torch.ones(4)
+
+    def result(output: float, gradient: float, of_adapter: float) -> compiled_proof._Result:
+        sums = [("output", base + added * output, base), ("gradient of its input", base + added * gradient, base)]
+        return compiled_proof._Result(sums, [adapter * of_adapter])
+
+    found = result(*(1 + off * (name == part) for name in ("output", "gradient", "adapter")))
+    assert bool(compiled_proof._difference(found, result(1, 1, 1), 0.05)) is problem
+    assert compiled_proof._difference(result(1, 1, 1), result(float("nan"), 1, 1), 0.05) is None

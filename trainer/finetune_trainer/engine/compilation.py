@@ -16,13 +16,14 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
-from finetune_trainer.engine.compiled_proof import Found, problem_of
+from finetune_trainer.engine.compiled_proof import Relevant, problem_of, recorded
 from finetune_trainer.engine.lora import (
     clear_cache,
     seeded_dropout,
     shared_lora_inputs,
     while_training,
 )
+from finetune_trainer.engine.loss import compiled_problem
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model.architecture import missing_kernels
@@ -144,7 +145,7 @@ def compile_layers(
     precision: str,
     budget: float = 1.0,
     one_graph: bool = True,
-    take_gradients: Callable[[], list[torch.Tensor]] | None = None,
+    relevant: Relevant = list,
 ) -> ExecutionPlan:
     """Checkpoint activations and compile the decoder layers as `plan` says, and compare them with plain ones.
 
@@ -156,11 +157,10 @@ def compile_layers(
         budget: What selective checkpointing keeps (see `configure_layers`).
         one_graph: Whether the first layer is compiled as the others are: half the time of the compiler, for some 0.2 %
             of a step.
-        take_gradients: Returns the gradients that a pass found, and resets them: those of the layers' parameters if
-            it is not given.
+        relevant: Returns what means something of the adapters' gradients (see compiled_proof).
 
     Returns:
-        The plan in effect: where the warm-up shows that compiling fails, or that it computes other gradients, layers
+        The plan in effect: where the warm-up shows that compiling fails, or makes something else of the layers, they
         run eager, and the log says why.
     """
     core = model.get_base_model()
@@ -183,7 +183,7 @@ def compile_layers(
     if compiled:
         log.info("Compiling the decoder layers")
         began = time.monotonic()
-        problem = _warm_up(model, layers, example, precision, take_gradients or partial(_taken, model, layers))
+        problem = _warm_up(model, layers, example, precision, relevant)
         if problem is None:
             log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
             return plan
@@ -215,25 +215,24 @@ def _compile_problem(core: Any) -> str | None:
 
 
 def _warm_up(
-    model: Any,
-    layers: Sequence[Any],
-    example: Mapping[str, Any],
-    precision: str,
-    take_gradients: Callable[[], list[torch.Tensor]],
+    model: Any, layers: Sequence[Any], example: Mapping[str, Any], precision: str, relevant: Relevant
 ) -> str | None:
-    """Run a forward and a backward pass, compare it with plain layers', and drop the results.
+    """Run a forward and a backward pass, drop the results, and compare its layers with plain ones.
 
     What cannot be compiled, or is compiled to something else, shows here, before anything depends on it. Generators
     stay as they are. Returns the problem, None when all went well.
     """
     before, was_training = RngState.now(), model.training
-    run = partial(_pass, model, example, precision, take_gradients)
     model.train()
-    take_gradients()  # of an earlier pass
     try:
-        found = run()
-        before.restore()
-        return problem_of(found, model, layers, run, precision == "fp8")
+        with recorded(layers) as calls, mixed_precision(model.device, precision):
+            loss = model(**on_device(example, model.device))
+        loss.backward()
+        del loss
+        model.zero_grad(set_to_none=True)
+        core = model.get_base_model()
+        tiles = compiled_problem(core.get_output_embeddings(), core.fused_loss.logits)
+        return tiles or problem_of(calls, precision, relevant)
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do
     except Exception as error:
@@ -243,19 +242,3 @@ def _warm_up(
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.restore()
-
-
-def _pass(
-    model: Any, example: Mapping[str, Any], precision: str, take_gradients: Callable[[], list[torch.Tensor]]
-) -> Found:
-    with mixed_precision(model.device, precision):
-        loss = model(**on_device(example, model.device))
-    drawn = RngState.now()
-    loss.backward()
-    return Found(float(loss.detach()), take_gradients(), drawn)
-
-
-def _taken(model: Any, layers: Sequence[Any]) -> list[torch.Tensor]:
-    found = [each.grad for layer in layers for each in layer.parameters() if each.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return found

@@ -6,12 +6,13 @@ the pass that was captured. Weights are read where they lie, and random generato
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Final
 
 import structlog
 import torch
 
+from finetune_trainer.engine.compiled_proof import Relevant
 from finetune_trainer.engine.flat import flattened
 from finetune_trainer.errors import type_and_reason
 from finetune_trainer.runtime.cuda_graphs import capture, leave_capture
@@ -28,7 +29,6 @@ _TINY: Final = 1e-30
 
 #: Returns the loss of a micro-batch on the device; a device scalar holds the targets of the whole step.
 Loss = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
-Relevant = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 class StepGraphs:

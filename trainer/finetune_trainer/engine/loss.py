@@ -14,6 +14,9 @@ import torch
 
 #: The most tokens of one tile.
 TILE: Final = 1024
+#: Tokens by which compiled tiles are compared with plain ones, and what half precision may differ by.
+_CHECKED: Final = 33
+_TOLERANCE: Final = 1e-2
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,22 @@ def _compiled_tile() -> _Tile:
         return compiled(product, targets, *more)
 
     return tile
+
+
+@torch.no_grad()  # as in the function that computes them
+def compiled_problem(head: Any, logits: Logits) -> str | None:
+    """Return how far compiled tiles of `head` are from plain ones on random numbers, None if they are not."""
+    weight = head.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    product = torch.randn(_CHECKED, len(weight), generator=generator, device=weight.device).to(weight.dtype)
+    targets = torch.randint(len(weight), (_CHECKED,), generator=generator, device=weight.device)
+    (loss, gradient), (plain_loss, plain_gradient) = (
+        tile(product, targets, logits, True) for tile in (_compiled_tile(), _tile)
+    )
+    assert gradient is not None and plain_gradient is not None
+    pairs = ((loss, plain_loss), (gradient.float(), plain_gradient.float()))
+    off = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
+    return None if all(each <= _TOLERANCE for each in off) else f"the compiled loss differs by {max(off):.1%}"
 
 
 def plain_cross_entropy(

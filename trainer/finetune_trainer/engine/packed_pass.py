@@ -85,12 +85,6 @@ class PackedModel(torch.nn.Module):
         had_tokens = self._ends.diff(prepend=self._ends.new_zeros(1)) > 0
         return [each[had_tokens] for each in stacks]
 
-    def take_gradients(self) -> list[torch.Tensor]:
-        """Return the gradients that the latest pass left, and reset them."""
-        found = self.relevant([each.grad for each in self.adapters.stacks if each.grad is not None])
-        self.adapters.clear()
-        return found
-
 
 def joined(shares: Sequence[Share], places: int, rows: int, few_shapes: bool = False) -> dict[str, Any]:
     """Return what PackedModel takes for `shares`, in the order of their places.

@@ -190,9 +190,7 @@ class Pack:
             if "compiled" not in self._known:
                 budget = selective_budget(self._shape, spec, self._plan.tokens_per_pass or 1) if self._shape else 1.0
                 how = spec.training.precision, budget
-                self._known["compiled"] = compile_layers(
-                    model, self._plan, inputs, *how, take_gradients=model.take_gradients
-                )
+                self._known["compiled"] = compile_layers(model, self._plan, inputs, *how, relevant=model.relevant)
                 model.adapters.clear()
             if not (captures and self._replay(inputs)):
                 self._loss(_without(inputs, "slopes"), inputs["slopes"]).backward()
