@@ -234,6 +234,23 @@ def test_passes_too_short_for_python_are_captured(shape: ModelShape, rows: int, 
 
 
 @pytest.mark.parametrize(
+    ("training", "mean_row", "captured"),
+    [({"batchSize": 8}, 325.0, True), ({"batchSize": 8}, None, False), ({"batchSize": 16}, 325.0, False),
+     ({"batchSize": 16, "precision": "fp8"}, 325.0, True), ({"batchSize": 32, "precision": "fp8"}, 325.0, False)],
+)  # fmt: skip
+def test_whether_a_pass_waits_for_python_depends_on_a_typical_one(
+    training: dict[str, Any], mean_row: float | None, captured: bool
+) -> None:
+    """Memory depends on the largest: 8 rows have up to 3,300 tokens, as many as Python takes to start a pass."""
+    spec = _spec(training=training | {"microBatchSize": training["batchSize"]})
+    options: dict[str, Any] = {"tokens": lambda micro_batch: 413 * micro_batch, "mean_row": mean_row}
+    plan = make_plan(spec, _gpu(140), 1, "varlen", MISTRAL_7B, **options)
+    assert plan.captured is captured
+    if plan.fp8 and captured:
+        assert make_plan(spec, _gpu(140), 1, "varlen", MISTRAL_7B, has_fp8=False, **options).captured is False
+
+
+@pytest.mark.parametrize(
     ("sections", "world", "attention", "captured"),
     [({}, 1, "varlen", True), ({"training": {"cudaGraphs": "disabled"}}, 1, "varlen", False),
      ({}, 1, "sdpa", False), ({"training": {"packing": "enabled"}}, 1, "sdpa", False), ({}, 2, "varlen", False),

@@ -81,6 +81,7 @@ def plan_execution(
         tokens=batching.most_tokens(spec, train_lengths, ranks.size, packed),
         can_compile=capabilities.can_compile(spec),
         has_fp8=capabilities.has_fp8(spec, device),
+        mean_row=sum(train_lengths) / len(train_lengths) if train_lengths else None,
     )
     if tried:
         return plan

@@ -46,6 +46,8 @@ class LayoutSearch:
         compiled: Whether decoder layers may be compiled.
         tokens: Returns the most tokens of any micro-batch of so many rows; None counts every row as the longest.
         capturable: Whether passes may be replayed as CUDA graphs.
+        mean_row: Tokens of a row on average, where rows are packed; None if it is not known.
+        fp8: Whether products with weights that are not in 4 bits are in FP8.
     """
 
     spec: FineTuneJobSpec
@@ -58,14 +60,25 @@ class LayoutSearch:
     compiled: bool
     tokens: Callable[[int], int] | None
     capturable: bool = False
+    mean_row: float | None = None
+    fp8: bool = False
 
     def layout(
         self, micro_batch: int, checkpointed: int, dequantized: int = 0, sharded: bool = False, selective: bool = False
     ) -> Layout:
         compiled = self.compiled and not sharded
         selective = selective and compiled
-        tokens = self.most_tokens(micro_batch)
-        return Layout(micro_batch, tokens, checkpointed, dequantized, compiled, selective, self.processes, sharded)
+        return Layout(
+            micro_batch,
+            self.most_tokens(micro_batch),
+            checkpointed,
+            dequantized,
+            compiled,
+            selective,
+            self.processes,
+            sharded,
+            typical_tokens=None if self.mean_row is None else micro_batch * self.mean_row,
+        )
 
     def most_tokens(self, micro_batch: int) -> int:
         """Return the most tokens of any micro-batch of so many rows."""
@@ -98,7 +111,8 @@ class LayoutSearch:
             return None
         if self.spec.training.cuda_graphs == "enabled":
             found = [layout for layout in found if layout.captured] or found
-        layout = min(found, key=lambda layout: cost(self.share, layout, shape, self.spec.quantization.bits))
+        bits = self.spec.quantization.bits
+        layout = min(found, key=lambda layout: cost(self.share, layout, shape, bits, self.fp8))
         return layout, self.peak(shape, layout)
 
     def peak(self, shape: ModelShape, layout: Layout) -> int:

@@ -63,6 +63,7 @@ class Layout:
         processes: Number of processes.
         sharded: Whether the base weights are sharded over all processes.
         captured: Whether passes are replayed as CUDA graphs.
+        typical_tokens: Tokens of a micro-batch on average, for its time; None counts the most.
     """
 
     micro_batch: int
@@ -74,6 +75,7 @@ class Layout:
     processes: int = 1
     sharded: bool = False
     captured: bool = False
+    typical_tokens: float | None = None
 
 
 def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest: int, attention: str) -> Memory:

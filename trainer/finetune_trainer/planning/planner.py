@@ -80,6 +80,7 @@ def make_plan(
     tokens: Callable[[int], int] | None = None,
     can_compile: bool = True,
     has_fp8: bool = True,
+    mean_row: float | None = None,
 ) -> ExecutionPlan:
     """Choose the fastest layout that fits; the effective batch is always batchSize.
 
@@ -93,6 +94,7 @@ def make_plan(
         tokens: Returns the most tokens of any micro-batch of so many rows; default: every row is the longest.
         can_compile: Whether torch.compile works here.
         has_fp8: Whether the GPU computes in fp8.
+        mean_row: Tokens of a row on average; default: all are the longest.
 
     Raises:
         ConfigInvalid: Batch sizes do not divide evenly.
@@ -103,7 +105,11 @@ def make_plan(
     packed = uses_packing(spec, device, attention)
     compiled = can_compile and compile_blocker(spec, device, packed, shape) is None
     capturable = capture_blocker(spec, device, packed, attention, world_size, shape) is None
-    search = LayoutSearch(spec, device, shape, attention, length, share, world_size, compiled, tokens, capturable)
+    fp8 = spec.training.precision == "fp8" and has_fp8
+    mean_row = mean_row if packed else None
+    search = LayoutSearch(
+        spec, device, shape, attention, length, share, world_size, compiled, tokens, capturable, mean_row, fp8
+    )
     layout: Layout = search.default()
     peak: int | None = None
     if shape and device.kind == "cuda":

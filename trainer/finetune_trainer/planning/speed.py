@@ -79,4 +79,4 @@ def step_seconds(plan: ExecutionPlan, shape: ModelShape, spec: FineTuneJobSpec, 
     )
     rows = layout.micro_batch * (plan.gradient_accumulation_steps or 1)
     unit = _SECONDS * shape.active_weights / _WEIGHTS * TERAFLOPS[MEASURED[0]] / TERAFLOPS[gpu]
-    return cost(rows, layout, shape, spec.quantization.bits) * unit
+    return cost(rows, layout, shape, spec.quantization.bits, bool(plan.fp8)) * unit
