@@ -17,6 +17,13 @@ from finetune_trainer.runtime.device import RuntimeDevice
 from finetune_trainer.runtime.start import hidden, start_runtime
 from finetune_trainer.settings import Ranks
 
+SPEC = {
+    "model": {"source": "hf://org/base"},
+    "dataset": {"train": "s3://data/x"},
+    "output": {"uri": "s3://data/out"},
+    "resources": {"gpusPerNode": 0},
+}
+
 
 def test_importing_it_does_not_import_torch() -> None:
     modules = "finetune_trainer.runtime.start, finetune_trainer.runtime.distributed, finetune_trainer.run"
@@ -63,15 +70,30 @@ def test_libraries_do_not_find_trackers_that_they_would_import_and_a_job_that_as
         sys.path.remove(str(tmp_path))
 
 
+def test_libraries_that_no_run_needs_and_that_do_not_fit_this_torch_end_none(tmp_path: Path) -> None:
+    """A torchvision that was built for another torch fails as it is imported: "operator torchvision::nms ..."."""
+    needless = ("scipy", "torchaudio", "torchvision")
+    for name in needless:
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('made for another torch')")
+        metadata = tmp_path / f"{name}-9.0.dist-info/METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n")
+    script = f"""if True:
+        import sys
+        sys.path.append({str(tmp_path)!r})
+        from finetune_api.spec import FineTuneJobSpec
+        from finetune_trainer.runtime.start import start_runtime
+        from finetune_trainer.settings import Ranks
+        start_runtime(FineTuneJobSpec.model_validate({SPEC}), Ranks())
+        from finetune_trainer import steps
+        assert not {set(needless)} & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_it_may_be_called_again() -> None:
-    spec = FineTuneJobSpec.model_validate(
-        {
-            "model": {"source": "hf://org/base"},
-            "dataset": {"train": "s3://data/x"},
-            "output": {"uri": "s3://data/out"},
-            "resources": {"gpusPerNode": 0},
-        }
-    )
+    spec = FineTuneJobSpec.model_validate(SPEC)
     drawn = []
     for _ in range(2):
         assert start_runtime(spec, Ranks()) == RuntimeDevice("cpu", torch_name="cpu")

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from finetune_trainer.runtime.device import RuntimeDevice
 
 #: What libraries import where it is installed, and no run needs: reporting.trackers imports what a job asks for, and
-#: transformers compares drafts of assisted generation with scikit-learn.
-_NOT_NEEDED: Final = ("comet_ml", "wandb", "sklearn")
+#: transformers compares drafts of assisted generation with scikit-learn, and has the last three for images and sound.
+#: The trainer's image lacks those, and one that was built for another torch would end every run.
+_NOT_NEEDED: Final = ("comet_ml", "wandb", "sklearn", "scipy", "torchaudio", "torchvision")
 
 
 def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "RuntimeDevice":
