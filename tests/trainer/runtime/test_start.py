@@ -4,6 +4,7 @@ import importlib.util
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer import run
+from finetune_trainer.errors import ConfigInvalid
+from finetune_trainer.runtime import start
 from finetune_trainer.runtime.device import RuntimeDevice
 from finetune_trainer.runtime.start import hidden, start_runtime
 from finetune_trainer.settings import Ranks
@@ -90,6 +93,30 @@ def test_libraries_that_no_run_needs_and_that_do_not_fit_this_torch_end_none(tmp
     """
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "compiled", "begun"),
+    [
+        (2, "auto", ["GPU 1", "hashes"]),
+        (2, "disabled", ["GPU 1"]),
+        (0, "auto", []),
+        (0, "enabled", ["hashes"]),
+    ],
+)
+def test_the_gpu_and_what_compiles_for_it_are_begun_early_where_the_job_has_them(
+    gpus: int, compiled: str, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(start, "begin", lambda work: work())
+    monkeypatch.setattr(start, "open_gpu", lambda index: found.append(f"GPU {index}"))
+    monkeypatch.setattr(start, "hash_compilers", lambda: found.append("hashes"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    settings: Any = {"resources": {"gpusPerNode": gpus}, "training": {"compile": compiled}}
+    spec = FineTuneJobSpec.model_validate(SPEC | settings)
+    with pytest.raises(ConfigInvalid, match="no GPU is visible") if gpus else nullcontext():
+        start_runtime(spec, Ranks(local_rank=1))
+    assert found == begun
 
 
 def test_it_may_be_called_again() -> None:
