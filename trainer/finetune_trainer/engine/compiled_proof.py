@@ -8,7 +8,6 @@ nothing: with 32 layers of random weights the gradients of two right ways to com
 by 74 % in FP8.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,15 +166,15 @@ def _drawn_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def _difference(found: _Result, expected: _Result, tolerance: float) -> str | None:
     """Return what differs by how much, None if nothing does. What is no number in both is left to the training."""
-    norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float32)
     rows: list[tuple[str, float, float]] = []
     for (name, ours, _), (_, theirs, base) in zip(found.sums, expected.sums, strict=True):
-        added, beside = (norm(theirs), 0.0) if base is None else (norm(theirs - base), norm(base))
-        rows.append((name, float(norm(ours - theirs)), float(tolerance * added + _ROUNDING * beside)))
-    everything = math.sqrt(sum(float(norm(each)) ** 2 for each in expected.of_adapters))
+        added, beside = (_norm(theirs), 0.0) if base is None else (_norm(theirs - base), _norm(base))
+        rows.append((name, _norm(ours - theirs), tolerance * added + _ROUNDING * beside))
+    everything = math.sqrt(sum(_norm(each) ** 2 for each in expected.of_adapters))
     for ours, theirs in zip(found.of_adapters, expected.of_adapters, strict=True):
-        allowed = tolerance * float(norm(theirs)) + _OF_ALL * everything
-        rows.append(("gradient of its adapters", float(norm(ours - theirs)), allowed))
+        rows.append(
+            ("gradient of its adapters", _norm(ours - theirs), tolerance * _norm(theirs) + _OF_ALL * everything)
+        )
     compared = [(name, off, allowed) for name, off, allowed in rows if math.isfinite(allowed)]
     log.debug("A compiled layer beside the plain one", parts_of_what_is_allowed=[o / a for _, o, a in compared if a])
     wrong = [(name, off / allowed if allowed else math.inf) for name, off, allowed in compared if not off <= allowed]
@@ -183,3 +182,7 @@ def _difference(found: _Result, expected: _Result, tolerance: float) -> str | No
         return None
     name, times = max(wrong, key=lambda each: each[1] if each[1] == each[1] else math.inf)
     return f"its {name.removeprefix('its ')} differs by {times:.3g} times what may be"
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
