@@ -1,6 +1,5 @@
 """What is begun early changes nothing: it is there sooner, or it fails again where it is needed."""
 
-import ctypes
 import importlib
 import sys
 import threading
@@ -10,44 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.runtime import early
-from finetune_trainer.runtime.early import begin, hash_compilers, open_gpu
-
-
-class Driver:
-    """CUDA's driver, with two GPUs, or with none and an error."""
-
-    def __init__(self, error: int = 0) -> None:
-        self.error = error
-        self.calls: list[Any] = []
-
-    def cuInit(self, flags: int) -> int:
-        self.calls.append(("init", flags))
-        return self.error
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:
-        self.calls.append(("device", index))
-        device._obj.value = 7 + index
-        return 0 if index < 2 else 101
-
-    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
-        self.calls.append(("context", device.value))
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("driver", "index", "calls"),
-    [
-        pytest.param(Driver(), 1, [("init", 0), ("device", 1), ("context", 8)], id="the GPU of this rank"),
-        pytest.param(Driver(), 2, [("init", 0), ("device", 2)], id="fewer GPUs than ranks"),
-        pytest.param(Driver(error=100), 0, [("init", 0)], id="no GPU"),
-    ],
-)
-def test_the_driver_opens_the_gpu_of_this_rank_alone(
-    driver: Driver, index: int, calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
-    open_gpu(index)
-    assert driver.calls == calls
+from finetune_trainer.runtime.early import begin, hash_compilers
 
 
 def test_what_fails_in_a_thread_is_told_by_nobody(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 Nothing is decided here, and nothing that fails here counts: whoever needs it does it again, and tells what is wrong.
 """
 
-import ctypes
 import sys
 import threading
 from collections.abc import Callable
@@ -26,18 +25,6 @@ def begin(work: Callable[[], object]) -> threading.Thread:
     with suppress(RuntimeError):  # a pod has a limit of threads, too
         thread.start()
     return thread
-
-
-def open_gpu(index: int) -> None:
-    """Start CUDA's driver and its context on a GPU, as the first tensor there would.
-
-    Args:
-        index: Which of the GPUs that this process sees.
-    """
-    driver = ctypes.CDLL("libcuda.so.1")
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), index):
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def hash_compilers() -> list[threading.Thread]:

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.runtime.early import begin, hash_compilers, open_gpu
+from finetune_trainer.runtime.early import hash_compilers
 from finetune_trainer.runtime.gc import freeze_imports
 from finetune_trainer.settings import Ranks
 
@@ -34,8 +33,6 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "Runti
         ConfigInvalid: When the GPUs that the spec asks for are not there.
         GpuUnavailable: The same in a pod.
     """
-    if spec.resources.gpus_per_node:
-        begin(partial(open_gpu, ranks.local_rank))
     with freeze_imports(), hidden(_NOT_NEEDED):
         import peft  # noqa: F401 -- a run needs these two anyway: here their objects are frozen with the others
         from trl import SFTTrainer  # noqa: F401
