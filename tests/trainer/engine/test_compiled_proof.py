@@ -24,11 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model"), layers=3)
 
 
-def _adapted(folder: Path, dropout: float = 0.0) -> Any:
+def _adapted(folder: Path, dropout: float = 0.0, **more: Any) -> Any:
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     base.config.use_cache = False
-    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, task_type="CAUSAL_LM"))
+    wanted = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, task_type="CAUSAL_LM", **more)
+    model = get_peft_model(base, wanted)
     patch_fused_loss(model.get_base_model())
     share_lora_inputs(model)
     return model.train()
@@ -111,6 +112,20 @@ def test_a_model_that_drops_by_itself_is_not_compared(folder: Path, monkeypatch:
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(drop)
     assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
     assert told == ["Compiled layers were not compared with plain ones: they drop by themselves"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loss_that_is_not_compiled_is_not_compared(own: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model's own logits, whose head may be anywhere, or where the head trains."""
+    _compiler(monkeypatch, 1.0)
+    monkeypatch.setattr("finetune_trainer.engine.loss._compiled_tile", lambda: pytest.fail("compiled"))
+    saved: dict[str, Any] = {} if own else {"modules_to_save": ["lm_head"]}
+    model = _adapted(folder, **saved)
+    core = model.get_base_model()
+    if own:
+        core.fused_loss.own = True
+        monkeypatch.setattr(core, "get_output_embeddings", lambda: None)
+    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
 
 
 def test_a_loss_that_is_compiled_to_something_else_is_computed_plainly(

@@ -231,7 +231,8 @@ def _warm_up(
         del loss
         model.zero_grad(set_to_none=True)
         core = model.get_base_model()
-        tiles = compiled_problem(core.get_output_embeddings(), core.fused_loss.logits)
+        settings = core.fused_loss
+        tiles = None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)
         return tiles or problem_of(calls, precision, relevant)
     except torch.OutOfMemoryError:
         return None  # no matter of compiling: training itself knows what to do

@@ -171,7 +171,7 @@ def summed_cross_entropy(
         owners: Whose loss each target counts to.
     """
     chosen = hidden.flatten(0, 1).index_select(0, positions).to(head.weight.dtype)
-    if any(parameter.requires_grad for parameter in head.parameters()):  # lora.bias: all
+    if _trains(head):
         return _summed(_tile(head(chosen), targets, logits, False)[0], weights, owners)
     tile = _compiled_tile() if compiled and torch.is_grad_enabled() else _tile
     with torch.autocast(hidden.device.type, enabled=False):
@@ -179,6 +179,10 @@ def summed_cross_entropy(
             chosen, head.weight, head.bias, targets, weights, owners, logits, tile
         )
         return loss
+
+
+def _trains(head: Any) -> bool:
+    return any(parameter.requires_grad for parameter in head.parameters())  # lora.bias: all
 
 
 @functools.cache
@@ -195,7 +199,12 @@ def _compiled_tile() -> _Tile:
 
 @torch.no_grad()  # as in the function that computes them
 def compiled_problem(head: Any, logits: Logits) -> str | None:
-    """Return how far compiled tiles of `head` are from plain ones on random numbers, None if they are not."""
+    """Return how far compiled tiles of `head` are from plain ones on random numbers, None if they are not.
+
+    Those of a head that trains are not compiled.
+    """
+    if _trains(head):
+        return None
     weight = head.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     product = torch.randn(_CHECKED, len(weight), generator=generator, device=weight.device).to(weight.dtype)
