@@ -138,3 +138,18 @@ def test_keys_of_other_tokens_than_those_asked_for_are_refused() -> None:
     rows, places = torch.zeros(1, 1, dtype=torch.int64), torch.arange(4)[None]
     with pytest.raises(DecodingUnsupported, match="layer 3 does not keep the keys of all tokens"):
         cache.fill(3, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), rows, places)
+
+
+@pytest.mark.parametrize("family", ["pegasus", "bart", "roformer"])
+def test_positions_that_a_model_counts_itself_are_refused(family: str) -> None:
+    """From a cache of fixed length it counts wrong, and beyond its table: on a GPU that ends the process."""
+    run: dict[str, Any] = {"pad": 0, "end": 2, "is_complete": lambda _: False, "interrupted": never}
+    with torch.no_grad(), pytest.raises(DecodingUnsupported, match="counts positions"):
+        decoding.decode(build(family, is_decoder=True), prompts(7), 8, **run)
+
+
+@pytest.mark.parametrize("family", ["opt", "mpt"])
+def test_positions_that_are_given_or_have_no_table_are_none_of_those(family: str) -> None:
+    run: dict[str, Any] = {"pad": 0, "end": 2, "is_complete": lambda _: False, "interrupted": never}
+    with torch.no_grad():
+        assert len(decoding.decode(build(family), prompts(7), 8, **run)) == 7

@@ -17,6 +17,7 @@ from finetune_trainer.errors import type_and_reason
 from finetune_trainer.evaluation.fixed_cache import (
     DecodingUnsupported,
     FixedCache,
+    refuse_counted_positions,
     refuse_other_layers,
     serving,
 )
@@ -107,6 +108,7 @@ def decode(
         DecodingUnsupported: When the model does not compute this way what it computes plainly.
     """
     refuse_other_layers(model.config)
+    refuse_counted_positions(model)
     with fused(model):
         state = _begun(model, prompts, max_new_tokens, pad, packed)
         with serving(state.cache, model.config, kernels(model.device)):

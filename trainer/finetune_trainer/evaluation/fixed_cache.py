@@ -1,6 +1,7 @@
 """A cache of keys and values that stay where they are, and the attention of one new token over it."""
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -88,6 +89,16 @@ def refuse_other_layers(config: Any) -> None:
     for index, layer in enumerate(DynamicCache(config=config.get_text_config()).layers):
         if type(layer) is not DynamicLayer:
             raise DecodingUnsupported(f"layer {index} does not keep the keys of all tokens")
+
+
+def refuse_counted_positions(model: Any) -> None:
+    """Raise DecodingUnsupported when `model` takes no positions, and counts them from the length of its cache."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" in inspect.signature(core.forward).parameters:
+        return
+    kinds = {type(module) for module in core.modules()}
+    if any("past_key_values_length" in inspect.signature(kind.forward).parameters for kind in kinds):
+        raise DecodingUnsupported("it counts positions from the length of its cache, which is fixed")
 
 
 @contextmanager
