@@ -188,6 +188,18 @@ def test_an_adapter_that_only_one_of_both_reaches_is_compared(folder: Path, monk
     assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
 
 
+def test_a_comparison_that_memory_is_short_for_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    _compiler(monkeypatch, 1.2)
+    monkeypatch.setattr(compiled_proof, "_found", full)
+    model, told = _adapted(folder), []
+    monkeypatch.setattr("finetune_trainer.engine.compilation.log.warning", lambda text, **_: told.append(text))
+    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
+    assert told == ["Compiled layers were not compared with plain ones: the GPU's memory is full"]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_loss_that_is_not_compiled_is_not_compared(own: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the model's own logits, whose head may be anywhere, or where the head trains."""

@@ -234,8 +234,9 @@ def _warm_up(
         settings = core.fused_loss
         tiles = None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)
         return tiles or problem_of(calls, precision, relevant)
-    except torch.OutOfMemoryError:
-        return None  # no matter of compiling: training itself knows what to do
+    except torch.OutOfMemoryError:  # no matter of compiling: training itself knows what to do
+        log.warning("Compiled layers were not compared with plain ones: the GPU's memory is full")
+        return None
     except Exception as error:
         return type_and_reason(error)
     finally:
