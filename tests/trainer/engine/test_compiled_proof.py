@@ -101,7 +101,10 @@ def test_one_layer_of_each_kind_is_compared_and_the_last_one(folder: Path) -> No
         assert [list(layers).index(each.layer) for each in calls] == expected
 
 
-def test_a_model_that_drops_by_itself_is_not_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dropping", "compiled"), [((0, 1, 2), True), ((0,), False)])
+def test_a_layer_that_drops_by_itself_is_not_compared(
+    dropping: tuple[int, ...], compiled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A compiler drops other numbers, and may leave the generator where the plain layer does."""
     _compiler(monkeypatch, 1.2)
     model, told = _adapted(folder), []
@@ -110,9 +113,12 @@ def test_a_model_that_drops_by_itself_is_not_compared(folder: Path, monkeypatch:
     def drop(*_: Any) -> None:
         torch.nn.functional.dropout(torch.ones(100), 0.5)
 
-    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(drop)
-    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled
-    assert told == ["Compiled layers were not compared with plain ones: they drop by themselves"]
+    for index in dropping:
+        model.get_base_model().model.layers[index].mlp.register_forward_pre_hook(drop)
+    assert compile_layers(model, ExecutionPlan(compiled=True), _batch(), "fp32").compiled is compiled
+    told = [line for line in told if "drops" in line]
+    compared = 1 + (2 in dropping)  # one of each kind, and the last one
+    assert told == ["A compiled layer was not compared with the plain one: it drops by itself"] * compared
 
 
 @pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.2, False)])

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,24 @@ def tokenizer(tiny_model: Path) -> Any:
     made = AutoTokenizer.from_pretrained(tiny_model)
     made.pad_token = "<unk>"
     return made
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_the_shortest_and_the_longest_row_are_checked(
+    wrong: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = decoding._run
+
+    def spoilt(*arguments: Any) -> list[list[int]]:
+        found = run(*arguments)
+        found[wrong] = [(token + 1) % 400 for token in found[wrong]]
+        return found
+
+    ids = [list(range(10, 10 + length)) for length in (9, 5, 7)]
+    monkeypatch.setattr(decoding, "_run", spoilt)
+    checked = pytest.raises(fixed_cache.DecodingUnsupported, match="not those of a plain pass")
+    with torch.no_grad(), checked if wrong < 2 else nullcontext():
+        decoding.decode(build("llama"), ids, 8, pad=0, end=2, is_complete=lambda _: False, interrupted=never)
 
 
 @pytest.mark.parametrize("family", DECODED)

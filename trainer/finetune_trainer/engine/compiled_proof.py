@@ -99,8 +99,8 @@ def problem_of(calls: Sequence[Call], precision: str, relevant: Relevant = list)
             with seeded_dropout(shared_lora_inputs(call.layer), call.args[0].device):
                 by_seeds = RngState.now()
             if not drawn.same(by_seeds):
-                log.info("Compiled layers were not compared with plain ones: they drop by themselves")
-                return None
+                log.info("A compiled layer was not compared with the plain one: it drops by itself")
+                continue
             if problem := _difference(found, expected, computed(call, plain, noisy=True), tolerance):
                 return f"a compiled layer computes something else than the plain one: {problem}"
     finally:

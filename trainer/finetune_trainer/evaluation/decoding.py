@@ -114,9 +114,11 @@ def decode(
         with serving(state.cache, model.config, kernels(model.device)):
             answers = _run(model, state, end, pad, is_complete, interrupted)
     del state  # the check below needs memory too
-    shortest = min(range(len(prompts)), key=lambda row: len(prompts[row]))
-    if problem := _problem(model, prompts[shortest], answers[shortest]):
-        raise DecodingUnsupported(problem)
+    # The shortest prompt has most before it in its pass, and the longest the highest positions.
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for row in dict.fromkeys((by_length[0], by_length[-1])):
+        if problem := _problem(model, prompts[row], answers[row]):
+            raise DecodingUnsupported(problem)
     return [answer[:-1] if answer[-1] == end else answer for answer in answers]
 
 
