@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 #: Device files of GPUs that have none of their own for each: WSL, AMD, Jetson.
 _OTHER_GPUS = ("/dev/dxg", "/dev/kfd", "/dev/nvmap")
+_PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -158,6 +159,19 @@ def _wait(process: subprocess.Popen[bytes], tick: Callable[[], bool] | None) -> 
     return process.wait()
 
 
+def _end_with_us() -> Callable[[], object] | None:
+    """Return what makes a child get SIGTERM when this process is killed outright, of which it learns nothing.
+
+    Else it would train on beside the next command (PR_SET_PDEATHSIG, Linux alone).
+    """
+    if sys.platform != "linux":
+        return None
+    import ctypes  # not for other commands
+
+    library = ctypes.CDLL(None)
+    return lambda: library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def supervise(
     command: Sequence[str],
     env: Mapping[str, str],
@@ -185,7 +199,7 @@ def supervise(
     heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
     try:
-        process = subprocess.Popen(command, env=dict(env), stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=dict(env), stdout=output, stderr=output, preexec_fn=_end_with_us())
         for number in waiting:
             process.send_signal(number)
         code = _wait(process, tick)

@@ -1,0 +1,46 @@
+"""The process that trains ends with the command that started it, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+#: Says when it is there, and what stopped it.
+CHILD = """
+import pathlib, signal, sys, time
+
+def told(number, frame):
+    pathlib.Path(sys.argv[1], "stopped").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, told)
+pathlib.Path(sys.argv[1], "there").touch()
+time.sleep(60)
+"""
+COMMAND = """
+import os, sys
+from finetune_cli.local_run import supervise
+supervise([sys.executable, "-c", sys.argv[1], sys.argv[2]], os.environ)
+"""
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path.name}: not within half a minute")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's end")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_that_is_killed_takes_its_trainer_along(number: signal.Signals, tmp_path: Path) -> None:
+    command = subprocess.Popen([sys.executable, "-c", COMMAND, CHILD, str(tmp_path)])
+    wait_for(tmp_path / "there")
+    os.kill(command.pid, number)
+    wait_for(tmp_path / "stopped")
+    assert command.wait(timeout=30) == (-number if number == signal.SIGKILL else 0)
