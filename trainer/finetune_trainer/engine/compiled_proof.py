@@ -25,9 +25,9 @@ from finetune_trainer.runtime.rng import RngState
 
 log = structlog.get_logger(__name__)
 #: What one layer may differ by, as a part of what it adds to its input: in half precision about 1 % was measured.
-TOLERANCE: Final = 5e-2
+_TOLERANCE: Final = 5e-2
 #: In FP8 a number near the middle of two is rounded to either.
-TOLERANCE_FP8: Final = 0.2
+_TOLERANCE_FP8: Final = 0.2
 #: The same as a part of the input itself, which is rounded with the sum.
 _ROUNDING: Final = 1e-2
 #: The same as a part of all gradients of the layer's adapters: some have next to none.
@@ -56,15 +56,15 @@ class Call:
 @contextmanager
 def recorded(layers: Sequence[Any]) -> Iterator[list[Call]]:
     """Yield a list of what the first layer of each kind is called with in this block, and the last one."""
-    chosen = {_kind(layer): layer for layer in reversed(layers)} | {"last": layers[-1], "first": layers[0]}
+    first_of_kinds = {_kind(layer): layer for layer in reversed(layers)}
+    chosen = {id(layer): layer for layer in (*first_of_kinds.values(), layers[-1])}
     calls: list[Call] = []
 
     def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if all(each.layer is not layer for each in calls):
             calls.append(Call(layer, args, kwargs))
 
-    unique = {id(layer): layer for layer in chosen.values()}
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in unique.values()]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in chosen.values()]
     try:
         yield calls
     finally:
@@ -82,7 +82,7 @@ def problem_of(calls: Sequence[Call], precision: str, relevant: Relevant = list)
         precision: training.precision.
         relevant: Returns what means something of the adapters' gradients.
     """
-    before, tolerance = RngState.now(), TOLERANCE_FP8 if precision == "fp8" else TOLERANCE
+    before, tolerance = RngState.now(), _TOLERANCE_FP8 if precision == "fp8" else _TOLERANCE
 
     def computed(call: Call, run: Callable[..., Any], noisy: bool = False) -> _Result:
         before.restore()
@@ -206,7 +206,7 @@ def _difference(found: _Result, expected: _Result, noisy: _Result, tolerance: fl
     if not wrong:
         return None
     name, times = max(wrong, key=lambda each: each[1] if each[1] == each[1] else math.inf)
-    return f"its {name.removeprefix('its ')} differs by {times:.3g} times what may be"
+    return f"its {name} differs by {times:.3g} times what may be"
 
 
 def _norm(tensor: torch.Tensor) -> float:

@@ -130,12 +130,12 @@ def make_plan(
         tokens_per_pass=layout.tokens,
         compiled=layout.compiled,
         captured=layout.captured,
-        fp8=_in_fp8(spec, layout) and has_fp8,
+        fp8=fp8 and _has_weights_to_round(spec, layout),
         attention=attention,
         predicted_peak_memory_bytes=peak,
     )
 
 
-def _in_fp8(spec: FineTuneJobSpec, layout: Layout) -> bool:
+def _has_weights_to_round(spec: FineTuneJobSpec, layout: Layout) -> bool:
     plain = layout.dequantized > 0 if spec.quantization.bits == 4 else spec.quantization.bits == 16
-    return spec.training.precision == "fp8" and plain and not layout.sharded
+    return plain and not layout.sharded
