@@ -26,7 +26,7 @@ def test_a_forged_job_is_no_attempt_whether_nothing_runs_or_the_real_one(
     start_operator: StartOperator, node: ProcessNode, kube: Kube, jobs: Jobs
 ):
     start_operator()
-    made = jobs.create("nli", "run/succeed", suspend=True)
+    made = jobs.create("nli", "run", suspend=True)  # not "run/succeed": the real one must last until its deadline
     jobs.wait("nli", "Suspended", "True")
     kube.create(forged(made, "nli-1"))
     wait_until(lambda: jobs.reasons("nli") == ["JobRefused"] and not kube.list("Job"), "it is refused", 60)
