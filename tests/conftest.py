@@ -20,6 +20,7 @@ pytest_plugins = [
     "support.common.hypothesis_profile",
     "support.common.levels",
     "support.common.logs",
+    "support.operator.failure_report",
     "support.stores.hub",
     "support.server.fixtures",
     "support.stores.s3",

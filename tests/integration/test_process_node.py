@@ -330,6 +330,19 @@ def test_indexed_pods_know_their_rank_and_find_each_other(everywhere: Kube, node
     assert lines["1"].split()[2] != leader
 
 
+def test_the_pods_of_each_job_have_a_rendezvous_port_to_themselves(everywhere: Kube, node: ProcessNode):
+    """torch's store listens on every address of the machine: beside a second job on port 29500 it would not start."""
+    parallel = {"completions": 2, "parallelism": 2, "completionMode": "Indexed"}
+    container = {"env": [{"name": "PET_MASTER_PORT", "value": "29500"}]}
+    ports = {}
+    for name in ("one", "other"):
+        everywhere.create(job(name, "echo $PET_MASTER_PORT", container, {"subdomain": "nodes"}, **parallel))
+        wait_for_job(everywhere, name, "Complete")
+        ports[name] = {node.logs(pod["metadata"]["name"]).strip() for pod in pods_of(everywhere, name)}
+    assert [len(each) for each in ports.values()] == [1, 1]
+    assert ports["one"] != ports["other"]
+
+
 def test_a_deadline_ends_the_job(everywhere: Kube, node: ProcessNode):
     everywhere.create(job("slow", "sleep 60", activeDeadlineSeconds=1))
     done = wait_for_job(everywhere, "slow", "Failed")

@@ -1,7 +1,9 @@
 """Child processes that never outlive their parent, free ports, and waiting for a server."""
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,11 +23,12 @@ def die_with_parent() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A TCP port nobody listens on now, below those that outgoing connections take while a server still starts."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port := random.randrange(10_000, 32_000)))
+            return port
 
 
 class Process:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from support.common.processes import free_port
 from support.node import logs as node_logs
 from support.node.container import now
 from support.node.job_controller import JobController
@@ -75,6 +76,7 @@ class ProcessNode:
         self.env = dict(env or {})
         self._runners: dict[str, PodRunner] = {}
         self._addresses: dict[tuple[str, str, str], str] = {}
+        self._rendezvous_ports: dict[tuple[str, str], int] = {}
 
     # What tests use
 
@@ -98,7 +100,12 @@ class ProcessNode:
 
     def all_logs(self) -> str:
         """The output of every pod that ran here."""
-        return "".join(self.logs(path.name.partition("_")[2]) for path in sorted((self.folder / "pods").glob("*")))
+        return "".join(self.logs_by_pod().values())
+
+    def logs_by_pod(self) -> dict[str, str]:
+        """The output of each pod that ran here, by its name."""
+        names = (path.name.partition("_")[2] for path in sorted((self.folder / "pods").glob("*")))
+        return {name: self.logs(name) for name in names}
 
     def claim_folder(self, claim: str, namespace: str | None = None) -> Path:
         """The folder that a PersistentVolumeClaim stands for, to put files in or to look at them."""
@@ -166,6 +173,12 @@ class ProcessNode:
         if spec.get("subdomain") and spec.get("hostname"):
             return self.address_of(metadata["namespace"], spec["subdomain"], spec["hostname"])
         return self.address_of(metadata["namespace"], "", metadata["name"])
+
+    def rendezvous_port(self, pod: Object) -> int:
+        """The port on which the pods of this one's Job find each other: torch listens on every address of the machine."""
+        metadata = pod["metadata"]
+        key = (metadata["namespace"], (metadata.get("labels") or {}).get("job-name", metadata["name"]))
+        return self._rendezvous_ports.setdefault(key, free_port())
 
     def why_unschedulable(self, pod: Object) -> str | None:
         """The scheduler's sentence, or None when the pod may run."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Object = dict[str, Any]
 
 _RETRY_SECONDS = 0.5
+#: torchrun's.
+_PORT = "PET_MASTER_PORT"
 
 
 class PodLost(Exception):
@@ -187,6 +189,8 @@ class PodRunner:
         for container in self.pod["spec"]["containers"]:
             own = environment(container, pod, self._found, rewrite)
             env = {**self.node.base_env(self.files), **own, MARK: self.uid}
+            if _PORT in env:
+                env[_PORT] = str(self.node.rendezvous_port(self.pod))
             command = container.get("command") or self.node.entry_points.get(container.get("image", "")) or []
             words = [rewrite(expand(word, own)) for word in [*command, *(container.get("args") or [])]]
             if not words:

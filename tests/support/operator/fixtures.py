@@ -1,6 +1,6 @@
 """Fixtures for tests of the operator on a Kubernetes API: its process, a process node, and scripted trainers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +94,27 @@ def node(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[ProcessNo
         yield running_node
 
 
-StartOperator = Callable[..., OperatorProcess]
+class StartOperator:
+    """Start operators for one namespace, with the settings given; `started` are those so far."""
+
+    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
+        self.started: list[OperatorProcess] = []
+        self._cluster, self._namespace, self._folder = cluster, namespace, folder
+
+    def __call__(self, **settings: Any) -> OperatorProcess:
+        folder = self._folder / f"operator-{len(self.started)}"
+        folder.mkdir()
+        operator = OperatorProcess(self._cluster.kubeconfig, folder, {"namespaces": [self._namespace], **settings})
+        self.started.append(operator)
+        return operator.wait_ready()
 
 
 @pytest.fixture
 def start_operator(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[StartOperator]:
-    """Start operators for the test's namespace, with the settings given; they are stopped at the end."""
-    started: list[OperatorProcess] = []
-
-    def start(**settings: Any) -> OperatorProcess:
-        folder = tmp_path / f"operator-{len(started)}"
-        folder.mkdir()
-        operator = OperatorProcess(cluster.kubeconfig, folder, {"namespaces": [namespace], **settings})
-        started.append(operator)
-        return operator.wait_ready()
-
+    """Start operators for the test's namespace; they are stopped at the end."""
+    start = StartOperator(cluster, namespace, tmp_path)
     yield start
-    for operator in started:
+    for operator in start.started:
         operator.process.stop()
 
 
