@@ -175,7 +175,7 @@ class ProcessNode:
         return self.address_of(metadata["namespace"], "", metadata["name"])
 
     def rendezvous_port(self, pod: Object) -> int:
-        """The port on which the pods of this one's Job find each other: torch listens on every address of the machine."""
+        """The port on which the pods of this one's Job find each other: torch listens on every address there is."""
         metadata = pod["metadata"]
         key = (metadata["namespace"], (metadata.get("labels") or {}).get("job-name", metadata["name"]))
         return self._rendezvous_ports.setdefault(key, free_port())

@@ -1,4 +1,4 @@
-"""A failed test on a Kubernetes API shows what each party said: the jobs' statuses, the pods' output, the operator's log.
+"""A failed test on a Kubernetes API shows what each party said: jobs' statuses, pods' output, the operator's log.
 
 A scenario that fails once in a hundred runs is understood from this, or not at all.
 """
