@@ -1,6 +1,7 @@
 """Two processes that share out the base model's weights train as two that hold all of them, bit for bit (on CPUs, where
 the plan is made to say so; tests/gpu has the rest)."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ def _shard() -> None:
     original, shard = planner.make_plan, fsdp.shard
     planner.make_plan = lambda *args, **options: original(*args, **options).model_copy(update={"sharded": True})
 
-    def announced(model: Any, *args: Any) -> None:
-        shard(model, *args)
+    def announced(model: Any, *args: Any) -> Any:
+        layers = shard(model, *args)
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
         print(f"HOLDS {held} of {sum(p.numel() for p in model.parameters())}")
+        return layers
 
     fsdp.shard = announced
 
@@ -52,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "quantization.doubleQuant": False,
         "training.gradientCheckpointing": "disabled",
     },
+    "4 bits, compiled": {"training.compile": "enabled", "training.maxSteps": 4, "evaluation.metrics": ["loss"]},
     "16 bits": {"quantization.bits": 16},
     "16 bits, float32": {
         "quantization": {"bits": 16, "computeDtype": "float32"},
@@ -79,10 +82,32 @@ def test_losses_and_adapter_are_those_of_whole_copies(kind: str, tiny_model: Pat
     assert metrics_lines(tmp_path / "sharded/out") == metrics_lines(tmp_path / "whole/out")
     assert _adapter(tmp_path / "sharded") == _adapter(tmp_path / "whole")
     assert '"sharded": true' in both[0].log
+    assert all(("The decoder layers are compiled" in each.log) == ("compiled" in kind) for each in both), both[0].log
     assert "loaded back with PEFT and has the weights that were trained" in both[0].log
     for each in both:
         held, all_of_it = next(line for line in each.log.splitlines() if line.startswith("HOLDS")).split()[1::2]
         assert int(held) < 0.9 * int(all_of_it)
+
+
+def _shard_without_compiler_on_one() -> None:
+    from finetune_trainer.engine import compilation
+
+    def problem_of(*_: Any) -> None:
+        raise RuntimeError("this machine has no compiler")
+
+    _shard()
+    if os.environ["RANK"] == "1":
+        compilation.problem_of = problem_of
+
+
+def test_where_compiling_fails_on_one_rank_all_run_eager(tiny_model: Path, tmp_path: Path) -> None:
+    """None waits for weights that the other does not gather."""
+    changes = {"training.compile": "enabled", "training.maxSteps": 2, "evaluation.metrics": ["loss"]}
+    config = job(tmp_path, tiny_model, RUN | changes)
+    for each in Pair(config, tmp_path, before=_shard_without_compiler_on_one).finish():
+        assert each.exit_code == 0, each.log
+        assert "running eager (slower): RuntimeError: this machine has no compiler" in each.log
+        assert "The decoder layers are compiled" not in each.log
 
 
 @pytest.mark.nightly

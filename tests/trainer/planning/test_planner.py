@@ -316,6 +316,7 @@ def test_weights_that_no_gpu_can_hold_are_shared_out() -> None:
     assert plan(80, 4).sharded is False
     assert plan(24, 4).sharded is True
     assert plan(80, 4, quantization={"bits": 16}).sharded is True
+    assert make_plan(_spec(), _gpu(24), 4, "varlen", LLAMA_70B).compiled
     assert plan(24, 4).predicted_peak_memory_bytes < 24 * GIB < plan(80, 1).predicted_peak_memory_bytes
     with pytest.raises(WontFit, match="or shard the weights over 8 GPUs"):
         plan(40, 2, quantization={"bits": 16})

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
-from finetune_trainer.engine.compiled_proof import Relevant, problem_of, recorded
+from finetune_trainer.engine.compiled_proof import Call, Relevant, problem_of, recorded
+from finetune_trainer.engine.fsdp import gathered
 from finetune_trainer.engine.lora import (
     clear_cache,
     seeded_dropout,
@@ -27,10 +28,12 @@ from finetune_trainer.engine.loss import compiled_problem
 from finetune_trainer.engine.modules import decoder_layers
 from finetune_trainer.errors import ConfigInvalid, type_and_reason
 from finetune_trainer.model.architecture import missing_kernels
+from finetune_trainer.runtime.distributed import all_gather
 from finetune_trainer.runtime.patches import configure_compiler, restore_forward, swap_forward
 from finetune_trainer.runtime.precision import mixed_precision
 from finetune_trainer.runtime.rng import RngState
 from finetune_trainer.runtime.transfer import on_device
+from finetune_trainer.settings import Ranks
 
 log = structlog.get_logger(__name__)
 #: Arguments of a layer besides its input, and their dimensions that differ from one micro-batch to the next.
@@ -40,6 +43,7 @@ _DYNAMIC_DIMENSIONS: Final = {
     "cu_seq_lens_q": (0,),
     "cu_seq_lens_k": (0,),
 }
+_NOT_COMPARED: Final = "Compiled layers were not compared with plain ones: the GPU's memory is full"
 #: A package of kernels for what is one call of torch as well.
 _ONE_CALL: Final = "causal-conv1d"
 
@@ -146,6 +150,7 @@ def compile_layers(
     budget: float = 1.0,
     one_graph: bool = True,
     relevant: Relevant = list,
+    ranks: Ranks = Ranks(),  # noqa: B008 -- frozen
 ) -> ExecutionPlan:
     """Checkpoint activations and compile the decoder layers as `plan` says, and compare them with plain ones.
 
@@ -158,6 +163,7 @@ def compile_layers(
         one_graph: Whether the first layer is compiled as the others are: half the time of the compiler, for some 0.2 %
             of a step.
         relevant: Returns what means something of the adapters' gradients (see compiled_proof).
+        ranks: This process among the job's: all compile, or none.
 
     Returns:
         The plan in effect: where the warm-up shows that compiling fails, or makes something else of the layers, they
@@ -183,7 +189,9 @@ def compile_layers(
     if compiled:
         log.info("Compiling the decoder layers")
         began = time.monotonic()
-        problem = _warm_up(model, layers, example, precision, relevant)
+        try_out = _compare_gathered if plan.sharded else _warm_up
+        found = all_gather(ranks, try_out(model, layers, example, precision, relevant))
+        problem = next(filter(None, found), None)
         if problem is None:
             log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
             return plan
@@ -230,12 +238,9 @@ def _warm_up(
         loss.backward()
         del loss
         model.zero_grad(set_to_none=True)
-        core = model.get_base_model()
-        settings = core.fused_loss
-        tiles = None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)
-        return tiles or problem_of(calls, precision, relevant)
+        return _compared(model, calls, precision, relevant)
     except torch.OutOfMemoryError:  # no matter of compiling: training itself knows what to do
-        log.warning("Compiled layers were not compared with plain ones: the GPU's memory is full")
+        log.warning(_NOT_COMPARED)
         return None
     except Exception as error:
         return type_and_reason(error)
@@ -244,3 +249,37 @@ def _warm_up(
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.restore()
+
+
+def _compare_gathered(
+    model: Any, layers: Sequence[Any], example: Mapping[str, Any], precision: str, relevant: Relevant
+) -> str | None:
+    """Compare compiled layers with plain ones where weights are sharded.
+
+    All ranks gather the same weights, for a plain pass and then for the layers that are compared, whatever becomes of
+    compiling on one of them: it would wait for, or take, what another gathers for something else.
+    """
+    before, was_training = RngState.now(), model.training
+    model.train()
+    try:
+        with torch.no_grad(), recorded(layers) as calls, mixed_precision(model.device, precision):
+            model(**on_device(example, model.device))
+        with gathered(call.layer for call in calls):
+            try:
+                return _compared(model, calls, precision, relevant)
+            except torch.OutOfMemoryError:
+                log.warning(_NOT_COMPARED)
+                return None
+            except Exception as error:
+                return type_and_reason(error)
+    finally:
+        clear_cache(shared_lora_inputs(model))
+        model.train(was_training)
+        before.restore()
+
+
+def _compared(model: Any, calls: Sequence[Call], precision: str, relevant: Relevant) -> str | None:
+    core = model.get_base_model()
+    settings = core.fused_loss
+    tiles = None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)
+    return tiles or problem_of(calls, precision, relevant)

@@ -1,7 +1,7 @@
 """Keep 4-bit weights dequantized where memory allows, else dequantize in one pass over memory: the same numbers."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -44,13 +44,13 @@ def dequantized(linear: Any) -> torch.nn.Linear:
     return plain.train(linear.training)
 
 
-def dequantize_in_one_pass(model: Any) -> None:
-    """Use the Triton dequantize kernel if it matches bitsandbytes bit for bit; else log why not.
+def dequantize_in_one_pass(modules: Sequence[Any]) -> None:
+    """Use the Triton dequantize kernel in `modules` if it matches bitsandbytes bit for bit; else log why not.
 
     In training only, and for layers to be compiled: the host takes longer to start it than bitsandbytes' product, which
-    decides where layers run eager.
+    decides where layers run eager. The weights of the first module must be whole.
     """
-    found = [module for module in model.modules() if _is_supported(module)]
+    found = [each for module in modules for each in module.modules() if _is_supported(each)]
     if not found or found[0].weight.device.type != "cuda":
         return
     _correct_codes(found)
@@ -71,7 +71,7 @@ def _correct_codes(linears: Sequence[Any]) -> None:
 
     codes: dict[str, torch.Tensor] = {}
     for linear in linears:
-        state = linear.weight.quant_state
+        state = _state(linear)
         if state.quant_type not in codes:
             codes[state.quant_type] = get_4bit_type(state.quant_type, device=linear.weight.device).float()
         state.code = codes[state.quant_type]
@@ -112,12 +112,33 @@ def multiply_by_kernel(linear: Any) -> None:
     swap_forward(linear, while_training(forward, linear.forward))
 
 
+def multiply_gathered(layers: Sequence[Any]) -> None:
+    """Let the 4-bit linear layers of sharded `layers` multiply with weights as they are gathered, while they train.
+
+    bitsandbytes makes a parameter of its own type of them first, each time, which cannot be compiled.
+    """
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    def multiply(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            dtype = linear.compute_dtype
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            found: torch.Tensor = matmul_4bit(x.to(dtype), linear.weight, _state(linear), bias=bias)
+            return found.to(x.dtype)
+
+        return forward
+
+    for linear in (each for layer in layers for each in layer.modules() if isinstance(each, Linear4bit)):
+        swap_forward(linear, while_training(multiply(linear), linear.forward))
+
+
 def _try_kernel_on(linear: Any) -> str | None:
     from bitsandbytes.functional import dequantize_4bit
 
     dequantize = importlib.import_module("finetune_trainer.engine.kernels.dequantize").dequantize
     found = dequantize(*_packed(linear), linear.compute_dtype)
-    expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    expected = dequantize_4bit(linear.weight.data, _state(linear))
     return None if torch.equal(found, expected) else "it computes other weights than bitsandbytes on this GPU"
 
 
@@ -125,17 +146,22 @@ def _is_supported(module: Any) -> bool:
     """Return whether `module` is a 4-bit layer without bias, of whole blocks, that computes in its weights' type."""
     from bitsandbytes.nn import Linear4bit
 
-    if not isinstance(module, Linear4bit) or module.bias is not None or module.weight.dtype != torch.uint8:
+    if not isinstance(module, Linear4bit) or module.bias is not None:
         return False
-    state = module.weight.quant_state
+    state = _state(module)
     whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
     known = not state.nested or state.state2.blocksize == SCALES_OF_A_BLOCK
     return whole and known and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
 
 
+def _state(linear: Any) -> Any:
+    """Return how the weights of a 4-bit `linear` layer are quantized; sharded ones do not know themselves."""
+    return getattr(linear.weight, "quant_state", None) or linear.quant_state
+
+
 def _packed(linear: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[int]]:
     """Return the weights of a 4-bit `linear` layer as kernels.dequantize takes them."""
-    state = linear.weight.quant_state
+    state = _state(linear)
     return linear.weight.data, _scales(state), state.code, list(state.shape)
 
 

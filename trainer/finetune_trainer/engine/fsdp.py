@@ -5,20 +5,22 @@ embeddings and head stay whole on every rank: the adapter's gradients are summed
 checkpoints and losses are the same, bit for bit.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune_trainer.engine import modules
 from finetune_trainer.settings import Ranks
 
 
-def shard(model: Any, ranks: Ranks, device: str) -> None:
-    """Shard the frozen base with FSDP2, layer by layer, from CPU memory.
+def shard(model: Any, ranks: Ranks, device: str) -> Sequence[Any]:
+    """Shard the frozen base with FSDP2, layer by layer, from CPU memory, and return those layers.
 
     The device never holds more than one layer whole.
 
@@ -45,6 +47,20 @@ def shard(model: Any, ranks: Ranks, device: str) -> None:
     fully_shard(core, mesh=mesh, ignored_params={p for p in core.parameters() if not isinstance(p, DTensor)})
     if getattr(core, "hf_device_map", None):  # accelerate compares it with the device it trains on
         core.hf_device_map = {"": device}
+    return layers
+
+
+@contextmanager
+def gathered(layers: Iterable[Any]) -> Iterator[None]:
+    """Hold the weights of `layers` whole for this block, those that are sharded. Every rank must do so."""
+    sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for layer in sharded:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in sharded:
+            layer.reshard()
 
 
 def _move(module: Any, device: str) -> None:

@@ -15,6 +15,7 @@ from finetune_trainer.engine.dequantize import (
     dequantize_experts_in_one_pass,
     dequantize_in_one_pass,
     keep_dequantized,
+    multiply_gathered,
 )
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
@@ -162,8 +163,8 @@ def prepare_base(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec) -> None
         keep_dequantized(layers)
         keep_experts_dequantized(layers)
     dequantize_experts_in_one_pass(model)
-    if spec.quantization.bits == 4 and plan.compiled:
-        dequantize_in_one_pass(model)
+    if spec.quantization.bits == 4 and plan.compiled and not plan.sharded:
+        dequantize_in_one_pass([model])
 
 
 def apply_plan(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec, ranks: Ranks, device: RuntimeDevice) -> None:
@@ -182,5 +183,9 @@ def apply_plan(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec, ranks: Ra
         fp8.convert(layers)
         fp8_mlp.fuse(layers)
     if plan.sharded:
-        fsdp.shard(model, ranks, device.torch_name)
+        sharded = fsdp.shard(model, ranks, device.torch_name)
+        if plan.compiled and spec.quantization.bits == 4:
+            multiply_gathered(sharded)
+            with fsdp.gathered(sharded[:1]):
+                dequantize_in_one_pass(sharded)
     share_lora_inputs(model)

@@ -66,14 +66,13 @@ class LayoutSearch:
     def layout(
         self, micro_batch: int, checkpointed: int, dequantized: int = 0, sharded: bool = False, selective: bool = False
     ) -> Layout:
-        compiled = self.compiled and not sharded
-        selective = selective and compiled
+        selective = selective and self.compiled
         return Layout(
             micro_batch,
             self.most_tokens(micro_batch),
             checkpointed,
             dequantized,
-            compiled,
+            self.compiled,
             selective,
             self.processes,
             sharded,
@@ -128,14 +127,14 @@ class LayoutSearch:
 
     def minimal_memory(self, shape: ModelShape, sharded: bool = False) -> Layout:
         """Return the layout that takes the least memory of those that the spec allows."""
-        dequantized, (checkpointed, selective) = self._dequantized(shape) or 0, max(self._checkpointed(shape, sharded))
+        dequantized, (checkpointed, selective) = self._dequantized(shape) or 0, max(self._checkpointed(shape))
         return self.layout(self._sizes()[-1], checkpointed, dequantized, sharded, selective)
 
     def _fitting(self, shape: ModelShape, sharded: bool) -> list[Layout]:
         """Return, per micro-batch and checkpointed layers, the layout with the most dequantized layers that fits."""
         found = []
         for micro in self._sizes(max(1, _ENOUGH_TOKENS // self.longest)):
-            for checkpointed, selective in self._checkpointed(shape, sharded):
+            for checkpointed, selective in self._checkpointed(shape):
                 least = self.layout(micro, checkpointed, 0, sharded, selective)
                 captured = [_captured(least)] if self.capturable and not checkpointed and not sharded else []
                 for each in (least, *captured):
@@ -183,14 +182,14 @@ class LayoutSearch:
             )
         return [wanted]
 
-    def _checkpointed(self, shape: ModelShape, sharded: bool) -> list[tuple[int, bool]]:
+    def _checkpointed(self, shape: ModelShape) -> list[tuple[int, bool]]:
         """Return the numbers of checkpointed layers to try, and whether the others checkpoint selectively."""
-        wanted, compiled = self.spec.training.gradient_checkpointing, self.compiled and not sharded
-        if fixed := _fixed(wanted, shape.layers, compiled):
+        wanted = self.spec.training.gradient_checkpointing
+        if fixed := _fixed(wanted, shape.layers, self.compiled):
             return [fixed]
         several = {*range(0, shape.layers + 1, max(1, shape.layers // 32)), shape.layers}
         numbers = several if wanted == "auto" else {min(wanted, shape.layers)}
-        return sorted(itertools.product(numbers, (False, True) if compiled else (False,)))
+        return sorted(itertools.product(numbers, (False, True) if self.compiled else (False,)))
 
 
 def _captured(layout: Layout) -> Layout:

@@ -116,7 +116,9 @@ class TrainingSession:
         tuned = pays(self.ctx.spec.training, self.data.train.input_ids.lengths, shape)
         tune_tiles(tuned)
         example, precision = self._loader().example(), self.ctx.spec.training.precision
-        self.plan = compile_layers(self.model, self.plan, example, precision, budget, one_graph=not tuned)
+        self.plan = compile_layers(
+            self.model, self.plan, example, precision, budget, one_graph=not tuned, ranks=self.ctx.ranks
+        )
         self.ctx.report.plan(self.plan)
         self.ctx.clock.lap("compile")
 

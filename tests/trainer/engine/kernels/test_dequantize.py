@@ -47,6 +47,16 @@ def test_rounded_codes_of_a_checkpoint_are_not_read_as_bitsandbytes_does_not() -
     assert weights._try_kernel_on(linear) is None
 
 
+def test_weights_that_are_gathered_lie_in_numbers_of_another_type_and_do_not_know_how_they_are_quantized() -> None:
+    """FSDP shards bfloat16, and makes parameters of torch's own type."""
+    interpreted("dequantize")
+    linear = _linear()
+    linear.quant_state = linear.weight.quant_state
+    linear.weight = torch.nn.Parameter(linear.weight.data.view(-1).view(torch.bfloat16)[:, None], requires_grad=False)
+    assert weights._is_supported(linear)
+    assert weights._try_kernel_on(linear) is None
+
+
 def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() -> None:
     product = interpreted("dequantize").product
     plain, ours = _linear(), _linear()

@@ -46,12 +46,13 @@ def _dequantize(
 def dequantize(
     packed: torch.Tensor, scales: list[torch.Tensor], code: torch.Tensor, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights of `shape` in `dtype`; each byte of `packed` holds two indices into `code` [16].
+    """Return the weights of `shape` in `dtype`; each byte of `packed`, of any type, holds two indices into `code` [16].
 
     `scales`: one for each block of weights, float32; or, quantized once more, uint8 indices, the values they stand for
     [256], a scale for each 256 of them, and the number to add to all (a scalar). Of experts [experts, rows, columns]
     each matrix has its own, one after the other.
     """
+    packed = packed.view(torch.uint8)  # weights to be sharded are stored as bfloat16
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = scales[0].numel()
     twice = len(scales) > 1
