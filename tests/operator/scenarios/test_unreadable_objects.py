@@ -55,7 +55,7 @@ def create_deep(kube: Kube, name: str, levels: int) -> None:
 
     def stored() -> bool:
         body = json.dumps(manifest(name, resources={"affinity": "here"})).replace('"here"', deep)
-        if len(asked(kube, "POST", body=body)) > 10 * levels:
+        if asked(kube, "POST", body=body).count(b'{"a":') == levels:
             return True
         kube.delete("FineTuneJob", name)
         return False
