@@ -75,7 +75,7 @@ def small_model(folder: Path, device: str, compiled: bool) -> Any:
         assert attention.self_check(base.config, device, torch.bfloat16, 512) is None
     base.config.use_cache = False
     if compiled:
-        dequantize_in_one_pass(base)
+        dequantize_in_one_pass([base])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
     adapter = LoraConfig(r=16, lora_dropout=0.1, init_lora_weights=False, target_modules=names, task_type="CAUSAL_LM")
     model = get_peft_model(base, adapter)

@@ -56,6 +56,13 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "4 bits, compiled": {"training.compile": "enabled", "training.maxSteps": 4, "evaluation.metrics": ["loss"]},
     "16 bits": {"quantization.bits": 16},
+    "16 bits, selective checkpointing, compiled": {
+        "quantization.bits": 16,
+        "training.compile": "enabled",
+        "training.gradientCheckpointing": "selective",
+        "training.maxSteps": 4,
+        "evaluation.metrics": ["loss"],
+    },
     "16 bits, float32": {
         "quantization": {"bits": 16, "computeDtype": "float32"},
         "training.precision": "fp32",
@@ -69,7 +76,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 #: Left to the night: what they have is in two others of every run.
-_NIGHTLY = ("4 bits, quantized once, no checkpointing", "16 bits")
+_NIGHTLY = (
+    "4 bits, quantized once, no checkpointing",
+    "16 bits",
+    "16 bits, selective checkpointing, compiled",
+)
 
 
 @pytest.mark.parametrize(

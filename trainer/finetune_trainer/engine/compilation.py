@@ -4,7 +4,8 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
-from finetune_trainer.engine.compiled_proof import Call, Relevant, problem_of, recorded
+from finetune_trainer.engine.compiled_proof import Relevant, problem_of, recorded
 from finetune_trainer.engine.fsdp import gathered
 from finetune_trainer.engine.lora import (
     clear_cache,
@@ -43,7 +44,6 @@ _DYNAMIC_DIMENSIONS: Final = {
     "cu_seq_lens_q": (0,),
     "cu_seq_lens_k": (0,),
 }
-_NOT_COMPARED: Final = "Compiled layers were not compared with plain ones: the GPU's memory is full"
 #: A package of kernels for what is one call of torch as well.
 _ONE_CALL: Final = "causal-conv1d"
 
@@ -190,7 +190,8 @@ def compile_layers(
         log.info("Compiling the decoder layers")
         began = time.monotonic()
         try_out = _compare_gathered if plan.sharded else _warm_up
-        found = all_gather(ranks, try_out(model, layers, example, precision, relevant))
+        with _left_alone(model):
+            found = all_gather(ranks, try_out(model, layers, example, precision, relevant))
         problem = next(filter(None, found), None)
         if problem is None:
             log.info(f"The decoder layers are compiled, after {time.monotonic() - began:.0f} s")
@@ -222,33 +223,38 @@ def _compile_problem(core: Any) -> str | None:
     return None
 
 
-def _warm_up(
-    model: Any, layers: Sequence[Any], example: Mapping[str, Any], precision: str, relevant: Relevant
-) -> str | None:
-    """Run a forward and a backward pass, drop the results, and compare its layers with plain ones.
-
-    What cannot be compiled, or is compiled to something else, shows here, before anything depends on it. Generators
-    stay as they are. Returns the problem, None when all went well.
-    """
+@contextmanager
+def _left_alone(model: Any) -> Iterator[None]:
+    """Let `model` train in this block, and leave no trace of it: neither gradients nor draws of generators."""
     before, was_training = RngState.now(), model.training
     model.train()
     try:
-        with recorded(layers) as calls, mixed_precision(model.device, precision):
-            loss = model(**on_device(example, model.device))
-        loss.backward()
-        del loss
-        model.zero_grad(set_to_none=True)
-        return _compared(model, calls, precision, relevant)
-    except torch.OutOfMemoryError:  # no matter of compiling: training itself knows what to do
-        log.warning(_NOT_COMPARED)
-        return None
-    except Exception as error:
-        return type_and_reason(error)
+        yield
     finally:
         clear_cache(shared_lora_inputs(model))
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         before.restore()
+
+
+def _warm_up(
+    model: Any, layers: Sequence[Any], example: Mapping[str, Any], precision: str, relevant: Relevant
+) -> str | None:
+    """Run a forward and a backward pass, drop the results, and compare its layers with plain ones.
+
+    What cannot be compiled, or is compiled to something else, shows here, before anything depends on it. Returns the
+    problem, None when all went well.
+    """
+
+    def compare() -> str | None:
+        with recorded(layers) as calls, mixed_precision(model.device, precision):
+            loss = model(**on_device(example, model.device))
+        loss.backward()
+        del loss
+        model.zero_grad(set_to_none=True)
+        return _tiles_problem(model) or problem_of(calls, precision, relevant)
+
+    return _reason(compare)
 
 
 def _compare_gathered(
@@ -256,30 +262,30 @@ def _compare_gathered(
 ) -> str | None:
     """Compare compiled layers with plain ones where weights are sharded.
 
-    All ranks gather the same weights, for a plain pass and then for the layers that are compared, whatever becomes of
+    All ranks gather the same weights, for a plain pass and then for each layer that is compared, whatever becomes of
     compiling on one of them: it would wait for, or take, what another gathers for something else.
     """
-    before, was_training = RngState.now(), model.training
-    model.train()
+    with torch.no_grad(), recorded(layers) as calls, mixed_precision(model.device, precision):
+        model(**on_device(example, model.device))
+    found = [_reason(partial(_tiles_problem, model))]
+    for call in calls:
+        with gathered(call.layer):
+            found.append(_reason(partial(problem_of, [call], precision, relevant)))
+    return next(filter(None, found), None)
+
+
+def _reason(compare: Callable[[], str | None]) -> str | None:
+    """Return what `compare` returns, or why it fails."""
     try:
-        with torch.no_grad(), recorded(layers) as calls, mixed_precision(model.device, precision):
-            model(**on_device(example, model.device))
-        with gathered(call.layer for call in calls):
-            try:
-                return _compared(model, calls, precision, relevant)
-            except torch.OutOfMemoryError:
-                log.warning(_NOT_COMPARED)
-                return None
-            except Exception as error:
-                return type_and_reason(error)
-    finally:
-        clear_cache(shared_lora_inputs(model))
-        model.train(was_training)
-        before.restore()
+        return compare()
+    except torch.OutOfMemoryError:  # no matter of compiling: training itself knows what to do
+        log.warning("Compiled layers were not compared with plain ones: the GPU's memory is full")
+        return None
+    except Exception as error:
+        return type_and_reason(error)
 
 
-def _compared(model: Any, calls: Sequence[Call], precision: str, relevant: Relevant) -> str | None:
+def _tiles_problem(model: Any) -> str | None:
     core = model.get_base_model()
     settings = core.fused_loss
-    tiles = None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)
-    return tiles or problem_of(calls, precision, relevant)
+    return None if settings.own else compiled_problem(core.get_output_embeddings(), settings.logits)

@@ -7,6 +7,7 @@ from typing import Any
 import structlog
 import torch
 
+from finetune_trainer.engine.fsdp import gathered
 from finetune_trainer.engine.lora import while_training
 from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
@@ -48,20 +49,22 @@ def dequantize_in_one_pass(modules: Sequence[Any]) -> None:
     """Use the Triton dequantize kernel in `modules` if it matches bitsandbytes bit for bit; else log why not.
 
     In training only, and for layers to be compiled: the host takes longer to start it than bitsandbytes' product, which
-    decides where layers run eager. The weights of the first module must be whole.
+    decides where layers run eager. Each of the modules is sharded on its own, if any is; then every rank must do this.
     """
-    found = [each for module in modules for each in module.modules() if _is_supported(each)]
-    if not found or found[0].weight.device.type != "cuda":
+    found = [(module, each) for module in modules for each in module.modules() if _is_supported(each)]
+    if not found or found[0][1].weight.device.type != "cuda":
         return
-    _correct_codes(found)
-    try:
-        problem = _try_kernel_on(found[0])
-    except Exception as error:
-        problem = type_and_reason(error)
+    linears = [linear for _, linear in found]
+    _correct_codes(linears)
+    with gathered(found[0][0]):
+        try:
+            problem = _try_kernel_on(linears[0])
+        except Exception as error:
+            problem = type_and_reason(error)
     if problem:
         log.warning(f"Triton dequantize kernel disabled, using bitsandbytes: {problem}")
         return
-    for linear in found:
+    for linear in linears:
         multiply_by_kernel(linear)
 
 

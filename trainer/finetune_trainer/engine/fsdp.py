@@ -5,7 +5,7 @@ embeddings and head stay whole on every rank: the adapter's gradients are summed
 checkpoints and losses are the same, bit for bit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,16 +51,16 @@ def shard(model: Any, ranks: Ranks, device: str) -> Sequence[Any]:
 
 
 @contextmanager
-def gathered(layers: Iterable[Any]) -> Iterator[None]:
-    """Hold the weights of `layers` whole for this block, those that are sharded. Every rank must do so."""
-    sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
-    for layer in sharded:
-        layer.unshard()
+def gathered(layer: Any) -> Iterator[None]:
+    """Hold the weights of `layer` whole for this block, where it is sharded. Every rank must do so."""
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
     try:
         yield
     finally:
-        for layer in sharded:
-            layer.reshard()
+        layer.reshard()
 
 
 def _move(module: Any, device: str) -> None:

@@ -186,6 +186,5 @@ def apply_plan(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec, ranks: Ra
         sharded = fsdp.shard(model, ranks, device.torch_name)
         if plan.compiled and spec.quantization.bits == 4:
             multiply_gathered(sharded)
-            with fsdp.gathered(sharded[:1]):
-                dequantize_in_one_pass(sharded)
+            dequantize_in_one_pass(sharded)
     share_lora_inputs(model)
