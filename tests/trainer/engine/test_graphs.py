@@ -183,6 +183,23 @@ def test_the_first_replay_is_compared_with_the_launched_pass(
     assert f"CUDA graphs disabled, launching each kernel (slower): {steps.problem}" in printed.out + printed.err
 
 
+def test_every_shape_is_compared_not_the_first_alone(
+    model: Any, captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay, targets = graphs._Pass.replay, torch.tensor(50)
+
+    def wrong_when_long(self: Any, batch: Any, targets: torch.Tensor) -> torch.Tensor:
+        found = replay(self, batch, targets)
+        return found * 1.1 if batch["input_ids"].shape[1] > 100 else found
+
+    monkeypatch.setattr(graphs._Pass, "replay", wrong_when_long)
+    steps = graphs.StepGraphs(_trained(model), _loss(model))
+    short, long = _batch(20, 31), _batch(90, 90)
+    assert [steps.run(short, targets) is None for _ in range(3)] == [True, False, False]
+    assert [steps.run(long, targets) is None for _ in range(2)] == [True, True]
+    assert steps.problem is not None and "loss 10.0%" in steps.problem
+
+
 def test_a_pass_without_targets_proves_nothing(
     model: Any, captured: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

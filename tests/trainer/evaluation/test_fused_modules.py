@@ -197,6 +197,19 @@ def test_kernels_that_compute_other_numbers_are_not_used(
     ]
 
 
+def test_full_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([torch.OutOfMemoryError("full"), True])
+
+    def compare() -> bool:
+        found = next(answers)
+        if isinstance(found, Exception):
+            raise found
+        return bool(found)
+
+    monkeypatch.setattr(fused_modules, "_alike", {})
+    assert [fused_modules._computes_alike("kind", "norms", compare) for _ in range(3)] == [False, True, True]
+
+
 def test_each_type_of_number_is_compared_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As OLMo does: it turns in float32 and answers in the type of the query."""
     code: Any = importlib.import_module("transformers.models.olmo2.modeling_olmo2")

@@ -35,8 +35,8 @@ class StepGraphs:
     """Replays the passes of micro-batches, one graph for each shape.
 
     The first pass of a shape is left to the caller: it compiles, tunes and loads whatever it needs. The second is
-    captured, and all passes from then on are replayed. The first replay is compared with the same pass launched. Where
-    that differs, or a capture fails, everything is left to the caller.
+    captured, and all passes from then on are replayed. The first replay of each shape is compared with the same pass
+    launched. Where that differs, or a capture fails, everything is left to the caller.
 
     Attributes:
         parameters: What gets a gradient.
@@ -61,7 +61,6 @@ class StepGraphs:
         self._gradients: _Gradients | None = None
         self._pool: Any = None
         self._held = 0  # bytes
-        self._compared = False
 
     def run(self, batch: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor | None:
         """Return the loss of `batch`, with its gradient added to the parameters'; None if the caller must compute it.
@@ -86,7 +85,7 @@ class StepGraphs:
             if found is None:
                 return None
             self._graphs[key] = found
-        loss = found.replay(batch, targets) if self._compared else self._first_replay(found, batch, targets)
+        loss = found.replay(batch, targets) if found.is_right else self._first_replay(found, batch, targets)
         if loss is None:
             return None
         assert self._gradients is not None
@@ -99,7 +98,6 @@ class StepGraphs:
         self._seen.clear()
         self._gradients = self._pool = None
         self._held = 0
-        self._compared = False
         set_aside(0)
 
     def _captured(self, batch: Mapping[str, Any], targets: torch.Tensor) -> "_Pass | None":
@@ -140,9 +138,10 @@ class StepGraphs:
             before.restore()
             self._give_up(problem)
             return None
-        self._compared = True
         told = f"within {max(off):.2g}" if any(off) else "exactly"
-        log.info(f"CUDA graphs: the first replayed pass is the launched one {told}")
+        is_first = not any(each.is_right for each in self._graphs.values())
+        (log.info if is_first else log.debug)(f"CUDA graphs: the first replayed pass is the launched one {told}")
+        found.is_right = True
         return replayed
 
     def _give_up(self, problem: str) -> None:
@@ -186,9 +185,10 @@ class _Gradients:
 
 
 class _Pass:
-    """One forward and backward pass: captured once, then replayed."""
+    """One forward and backward pass: captured once, then replayed; `is_right` once a replay was compared."""
 
     def __init__(self, batch: Mapping[str, Any], targets: torch.Tensor, loss: Loss, gradients: _Gradients) -> None:
+        self.is_right = False
         self.used: list[int] = []  # places of the parameters that get a gradient
         self._compute_loss, self._gradients = loss, gradients
         device = targets.device

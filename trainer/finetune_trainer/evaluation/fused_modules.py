@@ -83,11 +83,13 @@ def fused(model: Any) -> Iterator[None]:
 
 
 def _computes_alike(kind: Hashable, what: str, compare: Callable[[], bool]) -> bool:
-    """Return whether `compare` found the same numbers; it is asked once for each `kind`."""
+    """Return whether `compare` found the same numbers; once for each `kind`, unless memory was full."""
     if kind not in _alike:
         reason = "ours gives other numbers"
         try:
             _alike[kind] = compare()
+        except torch.OutOfMemoryError:
+            return False
         except Exception as error:
             _alike[kind], reason = False, type_and_reason(error)
         if not _alike[kind]:
