@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from finetune_trainer.engine import fp8, modules
+from finetune_trainer.runtime import patches
 from support.trainer.process import job, metrics_lines, train
 
 
@@ -39,6 +42,31 @@ def test_output_and_gradient_are_near_those_of_bf16(bias: bool) -> None:
     for plain, ours in zip(*found, strict=True):
         assert ours is not None and plain is not None and ours.shape == plain.shape and ours.dtype == plain.dtype
         assert float((ours - plain).norm() / plain.norm()) < 0.05
+
+
+def test_what_was_compiled_before_is_found_and_never_for_another_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch passes its cache over for an autograd function unless it is told otherwise."""
+    torch.manual_seed(0)
+    layer = fp8.Fp8Linear(torch.nn.Linear(32, 48, bias=False).bfloat16().requires_grad_(False))
+    patches.configure_compiler(1.0)
+    backward = fp8._Product.backward
+
+    def halved(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return backward(ctx, slopes[0] * 0.5)
+
+    found = []
+    with fresh_cache():
+        for changed in (backward, backward, backward, halved):  # torch changes settings while it compiles the first
+            monkeypatch.setattr(fp8._Product, "backward", staticmethod(changed))
+            torch._dynamo.reset()
+            counters.clear()
+            x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+            torch.compile(layer.forward)(x).float().sum().backward()
+            assert x.grad is not None
+            found.append((counters["aot_autograd"]["autograd_cache_hit"], x.grad))
+    assert [hits for hits, _ in found[2:]] == [1, 0]
+    assert torch.equal(found[2][1], found[0][1])
+    torch.testing.assert_close(found[3][1], found[0][1] * 0.5)
 
 
 def test_frozen_layers_alone_are_converted_and_the_adapter_learns(tiny_model: Path) -> None:

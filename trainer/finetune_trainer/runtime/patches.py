@@ -164,6 +164,9 @@ PATCHES: Final = (
                 "389c63612adf82ab60dd36f5b28a00b1a6494f67fa4311a3aa2c79ec7757cb00",  # 2.13
                 "ce8cfa1ef7256a4a9707a04944f00c2433690fb46d77288366e6c22e0e72bdbf",  # 2.11
             ),
+            "torch._functorch.config:autograd_cache_allow_custom_autograd_functions": (
+                "4ec6479637145cc14c444f3ca41b19f91bc956143ced8df018a7c41fd235f46a",
+            ),
             "torch._functorch.config:activation_memory_budget": (
                 "1b8396bd1fc1ce3e6020c3d78151af7c29363fd67840f8de82ee0a9f155b3637",
             ),
@@ -280,6 +283,8 @@ def configure_compiler(budget: float) -> None:
 
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.optimize_ddp = False  # it would divide graphs that are a layer each already
+    # Products in FP8, and bitsandbytes': what is kept is found by both of their passes, and never taken for another's.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     torch._functorch.config.activation_memory_budget = budget
     torch._functorch.config.is_non_builtin_to_include = True  # bitsandbytes' products cost something too
     torch._inductor.config.deterministic = True  # a resumed run compiles the same sums, whatever it measures
