@@ -27,6 +27,7 @@ from finetune_trainer.publishing.loss_curve import plot_loss
 from finetune_trainer.runtime.gc import freeze_imports
 from finetune_trainer.stores.credentials import Credentials
 from finetune_trainer.stores.s3.client import connect
+from support.common.processes import die_with_parent
 from support.trainer.tiny_model import nli_rows, write_jsonl
 
 
@@ -151,6 +152,7 @@ def become_trainer(argv: list[str], log: Path, before: Callable[[], None] = lamb
     """In a fork: run the trainer with its output appended to `log`, and end as it ends."""
     code = 70
     try:
+        die_with_parent()
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -160,6 +162,7 @@ def become_trainer(argv: list[str], log: Path, before: Callable[[], None] = lamb
         torch.set_num_threads(1)
         _own_progress_lock()
         _forget_processes()
+        _own_compiler_threads()
         before()
         from finetune_trainer.cli import main
 
@@ -190,6 +193,13 @@ def _forget_processes() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _own_compiler_threads() -> None:
+    """A test that compiled in the parent has started threads, which a fork would wait for and does not have."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.pool.cache_clear()
 
 
 @functools.cache
