@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from support.server.client import wait_until
 
 #: Says when it is there, and what stopped it.
 CHILD = """
@@ -28,19 +29,11 @@ supervise([sys.executable, "-c", sys.argv[1], sys.argv[2]], os.environ)
 """
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path.name}: not within half a minute")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's end")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_command_that_is_killed_takes_its_trainer_along(number: signal.Signals, tmp_path: Path) -> None:
     command = subprocess.Popen([sys.executable, "-c", COMMAND, CHILD, str(tmp_path)])
-    wait_for(tmp_path / "there")
+    wait_until((tmp_path / "there").exists, "the trainer has begun")
     os.kill(command.pid, number)
-    wait_for(tmp_path / "stopped")
+    wait_until((tmp_path / "stopped").exists, "the trainer was told to stop")
     assert command.wait(timeout=30) == (-number if number == signal.SIGKILL else 0)

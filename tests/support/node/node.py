@@ -178,7 +178,9 @@ class ProcessNode:
         """The port on which the pods of this one's Job find each other: torch listens on every address there is."""
         metadata = pod["metadata"]
         key = (metadata["namespace"], (metadata.get("labels") or {}).get("job-name", metadata["name"]))
-        return self._rendezvous_ports.setdefault(key, free_port())
+        if key not in self._rendezvous_ports:
+            self._rendezvous_ports[key] = free_port()
+        return self._rendezvous_ports[key]
 
     def why_unschedulable(self, pod: Object) -> str | None:
         """The scheduler's sentence, or None when the pod may run."""

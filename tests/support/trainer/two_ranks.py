@@ -1,7 +1,6 @@
 """Two trainer processes that are one training: forked by hand, or under a real torchrun."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from finetune_api import constants
 from finetune_api.status import TrainerReport
+from support.common.processes import free_port
 from support.trainer.process import Finished, TrainerProcess
 
 
@@ -23,9 +23,8 @@ class Pair:
         env: dict[str, str] | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **place}
         self._termination = folder / "termination.json"
         shared[constants.ENV_TERMINATION_LOG] = str(self._termination)
         self.ranks = [

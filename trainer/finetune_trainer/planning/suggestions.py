@@ -14,7 +14,7 @@ def explain_wont_fit(search: LayoutSearch, shape: ModelShape) -> str:
     layout = search.minimal_memory(shape, can_be_sharded(search.spec, search.processes))
     need = required_bytes(search.peak(shape, layout))
     fixes = list(suggest_fixes(search, shape, layout))
-    least = replace(search.layout(1, shape.layers), sharded=layout.sharded)
+    least = search.layout(1, shape.layers, sharded=layout.sharded)
     if not fixes and layout != least and search.device.fits(search.peak(shape, least)):
         fixes = ["set training.microBatchSize: 1 and training.gradientCheckpointing: enabled"]
     return (
@@ -52,7 +52,7 @@ def suggest_fixes(search: LayoutSearch, shape: ModelShape, layout: Layout) -> It
             yield f"set quantization.bits: {bits}"
             break
     more = (size for size in (2, 4, 8, 16) if size > layout.processes and spec.training.batch_size % size == 0)
-    least = replace(search.layout(1, shape.layers), compiled=False, sharded=True)
+    least = search.layout(1, shape.layers, sharded=True)
     sharded = (size for size in more if can_be_sharded(spec, size) and fits(replace(least, processes=size)))
     enough = next(sharded, None)
     if enough:
