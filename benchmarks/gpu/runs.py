@@ -143,6 +143,7 @@ def train(
         "wall_s": round(wall, 1),
         "step_s": step_seconds(events),
         "tok_s": round(sum(speeds[2:]) / max(1, len(speeds[2:]))),
+        "all_tok_s": [round(speed) for speed in speeds],
         "loss": [line["loss"] for line in lines if "loss" in line],
         "peak_gib": round(measured / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),

@@ -7,6 +7,7 @@ checkpoints and losses are the same, bit for bit.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ def shard(model: Any, ranks: Ranks, device: str) -> Sequence[Any]:
     for module in core.modules():
         if module not in inside:
             _move(module, device)
-    # The whole model too, though no weight is left to shard: that is what gathers layers ahead of their turn.
+    for layer, following in pairwise(layers):
+        # Else its gather begins when the host gets there, and the GPU waits where the host is behind.
+        layer.set_modules_to_forward_prefetch([following])
+    # The whole model too, though no weight is left to shard: that is what gathers layers ahead in the backward pass.
     fully_shard(core, mesh=mesh, ignored_params={p for p in core.parameters() if not isinstance(p, DTensor)})
     if getattr(core, "hf_device_map", None):  # accelerate compares it with the device it trains on
         core.hf_device_map = {"": device}

@@ -14,7 +14,7 @@ def training_arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path,
     """Return the arguments to train `model` for `spec`, laid out as `plan` says, with checkpoints below `folder`."""
     training, on_cpu = spec.training, model.device.type == "cpu"
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
@@ -48,3 +48,6 @@ def training_arguments(spec: FineTuneJobSpec, plan: ExecutionPlan, folder: Path,
         ddp_backend="gloo" if on_cpu and (plan.world_size or 1) > 1 else None,
         dataloader_pin_memory=not on_cpu,
     )
+    # One process is for one GPU, whatever it sees: transformers would spread the model over all of them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -1,9 +1,14 @@
 """4-bit weights are dequantized by our kernel, run by Triton's interpreter: the numbers of bitsandbytes."""
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.engine import dequantize as weights
@@ -69,11 +74,45 @@ def test_a_layer_that_trains_has_the_product_and_the_gradient_of_bitsandbytes() 
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
     state = ours.weight.quant_state
     x = torch.randn(3, 256, dtype=torch.float16).requires_grad_()
-    inputs = (x, ours.weight.data, weights._scales(state), state.code, list(state.shape))
-    torch.library.opcheck(product, inputs)
+    inputs = (ours.weight.data, weights._scales(state), state.code, list(state.shape))
+    torch.library.opcheck(torch.ops.finetune.dequantize_4bit, (*inputs, x.dtype))
+    torch.library.opcheck(torch.ops.finetune.dequantize_4bit_after, (x.detach(), *inputs, x.dtype))
     with FlopCounterMode(display=False) as counter:
-        product(*inputs)
+        product(x, *inputs)
     assert counter.get_total_flops() == 2 * 3 * 256 * 104
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_compiled_layers_keep_no_dequantized_weights_for_the_backward_pass(budget: float) -> None:
+    interpreted("dequantize")
+    first, second = _linear(), _linear(inputs=104 * 8)
+    for linear in (first, second):
+        weights.multiply_by_kernel(linear)
+    made: list[list[str]] = []
+    kept: list[tuple[int, ...]] = []
+
+    def seen(graph: Any, _: Any) -> Any:
+        made.append([node.target.name() for node in graph.graph.nodes if "dequantize" in str(node.target)])
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if isinstance(node, torch.fx.Node))
+        return graph
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = second(torch.nn.functional.silu(first(x)).repeat(1, 8))
+        return found
+
+    gradients = []
+    backend = aot_autograd(fw_compiler=seen, bw_compiler=seen, partition_fn=min_cut_rematerialization_partition)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        for each in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+            x = torch.randn(300, 256, dtype=torch.float16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            gradients.append(torch.autograd.grad(each(x).float().sum(), x)[0])
+    assert torch.equal(*gradients)
+    forward, backward = made
+    assert forward == ["finetune::dequantize_4bit"] * 2
+    assert backward == ["finetune::dequantize_4bit_after"] * 2
+    weight_shapes = {(104, 256), (104, 832)}
+    assert not {*kept} & (weight_shapes | {shape[::-1] for shape in weight_shapes})
 
 
 def test_a_layer_that_does_not_train_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
