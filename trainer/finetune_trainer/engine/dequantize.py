@@ -1,7 +1,7 @@
 """Keep 4-bit weights dequantized where memory allows, else dequantize in one pass over memory: the same numbers."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -74,7 +74,7 @@ def _correct_codes(linears: Sequence[Any]) -> None:
 
     codes: dict[str, torch.Tensor] = {}
     for linear in linears:
-        state = _state(linear)
+        state = linear.weight.quant_state
         if state.quant_type not in codes:
             codes[state.quant_type] = get_4bit_type(state.quant_type, device=linear.weight.device).float()
         state.code = codes[state.quant_type]
@@ -115,33 +115,12 @@ def multiply_by_kernel(linear: Any) -> None:
     swap_forward(linear, while_training(forward, linear.forward))
 
 
-def multiply_gathered(layers: Sequence[Any]) -> None:
-    """Let the 4-bit linear layers of sharded `layers` multiply with weights as they are gathered, while they train.
-
-    bitsandbytes makes a parameter of its own type of them first, each time, which cannot be compiled.
-    """
-    from bitsandbytes import matmul_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    def multiply(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            dtype = linear.compute_dtype
-            bias = None if linear.bias is None else linear.bias.to(dtype)
-            found: torch.Tensor = matmul_4bit(x.to(dtype), linear.weight, _state(linear), bias=bias)
-            return found.to(x.dtype)
-
-        return forward
-
-    for linear in (each for layer in layers for each in layer.modules() if isinstance(each, Linear4bit)):
-        swap_forward(linear, while_training(multiply(linear), linear.forward))
-
-
 def _try_kernel_on(linear: Any) -> str | None:
     from bitsandbytes.functional import dequantize_4bit
 
     dequantize = importlib.import_module("finetune_trainer.engine.kernels.dequantize").dequantize
     found = dequantize(*_packed(linear), linear.compute_dtype)
-    expected = dequantize_4bit(linear.weight.data, _state(linear))
+    expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
     return None if torch.equal(found, expected) else "it computes other weights than bitsandbytes on this GPU"
 
 
@@ -151,20 +130,15 @@ def _is_supported(module: Any) -> bool:
 
     if not isinstance(module, Linear4bit) or module.bias is not None:
         return False
-    state = _state(module)
+    state = module.weight.quant_state
     whole = state.shape.numel() % state.blocksize == 0 and state.absmax.is_contiguous()
     known = not state.nested or state.state2.blocksize == SCALES_OF_A_BLOCK
     return whole and known and module.compute_dtype == state.dtype and state.dtype in (torch.bfloat16, torch.float16)
 
 
-def _state(linear: Any) -> Any:
-    """Return how the weights of a 4-bit `linear` layer are quantized; sharded ones do not know themselves."""
-    return getattr(linear.weight, "quant_state", None) or linear.quant_state
-
-
 def _packed(linear: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[int]]:
     """Return the weights of a 4-bit `linear` layer as kernels.dequantize takes them."""
-    state = _state(linear)
+    state = linear.weight.quant_state
     return linear.weight.data, _scales(state), state.code, list(state.shape)
 
 

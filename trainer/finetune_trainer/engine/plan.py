@@ -15,7 +15,6 @@ from finetune_trainer.engine.dequantize import (
     dequantize_experts_in_one_pass,
     dequantize_in_one_pass,
     keep_dequantized,
-    multiply_gathered,
 )
 from finetune_trainer.engine.lora import share_lora_inputs
 from finetune_trainer.engine.model_loss import patch_fused_loss
@@ -185,6 +184,5 @@ def apply_plan(model: Any, plan: ExecutionPlan, spec: FineTuneJobSpec, ranks: Ra
     if plan.sharded:
         sharded = fsdp.shard(model, ranks, device.torch_name)
         if plan.compiled and spec.quantization.bits == 4:
-            multiply_gathered(sharded)
             dequantize_in_one_pass(sharded)
     share_lora_inputs(model)

@@ -28,11 +28,8 @@ log = structlog.get_logger(__name__)
 _WORTH_A_WORD: Final = 0.3
 
 
-def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False, device: str | None = None) -> Any | None:
-    """Return bitsandbytes' settings, None for 16 bits; experts are quantized too, on `device`, to 4 bits alone.
-
-    4-bit weights to be sharded are stored as bfloat16: torch 2.11 shards floating-point weights only.
-    """
+def quantization_config(spec: FineTuneJobSpec, device: str | None = None) -> Any | None:
+    """Return bitsandbytes' settings, None for 16 bits; experts are quantized too, on `device`, to 4 bits alone."""
     quantization = spec.quantization
     if quantization.bits == 4:
         return ExpertsConfig(
@@ -41,7 +38,6 @@ def quantization_config(spec: FineTuneJobSpec, to_be_sharded: bool = False, devi
             bnb_4bit_quant_type=quantization.type,
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=torch_dtype(quantization.compute_dtype),
-            bnb_4bit_quant_storage="bfloat16" if to_be_sharded else None,
         )
     return EightBitConfig() if quantization.bits == 8 else None
 
@@ -65,9 +61,9 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     from transformers import GenerationConfig
 
     dtype = spec.quantization.compute_dtype if spec.quantization.bits == 16 else spec.training.precision
-    config, quantization = base.config, quantization_config(spec, bool(plan.sharded), device)
+    config, quantization = base.config, quantization_config(spec, device)
     if base.quantized:
-        config, quantization = _as_stored(config, spec, to_be_sharded=bool(plan.sharded)), None
+        config, quantization = _as_stored(config, spec), None
     try:
         with quantizing_on(device) if plan.sharded else nullcontext():
             model, info = model_class(config).from_pretrained(
@@ -101,14 +97,9 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     return model
 
 
-def _as_stored(config: Any, spec: FineTuneJobSpec, to_be_sharded: bool) -> Any:
+def _as_stored(config: Any, spec: FineTuneJobSpec) -> Any:
     """Return `config` for weights that are stored in 4 bits: they stay as they are, the spec says how to compute."""
     stored = dict(stored_quantization(config.to_dict(), spec))
-    if to_be_sharded and stored.get("bnb_4bit_quant_storage", "uint8") == "uint8":
-        raise ConfigInvalid(
-            f"spec.model.source: the 4-bit weights of {spec.model.source} are stored as uint8, which cannot be sharded"
-            " over GPUs; take the original weights, or a GPU that holds them all"
-        )
     wanted = {"type": "bnb_4bit_quant_type", "double_quant": "bnb_4bit_use_double_quant"}
     for field, key in wanted.items():
         if stored.get(key) != getattr(spec.quantization, field):

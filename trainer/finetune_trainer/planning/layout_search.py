@@ -22,7 +22,7 @@ _HALF: Final = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def can_be_sharded(spec: FineTuneJobSpec, world_size: int) -> bool:
-    """Return whether FSDP can shard the base weights over the processes: LLM.int8 weights carry extra state."""
+    """Return whether the base weights can be sharded over the processes: LLM.int8 weights carry extra state."""
     return world_size > 1 and spec.quantization.bits != 8
 
 

@@ -13,8 +13,8 @@ GIB = 1 << 30
 #: float32 per 256 of them when quantized twice).
 _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: Layers that FSDP holds whole at a time: the current one, the next one, and that one while it is gathered.
-_GATHERED_LAYERS = 3
+#: Sharded layers that are whole at a time: the one that computes, and the next one while it is gathered.
+_GATHERED_LAYERS = 2
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: So that torch, which counts small things too, need not give up a large one.

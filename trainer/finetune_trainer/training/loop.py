@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
+from finetune_trainer.engine.fsdp import is_sharded
 from finetune_trainer.engine.gradients import GradientReducer
 from finetune_trainer.engine.graphs import StepGraphs
 from finetune_trainer.engine.optimizer import fuse_updates
@@ -128,8 +128,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """Leave out DDP, which copies each gradient twice: GradientReducer sums them."""
         if self.args.world_size == 1 or model is not self.model:
             return super()._wrap_model(model, *args, **options)
-        sharded = any(isinstance(each, DTensor) for each in model.parameters())
-        self._reducer = GradientReducer(list(self._trained), overlapped=not sharded)
+        self._reducer = GradientReducer(list(self._trained), overlapped=not is_sharded(model))
         return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,12 +51,11 @@ def test_rounded_codes_of_a_checkpoint_are_not_read_as_bitsandbytes_does_not() -
     assert weights._try_kernel_on(linear) is None
 
 
-def test_weights_that_are_gathered_lie_in_numbers_of_another_type_and_do_not_know_how_they_are_quantized() -> None:
-    """FSDP shards bfloat16, and makes parameters of torch's own type."""
+def test_weights_may_be_stored_in_numbers_of_another_type() -> None:
+    """bnb_4bit_quant_storage: some checkpoints have bfloat16."""
     interpreted("dequantize")
     linear = _linear()
-    linear.quant_state = linear.weight.quant_state
-    linear.weight = torch.nn.Parameter(linear.weight.data.view(-1).view(torch.bfloat16)[:, None], requires_grad=False)
+    linear.weight.data = linear.weight.data.view(-1).view(torch.bfloat16)[:, None]
     assert weights._is_supported(linear)
     assert weights._try_kernel_on(linear) is None
 

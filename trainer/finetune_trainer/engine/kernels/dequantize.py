@@ -50,7 +50,7 @@ def dequantize(
     [256], a scale for each 256 of them, and the number to add to all (a scalar). Of experts [experts, rows, columns]
     each matrix has its own, one after the other.
     """
-    packed = packed.view(torch.uint8)  # weights to be sharded are stored as bfloat16
+    packed = packed.view(torch.uint8)  # checkpoints may store them as another type
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = scales[0].numel()
     twice = len(scales) > 1
@@ -115,5 +115,5 @@ def product(
 
     W does not outlive it: the backward pass dequantizes again.
     """
-    found: torch.Tensor = _Product.apply(x, packed, code, shape, *scales)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Product.apply(x, packed, code, shape, *scales)
     return found
