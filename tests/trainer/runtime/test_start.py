@@ -95,6 +95,29 @@ def test_libraries_that_no_run_needs_and_that_do_not_fit_this_torch_end_none(tmp
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_what_transformers_has_found_before_is_not_hidden_from_it(tmp_path: Path) -> None:
+    """It remembers that SciPy is installed, and imports it later."""
+    for path, text in (
+        ("scipy/__init__.py", ""),
+        ("scipy/optimize.py", "linear_sum_assignment = None"),
+        ("scipy-9.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: scipy\nVersion: 9.0\n"),
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    script = f"""if True:
+        import sys
+        sys.path.append({str(tmp_path)!r})
+        from transformers.utils import is_scipy_available
+        assert is_scipy_available()
+        from finetune_api.spec import FineTuneJobSpec
+        from finetune_trainer.runtime.start import start_runtime
+        from finetune_trainer.settings import Ranks
+        start_runtime(FineTuneJobSpec.model_validate({SPEC}), Ranks())
+    """
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("gpus", "compiled", "begun"),
     [(2, "auto", ["hashes"]), (2, "disabled", []), (0, "auto", []), (0, "enabled", ["hashes"])],

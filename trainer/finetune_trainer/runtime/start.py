@@ -33,7 +33,9 @@ def start_runtime(spec: FineTuneJobSpec, ranks: Ranks, node: str = "") -> "Runti
         ConfigInvalid: When the GPUs that the spec asks for are not there.
         GpuUnavailable: The same in a pod.
     """
-    with freeze_imports(), hidden(_NOT_NEEDED):
+    # A transformers that is imported already knows what is installed, and ends over what it cannot find then.
+    needless = () if "transformers" in sys.modules else _NOT_NEEDED
+    with freeze_imports(), hidden(needless):
         import peft  # noqa: F401 -- a run needs these two anyway: here their objects are frozen with the others
         from trl import SFTTrainer  # noqa: F401
 
