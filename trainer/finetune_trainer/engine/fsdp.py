@@ -8,7 +8,7 @@ without sharding, and optimizers, checkpoints and losses are the same, bit for b
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -78,9 +78,11 @@ class LayerShards:
         """Move `layers` to `device`, and keep this rank's part of their frozen weights there."""
         self._layers = list(layers)
         uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
-        frozen = [[p for p in layer.parameters() if not p.requires_grad and uses[id(p)] == 1] for layer in layers]
+        of_several = {key for key, count in uses.items() if count > 1}  # they stay whole
         multiple = _ALIGNMENT * ranks.size
-        sizes = [_up(sum(_up(p.nbytes, _ALIGNMENT) for p in each), multiple) for each in frozen]
+        sizes = [
+            _up(sum(_up(each.nbytes, _ALIGNMENT) for each in _frozen(layer, of_several)), multiple) for layer in layers
+        ]
         #: Layers take turns: what a layer leaves is overwritten by the next but one.
         self._buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         #: The layer in each buffer, and its gather while nobody has waited for it.
@@ -91,11 +93,11 @@ class LayerShards:
         self._whole: list[torch.Tensor] = []
         #: Its parameters, and where in memory they lie.
         self._places: list[list[tuple[torch.Tensor, int]]] = []
-        for index, (layer, parameters, size) in enumerate(zip(layers, frozen, sizes, strict=True)):
+        for index, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
             layer.to(device)
             buffer, begin = self._buffers[index % 2], 0
             places = []
-            for parameter in parameters:
+            for parameter in _frozen(layer, of_several):
                 place = buffer[begin : begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
                 parameter.data = place.copy_(parameter.data)
                 places.append((parameter, place.data_ptr()))
@@ -146,6 +148,10 @@ class LayerShards:
         if self._pending[place]:
             self._pending[place].wait()
             self._pending[place] = None
+
+
+def _frozen(layer: Any, but: Collection[int]) -> list[torch.Tensor]:
+    return [each for each in layer.parameters() if not each.requires_grad and id(each) not in but]
 
 
 def _up(number: int, multiple: int) -> int:
