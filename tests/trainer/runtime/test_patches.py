@@ -50,11 +50,10 @@ def test_the_source_that_is_patched_is_one_that_was_looked_at(patch: Patch) -> N
 @pytest.mark.parametrize(
     ("block", "target"),
     [
-        (patches.quantizing_on("cpu"), "bitsandbytes.nn:Params4bit._quantize"),
         (patches.without_gpu_sync(), "bitsandbytes.optim.optimizer:sync_gpu"),
         (patches.packed_sequences_known(), "transformers.masking_utils:find_packed_sequence_indices"),
     ],
-    ids=["quantizing_on", "without_gpu_sync", "packed_sequences_known"],
+    ids=["without_gpu_sync", "packed_sequences_known"],
 )
 def test_a_patch_ends_with_its_block_also_after_an_error(block: AbstractContextManager[None], target: str) -> None:
     name, _, path = target.partition(":")

@@ -197,7 +197,8 @@ class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
     """bitsandbytes' settings, for a model whose experts are quantized too.
 
     Attributes:
-        quantize_on: The device that quantizes; by default the one that the weights are loaded to.
+        quantize_on: The device that quantizes, and looks for NaN; a processor takes hours for a large model. By default
+            the one that the weights are loaded to.
     """
 
     def __init__(self, *, quantize_on: str | None = None, **settings: Any) -> None:
@@ -232,18 +233,21 @@ class _QuantizeExperts(ConversionOps):  # type: ignore[misc]
         self._linear, self._settings = linear, settings
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
-        for value in input_dict.values():
-            note_sum(model, value[0] if isinstance(value, list) else value)
-        module, name = get_module_from_name(model, next(iter(input_dict)))
-        if not is_experts(module) or name not in MATRICES:
-            return dict(self._linear.convert(input_dict, model=model, **kwargs))
-        return {key: self._quantized(value) for key, value in input_dict.items()}
+        weights = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        target = next(iter(weights.values())).device
+        weights = {key: each.to(self._settings.quantize_on or target) for key, each in weights.items()}
+        for each in weights.values():
+            note_sum(model, each)
+        module, name = get_module_from_name(model, next(iter(weights)))
+        if is_experts(module) and name in MATRICES:
+            return {key: self._quantized(each, target) for key, each in weights.items()}
+        found = self._linear.convert(weights, model=model, **kwargs)
+        return {key: each if each.device == target else each.to(target) for key, each in found.items()}
 
-    def _quantized(self, value: Any) -> torch.nn.Parameter:
-        weight = value[0] if isinstance(value, list) else value
-        settings, device = self._settings, weight.device
+    def _quantized(self, weight: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+        settings = self._settings
         packed, scales = quantize(
-            weight.to(settings.quantize_on or device),
+            weight,
             settings.bnb_4bit_quant_type,
             settings.bnb_4bit_use_double_quant,
             settings.bnb_4bit_compute_dtype,

@@ -32,13 +32,16 @@ def note_sum(model: Any, value: torch.Tensor) -> None:
         model.__dict__.setdefault(SUMS, []).append(total)
 
 
-def sums_are_finite(model: Any) -> bool:
-    """Return whether the sums of all weights of `model` are finite: of those noted, and of those that are as loaded."""
+def sums_are_finite(model: Any, device: str) -> bool:
+    """Return whether the sums of all weights of `model` are finite: of those noted, and of those that are as loaded.
+
+    They are taken on `device`: a processor, where weights to be sharded lie, needs a second for each 2 GB.
+    """
     sums = model.__dict__.pop(SUMS, [])
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, each in tensors:
             if hasattr(each, "quant_state") or ".parametrizations." in name or each.is_meta:
                 continue  # bytes, whatever type they are stored as
-            if (total := sum_of(each.detach())) is not None:
+            if (total := sum_of(each.detach().to(device))) is not None:
                 sums.append(total)
-    return not sums or bool(torch.stack([each.to(model.device) for each in sums]).isfinite().all())
+    return not sums or bool(torch.stack([each.to(device) for each in sums]).isfinite().all())

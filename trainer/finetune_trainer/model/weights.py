@@ -1,7 +1,6 @@
 """The weights of the base model, in the wanted precision."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,6 @@ from finetune_trainer.model.experts import ExpertsConfig
 from finetune_trainer.model.finite import sums_are_finite
 from finetune_trainer.model.grouped_experts import multiply_grouped
 from finetune_trainer.planning.refusals import stored_quantization
-from finetune_trainer.runtime.patches import quantizing_on
 from finetune_trainer.runtime.precision import torch_dtype
 
 log = structlog.get_logger(__name__)
@@ -65,25 +63,24 @@ def load_base_model(folder: Path, base: BaseModel, spec: FineTuneJobSpec, plan: 
     if base.quantized:
         config, quantization = _as_stored(config, spec), None
     try:
-        with quantizing_on(device) if plan.sharded else nullcontext():
-            model, info = model_class(config).from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=spec.model.trust_remote_code,
-                quantization_config=quantization,
-                dtype=torch_dtype(dtype),
-                attn_implementation=plan.attention,
-                device_map={"": "cpu" if plan.sharded else device},
-                adapter_kwargs=NO_ADAPTER,
-                output_loading_info=True,
-            )
+        model, info = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=spec.model.trust_remote_code,
+            quantization_config=quantization,
+            dtype=torch_dtype(dtype),
+            attn_implementation=plan.attention,
+            device_map={"": "cpu" if plan.sharded else device},
+            adapter_kwargs=NO_ADAPTER,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         said = whole_text(error)
         raise ConfigInvalid(f"spec.model.source: the weights of {spec.model.source} cannot be read: {said}") from None
     check_names(info, spec.model.source, quiet=not base.quantized)  # else it was said before
-    if finite_while_loading(base, spec) and not sums_are_finite(model):
+    if finite_while_loading(base, spec) and not sums_are_finite(model, device):
         check_values(folder, spec.model.source)
     model.config.use_cache = False
     multiply_grouped(model)

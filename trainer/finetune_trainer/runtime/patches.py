@@ -31,16 +31,6 @@ class Patch:
 
 PATCHES: Final = (
     Patch(
-        name="bitsandbytes: Params4bit._quantize",
-        why="Weights to be sharded go to host memory; quantized there, a large model takes hours.",
-        check="quantizing_on: does it still quantize on the device that it is given, and return the parameter?",
-        sources={
-            "bitsandbytes.nn:Params4bit._quantize": (
-                "f406493187300f15cfbd3ba098d95d53b95daef2c7348f7713bc0ec28ff581f3",
-            )
-        },
-    ),
-    Patch(
         name="bitsandbytes: optim.optimizer.sync_gpu",
         why="Optimizer8bit.step waits for the GPU after each matrix, which only paged state may need.",
         check="without_gpu_sync: does unpaged state still need no wait?",
@@ -217,16 +207,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-@contextmanager
-def quantizing_on(device: str) -> Iterator[None]:
-    """Quantize to 4 bits on `device`, though the result goes to host memory."""
-    from bitsandbytes.nn import Params4bit
-
-    original = Params4bit._quantize
-    with _replaced(Params4bit, "_quantize", lambda self, target: original(self, device).to(target)):
-        yield
 
 
 @contextmanager
