@@ -49,6 +49,7 @@ def test_two_gpus_train_the_same_batch_almost_twice_as_fast(mistral: Path) -> No
     assert two["loss"] == pytest.approx(one["loss"], rel=2e-2)
     assert shared["loss"] == pytest.approx(two["loss"], rel=1e-3)
     assert two["times_one_gpu"] >= 1.95
+    assert shared["tok_s"] >= 0.9 * two["tok_s"]
     assert shared["peak_gib"] < two["peak_gib"] - 1  # of 3.3 GiB of NF4 weights nearly half, less what is gathered
     assert abs(shared["prediction_error"]) <= 0.1
 
