@@ -3,15 +3,20 @@ the plan is made to say so; tests/gpu has the rest)."""
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from finetune_api.exit_codes import ExitCode
+from finetune_trainer.engine import fsdp
+from support.common.processes import free_port
 from support.trainer.process import Finished, job, metrics_lines
 from support.trainer.tiny_model import build_model
 from support.trainer.two_ranks import Pair
@@ -193,3 +198,31 @@ def test_a_sharded_run_is_stopped_and_goes_on(deep_model: Path, tmp_path: Path) 
     assert [each.exit_code for each in resumed] == [0, 0], resumed[0].log
     assert metrics_lines(tmp_path / "stopped/out") == metrics_lines(tmp_path / "unbroken/out")
     assert _adapter(tmp_path / "stopped") == _adapter(tmp_path / "unbroken")
+
+
+def test_gradients_of_odd_stacks_are_those_of_whole_ones() -> None:
+    """Layers that hand on what others have made, or share weights, do not read those of another."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "support.trainer.odd_stacks"]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | place | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for each in ranks:
+        told, _ = each.communicate(timeout=120)
+        assert each.returncode == 0
+        found = dict(line.split(": ", 1) for line in told.splitlines())
+        assert found.pop("hidden") == (
+            "spec.model.source: no tensor is found in the SimpleNamespace that a decoder layer returns, so that"
+            " this model cannot be sharded over GPUs; take a GPU that holds all of it"
+        )
+        assert found == dict.fromkeys(found, "same")
+        assert len(found) == 7
+
+
+def test_scales_of_4_bit_weights_outside_the_layers_move_with_them() -> None:
+    """As those of Gemma 3n, and of OPT's projections: bitsandbytes' kernels read both on the GPU."""
+    linear, moved = torch.nn.Linear(2, 2), list[str]()
+    linear.weight.quant_state = SimpleNamespace(to=moved.append)  # type: ignore[attr-defined]
+    fsdp._move(linear, "cpu")
+    assert moved == ["cpu"]

@@ -438,6 +438,20 @@ def test_importing_it_imports_no_torch() -> None:
 MIXTRAL = CONFIG | {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
+def test_autocast_keeps_a_copy_of_float32_weights_for_each_layer_that_keeps_activations() -> None:
+    wide = _spec(quantization={"bits": 16, "computeDtype": "float32"})
+    exact = _spec(quantization={"bits": 16, "computeDtype": "float32"}, training={"precision": "fp32"})
+    half = 2 * MISTRAL_7B.linear_weights
+
+    def copies(spec: FineTuneJobSpec, checkpointed: int, compiled: bool = False) -> float:
+        layout = Layout(1, 0, checkpointed, compiled=compiled)
+        return predict(MISTRAL_7B, spec, layout, longest=512, attention="varlen").activations / half
+
+    assert copies(wide, 0) == 1
+    assert copies(wide, 16) == 0.5
+    assert copies(wide, 0, compiled=True) == copies(exact, 0) == copies(_spec(quantization={"bits": 16}), 0) == 0
+
+
 @pytest.mark.parametrize(("bits", "gib"), [(4, 22.8), (8, 85.5), (16, 87.0)])
 def test_a_mixture_of_experts_is_sized_with_experts_in_4_bits_alone(bits: int, gib: float) -> None:
     """Mixtral 8x7B: of 46.7 billion weights 45.1 are experts, which LLM.int8 passes over."""

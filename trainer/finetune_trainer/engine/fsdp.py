@@ -19,6 +19,7 @@ from torch import distributed
 from torch.utils._pytree import tree_leaves
 
 from finetune_trainer.engine import modules
+from finetune_trainer.errors import ConfigInvalid
 from finetune_trainer.settings import Ranks
 
 #: Weights begin at multiples of so many bytes: compiled kernels count on 16.
@@ -41,15 +42,16 @@ def shard(model: Any, ranks: Ranks, device: str) -> Sequence[Any]:
     core = model.get_base_model()
     layers = modules.repeated_layers(core, core._no_split_modules)
     remove_hook_from_submodules(core)  # they would take inputs to where the weights were loaded
-    shards = LayerShards(layers, ranks, device)
     inside = {module for layer in layers for module in layer.modules()}
-    for module in core.modules():
-        if module not in inside:
-            _move(module, device)
+    outside = [module for module in core.modules() if module not in inside]
+    of_others = {id(parameter) for module in outside for parameter in module.parameters(recurse=False)}
+    shards = LayerShards(layers, ranks, device, of_others)
+    for module in outside:
+        _move(module, device)
     core.hf_device_map = {"": device}  # transformers moves nothing, then, and accelerate finds the device it trains on
     for index, layer in enumerate(layers):
         layer.shards = shards
-        layer.register_forward_pre_hook(partial(shards.before_forward, index))
+        layer.register_forward_pre_hook(partial(shards.before_forward, index), with_kwargs=True)
         layer.register_forward_hook(partial(shards.after_forward, index))
     return layers
 
@@ -74,14 +76,18 @@ class LayerShards:
     `gather`. A layer's backward pass finds the weights of its forward pass: autograd need not know that they were gone.
     """
 
-    def __init__(self, layers: Sequence[Any], ranks: Ranks, device: str) -> None:
-        """Move `layers` to `device`, and keep this rank's part of their frozen weights there."""
+    def __init__(self, layers: Sequence[Any], ranks: Ranks, device: str, of_others: Collection[int] = ()) -> None:
+        """Move `layers` to `device`, and keep this rank's part of their frozen weights there.
+
+        Weights of several layers stay whole, and those that other modules have too, whose ids are `of_others`.
+        """
         self._layers = list(layers)
         uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
-        of_several = {key for key, count in uses.items() if count > 1}  # they stay whole
+        stay = {key for key, count in uses.items() if count > 1} | set(of_others)
         multiple = _ALIGNMENT * ranks.size
         sizes = [
-            _up(sum(_up(each.nbytes, _ALIGNMENT) for each in _frozen(layer, of_several)), multiple) for layer in layers
+            _up(sum(_up(owner[name].nbytes, _ALIGNMENT) for owner, name in _frozen(layer, stay)), multiple)
+            for layer in layers
         ]
         #: Layers take turns: what a layer leaves is overwritten by the next but one.
         self._buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
@@ -91,16 +97,19 @@ class LayerShards:
         #: Of each layer: this rank's bytes, and the part of its buffer that they all fill.
         self.parts: list[torch.Tensor] = []
         self._whole: list[torch.Tensor] = []
-        #: Its parameters, and where in memory they lie.
-        self._places: list[list[tuple[torch.Tensor, int]]] = []
+        #: Its parameters, each by the dictionary of its module and its name there, and where in memory they lie.
+        self._places: list[list[tuple[dict[str, Any], str, int]]] = []
+        #: What needs a gradient of the inputs of the layer that computes, by id, and how often it was changed in place.
+        self._given: dict[int, int] = {}
         for index, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
             layer.to(device)
             buffer, begin = self._buffers[index % 2], 0
             places = []
-            for parameter in _frozen(layer, of_several):
+            for owner, name in _frozen(layer, stay):
+                parameter = owner[name]
                 place = buffer[begin : begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
                 parameter.data = place.copy_(parameter.data)
-                places.append((parameter, place.data_ptr()))
+                places.append((owner, name, place.data_ptr()))
                 begin += _up(parameter.nbytes, _ALIGNMENT)
             self._places.append(places)
             part = size // ranks.size
@@ -112,17 +121,31 @@ class LayerShards:
         """Have the weights of `layer` whole for the kernels that are launched from here on. A collective."""
         self._gather(self._layers.index(layer))
 
-    def before_forward(self, index: int, *_: Any) -> None:
+    def before_forward(self, index: int, _module: Any, args: Any, kwargs: Any) -> None:
         """Gather a layer, and begin with the next one: the layer before is through."""
+        if torch.is_grad_enabled():
+            self._given = {id(each): each._version for each in _tensors((args, kwargs)) if each.requires_grad}
         self._gather(index)
         if index + 1 < len(self._layers):
             self._begin(index + 1)
 
     def after_forward(self, index: int, _module: Any, _inputs: Any, outputs: Any) -> None:
-        """Gather the layer once more before its backward pass, and begin with the one below."""
-        for output in tree_leaves(outputs):
-            if isinstance(output, torch.Tensor) and output.requires_grad:
+        """Have the layer gathered once more before its backward pass, and begin with the one below then.
+
+        What a layer only hands on belongs to one below: its gradient is there when that one is already at work.
+        """
+        if not torch.is_grad_enabled():
+            return
+        found = _tensors(outputs)
+        if not found:
+            raise ConfigInvalid(
+                f"spec.model.source: no tensor is found in the {type(outputs).__name__} that a decoder layer"
+                " returns, so that this model cannot be sharded over GPUs; take a GPU that holds all of it"
+            )
+        for output in found:
+            if output.requires_grad and self._given.get(id(output)) != output._version:
                 output.register_hook(partial(self._before_backward, index))
+        self._given = {}
 
     def _before_backward(self, index: int, _gradient: torch.Tensor) -> None:
         self._gather(index)
@@ -130,7 +153,7 @@ class LayerShards:
             self._begin(index - 1)
 
     def _gather(self, index: int) -> None:
-        if any(parameter.data_ptr() != place for parameter, place in self._places[index]):
+        if any(owner[name].data_ptr() != place for owner, name, place in self._places[index]):
             raise RuntimeError(f"weights of layer {index} are not where they are gathered: something has moved them")
         self._begin(index)
         self._wait(index % 2)
@@ -141,8 +164,9 @@ class LayerShards:
         if self._holds[place] == index:
             return
         self._wait(place)
-        self._holds[place] = index
+        self._holds[place] = None  # while that may fail
         self._pending[place] = distributed.all_gather_into_tensor(self._whole[index], self.parts[index], async_op=True)
+        self._holds[place] = index
 
     def _wait(self, place: int) -> None:
         if self._pending[place]:
@@ -150,8 +174,18 @@ class LayerShards:
             self._pending[place] = None
 
 
-def _frozen(layer: Any, but: Collection[int]) -> list[torch.Tensor]:
-    return [each for each in layer.parameters() if not each.requires_grad and id(each) not in but]
+def _frozen(layer: Any, but: Collection[int]) -> list[tuple[dict[str, Any], str]]:
+    """Return where the frozen parameters of `layer` are found, each once: the dictionary of a module, and a name."""
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad and id(parameter) not in but:
+                found.setdefault(id(parameter), (module._parameters, name))
+    return list(found.values())
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
 
 
 def _up(number: int, multiple: int) -> int:
@@ -161,5 +195,7 @@ def _up(number: int, multiple: int) -> int:
 def _move(module: Any, device: str) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            state.to(device)
     for name, buffer in module.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device)

@@ -198,9 +198,11 @@ class _Proof:
         except Exception as error:
             _raise_if_of_the_gpu(error)
             return f"this model does not take packed rows ({type_and_reason(error)})"
+        # Whatever the first two tell: ranks that share out the weights compute together.
+        alone = self._logits([self._short], own=self._own)
         if _largest(packed, beside) > self._allowed(noise):
             return "rows laid end to end see each other in this model"
-        if _typical(packed, self._logits([self._short], own=self._own)) > ALIKE[self._exact]:
+        if _typical(packed, alone) > ALIKE[self._exact]:
             return "rows laid end to end do not give what they give alone in this model"
         return None
 

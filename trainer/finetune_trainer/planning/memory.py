@@ -13,8 +13,8 @@ GIB = 1 << 30
 #: float32 per 256 of them when quantized twice).
 _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: Sharded layers that are whole at a time: the one that computes, and the next one while it is gathered.
-_GATHERED_LAYERS = 2
+#: Two sharded layers are whole at a time, the one that computes and the next one, each in the place of the largest.
+_GATHERED_LAYERS = 3
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: So that torch, which counts small things too, need not give up a large one.
@@ -83,7 +83,7 @@ def predict(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout, *, longest
     width = 4 if spec.training.precision == "fp32" else 2
     saved = _saved_when_selective if layout.selective else _saved_when_compiled if layout.compiled else _saved_per_token
     scores = _scores(shape, layout.micro_batch, longest, attention, width)
-    layer = layout.tokens * saved(shape, spec, width) + scores
+    layer = layout.tokens * saved(shape, spec, width) + scores + _cast_weights(shape, spec, layout)
     kept = layout.tokens * (shape.hidden_size * width + _escaped_per_token(shape, spec, width))
     # The first layers are checkpointed, and their backward pass comes last: what the others keep is gone by then.
     whole = max(shape.layers - layout.checkpointed, min(layout.checkpointed, 1))
@@ -137,6 +137,16 @@ def _weights(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
     each = quantized * (1 - dequantized) + 2 * dequantized
     of_experts = width if quantization.bits == 8 else each
     return int(shape.linear_weights * each + shape.expert_weights * of_experts + shape.other_weights * width)
+
+
+def _cast_weights(shape: ModelShape, spec: FineTuneJobSpec, layout: Layout) -> int:
+    """Return the bytes of a layer's weights in half precision that autocast makes, and autograd keeps.
+
+    The compiler makes them again instead.
+    """
+    wide = spec.quantization.bits == 16 and spec.quantization.compute_dtype == "float32"
+    cast = wide and spec.training.precision != "fp32" and not layout.compiled
+    return 2 * shape.linear_weights // shape.layers if cast else 0
 
 
 def _saved_per_token(shape: ModelShape, spec: FineTuneJobSpec, width: int) -> int:
