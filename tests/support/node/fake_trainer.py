@@ -42,7 +42,7 @@ class Trainer:
         self.act, _, self.argument = story[min(self.attempt, len(story)) - 1].partition("-")
         micro = [o.partition("=")[2] for o in overrides if "training.microBatchSize=" in o]
         self.micro = int(micro[0]) if micro else 8
-        self.stopped = threading.Event()
+        self.stopped = False  # no Event: the handler would wait for a lock that the code it interrupts may hold
         self.step = 0
         self.stage = "Starting"
         self.extra: dict[str, Any] = {}
@@ -66,7 +66,8 @@ class Trainer:
             return int(self.argument)
         self.stage = "Training"
         while self.act in ("run", "hang") or self.step < TOTAL_STEPS:
-            if self.stopped.wait(STEP_SECONDS):
+            time.sleep(STEP_SECONDS)
+            if self.stopped:
                 return self.finish(exit_codes.ExitCode.PREEMPTED, f"saved a checkpoint at step {self.step}")
             self.step = 1 if self.act == "hang" else self.step + 1
             if self.act == "oom" and self.step == 3:
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> int:
     manifest = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
     overrides = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"]
     trainer = Trainer(manifest, overrides)
-    signal.signal(signal.SIGTERM, lambda *_: trainer.stopped.set())
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopped", True))
     if int(os.environ.get("RANK", "0")) == 0:
         serve(trainer)
     began = time.monotonic()

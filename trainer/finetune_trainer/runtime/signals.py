@@ -20,14 +20,14 @@ class StopFlag:
 
     def __init__(self, force_exit: Callable[[], None] = lambda: None) -> None:
         """`force_exit` ends the process. It is called from another thread if the process has not exited in TIMEOUT."""
-        self._event = threading.Event()
+        self._is_set = False  # no Event: a second signal would wait for a lock that the first one's handler may hold
         self._force_exit = force_exit
         self._timer: threading.Timer | None = None
         self.reason = ""
         self._saving = 0  # blocks that save: trials of one process each have theirs
 
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return self._is_set
 
     @property
     def is_saving(self) -> bool:
@@ -35,9 +35,9 @@ class StopFlag:
 
     def set(self, reason: str) -> None:
         """Ask the process to stop; only the first `reason` is kept."""
-        if not self._event.is_set():
+        if not self._is_set:
             self.reason = reason
-            self._event.set()
+            self._is_set = True
         if not self.is_saving:
             self._start_timer()
 
