@@ -1,6 +1,6 @@
 """A process of two that share out the layers of small stacks, and compare them with whole ones, bit for bit.
 
-python -m support.trainer.odd_stacks     RANK, MASTER_ADDR and MASTER_PORT in the environment; prints `NAME: problem`
+python -m support.trainer.odd_stacks     RANK, MASTER_ADDR, MASTER_PORT in the environment; prints `NAME: same` for each
 """
 
 import copy
@@ -114,14 +114,14 @@ def _trained(stack: Stack) -> list[torch.Tensor]:
     losses = []
     for seed in (1, 2):
         x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        losses.append(stack(x * 1).square().sum())
+        losses.append(stack(x).square().sum())
         losses[-1].backward()
         with torch.no_grad():
             losses.append(stack(x.detach()).sum())
     return [each.detach() for each in losses] + [p.grad for p in stack.parameters() if p.grad is not None]
 
 
-def _problem(make: Callable[[], Stack]) -> str:
+def _verdict(make: Callable[[], Stack]) -> str:
     torch.manual_seed(0)
     whole = make()
     ours = copy.deepcopy(whole)
@@ -138,5 +138,5 @@ def _problem(make: Callable[[], Stack]) -> str:
 if __name__ == "__main__":
     distributed.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
     for name, make in STACKS.items():
-        print(f"{name}: {_problem(make)}", flush=True)
+        print(f"{name}: {_verdict(make)}", flush=True)
     distributed.destroy_process_group()

@@ -13,6 +13,11 @@ from support.common.processes import free_port
 from support.trainer.process import Finished, TrainerProcess
 
 
+def rendezvous() -> dict[str, str]:
+    """Where processes of one training meet, as torchrun's variables."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
 class Pair:
     """Two trainer processes that torchrun's variables make one training, each in a fork."""
 
@@ -23,8 +28,7 @@ class Pair:
         env: dict[str, str] | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **place}
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **rendezvous()}
         self._termination = folder / "termination.json"
         shared[constants.ENV_TERMINATION_LOG] = str(self._termination)
         self.ranks = [

@@ -16,10 +16,9 @@ import torch
 
 from finetune_api.exit_codes import ExitCode
 from finetune_trainer.engine import fsdp
-from support.common.processes import free_port
 from support.trainer.process import Finished, job, metrics_lines
 from support.trainer.tiny_model import build_model
-from support.trainer.two_ranks import Pair
+from support.trainer.two_ranks import Pair, rendezvous
 
 RUN: dict[str, Any] = {
     "resources.nodes": 2,
@@ -202,16 +201,20 @@ def test_a_sharded_run_is_stopped_and_goes_on(deep_model: Path, tmp_path: Path) 
 
 def test_gradients_of_odd_stacks_are_those_of_whole_ones() -> None:
     """Layers that hand on what others have made, or share weights, do not read those of another."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(sys.path)}
+    place = rendezvous() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "support.trainer.odd_stacks"]
     ranks = [
         subprocess.Popen(command, env=os.environ | place | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
         for rank in ("0", "1")
     ]
-    for each in ranks:
-        told, _ = each.communicate(timeout=120)
-        assert each.returncode == 0
-        found = dict(line.split(": ", 1) for line in told.splitlines())
+    try:
+        told = [each.communicate(timeout=120)[0] for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+    assert [each.returncode for each in ranks] == [0, 0]
+    for lines in told:
+        found = dict(line.split(": ", 1) for line in lines.splitlines())
         assert found.pop("hidden") == (
             "spec.model.source: no tensor is found in the SimpleNamespace that a decoder layer returns, so that"
             " this model cannot be sharded over GPUs; take a GPU that holds all of it"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from finetune_api.status import ExecutionPlan
 from finetune_trainer.engine.attention import HOPPER
 from finetune_trainer.engine.compiled_proof import Relevant, problem_of, recorded
-from finetune_trainer.engine.fsdp import gathered
+from finetune_trainer.engine.fsdp import gather
 from finetune_trainer.engine.lora import (
     clear_cache,
     seeded_dropout,
@@ -269,8 +269,8 @@ def _compare_gathered(
         model(**on_device(example, model.device))
     found = [_reason(partial(_tiles_problem, model))]
     for call in calls:
-        with gathered(call.layer):
-            found.append(_reason(partial(problem_of, [call], precision, relevant)))
+        gather(call.layer)
+        found.append(_reason(partial(problem_of, [call], precision, relevant)))
     return next(filter(None, found), None)
 
 

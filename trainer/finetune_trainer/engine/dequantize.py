@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 import torch
 
-from finetune_trainer.engine.fsdp import gathered
+from finetune_trainer.engine.fsdp import gather
 from finetune_trainer.engine.lora import while_training
 from finetune_trainer.engine.modules import replace_modules
 from finetune_trainer.errors import type_and_reason
@@ -56,11 +56,11 @@ def dequantize_in_one_pass(modules: Sequence[Any]) -> None:
         return
     linears = [linear for _, linear in found]
     _correct_codes(linears)
-    with gathered(found[0][0]):
-        try:
-            problem = _try_kernel_on(linears[0])
-        except Exception as error:
-            problem = type_and_reason(error)
+    gather(found[0][0])
+    try:
+        problem = _try_kernel_on(linears[0])
+    except Exception as error:
+        problem = type_and_reason(error)
     if problem:
         log.warning(f"Triton dequantize kernel disabled, using bitsandbytes: {problem}")
         return

@@ -8,8 +8,7 @@ without sharding, and optimizers, checkpoints and losses are the same, bit for b
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -61,12 +60,10 @@ def is_sharded(model: Any) -> bool:
     return any("shards" in vars(module) for module in model.modules())
 
 
-@contextmanager
-def gathered(layer: Any) -> Iterator[None]:
-    """Hold the weights of `layer` whole for this block, where it is sharded. Every rank must do so."""
+def gather(layer: Any) -> None:
+    """Have the weights of `layer` whole until another is gathered, where it is sharded. Every rank must do so."""
     if "shards" in vars(layer):
         layer.shards.gather(layer)
-    yield
 
 
 class LayerShards:

@@ -13,7 +13,7 @@ GIB = 1 << 30
 #: float32 per 256 of them when quantized twice).
 _FOUR_BITS = 0.5 + 4 / 64
 _FOUR_BITS_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: Two sharded layers are whole at a time, the one that computes and the next one, each in the place of the largest.
+#: Layers of average size that count for the two buffers of sharded ones, each as large as the largest layer.
 _GATHERED_LAYERS = 3
 #: Linear layers of one module that read the same input, by the names transformers gives them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -20,14 +20,13 @@ class StopFlag:
 
     def __init__(self, force_exit: Callable[[], None] = lambda: None) -> None:
         """`force_exit` ends the process. It is called from another thread if the process has not exited in TIMEOUT."""
-        self._is_set = False  # no Event: a second signal would wait for a lock that the first one's handler may hold
         self._force_exit = force_exit
         self._timer: threading.Timer | None = None
-        self.reason = ""
+        self.reason = ""  # also the flag: an Event has a lock, for which a second signal's handler would wait forever
         self._saving = 0  # blocks that save: trials of one process each have theirs
 
     def __bool__(self) -> bool:
-        return self._is_set
+        return bool(self.reason)
 
     @property
     def is_saving(self) -> bool:
@@ -35,9 +34,8 @@ class StopFlag:
 
     def set(self, reason: str) -> None:
         """Ask the process to stop; only the first `reason` is kept."""
-        if not self._is_set:
+        if not self:
             self.reason = reason
-            self._is_set = True
         if not self.is_saving:
             self._start_timer()
 
